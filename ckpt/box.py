@@ -1,0 +1,88 @@
+"""Axis-aligned parts of arrays, in elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """The part of an array that begins at `offset` and has `shape`; both have one entry per dim."""
+
+    offset: Shape
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        assert len(self.offset) == len(self.shape), f"{self.offset} and {self.shape} differ in dims"
+
+    @classmethod
+    def whole(cls, shape: Shape) -> Box:
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def size(self) -> int:
+        """Number of elements; a box of no dims (a scalar) has one."""
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> Shape:
+        return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the box in the array that it is a part of."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+
+    def within(self, other: Box) -> bool:
+        return self.size == 0 or self.intersect(other) == self
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, or None where there is none."""
+        low = tuple(map(max, self.offset, other.offset))
+        high = tuple(map(min, self.end, other.end))
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return None
+        return Box(low, tuple(b - a for a, b in zip(low, high, strict=True)))
+
+    def relative_to(self, other: Box) -> Box:
+        """The same box, counted from the beginning of `other`."""
+        return Box(tuple(a - b for a, b in zip(self.offset, other.offset, strict=True)), self.shape)
+
+    def span(self, shape: Shape) -> tuple[int, int]:
+        """First and one past the last element of the box in a C-ordered array of `shape`."""
+        assert self.size > 0, "an empty box has no span"
+        first = last = 0
+        for offset, length, dim in zip(self.offset, self.shape, shape, strict=True):
+            first = first * dim + offset
+            last = last * dim + offset + length - 1
+        return first, last + 1
+
+
+def grid(shape: Shape, chunk: Shape, box: Box | None = None) -> Iterator[tuple[Shape, Box]]:
+    """Chunks of a regular grid over an array of `shape` that meet `box`: `(index, box of the chunk)`.
+
+    Boxes of chunks at the end are cut off at the array's bounds.
+    """
+    target = Box.whole(shape) if box is None else box
+    if target.size == 0:
+        return
+    ranges = [
+        range(o // c, (o + n - 1) // c + 1)
+        for o, n, c in zip(target.offset, target.shape, chunk, strict=True)
+    ]
+    index = [r.start for r in ranges]
+    while True:
+        offset = tuple(i * c for i, c in zip(index, chunk, strict=True))
+        length = tuple(min(c, n - o) for c, n, o in zip(chunk, shape, offset, strict=True))
+        yield tuple(index), Box(offset, length)
+        for dim in reversed(range(len(index))):  # count up, last dim fastest
+            index[dim] += 1
+            if index[dim] < ranges[dim].stop:
+                break
+            index[dim] = ranges[dim].start
+        else:
+            return

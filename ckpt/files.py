@@ -1,0 +1,81 @@
+"""The local file system, by direct calls: whole writes, exact reads, durable and atomic renames."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+Buffer = bytes | memoryview
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def write_file(path: str | Path, parts: Sequence[Buffer], *, durable: bool) -> None:
+    """Make the file anew from `parts`, one behind the other; with `durable`, on the disk on return."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        views = [memoryview(part).cast("B") for part in parts]
+        while views:
+            written = os.writev(fd, views)  # a short write is legal, and usual above 2 GiB
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if views:
+                views[0] = views[0][written:]
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset` of the file; returns the bytes read, fewer only at the file's end."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
+
+
+def write_at(fd: int, buffer: memoryview, offset: int) -> None:
+    """Write all of `buffer` at `offset` of an open file."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(fd, buffer[done:], offset + done)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Make the folder's entries durable: files are found again only when their folder was synced too."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+    """Replace a small file in one step: readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_file(temporary, [content], durable=durable)
+    os.rename(temporary, path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def exchange_folders(a: Path, b: Path) -> None:
+    """Swap two folders' names in one step (Linux `renameat2`), so that neither name is ever missing.
+
+    Raises:
+        OSError: where the system or the file system has no such call.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError("this system has no renameat2")
+    result = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(a), None, str(b))

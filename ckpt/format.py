@@ -1,0 +1,164 @@
+"""The documents of a checkpoint: names, zarr metadata, the manifest; specified in `docs/format.md`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from ckpt.box import Shape
+from ckpt.checksum import crc32c
+from ckpt.errors import CheckpointError
+
+FORMAT_NAME = "uni3d"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+ZARR = "zarr.json"
+
+_WIDTHS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
+DTYPES = frozenset({"bool"} | {f"{kind}{bits}" for kind, widths in _WIDTHS.items() for bits in widths})
+"""What an array can hold: the types that zarr v3's core specification names."""
+
+Json = dict[str, Any]
+
+
+def check_tag(tag: str) -> str:
+    """The tag as a string, or a ValueError when it can't be a folder's name."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", tag) or tag == LATEST:
+        raise ValueError(
+            f"tag {tag!r} can't name a checkpoint: use up to 200 letters, digits, '_', '-' and '.', "
+            f"not '.' or '-' first, and not {LATEST!r}"
+        )
+    return tag
+
+
+def atom_path(atom: str) -> str:
+    """Folder of an atom below its checkpoint. Characters that a file name can't have are percent-encoded."""
+    name = quote(atom, safe="")
+    if name.startswith((".", "__")) or not name:
+        name = "".join(f"%{ord(c):02X}" for c in name[:1]) + name[1:]
+    if len(name) > 255:
+        raise CheckpointError(
+            f"the parameter name {atom[:60]}... is too long for a file name ({len(name)} > 255)"
+        )
+    return f"atoms/{name}"
+
+
+def chunk_key(index: Shape) -> str:
+    """zarr's default chunk key with '.' between the indices: `c.0.1`, and `c` for a scalar."""
+    return ".".join(["c", *map(str, index)])
+
+
+@lru_cache
+def _array_template(dtype: str) -> Json:
+    """zarr's own metadata document for an array of `dtype`; zarr is imported only by those who write."""
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.core.dtype import get_data_type_from_native_dtype
+    from zarr.core.metadata.v3 import ArrayV3Metadata
+
+    one_byte = np.dtype(dtype).itemsize == 1
+    document = ArrayV3Metadata(
+        shape=(1,),
+        data_type=get_data_type_from_native_dtype(np.dtype(dtype)),
+        chunk_grid={"name": "regular", "configuration": {"chunk_shape": (1,)}},
+        chunk_key_encoding={"name": "default", "configuration": {"separator": "."}},
+        fill_value=fill_value(dtype),
+        codecs=[BytesCodec(endian=None if one_byte else "little"), Crc32cCodec()],
+        attributes={},
+        dimension_names=None,
+        storage_transformers=(),
+    ).to_dict()
+    return json.loads(json.dumps(document))  # type: ignore[no-any-return]
+
+
+def fill_value(dtype: str) -> float | int | bool:
+    """NaN where there is one: a chunk that got lost must never read as zeros."""
+    kind = np.dtype(dtype).kind
+    return float("nan") if kind == "f" else False if kind == "b" else 0
+
+
+def array_document(dtype: str, shape: Shape, chunk_shape: Shape) -> Json:
+    """The `zarr.json` of one array."""
+    document = deepcopy(_array_template(dtype))
+    document["shape"] = list(shape)
+    document["chunk_grid"]["configuration"]["chunk_shape"] = list(chunk_shape)
+    return document
+
+
+def group_document(members: Mapping[str, Json] | None = None) -> Json:
+    """The `zarr.json` of a group; with `members` (path -> document), consolidated."""
+    document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    if members is not None:
+        document["consolidated_metadata"] = {
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": dict(members),
+        }
+    return document
+
+
+def encode_document(document: Json) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def encode_manifest(manifest: Json) -> bytes:
+    """One JSON object whose first line holds the checksum of every byte after that line."""
+    body = json.dumps(manifest, indent=1, allow_nan=False).encode()
+    assert body.startswith(b"{\n"), "an indented object has its brace on a line of its own"
+    rest = body[2:]
+    return b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
+
+
+def decode_manifest(data: bytes, source: str) -> Json:
+    """Parse and verify a manifest. `source` names it in errors.
+
+    Raises:
+        CheckpointError: it is damaged, not one of ours, or of a newer version.
+    """
+    head, _, rest = data.partition(b"\n")
+    match = re.fullmatch(rb'\{"crc32c": "([0-9a-f]{8})",', head)
+    if not match:
+        raise CheckpointError(f"{source} is not a manifest of this format: its first line has no crc32c")
+    if int(match[1], 16) != crc32c(rest):
+        raise CheckpointError(f"{source} is damaged: its checksum doesn't match; use another tag")
+    manifest: Json = json.loads(data)
+    if manifest.get("format") != FORMAT_NAME:
+        raise CheckpointError(f"{source} has format {manifest.get('format')!r}, expected {FORMAT_NAME!r}")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has format version {manifest.get('version')!r}; this release reads version "
+            f"{FORMAT_VERSION}, so read it with the release that wrote it, or a newer one"
+        )
+    return manifest
+
+
+def check_json(value: Any, where: str) -> None:
+    """Refuse what JSON wouldn't give back as it was: silently changed types are how resumes go wrong.
+
+    Raises:
+        CheckpointError: naming the place of the first such value.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(
+                    f"{where} has the key {key!r}; keys must be strings to come back as they were"
+                )
+            check_json(item, f"{where}[{key!r}]")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            check_json(item, f"{where}[{i}]")
+    elif isinstance(value, float) and not np.isfinite(value):
+        raise CheckpointError(f"{where} is {value}; JSON has no such number")
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__}; a checkpoint keeps dicts, lists, strings, numbers, "
+            "booleans and None (convert tensors and tuples to lists)"
+        )

@@ -1,0 +1,129 @@
+"""Loading into arrays that exist: compare first, agree, then read.
+
+The targets say what is wanted; the checkpoint says what there is. All ranks agree on the difference before
+any target changes, so that a load either goes ahead everywhere or fails everywhere, and what it did is
+reported: nothing is restored, defaulted or dropped in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from ckpt.comm import Comm, raise_together
+from ckpt.errors import CheckpointError
+from ckpt.plan import ArrayKey
+from ckpt.read import Checkpoint, pieces
+from ckpt.save import Shard
+
+Target = Shard
+"""A rank's part of an array, with the memory to fill."""
+
+
+@dataclass(kw_only=True)
+class LoadReport:
+    """What a load did with each array, over all ranks; names are `atom/state`."""
+
+    tag: str
+    restored: list[str] = field(default_factory=list)
+    defaulted: dict[str, str] = field(default_factory=dict)
+    """Wanted but not in the checkpoint: left as it was, and why."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """In the checkpoint but not wanted, and why."""
+    bytes_read: int = 0
+    """By this rank."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.tag}: {len(self.restored)} arrays restored"]
+        for label, names in (("defaulted", self.defaulted), ("dropped", self.dropped)):
+            parts.append(f"{len(names)} {label}" + (f" ({_some(names)})" if names else ""))
+        return ", ".join(parts)
+
+
+def load(
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    *,
+    comm: Comm,
+    strict: bool = True,
+    leave: Callable[[ArrayKey], str | None] = lambda key: None,
+) -> LoadReport:
+    """Collective: fill this rank's `targets` from the checkpoint.
+
+    `leave` gives the reason why an array of the checkpoint is deliberately not loaded, or None. With
+    `strict`, any other array that is wanted and missing, or there and unwanted, is an error; without,
+    it is reported. A different shape or dtype is always an error.
+
+    Raises:
+        CheckpointError: the same on all ranks. If it is about a difference, no target has changed; if it
+            is about damaged data, targets may have, and must not be used.
+    """
+    wanted = {t.spec.key for t in targets}
+    everyone = set().union(*comm.all_gather(wanted))
+    report = LoadReport(tag=checkpoint.tag)
+    error: Exception | None = None
+    try:
+        _compare(checkpoint, targets, everyone, strict, leave, report)
+    except CheckpointError as caught:
+        error = caught
+    raise_together(comm, error)
+    try:
+        report.bytes_read = _read_all(checkpoint, [t for t in targets if t.spec.key in checkpoint.arrays])
+    except CheckpointError as caught:
+        error = caught
+    raise_together(comm, error)
+    return report
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    everyone: set[ArrayKey],
+    strict: bool,
+    leave: Callable[[ArrayKey], str | None],
+    report: LoadReport,
+) -> None:
+    """Fill the report; raise if the load can't go ahead. `everyone` holds what any rank wants."""
+    there = checkpoint.arrays
+    for target in targets:
+        info = there.get(target.spec.key)
+        if info and (info.shape, info.dtype) != (target.spec.shape, target.spec.dtype):
+            raise CheckpointError(
+                f"{'/'.join(target.spec.key)} is {info.dtype}{list(info.shape)} in {checkpoint.folder}, "
+                f"but the model's is {target.spec.dtype}{list(target.spec.shape)}; "
+                "load it into the model that was saved"
+            )
+    report.restored = sorted("/".join(key) for key in everyone & there.keys())
+    missing = sorted("/".join(key) for key in everyone - there.keys())
+    report.defaulted = dict.fromkeys(missing, "not in the checkpoint")
+    unexpected = []
+    for key in sorted(there.keys() - everyone):
+        reason = leave(key)
+        report.dropped["/".join(key)] = reason or "not in the model or its optimizer"
+        if reason is None:
+            unexpected.append("/".join(key))
+    if strict and (missing or unexpected):
+        problems = [f"{checkpoint.folder} doesn't fit the model and optimizer"]
+        if missing:
+            problems.append(f"{len(missing)} missing in the checkpoint: {_some(missing)}")
+        if unexpected:
+            problems.append(f"{len(unexpected)} that nothing wants: {_some(unexpected)}")
+        raise CheckpointError("; ".join(problems))
+
+
+def _read_all(checkpoint: Checkpoint, targets: Sequence[Target]) -> int:
+    """Read every piece of every target, with a few threads; returns the bytes read."""
+    jobs = [
+        (piece, target.data)
+        for target in targets
+        for piece in pieces(checkpoint.arrays[target.spec.key], target.spec.box)
+    ]
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return sum(pool.map(lambda job: checkpoint.read_piece(*job), jobs))
+
+
+def _some(names: Sequence[str] | dict[str, str], limit: int = 8) -> str:
+    shown = list(names)[:limit]
+    return ", ".join(shown) + (", ..." if len(names) > limit else "")
