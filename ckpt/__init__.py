@@ -16,7 +16,7 @@ imports no torch.
 from ckpt.box import Box
 from ckpt.comm import Comm, Solo, raise_together
 from ckpt.commit import committed_tags, read_latest
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ShardSpec, make_plan
@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "Comm",
     "LoadReport",
+    "PartialLoadError",
     "Shard",
     "ShardSpec",
     "Solo",

@@ -56,15 +56,15 @@ def commit(run: Path, tag: str, *, durable: bool, update_latest: bool) -> None:
             ) from error
     else:
         staging.rename(final)
-    if durable:
-        files.sync_folder(run)
-    if update_latest:
-        try:
+    try:
+        if durable:
+            files.sync_folder(run)
+        if update_latest:
             files.replace_file(run / LATEST, f"{tag}\n".encode(), durable=durable)
-        except OSError as error:
-            raise CheckpointError(f"{final} is committed, but {LATEST!r} can't name it: {error}") from error
-    if staging.exists():  # the checkpoint that was replaced
-        shutil.rmtree(staging)
+    except OSError as error:
+        raise CheckpointError(f"{final} is committed, but {LATEST!r} may not name it: {error}") from error
+    # The checkpoint that was replaced, if any. What can't be removed now, the next save removes.
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def abandon(run: Path, tag: str) -> None:
@@ -94,6 +94,10 @@ def read_latest(run: str | Path) -> str | None:
         if not tags:
             return None
         raise CheckpointError(f"{folder} has no file {LATEST!r}; name a tag ({there})") from None
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{folder / LATEST} can't be read: {error.strerror} ({there})") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / LATEST} is damaged: {error} ({there})") from None
     if tag not in tags:

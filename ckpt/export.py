@@ -58,7 +58,7 @@ def export_safetensors(
         raise CheckpointError(f"{target} can't be written: {error.strerror}") from None
     try:
         try:
-            os.pwrite(fd, header, 0)
+            files.write_at(fd, memoryview(header), 0)
             for name, info in arrays.items():
                 _copy_array(checkpoint, info, fd, len(header) + places[name], progress)
             size = os.fstat(fd).st_size
@@ -81,7 +81,8 @@ def _header(checkpoint: Checkpoint, arrays: dict[str, ArrayInfo]) -> tuple[bytes
         metadata["aliases"] = json.dumps(checkpoint.manifest["aliases"])
     content: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, info in arrays.items():
+    # Wide types first, as safetensors writes them: each tensor is then aligned to its type.
+    for name, info in sorted(arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize):
         places[name], end = end, end + info.nbytes
         content[name] = {
             "dtype": _SAFETENSORS_DTYPES[info.dtype],

@@ -40,15 +40,25 @@ def check_tag(tag: str) -> str:
 
 
 def atom_path(atom: str) -> str:
-    """Folder of an atom below its checkpoint. Characters that a file name can't have are percent-encoded."""
-    name = quote(atom, safe="")
-    if name.startswith((".", "__")) or not name:
-        name = "".join(f"%{ord(c):02X}" for c in name[:1]) + name[1:]
-    if len(name) > 255:
-        raise CheckpointError(
-            f"the parameter name {atom[:60]}... is too long for a file name ({len(name)} > 255)"
-        )
-    return f"atoms/{name}"
+    """Folder of an atom below its checkpoint."""
+    return f"atoms/{_file_name(atom)}"
+
+
+def array_path(atom: str, state: str) -> str:
+    """Folder of a state of an atom below its checkpoint."""
+    return f"{atom_path(atom)}/{_file_name(state)}"
+
+
+def _file_name(name: str) -> str:
+    """The name with the characters that a file name, or a zarr node, can't have percent-encoded."""
+    quoted = quote(name, safe="")
+    if quoted.startswith((".", "__")) or quoted == ZARR:
+        quoted = f"%{ord(quoted[0]):02X}{quoted[1:]}"
+    if not quoted:
+        raise CheckpointError("a tensor or a state without a name can't be stored")
+    if len(quoted) > 255:
+        raise CheckpointError(f"the name {name[:60]}... is too long for a file name ({len(quoted)} > 255)")
+    return quoted
 
 
 def chunk_key(index: Shape) -> str:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ckpt.comm import Comm, raise_together
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.plan import ArrayKey
 from ckpt.read import Checkpoint, pieces
 from ckpt.save import Shard
@@ -57,23 +57,26 @@ def load(
     it is reported. A different shape or dtype is always an error.
 
     Raises:
-        CheckpointError: the same on all ranks. If it is about a difference, no target has changed; if it
-            is about damaged data, targets may have, and must not be used.
+        CheckpointError: something doesn't fit; the same on all ranks, and no target has changed.
+        PartialLoadError: data is damaged; the same on all ranks, and targets may have changed.
     """
     wanted = {t.spec.key for t in targets}
     everyone = set().union(*comm.all_gather(wanted))
     report = LoadReport(tag=checkpoint.tag)
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         _compare(checkpoint, targets, everyone, strict, leave, report)
-    except CheckpointError as caught:
+    except BaseException as caught:  # whatever it is: the other ranks wait in the agreement below
         error = caught
     raise_together(comm, error)
     try:
         report.bytes_read = _read_all(checkpoint, [t for t in targets if t.spec.key in checkpoint.arrays])
-    except CheckpointError as caught:
+    except BaseException as caught:
         error = caught
-    raise_together(comm, error)
+    try:
+        raise_together(comm, error)
+    except CheckpointError as caught:
+        raise PartialLoadError(str(caught)) from caught
     return report
 
 

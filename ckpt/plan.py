@@ -121,6 +121,12 @@ def _by_array(layout: Layout) -> dict[ArrayKey, _Array]:
                 )
             if spec.box.size:
                 holders[spec.box].append(rank)
+        keys = [spec.key for spec in specs]
+        if len(set(keys)) != len(keys):
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise CheckpointError(
+                f"rank {rank} has {'/'.join(twice)} twice; a rank holds one box of an array"
+            )
     return {
         key: _Array(spec.dtype, spec.shape, dict(sorted(holders.items())))
         for key, (spec, _, holders) in sorted(arrays.items())

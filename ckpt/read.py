@@ -49,9 +49,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tag = folder.name
         manifest = _read_document(folder / MANIFEST)
         self.manifest = decode_manifest(manifest, str(folder / MANIFEST))
+        self.tag: str = self.manifest["tag"]
         self.block_bytes: int = self.manifest["block_bytes"]
         self.arrays: dict[ArrayKey, ArrayInfo] = {a.key: a for a in self._arrays()}
 
@@ -64,7 +64,7 @@ class Checkpoint:
             if document["node_type"] == "array":
                 _, atom, state = path.split("/")
                 yield ArrayInfo(
-                    key=ArrayKey(unquote(atom), state),
+                    key=ArrayKey(unquote(atom), unquote(state)),
                     dtype=document["data_type"],
                     shape=tuple(document["shape"]),
                     chunk_shape=tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
@@ -104,7 +104,7 @@ class Checkpoint:
 
         A piece that is a whole chunk and lies in one stretch of `out` is read straight into it.
         """
-        place = out[piece.target.slices]
+        place = out[piece.target.slices or ...]  # `...` is a view of a scalar, where `()` is a copy
         payload = Box.whole(piece.info.chunk_shape).size * place.itemsize
         if piece.inside.shape == piece.info.chunk_shape and place.flags.c_contiguous:
             self._read_verified(piece, place.reshape(-1).view(np.uint8).data, 0)
@@ -131,14 +131,14 @@ class Checkpoint:
         path = piece.info.path / piece.chunk
         try:
             fd = os.open(path, os.O_RDONLY)
+            try:
+                got = files.read_into(fd, buffer, begin)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise CheckpointError(
                 f"{name}: {path} can't be read ({error.strerror}); use another tag"
             ) from None
-        try:
-            got = files.read_into(fd, buffer, begin)
-        finally:
-            os.close(fd)
         if got != len(buffer):
             raise CheckpointError(f"{name}: {path} is cut short at {begin + got} bytes; use another tag")
         expected = [int(c, 16) for c in record.get("blocks", [record["crc32c"]])]
@@ -162,7 +162,7 @@ class Piece:
 
 def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
     """The chunks of an array that meet `box`, and what of each is wanted."""
-    if not box.within(Box.whole(info.shape)):
+    if len(box.shape) != len(info.shape) or not box.within(Box.whole(info.shape)):
         raise CheckpointError(
             f"{'/'.join(info.key)} has shape {list(info.shape)}; "
             f"the box {list(box.offset)}+{list(box.shape)} reaches beyond it"

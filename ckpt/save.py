@@ -32,6 +32,7 @@ from ckpt.format import (
     ZARR,
     Json,
     array_document,
+    array_path,
     atom_path,
     check_json,
     check_tag,
@@ -93,7 +94,8 @@ def save(
 
     Raises:
         CheckpointError: the same on all ranks; the checkpoint does not exist then, and an older one of
-            the same tag is untouched.
+            the same tag is untouched. The one exception says so: the checkpoint is committed, but
+            `latest` could not be made to name it.
     """
     folder = commit.local_folder(run)
     staging = commit.staging_folder(folder, tag)
@@ -151,7 +153,8 @@ def _check_and_plan(
                 f"{'/'.join(shard.spec.key)} has dtype {shard.spec.dtype}, which can't be stored; "
                 f"use one of {', '.join(sorted(DTYPES))}"
             )
-        assert shard.data.shape == shard.spec.box.shape, f"{shard.spec} has data of shape {shard.data.shape}"
+        found = (shard.data.shape, shard.data.dtype)
+        assert found == (shard.spec.box.shape, np.dtype(shard.spec.dtype)), f"{shard.spec} has data {found}"
     return make_plan(layout)
 
 
@@ -222,16 +225,12 @@ def _write_all(job: _Job, writes: Iterable[_Write]) -> Records:
     """Write chunks with a few threads (system calls and checksums release the interpreter's lock)."""
     records: Records = {}
     todo = list(writes)
-    for folder in dict.fromkeys(array_path(w.key) for w in todo):
+    for folder in dict.fromkeys(array_path(*w.key) for w in todo):
         (job.staging / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for write, record in zip(todo, pool.map(lambda w: _write_chunk(job, w), todo), strict=True):
-            records.setdefault(array_path(write.key), {})[chunk_key(write.chunk.index)] = record
+            records.setdefault(array_path(*write.key), {})[chunk_key(write.chunk.index)] = record
     return records
-
-
-def array_path(key: ArrayKey) -> str:
-    return f"{atom_path(key.atom)}/{key.state}"
 
 
 def _write_chunk(job: _Job, write: _Write) -> Json:
@@ -243,7 +242,7 @@ def _write_chunk(job: _Job, write: _Write) -> Json:
     flat = np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
     blocks = block_checksums(flat.data)
     checksum = combine(blocks, flat.nbytes)
-    path = job.staging / array_path(write.key) / chunk_key(write.chunk.index)
+    path = job.staging / array_path(*write.key) / chunk_key(write.chunk.index)
     files.write_file(path, [flat.data, checksum.to_bytes(4, "little")], durable=job.durable)
     record: Json = {"size": flat.nbytes + 4, "crc32c": f"{checksum:08x}"}
     if len(blocks) > 1:
@@ -261,7 +260,7 @@ def _finish(
         for path, record in records.items():
             chunks.setdefault(path, {}).update(record)
     for plan in plans:
-        written = len(chunks.get(array_path(plan.key), {}))
+        written = len(chunks.get(array_path(*plan.key), {}))
         assert written == len(plan.chunks), f"{plan.key}: {written} chunks written of {len(plan.chunks)}"
     root = encode_document(group_document(members))
     files.write_file(job.staging / ZARR, [root], durable=job.durable)
@@ -290,7 +289,7 @@ def _write_documents(job: _Job, plans: list[ArrayPlan]) -> tuple[dict[str, Json]
     for plan in plans:
         members.setdefault("atoms", group_document())
         members.setdefault(atom_path(plan.key.atom), group_document())
-        members[array_path(plan.key)] = array_document(plan.dtype, plan.shape, plan.chunk_shape)
+        members[array_path(*plan.key)] = array_document(plan.dtype, plan.shape, plan.chunk_shape)
     records: dict[str, Json] = {}
     for path, content in members.items():
         data = encode_document(content)

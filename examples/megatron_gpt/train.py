@@ -1,0 +1,121 @@
+"""Train the example GPT with uni3d, from scratch or from where the run stands, on any topology.
+
+    torchrun --standalone --nproc-per-node 4 examples/megatron_gpt/train.py \
+        --config examples/megatron_gpt/configs/tiny.json --pp 2 --dp 2 --tp 1 --zero 1 \
+        --steps 100 --run runs/tiny --save-every 50
+
+It takes up the newest checkpoint in `--run` by itself, whatever topology wrote it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import TokenDataset, load_tokens
+from model import GPT, GPTConfig
+
+import uni3d
+
+
+def parse_arguments() -> argparse.Namespace:
+    def degree(text: str) -> int | str:
+        return text if text == "auto" else int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.json", help="model, sequence length, uni3d config"
+    )
+    parser.add_argument("--pp", type=degree, default=1, metavar="N", help="pipeline stages")
+    parser.add_argument("--dp", type=degree, default="auto", metavar="N|auto", help="data-parallel copies")
+    parser.add_argument(
+        "--tp", type=degree, default=1, metavar="N", help="parts of each tensor-parallel layer"
+    )
+    parser.add_argument("--zero", type=int, default=1, choices=[0, 1, 2, 3], help="ZeRO stage")
+    parser.add_argument(
+        "--steps", type=int, required=True, metavar="N", help="step to stop at, over all resumes"
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of checkpoints")
+    parser.add_argument(
+        "--save-every", type=int, default=0, metavar="N", help="steps; 0 saves at the end only"
+    )
+    parser.add_argument("--data", default="builtin", help="builtin, FILE.txt or FILE.bin")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data order")
+    parser.add_argument("--metrics", type=Path, metavar="FILE.jsonl", help="append one line a step")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = json.loads(Path(args.config).read_text())
+    settings = config["uni3d"] | {
+        "seed": args.seed,
+        "parallel": {"pp": args.pp, "dp": args.dp, "tp": args.tp},
+        "zero_optimization": {"stage": args.zero},
+    }
+    with torch.device("meta"):  # no memory yet; each rank fills the parts that it keeps
+        model = GPT(GPTConfig(**config["model"]))
+    tokens = load_tokens(args.data, "train")
+    data = TokenDataset(tokens, config["seq_len"], vocab_size=model.config.vocab_size)
+    engine, _, loader, _ = uni3d.initialize(
+        model=model, model_parameters=decay_groups(model), training_data=data, config=settings
+    )
+    assert loader is not None, "training_data was given"
+
+    engine.resume(args.run)
+    batches = iter(loader)
+    saved_at = engine.global_steps
+    while engine.global_steps < args.steps:
+        start = time.perf_counter()
+        lr = engine.get_lr()[0]
+        loss = engine.train_batch(batches).item()
+        if args.metrics and engine.model.topology.rank == 0:
+            append_metrics(args.metrics, engine, loss, lr, config["seq_len"], time.perf_counter() - start)
+        done = engine.global_steps == args.steps
+        if done or (args.save_every and engine.global_steps % args.save_every == 0):
+            engine.save_checkpoint(args.run)
+            saved_at = engine.global_steps
+    if engine.model.topology.rank == 0:
+        print(f"stopped at step {engine.global_steps}; the newest checkpoint is of step {saved_at}")
+
+
+def decay_groups(model: GPT) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for norms and biases."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def append_metrics(
+    path: Path, engine: uni3d.Engine, loss: float, lr: float, seq_len: int, seconds: float
+) -> None:
+    """One JSON object for the step that was just taken."""
+    degrees = engine.model.topology.degrees
+    line = {
+        "step": engine.global_steps,
+        "loss": loss,
+        "grad_norm": engine.get_global_grad_norm(),
+        "lr": lr,
+        "samples": engine.global_samples,
+        "tokens": engine.global_samples * seq_len,
+        "tokens_per_s": engine.train_batch_size() * seq_len / seconds,
+        "pp": degrees.pp,
+        "dp": degrees.dp,
+        "tp": degrees.tp,
+        "zero": engine.model.zero.stage,
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, uni3d.CheckpointError) as error:
+        # A mistake of the user's is one line, not one traceback for each rank.
+        sys.exit(f"error: {error}")

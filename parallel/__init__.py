@@ -1,0 +1,26 @@
+"""Data, tensor and pipeline parallelism with ZeRO sharding, on torch.distributed.
+
+    Topology          the ranks on a mesh (pp, replicate, shard, tp); made once and handed on
+    stages, pipeline  a model that is a chain of layers, cut into stages and run by torch's schedules
+    tensor            a model's `tp_plan` applied as DTensor styles
+    zero              ZeRO stages 0-3 as settings of `fully_shard`
+    weights           initial values that don't depend on the topology
+    gradients         tied weights, the global norm
+    layout            which part of a tensor this rank holds
+
+This package knows nothing of files, configs or engines.
+"""
+
+from parallel.assemble import ParallelModel, build
+from parallel.comm import HostComm
+from parallel.topology import Degrees, Topology, resolve_degrees, start_process_group
+
+__all__ = [
+    "Degrees",
+    "HostComm",
+    "ParallelModel",
+    "Topology",
+    "build",
+    "resolve_degrees",
+    "start_process_group",
+]

@@ -1,0 +1,123 @@
+"""From a plain model to this rank's part of it, in order: check, cut, split, shard, fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from parallel.gradients import TiedGradients
+from parallel.pipeline import LossFn, Pipeline
+from parallel.stages import Chain, layer_names, split_layers
+from parallel.tensor import apply_tensor_parallel, check_divisible, expand_plan, tied_names
+from parallel.topology import Topology
+from parallel.weights import broadcast_from_first_rank, check_can_materialise, is_meta, materialise
+from parallel.zero import Zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelModel:
+    """This rank's part of a model, ready to train."""
+
+    module: nn.Module
+    """The rank's stage, sharded; its parameters have the names of the unsplit model."""
+    topology: Topology
+    zero: Zero
+    ties: dict[str, str]
+    """Other names of tied parameters -> the first name, over the whole model."""
+    tied: TiedGradients
+    pipeline: Pipeline | None
+    """Runs whole batches; None for a model that computes its own loss."""
+    parameter_names: list[str]
+    """Of the whole model, tied ones once, in the model's order."""
+
+    def first_name(self, name: str) -> str:
+        """The name under which a parameter of this rank is known everywhere."""
+        return self.ties.get(name, name)
+
+
+def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -> ParallelModel:
+    """Collective: turn `model`, built alike on every rank, into this rank's part of it.
+
+    The model may say how it is split: `pipeline_layers`, `tp_plan` and `tp_units`; what to train:
+    `loss_fn(outputs, targets)`; and, when it was built on the meta device, how to fill its parameters:
+    `init_parameter(name, tensor, generator)`. `model` itself is used up.
+
+    Raises:
+        ValueError: the model can't be split this way; the message names the layer, the size, the degree.
+    """
+    degrees = topology.degrees
+    layers = layer_names(model)
+    plan = _check_splits(model, topology, layers)
+    init = check_can_materialise(model) if is_meta(model) else None
+    if init is None:
+        broadcast_from_first_rank(model.to(topology.device))
+    loss_fn: LossFn | None = getattr(model, "loss_fn", None)
+    ties = tied_names(model)
+    names = [name for name, _ in model.named_parameters()]
+
+    module: nn.Module = model
+    stage_names = [{name for name, _ in model.named_parameters(remove_duplicate=False)}]
+    if layers is not None:
+        stages = split_layers(model, layers, degrees.pp)
+        stage_names = [
+            {n for n in stage_names[0] if n.startswith(tuple(f"{k}." for k in kept))} for kept in stages
+        ]
+        module = Chain(model, stages[topology.pp_rank])
+    apply_tensor_parallel(module, plan, topology.tp_mesh)
+    zero = Zero(module, _units(module), topology.zero_mesh, zero_stage)
+    if init is not None:
+        materialise(module, init, seed=seed, device=topology.device, first_names=ties)
+    return ParallelModel(
+        module=module,
+        topology=topology,
+        zero=zero,
+        ties=ties,
+        tied=TiedGradients(module, ties, stage_names, topology),
+        pipeline=None if loss_fn is None else Pipeline(zero, topology, loss_fn),
+        parameter_names=names,
+    )
+
+
+def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | None) -> dict[str, str]:
+    """Check that the model can be split as the topology wants; returns its expanded tensor-parallel plan."""
+    degrees = topology.degrees
+    kind = type(model).__name__
+    if degrees.pp > 1 and layers is None:
+        raise ValueError(
+            f"pp({degrees.pp}) needs a model with pipeline_layers, which {kind} hasn't; use pp 1"
+        )
+    if degrees.pp > 1 and getattr(model, "loss_fn", None) is None:
+        raise ValueError(
+            f"pp({degrees.pp}) needs a model with a loss_fn(outputs, targets), which {kind} hasn't"
+        )
+    declared = getattr(model, "tp_plan", None)
+    if degrees.tp > 1 and not declared:
+        raise ValueError(f"tp({degrees.tp}) needs a model with a tp_plan, which {kind} hasn't; use tp 1")
+    plan = expand_plan(model, declared or {})
+    check_divisible(model, plan, getattr(model, "tp_units", {}), degrees.tp)
+    return plan
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """The submodules that ZeRO gathers one by one: the layers of a chain, else the entries of module lists.
+
+    A layer stays with the root if it shares a weight with another (both must be gathered together) or
+    has no matrices (a collective of its own would cost more than it moves).
+    """
+    if isinstance(module, Chain):
+        candidates = module._links()
+    else:
+        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+        candidates = [layer for modules in lists for layer in modules]
+    owners: dict[int, int] = {}
+    for layer in candidates:
+        for parameter in layer.parameters():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [
+        layer
+        for layer in candidates
+        if any(p.ndim >= 2 for p in layer.parameters())
+        and all(owners[id(p)] == 1 for p in layer.parameters())
+    ]

@@ -1,0 +1,92 @@
+"""Gradients across ranks: tied weights, the global norm, one scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel.topology import Topology
+
+
+class TiedGradients:
+    """Weights that several pipeline stages hold copies of: their gradients are summed over the stages.
+
+    The copies then take the same optimizer steps, so they stay equal bit for bit.
+    """
+
+    def __init__(
+        self, module: nn.Module, ties: Mapping[str, str], stage_names: Sequence[set[str]], topology: Topology
+    ) -> None:
+        """`ties` maps each alias to its first name; `stage_names` are the parameter names on each stage."""
+        self._topology = topology
+        self._shared: list[tuple[nn.Parameter, list[int]]] = []
+        self.copies: set[str] = set()
+        """Names of this stage's parameters that an earlier stage holds too, and counts and saves."""
+        mine = dict(module.named_parameters())
+        for first in sorted(set(ties.values())):
+            names = {first, *(alias for alias, name in ties.items() if name == first)}
+            holders = [stage for stage, held in enumerate(stage_names) if names & held]
+            here = names & mine.keys()
+            if len(holders) > 1 and here:
+                name = min(here)
+                self._shared.append((mine[name], holders))
+                if topology.pp_rank != holders[0]:
+                    self.copies.add(name)
+
+    def sum(self) -> None:
+        """Collective over the pipeline: replace each copy's gradient by the sum over its stages."""
+        for parameter, holders in self._shared:
+            assert parameter.grad is not None, "a tied weight took part in no backward pass"
+            gradient = _local(parameter.grad)
+            if gradient.numel() == 0:  # an uneven shard with nothing in it is empty on every stage
+                continue
+            received = {stage: torch.empty_like(gradient) for stage in holders}
+            received[self._topology.pp_rank] = gradient.clone()
+            group = self._topology.pp_group
+            operations = []
+            for stage in holders:
+                if stage != self._topology.pp_rank:
+                    peer = dist.get_global_rank(group, stage)
+                    operations.append(dist.P2POp(dist.isend, received[self._topology.pp_rank], peer, group))
+                    operations.append(dist.P2POp(dist.irecv, received[stage], peer, group))
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            gradient.copy_(torch.stack([received[stage] for stage in holders]).sum(0))  # in stage order
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's parts of the gradients, the live memory."""
+    return [_local(p.grad) for p in parameters if p.grad is not None]
+
+
+def square_sum(parameters: Iterable[nn.Parameter], topology: Topology) -> Tensor:
+    """This rank's contribution to the squared norm of all gradients, a float64 scalar.
+
+    Summed over all ranks it counts each element of each logical parameter once: of ranks that hold the
+    same part, the first on the axis counts it.
+    """
+    counted = [_local(p.grad) for p in parameters if p.grad is not None and _is_first_holder(p, topology)]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=topology.device)
+    norms = torch._foreach_norm(counted, 2)
+    return torch.stack(list(norms)).double().square().sum()
+
+
+def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:
+    sharded: set[str] = set()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        sharded = {n for n, p in zip(names, parameter.placements, strict=True) if p.is_shard()}
+    return all(
+        topology.mesh.get_local_rank(axis) == 0
+        for axis in ("replicate", "shard", "tp")
+        if axis not in sharded
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,133 @@
+"""The ranks and their places: one mesh, made once and handed on.
+
+Ranks are numbered `arange(world).view(pp, replicate, shard, tp)`: tensor-parallel neighbours lie side by
+side, pipeline stages farthest apart. The data-parallel axis is two mesh axes, `replicate x shard`, so
+that every ZeRO stage is the same mechanism: stage 0 shards over one rank and replicates over dp, the
+others shard over dp and replicate over one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Degree = int | Literal["auto"]
+AXES = ("pp", "replicate", "shard", "tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """How many ways the work is split: pipeline stages, data-parallel copies, tensor-parallel parts."""
+
+    pp: int
+    dp: int
+    tp: int
+
+    def __str__(self) -> str:
+        return f"(pp, dp, tp) = ({self.pp}, {self.dp}, {self.tp})"
+
+
+def resolve_degrees(world_size: int, *, pp: Degree = 1, dp: Degree = "auto", tp: Degree = 1) -> Degrees:
+    """Fill in the one degree that is `"auto"` and check the equation.
+
+    Raises:
+        ValueError: two are "auto", one isn't positive, or they don't multiply to `world_size`.
+    """
+    given: dict[str, Degree] = {"pp": pp, "dp": dp, "tp": tp}
+    auto = [axis for axis, degree in given.items() if degree == "auto"]
+    known = {axis: degree for axis, degree in given.items() if isinstance(degree, int)}
+    if len(auto) > 1:
+        raise ValueError(f"{' and '.join(auto)} are both 'auto'; give at least two of pp, dp, tp as numbers")
+    for axis, degree in known.items():
+        if degree < 1:
+            raise ValueError(f"{axis}({degree}) must be at least 1")
+    product = 1
+    for degree in known.values():
+        product *= degree
+    equation = " * ".join(f"{axis}({degree})" for axis, degree in given.items())
+    if auto:
+        if world_size % product:
+            raise ValueError(
+                f"{equation} can't be {world_size}: {world_size} processes were started, "
+                f"which {product} doesn't divide"
+            )
+        known[auto[0]] = world_size // product
+    elif product != world_size:
+        raise ValueError(f"{equation} = {product}, but {world_size} processes were started")
+    return Degrees(**known)
+
+
+def start_process_group(device_type: str) -> None:
+    """Join the group that torchrun announces in the environment; without torchrun, be a group of one."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+class Topology:
+    """The mesh, this rank's place on it, and the groups to talk to.
+
+    Attributes:
+        degrees: pp, dp and tp.
+        mesh: of shape (pp, replicate, shard, tp) with the axis names of `AXES`.
+        device: where this rank computes.
+    """
+
+    def __init__(self, degrees: Degrees, *, zero_stage: int, device_type: str = "cpu") -> None:
+        """Collective. `degrees` must multiply to the number of ranks.
+
+        Raises:
+            ValueError: they don't.
+        """
+        d = resolve_degrees(dist.get_world_size(), pp=degrees.pp, dp=degrees.dp, tp=degrees.tp)
+        shape = (d.pp, d.dp, 1, d.tp) if zero_stage == 0 else (d.pp, 1, d.dp, d.tp)
+        self.degrees = d
+        self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+        index = torch.cuda.current_device() if device_type == "cuda" else 0
+        self.device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.mesh.get_local_rank("pp")
+
+    @property
+    def tp_rank(self) -> int:
+        return self.mesh.get_local_rank("tp")
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of the global batch is this rank's."""
+        shard_size = self.mesh["shard"].size()
+        return self.mesh.get_local_rank("replicate") * shard_size + self.mesh.get_local_rank("shard")
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.degrees.pp - 1
+
+    @property
+    def zero_mesh(self) -> DeviceMesh:
+        """The two data-parallel axes, `(replicate, shard)`."""
+        return self.mesh["replicate", "shard"]
+
+    @property
+    def tp_mesh(self) -> DeviceMesh:
+        return self.mesh["tp"]
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the other pipeline stages of this rank's part."""
+        return self.mesh.get_group("pp")

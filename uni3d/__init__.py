@@ -1,0 +1,59 @@
+"""uni3d: data, tensor and pipeline parallelism with ZeRO, and checkpoints that resume on any topology.
+
+    engine, optimizer, loader, scheduler = uni3d.initialize(model=model, config="config.json", ...)
+    loss = engine.train_batch(iter(loader))
+    engine.save_checkpoint("run")        # any later run, on any number of GPUs:
+    engine.load_checkpoint("run")
+
+Importing this package loads no torch; `initialize` and `Engine` do when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckpt import CheckpointError
+    from uni3d.engine import Engine
+    from uni3d.initialization import initialize
+
+__version__ = "0.1.0"
+__all__ = ["CheckpointError", "Engine", "initialize"]
+
+_HOME = {
+    "CheckpointError": "ckpt",
+    "Engine": "uni3d.engine",
+    "initialize": "uni3d.initialization",
+}
+"""Where each public name lives; looked up when it is first asked for."""
+
+
+def _check_siblings() -> None:
+    """`parallel` and `ckpt` are common names: make sure that the ones found are ours.
+
+    Raises:
+        ImportError: naming the file that stands in the way.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for name in ("parallel", "ckpt"):
+        spec = find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if origin != here / name / "__init__.py":
+            raise ImportError(
+                f"uni3d needs its own package {name!r} at {here / name}, but Python finds "
+                f"{origin or 'none'}; rename that file, or take its folder off sys.path"
+            )
+
+
+_check_siblings()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'uni3d' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,175 @@
+"""What an engine saves and loads: shards through `ckpt`, everything else in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+import ckpt
+import uni3d
+from parallel import HostComm
+from uni3d import state
+
+if TYPE_CHECKING:
+    from uni3d.engine import Engine
+
+T = TypeVar("T")
+
+
+class Checkpointer:
+    """Saves and loads one engine. Every call is collective."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._comm = HostComm()
+        self._specs: list[ckpt.ShardSpec] | None = None
+        self._layout: list[list[ckpt.ShardSpec]] = []
+
+    def save(self, run: str | Path, tag: str, client_state: dict[str, Any], *, update_latest: bool) -> Path:
+        """Write checkpoint `tag`; see `Engine.save_checkpoint`."""
+        engine = self._engine
+        tag = self._same_everywhere(tag)
+        held = self._together(lambda: state.held_arrays(engine.model, engine.optimizer))
+        shards = [array.shard for array in held if array.saves]
+        self._exchange_layout([shard.spec for shard in shards])
+        document = self._document(client_state)
+        return ckpt.save(
+            run,
+            tag,
+            shards,
+            layout=self._layout,
+            comm=self._comm,
+            document=document,
+            update_latest=update_latest,
+        )
+
+    def load(
+        self,
+        run: str | Path,
+        tag: str | None,
+        *,
+        strict: bool,
+        optimizer_states: bool,
+        scheduler_states: bool,
+        counters: bool,
+    ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
+        """Fill the engine from a checkpoint; see `Engine.load_checkpoint`."""
+        engine = self._engine
+        checkpoint = self._open(run, tag)
+        manifest = checkpoint.manifest
+        optimizer = engine.optimizer if optimizer_states else None
+        scheduler = engine.lr_scheduler if scheduler_states else None
+        self._together(lambda: self._check_fits(manifest, optimizer, scheduler))
+        report = self._load_arrays(checkpoint, optimizer, strict=strict)
+        if optimizer is not None:
+            state.restore_optimizer(engine.model, optimizer, manifest["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(manifest["scheduler"])
+        if counters:
+            engine.restore_counters(manifest["engine"])
+        return report, checkpoint
+
+    def _check_fits(self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: Any) -> None:
+        """Check what isn't an array, before anything changes."""
+        if optimizer is not None:
+            state.check_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+        if scheduler is not None and manifest["scheduler"] is None:
+            raise ckpt.CheckpointError(
+                "the checkpoint has no scheduler; load it with load_lr_scheduler_states=False"
+            )
+
+    def _load_arrays(
+        self, checkpoint: ckpt.Checkpoint, optimizer: Optimizer | None, *, strict: bool
+    ) -> ckpt.LoadReport:
+        def leave(key: ckpt.ArrayKey) -> str | None:
+            return "optimizer states were not asked for" if is_moment(key) and optimizer is None else None
+
+        def is_moment(key: ckpt.ArrayKey) -> bool:
+            return key.state not in (state.PARAMETER, state.BUFFER)
+
+        model = self._engine.model
+        fresh = optimizer is not None and not optimizer.state
+        stored = checkpoint.manifest["optimizer"]
+        has_states = bool(stored and stored["scalars"]) or any(is_moment(key) for key in checkpoint.arrays)
+        if optimizer is not None and fresh and has_states:
+            state.create_states(model, optimizer)
+        try:
+            held = self._together(lambda: state.held_arrays(model, optimizer))
+            targets = [array.shard for array in held]
+            report = ckpt.load(checkpoint, targets, comm=self._comm, strict=strict, leave=leave)
+        except ckpt.CheckpointError:
+            if optimizer is not None and fresh:
+                optimizer.state.clear()
+            raise
+        state.finish_load(held)
+        return report
+
+    def latest(self, run: str | Path) -> str | None:
+        """The newest committed tag, the same on all ranks whatever their file systems show them yet."""
+        return self._from_first_rank(lambda: ckpt.read_latest(run))
+
+    def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
+        chosen = self._from_first_rank(lambda: ckpt.open_checkpoint(run, tag).folder)
+        return self._together(lambda: ckpt.open_checkpoint(chosen))
+
+    def _document(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """Everything in the manifest but the arrays; the same on all ranks."""
+        engine = self._engine
+        topology = engine.model.topology
+        speaks = topology.dp_rank == 0 and topology.tp_rank == 0  # one rank of each stage
+        parts = self._gathered(lambda: state.describe(engine.model, engine.optimizer) if speaks else None)
+        whole = self._together(lambda: state.merge([part for part in parts if part is not None]))
+        scheduler = engine.lr_scheduler
+        degrees = topology.degrees
+        return {
+            "step": engine.global_steps,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "writer": {
+                "uni3d": uni3d.__version__,
+                "torch": str(torch.__version__),
+                "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
+                "zero_stage": engine.model.zero.stage,
+            },
+            **whole,
+            "aliases": engine.model.ties,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "engine": engine.counters(),
+            "client_state": client_state,
+        }
+
+    def _exchange_layout(self, specs: list[ckpt.ShardSpec]) -> None:
+        """Learn what every rank holds; once, unless what some rank holds has changed."""
+        if any(self._comm.all_gather(specs != self._specs)):
+            self._layout = self._comm.all_gather(specs)
+            self._specs = specs
+
+    def _same_everywhere(self, tag: str) -> str:
+        tags = self._comm.all_gather(tag)
+        if len(set(tags)) > 1:
+            raise ckpt.CheckpointError(
+                f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
+            )
+        return tag
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do `work`; if it fails on any rank, raise the same error on all."""
+        error: Exception | None = None
+        result: T | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        ckpt.raise_together(self._comm, error)
+        return result  # type: ignore[return-value]
+
+    def _gathered(self, work: Callable[[], T]) -> list[T]:
+        return self._comm.all_gather(self._together(work))
+
+    def _from_first_rank(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, the only rank that does it."""
+        return self._gathered(lambda: work() if self._comm.rank == 0 else None)[0]  # type: ignore[return-value]

@@ -1,0 +1,166 @@
+"""The JSON config: DeepSpeed's keys with DeepSpeed's meanings, and one section of ours, `parallel`.
+
+Strict: a key that isn't known is an error that names the nearest known one, and a key of DeepSpeed's that
+isn't supported is refused with the reason. Nothing is parsed and then ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from uni3d.optim import OptimizerConfig, SchedulerConfig
+
+_LATER = "not supported in this release"
+REFUSED = {
+    "fp16": f"mixed precision is {_LATER}; training is in fp32",
+    "bf16": f"mixed precision is {_LATER}; training is in fp32",
+    "amp": f"mixed precision is {_LATER}; training is in fp32",
+    "activation_checkpointing": _LATER,
+    "communication_data_type": f"{_LATER}; gradients are reduced in fp32",
+    "prescale_gradients": f"{_LATER}; gradients are summed, then divided once",
+    "tensorboard": _LATER,
+    "wandb": _LATER,
+    "csv_monitor": _LATER,
+    "flops_profiler": _LATER,
+    "wall_clock_breakdown": _LATER,
+    "steps_per_print": f"{_LATER}; print what train_batch returns",
+    "elasticity": "not needed: any checkpoint resumes on any topology with the same train_batch_size",
+    "checkpoint": f"{_LATER}; every checkpoint is universal, and there is nothing to set",
+    "zero_optimization.offload_optimizer": _LATER,
+    "zero_optimization.offload_param": _LATER,
+    "zero_optimization.zero_hpz_partition_size": _LATER,
+    "zero_optimization.mics_shard_size": _LATER,
+}
+"""Keys of DeepSpeed's that are refused, and why."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ParallelConfig(_Strict):
+    """How many ways the work is split; `pp * dp * tp` is the number of processes."""
+
+    pp: int | Literal["auto"] = 1
+    """Pipeline stages."""
+    dp: int | Literal["auto"] = "auto"
+    """Data-parallel copies; "auto" takes the processes that the other two leave."""
+    tp: int | Literal["auto"] = 1
+    """Parts of each tensor-parallel layer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" is a GPU where there is one."""
+
+
+class ZeroConfig(_Strict):
+    """What is sharded over the data-parallel ranks; the meanings are ZeRO's (see `parallel.zero`)."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+
+
+class Config(_Strict):
+    """A whole config, checked but for what depends on the number of processes (see `batch_triad`)."""
+
+    train_batch_size: int | None = Field(default=None, gt=0)
+    """Samples in a global batch: those of one optimizer step."""
+    train_micro_batch_size_per_gpu: int | None = Field(default=None, gt=0)
+    """Samples that a data-parallel rank computes at once."""
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
+    """Micro batches of one optimizer step on each data-parallel rank; those that a pipeline overlaps."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of all gradients together; 0 doesn't clip. DeepSpeed's default is 1.0 too."""
+    seed: int = Field(default=42, ge=0)
+    """Of initial weights, data order and dropout."""
+    parallel: ParallelConfig = ParallelConfig()
+    zero_optimization: ZeroConfig = ZeroConfig()
+    optimizer: OptimizerConfig | None = None
+    scheduler: SchedulerConfig | None = None
+
+
+class BatchTriad(_Strict):
+    """train_batch = micro_batch * accumulation * dp."""
+
+    train_batch: int
+    micro_batch: int
+    accumulation: int
+
+
+def load_config(config: str | Path | Mapping[str, Any]) -> Config:
+    """Read and check a config: a mapping, or the path of a JSON file.
+
+    Raises:
+        ValueError: naming every key that is wrong, with what was expected.
+    """
+    if isinstance(config, Mapping):
+        values = dict(config)
+    else:
+        try:
+            values = json.loads(Path(config).read_text())
+        except OSError as error:
+            raise ValueError(f"config {config} can't be read: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config {config} is not JSON: {error}") from None
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("config: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def batch_triad(config: Config, dp: int) -> BatchTriad:
+    """Derive what isn't given of the three batch sizes, by DeepSpeed's rules.
+
+    With `train_batch_size` alone, accumulation is 1; with `train_micro_batch_size_per_gpu` alone, too.
+
+    Raises:
+        ValueError: they don't multiply, showing the equation, or neither batch size is given.
+    """
+    total = config.train_batch_size
+    micro = config.train_micro_batch_size_per_gpu
+    steps = config.gradient_accumulation_steps
+    if total is None and micro is None:
+        raise ValueError("config: give train_batch_size or train_micro_batch_size_per_gpu")
+    given = (
+        f"train_batch_size({total}) = train_micro_batch_size_per_gpu({micro}) * "
+        f"gradient_accumulation_steps({steps}) * dp({dp})"
+    )
+    if total is None:
+        assert micro is not None, "one of them is given"
+        steps = steps or 1
+        total = micro * steps * dp
+    elif micro is None:
+        steps = steps or 1
+        micro = total // (steps * dp)
+    elif steps is None:
+        steps = total // (micro * dp)
+    if micro * steps * dp != total or micro < 1 or steps < 1:
+        raise ValueError(f"config: {given.replace('None', '?')} can't be solved in whole numbers; change one")
+    return BatchTriad(train_batch=total, micro_batch=micro, accumulation=steps)
+
+
+def _explain(error: Any) -> str:
+    """One problem that pydantic found, as a sentence with the key's full name."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        if key in REFUSED:
+            return f"{key} is refused: {REFUSED[key]}"
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Keys of the section at `path`."""
+    section: Any = Config
+    for part in path:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        section = next((o for o in options if hasattr(o, "model_fields")), None)
+    return sorted(section.model_fields) if section is not None else []

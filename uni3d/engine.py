@@ -1,0 +1,371 @@
+"""The engine: one optimizer step after another, on whatever topology."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+import ckpt
+from parallel import ParallelModel
+from parallel.gradients import local_gradients, square_sum
+from parallel.pipeline import Loss, split_logits
+from uni3d.checkpointing import Checkpointer
+from uni3d.config import BatchTriad, Config
+from uni3d.data import TrainingLoader
+
+
+class Engine:
+    """Trains one model. Made by `uni3d.initialize`; every method is collective unless it says otherwise.
+
+    A step's loss is the mean over the global batch: over its tokens where the model's `loss_fn` returns
+    `(sum, count)`, over its micro batches where the loss is a single value.
+
+    Attributes:
+        module: this rank's part of the model.
+        optimizer, lr_scheduler, training_dataloader: as `initialize` made them, or None.
+        global_steps: optimizer steps taken, over all resumes.
+        global_samples: samples consumed, over all ranks and resumes.
+        last_load: what the last load restored, defaulted and dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        triad: BatchTriad,
+        model: ParallelModel,
+        optimizer: torch.optim.Optimizer | None,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    ) -> None:
+        self.config = config
+        self.triad = triad
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.training_dataloader: TrainingLoader | None = None
+        self.global_steps = 0
+        self.global_samples = 0
+        self.last_load: ckpt.LoadReport | None = None
+        self._checkpointer = Checkpointer(self)
+        self._own_iterator: Iterator[Any] | None = None
+        self._micro_steps = 0  # micro batches since the last boundary
+        self._pending: list[Loss] = []  # their losses, from the forward/backward/step calls
+        self._gradient_norm: float | None = None
+        self._unusable: str | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    # --- whole batches ---------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """One optimizer step on one global batch, under any topology.
+
+        Takes `gradient_accumulation_steps` micro batches `(inputs, targets)` from `data_iter`, by default
+        from the engine's own loader. Returns the batch's mean loss, the same on all ranks.
+
+        Raises:
+            FloatingPointError: the loss or a gradient isn't finite; no step was taken.
+            ValueError: micro batches of another size than the config's.
+        """
+        self._check_usable()
+        if self.optimizer is None:
+            raise ValueError(
+                "train_batch needs an optimizer; name one in the config or give one to initialize"
+            )
+        batches = self._take(data_iter)
+        self.module.train()
+        with self._random_state_of_step():
+            loss = self._run(batches, train=True)
+        return self._finish_step(loss)
+
+    def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
+        """Mean loss of one global batch from `data_iter`, without learning from it."""
+        self._check_usable()
+        batches = self._take(data_iter)
+        self.module.eval()
+        with torch.no_grad(), self._random_state_of_step():
+            loss = self._run(batches, train=False)
+        self.module.train()
+        self.model.zero.reshard()
+        total, tokens, _ = self._sum_over_ranks(loss, None)
+        return total / tokens
+
+    def _take(self, data_iter: Iterator[Any] | None) -> list[Any]:
+        """This rank's micro batches of the next global batch, on its device."""
+        if data_iter is None:
+            if self.training_dataloader is None:
+                raise ValueError("give a data iterator, or training_data to initialize")
+            if self._own_iterator is None:
+                self._own_iterator = iter(self.training_dataloader)
+            data_iter = self._own_iterator
+        device = self.model.topology.device
+        return [
+            tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, next(data_iter))
+            for _ in range(self.triad.accumulation)
+        ]
+
+    def _run(self, batches: list[Any], *, train: bool) -> Loss | None:
+        """Forward, and with `train` backward, over the micro batches; the summed loss where it is known."""
+        pipeline = self.model.pipeline
+        if pipeline is not None:
+            inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            expected = self.triad.micro_batch * self.triad.accumulation
+            if len(inputs) != expected:
+                raise ValueError(
+                    f"the data iterator gave {len(inputs)} samples in {len(batches)} micro batches; expected "
+                    f"train_micro_batch_size_per_gpu({self.triad.micro_batch}) in each"
+                )
+            return pipeline.run(inputs, targets, len(batches), train=train)
+        losses = []
+        for i, batch in enumerate(batches, start=1):
+            with split_logits(self.model.topology):
+                loss = Loss.of(self.module(*batch))
+                if train:
+                    self.model.zero.before_backward(last=i == len(batches))
+                    loss.total.backward()  # type: ignore[no-untyped-call]
+            losses.append(Loss(loss.total.detach(), loss.tokens))
+        return _sum(losses)
+
+    # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for one micro batch; needs pp = 1, where a rank sees the whole model."""
+        self._check_usable()
+        self._check_no_stages("forward")
+        device = self.model.topology.device
+        args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
+        with self._random_state_of_step():
+            output = self.module(*args, **kwargs)
+        return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+
+    def backward(self, loss: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Add up gradients of one micro batch's loss: its mean, or its sum and the number of its terms."""
+        self._check_no_stages("backward")
+        value = Loss.of(loss)
+        self.model.zero.before_backward(last=self.is_gradient_accumulation_boundary())
+        with split_logits(self.model.topology):
+            value.total.backward()  # type: ignore[no-untyped-call]
+        self._pending.append(Loss(value.total.detach(), value.tokens))
+        return value.total.detach() / value.tokens
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro batch at hand is the last before an optimizer step. Local."""
+        return self._micro_steps + 1 == self.triad.accumulation
+
+    def step(self) -> None:
+        """End a micro batch; at the accumulation boundary, take the optimizer step."""
+        self._check_no_stages("step")
+        if len(self._pending) != self._micro_steps + 1:
+            raise RuntimeError("step() comes after one backward() of each micro batch")
+        boundary = self.is_gradient_accumulation_boundary()
+        self._micro_steps += 1
+        if boundary:
+            losses, self._pending, self._micro_steps = self._pending, [], 0
+            self._finish_step(_sum(losses))
+
+    # --- the step itself -------------------------------------------------------------------------------
+
+    def _finish_step(self, loss: Loss | None) -> Tensor:
+        """From summed gradients to updated parameters."""
+        assert self.optimizer is not None, "checked before the batch was taken"
+        # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
+        self.model.tied.sum()
+        total, tokens, square = self._sum_over_ranks(loss, self._counted_parameters())
+        mean_loss, norm = total / tokens, square.sqrt() / tokens
+        self._gradient_norm = norm.item()
+        if not (mean_loss + norm).isfinite().item():  # the same numbers on all ranks, so all raise
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"step {self.global_steps + 1}: the loss is {mean_loss.item():g} and the gradients' norm "
+                f"{self._gradient_norm:g}; no step was taken"
+            )
+        # 2. Gradients are of the sum over the global batch: divide, and clip, in one multiplication.
+        scale = 1.0 / tokens
+        if self.config.gradient_clipping > 0:
+            scale = scale * (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+        gradients = local_gradients(self.module.parameters())
+        if gradients:
+            torch._foreach_mul_(gradients, scale.float())
+        # 3. The step.
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.global_steps += 1
+        self.global_samples += self.triad.train_batch
+        return mean_loss.float()
+
+    def _sum_over_ranks(
+        self, loss: Loss | None, parameters: list[nn.Parameter] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss, its number of terms and the squared gradient norm, float64, over all ranks."""
+        topology = self.model.topology
+        sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+        if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
+            sums[0], sums[1] = loss.total, loss.tokens
+        if parameters is not None:
+            sums[2] = square_sum(parameters, topology)
+        dist.all_reduce(sums)
+        return sums[0], sums[1], sums[2]
+
+    def _counted_parameters(self) -> list[nn.Parameter]:
+        """This stage's parameters but for copies of tied ones, which their first stage counts."""
+        return [p for n, p in self.module.named_parameters() if n not in self.model.tied.copies]
+
+    @contextmanager
+    def _random_state_of_step(self) -> Iterator[None]:
+        """Dropout drawn from (seed, step, place), so that a resume on the same topology draws the same.
+
+        Tensor-parallel ranks draw alike, as they compute the same activations.
+        """
+        topology = self.model.topology
+        place = (self.config.seed, self.global_steps, self._micro_steps, topology.pp_rank, topology.dp_rank)
+        digest = hashlib.sha256(repr(place).encode()).digest()
+        devices = [topology.device] if topology.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int.from_bytes(digest[:7], "little"))
+            yield
+
+    # --- what it knows of itself (local) ---------------------------------------------------------------
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group, for the next step."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of all gradients of the last step, before clipping; None before the first."""
+        return self._gradient_norm
+
+    def train_batch_size(self) -> int:
+        return self.triad.train_batch
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.triad.micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.triad.accumulation
+
+    def _check_no_stages(self, call: str) -> None:
+        if self.model.topology.degrees.pp > 1:
+            raise RuntimeError(
+                f"{call}() needs the whole model on a rank, but pp is {self.model.topology.degrees.pp}; "
+                "use train_batch() or eval_batch()"
+            )
+
+    def _check_usable(self) -> None:
+        if self._unusable is not None:
+            raise RuntimeError(f"this engine can't be used any more: {self._unusable}; initialize a new one")
+
+    # --- checkpoints -----------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+    ) -> bool:
+        """Write a checkpoint that any topology can load; durable and committed on return.
+
+        Args:
+            save_dir: the run's folder, on a file system that all ranks see.
+            tag: its name; `global_step<N>` by default.
+            client_state: what the script wants to keep: dicts, lists, strings, numbers, booleans, None.
+            save_latest: whether `latest` shall name it.
+
+        Raises:
+            ckpt.CheckpointError: the same on all ranks; there is no such checkpoint then, an older one of
+                this tag is as it was, and training may go on.
+        """
+        self._check_usable()
+        if self._pending:
+            raise RuntimeError("save_checkpoint() comes after step(), not between micro batches of a step")
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        self._checkpointer.save(save_dir, name, client_state or {}, update_latest=save_latest)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str, dict[str, Any]]:
+        """Take up a checkpoint, whatever topology wrote it. Returns its folder and its client_state.
+
+        `tag` None is the one that `latest` names. With `load_module_strict`, everything that the model and
+        the optimizer have must be there, and nothing else; without, the report in `last_load` says what
+        was defaulted and dropped. With `load_module_only`, weights and buffers are loaded and nothing
+        else. One line of what was done is printed on rank 0.
+
+        Raises:
+            ckpt.CheckpointError: nothing is there, or something doesn't fit; the same on all ranks, and the
+                engine is as it was.
+            ckpt.PartialLoadError: data is damaged; the same on all ranks, which refuse to go on from there.
+        """
+        self._check_usable()
+        if self._pending:
+            raise RuntimeError("load_checkpoint() comes after step(), not between micro batches of a step")
+        try:
+            report, checkpoint = self._checkpointer.load(
+                load_dir,
+                tag,
+                strict=load_module_strict,
+                optimizer_states=load_optimizer_states and not load_module_only,
+                scheduler_states=load_lr_scheduler_states and not load_module_only,
+                counters=not load_module_only,
+            )
+        except ckpt.PartialLoadError as error:
+            self._unusable = f"a load failed half-way ({error})"
+            raise
+        self._own_iterator = None
+        if self.training_dataloader is not None:
+            self.training_dataloader.moved()
+        self.last_load = report
+        if self.model.topology.rank == 0:
+            print(f"uni3d: loaded {checkpoint.folder}: {report}", file=sys.stderr, flush=True)
+        return str(checkpoint.folder), checkpoint.manifest["client_state"]
+
+    def resume(self, run: str | Path) -> dict[str, Any] | None:
+        """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
+        if self._checkpointer.latest(run) is None:
+            return None
+        return self.load_checkpoint(run)[1]
+
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint keeps of the engine itself. Local."""
+        return {
+            "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "train_batch_size": self.triad.train_batch,
+            "seed": self.config.seed,
+        }
+
+    def restore_counters(self, saved: dict[str, int]) -> None:
+        """Local: take up where `saved` left."""
+        self.global_steps = saved["global_steps"]
+        self.global_samples = saved["global_samples"]
+
+
+def _sum(losses: list[Loss]) -> Loss:
+    return Loss(
+        torch.stack([loss.total for loss in losses]).sum(),
+        torch.stack([loss.tokens for loss in losses]).sum(),
+    )

@@ -1,0 +1,163 @@
+"""From a model and a config to an engine, with DeepSpeed's arguments and results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import parallel
+from uni3d.config import Config, batch_triad, load_config
+from uni3d.data import TrainingLoader
+from uni3d.engine import Engine
+from uni3d.optim import make_optimizer, make_scheduler
+
+Scheduler = torch.optim.lr_scheduler.LRScheduler
+Groups = list[dict[str, Any]]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Groups], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Scheduler | Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    config_params: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
+    """Collective: make `model` train as `config` says, on all processes that torchrun started.
+
+    The process group is started here if it wasn't; without torchrun it is a group of one.
+
+    Args:
+        args: an object whose `deepspeed_config` is the config's path, if `config` isn't given.
+        model: built alike on every rank, on the CPU or, with an `init_parameter`, on the meta device.
+            It is used up: `engine.module` is this rank's part of it. See `parallel.build` for what a
+            model can say of how it is split.
+        optimizer: over the model's parameters, with no state yet; or a function of parameter groups.
+            Comes before the config's.
+        model_parameters: tensors of the model or dicts of groups with their own hyperparameters; by
+            default all that require a gradient.
+        training_data: a map-style dataset of `(inputs, targets)`.
+        lr_scheduler: over `optimizer`, or a function of it. Comes before the config's.
+        collate_fn: for the data loader.
+        config: the path of a JSON file, or its content.
+        config_params: the old name of `config`.
+
+    Returns:
+        The engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
+
+    Raises:
+        ValueError: what doesn't fit, before any work is done; the same on all ranks.
+    """
+    if model is None:
+        raise ValueError("initialize needs a model")
+    settings = load_config(_one_config(args, config, config_params))
+    degrees, device = _degrees(settings)
+    triad = batch_triad(settings, degrees.dp)
+    parallel.start_process_group(device)
+    topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
+    groups = _named_groups(model, optimizer, model_parameters)
+    built = parallel.build(model, topology, zero_stage=settings.zero_optimization.stage, seed=settings.seed)
+    inner = _make_optimizer(settings, optimizer, groups, built)
+    scheduler = _make_scheduler(settings, lr_scheduler, inner)
+    engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
+    if training_data is not None:
+        engine.training_dataloader = TrainingLoader(
+            training_data,
+            train_batch=triad.train_batch,
+            micro_batch=triad.micro_batch,
+            dp_rank=topology.dp_rank,
+            dp=degrees.dp,
+            seed=settings.seed,
+            position=lambda: engine.global_samples,
+            collate_fn=collate_fn,
+        )
+    return engine, inner, engine.training_dataloader, scheduler
+
+
+def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
+    """The config, from whichever of its places it was given in."""
+    from_args = getattr(args, "deepspeed_config", None)
+    configs = [c for c in (*given, from_args) if c is not None]
+    if len(configs) != 1:
+        raise ValueError(
+            "give the config once, as config, config_params or args.deepspeed_config; "
+            f"got it {len(configs)} times"
+        )
+    config: str | Path | Mapping[str, Any] = configs[0]
+    return config
+
+
+def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
+    device = settings.parallel.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.distributed.is_initialized():
+        world_size = torch.distributed.get_world_size()
+    else:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    p = settings.parallel
+    return parallel.resolve_degrees(world_size, pp=p.pp, dp=p.dp, tp=p.tp), device
+
+
+def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> Groups:
+    """Parameter groups with names for parameters, which outlive the tensors that sharding replaces."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is {parameter.dtype}; in this release parameters must be torch.float32")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if optimizer.state:
+            raise ValueError("the optimizer has taken steps; give it to initialize before the first")
+        given: list[Any] = optimizer.param_groups
+    elif model_parameters is None:
+        given = [p for p in model.parameters() if p.requires_grad]
+    else:
+        given = list(model_parameters)
+    if not given:
+        raise ValueError("there are no parameters to train: model_parameters is empty, or all are frozen")
+    groups: Groups = given if isinstance(given[0], dict) else [{"params": given}]
+    for group in groups:
+        if unknown := sum(id(p) not in names for p in group["params"]):
+            raise ValueError(f"model_parameters has {unknown} tensors that are not parameters of the model")
+    return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+
+
+def _make_optimizer(
+    settings: Config, given: Any, groups: Groups, built: parallel.ParallelModel
+) -> torch.optim.Optimizer | None:
+    """The optimizer over this rank's parts of the parameters; groups that have none here stay, empty."""
+    here = {built.first_name(name): p for name, p in built.module.named_parameters()}
+    local = [{**g, "params": [here[name] for name in g["params"] if name in here]} for g in groups]
+    if isinstance(given, torch.optim.Optimizer):
+        for group, replacement in zip(given.param_groups, local, strict=True):
+            group["params"] = replacement["params"]
+        return given
+    if given is not None:
+        made: torch.optim.Optimizer = given(local)
+        return made
+    return None if settings.optimizer is None else make_optimizer(settings.optimizer, local)
+
+
+def _make_scheduler(
+    settings: Config, given: Any, optimizer: torch.optim.Optimizer | None
+) -> Scheduler | None:
+    if given is None and settings.scheduler is None:
+        return None
+    if optimizer is None:
+        raise ValueError("there is a scheduler but no optimizer; give one, or name one in the config")
+    if isinstance(given, Scheduler):
+        return given
+    if given is not None:
+        made: Scheduler = given(optimizer)
+        return made
+    assert settings.scheduler is not None, "checked above"
+    return make_scheduler(settings.scheduler, optimizer)
