@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -96,10 +95,8 @@ def fill_value(dtype: str) -> float | int | bool:
 
 def array_document(dtype: str, shape: Shape, chunk_shape: Shape) -> Json:
     """The `zarr.json` of one array."""
-    document = deepcopy(_array_template(dtype))
-    document["shape"] = list(shape)
-    document["chunk_grid"]["configuration"]["chunk_shape"] = list(chunk_shape)
-    return document
+    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}}
+    return {**_array_template(dtype), "shape": list(shape), "chunk_grid": grid}
 
 
 def group_document(members: Mapping[str, Json] | None = None) -> Json:
@@ -146,6 +143,9 @@ def decode_manifest(data: bytes, source: str) -> Json:
             f"{source} has format version {manifest.get('version')!r}; this release reads version "
             f"{FORMAT_VERSION}, so read it with the release that wrote it, or a newer one"
         )
+    missing = [key for key in ("tag", "block_bytes", "documents", "chunks") if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{source} has no {' and no '.join(map(repr, missing))}; use another tag")
     return manifest
 
 

@@ -109,6 +109,8 @@ def save(
             received = comm.exchange(*pieces)
             writes = _gathered_writes(batch, received, comm.rank)
             records |= job.together(lambda writes=writes: _write_all(job, writes))  # type: ignore[misc]
+        if durable:
+            job.together(lambda: files.sync_tree(staging))  # every rank: each machine has its own cache
         everything = comm.all_gather(records)
         job.together(
             lambda: _finish(job, plans, everything, document, update_latest) if comm.rank == 0 else None
@@ -243,7 +245,7 @@ def _write_chunk(job: _Job, write: _Write) -> Json:
     blocks = block_checksums(flat.data)
     checksum = combine(blocks, flat.nbytes)
     path = job.staging / array_path(*write.key) / chunk_key(write.chunk.index)
-    files.write_file(path, [flat.data, checksum.to_bytes(4, "little")], durable=job.durable)
+    files.write_file(path, [flat.data, checksum.to_bytes(4, "little")], durable=False)
     record: Json = {"size": flat.nbytes + 4, "crc32c": f"{checksum:08x}"}
     if len(blocks) > 1:
         record["blocks"] = [f"{b:08x}" for b in blocks]
@@ -263,11 +265,10 @@ def _finish(
         written = len(chunks.get(array_path(*plan.key), {}))
         assert written == len(plan.chunks), f"{plan.key}: {written} chunks written of {len(plan.chunks)}"
     root = encode_document(group_document(members))
-    files.write_file(job.staging / ZARR, [root], durable=job.durable)
+    files.write_file(job.staging / ZARR, [root], durable=False)
     documents[ZARR] = {"size": len(root), "crc32c": f"{crc32c(root):08x}"}
     if job.durable:
-        for folder, _, _ in os.walk(job.staging, topdown=False):
-            files.sync_folder(folder)
+        files.sync_tree(job.staging)
     manifest = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -294,6 +295,6 @@ def _write_documents(job: _Job, plans: list[ArrayPlan]) -> tuple[dict[str, Json]
     for path, content in members.items():
         data = encode_document(content)
         (job.staging / path).mkdir(parents=True, exist_ok=True)
-        files.write_file(job.staging / path / ZARR, [data], durable=job.durable)
+        files.write_file(job.staging / path / ZARR, [data], durable=False)
         records[f"{path}/{ZARR}"] = {"size": len(data), "crc32c": f"{crc32c(data):08x}"}
     return records, members

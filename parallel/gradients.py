@@ -80,7 +80,8 @@ def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:
     sharded: set[str] = set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
-        sharded = {n for n, p in zip(names, parameter.placements, strict=True) if p.is_shard()}
+        # Two kinds of placement are shards: cut by one axis alone, and cut by two on the same dim.
+        sharded = {n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()}
     return all(
         topology.mesh.get_local_rank(axis) == 0
         for axis in ("replicate", "shard", "tp")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -54,7 +54,7 @@ class Pipeline:
         self._topology = topology
         self._loss_fn = loss_fn
         self._losses: list[Loss] = []
-        self._schedules: dict[tuple[Any, ...], Schedule1F1B] = {}
+        self._schedules: dict[tuple[Any, ...], Schedule1F1B | ScheduleGPipe] = {}
 
     def run(self, inputs: Tensor, targets: Tensor, micro_batches: int, *, train: bool) -> Loss | None:
         """Collective over the pipeline: forward, and with `train` backward, of each micro batch.
@@ -84,15 +84,17 @@ class Pipeline:
             torch.stack([loss.tokens for loss in losses]).sum(),
         )
 
-    def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Schedule1F1B:
+    def _schedule(
+        self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool
+    ) -> Schedule1F1B | ScheduleGPipe:
         """torch's schedules are made for one shape; keep one for each that comes along."""
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, micro_batches, train)
         if key not in self._schedules:
             topology = self._topology
             stage = _Stage(self._zero, topology)
-            self._schedules[key] = Schedule1F1B(
-                stage, micro_batches, loss_fn=self._collect_loss, scale_grads=False
-            )
+            # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.
+            kind = Schedule1F1B if micro_batches >= topology.degrees.pp else ScheduleGPipe
+            self._schedules[key] = kind(stage, micro_batches, loss_fn=self._collect_loss, scale_grads=False)
         return self._schedules[key]
 
     def _collect_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""What training should do, in plain PyTorch on one process. Shares no code with uni3d, parallel or ckpt.
+
+The rules that uni3d documents (initial weights from seed and name, the order of samples, DeepSpeed's
+schedule) are written down here a second time, so that a slip in either is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from model import GPT, GPTConfig
+from torch import Tensor
+
+SEED = 7
+SEQ_LEN = 8
+BATCH = 12
+N_SAMPLES = 40  # not a multiple of the batch, so that batches straddle epochs
+CLIP = 0.5
+LR = 1e-2
+WARMUP, TOTAL = 3, 20
+
+# Nothing here divides by 3, and the vocabulary by nothing: every split of dp or tp is uneven somewhere.
+MODEL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 20,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "ffn_size": 26,
+    "max_seq_len": 16,
+}
+
+SETTINGS: dict[str, Any] = {
+    "train_batch_size": BATCH,
+    "gradient_clipping": CLIP,
+    "seed": SEED,
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": LR, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1},
+    },
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {
+            "total_num_steps": TOTAL,
+            "warmup_num_steps": WARMUP,
+            "cos_min_ratio": 0.1,
+            "warmup_min_ratio": 0.2,
+            "warmup_type": "linear",
+        },
+    },
+}
+
+
+@dataclass
+class Trace:
+    """What happened at each step, and the state after it."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    states: list[dict[str, dict[str, Tensor]]] = field(default_factory=list)
+    """After each step: `{name: {"fp32", "exp_avg", "exp_avg_sq"}}`; entry 0 is before the first."""
+
+
+def samples(masked: bool = False) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, `(N_SAMPLES, SEQ_LEN)`; with `masked`, an uneven number of targets is left out."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, MODEL["vocab_size"], (N_SAMPLES, SEQ_LEN + 1), generator=generator)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
+    if masked:
+        for i in range(N_SAMPLES):
+            targets[i, : i % SEQ_LEN] = -100
+    return inputs, targets
+
+
+def initial_model(config: dict[str, Any]) -> GPT:
+    model = GPT(GPTConfig(**config))
+    for name, parameter in model.named_parameters():
+        digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        with torch.no_grad():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                residual = name.endswith(("attn.o.weight", "ffn.down.weight"))
+                std = 0.02 / math.sqrt(2 * config["num_layers"]) if residual else 0.02
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    return model
+
+
+def learning_rate(step: int) -> float:
+    """Of the optimizer step `step`, counted from 1: DeepSpeed's WarmupCosineLR at iteration step - 2."""
+    iteration = step - 2
+    if iteration < 0:
+        return 0.0
+    if iteration < WARMUP:
+        return LR * (0.2 + 0.8 * iteration / WARMUP)
+    progress = min(1.0, (iteration - WARMUP + 1) / (TOTAL - WARMUP))
+    return LR * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def batch_indices(step: int) -> list[int]:
+    """Samples of global batch `step`, counted from 0."""
+    places = range(step * BATCH, (step + 1) * BATCH)
+    order = [np.random.default_rng([SEED, epoch]).permutation(N_SAMPLES) for epoch in range(8)]
+    return [int(order[p // N_SAMPLES][p % N_SAMPLES]) for p in places]
+
+
+def train(config: dict[str, Any], steps: int, masked: bool = False) -> Trace:
+    """Train for `steps` steps in one process, the whole batch at once."""
+    model = initial_model(config)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-6,
+        foreach=False,
+    )
+    inputs, targets = samples(masked)
+    trace = Trace(states=[_state(model, optimizer)])
+    for step in range(steps):
+        index = batch_indices(step)
+        logits = model(inputs[index])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets[index].flatten(), ignore_index=-100)
+        loss.backward()
+        trace.losses.append(loss.item())
+        trace.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.states.append(_state(model, optimizer))
+    return trace
+
+
+def _state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    states = {}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        states[name] = {"fp32": parameter.detach().clone()} | {
+            k: v.clone() for k, v in moments.items() if k != "step"
+        }
+    return states

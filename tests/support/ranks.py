@@ -1,0 +1,129 @@
+"""Real ranks for tests: gloo processes that are started once and run many cases.
+
+A case is a function in a test file, `case(*args)`, that every rank runs with the process group up. Each
+call gets a group of its own size and a rendezvous of its own, so cases share nothing but warm imports.
+A case that takes too long has the stacks of all its ranks printed, and is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.util
+import logging
+import multiprocessing as mp
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+TIMEOUT_S = 120
+
+
+class RankError(AssertionError):
+    """A case failed on some rank; the message holds each failing rank's traceback."""
+
+
+class Ranks:
+    """Up to `size` worker processes."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+
+    def run(
+        self, world_size: int, case: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S
+    ) -> list[Any]:
+        """Run `case(*args)` on ranks 0 to world_size - 1; returns what each returned, by rank."""
+        self._start()
+        rendezvous = tempfile.mktemp(prefix="uni3d-rendezvous-")
+        for rank in range(world_size):
+            task = (case.__code__.co_filename, case.__name__, rank, world_size, rendezvous, args)
+            self._workers[rank][1].send(task)
+        replies: list[tuple[bool, Any]] = []
+        for process, pipe in self._workers[:world_size]:
+            try:
+                replies.append(pipe.recv() if pipe.poll(timeout) else self._give_up(process, timeout))
+            except EOFError:
+                self.stop()
+                raise RankError(f"rank {len(replies)} died running {case.__name__}") from None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(rendezvous)
+        errors = [f"rank {rank}:\n{reply}" for rank, (ok, reply) in enumerate(replies) if not ok]
+        if errors:
+            raise RankError("\n".join(errors))
+        return [reply for _, reply in replies]
+
+    def stop(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+    def _start(self) -> None:
+        if self._workers:
+            return
+        context = mp.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"  # inherited; several ranks share few cores
+        for _ in range(self._size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, mine))
+
+    def _give_up(self, process: mp.process.BaseProcess, timeout: float) -> tuple[bool, Any]:
+        for worker, _ in self._workers:
+            if worker.pid is not None:
+                os.kill(worker.pid, signal.SIGUSR1)  # each prints its stacks
+        process.join(2)
+        self.stop()
+        raise RankError(f"no answer within {timeout:g} s; the ranks' stacks are on stderr")
+
+
+def _work(pipe: Connection) -> None:
+    """A worker's life: run cases until the pipe closes."""
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    modules: dict[str, ModuleType] = {}
+    while True:
+        try:
+            file, name, rank, world_size, rendezvous, args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_run_case(modules, file, name, rank, world_size, rendezvous, args))
+
+
+def _run_case(
+    modules: dict[str, ModuleType], file: str, name: str, rank: int, world: int, rendezvous: str, args: Any
+) -> tuple[bool, Any]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice on full_tensor's speed
+    try:
+        if file not in modules:
+            spec = importlib.util.spec_from_file_location(f"case_{len(modules)}", file)
+            assert spec is not None, file
+            assert spec.loader is not None, file
+            modules[file] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[file])
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
+        return True, getattr(modules[file], name)(*args)
+    except BaseException:
+        return False, traceback.format_exc()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,193 @@
+"""Any topology's checkpoint resumes on any other: every ordered pair, against one-process PyTorch.
+
+Each rank pool trains on A and saves; then for each B one engine loads the checkpoint of every A, compares
+parameters and moments with the oracle, and takes one step more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import oracle
+import pytest
+import tensorstore
+import torch
+import zarr
+from model import GPT, GPTConfig
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import TensorDataset
+
+import uni3d
+
+STEPS = 3
+TOLERANCE = 1e-5
+
+
+class Place(NamedTuple):
+    pp: int
+    dp: int
+    tp: int
+    zero: int
+    micro: int
+    """Samples in a micro batch."""
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    def __str__(self) -> str:
+        return f"pp{self.pp}dp{self.dp}tp{self.tp}z{self.zero}"
+
+
+PLACES = [
+    Place(1, 1, 1, 0, 12),
+    Place(1, 2, 1, 0, 3),
+    Place(1, 2, 1, 1, 3),
+    Place(1, 3, 1, 2, 2),
+    Place(1, 3, 1, 3, 4),
+    Place(1, 4, 1, 1, 1),
+    Place(1, 1, 2, 3, 6),
+    Place(1, 2, 2, 2, 3),
+    Place(2, 1, 1, 1, 4),
+    Place(2, 2, 1, 1, 2),
+    Place(2, 2, 1, 3, 3),
+    Place(2, 1, 2, 0, 4),
+    Place(3, 1, 1, 2, 6),
+    Place(4, 1, 1, 3, 3),
+]
+HEADS = {
+    "tied": {"tied_head": True},
+    "untied": {"tied_head": False, "norm": "layernorm", "positions": "learned"},
+}
+
+
+def make_engine(place: Place, options: dict[str, Any], masked: bool = False) -> Any:
+    settings = oracle.SETTINGS | {
+        "train_micro_batch_size_per_gpu": place.micro,
+        "parallel": {"pp": place.pp, "dp": place.dp, "tp": place.tp, "device": "cpu"},
+        "zero_optimization": {"stage": place.zero},
+    }
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**(oracle.MODEL | options)))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    data = TensorDataset(*oracle.samples(masked))
+    return uni3d.initialize(model=model, model_parameters=groups, training_data=data, config=settings)[0]
+
+
+def whole_state(engine: Any) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of this rank's stage, gathered by torch itself."""
+
+    def whole(tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    states = {}
+    for name, parameter in engine.module.named_parameters():
+        moments = engine.optimizer.state.get(parameter, {})
+        tensors = {"fp32": parameter.detach()} | {k: v for k, v in moments.items() if v.ndim > 0}
+        states[engine.model.first_name(name)] = {k: whole(v).clone() for k, v in tensors.items()}
+    return states
+
+
+def save_case(place: Place, options: dict[str, Any], run: str) -> dict[str, Any]:
+    engine = make_engine(place, options)
+    initial = whole_state(engine)
+    losses = [engine.train_batch().item() for _ in range(STEPS)]
+    norms = engine.get_global_grad_norm()
+    engine.save_checkpoint(run, client_state={"from": str(place), "nested": [1, 2.5, None]})
+    return {"initial": initial, "losses": losses, "norm": norms, "final": whole_state(engine)}
+
+
+def load_case(place: Place, options: dict[str, Any], runs: list[str]) -> list[dict[str, Any]]:
+    engine = make_engine(place, options)
+    results = []
+    for run in runs:
+        _, client_state = engine.load_checkpoint(run)
+        results.append(
+            {
+                "state": whole_state(engine),
+                "client_state": client_state,
+                "steps": engine.global_steps,
+                "optimizer_steps": {float(s["step"]) for s in engine.optimizer.state.values()},
+                "decay": [group["weight_decay"] for group in engine.optimizer.param_groups],
+                "lr": engine.get_lr(),
+                "loss": engine.train_batch().item(),
+            }
+        )
+    return results
+
+
+def assert_close(
+    state: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]], where: str
+) -> None:
+    for name, tensors in state.items():
+        assert tensors.keys() == expected[name].keys(), f"{where}: {name}"
+        for key, tensor in tensors.items():
+            scale = expected[name][key].abs().max().item()
+            error = (tensor - expected[name][key]).abs().max().item() / max(scale, 1e-30)
+            assert error <= TOLERANCE, f"{where}: {name}/{key} differs by {error:.1e} of its largest element"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_pair_of_topologies(ranks: Ranks, head: str, tmp_path: Path) -> None:
+    options = HEADS[head]
+    trace = oracle.train(oracle.MODEL | options, STEPS + 1)
+    names = set(trace.states[0])
+    runs = []
+    for place in PLACES:
+        run = str(tmp_path / str(place))
+        runs.append(run)
+        results = ranks.run(place.world, save_case, place, options, run)
+        held = set().union(*(result["initial"] for result in results))
+        assert held == names, "every parameter is somewhere"
+        for result in results:
+            assert result["losses"] == pytest.approx(trace.losses[:STEPS], rel=TOLERANCE), place
+            assert result["norm"] == pytest.approx(trace.norms[STEPS - 1], rel=TOLERANCE), place
+            for name, tensors in result["initial"].items():
+                assert torch.equal(tensors["fp32"], trace.states[0][name]["fp32"]), f"{place}: initial {name}"
+            assert_close(result["final"], trace.states[STEPS], f"trained on {place}")
+        live = {k: v for result in results for k, v in result["final"].items()}
+        check_atoms(Path(run) / f"global_step{STEPS}", live)
+    for place in PLACES:
+        for results in ranks.run(place.world, load_case, place, options, runs):
+            for source, result in zip(PLACES, results, strict=True):
+                where = f"{source} -> {place}"
+                assert_close(result["state"], trace.states[STEPS], where)
+                assert result["loss"] == pytest.approx(trace.losses[STEPS], rel=TOLERANCE), where
+                assert result["client_state"] == {"from": str(source), "nested": [1, 2.5, None]}
+                assert result["steps"] == STEPS
+                assert result["optimizer_steps"] == {float(STEPS)}
+                assert result["decay"] == [0.1, 0.0]
+                assert result["lr"] == pytest.approx([oracle.learning_rate(STEPS + 1)] * 2)
+
+
+def check_atoms(folder: Path, live: dict[str, dict[str, Tensor]]) -> None:
+    """zarr-python and tensorstore read the live model's numbers, bit for bit, each tied weight once."""
+    group = zarr.open_group(folder, mode="r")
+    assert {name for name, _ in group["atoms"].groups()} == set(live)
+    for name, tensors in live.items():
+        for key, tensor in tensors.items():
+            expected = tensor.numpy()
+            np.testing.assert_array_equal(group[f"atoms/{name}/{key}"][...], expected)
+            path = str(folder / "atoms" / name / key)
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+            stored = tensorstore.open(spec, read=True).result().read().result()
+            np.testing.assert_array_equal(stored, expected)
+
+
+def masked_case(place: Place) -> list[float]:
+    engine = make_engine(place, HEADS["tied"], masked=True)
+    return [engine.train_batch().item() for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize("place", [Place(1, 3, 1, 2, 2), Place(2, 1, 2, 1, 3)], ids=str)
+def test_loss_is_the_mean_over_tokens_not_a_mean_of_means(ranks: Ranks, place: Place) -> None:
+    trace = oracle.train(oracle.MODEL | HEADS["tied"], STEPS, masked=True)
+    for losses in ranks.run(place.world, masked_case, place):
+        assert losses == pytest.approx(trace.losses, rel=TOLERANCE)
