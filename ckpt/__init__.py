@@ -17,7 +17,7 @@ from ckpt.box import Box
 from ckpt.comm import Comm, Solo, raise_together
 from ckpt.commit import committed_tags, read_latest
 from ckpt.errors import CheckpointError, PartialLoadError
-from ckpt.export import export_safetensors
+from ckpt.export import export_safetensors, weights
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ShardSpec, make_plan
 from ckpt.read import Checkpoint, open_checkpoint
@@ -42,4 +42,5 @@ __all__ = [
     "raise_together",
     "read_latest",
     "save",
+    "weights",
 ]

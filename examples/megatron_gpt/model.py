@@ -110,7 +110,8 @@ class Embedding(nn.Module):
         x: Tensor = self.tokens(tokens)
         if self.positions is None:
             return x.clone()  # a look-up is a view, which sharding's hooks on a layer's output don't suit
-        return x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        positions: Tensor = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        return x + positions
 
 
 class Attention(nn.Module):

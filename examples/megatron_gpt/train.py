@@ -1,6 +1,6 @@
 """Train the example GPT with uni3d, from scratch or from where the run stands, on any topology.
 
-    torchrun --standalone --nproc-per-node 4 examples/megatron_gpt/train.py \
+    torchrun --standalone --nproc-per-node 4 -- examples/megatron_gpt/train.py \
         --config examples/megatron_gpt/configs/tiny.json --pp 2 --dp 2 --tp 1 --zero 1 \
         --steps 100 --run runs/tiny --save-every 50
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -117,5 +118,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, uni3d.CheckpointError) as error:
-        # A mistake of the user's is one line, not one traceback for each rank.
-        sys.exit(f"error: {error}")
+        # A mistake of the user's is one line, not a traceback from each rank: they all know the same.
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)

@@ -1,0 +1,33 @@
+# make demo: train, resize twice, export, draw. make test: lint, types, tests. Both make .venv if it's missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test quick lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/megatron_gpt/demo.py --force
+
+test: lint
+	$(BIN)/python -m pytest -m ""
+
+# The tests without the slowest part of the topology matrix.
+quick: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "uni3d needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+
+.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing uni3d[$*] into .venv (PyTorch is large: this can take minutes)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv build ./*.egg-info demo-run demo-run-uninterrupted

@@ -1,0 +1,93 @@
+"""The training script and the demo, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "megatron_gpt"
+BIN = Path(sys.executable).parent
+
+
+def train(
+    run: Path, steps: int, *flags: str, processes: int = 1, device: str = "cpu", config: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(processes), "--"]
+    command = [*(torchrun if processes > 1 else [sys.executable]), str(EXAMPLE / "train.py")]
+    command += ["--config", str(config or EXAMPLE / "configs" / "tiny.json")]
+    command += ["--steps", str(steps), "--run", str(run), "--metrics", str(run.with_suffix(".jsonl")), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A config that trains in no time."""
+    config = json.loads((EXAMPLE / "configs" / "tiny.json").read_text())
+    config["model"] |= {"hidden_size": 32, "num_layers": 2}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(config | {"seq_len": 16}))
+    return path
+
+
+def test_bad_degrees_are_one_line(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", 1, "--pp", "2", "--dp", "2", "--tp", "3")
+    assert result.returncode == 1
+    assert result.stderr == "error: pp(2) * dp(2) * tp(3) = 12, but 1 processes were started\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, small: Path) -> None:
+    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
+    for run, steps in ((whole, 4), (resumed, 2)):
+        result = train(run, steps, "--save-every", "2", config=small)
+        assert result.returncode == 0, result.stderr
+    result = train(resumed, 4, "--pp", "2", processes=2, config=small)
+    assert result.returncode == 0, result.stderr
+    assert "global_step2: 60 arrays restored, 0 defaulted, 0 dropped" in result.stderr
+    rows = metrics(resumed)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["pp"] for row in rows] == [1, 1, 2, 2]
+    assert [row["samples"] for row in rows] == [24, 48, 72, 96]
+    assert [row["tokens"] for row in rows] == [row["samples"] * 16 for row in rows]
+    for key in ("loss", "grad_norm", "lr"):
+        expected = [row[key] for row in metrics(whole)]
+        assert [row[key] for row in rows] == pytest.approx(expected, rel=1e-5), key
+    again = train(resumed, 4, config=small)  # nothing left to do
+    assert again.returncode == 0, again.stderr
+    assert len(metrics(resumed)) == 4
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    command = [sys.executable, str(EXAMPLE / "demo.py"), "--out", str(out), "--steps", "60"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (out / "loss.png").stat().st_size > 10_000
+    assert "largest relative difference" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_run_resumes_on_cpus(tmp_path: Path, small: Path) -> None:
+    moved, whole = tmp_path / "moved", tmp_path / "whole"
+    assert train(moved, 3, device="cuda", config=small).returncode == 0
+    assert train(moved, 6, "--dp", "2", processes=2, config=small).returncode == 0
+    assert train(whole, 6, config=small).returncode == 0
+    expected = [row["loss"] for row in metrics(whole)]
+    assert [row["loss"] for row in metrics(moved)] == pytest.approx(expected, rel=1e-4)
