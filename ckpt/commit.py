@@ -27,12 +27,20 @@ def local_folder(url: str | Path) -> Path:
 
 def begin(run: Path, tag: str) -> Path:
     """Make the staging folder of a save, and remove what crashed saves left in the run's folder."""
-    run.mkdir(parents=True, exist_ok=True)
+    _make_durably(run)
     for leftover in run.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover)
     staging = staging_folder(run, tag)
     staging.mkdir()
     return staging
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder and its parents, so that the names of those made survive a crash."""
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        files.sync_folder(folder.parent)
 
 
 def staging_folder(run: Path, tag: str) -> Path:

@@ -176,10 +176,17 @@ def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int)
             break
         parts = min(-(-size // chunk_bytes), length)
         if is_cut[dim]:  # boxes end at multiples of `length`, so only its divisors keep to them
-            near = range(parts, min(length, 4 * parts) + 1)
-            parts = next((p for p in near if length % p == 0), 1)  # better a large chunk than tiny ones
+            parts = _nearest_divisor(length, parts)
         shape[dim] = -(-length // parts)
+        if shape[dim] > 1:  # a chunk that is still too large is better than one that isn't whole rows
+            break
     return tuple(shape)
+
+
+def _nearest_divisor(length: int, wanted: int) -> int:
+    """The divisor of `length` nearest to `wanted` by ratio, within a factor of 8; 1 if there is none."""
+    near = [p for p in range(max(1, wanted // 8), min(length, 8 * wanted) + 1) if length % p == 0]
+    return min(near, key=lambda p: max(p / wanted, wanted / p), default=1)
 
 
 def _in_place(key: ArrayKey, array: _Array, chunk_shape: Shape, load: list[int]) -> ArrayPlan:

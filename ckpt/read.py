@@ -190,11 +190,19 @@ def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
         if tag is None:
             exists = "holds no committed checkpoint" if folder.is_dir() else "is not a folder"
             raise CheckpointError(f"{folder} {exists}; give the folder that a run was saved to")
-    elif not (folder / check_tag(tag) / MANIFEST).exists():
+    elif not _is_tag(tag) or not (folder / tag / MANIFEST).exists():
         tags = committed_tags(folder)
         there = f"the tags there are: {', '.join(tags)}" if tags else "there are none"
         raise CheckpointError(f"{folder} has no committed checkpoint {tag!r}; {there}")
     return Checkpoint(folder / tag)
+
+
+def _is_tag(tag: str) -> bool:
+    try:
+        check_tag(tag)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_document(path: Path) -> bytes:

@@ -269,6 +269,8 @@ def _finish(
     documents[ZARR] = {"size": len(root), "crc32c": f"{crc32c(root):08x}"}
     if job.durable:
         files.sync_tree(job.staging)
+    own = {"format", "version", "tag", "block_bytes", "documents", "chunks"}
+    assert not own & document.keys(), f"the document has keys of the format's own: {own & document.keys()}"
     manifest = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,

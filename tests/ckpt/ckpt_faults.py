@@ -1,0 +1,119 @@
+"""A file system on which the k-th call fails, or at which the process dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from ckpt import files
+
+CALLS = ("open", "writev", "fsync", "mkdir", "rename", "unlink", "rmdir")
+"""Of `os`: all by which a save changes the disk, those of `pathlib` and `shutil` included."""
+
+NATIVE = ("exchange_folders", "sync_tree")
+"""Of `ckpt.files`: what it does by system calls that `os` doesn't have."""
+
+OWNERS = ((os, CALLS), (files, NATIVE))
+
+
+class Faults:
+    """Counts the calls that change the disk, and does `at_fault` in place of the k-th.
+
+    A failing write first writes a half. Nothing is synced for real: what is tested is the order of calls.
+    """
+
+    def __init__(self, k: int, *, forever: bool = False, at_fault: Callable[[], None] | None = None) -> None:
+        self.k, self.forever, self.at_fault = k, forever, at_fault
+        self.names: list[str] = []
+        self.struck: list[str] = []
+        self.lock = threading.Lock()
+
+    def _due(self, name: str) -> bool:
+        with self.lock:
+            self.names.append(name)
+            due = len(self.names) == self.k or (self.forever and len(self.names) > self.k)
+            if due:
+                self.struck.append(name)
+            return due
+
+    def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._due(name):
+                return None if name in ("fsync", "sync_tree") else real(*args, **kwargs)
+            if name == "writev":
+                os.write(args[0], args[1][0][: len(args[1][0]) // 2])
+            if self.at_fault is not None:
+                self.at_fault()
+            raise OSError(errno.EIO, f"injected into {name}")
+
+        return call
+
+    @contextmanager
+    def active(self) -> Iterator[Faults]:
+        wrapped = {owner: {n: self._wrap(n, getattr(owner, n)) for n in names} for owner, names in OWNERS}
+        with mock.patch.multiple(os, **wrapped[os]), mock.patch.multiple(files, **wrapped[files]):
+            yield self
+
+
+def killed_at(k: int, work: Callable[[], object]) -> bool:
+    """Do `work` in a process that dies at its k-th call; False where it ended before that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other tests' libraries leave threads behind
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)  # rather than wait for ever
+        try:
+            with Faults(k, at_fault=lambda: os._exit(9)).active():
+                work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 9), f"the child ended with {status}"
+    return status == 9
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, str, str]]]:
+    """The calls `(name, path, thread)`, in order; a move's path is `from -> to`. Nothing is really synced."""
+    calls: list[tuple[str, str, str]] = []
+    paths: dict[int, str] = {}
+    lock = threading.Lock()
+    real_open, real_writev = os.open, os.writev
+
+    def note(name: str, path: object) -> None:
+        with lock:
+            calls.append((name, str(path), threading.current_thread().name))
+
+    def opened(path: Any, *args: Any, **kwargs: Any) -> int:
+        fd = real_open(path, *args, **kwargs)
+        paths[fd] = str(path)
+        return fd
+
+    def written(fd: int, views: Any) -> int:
+        note("write", paths[fd])
+        return real_writev(fd, views)
+
+    def moved(move: Callable[..., None]) -> Callable[..., None]:
+        return lambda a, b: (note("move", f"{a} -> {b}"), move(a, b))[1]
+
+    of_os = {
+        "open": opened,
+        "writev": written,
+        "fsync": lambda fd: note("sync", paths[fd]),
+        "rename": moved(os.rename),
+    }
+    exchange = moved(files.exchange_folders)
+    sync_tree = lambda folder: note("sync_tree", folder)  # noqa: E731
+    with (
+        mock.patch.multiple(os, **of_os),
+        mock.patch.multiple(files, exchange_folders=exchange, sync_tree=sync_tree),
+    ):
+        yield calls

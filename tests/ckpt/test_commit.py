@@ -1,0 +1,226 @@
+"""A save that fails or is killed at any call: nobody ever reads anything but the old or the new numbers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ckpt_faults import Faults, killed_at, recorded
+from ckpt_helpers import Arrays, cut, layout_of, run_ranks, same, save_arrays, shards_of
+
+from ckpt import CheckpointError, committed_tags, open_checkpoint, read_latest, save
+from ckpt.files import sync_tree
+
+W, B = ("w", "fp32"), ("w", "exp_avg")
+
+
+def arrays_of(seed: int) -> Arrays:
+    """One array of which each of two ranks writes its part in place, and one that is gathered."""
+    rng = np.random.default_rng(seed)
+    return {W: rng.standard_normal((256, 512), np.float32), B: rng.standard_normal(5, np.float32)}
+
+
+OLD, NEW = arrays_of(1), arrays_of(2)
+
+SITUATIONS = {"first": "t1", "next": "t2", "again": "t1"}
+"""What is saved where nothing was; where t1 was; and where t1 was and is replaced."""
+
+CASES = [("first", 1), ("next", 2), ("again", 1), ("again", 2)]
+
+
+def saving(run: Path, tag: str, ranks: int) -> Callable[[], list[object]]:
+    """A save of the new numbers; returns what each rank returned or raised."""
+    layout = layout_of(NEW, {W: cut((256, 512), (ranks, 1)), B: cut((5,), (ranks,))})
+    shards = [shards_of(NEW, specs) for specs in layout]
+    return lambda: run_ranks(
+        ranks, lambda comm: save(run, tag, shards[comm.rank], layout=layout, comm=comm, document={})
+    )
+
+
+@pytest.fixture(scope="module")
+def prepare(memory_path) -> Callable[[str], Path]:
+    """Makes the run's folder of a situation anew."""
+    save_arrays(memory_path / "before", "t1", OLD)
+
+    def make(situation: str) -> Path:
+        run = memory_path / situation
+        shutil.rmtree(run, ignore_errors=True)
+        if situation != "first":
+            shutil.copytree(memory_path / "before", run)
+        return run
+
+    yield make
+    for path in memory_path.iterdir():
+        shutil.rmtree(path)
+
+
+def number_of_calls(prepare: Callable[[str], Path], situation: str, ranks: int) -> int:
+    work = saving(prepare(situation), SITUATIONS[situation], ranks)
+    with Faults(0).active() as faults:
+        assert all(isinstance(result, Path) for result in work())
+    assert len(faults.names) > 20
+    return len(faults.names)
+
+
+def holds(run: Path, tag: str) -> str:
+    """Which numbers the tag holds."""
+    checkpoint = open_checkpoint(run, tag)
+    for name, arrays in (("old", OLD), ("new", NEW)):
+        if all(same(checkpoint.read(*key), expected) for key, expected in arrays.items()):
+            return name
+    raise AssertionError(f"{tag} holds neither the old numbers nor the new")
+
+
+def check_what_is_left(run: Path, tag: str, committed: bool) -> None:
+    """The old checkpoint; the new one if, and only if, it was committed; and the next save works."""
+    expected = {} if run.name == "first" else {"t1": "old"}
+    if expected:
+        assert read_latest(run) in committed_tags(run)
+    if committed:
+        expected[tag] = "new"
+    assert {t: holds(run, t) for t in committed_tags(run)} == expected
+    save_arrays(run, tag, NEW)
+    assert holds(run, tag) == "new"
+    assert read_latest(run) == tag
+    left = {path.name for path in run.iterdir()}
+    assert left == {*expected, tag, "latest"}, "nothing of the failed save is left"
+
+
+@pytest.mark.parametrize("forever", [False, True], ids=["one-call-fails", "all-fail-from-then-on"])
+@pytest.mark.parametrize(("situation", "ranks"), CASES)
+def test_a_save_in_which_a_call_fails(prepare, situation, ranks, forever):
+    tag, survived = SITUATIONS[situation], set()
+    for k in range(1, number_of_calls(prepare, situation, ranks) + 1):
+        run = prepare(situation)
+        with Faults(k, forever=forever).active() as faults:
+            results = saving(run, tag, ranks)()
+        errors = {str(r) for r in results if isinstance(r, Exception)}
+        if errors:
+            assert all(isinstance(r, CheckpointError) for r in results), results
+            assert len(errors) == 1, "all ranks tell the same"
+            assert forever or not [*run.glob(".saving.*")], "a failed save cleans up where it can"
+        else:
+            assert results == [run / tag] * ranks
+            survived |= {*faults.struck}
+        check_what_is_left(run, tag, not errors or "is committed" in errors.pop())
+    # What may fail: making a folder that exists, and removing the checkpoint that was replaced.
+    assert survived <= ({"mkdir"} if situation != "again" else {"mkdir", "open", "unlink", "rmdir"})
+
+
+@pytest.mark.parametrize(("situation", "ranks"), CASES)
+def test_a_save_that_is_killed(prepare, situation, ranks):
+    tag, exists, killed = SITUATIONS[situation], [], 0
+    calls = number_of_calls(prepare, situation, ranks)
+    for k in range(1, calls + 1):
+        run = prepare(situation)
+        killed += killed_at(k, saving(run, tag, ranks))
+        exists.append(tag in committed_tags(run) and holds(run, tag) == "new")
+        check_what_is_left(run, tag, exists[-1])
+    assert {*exists} == {False, True}
+    if ranks == 1:
+        assert exists == sorted(exists), "there is one call from which on the new checkpoint exists"
+        assert killed == calls
+    assert killed >= calls - 8, "ranks that meet while making a folder make more calls, or fewer"
+
+
+@pytest.mark.parametrize("k", [2, 5, 9, 30])
+def test_an_interrupt_of_one_rank_ends_the_save_on_all(prepare, k):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    run = prepare("next")
+    with Faults(k, at_fault=interrupt).active():
+        results = saving(run, "t2", 2)()
+    assert sorted(type(r).__name__ for r in results) == ["CheckpointError", "KeyboardInterrupt"]
+    check_what_is_left(run, "t2", committed=False)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_everything_is_on_the_disk_before_what_makes_it_visible(prepare, situation):
+    """A power cut loses what wasn't synced, in any order: so sync all, then commit, sync, then `latest`."""
+    run, tag = prepare(situation), SITUATIONS[situation]
+    with recorded() as calls:
+        saving(run, tag, 2)()
+    staging = run / f".saving.{tag}"
+
+    def place(name: str, path: object, after: int = 0) -> int:
+        return next(i for i, call in enumerate(calls) if i >= after and call[:2] == (name, str(path)))
+
+    commit = place("move", f"{staging} -> {run / tag}")
+    manifest = place("write", staging / "manifest.json")
+    staged = [(i, Path(path)) for i, (name, path, _) in enumerate(calls[:commit]) if name == "write"]
+    assert staged[-1][0] == manifest, "written last"
+    assert {"zarr.json", "c.0.0", "c.1.0", "c.0"} <= {path.name for _, path in staged}
+    assert all(i < place("sync_tree", staging, i) < manifest for i, _ in staged[:-1])
+    last_chunk = max(i for i, path in staged if path.name.startswith("c."))
+    by = {thread for name, _, thread in calls[last_chunk:commit] if name == "sync_tree"}
+    assert by == {"rank 0", "rank 1"}, "each rank's machine has a cache of its own"
+    assert manifest < place("sync", staging / "manifest.json") < place("sync", staging, manifest) < commit
+    temporary = run / ".latest.tmp"
+    latest = place("move", f"{temporary} -> {run / 'latest'}")
+    assert commit < place("sync", run, commit) < latest
+    assert commit < place("write", temporary) < place("sync", temporary) < latest < place("sync", run, latest)
+
+
+def test_syncing_a_tree_by_hand_reaches_every_file_and_folder(tmp_path, monkeypatch):
+    """Where the system has no `syncfs`: files before the folders that they are in."""
+    for path in ("a/b/c.0", "a/zarr.json", "d"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x")
+    sync_tree(tmp_path)  # the real one, by whatever this system has
+    monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: object())
+    with recorded() as calls:
+        sync_tree(tmp_path)
+    synced = [Path(path) for name, path, _ in calls if name == "sync"]
+    assert sorted(synced) == sorted([tmp_path, *tmp_path.rglob("*")])
+    assert all(synced.index(path) < synced.index(path.parent) for path in synced if path != tmp_path)
+
+
+def test_without_durable_nothing_is_synced(tmp_path):
+    with recorded() as calls:
+        save_arrays(tmp_path, "t1", NEW, durable=False)
+    assert {name for name, _, _ in calls} == {"write", "move"}
+
+
+def test_latest_moves_only_when_it_is_told_to(tmp_path):
+    save_arrays(tmp_path, "t1", OLD)
+    save_arrays(tmp_path, "t2", NEW, update_latest=False)
+    assert (read_latest(tmp_path), committed_tags(tmp_path)) == ("t1", ["t1", "t2"])
+
+
+def test_a_file_system_that_cannot_exchange_keeps_the_old(tmp_path, monkeypatch):
+    def refuse(a, b):
+        raise OSError(22, "Invalid argument")
+
+    save_arrays(tmp_path, "t1", OLD)
+    monkeypatch.setattr("ckpt.files.exchange_folders", refuse)
+    with pytest.raises(CheckpointError, match=r"t1 exists and can't be replaced.*another tag"):
+        save_arrays(tmp_path, "t1", NEW)
+    assert holds(tmp_path, "t1") == "old"
+    save_arrays(tmp_path, "t2", NEW)
+    assert holds(tmp_path, "t2") == "new"
+
+
+def test_a_folder_of_the_user_s_is_never_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        save_arrays(tmp_path, "notes", NEW)
+    assert [p.name for p in (tmp_path / "notes").iterdir()] == ["todo.txt"]
+    assert os.listdir(tmp_path) == ["notes"]
+
+
+@pytest.mark.parametrize("tag", ["", ".", "..", "../up", "a/b", ".hidden", "-rf", "latest", "x" * 201, "a b"])
+def test_tags_that_cannot_be_folders_are_refused(tmp_path, tag):
+    with pytest.raises(CheckpointError, match="can't name a checkpoint"):
+        save_arrays(tmp_path / "run", tag, NEW)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_remote_stores_are_refused_in_words():
+    with pytest.raises(CheckpointError, match="only local folders"):
+        save_arrays("s3://bucket/run", "t1", NEW)

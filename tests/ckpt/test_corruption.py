@@ -1,0 +1,223 @@
+"""Damage to any object: an error that names it, or the right numbers; never wrong ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ckpt_helpers import cut, layout_of, random_array, run_ranks, same, save_arrays, targets_of
+
+from ckpt import Box, CheckpointError, load, open_checkpoint
+from ckpt.checksum import BLOCK_BYTES
+from ckpt.format import encode_manifest
+
+W, M, N, S, BIG = ("w", "fp32"), ("w", "exp_avg"), ("a/b", "fp32"), ("count", "value"), ("big", "fp32")
+PARTS = {W: (256, 512), M: (5, 3), N: (6,), S: ()}
+
+
+def arrays_of(seed: int) -> dict[tuple[str, str], np.ndarray]:
+    """Two chunks in place, gathered ones, a scalar, and one chunk of two blocks."""
+    rng = np.random.default_rng(seed)
+    arrays = {key: random_array(rng, "float32", shape) for key, shape in PARTS.items()}
+    return {**arrays, BIG: random_array(rng, "float32", (6, BLOCK_BYTES // 16))}
+
+
+ARRAYS, OTHERS = arrays_of(1), arrays_of(2)
+BOXES = {W: cut(PARTS[W], (2, 1)), M: cut(PARTS[M], (2, 1)), N: cut(PARTS[N], (2,))}
+BOXES |= {S: [Box.whole(())] * 2, BIG: [Box.whole(ARRAYS[BIG].shape)] * 2}
+
+
+@pytest.fixture(scope="module")
+def run(memory_path) -> Iterator[Path]:
+    """A run with two tags; `latest` names the one with the other numbers' replacement."""
+    folder = memory_path / "corrupt"
+    save_arrays(folder, "others", OTHERS, BOXES)
+    save_arrays(folder, "numbers-1", ARRAYS, BOXES)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def objects(run: Path) -> list[Path]:
+    return [run / "latest", *sorted(p for p in (run / "numbers-1").rglob("*") if p.is_file())]
+
+
+def never_read(path: Path) -> bool:
+    """Other readers' documents: ours has the consolidated ones."""
+    return path.name == "zarr.json" and "atoms" in path.parts
+
+
+@contextmanager
+def changed(*changes: tuple[Path, bytes | None]) -> Iterator[None]:
+    """Files with other content, or None for without them."""
+    before = [(path, path.read_bytes()) for path, _ in changes]
+    for path, content in changes:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    yield
+    for path, content in before:
+        path.write_bytes(content)
+
+
+def read_everything(run: Path) -> str | None:
+    """None where all numbers are right, or the error's text."""
+    try:
+        checkpoint = open_checkpoint(run)
+        found = {tuple(key): checkpoint.read(*key) for key in checkpoint.arrays}
+    except CheckpointError as error:
+        return str(error)
+    assert found.keys() == ARRAYS.keys()
+    assert all(same(found[key], expected) for key, expected in ARRAYS.items()), "wrong numbers"
+    return None
+
+
+def check(run: Path, *paths: Path, harmless: bool = False) -> bool:
+    """Read all; is there an error? It must name one of `paths`, and be there unless `harmless`."""
+    error = read_everything(run)
+    if error is None:
+        assert harmless or all(never_read(path) for path in paths), f"damage to {paths} was not noticed"
+        return False
+    assert any(str(path) in error for path in paths), f"{error!r} does not name {paths}"
+    return True
+
+
+def test_undamaged_all_is_read(run):
+    assert read_everything(run) is None
+    assert sum(never_read(path) for path in objects(run)) == 10
+    assert len(objects(run)) == 3 + 10 + 6
+
+
+def test_flipped_bytes(run):
+    rng = np.random.default_rng(0)
+    for path in objects(run):
+        data = path.read_bytes()
+        places = {0, len(data) - 1, len(data) // 2, *map(int, rng.integers(0, len(data), 4))}
+        for place in places:
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(rng.integers(0, 8))
+            crc = path.name.startswith("c") and place >= len(data) - 4  # zarr's, that other readers verify
+            with changed((path, bytes(damaged))):
+                found = check(run, path, harmless=crc or (path.name == "latest" and place == len(data) - 1))
+                assert not (found and crc)
+
+
+def test_every_byte_of_the_manifest_s_first_line(run):
+    path = run / "numbers-1" / "manifest.json"
+    data = path.read_bytes()
+    for place in range(data.index(b"\n") + 3):
+        for bit in range(8):
+            with changed((path, data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])):
+                assert check(run, path)
+
+
+def test_files_that_are_cut_short_or_grow(run):
+    for path in objects(run):
+        data = path.read_bytes()
+        chunk = path.name.startswith("c")
+        for rest in {0, 1, len(data) // 2, len(data) - 5, len(data) - 1}:
+            with changed((path, data[:rest])):
+                whole = rest >= len(data) - 4 if chunk else path.name == "latest" and rest == len(data) - 1
+                check(run, path, harmless=whole)
+        with changed((path, data + b"\0")):
+            check(run, path, harmless=chunk)
+
+
+def test_files_that_are_missing(run):
+    for path in objects(run):
+        with changed((path, None)):
+            if path.name == "manifest.json":
+                check(run, run / "latest")  # which names a tag that isn't one any more
+            elif path.name == "latest":
+                assert f"{run} has no file 'latest'" in str(read_everything(run))
+            else:
+                check(run, path)
+
+
+def test_files_that_took_each_other_s_place(run):
+    for a, b in combinations(objects(run), 2):
+        first, second = a.read_bytes(), b.read_bytes()
+        with changed((a, second), (b, first)):
+            check(run, a, b, harmless=first == second)
+
+
+def test_files_of_another_checkpoint(run):
+    """The same names, sizes and valid checksums, but another tag's numbers."""
+    for path in objects(run)[1:]:
+        other = (run / "others" / path.relative_to(run / "numbers-1")).read_bytes()
+        with changed((path, other)):
+            error = read_everything(run)
+            assert (error is not None) == (path.name[0] in "cm"), path
+            assert error is None or "numbers-1" in error
+
+
+def test_a_box_of_sound_blocks_is_read_from_a_damaged_chunk(run):
+    path = run / "numbers-1" / "atoms" / "big" / "fp32" / "c.0.0"
+    data = bytearray(path.read_bytes())
+    data[BLOCK_BYTES + 5] ^= 4
+    rows = lambda first, count: Box((first, 0), (count, ARRAYS[BIG].shape[1]))  # noqa: E731
+    with changed((path, bytes(data))):
+        checkpoint = open_checkpoint(run)
+        assert same(checkpoint.read(*BIG, rows(0, 4)), ARRAYS[BIG][:4])
+        with pytest.raises(CheckpointError, match=r"big/fp32 chunk c\.0\.0.*block 1"):
+            checkpoint.read(*BIG, rows(3, 2))
+
+
+def load_on_two_ranks(run: Path) -> list[object]:
+    layout = layout_of(ARRAYS, BOXES)
+    checkpoint = open_checkpoint(run)
+    return run_ranks(2, lambda comm: load(checkpoint, targets_of(layout[comm.rank]), comm=comm))
+
+
+def test_a_load_that_one_rank_cannot_finish_fails_on_all(run, monkeypatch):
+    path = run / "numbers-1" / "atoms" / "w" / "fp32" / "c.1.0"
+    with changed((path, path.read_bytes()[:100])):
+        errors = load_on_two_ranks(run)
+    assert {str(e) for e in errors} == {
+        f"w/fp32 chunk c.1.0: {path} is cut short at 100 bytes; use another tag (rank 1)"
+    }
+
+    def read_into(fd, buffer, offset):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("ckpt.files.read_into", read_into)
+    errors = load_on_two_ranks(run)
+    assert all(isinstance(e, CheckpointError) for e in errors), errors
+    assert len({str(e) for e in errors}) == 1
+    assert re.match(r".+/.+ chunk c\S*: .* can't be read \(Input/output error\)", str(errors[0]))
+
+    def run_out(*args):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(importlib.import_module("ckpt.load"), "pieces", run_out)
+    assert [str(e) for e in load_on_two_ranks(run)] == ["MemoryError: no more (rank 0)"] * 2
+
+
+def rewrite_manifest(run: Path, change: dict[str, object]) -> tuple[Path, bytes]:
+    path = run / "numbers-1" / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest = {key: value for key, value in {**manifest, **change}.items() if value != "left out"}
+    return path, encode_manifest({key: value for key, value in manifest.items() if key != "crc32c"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "has format version 2; this release reads version 1"),
+        ({"version": None}, "has format version None"),
+        ({"format": "other"}, "has format 'other', expected 'uni3d'"),
+        ({"chunks": "left out", "tag": "left out"}, "has no 'tag' and no 'chunks'"),
+        ({"chunks": {}}, "no record of .*/.* chunk c"),
+    ],
+    ids=["newer", "no-version", "other-format", "no-keys", "no-chunks"],
+)
+def test_sound_manifests_that_cannot_be_followed(run, change, message):
+    with changed(rewrite_manifest(run, change)):
+        assert re.search(message, read_everything(run))

@@ -1,0 +1,147 @@
+"""The one file that comes out, as the safetensors library reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ckpt_helpers import cut, layout_of, random_array, same, save_arrays
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from ckpt import Box, CheckpointError, Shard, Solo, export_safetensors, open_checkpoint, save
+from ckpt.format import DTYPES
+
+SHAPES = {
+    "rows": ((1199, 512), (4, 1)),
+    "columns": ((300, 2048), (1, 4)),
+    "both": ((515, 1030), (2, 2)),
+    "cube": ((7, 130, 600), (1, 2, 2)),
+    "vector": ((300_001,), (4,)),
+    "small": ((5, 3), (4, 1)),
+    "empty": ((0, 5), (1, 4)),
+}
+
+
+def saved(run: Path) -> dict[str, np.ndarray]:
+    """A model with buffers and moments, saved by four ranks; returns its state_dict."""
+    rng = np.random.default_rng(0)
+    arrays = {(name, "fp32"): random_array(rng, "float32", shape) for name, (shape, _) in SHAPES.items()}
+    boxes = {(name, "fp32"): cut(shape, cuts) for name, (shape, cuts) in SHAPES.items()}
+    for dtype in sorted(DTYPES):
+        for name, shape in ((f"buffer.{dtype}", (3,)), (f"scalar.{dtype}", ())):
+            arrays[name, "value"] = random_array(rng, dtype, shape)
+            boxes[name, "value"] = [Box.whole(shape)] * 4
+    weights = {name: a for (name, _), a in arrays.items()}
+    for moment in ("exp_avg", "momentum_buffer"):
+        arrays["rows", moment], boxes["rows", moment] = arrays["rows", "fp32"] + 1, boxes["rows", "fp32"]
+    save_arrays(run, "t1", arrays, boxes, document={"aliases": {"head": "rows", "a.b": "small"}})
+    return weights
+
+
+def test_every_cut_and_type_comes_out_bit_for_bit(tmp_path):
+    weights, out = saved(tmp_path), tmp_path / "model.safetensors"
+    told: list[int] = []
+
+    def progress(n: int) -> None:
+        told.append(n)
+        assert not out.exists(), "it has its name when it is whole"
+
+    size = export_safetensors(open_checkpoint(tmp_path), out, progress=progress)
+    assert size == out.stat().st_size
+    assert sum(told) == sum(a.nbytes for a in weights.values())
+    found = load_file(out)
+    assert found.keys() == weights.keys(), "the moments stay behind"
+    for name, expected in weights.items():
+        assert same(found[name], expected), name
+    with safe_open(out, "numpy") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["aliases"]) == {"head": "rows", "a.b": "small"}
+    assert (metadata["format"], metadata["tag"]) == ("pt", "t1")
+
+
+def test_tensors_are_aligned_to_their_types(tmp_path):
+    """So that readers may map the file and use the numbers where they lie."""
+    weights, out = saved(tmp_path), tmp_path / "model.safetensors"
+    export_safetensors(open_checkpoint(tmp_path), out)
+    data = out.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, expected in weights.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % expected.itemsize == 0, name
+
+
+def test_without_aliases_there_is_no_word_of_them(tmp_path):
+    save_arrays(tmp_path, "t1", {("w", "fp32"): np.ones(3, np.float32)}, document={})
+    export_safetensors(open_checkpoint(tmp_path), tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "numpy") as opened:
+        assert opened.metadata() == {"format": "pt", "tag": "t1"}
+
+
+def test_an_existing_file_is_never_replaced(tmp_path):
+    save_arrays(tmp_path, "t1", {("w", "fp32"): np.ones(3, np.float32)})
+    out = tmp_path / "mine.safetensors"
+    out.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"mine\.safetensors exists"):
+        export_safetensors(open_checkpoint(tmp_path), out)
+    assert out.read_text() == "mine"
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    save_arrays(tmp_path, "t1", {("w", "fp32"): np.ones(3, np.float32)})
+    with pytest.raises(CheckpointError, match="can't be written: No such file"):
+        export_safetensors(open_checkpoint(tmp_path), tmp_path / "none" / "out.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete"])
+def test_a_damaged_chunk_leaves_no_file_behind(tmp_path, damage):
+    saved(tmp_path / "run")
+    path = tmp_path / "run" / "t1" / "atoms" / "rows" / "fp32" / "c.3.0"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.unlink()
+    if damage == "flip":
+        path.write_bytes(data)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"rows/fp32 chunk c\.3\.0"):
+        export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "out" / "model.safetensors")
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
+    saved(tmp_path / "run")
+
+    def full(fd, buffer, offset):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("ckpt.files.write_at", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "out" / "model.safetensors")
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_memory_does_not_grow_with_the_model(memory_path):
+    """200 MiB in three arrays, one of them 128 MiB, come out with a few chunks of 16 MiB in memory."""
+    run, shapes = memory_path / "large", [(32768, 1024), (9437, 1024), (1024, 9437)]
+    arrays = {(f"w.{i}", "fp32"): np.full(shape, i, np.float32) for i, shape in enumerate(shapes)}
+    (specs,) = layout_of(arrays, {key: [Box.whole(a.shape)] for key, a in arrays.items()})
+    shards = [Shard(spec, arrays[spec.key]) for spec in specs]
+    save(run, "t1", shards, layout=[specs], comm=Solo(), document={}, durable=False)
+    checkpoint = open_checkpoint(run)
+    tracemalloc.start()
+    size = export_safetensors(checkpoint, run / "out.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > sum(math.prod(shape) * 4 for shape in shapes) > 200 << 20
+    assert (16 << 20) < peak < (48 << 20)
+    with safe_open(run / "out.safetensors", "numpy") as opened:
+        for i, shape in enumerate(shapes):
+            assert opened.get_slice(f"w.{i}").get_shape() == list(shape)
+            assert (opened.get_slice(f"w.{i}")[shape[0] - 3 :] == i).all()
+    shutil.rmtree(run)

@@ -1,0 +1,86 @@
+"""Finding a checkpoint: what is there, what isn't, and what the errors say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ckpt_helpers import same, save_arrays
+
+from ckpt import Box, CheckpointError, open_checkpoint
+
+ARRAYS = {("w", "fp32"): np.arange(12.0).reshape(4, 3), ("w", "exp_avg"): np.ones(3)}
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for tag in ("first", "numbers-1"):
+        save_arrays(tmp_path / "run", tag, ARRAYS)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"../first", b"gone\n", b"two words"], ids=repr)
+def test_latest_that_names_nothing_says_what_there_is(run, content):
+    (run / "latest").unlink()
+    if content is not None:
+        (run / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"latest.*first, numbers-1"):
+        open_checkpoint(run)
+    assert open_checkpoint(run, "numbers-1").tag == "numbers-1"
+
+
+def test_latest_that_cannot_be_read_says_why(run):
+    (run / "latest").unlink()
+    (run / "latest").mkdir()
+    with pytest.raises(CheckpointError, match=r"latest can't be read: Is a directory"):
+        open_checkpoint(run)
+
+
+def test_a_tag_that_is_not_there_lists_those_that_are(run):
+    with pytest.raises(
+        CheckpointError, match="no committed checkpoint 'numbers-2'; the tags there are: first, numbers-1"
+    ):
+        open_checkpoint(run, "numbers-2")
+
+
+def test_an_array_that_is_not_there_lists_what_is(run):
+    checkpoint = open_checkpoint(run)
+    with pytest.raises(CheckpointError, match="no 'exp_avg_sq' of 'w': its states are exp_avg, fp32"):
+        checkpoint.read("w", "exp_avg_sq")
+    with pytest.raises(CheckpointError, match="no such atom"):
+        checkpoint.read("v")
+    for box in (Box((0, 0), (5, 1)), Box((0,), (1,)), Box((0, 0, 0), (1, 1, 1))):
+        with pytest.raises(CheckpointError, match=r"w/fp32 has shape \[4, 3\].*beyond"):
+            checkpoint.read("w", "fp32", box)
+
+
+def a_file(path: Path) -> None:
+    path.write_text("not a folder")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Path.mkdir, "holds no committed checkpoint"),
+        (a_file, "is not a folder"),
+        (lambda path: None, "is not a folder"),
+        (lambda path: (path / ".saving.t1").mkdir(parents=True), "holds no committed checkpoint"),
+        (lambda path: (path / "t1" / "atoms").mkdir(parents=True), "holds no committed checkpoint"),
+    ],
+    ids=["empty", "file", "nothing", "crashed", "no-manifest"],
+)
+def test_places_without_a_checkpoint(tmp_path, make: Callable[[Path], None], message):
+    make(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no committed checkpoint 't1'; there are none"):
+        open_checkpoint(tmp_path / "run", "t1")
+
+
+def test_a_checkpoint_s_own_folder_opens_too(run, monkeypatch):
+    monkeypatch.chdir(run / "numbers-1")
+    checkpoint = open_checkpoint(".")
+    assert checkpoint.tag == "numbers-1"
+    assert same(checkpoint.read("w"), ARRAYS["w", "fp32"])
