@@ -30,4 +30,4 @@ lint: .venv/dev.stamp
 	@touch $@
 
 clean:
-	rm -rf .venv build ./*.egg-info demo-run demo-run-uninterrupted
+	rm -rf .venv build ./*.egg-info demo-run

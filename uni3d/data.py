@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+if TYPE_CHECKING:
+    from uni3d.engine import Engine
 
 
 class GlobalOrder:
@@ -95,3 +98,26 @@ class TrainingLoader:
                     "out of order; call iter() on the loader again"
                 )
             yield batch
+
+
+def engine_loader(
+    engine: Engine,
+    dataset: Dataset[Any],
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    position: Callable[[], int] = lambda: 0,
+) -> TrainingLoader:
+    """A loader of `dataset` with the engine's batch sizes, for this rank.
+
+    Without `position` each `iter()` begins at the same first sample, as evaluation wants it.
+    """
+    topology = engine.model.topology
+    return TrainingLoader(
+        dataset,
+        train_batch=engine.triad.train_batch,
+        micro_batch=engine.triad.micro_batch,
+        dp_rank=topology.dp_rank,
+        dp=topology.degrees.dp,
+        seed=engine.config.seed,
+        position=position,
+        collate_fn=collate_fn,
+    )

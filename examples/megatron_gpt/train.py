@@ -22,6 +22,7 @@ from data import TokenDataset, load_tokens
 from model import GPT, GPTConfig
 
 import uni3d
+from uni3d.data import engine_loader
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,6 +46,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--save-every", type=int, default=0, metavar="N", help="steps; 0 saves at the end only"
     )
+    parser.add_argument(
+        "--eval-batches", type=int, default=2, metavar="N", help="validation batches after each save"
+    )
     parser.add_argument("--data", default="builtin", help="builtin, FILE.txt or FILE.bin")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data order")
     parser.add_argument("--metrics", type=Path, metavar="FILE.jsonl", help="append one line a step")
@@ -61,28 +65,42 @@ def main() -> None:
     }
     with torch.device("meta"):  # no memory yet; each rank fills the parts that it keeps
         model = GPT(GPTConfig(**config["model"]))
-    tokens = load_tokens(args.data, "train")
-    data = TokenDataset(tokens, config["seq_len"], vocab_size=model.config.vocab_size)
+    train_data, valid_data = (
+        TokenDataset(load_tokens(args.data, split), config["seq_len"], vocab_size=model.config.vocab_size)
+        for split in ("train", "valid")
+    )
     engine, _, loader, _ = uni3d.initialize(
-        model=model, model_parameters=decay_groups(model), training_data=data, config=settings
+        model=model, model_parameters=decay_groups(model), training_data=train_data, config=settings
     )
     assert loader is not None, "training_data was given"
 
     engine.resume(args.run)
+    first_rank = engine.model.topology.rank == 0
+    if first_rank and engine.global_steps >= args.steps:
+        print(f"nothing to do: {args.run} is at step {engine.global_steps}, and --steps is {args.steps}")
+    if first_rank and args.metrics:
+        args.metrics.parent.mkdir(parents=True, exist_ok=True)
     batches = iter(loader)
-    saved_at = engine.global_steps
     while engine.global_steps < args.steps:
         start = time.perf_counter()
         lr = engine.get_lr()[0]
         loss = engine.train_batch(batches).item()
-        if args.metrics and engine.model.topology.rank == 0:
+        if first_rank and args.metrics:
             append_metrics(args.metrics, engine, loss, lr, config["seq_len"], time.perf_counter() - start)
         done = engine.global_steps == args.steps
         if done or (args.save_every and engine.global_steps % args.save_every == 0):
             engine.save_checkpoint(args.run)
-            saved_at = engine.global_steps
+            report_validation(engine, valid_data, args.eval_batches)
+
+
+def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) -> None:
+    """Print the mean loss of the first global batches of the validation text."""
+    if n_batches == 0:
+        return
+    batches = iter(engine_loader(engine, data))
+    loss = sum(engine.eval_batch(batches).item() for _ in range(n_batches)) / n_batches
     if engine.model.topology.rank == 0:
-        print(f"stopped at step {engine.global_steps}; the newest checkpoint is of step {saved_at}")
+        print(f"step {engine.global_steps}: saved; validation loss {loss:.4f}", flush=True)
 
 
 def decay_groups(model: GPT) -> list[dict[str, Any]]:

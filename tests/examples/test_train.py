@@ -23,15 +23,19 @@ def train(
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(processes), "--"]
     command = [*(torchrun if processes > 1 else [sys.executable]), str(EXAMPLE / "train.py")]
     command += ["--config", str(config or EXAMPLE / "configs" / "tiny.json")]
-    command += ["--steps", str(steps), "--run", str(run), "--metrics", str(run.with_suffix(".jsonl")), *flags]
+    command += ["--steps", str(steps), "--run", str(run), "--metrics", str(metrics_file(run)), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
+def metrics_file(run: Path) -> Path:
+    return run.parent / "metrics" / f"{run.name}.jsonl"  # a folder that train.py has to make
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in metrics_file(run).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -40,6 +44,7 @@ def small(tmp_path: Path) -> Path:
     config = json.loads((EXAMPLE / "configs" / "tiny.json").read_text())
     config["model"] |= {"hidden_size": 32, "num_layers": 2}
     path = tmp_path / "small.json"
+    config["uni3d"] |= {"train_batch_size": 24}
     path.write_text(json.dumps(config | {"seq_len": 16}))
     return path
 
@@ -58,6 +63,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, small: Path) -
         assert result.returncode == 0, result.stderr
     result = train(resumed, 4, "--pp", "2", processes=2, config=small)
     assert result.returncode == 0, result.stderr
+    assert "step 4: saved; validation loss " in result.stdout
     assert "global_step2: 60 arrays restored, 0 defaulted, 0 dropped" in result.stderr
     rows = metrics(resumed)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -69,6 +75,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, small: Path) -
         assert [row[key] for row in rows] == pytest.approx(expected, rel=1e-5), key
     again = train(resumed, 4, config=small)  # nothing left to do
     assert again.returncode == 0, again.stderr
+    assert again.stdout == f"nothing to do: {resumed} is at step 4, and --steps is 4\n"
     assert len(metrics(resumed)) == 4
 
 
