@@ -33,7 +33,8 @@ class TiedGradients:
             here = names & mine.keys()
             if len(holders) > 1 and here:
                 name = min(here)
-                self._shared.append((mine[name], holders))
+                if mine[name].requires_grad:
+                    self._shared.append((mine[name], holders))
                 if topology.pp_rank != holders[0]:
                     self.copies.add(name)
 

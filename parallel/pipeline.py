@@ -6,7 +6,7 @@ of the global batch and cuts it into micro batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -39,6 +39,13 @@ class Loss(NamedTuple):
         if isinstance(count, DTensor):
             count = count.full_tensor()
         return cls(total, count)
+
+    @classmethod
+    def sum(cls, losses: Sequence[Loss]) -> Loss:
+        return cls(
+            torch.stack([loss.total for loss in losses]).sum(),
+            torch.stack([loss.tokens for loss in losses]).sum(),
+        )
 
 
 def split_logits(topology: Topology) -> AbstractContextManager[None]:
@@ -76,13 +83,7 @@ class Pipeline:
                     schedule.eval(*args, target=target, return_outputs=False)
         if not self._topology.is_last_stage:
             return None
-        losses = self._losses[
-            -micro_batches:
-        ]  # the first run of a schedule also tries one batch for its shapes
-        return Loss(
-            torch.stack([loss.total for loss in losses]).sum(),
-            torch.stack([loss.tokens for loss in losses]).sum(),
-        )
+        return Loss.sum(self._losses[-micro_batches:])  # a schedule's first run also tries one for its shapes
 
     def _schedule(
         self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool

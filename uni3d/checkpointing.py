@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,13 +67,30 @@ class Checkpointer:
         scheduler = engine.lr_scheduler if scheduler_states else None
         self._together(lambda: self._check_fits(manifest, optimizer, scheduler))
         report = self._load_arrays(checkpoint, optimizer, strict=strict)
+        differences = []
         if optimizer is not None:
-            state.restore_optimizer(engine.model, optimizer, manifest["optimizer"])
+            differences += state.restore_optimizer(engine.model, optimizer, manifest["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(manifest["scheduler"])
+            if optimizer is None:  # its groups, which hold the rate of the next step, were left as they are
+                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                    group["lr"] = lr
         if counters:
-            engine.restore_counters(manifest["engine"])
+            engine.global_steps = manifest["engine"]["global_steps"]
+            engine.global_samples = manifest["engine"]["global_samples"]
+            differences += [
+                f"{key} is this run's {mine}, not the checkpoint's {manifest['engine'][key]}"
+                for key, mine in self._what_fixes_the_order().items()
+                if mine != manifest["engine"][key]
+            ]
+        if differences and self._comm.rank == 0:
+            warnings.warn(f"{checkpoint.folder}: {'; '.join(differences)}", stacklevel=3)
         return report, checkpoint
+
+    def _what_fixes_the_order(self) -> dict[str, int]:
+        """What the order of samples depends on."""
+        engine = self._engine
+        return {"seed": engine.config.seed, "train_batch_size": engine.triad.train_batch}
 
     def _check_fits(self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: Any) -> None:
         """Check what isn't an array, before anything changes."""
@@ -94,12 +112,13 @@ class Checkpointer:
 
         model = self._engine.model
         fresh = optimizer is not None and not optimizer.state
-        stored = checkpoint.manifest["optimizer"]
-        has_states = bool(stored and stored["scalars"]) or any(is_moment(key) for key in checkpoint.arrays)
-        if optimizer is not None and fresh and has_states:
+        stored = {key.atom for key in checkpoint.arrays if is_moment(key)}  # parameters that have states
+        if optimizer is not None:
+            stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
+        if optimizer is not None and fresh and stored:
             state.create_states(model, optimizer)
         try:
-            held = self._together(lambda: state.held_arrays(model, optimizer))
+            held = self._together(lambda: state.held_arrays(model, optimizer, with_states=stored))
             targets = [array.shard for array in held]
             report = ckpt.load(checkpoint, targets, comm=self._comm, strict=strict, leave=leave)
         except ckpt.CheckpointError:
@@ -107,6 +126,8 @@ class Checkpointer:
                 optimizer.state.clear()
             raise
         state.finish_load(held)
+        if optimizer is not None:
+            state.forget_states(model, optimizer, but=stored)
         return report
 
     def latest(self, run: str | Path) -> str | None:
@@ -138,7 +159,11 @@ class Checkpointer:
             **whole,
             "aliases": engine.model.ties,
             "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "engine": engine.counters(),
+            "engine": {
+                "global_steps": engine.global_steps,
+                "global_samples": engine.global_samples,
+                **self._what_fixes_the_order(),
+            },
             "client_state": client_state,
         }
 

@@ -136,7 +136,7 @@ def export(
         raise ValueError(f"{output} must end in .safetensors, the format that is written")
     total = sum(info.nbytes for info in ckpt.weights(checkpoint).values())
     columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, transient=True, disable=as_json) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=total)
         size = ckpt.export_safetensors(checkpoint, output, progress=lambda n: progress.advance(task, n))
     tensors = len(ckpt.weights(checkpoint))

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -145,7 +145,8 @@ def batch_triad(config: Config, dp: int) -> BatchTriad:
 def _explain(error: Any) -> str:
     """One problem that pydantic found, as a sentence with the key's full name."""
     path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
+    # Behind a key whose section depends on its type, pydantic puts that type, which the file doesn't have.
+    key = ".".join(path[:1] + path[2:] if path[0:1] in (["optimizer"], ["scheduler"]) else path)
     if error["type"] == "extra_forbidden":
         if key in REFUSED:
             return f"{key} is refused: {REFUSED[key]}"
@@ -153,14 +154,25 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
-    return f"{key} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key or 'the whole'} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _known_keys(path: list[str]) -> list[str]:
-    """Keys of the section at `path`."""
-    section: Any = Config
+    """Keys of the section at `path`, in which a section that depends on its type has that behind its key."""
+    sections: list[type[BaseModel]] = [Config]
     for part in path:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((o for o in options if hasattr(o, "model_fields")), None)
-    return sorted(section.model_fields) if section is not None else []
+        typed = [s for s in sections if "type" in s.model_fields and part in _types(s)]
+        fields = [s.model_fields[part] for s in sections if part in s.model_fields]
+        sections = typed or [model for field in fields for model in _models(field.annotation)]
+    return sorted({key for section in sections for key in section.model_fields})
+
+
+def _types(section: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["type"].annotation)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key with this annotation can have."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]

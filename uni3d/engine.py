@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from parallel.pipeline import Loss, split_logits
 from uni3d.checkpointing import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.data import TrainingLoader
+from uni3d.random_state import random_state
 
 
 class Engine:
@@ -86,7 +86,7 @@ class Engine:
             )
         batches = self._take(data_iter)
         self.module.train()
-        with self._random_state_of_step():
+        with self._random_state():
             loss = self._run(batches, train=True)
         return self._finish_step(loss)
 
@@ -95,7 +95,7 @@ class Engine:
         self._check_usable()
         batches = self._take(data_iter)
         self.module.eval()
-        with torch.no_grad(), self._random_state_of_step():
+        with torch.no_grad(), self._random_state():
             loss = self._run(batches, train=False)
         self.module.train()
         self.model.zero.reshard()
@@ -136,7 +136,7 @@ class Engine:
                     self.model.zero.before_backward(last=i == len(batches))
                     loss.total.backward()  # type: ignore[no-untyped-call]
             losses.append(Loss(loss.total.detach(), loss.tokens))
-        return _sum(losses)
+        return Loss.sum(losses)
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 
@@ -149,7 +149,7 @@ class Engine:
         self._check_no_stages("forward")
         device = self.model.topology.device
         args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
-        with self._random_state_of_step():
+        with self._random_state():
             output = self.module(*args, **kwargs)
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
@@ -176,20 +176,21 @@ class Engine:
         self._micro_steps += 1
         if boundary:
             losses, self._pending, self._micro_steps = self._pending, [], 0
-            self._finish_step(_sum(losses))
+            self._finish_step(Loss.sum(losses))
 
     # --- the step itself -------------------------------------------------------------------------------
 
     def _finish_step(self, loss: Loss | None) -> Tensor:
         """From summed gradients to updated parameters."""
         assert self.optimizer is not None, "checked before the batch was taken"
+        self.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
         self.model.tied.sum()
         total, tokens, square = self._sum_over_ranks(loss, self._counted_parameters())
         mean_loss, norm = total / tokens, square.sqrt() / tokens
         self._gradient_norm = norm.item()
         if not (mean_loss + norm).isfinite().item():  # the same numbers on all ranks, so all raise
-            self.optimizer.zero_grad()
+            self.module.zero_grad()
             raise FloatingPointError(
                 f"step {self.global_steps + 1}: the loss is {mean_loss.item():g} and the gradients' norm "
                 f"{self._gradient_norm:g}; no step was taken"
@@ -198,12 +199,12 @@ class Engine:
         scale = 1.0 / tokens
         if self.config.gradient_clipping > 0:
             scale = scale * (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
-        gradients = local_gradients(self.module.parameters())
+        gradients = local_gradients(self._trained_parameters())
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
         # 3. The step.
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.module.zero_grad()  # those too that the optimizer doesn't have
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.global_steps += 1
@@ -223,23 +224,20 @@ class Engine:
         dist.all_reduce(sums)
         return sums[0], sums[1], sums[2]
 
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """This stage's parameters that the optimizer has."""
+        assert self.optimizer is not None, "checked before the batch was taken"
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _counted_parameters(self) -> list[nn.Parameter]:
-        """This stage's parameters but for copies of tied ones, which their first stage counts."""
-        return [p for n, p in self.module.named_parameters() if n not in self.model.tied.copies]
+        """Those, but for copies of tied ones, which their first stage counts."""
+        copies = {id(p) for n, p in self.module.named_parameters() if n in self.model.tied.copies}
+        return [p for p in self._trained_parameters() if id(p) not in copies]
 
-    @contextmanager
-    def _random_state_of_step(self) -> Iterator[None]:
-        """Dropout drawn from (seed, step, place), so that a resume on the same topology draws the same.
-
-        Tensor-parallel ranks draw alike, as they compute the same activations.
-        """
-        topology = self.model.topology
-        place = (self.config.seed, self.global_steps, self._micro_steps, topology.pp_rank, topology.dp_rank)
-        digest = hashlib.sha256(repr(place).encode()).digest()
-        devices = [topology.device] if topology.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int.from_bytes(digest[:7], "little"))
-            yield
+    def _random_state(self) -> AbstractContextManager[None]:
+        return random_state(
+            self.model.topology, seed=self.config.seed, step=self.global_steps, micro_step=self._micro_steps
+        )
 
     # --- what it knows of itself (local) ---------------------------------------------------------------
 
@@ -348,24 +346,3 @@ class Engine:
         if self._checkpointer.latest(run) is None:
             return None
         return self.load_checkpoint(run)[1]
-
-    def counters(self) -> dict[str, int]:
-        """What a checkpoint keeps of the engine itself. Local."""
-        return {
-            "global_steps": self.global_steps,
-            "global_samples": self.global_samples,
-            "train_batch_size": self.triad.train_batch,
-            "seed": self.config.seed,
-        }
-
-    def restore_counters(self, saved: dict[str, int]) -> None:
-        """Local: take up where `saved` left."""
-        self.global_steps = saved["global_steps"]
-        self.global_samples = saved["global_samples"]
-
-
-def _sum(losses: list[Loss]) -> Loss:
-    return Loss(
-        torch.stack([loss.total for loss in losses]).sum(),
-        torch.stack([loss.tokens for loss in losses]).sum(),
-    )

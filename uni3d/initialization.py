@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 import parallel
 from uni3d.config import Config, batch_triad, load_config
-from uni3d.data import TrainingLoader
+from uni3d.data import TrainingLoader, engine_loader
 from uni3d.engine import Engine
 from uni3d.optim import make_optimizer, make_scheduler
 
@@ -70,15 +70,8 @@ def initialize(
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
     if training_data is not None:
-        engine.training_dataloader = TrainingLoader(
-            training_data,
-            train_batch=triad.train_batch,
-            micro_batch=triad.micro_batch,
-            dp_rank=topology.dp_rank,
-            dp=degrees.dp,
-            seed=settings.seed,
-            position=lambda: engine.global_samples,
-            collate_fn=collate_fn,
+        engine.training_dataloader = engine_loader(
+            engine, training_data, collate_fn, position=lambda: engine.global_samples
         )
     return engine, inner, engine.training_dataloader, scheduler
 
@@ -116,7 +109,10 @@ def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[A
             raise ValueError(f"{name} is {parameter.dtype}; in this release parameters must be torch.float32")
     if isinstance(optimizer, torch.optim.Optimizer):
         if optimizer.state:
-            raise ValueError("the optimizer has taken steps; give it to initialize before the first")
+            raise ValueError(
+                f"the {type(optimizer).__name__} optimizer has states of parameters that will yet be split; "
+                "give it before its first step, or, if it makes them at once, give a function of its groups"
+            )
         given: list[Any] = optimizer.param_groups
     elif model_parameters is None:
         given = [p for p in model.parameters() if p.requires_grad]
@@ -124,8 +120,10 @@ def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[A
         given = list(model_parameters)
     if not given:
         raise ValueError("there are no parameters to train: model_parameters is empty, or all are frozen")
-    groups: Groups = given if isinstance(given[0], dict) else [{"params": given}]
+    groups: Groups = [{**g} for g in given] if isinstance(given[0], dict) else [{"params": given}]
     for group in groups:
+        params = group["params"]  # one tensor, or any iterable, as torch's optimizers take them
+        group["params"] = [params] if isinstance(params, torch.Tensor) else list(params)
         if unknown := sum(id(p) not in names for p in group["params"]):
             raise ValueError(f"model_parameters has {unknown} tensors that are not parameters of the model")
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]

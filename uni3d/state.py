@@ -7,7 +7,7 @@ in the manifest, by parameter name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,17 +35,23 @@ class Held(NamedTuple):
     """False for copies that another rank or stage speaks for: loaded here, but never saved from here."""
 
 
-def held_arrays(model: ParallelModel, optimizer: torch.optim.Optimizer | None) -> list[Held]:
-    """Every parameter, buffer and optimizer state of which this rank has a part, the live tensors."""
+def held_arrays(
+    model: ParallelModel, optimizer: torch.optim.Optimizer | None, with_states: Collection[str] | None = None
+) -> list[Held]:
+    """Every parameter, buffer and optimizer state of which this rank has a part, the live tensors.
+
+    `with_states` names the parameters whose optimizer states are wanted; None is all.
+    """
     model.zero.reshard()
     arrays = []
     for name, parameter in model.module.named_parameters():
-        saves = name not in model.tied.copies
-        arrays.append(_held(model.first_name(name), PARAMETER, parameter, saves))
-        state = optimizer.state.get(parameter, {}) if optimizer else {}
+        first, saves = model.first_name(name), name not in model.tied.copies
+        arrays.append(_held(first, PARAMETER, parameter, saves))
+        wanted = optimizer if with_states is None or first in with_states else None
+        state = {} if wanted is None else wanted.state.get(parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0:
-                arrays.append(_held(model.first_name(name), key, value, saves))
+                arrays.append(_held(first, key, value, saves))
     speaks = model.topology.dp_rank == 0 and model.topology.tp_rank == 0  # replicas may differ, so one speaks
     arrays.extend(_held(name, BUFFER, buffer, speaks) for name, buffer in _persistent_buffers(model.module))
     return arrays
@@ -62,6 +68,13 @@ def finish_load(arrays: list[Held]) -> None:
 def create_states(model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
     """Make an optimizer that has taken no step yet create its states, so that they can be loaded into."""
     get_optimizer_state_dict(model.module, optimizer)  # torch has it take a step with no gradients, no rate
+
+
+def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
+    """Drop the states of all parameters but those named, as if these had never had a gradient."""
+    for name, parameter in model.module.named_parameters():
+        if model.first_name(name) not in but:
+            optimizer.state.pop(parameter, None)
 
 
 def describe(model: ParallelModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -133,15 +146,26 @@ def check_optimizer(
                 )
 
 
-def restore_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Set the groups' hyperparameters and the states' scalars to the saved ones."""
-    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
-        for key in values.keys() & group.keys() - _HOW_NOT_WHAT:
-            group[key] = _like(group[key], values[key])
+def restore_optimizer(
+    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> list[str]:
+    """Set the groups' hyperparameters and the states' scalars to the saved ones.
+
+    Returns a line for each hyperparameter that this run was given another value of.
+    """
+    changed = []
+    for i, (group, values) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
+        for key in sorted(values.keys() & group.keys() - _HOW_NOT_WHAT):
+            value = _like(group[key], values[key])
+            moves = key == "lr" and "initial_lr" in group  # a schedule's doing, not a given value
+            if value != group[key] and not moves:
+                changed.append(f"group {i}'s {key} is the checkpoint's {value}, not this run's {group[key]}")
+            group[key] = value
     for name, parameter in model.module.named_parameters():
         state = optimizer.state.get(parameter, {})
         for key, number in saved["scalars"].get(model.first_name(name), {}).items():
             state[key] = _like(state[key], number)
+    return changed
 
 
 def _held(name: str, state: str, tensor: Tensor, saves: bool) -> Held:

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.data import TensorDataset
 
 import uni3d
@@ -104,14 +105,34 @@ def save_case(place: Place, options: dict[str, Any], run: str) -> dict[str, Any]
     return {"initial": initial, "losses": losses, "norm": norms, "final": whole_state(engine)}
 
 
-def load_case(place: Place, options: dict[str, Any], runs: list[str]) -> list[dict[str, Any]]:
+def worst_error(engine: Any, expected: dict[str, dict[str, Tensor]]) -> tuple[float, str]:
+    """The largest difference of this rank's parts, relative to the largest element of their tensor."""
+    worst = (0.0, "")
+    for name, parameter in engine.module.named_parameters():
+        first = engine.model.first_name(name)
+        tensors = {"fp32": parameter.detach()} | engine.optimizer.state[parameter]
+        for key in expected[first]:
+            whole, local = expected[first][key], tensors[key]
+            scale = whole.abs().max().item()
+            if isinstance(local, DTensor):
+                args = (local.shape, local.device_mesh, local.placements)
+                shape, offset = compute_local_shape_and_global_offset(*args)  # torch's, not ours
+                whole = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+                local = local.to_local()
+            if whole.numel():
+                worst = max(worst, ((local - whole).abs().max().item() / scale, f"{first}/{key}"))
+    return worst
+
+
+def load_case(place: Place, options: dict[str, Any], runs: list[str], expected: str) -> list[dict[str, Any]]:
     engine = make_engine(place, options)
+    state = torch.load(expected, weights_only=True)
     results = []
     for run in runs:
         _, client_state = engine.load_checkpoint(run)
         results.append(
             {
-                "state": whole_state(engine),
+                "error": worst_error(engine, state),
                 "client_state": client_state,
                 "steps": engine.global_steps,
                 "optimizer_steps": {float(s["step"]) for s in engine.optimizer.state.values()},
@@ -134,7 +155,7 @@ def assert_close(
             assert error <= TOLERANCE, f"{where}: {name}/{key} differs by {error:.1e} of its largest element"
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def test_every_pair_of_topologies(ranks: Ranks, head: str, tmp_path: Path) -> None:
     options = HEADS[head]
     trace = oracle.train(oracle.MODEL | options, STEPS + 1)
@@ -154,11 +175,13 @@ def test_every_pair_of_topologies(ranks: Ranks, head: str, tmp_path: Path) -> No
             assert_close(result["final"], trace.states[STEPS], f"trained on {place}")
         live = {k: v for result in results for k, v in result["final"].items()}
         check_atoms(Path(run) / f"global_step{STEPS}", live)
+    expected = str(tmp_path / "expected.pt")
+    torch.save(trace.states[STEPS], expected)
     for place in PLACES:
-        for results in ranks.run(place.world, load_case, place, options, runs):
+        for results in ranks.run(place.world, load_case, place, options, runs, expected):
             for source, result in zip(PLACES, results, strict=True):
                 where = f"{source} -> {place}"
-                assert_close(result["state"], trace.states[STEPS], where)
+                assert result["error"][0] <= TOLERANCE, f"{where}: {result['error']}"
                 assert result["loss"] == pytest.approx(trace.losses[STEPS], rel=TOLERANCE), where
                 assert result["client_state"] == {"from": str(source), "nested": [1, 2.5, None]}
                 assert result["steps"] == STEPS

@@ -1,0 +1,116 @@
+"""Cutting a chain of layers into stages."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from model import GPT, GPTConfig
+from torch import nn
+
+from parallel.stages import Chain, balanced_cuts, layer_names, split_layers
+
+
+def every_cut(n: int, parts: int) -> list[list[tuple[int, int]]]:
+    """All ways to cut n things into non-empty runs."""
+    return [list(pairwise((0, *inner, n))) for inner in combinations(range(1, n), parts - 1)]
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.data())
+def test_cuts_are_as_even_as_can_be(costs: list[int], data: st.DataObject) -> None:
+    parts = data.draw(st.integers(1, len(costs)))
+    cuts = balanced_cuts(costs, parts)
+    candidates = every_cut(len(costs), parts)
+    assert cuts in candidates, "non-empty runs that cover everything in order"
+    best = min(max(sum(costs[a:b]) for a, b in cut) for cut in candidates)
+    assert max(sum(costs[a:b]) for a, b in cuts) == best
+
+
+GPT_OPTIONS = {"vocab_size": 61, "hidden_size": 16, "num_layers": 5, "num_heads": 2, "max_seq_len": 16}
+
+
+def gpt(**options: object) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**(GPT_OPTIONS | options)))
+
+
+def matrix_elements(model: nn.Module, layers: list[str]) -> int:
+    """What the linear layers of these layers have to multiply with."""
+    return sum(
+        module.weight.numel()
+        for name in layers
+        for module in model.get_submodule(name).modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+@pytest.mark.parametrize("vocab_size", [8, 61, 2000], ids="vocab{}".format)
+def test_stages_of_a_gpt_are_balanced(pp: int, vocab_size: int) -> None:
+    model = gpt(vocab_size=vocab_size)
+    layers = model.pipeline_layers
+    stages = split_layers(model, layers, pp)
+    assert [name for stage in stages for name in stage] == layers
+    worst = max(matrix_elements(model, stage) for stage in stages)
+    options = every_cut(len(layers), pp)
+    best = min(max(matrix_elements(model, layers[a:b]) for a, b in cut) for cut in options)
+    assert worst == best
+    if vocab_size == 2000 and pp == 2:
+        assert stages[1] == ["head"], "a head that costs more than all layers is alone"
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+@pytest.mark.parametrize(("pp", "num_layers"), [(1, 5), (2, 5), (3, 5), (8, 5), (5, 12)])
+def test_the_stages_in_a_row_are_the_model(pp: int, num_layers: int, tied_head: bool) -> None:
+    model = gpt(num_layers=num_layers, tied_head=tied_head, positions="learned")  # 12: layers.1 and layers.10
+    tokens = torch.randint(0, 61, (2, 8))
+    expected = model(tokens)
+    stages = split_layers(model, model.pipeline_layers, pp)
+    x, names = tokens, []
+    for layers in stages:
+        stage = Chain(deepcopy(model), layers)
+        held = [name for name, _ in stage.named_parameters(remove_duplicate=False)]
+        assert all(name.startswith(tuple(f"{layer}." for layer in layers)) for name in held)
+        for name, parameter in stage.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name)), name
+        names += held
+        x = stage(x)
+    assert torch.equal(x, expected)
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters(remove_duplicate=False))
+
+
+class Custom(nn.Module):
+    """A chain that the test describes."""
+
+    def __init__(self, layers: list[str] | None, loose: str | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        if layers is not None:
+            self.pipeline_layers = layers
+        if loose == "parameter":
+            self.scale = nn.Parameter(torch.ones(2))
+        if loose == "buffer":
+            self.register_buffer("count", torch.zeros(2))
+
+
+def test_a_chain_that_is_not_declared_well() -> None:
+    assert layer_names(Custom(None)) is None
+    assert layer_names(Custom(["first", "second.0", "second.1"])) == ["first", "second.0", "second.1"]
+    with pytest.raises(ValueError, match="names 'third', but Custom has no such module"):
+        layer_names(Custom(["first", "second", "third"]))
+    with pytest.raises(ValueError, match=r"^second\.1\.weight is in none of the pipeline_layers"):
+        layer_names(Custom(["first", "second.0"]))
+    for loose, name in (("parameter", "scale"), ("buffer", "count")):
+        with pytest.raises(ValueError, match=f"^{name} is in none of the pipeline_layers"):
+            layer_names(Custom(["first", "second"], loose))
+
+
+def test_more_stages_than_layers() -> None:
+    model = Custom(["first", "second"])
+    assert split_layers(model, ["first", "second"], 2) == [["first"], ["second"]]
+    with pytest.raises(ValueError, match=r"^pp\(3\) needs at least 3 layers, but the model has 2$"):
+        split_layers(model, ["first", "second"], 3)

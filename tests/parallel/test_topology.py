@@ -1,0 +1,115 @@
+"""Degrees and the places of ranks on the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Ranks
+
+from parallel import Degrees, Topology, resolve_degrees
+
+DEGREES = st.integers(1, 6)
+
+
+@given(DEGREES, DEGREES, DEGREES)
+def test_degrees_that_multiply(pp: int, dp: int, tp: int) -> None:
+    world = pp * dp * tp
+    expected = Degrees(pp=pp, dp=dp, tp=tp)
+    assert resolve_degrees(world, pp=pp, dp=dp, tp=tp) == expected
+    assert resolve_degrees(world, pp="auto", dp=dp, tp=tp) == expected
+    assert resolve_degrees(world, pp=pp, dp="auto", tp=tp) == expected
+    assert resolve_degrees(world, pp=pp, dp=dp, tp="auto") == expected
+    with pytest.raises(ValueError, match=f"= {world}, but {world + 1} processes were started$"):
+        resolve_degrees(world + 1, pp=pp, dp=dp, tp=tp)
+
+
+def test_by_default_all_ranks_are_data_parallel() -> None:
+    assert resolve_degrees(6) == Degrees(pp=1, dp=6, tp=1)
+    assert str(resolve_degrees(6, tp=2)) == "(pp, dp, tp) = (1, 3, 2)"
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "message"),
+    [
+        (8, {"pp": 2, "dp": 2, "tp": 3}, "pp(2) * dp(2) * tp(3) = 12, but 8 processes were started"),
+        (4, {"pp": 1, "dp": 2, "tp": 1}, "pp(1) * dp(2) * tp(1) = 2, but 4 processes were started"),
+        (
+            8,
+            {"pp": 3, "dp": "auto", "tp": 1},
+            "pp(3) * dp(auto) * tp(1) can't be 8: 8 processes were started, which 3 doesn't divide",
+        ),
+        (
+            2,
+            {"pp": "auto", "dp": 4, "tp": 1},
+            "pp(auto) * dp(4) * tp(1) can't be 2: 2 processes were started, which 4 doesn't divide",
+        ),
+        (
+            4,
+            {"pp": "auto", "dp": "auto", "tp": 2},
+            "pp and dp are both 'auto'; give at least two of pp, dp, tp as numbers",
+        ),
+        (4, {"pp": 0, "dp": "auto", "tp": 1}, "pp(0) must be at least 1"),
+        (4, {"pp": -2, "dp": -2, "tp": 1}, "pp(-2) must be at least 1"),
+        (4, {"pp": 2, "dp": 2, "tp": -1}, "tp(-1) must be at least 1"),
+    ],
+)
+def test_degrees_that_do_not(world: int, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
+        resolve_degrees(world, **given)
+    assert str(caught.value) == message
+
+
+PLACES = [(1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+
+
+def places_case() -> list[dict[str, Any]]:
+    """What each topology says of this rank."""
+    places = []
+    for pp, dp, tp in PLACES:
+        for zero_stage in (0, 3):
+            topology = Topology(Degrees(pp=pp, dp=dp, tp=tp), zero_stage=zero_stage)
+            places.append(
+                {
+                    "coordinates": (topology.pp_rank, topology.dp_rank, topology.tp_rank),
+                    "last": topology.is_last_stage,
+                    "pp_group": dist.get_process_group_ranks(topology.pp_group),
+                    "tp_mesh": topology.tp_mesh.mesh.tolist(),
+                    "zero_mesh": topology.zero_mesh.mesh.tolist(),
+                    "world": (topology.rank, topology.world_size),
+                }
+            )
+    return places
+
+
+def test_ranks_are_where_an_arange_puts_them(ranks: Ranks) -> None:
+    for rank, places in enumerate(ranks.run(4, places_case)):
+        found = iter(places)
+        for pp, dp, tp in PLACES:
+            for zero_stage in (0, 3):
+                shape = (pp, dp, 1, tp) if zero_stage == 0 else (pp, 1, dp, tp)
+                grid = np.arange(4).reshape(shape)
+                p, r, s, t = (int(i[0]) for i in np.nonzero(grid == rank))
+                assert next(found) == {
+                    "coordinates": (p, r + s, t),  # one of the two data-parallel axes is of size 1
+                    "last": p == pp - 1,
+                    "pp_group": grid[:, r, s, t].tolist(),
+                    "tp_mesh": grid[p, r, s, :].tolist(),
+                    "zero_mesh": grid[p, :, :, t].tolist(),
+                    "world": (rank, 4),
+                }
+
+
+def mismatch_case() -> str:
+    with pytest.raises(ValueError, match="processes were started") as caught:
+        Topology(Degrees(pp=2, dp=2, tp=1), zero_stage=1)
+    return str(caught.value)
+
+
+def test_a_topology_of_another_size_is_refused(ranks: Ranks) -> None:
+    for message in ranks.run(2, mismatch_case):
+        assert message == "pp(2) * dp(2) * tp(1) = 4, but 2 processes were started"

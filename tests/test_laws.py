@@ -1,0 +1,187 @@
+"""The laws of the house, read off the source: every import of every module, those inside functions too.
+
+1. `parallel` and `ckpt` import neither each other nor `uni3d`.
+2. `ckpt` imports no torch; `import ckpt`, `import uni3d` and `uni3d --help` load none.
+3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
+4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
+   (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards. The engine and its
+   checkpointing may know both packages (errors, reports, collectives); every other module at most one.
+5. Nothing pickles, and files stay short.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("ckpt", "parallel", "uni3d")
+SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
+LONGEST = 350
+PICKLING = {("torch", "save"), ("torch", "load"), ("np", "save"), ("np", "load")}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), relative(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The full name of every module, and of every name, that a file imports anywhere in it."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(REPOSITORY).parent.parts
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (above, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__", "find_spec"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def called(node: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    function = node.func
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def packages(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def of(package: str) -> list[Path]:
+    return [path for path in SOURCES if path.relative_to(REPOSITORY).parts[0] == package]
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the tests below: an import that the walk overlooks is a law that isn't held."""
+    monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
+    (tmp_path / "pkg").mkdir()
+    path = tmp_path / "pkg" / "m.py"
+    path.write_text(
+        "import a.b as c\nfrom d import e, f\nfrom . import g\nfrom .h import i\n"
+        "if TYPE_CHECKING:\n    import j\ndef k():\n    import l\n    class M:\n        from n import o\n"
+        "importlib.import_module('p.q')\n"
+    )
+    assert set(imports(path)) == {"a.b", "d.e", "d.f", "pkg.g", "pkg.h.i", "j", "l", "n.o", "p.q"}
+    assert len(SOURCES) > 20, "or nothing is checked"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_who_imports_whom(path: Path) -> None:
+    mine, found = path.relative_to(REPOSITORY).parts[0], packages(path)
+    assert mine == "uni3d" or not found & (set(PACKAGES) - {mine}), "law 1"
+    if mine == "ckpt":
+        assert "torch" not in found, "law 2"
+    assert not found & {"tests", "examples", "benchmarks"}
+
+
+def test_one_joint() -> None:
+    users = {relative(p) for p in of("uni3d") if {"ckpt", "parallel"} <= packages(p)}
+    assert users == {"uni3d/state.py", "uni3d/engine.py", "uni3d/checkpointing.py"}
+    layout = {relative(p) for p in of("uni3d") if any(n.startswith("parallel.layout") for n in imports(p))}
+    assert layout == {"uni3d/state.py"}
+    kinds = {"Box", "Shard", "ShardSpec", "ArrayKey"}
+    makers = {
+        relative(path)
+        for path in of("uni3d")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call) and called(node) in kinds
+    }
+    assert makers == {"uni3d/state.py"}
+    importers = {relative(p) for p in of("uni3d") if {f"ckpt.{kind}" for kind in kinds} & set(imports(p))}
+    assert importers == {"uni3d/state.py"}
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from at_import(child)
+
+
+@pytest.mark.parametrize("path", of("parallel"), ids=relative)
+def test_no_process_group_globals(path: Path) -> None:
+    distributed = set()  # the names by which the file knows things of torch.distributed
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+            distributed |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found = [alias for alias in node.names if alias.name.startswith("torch.distributed")]
+            distributed |= {alias.asname or "torch" for alias in found}
+    forbidden = distributed | {"HostComm", "Topology"}
+    for node in at_import(parse(path)):
+        if isinstance(node, ast.Call):
+            names = {n.id for n in ast.walk(node.func) if isinstance(n, ast.Name)}
+            assert not names & forbidden, f"line {node.lineno} makes a global of {names & forbidden}"
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(parse(path))), "set later"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_pickles(path: Path) -> None:
+    assert not packages(path) & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            pair = (node.value.id, node.attr)
+            assert pair not in PICKLING, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def run(code: str, *path: Path | str) -> subprocess.CompletedProcess[str]:
+    """Run Python code with these folders first on its path."""
+    folders = os.pathsep.join(str(p) for p in (*path, REPOSITORY))
+    environment = {**os.environ, "PYTHONPATH": folders}
+    return subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+
+
+COMMANDS = {
+    "import ckpt": "import ckpt",
+    "import uni3d": "import uni3d",
+    "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
+    "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_torch_is_loaded(command: str) -> None:
+    report = "\nimport json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = run(COMMANDS[command] + report)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "torch" not in loaded
+    assert {"ckpt", "uni3d"} & loaded
+
+
+@pytest.mark.parametrize("file", ["parallel.py", "ckpt.py", "parallel/__init__.py", "ckpt/__init__.py"])
+def test_a_stranger_of_the_same_name_is_named(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("")
+    done = run("import uni3d", tmp_path)
+    assert done.returncode == 1
+    name = Path(file).parts[0].removesuffix(".py")
+    assert f"ImportError: uni3d needs its own package {name!r} at {REPOSITORY / name}" in done.stderr
+    assert f"Python finds {tmp_path.resolve() / file}; rename that file" in done.stderr
+
+
+def test_a_folder_without_code_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "ckpt").mkdir()  # where many a script keeps its checkpoints
+    done = run("import uni3d", tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,140 @@
+"""Small models and their data for the tests of the engine, and plain PyTorch to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import uni3d
+
+WIDTH = 6
+ADAM = {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1}}
+
+Batch = tuple[Tensor, Tensor]
+
+
+class OwnLoss(nn.Module):
+    """A plain module that returns its loss, with what plain modules have: ties, frozen parts, buffers."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encode = nn.Linear(WIDTH, WIDTH)
+        self.fixed = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.decode = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.decode.weight = self.encode.weight
+        self.out = nn.Linear(WIDTH, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        hidden = self.dropout(torch.tanh(self.fixed(self.encode(x))))
+        return F.mse_loss(self.out(self.decode(hidden)), y)
+
+
+class Stack(nn.Module):
+    """A chain that can be cut into pipeline stages; its loss is a sum and a number of terms."""
+
+    def __init__(self, layers: int = 4, width: int = WIDTH) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers))
+        self.out = nn.Linear(width, 1)
+
+    @property
+    def pipeline_layers(self) -> list[str]:
+        return [*(f"layers.{i}" for i in range(len(self.layers))), "out"]
+
+    def loss_fn(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        error = (outputs - targets).square()
+        return error.sum(), torch.tensor(error.numel())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.out(x)
+        return out
+
+
+def seeded(model: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """The model with the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return model(*args)
+
+
+def global_batches(steps: int, size: int = 12, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(steps, size, WIDTH, generator=generator)
+    return [(x, x.square().mean(1, keepdim=True)) for x in inputs]
+
+
+def micro_batches(batches: list[Batch], engine: uni3d.Engine) -> Iterator[Batch]:
+    """This rank's micro batches of the global batches: its stretch of each, in order."""
+    size, share = engine.triad.micro_batch, engine.triad.micro_batch * engine.triad.accumulation
+    first = engine.model.topology.dp_rank * share
+    for x, y in batches:
+        for start in range(first, first + share, size):
+            yield x[start : start + size], y[start : start + size]
+
+
+def make_engine(
+    model: nn.Module, *, zero: int = 0, pp: int = 1, micro: int = 3, **given: Any
+) -> uni3d.Engine:
+    """An engine on the CPU with a global batch of 12 and no clipping; `given` goes to `initialize`."""
+    config = {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": 0.0,
+        "optimizer": ADAM,
+        "parallel": {"pp": pp, "device": "cpu"},
+        "zero_optimization": {"stage": zero},
+    } | given.pop("config", {})
+    engine: uni3d.Engine = uni3d.initialize(model=model, config=config, **given)[0]
+    return engine
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers, put together from all ranks by torch itself."""
+    tensors = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """What `ADAM` stands for."""
+    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1, foreach=False)
+
+
+def train_plainly(
+    model: nn.Module,
+    batches: list[Batch],
+    optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+    clip: float = 0.0,
+) -> tuple[list[float], list[float], nn.Module]:
+    """Losses, gradient norms and the trained copy of `model`: one process, each global batch at once."""
+    model = deepcopy(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner, losses, norms = optimizer(trained), [], []
+    for x, y in batches:
+        loss = model(x, y) if isinstance(model, OwnLoss) else F.mse_loss(model(x), y)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip or float("inf"))))
+        inner.step()
+        inner.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, model
+
+
+def assert_same(found: dict[str, Tensor], expected: nn.Module, ignore: tuple[str, ...] = ()) -> None:
+    """Both have the same tensors, to rounding."""
+    wanted = whole(expected)
+    assert found.keys() == wanted.keys()
+    for name in wanted.keys() - set(ignore):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6, msg=name)

@@ -1,0 +1,240 @@
+"""Resuming: the run goes on as if nothing had happened, and what is left out is left out exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from small_models import (
+    OwnLoss,
+    Stack,
+    assert_same,
+    global_batches,
+    make_engine,
+    micro_batches,
+    seeded,
+    train_plainly,
+    whole,
+)
+from torch import nn
+from torch.utils.data import TensorDataset
+
+STEPS = 3
+WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "linear"}}
+
+
+class PartlyUsed(Stack):
+    """A parameter that takes part in no loss, and so never gets a gradient, nor optimizer states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].register_parameter("spare", nn.Parameter(torch.ones(3, 2)))
+
+
+def train(engine: Any, batches: list[Any]) -> list[float]:
+    data = micro_batches(batches, engine)
+    return [engine.train_batch(data).item() for _ in batches]
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+def plain_sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.05)
+
+
+def adagrad(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(groups, lr=0.05)
+
+
+def other_values(model: nn.Module) -> nn.Module:
+    """The same model with every value changed, so that whatever isn't restored shows."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor += 7
+    return model
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "own_loss": {"model": OwnLoss},
+    "own_loss_zero3": {"model": OwnLoss, "zero": 3},
+    "unused_parameter": {"model": PartlyUsed, "zero": 1},
+    "momentum": {"model": Stack, "optimizer": sgd, "zero": 2},
+    "no_states": {"model": Stack, "optimizer": plain_sgd},
+    "states_at_once": {"model": Stack, "optimizer": adagrad, "zero": 1},
+    "stages": {"model": PartlyUsed, "pp": 2},
+    "scheduler": {"model": Stack, "config": {"scheduler": WARMUP}},
+}
+
+
+def resume_case(name: str, run: Path, first: int) -> Any:
+    """Train without and with an interruption after `first` steps; all that there is to compare."""
+    given = {k: v for k, v in CASES[name].items() if k != "model"}
+    batches = global_batches(STEPS)
+    engine = make_engine(seeded(CASES[name]["model"]), **given)
+    losses = train(engine, batches[:first])
+    engine.save_checkpoint(run)
+    saved = whole(engine.module)
+    losses += train(engine, batches[first:])
+    resumed = make_engine(other_values(seeded(CASES[name]["model"])), **given)
+    assert resumed.resume(run) == {}
+    report = resumed.last_load
+    assert report is not None
+    assert not report.defaulted
+    assert not report.dropped
+    loaded = whole(resumed.module)
+    again = train(resumed, batches[first:])
+    for each, other in ((saved, loaded), (whole(engine.module), whole(resumed.module))):
+        for tensor in each.keys() - {"scratch"}:
+            assert torch.equal(each[tensor], other[tensor]), tensor
+    assert engine.get_lr() == resumed.get_lr()
+    assert (resumed.global_steps, resumed.global_samples) == (STEPS, 12 * STEPS)
+    if "scratch" in loaded:
+        assert loaded["scratch"].tolist() == [7.0, 7.0], "a buffer that isn't persistent isn't saved"
+        assert loaded["calls"] == 2 * first, "a buffer that is comes back"
+    return losses, again
+
+
+@pytest.mark.parametrize("first", [0, 2], ids=["before_the_first_step", "after_two_steps"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_run_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, name: str, first: int) -> None:
+    for losses, again in ranks.run(2, resume_case, name, tmp_path, first):
+        assert again == losses[first:]
+        if name == "own_loss":
+            assert losses == pytest.approx(train_plainly(seeded(OwnLoss), global_batches(STEPS))[0], rel=1e-5)
+
+
+def test_a_trained_engine_can_go_back_to_the_very_beginning(alone: None, tmp_path: Path) -> None:
+    engine = make_engine(seeded(Stack))
+    engine.save_checkpoint(tmp_path, tag="start")
+    losses = train(engine, global_batches(STEPS))
+    engine.load_checkpoint(tmp_path, tag="start")
+    assert not engine.optimizer.state, "no moments of the future"
+    assert engine.global_steps == 0
+    assert train(engine, global_batches(STEPS)) == losses
+
+
+def saved_run(folder: Path, **given: Any) -> tuple[Any, Any]:
+    """An engine that has taken three steps and saved, and the trained oracle."""
+    engine = make_engine(seeded(Stack), **given)
+    train(engine, global_batches(STEPS))
+    engine.save_checkpoint(folder)
+    return engine, train_plainly(seeded(Stack), global_batches(STEPS))[2]
+
+
+def test_without_optimizer_states(alone: None, tmp_path: Path) -> None:
+    """New moments, and the saved weights, counters and schedule: its rate holds from the next step on."""
+    first, _ = saved_run(tmp_path, config={"scheduler": WARMUP})
+    engine = make_engine(seeded(Stack), config={"scheduler": WARMUP})
+    engine.load_checkpoint(tmp_path, load_optimizer_states=False)
+    assert not engine.optimizer.state
+    assert engine.global_steps == STEPS
+    assert engine.get_lr() == first.get_lr() != make_engine(seeded(Stack)).get_lr()
+    assert_same(whole(engine.module), first.module)
+    assert len(engine.last_load.dropped) == 2 * 10, "both moments of each parameter"
+    assert set(engine.last_load.dropped.values()) == {"optimizer states were not asked for"}
+
+
+def test_the_module_only(alone: None, tmp_path: Path) -> None:
+    _, oracle = saved_run(tmp_path)
+    engine = make_engine(seeded(Stack), config={"scheduler": WARMUP})
+    lr = engine.get_lr()
+    engine.load_checkpoint(tmp_path, load_module_only=True)
+    assert_same(whole(engine.module), oracle)
+    assert not engine.optimizer.state
+    assert (engine.global_steps, engine.global_samples, engine.get_lr()) == (0, 0, lr)
+
+
+class Longer(Stack):
+    """One layer more than what was saved, and one less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layers[3]
+        self.extra = nn.Linear(6, 6)
+
+    @property
+    def pipeline_layers(self) -> list[str]:
+        return ["layers.0", "layers.1", "layers.2", "extra", "out"]
+
+
+def test_not_strict_is_not_silent(alone: None, tmp_path: Path) -> None:
+    first, _ = saved_run(tmp_path)
+    engine = make_engine(seeded(Longer))
+    extra = whole(engine.module)["extra.weight"]
+    with pytest.raises(
+        RuntimeError, match=r"2 missing in the checkpoint: extra\.bias/fp32, extra\.weight/fp32"
+    ):
+        engine.load_checkpoint(tmp_path, load_module_only=True)
+    engine.load_checkpoint(tmp_path, load_module_only=True, load_module_strict=False)
+    report = engine.last_load
+    assert set(report.defaulted) == {"extra.weight/fp32", "extra.bias/fp32"}
+    assert {"layers.3.0.weight/fp32", "layers.3.0.bias/fp32"} < set(report.dropped)
+    assert "2 defaulted (extra.bias/fp32, extra.weight/fp32)" in str(report)
+    state, saved = whole(engine.module), whole(first.module)
+    assert torch.equal(state["extra.weight"], extra)
+    for name in ("layers.0.0.weight", "layers.2.0.bias", "out.weight"):
+        assert torch.equal(state[name], saved[name])
+
+
+def test_each_group_s_hyperparameters_come_back(alone: None, tmp_path: Path) -> None:
+    def engine_of(**hyperparameters: Any) -> Any:
+        model = seeded(Stack)
+        groups = [
+            {"params": model.layers.parameters(), **hyperparameters},
+            {"params": model.out.parameters()},
+        ]
+        return make_engine(model, model_parameters=groups)
+
+    first = engine_of(lr=0.5, betas=(0.5, 0.6), eps=0.1, weight_decay=0.3)
+    first.optimizer.param_groups[1]["lr"] = 0.25  # by hand, on the way
+    train(first, global_batches(1))
+    first.save_checkpoint(tmp_path)
+    engine = engine_of()
+    with pytest.warns(UserWarning, match=r"group 0's betas is the checkpoint's \(0.5, 0.6\), not this run's"):
+        engine.load_checkpoint(tmp_path)
+    for saved, loaded in zip(first.optimizer.param_groups, engine.optimizer.param_groups, strict=True):
+        for key in saved.keys() - {"params"}:
+            assert loaded[key] == saved[key], key
+            assert type(loaded[key]) is type(saved[key]), key
+
+
+def test_another_order_of_samples_is_said(alone: None, tmp_path: Path) -> None:
+    make_engine(seeded(Stack), config={"seed": 1}).save_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match="seed is this run's 2, not the checkpoint's 1"):
+        make_engine(seeded(Stack), config={"seed": 2}).load_checkpoint(tmp_path)
+
+
+def test_the_loader_goes_on_with_the_next_samples(alone: None, tmp_path: Path) -> None:
+    data = TensorDataset(*(torch.cat(parts) for parts in zip(*global_batches(5), strict=True)))
+    engine = make_engine(seeded(Stack), training_data=data)
+    losses = [engine.train_batch().item() for _ in range(2)]
+    engine.save_checkpoint(tmp_path)
+    losses += [engine.train_batch().item() for _ in range(4)]  # into the second epoch
+    other = make_engine(seeded(Stack), training_data=data)
+    stale = iter(other.training_dataloader)
+    other.train_batch(stale)
+    other.train_batch()
+    other.load_checkpoint(tmp_path)
+    with pytest.raises(RuntimeError, match="made before a checkpoint was loaded"):
+        other.train_batch(stale)
+    assert [other.train_batch().item() for _ in range(4)] == losses[2:]
+
+
+def test_tags_and_latest(alone: None, tmp_path: Path) -> None:
+    engine = make_engine(seeded(Stack))
+    assert engine.resume(tmp_path / "new") is None
+    values = {"at": [1, 2.5, None, "x", True]}
+    engine.save_checkpoint(tmp_path, client_state={"at": 0})
+    train(engine, global_batches(1))
+    engine.save_checkpoint(tmp_path, tag="mine", client_state=values, save_latest=False)
+    folder, client_state = engine.load_checkpoint(tmp_path)
+    assert (Path(folder).name, client_state, engine.global_steps) == ("global_step0", {"at": 0}, 0)
+    folder, client_state = engine.load_checkpoint(tmp_path, tag="mine")
+    assert (folder, engine.global_steps) == (str(tmp_path / "mine"), 1)
+    assert client_state == values
+    assert [type(x) for x in client_state["at"]] == [int, float, type(None), str, bool]

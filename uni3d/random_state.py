@@ -1,0 +1,25 @@
+"""Random numbers that a resumed run draws again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from parallel import Topology
+
+
+@contextmanager
+def random_state(topology: Topology, *, seed: int, step: int, micro_step: int) -> Iterator[None]:
+    """Dropout drawn from (seed, step, place), so that a resume on the same topology draws the same.
+
+    Tensor-parallel ranks draw alike, as they compute the same activations.
+    """
+    place = (seed, step, micro_step, topology.pp_rank, topology.dp_rank)
+    digest = hashlib.sha256(repr(place).encode()).digest()
+    devices = [topology.device] if topology.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        yield
