@@ -18,6 +18,7 @@ from ckpt.comm import Comm, Solo, raise_together
 from ckpt.commit import committed_tags, read_latest
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, weights
+from ckpt.format import check_json
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ShardSpec, make_plan
 from ckpt.read import Checkpoint, open_checkpoint
@@ -34,6 +35,7 @@ __all__ = [
     "Shard",
     "ShardSpec",
     "Solo",
+    "check_json",
     "committed_tags",
     "export_safetensors",
     "load",

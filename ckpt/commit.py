@@ -28,6 +28,10 @@ def local_folder(url: str | Path) -> Path:
 def begin(run: Path, tag: str) -> Path:
     """Make the staging folder of a save, and remove what crashed saves left in the run's folder."""
     _make_durably(run)
+    if (run / tag).exists() and not (run / tag / MANIFEST).exists():
+        raise CheckpointError(
+            f"{run / tag} exists and is not a checkpoint; save under another tag, or move it away"
+        )
     for leftover in run.glob(f"{_STAGING}*"):
         shutil.rmtree(leftover)
     staging = staging_folder(run, tag)

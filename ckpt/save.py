@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def save(
     plans = job.together(lambda: _check_and_plan(tag, shards, layout, comm, document))
     job.together(lambda: commit.begin(folder, tag) if comm.rank == 0 else None)
     try:
+        _check_shared(job)
         records = job.together(lambda: _write_all(job, _in_place_writes(plans, shards, comm.rank)))
         for batch in _rounds([plan for plan in plans if plan.sources]):
             pieces = job.together(lambda batch=batch: _outgoing(batch, shards, comm))  # type: ignore[misc]
@@ -140,6 +142,22 @@ class _Job:
             error = caught
         raise_together(self.comm, error)
         return result  # type: ignore[return-value]
+
+
+def _check_shared(job: _Job) -> None:
+    """Check that all ranks write into the same folder: with a folder of its own on each machine, a
+    checkpoint would be committed without the other machines' chunks."""
+    token = job.staging / f"token-{job.comm.all_gather(uuid.uuid4().hex)[0]}"
+    job.together(lambda: token.touch() if job.comm.rank == 0 else None)
+
+    def see() -> None:
+        if not token.exists():
+            raise CheckpointError(
+                f"{job.run} is not the same folder as rank 0's; save to a shared file system"
+            )
+
+    job.together(see)
+    job.together(lambda: token.unlink() if job.comm.rank == 0 else None)
 
 
 def _check_and_plan(

@@ -29,8 +29,6 @@ class ParallelModel:
     tied: TiedGradients
     pipeline: Pipeline | None
     """Runs whole batches; None for a model that computes its own loss."""
-    parameter_names: list[str]
-    """Of the whole model, tied ones once, in the model's order."""
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter of this rank is known everywhere."""
@@ -55,7 +53,6 @@ def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -
         broadcast_from_first_rank(model.to(topology.device))
     loss_fn: LossFn | None = getattr(model, "loss_fn", None)
     ties = tied_names(model)
-    names = [name for name, _ in model.named_parameters()]
 
     module: nn.Module = model
     stage_names = [{name for name, _ in model.named_parameters(remove_duplicate=False)}]
@@ -76,7 +73,6 @@ def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, topology),
         pipeline=None if loss_fn is None else Pipeline(zero, topology, loss_fn),
-        parameter_names=names,
     )
 
 
@@ -95,6 +91,8 @@ def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | 
     declared = getattr(model, "tp_plan", None)
     if degrees.tp > 1 and not declared:
         raise ValueError(f"tp({degrees.tp}) needs a model with a tp_plan, which {kind} hasn't; use tp 1")
+    if degrees.tp == 1:  # then a plan may have styles that aren't known here: nothing is split
+        return {}
     plan = expand_plan(model, declared or {})
     check_divisible(model, plan, getattr(model, "tp_units", {}), degrees.tp)
     return plan

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel.pipeline import Loss
 from parallel.topology import Topology
 
 
@@ -75,6 +76,21 @@ def square_sum(parameters: Iterable[nn.Parameter], topology: Topology) -> Tensor
         return torch.zeros((), dtype=torch.float64, device=topology.device)
     norms = torch._foreach_norm(counted, 2)
     return torch.stack(list(norms)).double().square().sum()
+
+
+def sum_over_ranks(
+    loss: Loss | None, parameters: Iterable[nn.Parameter], topology: Topology
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collective: summed loss, the number of its terms and the squared gradient norm, in float64.
+
+    `loss` is None on the ranks that don't know it.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+    if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
+        sums[0], sums[1] = loss.total, loss.tokens
+    sums[2] = square_sum(parameters, topology)
+    dist.all_reduce(sums)
+    return sums[0], sums[1], sums[2]
 
 
 def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:

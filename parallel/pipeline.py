@@ -23,6 +23,10 @@ LossFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """`(outputs, targets)` of a micro batch -> its loss summed and the number it was summed over, or its mean."""
 
 
+KEPT_SCHEDULES = 4
+"""Schedules that are kept: training's, evaluation's, and some for batches of another shape."""
+
+
 class Loss(NamedTuple):
     """A loss that can be added up over micro batches and ranks before the division."""
 
@@ -91,6 +95,8 @@ class Pipeline:
         """torch's schedules are made for one shape; keep one for each that comes along."""
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, micro_batches, train)
         if key not in self._schedules:
+            if len(self._schedules) == KEPT_SCHEDULES:  # each has buffers of its own
+                del self._schedules[next(iter(self._schedules))]
             topology = self._topology
             stage = _Stage(self._zero, topology)
             # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.

@@ -36,7 +36,7 @@ def layer_names(model: nn.Module) -> list[str] | None:
     """The chain that the model declares as `pipeline_layers`; None if it declares none.
 
     Raises:
-        ValueError: it names something that isn't there, or leaves parameters out.
+        ValueError: it names something that isn't there, or twice, or leaves parameters out.
     """
     declared: list[str] | None = getattr(model, "pipeline_layers", None)
     if declared is None:
@@ -45,6 +45,10 @@ def layer_names(model: nn.Module) -> list[str] | None:
     for name in declared:
         if name not in known:
             raise ValueError(f"pipeline_layers names {name!r}, but {type(model).__name__} has no such module")
+        if sum(name == other or name.startswith(f"{other}.") for other in declared) > 1:
+            raise ValueError(
+                f"pipeline_layers names {name!r} twice, or a part of it; a layer runs once, as one link"
+            )
     for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if not any(name.startswith(f"{layer}.") for layer in declared):
             raise ValueError(

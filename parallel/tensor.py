@@ -71,8 +71,11 @@ def check_divisible(model: nn.Module, plan: Mapping[str, str], units: Mapping[st
 def apply_tensor_parallel(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Split the modules of an expanded plan over `mesh`, in place; what it leaves out is replicated.
 
+    A module that is left out must see the same input on all ranks, and so none between a column-wise and
+    a row-wise layer may have parameters: each rank would give them the gradient of its own part.
+
     On one rank the styles would only turn each operation into its DTensor form with the same result,
-    which costs a small model a third of its speed (`benchmarks/RESULTS.md`), so nothing is wrapped.
+    which makes a small model slower (`benchmarks/RESULTS.md`), so nothing is wrapped.
     """
     if mesh.size() == 1:
         return

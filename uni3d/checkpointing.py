@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 import uni3d
@@ -26,7 +27,18 @@ class Checkpointer:
     """Saves and loads one engine. Every call is collective."""
 
     def __init__(self, engine: Engine) -> None:
+        """Collective.
+
+        Raises:
+            ValueError: the engine has a scheduler whose state can't be saved; better now than at a save.
+        """
         self._engine = engine
+        if engine.lr_scheduler is not None:
+            try:
+                ckpt.check_json(engine.lr_scheduler.state_dict(), "its state")
+            except ckpt.CheckpointError as error:
+                kind = type(engine.lr_scheduler).__name__
+                raise ValueError(f"{kind} can't be saved: {error}") from None
         self._comm = HostComm()
         self._specs: list[ckpt.ShardSpec] | None = None
         self._layout: list[list[ckpt.ShardSpec]] = []
@@ -67,38 +79,50 @@ class Checkpointer:
         scheduler = engine.lr_scheduler if scheduler_states else None
         self._together(lambda: self._check_fits(manifest, optimizer, scheduler))
         report = self._load_arrays(checkpoint, optimizer, strict=strict)
+        try:
+            differences = self._together(lambda: self._restore_rest(manifest, optimizer, scheduler))
+        except ckpt.CheckpointError as error:  # the arrays have been loaded
+            raise ckpt.PartialLoadError(str(error)) from error
+        if counters:
+            engine.global_steps = manifest["engine"]["global_steps"]
+            engine.global_samples = manifest["engine"]["global_samples"]
+            order = self._what_fixes_the_order()
+            differences += _differences("the run's", manifest["engine"], order)
+        if differences and self._comm.rank == 0:
+            warnings.warn(f"{checkpoint.folder}: {'; '.join(differences)}", stacklevel=3)
+        return report, checkpoint
+
+    def _restore_rest(
+        self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
+    ) -> list[str]:
+        """Restore what isn't an array; returns a line for each value that this run was given another of."""
         differences = []
         if optimizer is not None:
-            differences += state.restore_optimizer(engine.model, optimizer, manifest["optimizer"])
+            differences += state.restore_optimizer(self._engine.model, optimizer, manifest["optimizer"])
         if scheduler is not None:
+            differences += _differences("the schedule's", manifest["scheduler"], _given(scheduler))
             scheduler.load_state_dict(manifest["scheduler"])
             if optimizer is None:  # its groups, which hold the rate of the next step, were left as they are
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
-        if counters:
-            engine.global_steps = manifest["engine"]["global_steps"]
-            engine.global_samples = manifest["engine"]["global_samples"]
-            differences += [
-                f"{key} is this run's {mine}, not the checkpoint's {manifest['engine'][key]}"
-                for key, mine in self._what_fixes_the_order().items()
-                if mine != manifest["engine"][key]
-            ]
-        if differences and self._comm.rank == 0:
-            warnings.warn(f"{checkpoint.folder}: {'; '.join(differences)}", stacklevel=3)
-        return report, checkpoint
+        return differences
 
     def _what_fixes_the_order(self) -> dict[str, int]:
         """What the order of samples depends on."""
         engine = self._engine
         return {"seed": engine.config.seed, "train_batch_size": engine.triad.train_batch}
 
-    def _check_fits(self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: Any) -> None:
+    def _check_fits(
+        self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
+    ) -> None:
         """Check what isn't an array, before anything changes."""
         if optimizer is not None:
             state.check_optimizer(self._engine.model, optimizer, manifest["optimizer"])
-        if scheduler is not None and manifest["scheduler"] is None:
+        saved = manifest["scheduler"]
+        if scheduler is not None and (saved is None or saved.keys() != scheduler.state_dict().keys()):
+            has = "no scheduler" if saved is None else f"another scheduler than {type(scheduler).__name__}"
             raise ckpt.CheckpointError(
-                "the checkpoint has no scheduler; load it with load_lr_scheduler_states=False"
+                f"the checkpoint has {has}; load it with load_lr_scheduler_states=False"
             )
 
     def _load_arrays(
@@ -115,9 +139,9 @@ class Checkpointer:
         stored = {key.atom for key in checkpoint.arrays if is_moment(key)}  # parameters that have states
         if optimizer is not None:
             stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
-        if optimizer is not None and fresh and stored:
-            state.create_states(model, optimizer)
         try:
+            if optimizer is not None and fresh and stored:
+                self._together(lambda: state.create_states(model, optimizer))
             held = self._together(lambda: state.held_arrays(model, optimizer, with_states=stored))
             targets = [array.shard for array in held]
             report = ckpt.load(checkpoint, targets, comm=self._comm, strict=strict, leave=leave)
@@ -198,3 +222,18 @@ class Checkpointer:
     def _from_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, the only rank that does it."""
         return self._gathered(lambda: work() if self._comm.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _given(scheduler: LRScheduler) -> dict[str, Any]:
+    """What a schedule was made with, but for what moves with its steps."""
+    moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
+    return {key: value for key, value in scheduler.state_dict().items() if key not in moving}
+
+
+def _differences(whose: str, saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """A line for each value that was given to this run and is another in the checkpoint."""
+    return [
+        f"{whose} {key} is {value!r} here, and {saved.get(key)!r} in the checkpoint"
+        for key, value in given.items()
+        if value != saved.get(key)
+    ]

@@ -17,6 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from uni3d.optim import OptimizerConfig, SchedulerConfig
 
 _LATER = "not supported in this release"
+_NO_MEANING = (
+    "it has no meaning here: gradients and parameters move layer by layer (fully_shard); leave it out"
+)
+_BUCKET_KEYS = (
+    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
+    *("allgather_bucket_size", "round_robin_gradients", "sub_group_size", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+)
 REFUSED = {
     "fp16": f"mixed precision is {_LATER}; training is in fp32",
     "bf16": f"mixed precision is {_LATER}; training is in fp32",
@@ -36,6 +44,8 @@ REFUSED = {
     "zero_optimization.offload_param": _LATER,
     "zero_optimization.zero_hpz_partition_size": _LATER,
     "zero_optimization.mics_shard_size": _LATER,
+    **{f"zero_optimization.{key}": _NO_MEANING for key in _BUCKET_KEYS},
+    "zero_allow_untested_optimizer": "not needed: any elementwise optimizer works under every ZeRO stage",
 }
 """Keys of DeepSpeed's that are refused, and why."""
 
@@ -73,9 +83,9 @@ class Config(_Strict):
     gradient_accumulation_steps: int | None = Field(default=None, gt=0)
     """Micro batches of one optimizer step on each data-parallel rank; those that a pipeline overlaps."""
     gradient_clipping: float = Field(default=1.0, ge=0)
-    """Largest norm of all gradients together; 0 doesn't clip. DeepSpeed's default is 1.0 too."""
+    """Largest norm of all gradients together; 0 doesn't clip. DeepSpeed's default was 0 before 2026."""
     seed: int = Field(default=42, ge=0)
-    """Of initial weights, data order and dropout."""
+    """Of data order and dropout, and of the initial weights of a model on the meta device."""
     parallel: ParallelConfig = ParallelConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
     optimizer: OptimizerConfig | None = None
@@ -105,6 +115,9 @@ def load_config(config: str | Path | Mapping[str, Any]) -> Config:
             raise ValueError(f"config {config} can't be read: {error.strerror}") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"config {config} is not JSON: {error}") from None
+    for key in ("fp16", "bf16", "amp"):
+        if isinstance(values, dict) and values.get(key) == {"enabled": False}:  # that is what fp32 is
+            del values[key]
     try:
         return Config.model_validate(values)
     except ValidationError as error:

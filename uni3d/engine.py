@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 import ckpt
 from parallel import ParallelModel
-from parallel.gradients import local_gradients, square_sum
+from parallel.gradients import local_gradients, sum_over_ranks
 from parallel.pipeline import Loss, split_logits
 from uni3d.checkpointing import Checkpointer
 from uni3d.config import BatchTriad, Config
@@ -80,6 +79,7 @@ class Engine:
             ValueError: micro batches of another size than the config's.
         """
         self._check_usable()
+        self._check_between_steps("train_batch")
         if self.optimizer is None:
             raise ValueError(
                 "train_batch needs an optimizer; name one in the config or give one to initialize"
@@ -99,7 +99,7 @@ class Engine:
             loss = self._run(batches, train=False)
         self.module.train()
         self.model.zero.reshard()
-        total, tokens, _ = self._sum_over_ranks(loss, None)
+        total, tokens, _ = sum_over_ranks(loss, [], self.model.topology)
         return total / tokens
 
     def _take(self, data_iter: Iterator[Any] | None) -> list[Any]:
@@ -149,7 +149,7 @@ class Engine:
         self._check_no_stages("forward")
         device = self.model.topology.device
         args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
-        with self._random_state():
+        with self._random_state(), split_logits(self.model.topology):
             output = self.module(*args, **kwargs)
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
@@ -170,6 +170,8 @@ class Engine:
     def step(self) -> None:
         """End a micro batch; at the accumulation boundary, take the optimizer step."""
         self._check_no_stages("step")
+        if self.optimizer is None:
+            raise ValueError("step needs an optimizer; name one in the config or give one to initialize")
         if len(self._pending) != self._micro_steps + 1:
             raise RuntimeError("step() comes after one backward() of each micro batch")
         boundary = self.is_gradient_accumulation_boundary()
@@ -186,7 +188,8 @@ class Engine:
         self.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
         self.model.tied.sum()
-        total, tokens, square = self._sum_over_ranks(loss, self._counted_parameters())
+        sums = sum_over_ranks(loss, self._counted_parameters(), self.model.topology)
+        total, tokens, square = sums
         mean_loss, norm = total / tokens, square.sqrt() / tokens
         self._gradient_norm = norm.item()
         if not (mean_loss + norm).isfinite().item():  # the same numbers on all ranks, so all raise
@@ -211,19 +214,6 @@ class Engine:
         self.global_samples += self.triad.train_batch
         return mean_loss.float()
 
-    def _sum_over_ranks(
-        self, loss: Loss | None, parameters: list[nn.Parameter] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss, its number of terms and the squared gradient norm, float64, over all ranks."""
-        topology = self.model.topology
-        sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
-        if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
-            sums[0], sums[1] = loss.total, loss.tokens
-        if parameters is not None:
-            sums[2] = square_sum(parameters, topology)
-        dist.all_reduce(sums)
-        return sums[0], sums[1], sums[2]
-
     def _trained_parameters(self) -> list[nn.Parameter]:
         """This stage's parameters that the optimizer has."""
         assert self.optimizer is not None, "checked before the batch was taken"
@@ -240,6 +230,13 @@ class Engine:
         )
 
     # --- what it knows of itself (local) ---------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> None:
+        """Set the module's mode for forward(); train_batch and eval_batch set their own."""
+        self.module.train(mode)
+
+    def eval(self) -> None:
+        self.train(False)
 
     def get_lr(self) -> list[float]:
         """Learning rate of each parameter group, for the next step."""
@@ -264,6 +261,10 @@ class Engine:
                 f"{call}() needs the whole model on a rank, but pp is {self.model.topology.degrees.pp}; "
                 "use train_batch() or eval_batch()"
             )
+
+    def _check_between_steps(self, call: str) -> None:
+        if self._pending:
+            raise RuntimeError(f"{call}() comes after step(), not between micro batches of a step")
 
     def _check_usable(self) -> None:
         if self._unusable is not None:
@@ -291,8 +292,7 @@ class Engine:
                 this tag is as it was, and training may go on.
         """
         self._check_usable()
-        if self._pending:
-            raise RuntimeError("save_checkpoint() comes after step(), not between micro batches of a step")
+        self._check_between_steps("save_checkpoint")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         self._checkpointer.save(save_dir, name, client_state or {}, update_latest=save_latest)
         return True
@@ -319,8 +319,7 @@ class Engine:
             ckpt.PartialLoadError: data is damaged; the same on all ranks, which refuse to go on from there.
         """
         self._check_usable()
-        if self._pending:
-            raise RuntimeError("load_checkpoint() comes after step(), not between micro batches of a step")
+        self._check_between_steps("load_checkpoint")
         try:
             report, checkpoint = self._checkpointer.load(
                 load_dir,

@@ -152,10 +152,10 @@ def _make_scheduler(
         return None
     if optimizer is None:
         raise ValueError("there is a scheduler but no optimizer; give one, or name one in the config")
-    if isinstance(given, Scheduler):
-        return given
-    if given is not None:
-        made: Scheduler = given(optimizer)
-        return made
-    assert settings.scheduler is not None, "checked above"
-    return make_scheduler(settings.scheduler, optimizer)
+    if given is None:
+        assert settings.scheduler is not None, "checked above"
+        return make_scheduler(settings.scheduler, optimizer)
+    scheduler: Scheduler = given if isinstance(given, Scheduler) else given(optimizer)
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("lr_scheduler is over another optimizer; give initialize that optimizer too")
+    return scheduler

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
 from parallel import ParallelModel
@@ -51,6 +52,11 @@ def held_arrays(
         state = {} if wanted is None else wanted.state.get(parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0:
+                if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+                    raise CheckpointError(
+                        f"the optimizer's {key!r} of {name} is a plain tensor, which doesn't say "
+                        "what part of the whole it is; use one whose states are made by zeros_like(parameter)"
+                    )
                 arrays.append(_held(first, key, value, saves))
     speaks = model.topology.dp_rank == 0 and model.topology.tp_rank == 0  # replicas may differ, so one speaks
     arrays.extend(_held(name, BUFFER, buffer, speaks) for name, buffer in _persistent_buffers(model.module))
@@ -163,7 +169,14 @@ def restore_optimizer(
             group[key] = value
     for name, parameter in model.module.named_parameters():
         state = optimizer.state.get(parameter, {})
-        for key, number in saved["scalars"].get(model.first_name(name), {}).items():
+        scalars = saved["scalars"].get(model.first_name(name), {})
+        here = {key for key, value in state.items() if not (isinstance(value, Tensor) and value.ndim)}
+        if here != scalars.keys():
+            raise CheckpointError(
+                f"the optimizer's numbers for {name} are {sorted(here)}, "
+                f"but {sorted(scalars)} in the checkpoint"
+            )
+        for key, number in scalars.items():
             state[key] = _like(state[key], number)
     return changed
 

@@ -55,38 +55,60 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
-    config = json.loads(Path(args.config).read_text())
+def read_config(path: str) -> dict[str, Any]:
+    """The model's, the data's and uni3d's part of a config.
+
+    Raises:
+        ValueError: what is wrong with the file.
+    """
+    try:
+        config: dict[str, Any] = json.loads(Path(path).read_text())
+        config["model"] = GPTConfig(**config["model"])
+        assert config["seq_len"] > 0
+        assert config["uni3d"]
+    except OSError as error:
+        raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
+    except (KeyError, TypeError, AssertionError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--config {path} must be JSON with model (the fields of GPTConfig), seq_len and uni3d: "
+            f"{type(error).__name__} {error}"
+        ) from None
+    return config
+
+
+def start(args: argparse.Namespace, config: dict[str, Any]) -> tuple[uni3d.Engine, TokenDataset]:
+    """The engine, where the run stands, and the validation text."""
     settings = config["uni3d"] | {
         "seed": args.seed,
         "parallel": {"pp": args.pp, "dp": args.dp, "tp": args.tp},
         "zero_optimization": {"stage": args.zero},
     }
     with torch.device("meta"):  # no memory yet; each rank fills the parts that it keeps
-        model = GPT(GPTConfig(**config["model"]))
+        model = GPT(config["model"])
     train_data, valid_data = (
         TokenDataset(load_tokens(args.data, split), config["seq_len"], vocab_size=model.config.vocab_size)
         for split in ("train", "valid")
     )
-    engine, _, loader, _ = uni3d.initialize(
+    engine, *_ = uni3d.initialize(
         model=model, model_parameters=decay_groups(model), training_data=train_data, config=settings
     )
-    assert loader is not None, "training_data was given"
-
     engine.resume(args.run)
+    return engine, valid_data
+
+
+def train(args: argparse.Namespace, engine: uni3d.Engine, valid_data: TokenDataset) -> None:
+    """Take the steps that are left, saving on the way."""
     first_rank = engine.model.topology.rank == 0
     if first_rank and engine.global_steps >= args.steps:
         print(f"nothing to do: {args.run} is at step {engine.global_steps}, and --steps is {args.steps}")
     if first_rank and args.metrics:
         args.metrics.parent.mkdir(parents=True, exist_ok=True)
-    batches = iter(loader)
     while engine.global_steps < args.steps:
-        start = time.perf_counter()
+        began = time.perf_counter()
         lr = engine.get_lr()[0]
-        loss = engine.train_batch(batches).item()
+        loss = engine.train_batch().item()
         if first_rank and args.metrics:
-            append_metrics(args.metrics, engine, loss, lr, config["seq_len"], time.perf_counter() - start)
+            append_metrics(args.metrics, engine, loss, lr, valid_data.seq_len, time.perf_counter() - began)
         done = engine.global_steps == args.steps
         if done or (args.save_every and engine.global_steps % args.save_every == 0):
             engine.save_checkpoint(args.run)
@@ -132,9 +154,15 @@ def append_metrics(
         file.write(json.dumps(line) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    args = parse_arguments()
     try:
-        main()
+        engine, valid_data = start(args, read_config(args.config))
     except (ValueError, uni3d.CheckpointError) as error:
-        # A mistake of the user's is one line, not a traceback from each rank: they all know the same.
+        # A mistake of the user's is one line, not a traceback from each rank: here they all make the same.
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    train(args, engine, valid_data)
+
+
+if __name__ == "__main__":
+    main()

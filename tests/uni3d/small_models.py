@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 import uni3d
 
 WIDTH = 6
-ADAM = {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1}}
+ADAM = {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1, "eps": 0.01}}
+"""With an epsilon that makes a step depend on the scale of the gradients."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -109,7 +110,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     """What `ADAM` stands for."""
-    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1, foreach=False)
+    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1, eps=0.01, foreach=False)
 
 
 def train_plainly(

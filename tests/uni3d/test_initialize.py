@@ -94,7 +94,7 @@ def test_groups_keep_their_own_hyperparameters(alone: None) -> None:
         return [{"params": model.layers.parameters(), "lr": 0.1}, {"params": model.out.parameters()}]
 
     def oracle(_: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups(copy), lr=0.02, weight_decay=0.1)
+        return torch.optim.AdamW(groups(copy), lr=0.02, weight_decay=0.1, eps=0.01)
 
     batches, copy = global_batches(STEPS), seeded(Stack)
     inner = oracle(None)
@@ -122,6 +122,7 @@ def test_parameters_that_are_not_given_stay_and_count_in_no_norm(alone: None) ->
     for norm in norms:
         engine.train_batch(data)
         assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)
+        assert all(p.grad is None for p in engine.module.parameters())
     assert_same(whole(engine.module), model)
 
 

@@ -51,6 +51,21 @@ def adagrad(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.Adagrad(groups, lr=0.05)
 
 
+class Slowing(torch.optim.Optimizer):
+    """An optimizer whose states are numbers alone: how often each parameter was stepped."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["times"] = self.state[p].get("times", 0) + 1
+                    p -= group["lr"] / self.state[p]["times"] * p.grad
+
+
 def other_values(model: nn.Module) -> nn.Module:
     """The same model with every value changed, so that whatever isn't restored shows."""
     with torch.no_grad():
@@ -66,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "momentum": {"model": Stack, "optimizer": sgd, "zero": 2},
     "no_states": {"model": Stack, "optimizer": plain_sgd},
     "states_at_once": {"model": Stack, "optimizer": adagrad, "zero": 1},
+    "numbers_alone": {"model": Stack, "optimizer": Slowing, "zero": 2},
     "stages": {"model": PartlyUsed, "pp": 2},
     "scheduler": {"model": Stack, "config": {"scheduler": WARMUP}},
 }
@@ -184,11 +200,8 @@ def test_not_strict_is_not_silent(alone: None, tmp_path: Path) -> None:
 def test_each_group_s_hyperparameters_come_back(alone: None, tmp_path: Path) -> None:
     def engine_of(**hyperparameters: Any) -> Any:
         model = seeded(Stack)
-        groups = [
-            {"params": model.layers.parameters(), **hyperparameters},
-            {"params": model.out.parameters()},
-        ]
-        return make_engine(model, model_parameters=groups)
+        first = {"params": model.layers.parameters(), **hyperparameters}
+        return make_engine(model, model_parameters=[first, {"params": model.out.parameters()}])
 
     first = engine_of(lr=0.5, betas=(0.5, 0.6), eps=0.1, weight_decay=0.3)
     first.optimizer.param_groups[1]["lr"] = 0.25  # by hand, on the way
@@ -205,7 +218,7 @@ def test_each_group_s_hyperparameters_come_back(alone: None, tmp_path: Path) -> 
 
 def test_another_order_of_samples_is_said(alone: None, tmp_path: Path) -> None:
     make_engine(seeded(Stack), config={"seed": 1}).save_checkpoint(tmp_path)
-    with pytest.warns(UserWarning, match="seed is this run's 2, not the checkpoint's 1"):
+    with pytest.warns(UserWarning, match="the run's seed is 2 here, and 1 in the checkpoint"):
         make_engine(seeded(Stack), config={"seed": 2}).load_checkpoint(tmp_path)
 
 
