@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -106,6 +107,7 @@ def _run_case(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as pytest does in its own process
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice on full_tensor's speed
     try:
         if file not in modules:
