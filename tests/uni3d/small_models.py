@@ -102,6 +102,12 @@ def make_engine(
     return engine
 
 
+def train(engine: uni3d.Engine, batches: list[Batch]) -> list[float]:
+    """The losses of a step on each of the global batches."""
+    data = micro_batches(batches, engine)
+    return [engine.train_batch(data).item() for _ in batches]
+
+
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters and buffers, put together from all ranks by torch itself."""
     tensors = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
