@@ -4,45 +4,68 @@ A checkpoint says nothing about the ranks that wrote it, so any number of ranks,
 the boxes that it needs. Chunks are plain bytes with a crc32c behind them; `manifest.json` is written last
 and names every object with its checksum; nothing is pickled. `docs/format.md` is the specification.
 
-    save(run, tag, shards, layout=..., comm=...)   every rank writes the chunks it was planned to write
+    make_plan(layout)                              who writes what, a pure function of what each rank holds
+    save(run, tag, shards, plan=..., comm=...)     every rank writes the chunks it was planned to write
     open_checkpoint(run, tag=None)                 -> Checkpoint: atoms by name, read whole or by box
     load(checkpoint, targets, comm=...)            fill existing arrays, after all ranks agreed on the report
+    verify(checkpoint)                             read and check every object, and name what is wrong
     export_safetensors(checkpoint, path)           one fp32 state_dict file, streamed
+    prune(run, retention)                          delete old checkpoints, each in one step
+
+A run lies in a folder, or at any URL that fsspec knows.
 
 This package speaks numpy and boxes. It knows neither what a rank means nor what is trained, and it
 imports no torch.
 """
 
 from ckpt.box import Box
-from ckpt.comm import Comm, Solo, raise_together
-from ckpt.commit import committed_tags, read_latest
+from ckpt.comm import Comm, Solo, from_first, gathered, together
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, weights
-from ckpt.format import check_json
+from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
-from ckpt.plan import ArrayKey, ShardSpec, make_plan
+from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
 from ckpt.read import Checkpoint, open_checkpoint
-from ckpt.save import Shard, save
+from ckpt.save import SaveReport, Shard, save
+from ckpt.store import open_store
+from ckpt.tags import Retention, committed_tags, prune, read_latest
+from ckpt.verify import Problem, extent, verify
 
 __all__ = [
+    "DTYPES",
     "ArrayKey",
+    "ArrayLayout",
     "Box",
     "Checkpoint",
     "CheckpointError",
     "Comm",
+    "Layout",
     "LoadReport",
     "PartialLoadError",
+    "Plan",
+    "Problem",
+    "Retention",
+    "SaveReport",
     "Shard",
     "ShardSpec",
     "Solo",
     "check_json",
+    "check_tag",
     "committed_tags",
     "export_safetensors",
+    "extent",
+    "from_first",
+    "gathered",
     "load",
     "make_plan",
+    "numpy_dtype",
     "open_checkpoint",
-    "raise_together",
+    "open_store",
+    "plan_arrays",
+    "prune",
     "read_latest",
     "save",
+    "together",
+    "verify",
     "weights",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -42,6 +42,10 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common part, or None where there is none."""
+        if self.shape:  # most boxes that are compared lie apart, in their first dim
+            a, b = self.offset[0], other.offset[0]
+            if a >= b + other.shape[0] or b >= a + self.shape[0]:
+                return None
         low = tuple(map(max, self.offset, other.offset))
         high = tuple(map(min, self.end, other.end))
         if any(a >= b for a, b in zip(low, high, strict=True)):
@@ -60,6 +64,13 @@ class Box:
             first = first * dim + offset
             last = last * dim + offset + length - 1
         return first, last + 1
+
+
+def around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of `boxes`."""
+    low = tuple(map(min, zip(*(b.offset for b in boxes), strict=True)))
+    high = tuple(map(max, zip(*(b.end for b in boxes), strict=True)))
+    return Box(low, tuple(b - a for a, b in zip(low, high, strict=True)))
 
 
 def grid(shape: Shape, chunk: Shape, box: Box | None = None) -> Iterator[tuple[Shape, Box]]:

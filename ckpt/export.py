@@ -1,26 +1,35 @@
 """Weights out: the atoms as one fp32 `state_dict` file in the safetensors format, streamed.
 
-Written chunk by chunk, so the memory taken is a chunk's, whatever the model's size. Moments are not read.
-The format (https://github.com/huggingface/safetensors, "Format"): the header's length as 8 bytes, a JSON
-header with each tensor's dtype, shape and place, then the tensors' bytes.
+Copied band by band, a few at a time, so the memory taken is some bands', whatever the model's size.
+Moments are not read. The format (https://github.com/huggingface/safetensors, "Format"): the header's length
+as 8 bytes, a JSON header with each tensor's dtype, shape and place, then the tensors' bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ckpt import files
-from ckpt.box import Box, Shape, grid
+from ckpt.box import Box
 from ckpt.errors import CheckpointError
-from ckpt.read import WEIGHT_STATES, Array, ArrayInfo, Checkpoint
+from ckpt.format import itemsize, numpy_dtype
+from ckpt.read import WEIGHT_STATES, ArrayInfo, Checkpoint, pieces
+from ckpt.threads import cores, for_each
+
+BAND_BYTES = 8 << 20
+"""About how much is read and written at a time by each thread."""
 
 _SAFETENSORS_DTYPES = {
+    "bfloat16": "BF16",
     "bool": "BOOL",
     "float16": "F16",
     "float32": "F32",
@@ -36,12 +45,17 @@ def weights(checkpoint: Checkpoint) -> dict[str, ArrayInfo]:
 
 
 def export_safetensors(
-    checkpoint: Checkpoint, path: str | Path, *, progress: Callable[[int], None] = lambda n: None
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    durable: bool = True,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> int:
     """Write the model's `state_dict` to the file `path`; returns its size in bytes.
 
     A tied weight is stored once, under its first name; the file's metadata lists the other names. The
-    file appears under its name when it is whole and on the disk. `progress` is told the bytes written.
+    file appears under its name when it is whole and, with `durable`, on the disk. `progress` is told the
+    bytes written.
 
     Raises:
         CheckpointError: `path` exists, or a chunk is damaged.
@@ -59,17 +73,24 @@ def export_safetensors(
     try:
         try:
             files.write_at(fd, memoryview(header), 0)
-            for name, info in arrays.items():
-                _copy_array(checkpoint, info, fd, len(header) + places[name], progress)
+            copier = _Copier(checkpoint, fd, progress)
+            bands = [
+                (info, box, len(header) + places[name])
+                for name, info in arrays.items()
+                for box in _bands(info)
+            ]
+            for_each(copier.copy, bands, checkpoint.store.threads or cores())
             size = os.fstat(fd).st_size
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.rename(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    files.sync_folder(target.parent)
+    if durable:
+        files.sync_folder(target.parent)
     return size
 
 
@@ -82,7 +103,7 @@ def _header(checkpoint: Checkpoint, arrays: dict[str, ArrayInfo]) -> tuple[bytes
     content: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     # Wide types first, as safetensors writes them: each tensor is then aligned to its type.
-    for name, info in sorted(arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize):
+    for name, info in sorted(arrays.items(), key=lambda item: -itemsize(item[1].dtype)):
         places[name], end = end, end + info.nbytes
         content[name] = {
             "dtype": _SAFETENSORS_DTYPES[info.dtype],
@@ -94,22 +115,46 @@ def _header(checkpoint: Checkpoint, arrays: dict[str, ArrayInfo]) -> tuple[bytes
     return len(data).to_bytes(8, "little") + data, places
 
 
-def _copy_array(
-    checkpoint: Checkpoint, info: ArrayInfo, fd: int, start: int, progress: Callable[[int], None]
-) -> None:
-    """Read each chunk, verified, and write its stretches to where they lie in the whole array."""
-    itemsize = np.dtype(info.dtype).itemsize
-    for _, box in grid(info.shape, info.chunk_shape):
-        part = checkpoint.read(info.key.atom, info.key.state, box)
-        for first, stretch in _stretches(part, box, info.shape):
-            files.write_at(fd, stretch.reshape(-1).view(np.uint8).data, start + first * itemsize)
-        progress(part.nbytes)
+def _bands(info: ArrayInfo) -> Iterator[Box]:
+    """Cut an array into boxes of about `BAND_BYTES`, each one stretch of its bytes in C order."""
+    shape, size = info.shape, itemsize(info.dtype)
+    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) * size <= BAND_BYTES), len(shape))
+    if dim == len(shape):
+        yield Box.whole(shape)  # a scalar
+        return
+    step = max(1, BAND_BYTES // max(1, math.prod(shape[dim + 1 :]) * size))
+    chunk = info.chunk_shape[dim]
+    if step > chunk:
+        step = step // chunk * chunk  # whole chunks, so that no block is read twice
+    rest = shape[dim + 1 :]
+    for index in np.ndindex(*shape[:dim]):
+        for start in range(0, shape[dim], step):
+            length = min(step, shape[dim] - start)
+            yield Box((*index, start, *(0,) * len(rest)), (*(1,) * dim, length, *rest))
 
 
-def _stretches(part: Array, box: Box, shape: Shape) -> Iterator[tuple[int, Array]]:
-    """The parts of `box` that lie in one piece in an array of `shape`: `(first element, data)`."""
-    cut = max((d for d in range(len(shape)) if box.shape[d] != shape[d]), default=0)
-    for index in np.ndindex(*box.shape[:cut]):
-        corner = Box((*index, *[0] * (len(shape) - cut)), (1,) * len(shape))
-        place = Box(tuple(a + b for a, b in zip(box.offset, corner.offset, strict=True)), corner.shape)
-        yield place.span(shape)[0], part[index]
+class _Copier:
+    """Copies bands of arrays, verified, to where they lie in the file, through memory that is used again."""
+
+    def __init__(self, checkpoint: Checkpoint, fd: int, progress: Callable[[int], None]) -> None:
+        self._checkpoint = checkpoint
+        self._fd = fd
+        self._progress = progress
+        self._memory = threading.local()
+
+    def copy(self, band: tuple[ArrayInfo, Box, int]) -> None:
+        """Copy one band of an array that begins at a place in the file."""
+        info, box, start = band
+        if box.size == 0:
+            return
+        size = itemsize(info.dtype)
+        nbytes = box.size * size
+        held: npt.NDArray[np.uint8] | None = getattr(self._memory, "bytes", None)
+        if held is None or len(held) < nbytes:
+            held = self._memory.bytes = np.empty(max(nbytes, BAND_BYTES), np.uint8)
+        data = held[:nbytes]
+        out = data.view(numpy_dtype(info.dtype)).reshape(box.shape)
+        for piece in pieces(info, box):
+            self._checkpoint.read_piece(piece, out)
+        files.write_at(self._fd, data.data, start + box.span(info.shape)[0] * size)
+        self._progress(nbytes)

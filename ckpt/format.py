@@ -12,18 +12,24 @@ from urllib.parse import quote
 import numpy as np
 
 from ckpt.box import Shape
-from ckpt.checksum import crc32c
+from ckpt.checksum import crc32c, hexadecimal
 from ckpt.errors import CheckpointError
 
 FORMAT_NAME = "uni3d"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 ZARR = "zarr.json"
+SAVING, DELETING = ".saving.", ".deleting."
 
 _WIDTHS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
-DTYPES = frozenset({"bool"} | {f"{kind}{bits}" for kind, widths in _WIDTHS.items() for bits in widths})
-"""What an array can hold: the types that zarr v3's core specification names."""
+DTYPES = frozenset(
+    {"bool", "bfloat16"} | {f"{kind}{bits}" for kind, widths in _WIDTHS.items() for bits in widths}
+)
+"""What an array can hold: the types that zarr v3's core specification names, and bfloat16."""
+
+_BFLOAT16_NAN = 0x7FC0
 
 Json = dict[str, Any]
 
@@ -36,6 +42,22 @@ def check_tag(tag: str) -> str:
             f"not '.' or '-' first, and not {LATEST!r}"
         )
     return tag
+
+
+def leftover_tag(name: str) -> str | None:
+    """The tag that a save or a deletion with this name in the run's folder was of; None for other names."""
+    for prefix in (SAVING, DELETING):
+        if name.startswith(prefix) and is_tag(name.removeprefix(prefix)):
+            return name.removeprefix(prefix)
+    return None
+
+
+def is_tag(name: str) -> bool:
+    try:
+        check_tag(name)
+    except ValueError:
+        return False
+    return True
 
 
 def atom_path(atom: str) -> str:
@@ -65,6 +87,19 @@ def chunk_key(index: Shape) -> str:
     return ".".join(["c", *map(str, index)])
 
 
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy type of one of `DTYPES`."""
+    if dtype == "bfloat16":
+        from ml_dtypes import bfloat16  # registered nowhere: numpy has no such type of its own
+
+        return np.dtype(bfloat16)  # type: ignore[no-any-return]
+    return np.dtype(dtype)
+
+
+def itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
 @lru_cache
 def _array_template(dtype: str) -> Json:
     """zarr's own metadata document for an array of `dtype`; zarr is imported only by those who write."""
@@ -72,15 +107,15 @@ def _array_template(dtype: str) -> Json:
     from zarr.core.dtype import get_data_type_from_native_dtype
     from zarr.core.metadata.v3 import ArrayV3Metadata
 
-    one_byte = np.dtype(dtype).itemsize == 1
+    stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
     document = ArrayV3Metadata(
         shape=(1,),
-        data_type=get_data_type_from_native_dtype(np.dtype(dtype)),
+        data_type=get_data_type_from_native_dtype(stored),
         chunk_grid={"name": "regular", "configuration": {"chunk_shape": (1,)}},
         chunk_key_encoding={"name": "default", "configuration": {"separator": "."}},
-        fill_value=fill_value(dtype),
-        codecs=[BytesCodec(endian=None if one_byte else "little"), Crc32cCodec()],
-        attributes={},
+        fill_value=_BFLOAT16_NAN if dtype == "bfloat16" else fill_value(dtype),
+        codecs=[BytesCodec(endian=None if stored.itemsize == 1 else "little"), Crc32cCodec()],
+        attributes={"dtype": dtype} if dtype == "bfloat16" else {},
         dimension_names=None,
         storage_transformers=(),
     ).to_dict()
@@ -89,7 +124,7 @@ def _array_template(dtype: str) -> Json:
 
 def fill_value(dtype: str) -> float | int | bool:
     """NaN where there is one: a chunk that got lost must never read as zeros."""
-    kind = np.dtype(dtype).kind
+    kind = "f" if dtype == "bfloat16" else np.dtype(dtype).kind
     return float("nan") if kind == "f" else False if kind == "b" else 0
 
 
@@ -97,6 +132,14 @@ def array_document(dtype: str, shape: Shape, chunk_shape: Shape) -> Json:
     """The `zarr.json` of one array."""
     grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}}
     return {**_array_template(dtype), "shape": list(shape), "chunk_grid": grid}
+
+
+def document_dtype(document: Json) -> str:
+    """The type of an array's elements, by its `zarr.json`."""
+    stored: str = document["data_type"]
+    if stored == "uint16" and document.get("attributes", {}).get("dtype") == "bfloat16":
+        return "bfloat16"
+    return stored
 
 
 def group_document(members: Mapping[str, Json] | None = None) -> Json:
@@ -116,11 +159,18 @@ def encode_document(document: Json) -> bytes:
 
 
 def encode_manifest(manifest: Json) -> bytes:
-    """One JSON object whose first line holds the checksum of every byte after that line."""
-    body = json.dumps(manifest, indent=1, allow_nan=False).encode()
-    assert body.startswith(b"{\n"), "an indented object has its brace on a line of its own"
-    rest = body[2:]
+    """One JSON object, a line for each key; the first line holds the checksum of every byte after it."""
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'), allow_nan=False)}"
+        for key, value in manifest.items()
+    ]
+    rest = (" " + ",\n ".join(lines) + "\n}\n").encode()
     return b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
+
+
+def object_record(data: bytes) -> Json:
+    """What the manifest says of a whole object."""
+    return {"size": len(data), "crc32c": hexadecimal(crc32c(data))}
 
 
 def decode_manifest(data: bytes, source: str) -> Json:
@@ -138,12 +188,14 @@ def decode_manifest(data: bytes, source: str) -> Json:
     manifest: Json = json.loads(data)
     if manifest.get("format") != FORMAT_NAME:
         raise CheckpointError(f"{source} has format {manifest.get('format')!r}, expected {FORMAT_NAME!r}")
-    if manifest.get("version") != FORMAT_VERSION:
+    version = manifest.get("version")
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{source} has format version {manifest.get('version')!r}; this release reads version "
+            f"{source} has format version {version!r}; this release reads up to version "
             f"{FORMAT_VERSION}, so read it with the release that wrote it, or a newer one"
         )
-    missing = [key for key in ("tag", "block_bytes", "documents", "chunks") if key not in manifest]
+    needed = ("tag", "documents", "chunks", *(("block_bytes",) if version == 1 else ()))
+    missing = [key for key in needed if key not in manifest]
     if missing:
         raise CheckpointError(f"{source} has no {' and no '.join(map(repr, missing))}; use another tag")
     return manifest

@@ -7,16 +7,16 @@ reported: nothing is restored, defaulted or dropped in silence.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
-from ckpt.comm import Comm, raise_together
+from ckpt.comm import Comm, together
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.plan import ArrayKey
 from ckpt.read import Checkpoint, pieces
 from ckpt.save import Shard
+from ckpt.threads import cores, for_each
 
 Target = Shard
 """A rank's part of an array, with the memory to fill."""
@@ -49,6 +49,7 @@ def load(
     comm: Comm,
     strict: bool = True,
     leave: Callable[[ArrayKey], str | None] = lambda key: None,
+    threads: int | None = None,
 ) -> LoadReport:
     """Collective: fill this rank's `targets` from the checkpoint.
 
@@ -60,23 +61,14 @@ def load(
         CheckpointError: something doesn't fit; the same on all ranks, and no target has changed.
         PartialLoadError: data is damaged; the same on all ranks, and targets may have changed.
     """
-    wanted = {t.spec.key for t in targets}
-    everyone = set().union(*comm.all_gather(wanted))
+    everyone = _wanted_by_all({t.spec.key for t in targets}, comm)
     report = LoadReport(tag=checkpoint.tag)
-    error: BaseException | None = None
+    together(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
+    there = [t for t in targets if t.spec.key in checkpoint.arrays]
     try:
-        _compare(checkpoint, targets, everyone, strict, leave, report)
-    except BaseException as caught:  # whatever it is: the other ranks wait in the agreement below
-        error = caught
-    raise_together(comm, error)
-    try:
-        report.bytes_read = _read_all(checkpoint, [t for t in targets if t.spec.key in checkpoint.arrays])
-    except BaseException as caught:
-        error = caught
-    try:
-        raise_together(comm, error)
-    except CheckpointError as caught:
-        raise PartialLoadError(str(caught)) from caught
+        report.bytes_read = together(comm, lambda: _read_all(checkpoint, there, threads))
+    except CheckpointError as error:
+        raise PartialLoadError(str(error)) from error
     return report
 
 
@@ -94,21 +86,19 @@ def _compare(
         info = there.get(target.spec.key)
         if info and (info.shape, info.dtype) != (target.spec.shape, target.spec.dtype):
             raise CheckpointError(
-                f"{'/'.join(target.spec.key)} is {info.dtype}{list(info.shape)} in {checkpoint.folder}, "
+                f"{'/'.join(target.spec.key)} is {info.dtype}{list(info.shape)} in {checkpoint.url}, "
                 f"but the model's is {target.spec.dtype}{list(target.spec.shape)}; "
                 "load it into the model that was saved"
             )
     report.restored = sorted("/".join(key) for key in everyone & there.keys())
     missing = sorted("/".join(key) for key in everyone - there.keys())
     report.defaulted = dict.fromkeys(missing, "not in the checkpoint")
-    unexpected = []
-    for key in sorted(there.keys() - everyone):
-        reason = leave(key)
-        report.dropped["/".join(key)] = reason or "not in the model or its optimizer"
-        if reason is None:
-            unexpected.append("/".join(key))
+    reasons = {"/".join(key): leave(key) for key in sorted(there.keys() - everyone)}
+    unexpected = [name for name, reason in reasons.items() if reason is None]
+    report.dropped = dict.fromkeys(unexpected, "not in the model or its optimizer")  # shown first
+    report.dropped |= {name: reason for name, reason in reasons.items() if reason is not None}
     if strict and (missing or unexpected):
-        problems = [f"{checkpoint.folder} doesn't fit the model and optimizer"]
+        problems = [f"{checkpoint.url} doesn't fit the model and optimizer"]
         if missing:
             problems.append(f"{len(missing)} missing in the checkpoint: {_some(missing)}")
         if unexpected:
@@ -116,15 +106,22 @@ def _compare(
         raise CheckpointError("; ".join(problems))
 
 
-def _read_all(checkpoint: Checkpoint, targets: Sequence[Target]) -> int:
+def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
+    """What any rank wants. Most ranks want what another one does too, and then say no more than that."""
+    digest = blake2b(repr(sorted(wanted)).encode(), digest_size=16).digest()
+    speaks = comm.all_gather(digest).index(digest) == comm.rank
+    return set().union(*comm.all_gather(wanted if speaks else set()))
+
+
+def _read_all(checkpoint: Checkpoint, targets: Sequence[Target], threads: int | None) -> int:
     """Read every piece of every target, with a few threads; returns the bytes read."""
     jobs = [
         (piece, target.data)
         for target in targets
         for piece in pieces(checkpoint.arrays[target.spec.key], target.spec.box)
     ]
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return sum(pool.map(lambda job: checkpoint.read_piece(*job), jobs))
+    workers = checkpoint.store.threads or threads or cores()
+    return sum(for_each(lambda job: checkpoint.read_piece(*job), jobs, workers))
 
 
 def _some(names: Sequence[str] | dict[str, str], limit: int = 8) -> str:

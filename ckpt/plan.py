@@ -2,32 +2,29 @@
 
 Every rank computes the same plan from the same layout, so that nothing is negotiated. The plan proves
 three things before a byte moves: all ranks agree on each array's shape and type, their boxes cover it
-exactly once (or are copies of each other), and each chunk has one writer.
+exactly once (or are copies of each other), and each chunk has one writer. Ranks that share no array (those
+of different pipeline stages) need know nothing of each other: each plans for the ranks that it shares with.
 
 An array is written in one of two ways. *In place*: the cuts between the ranks' boxes are a regular grid,
 which is what zarr's chunks are; each rank writes its own chunks, and ranks that hold copies share them.
-*Gathered*: the cut is ragged, or the parts are too small to be files; one rank gets all and writes it.
+*Gathered*: the cut is ragged, or the parts are too small to be files; one rank gets all of a chunk and
+writes it.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from heapq import heapify, heapreplace
+from math import prod
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from ckpt.box import Box, Shape, grid
+from ckpt.box import Box, Shape, around
+from ckpt.cuts import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
 from ckpt.errors import CheckpointError
-
-GATHER_BELOW_BYTES = 256 << 10
-"""A rank's part of an array that is smaller than this isn't worth a file of its own."""
-
-CHUNK_BYTES = 16 << 20
-"""Chunks are cut to about this size: large enough to stream, small enough to share and to read in part."""
+from ckpt.format import itemsize
 
 
 class ArrayKey(NamedTuple):
@@ -48,6 +45,10 @@ class ShardSpec:
     """Of the whole array."""
     box: Box
     """The rank's part; empty where it holds nothing of it."""
+    fine_dim: int | None = None
+    """A dim after the first along which other topologies cut the array: chunks are kept narrow along it, so
+    that a part can be read without the rest of its rows. (Along the first dim any part is a range of bytes.)
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,145 +68,193 @@ class ArrayPlan:
     chunk_shape: Shape
     chunks: tuple[Chunk, ...]
     sources: tuple[tuple[int, Box], ...]
-    """For a gathered array, which rank sends which box to the writer; otherwise empty."""
-
-
-Layout = Sequence[Sequence[ShardSpec]]
-"""What each rank holds, by rank."""
-
-
-class _Array(NamedTuple):
-    dtype: str
-    shape: Shape
-    holders: Mapping[Box, list[int]]
+    """For a gathered array, which rank sends which box to those who write its chunks; otherwise empty."""
+    owner: int
+    """The rank that writes the array's metadata."""
 
     @property
-    def itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the arrays of a layout are written; the same on all ranks of that layout."""
+
+    arrays: tuple[ArrayPlan, ...]
+    """By key."""
+    ranks: tuple[int, ...]
+    """Those that the plan was made for."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the plans are."""
+        return blake2b(repr((self.ranks, self.arrays)).encode(), digest_size=16).hexdigest()
+
+    def parts(self, rank: int) -> dict[ArrayKey, Box]:
+        """What `rank` must bring: of each array the smallest box with all that it writes or sends."""
+        parts: dict[ArrayKey, Box] = {}
+        for plan in self.arrays:
+            if plan.sources:
+                boxes = [box for source, box in plan.sources if source == rank]
+            else:
+                boxes = [chunk.box for chunk in plan.chunks if chunk.writer == rank]
+            if boxes:
+                parts[plan.key] = around(boxes)
+        return parts
+
+    def bytes_written(self) -> dict[int, int]:
+        """By each rank."""
+        written = dict.fromkeys(self.ranks, 0)
+        for plan in self.arrays:
+            for chunk in plan.chunks:
+                written[chunk.writer] += chunk.box.size * itemsize(plan.dtype)
+        return written
+
+
+Layout = Mapping[int, Sequence[ShardSpec]]
+"""What each rank holds; at least all ranks that hold a part of any array in it."""
+
+
+class ArrayLayout(NamedTuple):
+    """One array, and what each rank holds of it: a `Layout` the other way round."""
+
+    key: ArrayKey
+    dtype: str
+    shape: Shape
+    boxes: Mapping[int, Box]
+    """By rank. Arrays that are cut alike may share the mapping, which makes planning fast."""
+    fine_dim: int | None = None
 
 
 def make_plan(
     layout: Layout, *, chunk_bytes: int = CHUNK_BYTES, gather_below: int = GATHER_BELOW_BYTES
-) -> list[ArrayPlan]:
-    """Plan the writing of all arrays in `layout`, by key.
+) -> Plan:
+    """Plan the writing of all arrays in `layout`.
 
     Raises:
         CheckpointError: the ranks disagree about an array, or their boxes leave gaps or overlap.
     """
-    arrays = _by_array(layout)
-    load = [0] * len(layout)  # bytes given to each rank so far
+    return plan_arrays(_by_array(layout), layout, chunk_bytes=chunk_bytes, gather_below=gather_below)
+
+
+def plan_arrays(
+    arrays: Iterable[ArrayLayout],
+    ranks: Iterable[int],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    gather_below: int = GATHER_BELOW_BYTES,
+) -> Plan:
+    """`make_plan` for those who know the layout array by array; `ranks` are all that there are."""
+    arrays = sorted(arrays, key=lambda array: array.key)
+    load = dict.fromkeys(sorted(ranks), 0)  # bytes given to each rank so far
     plans: dict[ArrayKey, ArrayPlan] = {}
-    ragged: list[ArrayKey] = []
-    for key, array in arrays.items():
-        cuts = _cut_points(key, array)
-        chunk_shape = _chunk_shape(array, cuts, chunk_bytes, gather_below)
-        if chunk_shape is None:
-            ragged.append(key)
+    ragged: list[tuple[ArrayLayout, _Alike]] = []
+    for array, alike in _cut_all(arrays, chunk_bytes, gather_below):
+        if alike.cut.gathered:
+            ragged.append((array, alike))
         else:
-            plans[key] = _in_place(key, array, chunk_shape, load)
-    for key in ragged:  # after the others, as these can go to any holder and so even out the load
-        plans[key] = _gathered(key, arrays[key], chunk_bytes, load)
-    return [plans[key] for key in arrays]
+            plans[array.key] = _in_place(array, alike, load)
+    for array, alike in ragged:  # after the others, as any holder can write these, and so even out the load
+        plans[array.key] = _gathered(array, alike, load)
+    assert len(plans) == len(arrays), "an array is there once"
+    return Plan(tuple(plans[array.key] for array in arrays), tuple(load))
 
 
-def _by_array(layout: Layout) -> dict[ArrayKey, _Array]:
-    """Collect the holders of each box of each array, checking that ranks mean the same array."""
-    arrays: dict[ArrayKey, tuple[ShardSpec, int, dict[Box, list[int]]]] = {}
-    for rank, specs in enumerate(layout):
+def _by_array(layout: Layout) -> list[ArrayLayout]:
+    """Turn the layout round, checking that ranks mean the same array."""
+    arrays: dict[ArrayKey, tuple[ShardSpec, dict[int, Box]]] = {}
+    for rank, specs in sorted(layout.items()):
         for spec in specs:
-            first, first_rank, holders = arrays.setdefault(spec.key, (spec, rank, defaultdict(list)))
-            if (spec.dtype, spec.shape) != (first.dtype, first.shape):
+            first, boxes = arrays.setdefault(spec.key, (spec, {}))
+            if (spec.dtype, spec.shape, spec.fine_dim) != (first.dtype, first.shape, first.fine_dim):
                 raise CheckpointError(
-                    f"{'/'.join(spec.key)} is {first.dtype}{list(first.shape)} on rank {first_rank} "
+                    f"{'/'.join(spec.key)} is {first.dtype}{list(first.shape)} on rank {min(boxes)} "
                     f"but {spec.dtype}{list(spec.shape)} on rank {rank}; they must be parts of one array"
                 )
-            if spec.box.size:
-                holders[spec.box].append(rank)
-        keys = [spec.key for spec in specs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise CheckpointError(
-                f"rank {rank} has {'/'.join(twice)} twice; a rank holds one box of an array"
+            if rank in boxes:
+                raise CheckpointError(
+                    f"rank {rank} has {'/'.join(spec.key)} twice; a rank holds one box of an array"
+                )
+            boxes[rank] = spec.box
+    return [ArrayLayout(k, s.dtype, s.shape, boxes, s.fine_dim) for k, (s, boxes) in arrays.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """What arrays of one type and shape have in common that ranks hold alike; a model has few such kinds."""
+
+    cut: Cut
+    chunks: dict[tuple[int, ...], tuple[Chunk, ...]] = field(default_factory=dict)
+    """By the writers of the runs."""
+    sources: dict[tuple[int, ...], tuple[tuple[int, Box], ...]] = field(default_factory=dict)
+    """By the writers; by none where no rank has a copy of another's part, and so there is no choice."""
+
+    def written_by(self, writers: tuple[int, ...]) -> tuple[Chunk, ...]:
+        if writers not in self.chunks:
+            runs = (run for runs in self.cut.runs for run in runs)
+            self.chunks[writers] = tuple(
+                Chunk(index, box, writer)
+                for run, writer in zip(runs, writers, strict=True)
+                for index, box in run.chunks
             )
-    return {
-        key: _Array(spec.dtype, spec.shape, dict(sorted(holders.items())))
-        for key, (spec, _, holders) in sorted(arrays.items())
-    }
+        return self.chunks[writers]
+
+    def sent_to(self, writers: tuple[int, ...]) -> tuple[tuple[int, Box], ...]:
+        """Of each box the rank that sends it: a writer, which then has it already, or else the first."""
+        holders = self.cut.holders
+        key = writers if len(self.cut.ranks) > len(holders) else ()
+        if key not in self.sources:
+            self.sources[key] = tuple(
+                (next((w for w in writers if w in ranks), ranks[0]), box) for box, ranks in holders.items()
+            )
+        return self.sources[key]
 
 
-def _cut_points(key: ArrayKey, array: _Array) -> list[list[int]]:
-    """Where the boxes end in each dim, the array's own end left out; proves that they tile the array."""
-    whole = Box.whole(array.shape)
-    boxes = list(array.holders)
-    intervals = [sorted({(b.offset[d], b.shape[d]) for b in boxes}) for d in range(len(array.shape))]
-    fits = sum(b.size for b in boxes) == whole.size and all(b.within(whole) for b in boxes)
-    # Boxes that are all combinations of adjoining intervals are disjoint; otherwise compare them in pairs.
-    product = len(boxes) == math.prod(len(dim) for dim in intervals) and all(
-        a[0] + a[1] == b[0] for dim in intervals for a, b in pairwise(dim)
-    )
-    tiles = fits and (product or not any(a.intersect(b) for i, a in enumerate(boxes) for b in boxes[:i]))
-    if not tiles:
-        held = ", ".join(f"{list(b.offset)}+{list(b.shape)}" for b in boxes[:4])
-        raise CheckpointError(
-            f"the ranks' parts of {'/'.join(key)} {list(array.shape)} don't cover it exactly once: "
-            f"{held}{', ...' if len(boxes) > 4 else ''}"
-        )
-    return [
-        sorted({o + n for o, n in dim if o + n < size} | {o for o, _ in dim if o > 0})
-        for dim, size in zip(intervals, array.shape, strict=True)
-    ]
+def _cut_all(
+    arrays: Iterable[ArrayLayout], chunk_bytes: int, gather_below: int
+) -> Iterator[tuple[ArrayLayout, _Alike]]:
+    kinds: dict[Any, _Alike] = {}
+    contents: dict[Any, int] = {}
+    known: dict[int, int] = {}  # by the mapping's identity, as comparing thousands of boxes takes its time
+    for array in arrays:
+        if id(array.boxes) not in known:
+            known[id(array.boxes)] = contents.setdefault(tuple(array.boxes.items()), len(contents))
+        kind = (array.dtype, array.shape, array.fine_dim, known[id(array.boxes)])
+        if kind not in kinds:
+            size = itemsize(array.dtype)
+            cut = cut_array(
+                "/".join(array.key), array.shape, size, array.boxes, array.fine_dim, chunk_bytes, gather_below
+            )
+            kinds[kind] = _Alike(cut)
+        yield array, kinds[kind]
 
 
-def _chunk_shape(array: _Array, cuts: list[list[int]], chunk_bytes: int, gather_below: int) -> Shape | None:
-    """The largest grid of which every box is whole chunks, cut down to `chunk_bytes`; None to gather."""
-    if not array.holders:
-        return None
-    pitch = tuple(math.gcd(*cut) if cut else max(n, 1) for cut, n in zip(cuts, array.shape, strict=True))
-    split = len(array.holders) > 1
-    if split and math.prod(pitch) * array.itemsize < gather_below:
-        return None
-    return _cut_down(pitch, [bool(cut) for cut in cuts], array.itemsize, chunk_bytes)
+def _in_place(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayPlan:
+    """Each run of chunks goes to the least loaded of the ranks that hold copies of it."""
+    cut, writers = alike.cut, []
+    for runs, ranks in zip(cut.runs, cut.holders.values(), strict=True):
+        if len(ranks) == 1:  # most are, of a large model; they have one run
+            writers.append(ranks[0])
+            load[ranks[0]] += runs[0].nbytes
+            continue
+        queue = [(load[rank], rank) for rank in ranks]
+        heapify(queue)
+        for run in runs:
+            given, writer = queue[0]
+            load[writer] = given + run.nbytes
+            heapreplace(queue, (load[writer], writer))
+            writers.append(writer)
+    chunks = alike.written_by(tuple(writers))
+    return ArrayPlan(array.key, array.dtype, array.shape, cut.chunk_shape, chunks, (), chunks[0].writer)
 
 
-def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int) -> Shape:
-    """Shrink a chunk to about `chunk_bytes`, first dims first, still meeting the cuts between boxes."""
-    shape = list(pitch)
-    for dim, length in enumerate(pitch):
-        size = math.prod(shape) * itemsize
-        if size <= chunk_bytes:
-            break
-        parts = min(-(-size // chunk_bytes), length)
-        if is_cut[dim]:  # boxes end at multiples of `length`, so only its divisors keep to them
-            parts = _nearest_divisor(length, parts)
-        shape[dim] = -(-length // parts)
-        if shape[dim] > 1:  # a chunk that is still too large is better than one that isn't whole rows
-            break
-    return tuple(shape)
-
-
-def _nearest_divisor(length: int, wanted: int) -> int:
-    """The divisor of `length` nearest to `wanted` by ratio, within a factor of 8; 1 if there is none."""
-    near = [p for p in range(max(1, wanted // 8), min(length, 8 * wanted) + 1) if length % p == 0]
-    return min(near, key=lambda p: max(p / wanted, wanted / p), default=1)
-
-
-def _in_place(key: ArrayKey, array: _Array, chunk_shape: Shape, load: list[int]) -> ArrayPlan:
-    chunks = []
-    for box, ranks in array.holders.items():
-        for index, chunk_box in grid(array.shape, chunk_shape, box):
-            writer = min(ranks, key=lambda rank: (load[rank], rank))
-            load[writer] += chunk_box.size * array.itemsize
-            chunks.append(Chunk(index, chunk_box, writer))
-    return ArrayPlan(key, array.dtype, array.shape, chunk_shape, tuple(chunks), ())
-
-
-def _gathered(key: ArrayKey, array: _Array, chunk_bytes: int, load: list[int]) -> ArrayPlan:
-    """One writer for the whole array: the least loaded of those that hold a part of it."""
-    candidates = {rank for ranks in array.holders.values() for rank in ranks} or {0}
-    writer = min(candidates, key=lambda rank: (load[rank], rank))
-    load[writer] += math.prod(array.shape) * array.itemsize
-    pitch = tuple(max(n, 1) for n in array.shape)
-    chunk_shape = _cut_down(pitch, [False] * len(pitch), array.itemsize, chunk_bytes)
-    chunks = tuple(Chunk(index, box, writer) for index, box in grid(array.shape, chunk_shape))
-    sources = tuple((writer if writer in ranks else ranks[0], box) for box, ranks in array.holders.items())
-    return ArrayPlan(key, array.dtype, array.shape, chunk_shape, chunks, sources)
+def _gathered(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayPlan:
+    """Each chunk goes to the least loaded of those that hold a part of it."""
+    cut, writers = alike.cut, []
+    for run, candidates in zip(cut.runs[0], cut.candidates, strict=True):
+        writers.append(min(candidates, key=load.__getitem__))  # of equals the first
+        load[writers[-1]] += run.nbytes
+    owner = writers[0] if writers else min(array.boxes)
+    chunks, sources = alike.written_by(tuple(writers)), alike.sent_to(tuple(writers))
+    return ArrayPlan(array.key, array.dtype, array.shape, cut.chunk_shape, chunks, sources, owner)

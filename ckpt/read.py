@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,24 @@ from urllib.parse import unquote
 import numpy as np
 import numpy.typing as npt
 
-from ckpt import files
+from ckpt.blocks import Blocks
 from ckpt.box import Box, Shape, grid
-from ckpt.checksum import block_checksums, crc32c
-from ckpt.commit import committed_tags, local_folder, read_latest
+from ckpt.checksum import crc32c
 from ckpt.errors import CheckpointError
-from ckpt.format import MANIFEST, ZARR, Json, check_tag, chunk_key, decode_manifest
+from ckpt.format import (
+    MANIFEST,
+    ZARR,
+    Json,
+    chunk_key,
+    decode_manifest,
+    document_dtype,
+    is_tag,
+    itemsize,
+    numpy_dtype,
+)
 from ckpt.plan import ArrayKey
+from ckpt.store import Store, open_store
+from ckpt.tags import committed_tags, read_latest
 
 WEIGHT_STATES = ("fp32", "value")
 """The states that are a tensor's own value: fp32 weights, and buffers in their own type."""
@@ -35,40 +46,65 @@ class ArrayInfo:
     dtype: str
     shape: Shape
     chunk_shape: Shape
-    path: Path
+    path: str
+    """Of its folder, below the checkpoint's."""
     chunks: Mapping[str, Json]
-    """What the manifest says of each chunk: `size`, `crc32c`, and `blocks` where there are several."""
+    """What the manifest says of each chunk; see `ckpt.blocks`."""
 
     @property
     def nbytes(self) -> int:
-        return Box.whole(self.shape).size * np.dtype(self.dtype).itemsize
+        return Box.whole(self.shape).size * itemsize(self.dtype)
 
 
 class Checkpoint:
     """A committed checkpoint, opened for reading. Nothing but its two documents has been read yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, store: Store, folder: str) -> None:
+        """Open the checkpoint in `folder` of the store ("" where the store is the checkpoint's own)."""
+        self.store = store
         self.folder = folder
-        manifest = _read_document(folder / MANIFEST)
-        self.manifest = decode_manifest(manifest, str(folder / MANIFEST))
-        self.tag: str = self.manifest["tag"]
-        self.block_bytes: int = self.manifest["block_bytes"]
+        manifest = self._read_document(MANIFEST)
+        self.manifest = decode_manifest(manifest, self.where(MANIFEST))
+        self.tag: str = folder or self.manifest["tag"]
+        self._version_1_block: int | None = (
+            self.manifest["block_bytes"] if self.manifest["version"] == 1 else None
+        )
         self.arrays: dict[ArrayKey, ArrayInfo] = {a.key: a for a in self._arrays()}
+        self._scratch = threading.local()
+
+    @property
+    def url(self) -> str:
+        """Of the checkpoint's own folder."""
+        return self.where("")
+
+    def path(self, path: str) -> str:
+        """A path below the checkpoint as one below its store."""
+        return f"{self.folder}/{path}" if self.folder and path else self.folder or path
+
+    def where(self, path: str) -> str:
+        """The full name of an object of the checkpoint, for messages."""
+        return self.store.where(self.path(path))
+
+    def _read_document(self, path: str) -> bytes:
+        try:
+            return self.store.read(self.path(path))
+        except OSError as error:
+            raise CheckpointError(f"{self.where(path)} can't be read: {error.strerror or error}") from None
 
     def _arrays(self) -> Iterator[ArrayInfo]:
-        data = _read_document(self.folder / ZARR)
+        data = self._read_document(ZARR)
         record = self.manifest["documents"][ZARR]
         if len(data) != record["size"] or crc32c(data) != int(record["crc32c"], 16):
-            raise CheckpointError(f"{self.folder / ZARR} is damaged: its checksum isn't the manifest's")
+            raise CheckpointError(f"{self.where(ZARR)} is damaged: its checksum isn't the manifest's")
         for path, document in json.loads(data)["consolidated_metadata"]["metadata"].items():
             if document["node_type"] == "array":
                 _, atom, state = path.split("/")
                 yield ArrayInfo(
                     key=ArrayKey(unquote(atom), unquote(state)),
-                    dtype=document["data_type"],
+                    dtype=document_dtype(document),
                     shape=tuple(document["shape"]),
                     chunk_shape=tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
-                    path=self.folder / path,
+                    path=path,
                     chunks=self.manifest["chunks"].get(path, {}),
                 )
 
@@ -88,13 +124,13 @@ class Checkpoint:
         except KeyError:
             states = self.atoms.get(atom)
             known = f"its states are {', '.join(states)}" if states else "there is no such atom"
-            raise CheckpointError(f"{self.folder} has no {state!r} of {atom!r}: {known}") from None
+            raise CheckpointError(f"{self.url} has no {state!r} of {atom!r}: {known}") from None
 
     def read(self, atom: str, state: str = "fp32", box: Box | None = None) -> Array:
         """The array, or the part of it in `box`. Every byte that is returned has been verified."""
         info = self.info(atom, state)
         target = Box.whole(info.shape) if box is None else box
-        out = np.empty(target.shape, info.dtype)
+        out = np.empty(target.shape, numpy_dtype(info.dtype))
         for piece in pieces(info, target):
             self.read_piece(piece, out)
         return out
@@ -102,50 +138,92 @@ class Checkpoint:
     def read_piece(self, piece: Piece, out: Array) -> int:
         """Copy one piece of a box into its place in `out` (of the box's shape); returns the bytes read.
 
-        A piece that is a whole chunk and lies in one stretch of `out` is read straight into it.
+        Whole blocks that lie in one stretch of `out` are read straight into it.
         """
         place = out[piece.target.slices or ...]  # `...` is a view of a scalar, where `()` is a copy
-        payload = Box.whole(piece.info.chunk_shape).size * place.itemsize
-        if piece.inside.shape == piece.info.chunk_shape and place.flags.c_contiguous:
-            self._read_verified(piece, place.reshape(-1).view(np.uint8).data, 0)
-            return payload
         first, last = piece.inside.span(piece.info.chunk_shape)
-        begin = first * place.itemsize // self.block_bytes * self.block_bytes
-        end = min(-(-last * place.itemsize // self.block_bytes) * self.block_bytes, payload)
-        buffer = np.empty(end - begin, np.uint8)
-        self._read_verified(piece, buffer.data, begin)
+        if place.flags.c_contiguous and last - first == place.size:
+            return self._read_stretch(piece, first * place.itemsize, place.reshape(-1).view(np.uint8))
+        return self._read_strided(piece, place, first, last)
+
+    def _read_stretch(self, piece: Piece, begin: int, place: npt.NDArray[np.uint8]) -> int:
+        """Fill `place` from byte `begin` of the chunk; blocks of which it needs a part go through scratch."""
+        blocks, payload = self._blocks(piece), _payload(piece)
+        done = read = 0
+        while done < len(place):
+            at = begin + done
+            start = at - at % blocks.size
+            block_end = min(start + blocks.size, payload)
+            whole = (len(place) - done) // blocks.size * blocks.size  # a last block may be shorter
+            if start == at and (whole or block_end - at <= len(place) - done):
+                length = min(max(whole, block_end - at), self._window(blocks), payload - at)
+                self._read_verified(piece, blocks, start, place[done : done + length].data)
+                read += length
+            else:
+                scratch = self._buffer(block_end - start)
+                self._read_verified(piece, blocks, start, scratch.data)
+                length = min(block_end - at, len(place) - done)
+                place[done : done + length] = scratch[at - start : at - start + length]
+                read += len(scratch)
+            done += length
+        return read
+
+    def _read_strided(self, piece: Piece, place: Array, first: int, last: int) -> int:
+        """Read the blocks around elements `first` to `last` of the chunk; pick the piece's out of them."""
+        blocks, payload = self._blocks(piece), _payload(piece)
+        begin = first * place.itemsize // blocks.size * blocks.size
+        end = min(-(-last * place.itemsize // blocks.size) * blocks.size, payload)
+        buffer = self._buffer(end - begin)
+        step = self._window(blocks)
+        for at in range(0, len(buffer), step):
+            self._read_verified(piece, blocks, begin + at, buffer[at : at + step].data)
         # The piece's elements inside the buffer, which begins `begin` bytes into the chunk.
         elements = buffer.view(place.dtype)[first - begin // place.itemsize :]
         steps = [place.itemsize * Box.whole(piece.info.chunk_shape[d + 1 :]).size for d in range(place.ndim)]
         place[...] = np.lib.stride_tricks.as_strided(elements, piece.inside.shape, steps, writeable=False)
         return end - begin
 
-    def _read_verified(self, piece: Piece, buffer: memoryview, begin: int) -> None:
-        """Fill `buffer` from `begin` of the chunk's file, whole blocks, and compare their checksums."""
+    def _window(self, blocks: Blocks) -> int:
+        """How much to read at a time: whole blocks."""
+        return max(self.store.window // blocks.size, 1) * blocks.size
+
+    def _blocks(self, piece: Piece) -> Blocks:
         record = piece.info.chunks.get(piece.chunk)
-        name = f"{'/'.join(piece.info.key)} chunk {piece.chunk}"
         if record is None:
             raise CheckpointError(
-                f"{self.folder / MANIFEST} has no record of {name}; the tag can't be trusted"
+                f"{self.where(MANIFEST)} has no record of {piece.name}; the tag can't be trusted"
             )
-        path = piece.info.path / piece.chunk
+        return self.blocks(record)
+
+    def blocks(self, record: Json) -> Blocks:
+        """The checksums in the manifest's record of a chunk."""
+        return Blocks.of_record(record, self._version_1_block)
+
+    def _read_verified(self, piece: Piece, blocks: Blocks, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `begin` of the chunk's file, whole blocks, and compare their checksums."""
+        path = f"{piece.info.path}/{piece.chunk}"
         try:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                got = files.read_into(fd, buffer, begin)
-            finally:
-                os.close(fd)
+            got = self.store.read_into(self.path(path), buffer, begin)
         except OSError as error:
             raise CheckpointError(
-                f"{name}: {path} can't be read ({error.strerror}); use another tag"
+                f"{piece.name}: {self.where(path)} can't be read ({error.strerror or error}); use another tag"
             ) from None
         if got != len(buffer):
-            raise CheckpointError(f"{name}: {path} is cut short at {begin + got} bytes; use another tag")
-        expected = [int(c, 16) for c in record.get("blocks", [record["crc32c"]])]
-        first = begin // self.block_bytes
-        for i, checksum in enumerate(block_checksums(buffer, self.block_bytes), start=first):
-            if checksum != expected[i]:
-                raise CheckpointError(f"{name}: {path} is damaged (checksum of block {i}); use another tag")
+            raise CheckpointError(
+                f"{piece.name}: {self.where(path)} is cut short at {begin + got} bytes; use another tag"
+            )
+        damaged = blocks.first_damaged(buffer, begin // blocks.size)
+        if damaged is not None:
+            raise CheckpointError(
+                f"{piece.name}: {self.where(path)} is damaged (checksum of block {damaged}); use another tag"
+            )
+
+    def _buffer(self, size: int) -> npt.NDArray[np.uint8]:
+        """Memory of this thread's own that is used again, until the checkpoint is closed."""
+        held = getattr(self._scratch, "memory", None)
+        if held is None or len(held) < size:
+            held = self._scratch.memory = np.empty(size, np.uint8)
+        return held[:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +236,16 @@ class Piece:
     """The part, counted from the chunk's beginning."""
     target: Box
     """The part, counted from the wanted box's beginning."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{'/'.join(self.info.key)} chunk {self.chunk}"
+
+
+def _payload(piece: Piece) -> int:
+    """Bytes of a chunk's elements, without its checksum."""
+    return Box.whole(piece.info.chunk_shape).size * itemsize(piece.info.dtype)
 
 
 def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
@@ -174,7 +262,7 @@ def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
 
 
 def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
-    """Open checkpoint `tag` of the folder `run`, or the one that `latest` names.
+    """Open checkpoint `tag` of the run at `run` (a folder or any URL of fsspec), or the one `latest` names.
 
     `run` may also be a checkpoint's own folder.
 
@@ -182,31 +270,16 @@ def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
         CheckpointError: nothing is committed there, no such tag (the ones there are, are listed), or the
             documents are damaged.
     """
-    folder = local_folder(run)
-    if tag is None and (folder / MANIFEST).exists():
-        return Checkpoint(folder)
+    store = open_store(run)
+    if tag is None and store.exists(MANIFEST):
+        return Checkpoint(store, "")
     if tag is None:
-        tag = read_latest(folder)
+        tag = read_latest(store)
         if tag is None:
-            exists = "holds no committed checkpoint" if folder.is_dir() else "is not a folder"
-            raise CheckpointError(f"{folder} {exists}; give the folder that a run was saved to")
-    elif not _is_tag(tag) or not (folder / tag / MANIFEST).exists():
-        tags = committed_tags(folder)
+            exists = "holds no committed checkpoint" if store.exists("") else "is not a folder"
+            raise CheckpointError(f"{store.where('')} {exists}; give the folder that a run was saved to")
+    elif not is_tag(tag) or not store.exists(f"{tag}/{MANIFEST}"):
+        tags = committed_tags(store)
         there = f"the tags there are: {', '.join(tags)}" if tags else "there are none"
-        raise CheckpointError(f"{folder} has no committed checkpoint {tag!r}; {there}")
-    return Checkpoint(folder / tag)
-
-
-def _is_tag(tag: str) -> bool:
-    try:
-        check_tag(tag)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_document(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
+        raise CheckpointError(f"{store.where('')} has no committed checkpoint {tag!r}; {there}")
+    return Checkpoint(store, tag)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: plan, write, agree, commit.
+"""Writing a checkpoint: agree, write, agree, commit.
 
 Each rank writes the chunks that the plan gave it, straight from the memory they lie in; ragged and small
 arrays are first gathered to their writers in a few flat exchanges. Then all ranks agree that everything
@@ -8,22 +8,18 @@ rank and in whichever phase, every rank raises the same error, nothing is commit
 
 from __future__ import annotations
 
-import math
-import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from ckpt import commit, files
-from ckpt.box import Box
-from ckpt.checksum import BLOCK_BYTES, block_checksums, combine, crc32c
-from ckpt.comm import Comm, raise_together
+from ckpt import gather
+from ckpt.comm import Comm, from_first, gathered, together
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     DTYPES,
@@ -32,24 +28,21 @@ from ckpt.format import (
     MANIFEST,
     ZARR,
     Json,
-    array_document,
-    array_path,
-    atom_path,
     check_json,
     check_tag,
-    chunk_key,
     encode_document,
     encode_manifest,
-    fill_value,
     group_document,
+    numpy_dtype,
+    object_record,
 )
-from ckpt.plan import ArrayKey, ArrayPlan, Chunk, Layout, ShardSpec, make_plan
-
-GATHER_ROUND_BYTES = 64 << 20
-"""About how much one flat exchange moves; it bounds the memory that gathering takes."""
+from ckpt.plan import Plan, ShardSpec
+from ckpt.store import Store, open_store
+from ckpt.tags import KEEP_ALL, Retention, prune, read_latest
+from ckpt.threads import cores
+from ckpt.write import Write, Writer, Written
 
 Array = npt.NDArray[Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +51,22 @@ class Shard:
 
     spec: ShardSpec
     data: Array
-    """Of `spec.box.shape`, C-contiguous."""
+    """Of `spec.box.shape`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """One chunk to write."""
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """What a save did, over all ranks."""
 
-    key: ArrayKey
-    plan: ArrayPlan
-    chunk: Chunk
-    data: Array
-    """The part of the array inside `chunk.box`."""
-
-
-Records = dict[str, dict[str, Json]]
-"""`{array path: {chunk key: {"size", "crc32c", "blocks"}}}`."""
+    tag: str
+    url: str
+    """Of the checkpoint."""
+    bytes_written: int
+    """In chunks."""
+    bytes_linked: int
+    """In chunks that were the same in the checkpoint before, and so were not written again."""
+    pruned: tuple[str, ...] = ()
+    """Tags that were deleted, as the retention asked."""
 
 
 def save(
@@ -81,240 +74,188 @@ def save(
     tag: str,
     shards: Sequence[Shard],
     *,
-    layout: Layout,
+    plan: Plan,
     comm: Comm,
     document: Json,
     durable: bool = True,
     update_latest: bool = True,
-) -> Path:
-    """Collective: write and commit checkpoint `tag` of the folder `run`; returns its folder.
+    incremental: bool = True,
+    retention: Retention = KEEP_ALL,
+    threads: int | None = None,
+) -> SaveReport:
+    """Collective: write and commit checkpoint `tag` of the run at `run`, a folder or any URL of fsspec.
 
-    `shards` are this rank's, in the order of `layout[comm.rank]`; `document` is what the manifest says
-    beside the arrays (the same on all ranks). With `durable`, every file and folder is synced to the disk
-    before the commit. Replacing a committed tag leaves it readable until the new one is committed.
+    `shards` hold at least `plan.parts(comm.rank)`; `document` is what the manifest says beside the arrays
+    (rank 0's counts). With `durable`, every file and folder is synced to the disk before the commit. With
+    `incremental`, chunks that are byte for byte those of the checkpoint that `latest` names are linked to
+    these, where the store can. Replacing a committed tag leaves it readable until the new one is committed;
+    where that can't be (any store but a file system), it is refused. Then the checkpoints that `retention`
+    doesn't keep are deleted, if `latest` is updated.
 
     Raises:
         CheckpointError: the same on all ranks; the checkpoint does not exist then, and an older one of
             the same tag is untouched. The one exception says so: the checkpoint is committed, but
-            `latest` could not be made to name it.
+            `latest` could not be made to name it, or older ones could not be deleted.
     """
-    folder = commit.local_folder(run)
-    staging = commit.staging_folder(folder, tag)
-    job = _Job(folder, tag, staging, comm, durable)
-    plans = job.together(lambda: _check_and_plan(tag, shards, layout, comm, document))
-    job.together(lambda: commit.begin(folder, tag) if comm.rank == 0 else None)
+    held = {shard.spec.key: shard for shard in shards}
+    rounds = list(gather.rounds(plan))
+    checks = gathered(comm, lambda: (*_check(tag, held, plan, comm.rank, document), len(rounds)))
+    _check_agreed([check[0] for check in checks], [check[1] for check in checks])
+    store = together(comm, lambda: open_store(run))
+    workers = store.threads or threads or cores()
     try:
-        _check_shared(job)
-        records = job.together(lambda: _write_all(job, _in_place_writes(plans, shards, comm.rank)))
-        for batch in _rounds([plan for plan in plans if plan.sources]):
-            pieces = job.together(lambda batch=batch: _outgoing(batch, shards, comm))  # type: ignore[misc]
+        token, base = from_first(comm, lambda: _begin(store, tag, incremental))
+        writer = together(comm, lambda: _writer(store, tag, token, base, durable, workers))
+
+        def write_in_place() -> Written:
+            written = writer.write_chunks(_in_place(plan, held, comm.rank))
+            written.add(writer.write_documents(plan, comm.rank))
+            return written
+
+        written = together(comm, write_in_place)
+        for i in range(max(check[2] for check in checks)):  # all ranks take part, whatever their plan
+            batch = rounds[i] if i < len(rounds) else []
+            pieces = together(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
             received = comm.exchange(*pieces)
-            writes = _gathered_writes(batch, received, comm.rank)
-            records |= job.together(lambda writes=writes: _write_all(job, writes))  # type: ignore[misc]
+            writes = gather.arrived(batch, received, comm.rank)
+            written.add(together(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
         if durable:
-            job.together(lambda: files.sync_tree(staging))  # every rank: each machine has its own cache
-        everything = comm.all_gather(records)
-        job.together(
-            lambda: _finish(job, plans, everything, document, update_latest) if comm.rank == 0 else None
+            together(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
+        everything = comm.gather(written)
+        return from_first(
+            comm, lambda: _finish(store, tag, everything, document, durable, update_latest, retention)
         )
     except CheckpointError:
         if comm.rank == 0:
-            commit.abandon(folder, tag)
+            store.abandon(tag)
         raise
-    return folder / tag
 
 
-@dataclass(frozen=True)
-class _Job:
-    run: Path
-    tag: str
-    staging: Path
-    comm: Comm
-    durable: bool
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do a phase of the save; if it fails on any rank, raise the same error on all."""
-        error: BaseException | None = None
-        result: T | None = None
-        try:
-            result = work()
-        except BaseException as caught:  # interrupts too: the other ranks wait in the agreement below
-            error = caught
-        raise_together(self.comm, error)
-        return result  # type: ignore[return-value]
-
-
-def _check_shared(job: _Job) -> None:
-    """Check that all ranks write into the same folder: with a folder of its own on each machine, a
-    checkpoint would be committed without the other machines' chunks."""
-    token = job.staging / f"token-{job.comm.all_gather(uuid.uuid4().hex)[0]}"
-    job.together(lambda: token.touch() if job.comm.rank == 0 else None)
-
-    def see() -> None:
-        if not token.exists():
-            raise CheckpointError(
-                f"{job.run} is not the same folder as rank 0's; save to a shared file system"
-            )
-
-    job.together(see)
-    job.together(lambda: token.unlink() if job.comm.rank == 0 else None)
-
-
-def _check_and_plan(
-    tag: str, shards: Sequence[Shard], layout: Layout, comm: Comm, document: Json
-) -> list[ArrayPlan]:
+def _check(
+    tag: str, held: dict[Any, Shard], plan: Plan, rank: int, document: Json
+) -> tuple[str, tuple[tuple[int, ...], str]]:
+    """Check what this rank was given; returns what all ranks, or all of one plan, must have alike."""
     check_tag(tag)
     check_json(document, "the checkpoint's document")
-    if [s.spec for s in shards] != list(layout[comm.rank]):
-        raise CheckpointError("this rank's shards are not those that the layout announced for it")
-    for shard in shards:
-        if shard.spec.dtype not in DTYPES:
+    for array in plan.arrays:
+        if array.dtype not in DTYPES:
             raise CheckpointError(
-                f"{'/'.join(shard.spec.key)} has dtype {shard.spec.dtype}, which can't be stored; "
+                f"{'/'.join(array.key)} has dtype {array.dtype}, which can't be stored; "
                 f"use one of {', '.join(sorted(DTYPES))}"
             )
+    for key, box in plan.parts(rank).items():
+        shard = held.get(key)
+        if shard is None or not box.within(shard.spec.box):
+            raise CheckpointError(
+                f"the plan wants {list(box.offset)}+{list(box.shape)} of {'/'.join(key)} from this rank, "
+                "which doesn't hold it"
+            )
         found = (shard.data.shape, shard.data.dtype)
-        assert found == (shard.spec.box.shape, np.dtype(shard.spec.dtype)), f"{shard.spec} has data {found}"
-    return make_plan(layout)
+        assert found == (shard.spec.box.shape, numpy_dtype(shard.spec.dtype)), f"{shard.spec} has {found}"
+    return tag, (plan.ranks, plan.digest)
 
 
-def _in_place_writes(plans: list[ArrayPlan], shards: Sequence[Shard], rank: int) -> Iterator[_Write]:
-    held = {shard.spec.key: shard for shard in shards}
-    for plan in plans:
-        if plan.sources:
+def _check_agreed(tags: list[str], plans: list[tuple[tuple[int, ...], str]]) -> None:
+    """The same values on all ranks, so all raise or none."""
+    if len(set(tags)) > 1:
+        raise CheckpointError(
+            f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
+        )
+    for rank, (peers, digest) in enumerate(plans):
+        for peer in peers:
+            if plans[peer] != (peers, digest):
+                raise CheckpointError(
+                    f"ranks {rank} and {peer} have different plans for the arrays that they share; "
+                    "their models or optimizers differ"
+                )
+
+
+def _begin(store: Store, tag: str, incremental: bool) -> tuple[str, str | None]:
+    """On rank 0: prepare the store; returns a token by which others know it, and the tag to link to."""
+    token = uuid.uuid4().hex
+    base = None
+    if incremental:
+        try:
+            base = read_latest(store)
+        except CheckpointError:  # there is no telling which; all is written anew
+            base = None
+    store.begin(tag, token)
+    return token, base
+
+
+def _writer(store: Store, tag: str, token: str, base: str | None, durable: bool, threads: int) -> Writer:
+    """Check that all ranks write into the same folder: with a folder of its own on each machine, a
+    checkpoint would be committed without the other machines' chunks."""
+    if not store.begun(tag, token):
+        raise CheckpointError(
+            f"{store.where('')} is not the same folder as rank 0's; save to a shared file system"
+        )
+    return Writer(store, tag, durable=durable, base=base, threads=threads)
+
+
+def _in_place(plan: Plan, held: dict[Any, Shard], rank: int) -> Iterator[Write]:
+    for array in plan.arrays:
+        if array.sources:
             continue
-        for chunk in plan.chunks:
+        for chunk in array.chunks:
             if chunk.writer == rank:
-                shard = held[plan.key]
-                yield _Write(plan.key, plan, chunk, shard.data[chunk.box.relative_to(shard.spec.box).slices])
-
-
-def _rounds(plans: Iterable[ArrayPlan]) -> Iterator[list[ArrayPlan]]:
-    """The gathered arrays in batches of about `GATHER_ROUND_BYTES`."""
-    batch: list[ArrayPlan] = []
-    size = 0
-    for plan in plans:
-        batch.append(plan)
-        size += math.prod(plan.shape) * np.dtype(plan.dtype).itemsize
-        if size >= GATHER_ROUND_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _writer(plan: ArrayPlan) -> int:
-    return plan.chunks[0].writer
-
-
-def _outgoing(
-    batch: list[ArrayPlan], shards: Sequence[Shard], comm: Comm
-) -> tuple[list[npt.NDArray[np.uint8]], list[int]]:
-    """This rank's bytes for each writer, in the plan's order, and how many it gets from each rank."""
-    held = {shard.spec.key: shard for shard in shards}
-    parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in range(comm.size)]
-    incoming = [0] * comm.size
-    for plan in batch:
-        for source, box in plan.sources:
-            if source == comm.rank:
-                parts[_writer(plan)].append(held[plan.key].data.reshape(-1).view(np.uint8))
-            if _writer(plan) == comm.rank:
-                incoming[source] += box.size * np.dtype(plan.dtype).itemsize
-    return [np.concatenate(p) if p else np.empty(0, np.uint8) for p in parts], incoming
-
-
-def _gathered_writes(
-    batch: list[ArrayPlan], received: list[npt.NDArray[np.uint8]], rank: int
-) -> Iterator[_Write]:
-    """Put the pieces that arrived together, in the order in which the plan made their ranks send them."""
-    cursor = [0] * len(received)
-    for plan in batch:
-        if _writer(plan) != rank:
-            continue
-        whole = np.empty(plan.shape, plan.dtype)
-        for source, box in plan.sources:
-            size = box.size * whole.itemsize
-            piece = received[source][cursor[source] : cursor[source] + size]
-            cursor[source] += size
-            whole[box.slices] = piece.view(plan.dtype).reshape(box.shape)
-        for chunk in plan.chunks:
-            yield _Write(plan.key, plan, chunk, whole[chunk.box.slices])
-
-
-def _write_all(job: _Job, writes: Iterable[_Write]) -> Records:
-    """Write chunks with a few threads (system calls and checksums release the interpreter's lock)."""
-    records: Records = {}
-    todo = list(writes)
-    for folder in dict.fromkeys(array_path(*w.key) for w in todo):
-        (job.staging / folder).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for write, record in zip(todo, pool.map(lambda w: _write_chunk(job, w), todo), strict=True):
-            records.setdefault(array_path(*write.key), {})[chunk_key(write.chunk.index)] = record
-    return records
-
-
-def _write_chunk(job: _Job, write: _Write) -> Json:
-    """One file: the chunk's elements, C order, little endian, then their crc32c."""
-    payload = write.data
-    if payload.shape != write.plan.chunk_shape:  # at the array's end zarr stores whole chunks all the same
-        payload = np.full(write.plan.chunk_shape, fill_value(write.plan.dtype), write.plan.dtype)
-        payload[Box.whole(write.data.shape).slices] = write.data
-    flat = np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
-    blocks = block_checksums(flat.data)
-    checksum = combine(blocks, flat.nbytes)
-    path = job.staging / array_path(*write.key) / chunk_key(write.chunk.index)
-    files.write_file(path, [flat.data, checksum.to_bytes(4, "little")], durable=False)
-    record: Json = {"size": flat.nbytes + 4, "crc32c": f"{checksum:08x}"}
-    if len(blocks) > 1:
-        record["blocks"] = [f"{b:08x}" for b in blocks]
-    return record
+                shard = held[array.key]
+                yield Write(array, chunk, shard.data[chunk.box.relative_to(shard.spec.box).slices])
 
 
 def _finish(
-    job: _Job, plans: list[ArrayPlan], everything: list[Records], document: Json, update_latest: bool
-) -> None:
-    """Rank 0: metadata documents, folders, manifest, commit; in this order, each durable before the next."""
-    documents, members = _write_documents(job, plans)
-    chunks: Records = {}
-    for records in everything:
-        for path, record in records.items():
-            chunks.setdefault(path, {}).update(record)
-    for plan in plans:
-        written = len(chunks.get(array_path(*plan.key), {}))
-        assert written == len(plan.chunks), f"{plan.key}: {written} chunks written of {len(plan.chunks)}"
-    root = encode_document(group_document(members))
-    files.write_file(job.staging / ZARR, [root], durable=False)
-    documents[ZARR] = {"size": len(root), "crc32c": f"{crc32c(root):08x}"}
-    if job.durable:
-        files.sync_tree(job.staging)
-    own = {"format", "version", "tag", "block_bytes", "documents", "chunks"}
+    store: Store,
+    tag: str,
+    everything: list[Written],
+    document: Json,
+    durable: bool,
+    update_latest: bool,
+    retention: Retention,
+) -> SaveReport:
+    """Rank 0: the consolidated metadata, the manifest, the commit; then what retention asks."""
+    whole = Written()
+    for written in everything:
+        whole.add(written)
+    _check_complete(everything, whole.documents)
+    root = encode_document(group_document(dict(sorted(whole.documents.items()))))
+    records = {
+        f"{path}/{ZARR}": object_record(encode_document(d)) for path, d in sorted(whole.documents.items())
+    }
+    own = {"format", "version", "tag", "documents", "chunks"}
     assert not own & document.keys(), f"the document has keys of the format's own: {own & document.keys()}"
     manifest = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
-        "tag": job.tag,
+        "tag": tag,
         **document,
-        "block_bytes": BLOCK_BYTES,
-        "documents": documents,
-        "chunks": chunks,
+        "documents": {**records, ZARR: object_record(root)},
+        "chunks": dict(sorted(whole.chunks.items())),
     }
-    files.write_file(job.staging / MANIFEST, [encode_manifest(manifest)], durable=job.durable)
-    if job.durable:
-        files.sync_folder(job.staging)
-    commit.commit(job.run, job.tag, durable=job.durable, update_latest=update_latest)
+    documents = {ZARR: root, MANIFEST: encode_manifest(manifest)}
+    store.commit(tag, documents, durable=durable, update_latest=update_latest)
+    pruned: list[str] = []
+    if update_latest and retention.keep_last is not None:
+        try:
+            pruned = prune(store, retention)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"{store.where(tag)} is committed, but: {error}") from error
+    return SaveReport(
+        tag=tag,
+        url=store.where(tag),
+        bytes_written=whole.bytes_written,
+        bytes_linked=whole.bytes_linked,
+        pruned=tuple(pruned),
+    )
 
 
-def _write_documents(job: _Job, plans: list[ArrayPlan]) -> tuple[dict[str, Json], dict[str, Json]]:
-    """A `zarr.json` in each array's folder and in the groups above it; what was written, and its content."""
-    members: dict[str, Json] = {}
-    for plan in plans:
-        members.setdefault("atoms", group_document())
-        members.setdefault(atom_path(plan.key.atom), group_document())
-        members[array_path(*plan.key)] = array_document(plan.dtype, plan.shape, plan.chunk_shape)
-    records: dict[str, Json] = {}
-    for path, content in members.items():
-        data = encode_document(content)
-        (job.staging / path).mkdir(parents=True, exist_ok=True)
-        files.write_file(job.staging / path / ZARR, [data], durable=False)
-        records[f"{path}/{ZARR}"] = {"size": len(data), "crc32c": f"{crc32c(data):08x}"}
-    return records, members
+def _check_complete(everything: list[Written], documents: dict[str, Json]) -> None:
+    """Each plan proves it of itself; this is the last look before the commit, at all of them together."""
+    chunks: Counter[str] = Counter()
+    for written in everything:
+        chunks.update({path: len(records) for path, records in written.chunks.items()})
+    for path, document in documents.items():
+        if document["node_type"] == "array":
+            grid = zip(document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"], strict=True)
+            expected, found = prod(-(-n // c) for n, c in grid), chunks[path]
+            assert found == expected, f"{path}: {found} chunks written of {expected}"
+    assert chunks.keys() <= documents.keys(), "every array has its metadata"

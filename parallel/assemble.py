@@ -10,7 +10,13 @@ from torch import nn
 from parallel.gradients import TiedGradients
 from parallel.pipeline import LossFn, Pipeline
 from parallel.stages import Chain, layer_names, split_layers
-from parallel.tensor import apply_tensor_parallel, check_divisible, expand_plan, tied_names
+from parallel.tensor import (
+    apply_tensor_parallel,
+    check_divisible,
+    expand_plan,
+    rowwise_weights,
+    tied_names,
+)
 from parallel.topology import Topology
 from parallel.weights import broadcast_from_first_rank, check_can_materialise, is_meta, materialise
 from parallel.zero import Zero
@@ -29,6 +35,8 @@ class ParallelModel:
     tied: TiedGradients
     pipeline: Pipeline | None
     """Runs whole batches; None for a model that computes its own loss."""
+    rowwise: set[str]
+    """Weights that tensor parallelism, of any degree, cuts along their second dim."""
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter of this rank is known everywhere."""
@@ -53,6 +61,7 @@ def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -
         broadcast_from_first_rank(model.to(topology.device))
     loss_fn: LossFn | None = getattr(model, "loss_fn", None)
     ties = tied_names(model)
+    rowwise = rowwise_weights(model, getattr(model, "tp_plan", None) or {})
 
     module: nn.Module = model
     stage_names = [{name for name, _ in model.named_parameters(remove_duplicate=False)}]
@@ -73,6 +82,7 @@ def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, topology),
         pipeline=None if loss_fn is None else Pipeline(zero, topology, loss_fn),
+        rowwise=rowwise,
     )
 
 
@@ -108,7 +118,8 @@ def _units(module: nn.Module) -> list[nn.Module]:
         candidates = module._links()
     else:
         lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-        candidates = [layer for modules in lists for layer in modules]
+        inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
+        candidates = [layer for layers in lists if id(layers) not in inner for layer in layers]
     owners: dict[int, int] = {}
     for layer in candidates:
         for parameter in layer.parameters():

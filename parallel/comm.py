@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
+import pickle
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
+from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
 
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: as long as the slowest one may take to write its part."""
+
 
 class HostComm:
-    """All ranks of a job, exchanging Python values and bytes through their CPUs."""
+    """All ranks of a job, exchanging Python values and bytes through their CPUs.
+
+    It has connections of its own: what it does, in whichever thread, can't come between training's
+    collectives, and it outlives `destroy_process_group`, so that work in the background can end.
+    """
 
     def __init__(self) -> None:
-        """Collective: on GPUs, a group of its own is made, so that values need no trip to the device."""
-        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        """Collective."""
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        store = dist.distributed_c10d._get_default_store()
+        nth = store.add(f"uni3d/host_comm/{self.rank}", 1)  # ranks make theirs in the same order
+        own = distributed.PrefixStore(f"uni3d/host_comm/{nth}", store)
+        self._group: Any = dist.ProcessGroupGloo(own, self.rank, self.size, TIMEOUT)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return self._collect(value, on_all=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on rank 0; on the others an empty list."""
+        return self._collect(value, on_all=False)
 
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
         """Send `outgoing[r]` to rank r; returns what each rank sent here, of the sizes announced."""
         sent = torch.from_numpy(np.concatenate(outgoing))
         received = torch.empty(sum(incoming_sizes), dtype=torch.uint8)
         sizes = [part.nbytes for part in outgoing]
-        dist.all_to_all_single(received, sent, incoming_sizes, sizes, group=self._group)
+        self._group.alltoall_base(received, sent, incoming_sizes, sizes).wait()
         ends = np.cumsum(incoming_sizes)[:-1]
         return np.split(received.numpy(), ends)
+
+    def _collect(self, value: Any, *, on_all: bool) -> list[Any]:
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        self._group.allgather([lengths], [torch.tensor([len(data)])]).wait()
+        longest = int(max(lengths))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        everyone: list[Tensor] = []
+        if on_all or self.rank == 0:
+            everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        if on_all:
+            self._group.allgather([everyone], [padded]).wait()
+        else:
+            options = dist.GatherOptions()
+            options.rootRank = 0
+            self._group.gather([everyone] if everyone else [], [padded], options).wait()
+        return [
+            pickle.loads(part[: int(length)].numpy().tobytes())  # the ranks' own values, in memory
+            for part, length in zip(everyone, lengths, strict=False)
+        ]

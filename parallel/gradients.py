@@ -79,18 +79,20 @@ def square_sum(parameters: Iterable[nn.Parameter], topology: Topology) -> Tensor
 
 
 def sum_over_ranks(
-    loss: Loss | None, parameters: Iterable[nn.Parameter], topology: Topology
-) -> tuple[Tensor, Tensor, Tensor]:
+    loss: Loss | None, parameters: Iterable[nn.Parameter], topology: Topology, alarm: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Collective: summed loss, the number of its terms and the squared gradient norm, in float64.
 
-    `loss` is None on the ranks that don't know it.
+    `loss` is None on the ranks that don't know it. The last result is how many ranks gave an `alarm`:
+    what they have to tell each other between steps travels along.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=topology.device)
     if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
         sums[0], sums[1] = loss.total, loss.tokens
     sums[2] = square_sum(parameters, topology)
+    sums[3] = float(alarm)
     dist.all_reduce(sums)
-    return sums[0], sums[1], sums[2]
+    return sums[0], sums[1], sums[2], sums[3]
 
 
 def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:

@@ -1,4 +1,4 @@
-"""Which part of a tensor this rank holds, read off the tensor itself."""
+"""Which part of a tensor this rank and others hold, read off the tensor itself: nobody is asked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
+
+from parallel.topology import Topology
+
+Place = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and shape of a part, in elements of the whole tensor."""
 
 
 class LocalPart(NamedTuple):
@@ -34,6 +42,58 @@ def local_part(tensor: Tensor) -> LocalPart:
     if data.numel() == 0:  # an empty shard's offset may lie beyond the end
         offset = (0,) * len(shape)
     return LocalPart(data, tuple(tensor.shape), tuple(offset))
+
+
+class StageLayout:
+    """What each rank of this rank's pipeline stage holds of a tensor.
+
+    All ranks of a stage have the same modules, each its part by its place on the mesh, so each can tell what
+    the others hold. Other stages hold other tensors.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        stage = topology.mesh.mesh[topology.pp_rank]  # ranks by (replicate, shard, tp)
+        self.rank = topology.rank
+        self._places = {
+            int(stage[i, j, k]): {"replicate": i, "shard": j, "tp": k}
+            for i in range(stage.shape[0])
+            for j in range(stage.shape[1])
+            for k in range(stage.shape[2])
+        }
+        self.ranks = tuple(sorted(self._places))
+        self._known: dict[object, dict[int, Place]] = {}
+
+    def places(self, tensor: Tensor) -> dict[int, Place]:
+        """By rank; the same object for tensors that are cut alike. A plain tensor is held whole by all."""
+        if not isinstance(tensor, DTensor):
+            return {rank: ((0,) * tensor.ndim, tuple(tensor.shape)) for rank in self._places}
+        mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+        names = mesh.mesh_dim_names
+        key = (shape, names, tensor.placements)
+        if key not in self._known:
+            assert names is not None, "the topology names its axes"
+            self._known[key] = {
+                rank: _place(shape, tuple(mesh.shape), [place[n] for n in names], tensor.placements)
+                for rank, place in self._places.items()
+            }
+        return self._known[key]
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`: the live memory, the same object as long as `tensor` keeps it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _place(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: list[int],
+    placements: tuple[Placement, ...],
+) -> Place:
+    local, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, coordinate, placements)
+    if 0 in local:  # an empty part's offset may lie beyond the end
+        offset = (0,) * len(shape)
+    return tuple(offset), tuple(local)
 
 
 def narrow_to(full: Tensor, part: LocalPart) -> Tensor:

@@ -68,6 +68,16 @@ def check_divisible(model: nn.Module, plan: Mapping[str, str], units: Mapping[st
             )
 
 
+def rowwise_weights(model: nn.Module, plan: Mapping[str, str]) -> set[str]:
+    """Names of the weights that a plan cuts along their second dim, whatever the degree."""
+    patterns = [pattern for pattern, style in plan.items() if style == "rowwise"]
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
 def apply_tensor_parallel(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Split the modules of an expanded plan over `mesh`, in place; what it leaves out is replicated.
 

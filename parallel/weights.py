@@ -83,4 +83,6 @@ def materialise(
 def broadcast_from_first_rank(module: nn.Module) -> None:
     """Collective: give every rank rank 0's values, for a model that each rank built on its own."""
     for tensor in [*module.parameters(), *module.buffers()]:
-        dist.broadcast(tensor.data, src=0)
+        whole = tensor.data.contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # as bytes: gloo doesn't know every type
+        tensor.data.copy_(whole)

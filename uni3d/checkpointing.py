@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 import uni3d
+from ckpt.threads import cores
 from parallel import HostComm
 from uni3d import state
+from uni3d.background import Background
+from uni3d.description import check_optimizer, describe, merge, restore_optimizer
+from uni3d.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from uni3d.engine import Engine
 
-T = TypeVar("T")
-
 
 class Checkpointer:
-    """Saves and loads one engine. Every call is collective."""
+    """Saves and loads one engine. Every call is collective, but for `failed`."""
 
     def __init__(self, engine: Engine) -> None:
         """Collective.
@@ -40,26 +44,129 @@ class Checkpointer:
                 kind = type(engine.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
         self._comm = HostComm()
-        self._specs: list[ckpt.ShardSpec] | None = None
-        self._layout: list[list[ckpt.ShardSpec]] = []
+        self._inventory = state.Inventory(engine.model)
+        self._held: list[state.Held] = []
+        self._plan: ckpt.Plan | None = None
+        self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
+        self._snapshot = Snapshot(engine.model.topology.device)
+        self._background: Background[ckpt.SaveReport] = Background("uni3d's last save_checkpoint")
+        self._agreed_failure = False
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self._comm.size))
+        self._threads = max(1, cores() // local_ranks)
 
-    def save(self, run: str | Path, tag: str, client_state: dict[str, Any], *, update_latest: bool) -> Path:
-        """Write checkpoint `tag`; see `Engine.save_checkpoint`."""
-        engine = self._engine
-        tag = self._same_everywhere(tag)
-        held = self._together(lambda: state.held_arrays(engine.model, engine.optimizer))
-        shards = [array.shard for array in held if array.saves]
-        self._exchange_layout([shard.spec for shard in shards])
-        document = self._document(client_state)
+    # --- saving ----------------------------------------------------------------------------------------
+
+    def save(self, run: str | Path, tag: str, client_state: dict[str, Any], *, update_latest: bool) -> None:
+        """Write checkpoint `tag`, or with `async_save` begin to; see `Engine.save_checkpoint`."""
+        self.wait()
+        Background.join_all()  # at most one save may be going on in a run's folder
+        asynchronous = self._engine.config.checkpoint.async_save
+        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
+
+        def take() -> str:
+            ckpt.check_tag(tag)
+            plan, parts = self._parts()
+            if asynchronous:  # the one thing that training waits for
+                copies = self._snapshot.take([tensor for _, tensor in parts])
+                parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
+            taken.append((plan, parts, self._document(client_state)))
+            return tag
+
+        tags = set(ckpt.gathered(self._comm, take))
+        if len(tags) > 1:
+            raise ckpt.CheckpointError(
+                f"the ranks were asked to save different tags: {', '.join(sorted(tags))}; use one"
+            )
+        if asynchronous:
+            self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))
+        else:
+            self._engine.last_save = self._write(run, tag, *taken[0], update_latest)
+
+    def wait(self) -> None:
+        """Wait for the save that goes on in the background, if any; raises what it raised."""
+        self._agreed_failure = False
+        report = self._background.wait()
+        if report is not None:
+            self._engine.last_save = report
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has failed, as far as this rank knows. Local."""
+        return self._background.failed
+
+    def agree(self, failed: bool) -> None:
+        """All ranks have learnt that the save failed on some; so the next `check` raises on all."""
+        self._agreed_failure |= failed
+
+    def check(self) -> None:
+        """Raise what the save in the background raised, if all ranks know that it failed."""
+        if self._agreed_failure:
+            self.wait()
+
+    def _parts(self) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
+        """The plan, made anew only if what is saved has changed, and this rank's parts by it. Local."""
+        held = self._inventory.arrays(self._engine.optimizer)
+        same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
+        if self._plan is None or not same:
+            self._plan = ckpt.make_plan(self._inventory.layout(held))
+            self._wanted = self._plan.parts(self._comm.rank)
+            self._held = held
+        return self._plan, state.parts_to_save(held, self._wanted)
+
+    def _write(
+        self,
+        run: str | Path,
+        tag: str,
+        plan: ckpt.Plan,
+        parts: list[tuple[ckpt.ShardSpec, Tensor]],
+        document: dict[str, Any],
+        update_latest: bool,
+    ) -> ckpt.SaveReport:
+        """The save itself, in whichever thread. Torch's process groups may be gone by then."""
+        settings = self._engine.config.checkpoint
+        described = self._comm.gather(document if self._inventory.speaks else None)
+        stages = [part for part in described if part is not None]  # on rank 0, whose word counts
+        whole = ckpt.together(self._comm, lambda: merge(stages) if stages else {})
+        shards = ckpt.together(self._comm, lambda: [state.on_host(*part) for part in parts])
         return ckpt.save(
             run,
             tag,
             shards,
-            layout=self._layout,
+            plan=plan,
             comm=self._comm,
-            document=document,
+            document=whole,
+            durable=settings.durable,
             update_latest=update_latest,
+            retention=ckpt.Retention(keep_last=settings.keep_last, keep_every=settings.keep_every),
+            threads=self._threads,
         )
+
+    def _document(self, client_state: dict[str, Any]) -> dict[str, Any]:
+        """Everything in the manifest but the arrays, as this rank's stage has it. Local."""
+        engine = self._engine
+        degrees, scheduler = engine.model.topology.degrees, engine.lr_scheduler
+        ckpt.check_json(client_state, "the checkpoint's document['client_state']")
+        return {
+            "step": engine.global_steps,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "writer": {
+                "uni3d": uni3d.__version__,
+                "torch": str(torch.__version__),
+                "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
+                "zero_stage": engine.model.zero.stage,
+            },
+            **describe(engine.model, engine.optimizer),
+            "aliases": engine.model.ties,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "engine": {
+                "global_steps": engine.global_steps,
+                "global_samples": engine.global_samples,
+                **self._what_fixes_the_order(),
+            },
+            "client_state": copy.deepcopy(client_state),
+        }
+
+    # --- loading ---------------------------------------------------------------------------------------
 
     def load(
         self,
@@ -72,15 +179,19 @@ class Checkpointer:
         counters: bool,
     ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
         """Fill the engine from a checkpoint; see `Engine.load_checkpoint`."""
+        self.wait()
+        Background.join_all()  # another engine of this process may be writing what this one looks for
         engine = self._engine
         checkpoint = self._open(run, tag)
         manifest = checkpoint.manifest
         optimizer = engine.optimizer if optimizer_states else None
         scheduler = engine.lr_scheduler if scheduler_states else None
-        self._together(lambda: self._check_fits(manifest, optimizer, scheduler))
+        ckpt.together(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
         report = self._load_arrays(checkpoint, optimizer, strict=strict)
         try:
-            differences = self._together(lambda: self._restore_rest(manifest, optimizer, scheduler))
+            differences = ckpt.together(
+                self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler)
+            )
         except ckpt.CheckpointError as error:  # the arrays have been loaded
             raise ckpt.PartialLoadError(str(error)) from error
         if counters:
@@ -89,7 +200,7 @@ class Checkpointer:
             order = self._what_fixes_the_order()
             differences += _differences("the run's", manifest["engine"], order)
         if differences and self._comm.rank == 0:
-            warnings.warn(f"{checkpoint.folder}: {'; '.join(differences)}", stacklevel=3)
+            warnings.warn(f"{checkpoint.url}: {'; '.join(differences)}", stacklevel=3)
         return report, checkpoint
 
     def _restore_rest(
@@ -98,7 +209,10 @@ class Checkpointer:
         """Restore what isn't an array; returns a line for each value that this run was given another of."""
         differences = []
         if optimizer is not None:
-            differences += state.restore_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+            differences += restore_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+        if scheduler is None and manifest["scheduler"] is not None and optimizer is not None:
+            rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
+            differences.append(f"its schedule was not taken up: the learning rate stays at {rates}")
         if scheduler is not None:
             differences += _differences("the schedule's", manifest["scheduler"], _given(scheduler))
             scheduler.load_state_dict(manifest["scheduler"])
@@ -117,7 +231,7 @@ class Checkpointer:
     ) -> None:
         """Check what isn't an array, before anything changes."""
         if optimizer is not None:
-            state.check_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+            check_optimizer(self._engine.model, optimizer, manifest["optimizer"])
         saved = manifest["scheduler"]
         if scheduler is not None and (saved is None or saved.keys() != scheduler.state_dict().keys()):
             has = "no scheduler" if saved is None else f"another scheduler than {type(scheduler).__name__}"
@@ -141,87 +255,35 @@ class Checkpointer:
             stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
         try:
             if optimizer is not None and fresh and stored:
-                self._together(lambda: state.create_states(model, optimizer))
-            held = self._together(lambda: state.held_arrays(model, optimizer, with_states=stored))
-            targets = [array.shard for array in held]
-            report = ckpt.load(checkpoint, targets, comm=self._comm, strict=strict, leave=leave)
+                ckpt.together(self._comm, lambda: state.create_states(model, optimizer))
+            held, targets = ckpt.together(self._comm, lambda: self._targets(optimizer, stored))
+            report = ckpt.load(
+                checkpoint, targets, comm=self._comm, strict=strict, leave=leave, threads=self._threads
+            )
         except ckpt.CheckpointError:
             if optimizer is not None and fresh:
                 optimizer.state.clear()
             raise
-        state.finish_load(held)
+        state.finish_load(held, targets)
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report
 
+    def _targets(
+        self, optimizer: Optimizer | None, stored: set[str]
+    ) -> tuple[list[state.Held], list[ckpt.Shard]]:
+        held = self._inventory.arrays(optimizer, with_states=stored)
+        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
+
     def latest(self, run: str | Path) -> str | None:
         """The newest committed tag, the same on all ranks whatever their file systems show them yet."""
-        return self._from_first_rank(lambda: ckpt.read_latest(run))
+        self.wait()
+        Background.join_all()
+        return ckpt.from_first(self._comm, lambda: ckpt.read_latest(run))
 
     def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
-        chosen = self._from_first_rank(lambda: ckpt.open_checkpoint(run, tag).folder)
-        return self._together(lambda: ckpt.open_checkpoint(chosen))
-
-    def _document(self, client_state: dict[str, Any]) -> dict[str, Any]:
-        """Everything in the manifest but the arrays; the same on all ranks."""
-        engine = self._engine
-        topology = engine.model.topology
-        speaks = topology.dp_rank == 0 and topology.tp_rank == 0  # one rank of each stage
-        parts = self._gathered(lambda: state.describe(engine.model, engine.optimizer) if speaks else None)
-        whole = self._together(lambda: state.merge([part for part in parts if part is not None]))
-        scheduler = engine.lr_scheduler
-        degrees = topology.degrees
-        return {
-            "step": engine.global_steps,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "writer": {
-                "uni3d": uni3d.__version__,
-                "torch": str(torch.__version__),
-                "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
-                "zero_stage": engine.model.zero.stage,
-            },
-            **whole,
-            "aliases": engine.model.ties,
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "engine": {
-                "global_steps": engine.global_steps,
-                "global_samples": engine.global_samples,
-                **self._what_fixes_the_order(),
-            },
-            "client_state": client_state,
-        }
-
-    def _exchange_layout(self, specs: list[ckpt.ShardSpec]) -> None:
-        """Learn what every rank holds; once, unless what some rank holds has changed."""
-        if any(self._comm.all_gather(specs != self._specs)):
-            self._layout = self._comm.all_gather(specs)
-            self._specs = specs
-
-    def _same_everywhere(self, tag: str) -> str:
-        tags = self._comm.all_gather(tag)
-        if len(set(tags)) > 1:
-            raise ckpt.CheckpointError(
-                f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
-            )
-        return tag
-
-    def _together(self, work: Callable[[], T]) -> T:
-        """Do `work`; if it fails on any rank, raise the same error on all."""
-        error: Exception | None = None
-        result: T | None = None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        ckpt.raise_together(self._comm, error)
-        return result  # type: ignore[return-value]
-
-    def _gathered(self, work: Callable[[], T]) -> list[T]:
-        return self._comm.all_gather(self._together(work))
-
-    def _from_first_rank(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, the only rank that does it."""
-        return self._gathered(lambda: work() if self._comm.rank == 0 else None)[0]  # type: ignore[return-value]
+        chosen = ckpt.from_first(self._comm, lambda: ckpt.open_checkpoint(run, tag).url)
+        return ckpt.together(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
 
 def _given(scheduler: LRScheduler) -> dict[str, Any]:

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.text import Text
 
-import ckpt
-from uni3d import __version__
+from uni3d import __version__, cli_plan, cli_upkeep
+from uni3d.terminal import AsJson, Run, Tag, complain, in_bytes, out, progress_bar, say, say_json
+
+if TYPE_CHECKING:
+    import ckpt
 
 app = typer.Typer(
     name="uni3d",
-    help="Look into uni3d's checkpoints, and get the weights out.",
+    help="Look into uni3d's checkpoints, get the weights out, and look after them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-Run = Annotated[str, typer.Argument(help="Folder that a run was saved to, or one checkpoint's own folder.")]
-Tag = Annotated[str | None, typer.Option(help="Which checkpoint; the newest committed one by default.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def main() -> None:
     """Run the command; what is the user's to mend is one line and exit code 1, never a traceback."""
     try:
         app()
-    except (ckpt.CheckpointError, ValueError, OSError) as error:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        from ckpt import CheckpointError
+
+        if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError):
+            raise
+        complain(error)
         sys.exit(1)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"uni3d {__version__}", highlight=False)
+        say(f"uni3d {__version__}")
         raise typer.Exit
 
 
@@ -62,27 +59,34 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Which checkpoints there are, or with --atoms what is in one."""
+    import ckpt
+
     rows = _atom_rows(ckpt.open_checkpoint(run, tag)) if atoms else _tag_rows(run, tag)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        say_json(rows)
         return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for key, value in rows[0].items():
         table.add_column(key, justify="right" if isinstance(value, int) else "left", overflow="fold")
     formats: dict[str, Callable[[Any], str]] = {
-        "bytes": _bytes,
+        "bytes": in_bytes,
         "created": lambda x: x[:16].replace("T", " "),
         "latest": lambda x: "*" if x else "",
     }
     for row in rows:
-        table.add_row(*(formats.get(key, str)(value) for key, value in row.items()))
+        table.add_row(*(Text(formats.get(key, str)(value)) for key, value in row.items()))
     out.print(table)
 
 
 def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     """A row for each committed tag of a run (or the one asked for), oldest first."""
+    import ckpt
+
     newest = ckpt.open_checkpoint(run, tag)
-    alone = tag is not None or newest.folder == Path(run)  # `run` is a checkpoint's own folder
+    alone = tag is not None or not newest.folder  # `run` is a checkpoint's own folder
     checkpoints = [newest] if alone else [ckpt.open_checkpoint(run, t) for t in ckpt.committed_tags(run)]
     rows = []
     for checkpoint in checkpoints:
@@ -107,6 +111,8 @@ def _topology(writer: dict[str, Any]) -> str:
 
 def _atom_rows(checkpoint: ckpt.Checkpoint) -> list[dict[str, Any]]:
     """A row for each array of a checkpoint."""
+    from ckpt import CheckpointError
+
     rows = [
         {
             "atom": key.atom,
@@ -119,7 +125,7 @@ def _atom_rows(checkpoint: ckpt.Checkpoint) -> list[dict[str, Any]]:
         for key, info in checkpoint.arrays.items()
     ]
     if not rows:
-        raise ckpt.CheckpointError(f"{checkpoint.folder} has no atoms")
+        raise CheckpointError(f"{checkpoint.url} has no atoms")
     return rows
 
 
@@ -131,24 +137,20 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the weights as one fp32 state_dict in a safetensors file, whatever topology saved them."""
+    import ckpt
+
     checkpoint = ckpt.open_checkpoint(run, tag)
     if output.suffix != ".safetensors":
         raise ValueError(f"{output} must end in .safetensors, the format that is written")
     total = sum(info.nbytes for info in ckpt.weights(checkpoint).values())
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        size = ckpt.export_safetensors(checkpoint, output, progress=lambda n: progress.advance(task, n))
+    with progress_bar("exporting", total) as progress:
+        size = ckpt.export_safetensors(checkpoint, output, progress=progress)
     tensors = len(ckpt.weights(checkpoint))
     if as_json:
-        print(json.dumps({"output": str(output), "tag": checkpoint.tag, "tensors": tensors, "bytes": size}))
+        say_json({"output": str(output), "tag": checkpoint.tag, "tensors": tensors, "bytes": size})
     else:
-        out.print(f"{output}: {tensors} tensors, {_bytes(size)}, from {checkpoint.tag}", highlight=False)
+        say(f"{output}: {tensors} tensors, {in_bytes(size)}, from {checkpoint.tag}")
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
+for command in (cli_upkeep.verify, cli_upkeep.clean, cli_upkeep.prune, cli_plan.plan):
+    app.command()(command)

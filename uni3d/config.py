@@ -10,9 +10,9 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from uni3d.optim import OptimizerConfig, SchedulerConfig
 
@@ -39,7 +39,10 @@ REFUSED = {
     "wall_clock_breakdown": _LATER,
     "steps_per_print": f"{_LATER}; print what train_batch returns",
     "elasticity": "not needed: any checkpoint resumes on any topology with the same train_batch_size",
-    "checkpoint": f"{_LATER}; every checkpoint is universal, and there is nothing to set",
+    "checkpoint.load_universal": "not needed: every checkpoint is universal",
+    "checkpoint.tag_validation": "not needed: ranks that are given different tags are an error",
+    "checkpoint.use_node_local_storage": "a checkpoint lies in one place that all ranks see",
+    "checkpoint.parallel_write": "not needed: all ranks write, each its part",
     "zero_optimization.offload_optimizer": _LATER,
     "zero_optimization.offload_param": _LATER,
     "zero_optimization.zero_hpz_partition_size": _LATER,
@@ -67,10 +70,30 @@ class ParallelConfig(_Strict):
     """Where to compute; "auto" is a GPU where there is one."""
 
 
+def _not_a_boolean(value: object) -> object:
+    """True equals 1, and so would be taken for it."""
+    if isinstance(value, bool):
+        raise ValueError("expected 0, 1, 2 or 3")
+    return value
+
+
 class ZeroConfig(_Strict):
     """What is sharded over the data-parallel ranks; the meanings are ZeRO's (see `parallel.zero`)."""
 
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_not_a_boolean)] = 0
+
+
+class CheckpointConfig(_Strict):
+    """How `save_checkpoint` saves."""
+
+    async_save: bool = True
+    """Whether to write in the background, after a copy; otherwise it is committed on return."""
+    durable: bool = True
+    """Whether to sync files and folders before the commit, so that it survives a power cut."""
+    keep_last: int | None = Field(default=None, gt=0)
+    """Delete all but this many of the newest checkpoints after each save; null keeps all."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Keep, beside these, checkpoints whose step is a multiple of this."""
 
 
 class Config(_Strict):
@@ -88,6 +111,7 @@ class Config(_Strict):
     """Of data order and dropout, and of the initial weights of a model on the meta device."""
     parallel: ParallelConfig = ParallelConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
 

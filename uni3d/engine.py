@@ -17,6 +17,7 @@ import ckpt
 from parallel import ParallelModel
 from parallel.gradients import local_gradients, sum_over_ranks
 from parallel.pipeline import Loss, split_logits
+from uni3d.batches import run_batches
 from uni3d.checkpointing import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.data import TrainingLoader
@@ -35,6 +36,7 @@ class Engine:
         global_steps: optimizer steps taken, over all resumes.
         global_samples: samples consumed, over all ranks and resumes.
         last_load: what the last load restored, defaulted and dropped.
+        last_save: what the last save that has ended wrote.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         self.global_steps = 0
         self.global_samples = 0
         self.last_load: ckpt.LoadReport | None = None
+        self.last_save: ckpt.SaveReport | None = None
         self._checkpointer = Checkpointer(self)
         self._own_iterator: Iterator[Any] | None = None
         self._micro_steps = 0  # micro batches since the last boundary
@@ -87,7 +90,7 @@ class Engine:
         batches = self._take(data_iter)
         self.module.train()
         with self._random_state():
-            loss = self._run(batches, train=True)
+            loss = run_batches(self.model, batches, self.triad, train=True)
         return self._finish_step(loss)
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
@@ -96,10 +99,13 @@ class Engine:
         batches = self._take(data_iter)
         self.module.eval()
         with torch.no_grad(), self._random_state():
-            loss = self._run(batches, train=False)
+            loss = run_batches(self.model, batches, self.triad, train=False)
         self.module.train()
         self.model.zero.reshard()
-        total, tokens, _ = sum_over_ranks(loss, [], self.model.topology)
+        total, tokens, _, alarms = sum_over_ranks(
+            loss, [], self.model.topology, alarm=self._checkpointer.failed
+        )
+        self._checkpointer.agree(alarms.item() > 0)
         return total / tokens
 
     def _take(self, data_iter: Iterator[Any] | None) -> list[Any]:
@@ -115,28 +121,6 @@ class Engine:
             tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, next(data_iter))
             for _ in range(self.triad.accumulation)
         ]
-
-    def _run(self, batches: list[Any], *, train: bool) -> Loss | None:
-        """Forward, and with `train` backward, over the micro batches; the summed loss where it is known."""
-        pipeline = self.model.pipeline
-        if pipeline is not None:
-            inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-            expected = self.triad.micro_batch * self.triad.accumulation
-            if len(inputs) != expected:
-                raise ValueError(
-                    f"the data iterator gave {len(inputs)} samples in {len(batches)} micro batches; expected "
-                    f"train_micro_batch_size_per_gpu({self.triad.micro_batch}) in each"
-                )
-            return pipeline.run(inputs, targets, len(batches), train=train)
-        losses = []
-        for i, batch in enumerate(batches, start=1):
-            with split_logits(self.model.topology):
-                loss = Loss.of(self.module(*batch))
-                if train:
-                    self.model.zero.before_backward(last=i == len(batches))
-                    loss.total.backward()  # type: ignore[no-untyped-call]
-            losses.append(Loss(loss.total.detach(), loss.tokens))
-        return Loss.sum(losses)
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 
@@ -188,12 +172,16 @@ class Engine:
         self.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
         self.model.tied.sum()
-        sums = sum_over_ranks(loss, self._counted_parameters(), self.model.topology)
-        total, tokens, square = sums
+        #    A save that failed in the background is told along; the next call raises it, on all ranks.
+        total, tokens, square, alarms = sum_over_ranks(
+            loss, self._counted_parameters(), self.model.topology, alarm=self._checkpointer.failed
+        )
         mean_loss, norm = total / tokens, square.sqrt() / tokens
         self._gradient_norm = norm.item()
+        self._checkpointer.agree(alarms.item() > 0)
         if not (mean_loss + norm).isfinite().item():  # the same numbers on all ranks, so all raise
             self.module.zero_grad()
+            self.global_samples += self.triad.train_batch  # consumed all the same, as the data iterator has
             raise FloatingPointError(
                 f"step {self.global_steps + 1}: the loss is {mean_loss.item():g} and the gradients' norm "
                 f"{self._gradient_norm:g}; no step was taken"
@@ -269,6 +257,7 @@ class Engine:
     def _check_usable(self) -> None:
         if self._unusable is not None:
             raise RuntimeError(f"this engine can't be used any more: {self._unusable}; initialize a new one")
+        self._checkpointer.check()
 
     # --- checkpoints -----------------------------------------------------------------------------------
 
@@ -279,23 +268,36 @@ class Engine:
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
     ) -> bool:
-        """Write a checkpoint that any topology can load; durable and committed on return.
+        """Write a checkpoint that any topology can load.
+
+        Returns when everything has been copied, and training can go on; it is written, made durable and
+        committed in the background. The next save or load, `wait_for_checkpoint` and the end of the process
+        wait for it. If it fails, the next call of the engine raises the error. With `"async_save": false`
+        in the config's section `checkpoint`, it is committed on return.
 
         Args:
-            save_dir: the run's folder, on a file system that all ranks see.
+            save_dir: the run's folder, on a file system that all ranks see, or a URL that fsspec knows.
             tag: its name; `global_step<N>` by default.
             client_state: what the script wants to keep: dicts, lists, strings, numbers, booleans, None.
             save_latest: whether `latest` shall name it.
 
         Raises:
             ckpt.CheckpointError: the same on all ranks; there is no such checkpoint then, an older one of
-                this tag is as it was, and training may go on.
+                this tag is as it was, and training may go on. It may be the save before that failed.
         """
         self._check_usable()
         self._check_between_steps("save_checkpoint")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         self._checkpointer.save(save_dir, name, client_state or {}, update_latest=save_latest)
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is committed, if it is still being written.
+
+        Raises:
+            ckpt.CheckpointError: it failed; the same on all ranks.
+        """
+        self._checkpointer.wait()
 
     def load_checkpoint(
         self,
@@ -337,8 +339,8 @@ class Engine:
             self.training_dataloader.moved()
         self.last_load = report
         if self.model.topology.rank == 0:
-            print(f"uni3d: loaded {checkpoint.folder}: {report}", file=sys.stderr, flush=True)
-        return str(checkpoint.folder), checkpoint.manifest["client_state"]
+            print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
+        return checkpoint.url, checkpoint.manifest["client_state"]
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""

@@ -1,74 +1,163 @@
 """The joint between `parallel` and `ckpt`: a model and an optimizer as named shards, and back.
 
-Each tensor's part on this rank is read off the tensor (`parallel.layout`) and handed to `ckpt` as numpy
-memory with a box. Scalars of the optimizer (its step counts) and the hyperparameters of its groups travel
-in the manifest, by parameter name.
+Each tensor's part on this rank, and on the others that save it too, is read off the tensor
+(`parallel.layout`) and handed to `ckpt` as numpy memory with a box.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
 from parallel import ParallelModel
-from parallel.layout import local_part
+from parallel.layout import Place, StageLayout, local_tensor
+from parallel.names import named_parameters, persistent_buffers
 
 PARAMETER, BUFFER = "fp32", "value"
 """States under which an atom keeps a parameter's and a buffer's own value."""
 
-_HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-"""Entries of a parameter group that say how a step is computed, not what it computes."""
+_NOBODY: Mapping[int, Place] = {}
 
 
 class Held(NamedTuple):
-    """One array of which this rank holds a part: what `ckpt` sees, and the tensor behind it."""
+    """One array of which this rank holds a part."""
 
-    shard: Shard
+    spec: ShardSpec
     tensor: Tensor
-    """This rank's part, the live memory; `shard.data` is that memory itself, or a copy on the host."""
-    saves: bool
-    """False for copies that another rank or stage speaks for: loaded here, but never saved from here."""
+    """The part, the live memory."""
+    savers: Mapping[int, Place]
+    """The ranks that save it, with their parts. Of copies that others speak for: loaded, but not saved."""
 
 
-def held_arrays(
-    model: ParallelModel, optimizer: torch.optim.Optimizer | None, with_states: Collection[str] | None = None
-) -> list[Held]:
-    """Every parameter, buffer and optimizer state of which this rank has a part, the live tensors.
+class Inventory:
+    """The arrays of a model and an optimizer on this rank.
 
-    `with_states` names the parameters whose optimizer states are wanted; None is all.
+    Asked for at every save, while training waits, so what it found of a tensor is kept as long as its
+    memory is the same object.
     """
-    model.zero.reshard()
-    arrays = []
-    for name, parameter in model.module.named_parameters():
-        first, saves = model.first_name(name), name not in model.tied.copies
-        arrays.append(_held(first, PARAMETER, parameter, saves))
-        wanted = optimizer if with_states is None or first in with_states else None
-        state = {} if wanted is None else wanted.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim > 0:
-                if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-                    raise CheckpointError(
-                        f"the optimizer's {key!r} of {name} is a plain tensor, which doesn't say "
-                        "what part of the whole it is; use one whose states are made by zeros_like(parameter)"
-                    )
-                arrays.append(_held(first, key, value, saves))
-    speaks = model.topology.dp_rank == 0 and model.topology.tp_rank == 0  # replicas may differ, so one speaks
-    arrays.extend(_held(name, BUFFER, buffer, speaks) for name, buffer in _persistent_buffers(model.module))
-    return arrays
+
+    def __init__(self, model: ParallelModel) -> None:
+        self._model = model
+        self._stage = StageLayout(model.topology)
+        self._known: dict[tuple[str, str], Held] = {}
+
+    def arrays(
+        self, optimizer: torch.optim.Optimizer | None, with_states: Collection[str] | None = None
+    ) -> list[Held]:
+        """Every parameter, buffer and optimizer state of which this rank has a part, the live tensors.
+
+        `with_states` names the parameters whose optimizer states are wanted; None is all.
+
+        Raises:
+            CheckpointError: one has a type that can't be stored, or doesn't say what part of a whole it is.
+        """
+        model = self._model
+        model.zero.reshard()
+        arrays = []
+        for name, parameter in named_parameters(model.module):
+            first = model.first_name(name)
+            savers = None if name not in model.tied.copies else _NOBODY
+            fine_dim = 1 if name in model.rowwise else None
+            arrays.append(self._held(first, PARAMETER, parameter, savers, fine_dim))
+            wanted = optimizer if with_states is None or first in with_states else None
+            for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
+                if isinstance(value, Tensor) and value.ndim > 0:
+                    _check_says_its_part(name, key, parameter, value)
+                    fine = fine_dim if value.shape == parameter.shape else None
+                    arrays.append(self._held(first, key, value, savers, fine))
+        speaker = self._stage.ranks[0]  # replicas may differ, so one speaks: the first, at dp and tp rank 0
+        for name, buffer in persistent_buffers(model.module):
+            place = ((0,) * buffer.ndim, tuple(buffer.shape))
+            arrays.append(self._held(name, BUFFER, buffer, {speaker: place}, None))
+        return arrays
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks for its pipeline stage: it's the first one of it."""
+        return self._stage.rank == self._stage.ranks[0]
+
+    def layout(self, arrays: Iterable[Held]) -> ckpt.Layout:
+        """What each rank of this stage saves."""
+        layout: dict[int, list[ShardSpec]] = {rank: [] for rank in self._stage.ranks}
+        for spec, _, savers in arrays:
+            for rank, place in savers.items():
+                layout[rank].append(replace(spec, box=Box(*place)))
+        return layout
+
+    def _held(
+        self,
+        name: str,
+        state: str,
+        tensor: Tensor,
+        savers: Mapping[int, Place] | None,
+        fine_dim: int | None,
+    ) -> Held:
+        """`savers` None is all ranks of the stage."""
+        known = self._known.get((name, state))
+        if known is not None and known.tensor is local_tensor(tensor):
+            return known
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in ckpt.DTYPES:
+            raise CheckpointError(
+                f"{name}/{state} has dtype {dtype}, which can't be stored; "
+                f"use one of {', '.join(sorted(ckpt.DTYPES))}"
+            )
+        if isinstance(tensor, DTensor) and any(p.is_partial() for p in tensor.placements):
+            raise CheckpointError(
+                f"{name}/{state} is a sum that isn't summed yet: its placements are {tensor.placements}; "
+                "reduce it before a save"
+            )
+        places = self._stage.places(tensor)
+        part = local_tensor(tensor)
+        box = Box(*places[self._stage.rank])
+        assert box.shape == tuple(part.shape), f"{name}/{state}: {tuple(part.shape)} here, computed {box}"
+        spec = ShardSpec(ArrayKey(name, state), dtype, tuple(tensor.shape), box, fine_dim)
+        held = Held(spec, part, places if savers is None else savers)
+        self._known[name, state] = held
+        return held
 
 
-def finish_load(arrays: list[Held]) -> None:
+def parts_to_save(arrays: Iterable[Held], parts: Mapping[ArrayKey, Box]) -> list[tuple[ShardSpec, Tensor]]:
+    """The live memory of those parts of this rank's arrays."""
+    found = []
+    for spec, tensor, savers in arrays:
+        box = parts.get(spec.key) if savers else None
+        if box is None:
+            continue
+        if box != spec.box:
+            tensor = tensor[box.relative_to(spec.box).slices]
+            spec = replace(spec, box=box)
+        found.append((spec, tensor))
+    return found
+
+
+def on_host(spec: ShardSpec, tensor: Tensor) -> Shard:
+    """The part as `ckpt` sees it: the tensor's own memory, or a copy of a GPU's."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # numpy knows it only by another package, and torch not by that
+        return Shard(spec, tensor.view(torch.int16).numpy().view(ckpt.numpy_dtype("bfloat16")))
+    return Shard(spec, tensor.numpy())
+
+
+def finish_load(arrays: Iterable[Held], targets: Iterable[Shard]) -> None:
     """Carry what was loaded into host copies over to the tensors behind them."""
-    for array in arrays:
-        loaded = torch.from_numpy(array.shard.data)
+    for array, target in zip(arrays, targets, strict=True):
+        data = target.data
+        if array.tensor.dtype == torch.bfloat16:
+            loaded = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
+        else:
+            loaded = torch.from_numpy(data)
         if loaded.data_ptr() != array.tensor.data_ptr():
-            array.tensor.copy_(loaded)
+            with torch.no_grad():
+                array.tensor.copy_(loaded)
 
 
 def create_states(model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
@@ -83,150 +172,17 @@ def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but
             optimizer.state.pop(parameter, None)
 
 
-def describe(model: ParallelModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """What the manifest says of this rank's part of the model and the optimizer (see `docs/format.md`)."""
-    names = {id(p): model.first_name(n) for n, p in model.module.named_parameters()}
-    parameters = {
-        model.first_name(n): {"requires_grad": p.requires_grad} for n, p in model.module.named_parameters()
-    }
-    buffers = [name for name, _ in _persistent_buffers(model.module)]
-    description: dict[str, Any] = {"model": {"parameters": parameters, "buffers": buffers}, "optimizer": None}
-    if optimizer is not None:
-        description["optimizer"] = {
-            "type": type(optimizer).__name__,
-            "groups": [_group(group, names) for group in optimizer.param_groups],
-            "scalars": {names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items()},
-        }
-    return description
-
-
-def merge(descriptions: list[dict[str, Any]]) -> dict[str, Any]:
-    """One description of the whole from those of its stages.
-
-    Raises:
-        CheckpointError: a parameter group has different hyperparameters on two stages.
-    """
-    whole = descriptions[0]
-    for other in descriptions[1:]:
-        whole["model"]["parameters"] |= other["model"]["parameters"]
-        whole["model"]["buffers"] += other["model"]["buffers"]
-        if whole["optimizer"] is None:
-            continue
-        whole["optimizer"]["scalars"] |= other["optimizer"]["scalars"]
-        for i, (mine, theirs) in enumerate(
-            zip(whole["optimizer"]["groups"], other["optimizer"]["groups"], strict=True)
-        ):
-            if mine | {"params": []} != theirs | {"params": []}:
-                raise CheckpointError(
-                    f"parameter group {i} has different hyperparameters on two pipeline stages"
-                )
-            mine["params"] += [n for n in theirs["params"] if n not in mine["params"]]
-    return whole
-
-
-def check_optimizer(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None
-) -> None:
-    """Check that the saved optimizer's parameter groups are those of `optimizer`.
-
-    Raises:
-        CheckpointError: there is none, it is of another type, or a parameter is in another group.
-    """
-    if saved is None:
-        raise CheckpointError("the checkpoint has no optimizer; load it with load_optimizer_states=False")
-    mine = type(optimizer).__name__
-    if saved["type"] != mine:
-        raise CheckpointError(f"the checkpoint's optimizer is {saved['type']}, but this run's is {mine}")
-    if len(saved["groups"]) != len(optimizer.param_groups):
+def _check_says_its_part(name: str, key: str, parameter: Tensor, value: Tensor) -> None:
+    if not isinstance(value, DTensor) and _is_cut(parameter):
         raise CheckpointError(
-            f"the checkpoint's optimizer has {len(saved['groups'])} parameter groups, "
-            f"but this run's has {len(optimizer.param_groups)}"
+            f"the optimizer's {key!r} of {name} is a plain tensor, which doesn't say "
+            "what part of the whole it is; use one whose states are made by zeros_like(parameter)"
         )
-    home = {name: i for i, group in enumerate(saved["groups"]) for name in group["params"]}
-    names = {id(p): model.first_name(n) for n, p in model.module.named_parameters()}
-    for i, group in enumerate(optimizer.param_groups):
-        for name in (names[id(p)] for p in group["params"]):
-            if home.get(name) != i:
-                raise CheckpointError(
-                    f"{name} is in parameter group {i}, but in {home.get(name, 'none')} of the checkpoint"
-                )
 
 
-def restore_optimizer(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
-) -> list[str]:
-    """Set the groups' hyperparameters and the states' scalars to the saved ones.
-
-    Returns a line for each hyperparameter that this run was given another value of.
-    """
-    changed = []
-    for i, (group, values) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
-        for key in sorted(values.keys() & group.keys() - _HOW_NOT_WHAT):
-            value = _like(group[key], values[key])
-            moves = key == "lr" and "initial_lr" in group  # a schedule's doing, not a given value
-            if value != group[key] and not moves:
-                changed.append(f"group {i}'s {key} is the checkpoint's {value}, not this run's {group[key]}")
-            group[key] = value
-    for name, parameter in model.module.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        scalars = saved["scalars"].get(model.first_name(name), {})
-        here = {key for key, value in state.items() if not (isinstance(value, Tensor) and value.ndim)}
-        if here != scalars.keys():
-            raise CheckpointError(
-                f"the optimizer's numbers for {name} are {sorted(here)}, "
-                f"but {sorted(scalars)} in the checkpoint"
-            )
-        for key, number in scalars.items():
-            state[key] = _like(state[key], number)
-    return changed
-
-
-def _held(name: str, state: str, tensor: Tensor, saves: bool) -> Held:
-    part = local_part(tensor)
-    data = part.data.cpu().contiguous().numpy()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    spec = ShardSpec(ArrayKey(name, state), dtype, part.shape, Box(part.offset, tuple(part.data.shape)))
-    return Held(Shard(spec, data), part.data, saves)
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = module.state_dict(keep_vars=True).keys()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
-
-
-def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {"params": [names[id(p)] for p in group["params"]]}
-    for key, value in group.items():
-        if key in _HOW_NOT_WHAT:
-            continue
-        if isinstance(value, Tensor):
-            value = value.item()
-        values[key] = list(value) if isinstance(value, tuple) else value
-    return values
-
-
-def _like(current: Any, saved: Any) -> Any:
-    """A saved value in the form in which the optimizer keeps it."""
-    if isinstance(current, Tensor):
-        return torch.full_like(current, saved)
-    return tuple(saved) if isinstance(current, tuple) else saved
-
-
-def _scalars(name: str, state: dict[str, Any]) -> dict[str, float]:
-    """The states of a parameter that are single numbers.
-
-    Raises:
-        CheckpointError: one is neither a tensor nor a number, so it can't be stored.
-    """
-    scalars: dict[str, float] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            if value.ndim == 0:
-                scalars[key] = value.item()
-        elif isinstance(value, int | float):
-            scalars[key] = value
-        else:
-            raise CheckpointError(
-                f"the optimizer's {key!r} of {name} is a {type(value).__name__}, not a number"
-            )
-    return scalars
+def _is_cut(parameter: Tensor) -> bool:
+    """Whether no rank holds the whole parameter."""
+    return isinstance(parameter, DTensor) and any(
+        not placement.is_replicate() and size > 1
+        for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    )

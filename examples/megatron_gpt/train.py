@@ -111,8 +111,9 @@ def train(args: argparse.Namespace, engine: uni3d.Engine, valid_data: TokenDatas
             append_metrics(args.metrics, engine, loss, lr, valid_data.seq_len, time.perf_counter() - began)
         done = engine.global_steps == args.steps
         if done or (args.save_every and engine.global_steps % args.save_every == 0):
-            engine.save_checkpoint(args.run)
+            engine.save_checkpoint(args.run)  # written while the validation is computed
             report_validation(engine, valid_data, args.eval_batches)
+    engine.wait_for_checkpoint()
 
 
 def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) -> None:
@@ -121,6 +122,7 @@ def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) 
         return
     batches = iter(engine_loader(engine, data))
     loss = sum(engine.eval_batch(batches).item() for _ in range(n_batches)) / n_batches
+    engine.wait_for_checkpoint()
     if engine.model.topology.rank == 0:
         print(f"step {engine.global_steps}: saved; validation loss {loss:.4f}", flush=True)
 

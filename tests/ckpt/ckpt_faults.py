@@ -14,7 +14,7 @@ from unittest import mock
 
 from ckpt import files
 
-CALLS = ("open", "writev", "fsync", "mkdir", "rename", "unlink", "rmdir")
+CALLS = ("open", "writev", "fsync", "mkdir", "link", "rename", "unlink", "rmdir")
 """Of `os`: all by which a save changes the disk, those of `pathlib` and `shutil` included."""
 
 NATIVE = ("exchange_folders", "sync_tree")
@@ -82,7 +82,10 @@ def killed_at(k: int, work: Callable[[], object]) -> bool:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, str, str]]]:
-    """The calls `(name, path, thread)`, in order; a move's path is `from -> to`. Nothing is really synced."""
+    """The calls `(name, path, thread)`, in order. Nothing is really synced.
+
+    The path of a move and of a link is `from -> to`; that of what is removed with its folder, its name.
+    """
     calls: list[tuple[str, str, str]] = []
     paths: dict[int, str] = {}
     lock = threading.Lock()
@@ -101,16 +104,22 @@ def recorded() -> Iterator[list[tuple[str, str, str]]]:
         note("write", paths[fd])
         return real_writev(fd, views)
 
-    def moved(move: Callable[..., None]) -> Callable[..., None]:
-        return lambda a, b: (note("move", f"{a} -> {b}"), move(a, b))[1]
+    def of_two(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        return lambda a, b: (note(name, f"{a} -> {b}"), real(a, b))[1]
+
+    def removing(real: Callable[..., None]) -> Callable[..., None]:
+        return lambda path, **more: (note("remove", path), real(path, **more))[1]
 
     of_os = {
         "open": opened,
         "writev": written,
         "fsync": lambda fd: note("sync", paths[fd]),
-        "rename": moved(os.rename),
+        "rename": of_two("move", os.rename),
+        "link": of_two("link", os.link),
+        "unlink": removing(os.unlink),
+        "rmdir": removing(os.rmdir),
     }
-    exchange = moved(files.exchange_folders)
+    exchange = of_two("move", files.exchange_folders)
     sync_tree = lambda folder: note("sync_tree", folder)  # noqa: E731
     with (
         mock.patch.multiple(os, **of_os),

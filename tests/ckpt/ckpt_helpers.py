@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
-from ckpt import ArrayKey, Box, Shard, ShardSpec, Solo, save
+from ckpt import ArrayKey, Box, Plan, SaveReport, Shard, ShardSpec, Solo, make_plan, save
 
 DOCUMENT = {"step": 3, "aliases": {"head.weight": "embed.weight"}, "client_state": {"note": "kept"}}
 
@@ -23,10 +26,14 @@ class ThreadComm:
 
     def all_gather(self, value: Any) -> list[Any]:
         self.board[self.rank] = value
-        self.barrier.wait(10)
-        everyone = deepcopy(self.board)  # ranks share nothing
-        self.barrier.wait(10)
+        self.barrier.wait(30)
+        everyone = pickle.loads(pickle.dumps(self.board))  # ranks share nothing
+        self.barrier.wait(30)
         return everyone
+
+    def gather(self, value: Any) -> list[Any]:
+        everyone = self.all_gather(value)
+        return [] if self.rank else everyone
 
     def exchange(self, outgoing: list[np.ndarray], incoming_sizes: list[int]) -> list[np.ndarray]:
         assert all(o.dtype == np.uint8 and o.ndim == 1 for o in outgoing)
@@ -81,17 +88,20 @@ Arrays = dict[tuple[str, str], np.ndarray]
 Boxes = dict[tuple[str, str], list[Box]]
 
 
-def layout_of(arrays: Arrays, boxes: Boxes) -> list[list[ShardSpec]]:
+Ranks = dict[int, list[ShardSpec]]
+
+
+def layout_of(arrays: Arrays, boxes: Boxes, fine: Mapping[tuple[str, str], int] = {}) -> Ranks:
     """The layout in which rank r holds `boxes[key][r]` of each array; where boxes repeat, copies."""
     size = len(next(iter(boxes.values())))
-    return [
-        [
-            ShardSpec(ArrayKey(*key), str(a.dtype), a.shape, boxes[key][rank])
+    return {
+        rank: [
+            ShardSpec(ArrayKey(*key), str(a.dtype), a.shape, boxes[key][rank], fine.get(key))
             for key, a in arrays.items()
             if key in boxes
         ]
         for rank in range(size)
-    ]
+    }
 
 
 def shards_of(arrays: Arrays, specs: Sequence[ShardSpec]) -> list[Shard]:
@@ -99,13 +109,24 @@ def shards_of(arrays: Arrays, specs: Sequence[ShardSpec]) -> list[Shard]:
     return [Shard(s, np.array(arrays[s.key][s.box.slices], order="C")) for s in specs]
 
 
+def parts_of(arrays: Arrays, specs: Sequence[ShardSpec], plan: Plan, rank: int) -> list[Shard]:
+    """No more of a rank's shards than what the plan wants of it."""
+    parts = plan.parts(rank)
+    return shards_of(arrays, [replace(s, box=parts[s.key]) for s in specs if s.key in parts])
+
+
 def targets_of(specs: Sequence[ShardSpec]) -> list[Shard]:
     """A rank's targets, filled with a pattern that no test stores."""
-    return [Shard(s, np.frombuffer(b"\xa5" * nbytes(s), s.dtype).reshape(s.box.shape).copy()) for s in specs]
+    patterns = [np.frombuffer(b"\xa5" * nbytes(s), dtype_of(s.dtype)) for s in specs]
+    return [Shard(s, p.reshape(s.box.shape).copy()) for s, p in zip(specs, patterns, strict=True)]
+
+
+def dtype_of(name: str) -> np.dtype:
+    return np.dtype(bfloat16 if name == "bfloat16" else name)
 
 
 def nbytes(spec: ShardSpec) -> int:
-    return spec.box.size * np.dtype(spec.dtype).itemsize
+    return spec.box.size * dtype_of(spec.dtype).itemsize
 
 
 def whole(arrays: Arrays) -> Boxes:
@@ -113,21 +134,30 @@ def whole(arrays: Arrays) -> Boxes:
     return {key: [Box.whole(a.shape)] for key, a in arrays.items()}
 
 
-def save_arrays(run: Any, tag: str, arrays: Arrays, boxes: Boxes | None = None, **options: Any) -> None:
+def save_arrays(
+    run: Any,
+    tag: str,
+    arrays: Arrays,
+    boxes: Boxes | None = None,
+    fine: Mapping[tuple[str, str], int] = {},
+    **options: Any,
+) -> SaveReport:
     """Save whole arrays, held as `boxes` say (without them: by one rank)."""
     options = {"document": DOCUMENT, "durable": False, **options}
-    layout = layout_of(arrays, whole(arrays) if boxes is None else boxes)
-    work = lambda comm: save(  # noqa: E731
-        run, tag, shards_of(arrays, layout[comm.rank]), layout=layout, comm=comm, **options
-    )
-    if len(layout) == 1:
-        work(Solo())
-    else:
-        all_ranks(len(layout), work)
+    layout = layout_of(arrays, whole(arrays) if boxes is None else boxes, fine)
+    plan = make_plan(layout)
+
+    def work(comm: Any) -> SaveReport:
+        shards = shards_of(arrays, layout[comm.rank])
+        return save(run, tag, shards, plan=plan, comm=comm, **options)
+
+    return work(Solo()) if len(layout) == 1 else all_ranks(len(layout), work)[0]
 
 
 def random_array(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> np.ndarray:
     """Random bits for integers (so every byte counts), random numbers for floats."""
+    if dtype == "bfloat16":
+        return rng.standard_normal(shape).astype(bfloat16)
     kind = np.dtype(dtype).kind
     if kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
@@ -140,3 +170,8 @@ def random_array(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal bit for bit, and of one shape and type."""
     return (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """The content of every file, by its path below the folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,12 +1,22 @@
-"""Checksums: the library's against the definition, and the whole's from its blocks'."""
+"""Checksums: the library's against the definition, and what the manifest keeps of a chunk's blocks."""
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.checksum import BLOCK_BYTES, block_checksums, combine, crc32c
+from ckpt.blocks import Blocks, Summing
+from ckpt.checksum import BLOCKS, SMALLEST_BLOCK, block_bytes, crc32c, hexadecimal
+
+PAYLOADS = st.builds(
+    lambda size, seed: np.random.default_rng(seed).bytes(size),
+    st.one_of(st.integers(1, 200), st.integers(SMALLEST_BLOCK - 9, 3 * SMALLEST_BLOCK), st.just(1_000_001)),
+    st.integers(0, 2**32 - 1),
+)
 
 
 def by_the_definition(data: bytes) -> int:
@@ -19,6 +29,13 @@ def by_the_definition(data: bytes) -> int:
     return value ^ 0xFFFFFFFF
 
 
+def summed(data: bytes) -> tuple[dict, bytes]:
+    """The record of a chunk, and its file."""
+    summing = Summing(memoryview(data))
+    file = b"".join(summing.blocks())
+    return summing.record(), file
+
+
 def test_check_value_of_the_algorithm():
     assert crc32c(b"123456789") == 0xE3069283  # the catalogue's, for CRC-32/ISCSI
 
@@ -28,26 +45,86 @@ def test_checksum_is_the_definition_s(data):
     assert crc32c(data) == by_the_definition(data)
 
 
-@given(st.binary(max_size=300), st.integers(1, 400))
-def test_whole_follows_from_blocks_of_any_size(data, block):
-    blocks = block_checksums(data, block)
-    assert blocks == [crc32c(data[i : i + block]) for i in range(0, max(len(data), 1), block)]
-    assert combine(blocks, len(data), block) == crc32c(data)
-
-
-@settings(deadline=None, max_examples=12)
-@given(st.integers(0, 3), st.integers(-2, 2), st.integers(0, 2**32 - 1))
-def test_whole_follows_from_blocks_of_the_real_size(blocks, more, seed):
-    size = max(blocks * BLOCK_BYTES + more, 0)
-    data = np.random.default_rng(seed).bytes(size)
-    assert combine(block_checksums(data), size) == crc32c(data)
-
-
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_going_on_from_a_value(head, tail):
     assert crc32c(tail, crc32c(head)) == crc32c(head + tail)
 
 
-def test_views_of_any_type_are_summed_as_their_bytes():
-    numbers = np.arange(1000, dtype=np.float64)
-    assert block_checksums(numbers.data, 64) == block_checksums(numbers.tobytes(), 64)
+def test_checksums_are_written_as_eight_digits():
+    assert [hexadecimal(0), hexadecimal(0xE3069283)] == ["00000000", "e3069283"]
+
+
+@given(st.integers(1, 1 << 34))
+def test_blocks_are_few_and_neither_tiny_nor_out_of_step_with_the_elements(size):
+    block = block_bytes(size)
+    assert -(-size // block) <= BLOCKS, "each costs 8 digits in the manifest"
+    assert block >= min(size, SMALLEST_BLOCK), "and a call"
+    assert block >= size or block % 8 == 0, "begins with a whole element"
+    assert block <= max(SMALLEST_BLOCK, size / BLOCKS + 8), "no larger than it need be"
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 6, 8, 12, 16, 24, 48])
+def test_equal_parts_of_a_chunk_are_whole_blocks(parts):
+    size = 48 * 8 * 4321
+    assert size // parts % block_bytes(size) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(PAYLOADS)
+def test_the_record_of_a_chunk_is_what_the_format_says(data):
+    record, file = summed(data)
+    assert file == data + struct.pack("<I", crc32c(data)), "zarr's codec: the elements, then their checksum"
+    assert record["size"] == len(file)
+    assert record["crc32c"] == f"{crc32c(data):08x}"
+    if len(data) <= SMALLEST_BLOCK:
+        assert record.keys() == {"size", "crc32c"}
+        return
+    ends = range(record["block"], len(data) + record["block"], record["block"])
+    assert record["running"] == "".join(f"{crc32c(data[:end]):08x}" for end in ends)
+    assert record["running"].endswith(record["crc32c"])
+
+
+def test_a_chunk_that_is_summed_twice_has_the_same_record():
+    """As when it turned out not to be the one that was there, and is then written."""
+    summing = Summing(memoryview(bytes(range(256)) * 300))
+    first = b"".join(summing.blocks()), summing.record()
+    assert (b"".join(summing.blocks()), summing.record()) == first
+
+
+def version_1(data: bytes, block: int) -> dict:
+    """What version 1 of the format kept of a chunk, by its page."""
+    sums = [f"{crc32c(data[i : i + block]):08x}" for i in range(0, len(data), block)]
+    record = {"size": len(data) + 4, "crc32c": f"{crc32c(data):08x}"}
+    return record | ({"blocks": sums} if len(sums) > 1 else {})
+
+
+def version_2(data: bytes, block: int) -> dict:
+    """The same for this version, with blocks of any size, as another writer may make them."""
+    sums = [f"{crc32c(data[: i + block]):08x}" for i in range(0, len(data), block)]
+    record = {"size": len(data) + 4, "crc32c": f"{crc32c(data):08x}"}
+    return record | ({"block": block, "running": "".join(sums)} if len(sums) > 1 else {})
+
+
+@settings(deadline=None, max_examples=100)
+@given(PAYLOADS, st.sampled_from([1 << 10, 1 << 14, 1 << 22]), st.sampled_from([0, 1, 2]), st.data())
+def test_any_range_of_blocks_is_verified_by_itself(data, block, version, draw):
+    records = [summed(data)[0], version_1(data, block), version_2(data, block)]
+    blocks = Blocks.of_record(records[version], block if version == 1 else None)
+    count = -(-len(data) // blocks.size)
+    first = draw.draw(st.integers(0, count - 1))
+    last = draw.draw(st.integers(first, min(count - 1, first + 9)))
+    part = bytearray(data[first * blocks.size : (last + 1) * blocks.size])
+    assert blocks.first_damaged(memoryview(part), first) is None
+    place = draw.draw(st.integers(0, len(part) - 1))
+    part[place] ^= 1 << draw.draw(st.integers(0, 7))
+    assert blocks.first_damaged(memoryview(part), first) == first + place // blocks.size
+
+
+def test_the_first_of_several_damaged_blocks_is_named():
+    data = np.random.default_rng(0).bytes(5 * SMALLEST_BLOCK)
+    damaged = bytearray(data)
+    for block in (1, 3, 4):
+        damaged[block * SMALLEST_BLOCK + 7] ^= 1
+    blocks = Blocks.of_record(summed(data)[0], None)
+    assert blocks.first_damaged(memoryview(damaged), 0) == 1
+    assert blocks.first_damaged(memoryview(damaged)[2 * SMALLEST_BLOCK :], 2) == 3

@@ -1,4 +1,7 @@
-"""Damage to any object: an error that names it, or the right numbers; never wrong ones."""
+"""Damage to any object: an error that names it, or the right numbers; never wrong ones.
+
+Of checkpoints of both versions of the format.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +17,56 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ckpt_helpers import cut, layout_of, random_array, run_ranks, same, save_arrays, targets_of
+from crc32c import crc32c
 
-from ckpt import Box, CheckpointError, load, open_checkpoint
-from ckpt.checksum import BLOCK_BYTES
-from ckpt.format import encode_manifest
+from ckpt import Box, CheckpointError, Solo, load, open_checkpoint
 
 W, M, N, S, BIG = ("w", "fp32"), ("w", "exp_avg"), ("a/b", "fp32"), ("count", "value"), ("big", "fp32")
-PARTS = {W: (256, 512), M: (5, 3), N: (6,), S: ()}
+BLOCK = 1 << 14
+PARTS = {W: (256, 512), M: (5, 3), N: (6,), S: (), BIG: (6, BLOCK // 4)}
 
 
 def arrays_of(seed: int) -> dict[tuple[str, str], np.ndarray]:
-    """Two chunks in place, gathered ones, a scalar, and one chunk of two blocks."""
+    """Two chunks in place, gathered ones, a scalar, and one chunk of which each row is a block."""
     rng = np.random.default_rng(seed)
-    arrays = {key: random_array(rng, "float32", shape) for key, shape in PARTS.items()}
-    return {**arrays, BIG: random_array(rng, "float32", (6, BLOCK_BYTES // 16))}
+    return {key: random_array(rng, "float32", shape) for key, shape in PARTS.items()}
 
 
 ARRAYS, OTHERS = arrays_of(1), arrays_of(2)
 BOXES = {W: cut(PARTS[W], (2, 1)), M: cut(PARTS[M], (2, 1)), N: cut(PARTS[N], (2,))}
-BOXES |= {S: [Box.whole(())] * 2, BIG: [Box.whole(ARRAYS[BIG].shape)] * 2}
+BOXES |= {S: [Box.whole(())] * 2, BIG: [Box.whole(PARTS[BIG])] * 2}
 
 
-@pytest.fixture(scope="module")
-def run(memory_path) -> Iterator[Path]:
+def encoded(manifest: dict[str, object]) -> bytes:
+    """As version 1 was laid out; a reader asks only for JSON with its checksum on the first line."""
+    rest = json.dumps({k: v for k, v in manifest.items() if k != "crc32c"}, indent=1)[2:].encode()
+    return b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
+
+
+def make_version_1(folder: Path, block: int) -> None:
+    """Rewrite a manifest, to say of the same files what the page of version 1 says."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for path, chunks in manifest["chunks"].items():
+        for key in chunks:
+            data = (folder / path / key).read_bytes()[:-4]
+            sums = [f"{crc32c(data[i : i + block]):08x}" for i in range(0, len(data), block)]
+            chunks[key] = {"size": len(data) + 4, "crc32c": f"{crc32c(data):08x}"}
+            chunks[key] |= {"blocks": sums} if len(sums) > 1 else {}
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_bytes(encoded({**manifest, "version": 1, "block_bytes": block}))
+
+
+@pytest.fixture(
+    scope="module", params=[None, BLOCK, 4 << 20], ids=["version-2", "version-1", "as-written-by-1"]
+)
+def run(memory_path, request) -> Iterator[Path]:
     """A run with two tags; `latest` names the one with the other numbers' replacement."""
     folder = memory_path / "corrupt"
     save_arrays(folder, "others", OTHERS, BOXES)
     save_arrays(folder, "numbers-1", ARRAYS, BOXES)
+    if request.param is not None:
+        make_version_1(folder / "others", request.param)
+        make_version_1(folder / "numbers-1", request.param)
     yield folder
     shutil.rmtree(folder)
 
@@ -158,16 +184,45 @@ def test_files_of_another_checkpoint(run):
             assert error is None or "numbers-1" in error
 
 
+def test_any_box_is_read_and_no_more_than_its_blocks(run):
+    checkpoint, rng = open_checkpoint(run), np.random.default_rng(3)
+    for key, expected in ARRAYS.items():
+        for _ in range(30):
+            ends = [sorted(map(int, rng.integers(0, n + 1, 2))) for n in expected.shape]
+            box = Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
+            assert same(checkpoint.read(*key, box), expected[box.slices]), (key, box)
+    box = Box((2, 8), (1, PARTS[BIG][1] - 8))
+    specs = layout_of(ARRAYS, {BIG: [box]})[0]
+    report = load(checkpoint, targets_of(specs), comm=Solo(), strict=False)
+    in_blocks = checkpoint.manifest.get("block_bytes") != 4 << 20
+    assert report.bytes_read == (BLOCK if in_blocks else 6 * BLOCK)
+
+
 def test_a_box_of_sound_blocks_is_read_from_a_damaged_chunk(run):
     path = run / "numbers-1" / "atoms" / "big" / "fp32" / "c.0.0"
     data = bytearray(path.read_bytes())
-    data[BLOCK_BYTES + 5] ^= 4
-    rows = lambda first, count: Box((first, 0), (count, ARRAYS[BIG].shape[1]))  # noqa: E731
+    data[4 * BLOCK + 5] ^= 4
+    rows = lambda first, count: Box((first, 0), (count, PARTS[BIG][1]))  # noqa: E731
     with changed((path, bytes(data))):
         checkpoint = open_checkpoint(run)
-        assert same(checkpoint.read(*BIG, rows(0, 4)), ARRAYS[BIG][:4])
-        with pytest.raises(CheckpointError, match=r"big/fp32 chunk c\.0\.0.*block 1"):
-            checkpoint.read(*BIG, rows(3, 2))
+        in_blocks = checkpoint.manifest.get("block_bytes") != 4 << 20
+        if in_blocks:
+            assert same(checkpoint.read(*BIG, rows(0, 4)), ARRAYS[BIG][:4])
+            assert same(checkpoint.read(*BIG, rows(5, 1)), ARRAYS[BIG][5:])
+        for box in (rows(3, 2), rows(4, 2), Box((4, 100), (1, 1)), Box((3, 7), (2, 5))):
+            with pytest.raises(CheckpointError, match=rf"big/fp32 chunk c\.0\.0.*block {4 * in_blocks}\)"):
+                checkpoint.read(*BIG, box)
+
+
+def test_a_run_goes_on_after_it(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    report = save_arrays(tmp_path, "next", ARRAYS, BOXES)
+    linked = open_checkpoint(run).manifest["version"] == 2
+    assert report.bytes_linked == (sum(a.nbytes + 4 for a in ARRAYS.values()) + 4) * linked
+    for tag in ("numbers-1", "next"):
+        checkpoint = open_checkpoint(tmp_path, tag)
+        assert all(same(checkpoint.read(*key), a) for key, a in ARRAYS.items())
+    assert json.loads((tmp_path / "next" / "manifest.json").read_bytes())["version"] == 2
 
 
 def load_on_two_ranks(run: Path) -> list[object]:
@@ -200,24 +255,21 @@ def test_a_load_that_one_rank_cannot_finish_fails_on_all(run, monkeypatch):
     assert [str(e) for e in load_on_two_ranks(run)] == ["MemoryError: no more (rank 0)"] * 2
 
 
-def rewrite_manifest(run: Path, change: dict[str, object]) -> tuple[Path, bytes]:
-    path = run / "numbers-1" / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    manifest = {key: value for key, value in {**manifest, **change}.items() if value != "left out"}
-    return path, encode_manifest({key: value for key, value in manifest.items() if key != "crc32c"})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has format version 2; this release reads version 1"),
+        ({"version": 3}, "has format version 3; this release reads up to version 2"),
+        ({"version": 0}, "has format version 0"),
         ({"version": None}, "has format version None"),
         ({"format": "other"}, "has format 'other', expected 'uni3d'"),
         ({"chunks": "left out", "tag": "left out"}, "has no 'tag' and no 'chunks'"),
+        ({"version": 1, "block_bytes": "left out"}, "has no 'block_bytes'"),
         ({"chunks": {}}, "no record of .*/.* chunk c"),
     ],
-    ids=["newer", "no-version", "other-format", "no-keys", "no-chunks"],
+    ids=["newer", "zero", "no-version", "other-format", "no-keys", "version-1-no-block", "no-chunks"],
 )
 def test_sound_manifests_that_cannot_be_followed(run, change, message):
-    with changed(rewrite_manifest(run, change)):
+    path = run / "numbers-1" / "manifest.json"
+    manifest = {**json.loads(path.read_bytes()), **change}
+    with changed((path, encoded({key: value for key, value in manifest.items() if value != "left out"}))):
         assert re.search(message, read_everything(run))

@@ -14,7 +14,7 @@ from ckpt_helpers import cut, layout_of, random_array, same, save_arrays
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from ckpt import Box, CheckpointError, Shard, Solo, export_safetensors, open_checkpoint, save
+from ckpt import Box, CheckpointError, Shard, Solo, export_safetensors, make_plan, open_checkpoint, save
 from ckpt.format import DTYPES
 
 SHAPES = {
@@ -42,6 +42,22 @@ def saved(run: Path) -> dict[str, np.ndarray]:
         arrays["rows", moment], boxes["rows", moment] = arrays["rows", "fp32"] + 1, boxes["rows", "fp32"]
     save_arrays(run, "t1", arrays, boxes, document={"aliases": {"head": "rows", "a.b": "small"}})
     return weights
+
+
+@pytest.mark.parametrize("band", [8, 100, 5_000, 1_000_000])
+def test_whatever_is_copied_at_a_time(tmp_path, monkeypatch, band):
+    """From one element to several arrays: the bands of each array cover it, once."""
+    weights, out, told = saved(tmp_path), tmp_path / "model.safetensors", []
+    kept = {n: a for n, a in weights.items() if a.size * 8 < 20_000 * band}
+    monkeypatch.setattr("ckpt.export.BAND_BYTES", band)
+    checkpoint = open_checkpoint(tmp_path)
+    for name in weights.keys() - kept:
+        checkpoint.arrays = {key: info for key, info in checkpoint.arrays.items() if key.atom != name}
+    export_safetensors(checkpoint, out, progress=told.append)
+    assert sum(told) == sum(a.nbytes for a in kept.values())
+    found = load_file(out)
+    assert found.keys() == kept.keys()
+    assert all(same(found[name], expected) for name, expected in kept.items())
 
 
 def test_every_cut_and_type_comes_out_bit_for_bit(tmp_path):
@@ -130,9 +146,9 @@ def test_memory_does_not_grow_with_the_model(memory_path):
     """200 MiB in three arrays, one of them 128 MiB, come out with a few chunks of 16 MiB in memory."""
     run, shapes = memory_path / "large", [(32768, 1024), (9437, 1024), (1024, 9437)]
     arrays = {(f"w.{i}", "fp32"): np.full(shape, i, np.float32) for i, shape in enumerate(shapes)}
-    (specs,) = layout_of(arrays, {key: [Box.whole(a.shape)] for key, a in arrays.items()})
-    shards = [Shard(spec, arrays[spec.key]) for spec in specs]
-    save(run, "t1", shards, layout=[specs], comm=Solo(), document={}, durable=False)
+    layout = layout_of(arrays, {key: [Box.whole(a.shape)] for key, a in arrays.items()})
+    shards = [Shard(spec, arrays[spec.key]) for spec in layout[0]]
+    save(run, "t1", shards, plan=make_plan(layout), comm=Solo(), document={}, durable=False)
     checkpoint = open_checkpoint(run)
     tracemalloc.start()
     size = export_safetensors(checkpoint, run / "out.safetensors")

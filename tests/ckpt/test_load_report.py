@@ -30,7 +30,7 @@ def targets(wanted: Arrays) -> list[list[Shard]]:
         key: cut(a.shape, (RANKS, 1)) if a.ndim == 2 else [Box.whole(a.shape)] * RANKS
         for key, a in wanted.items()
     }
-    return [targets_of(specs) for specs in layout_of(wanted, boxes)]
+    return [targets_of(specs) for specs in layout_of(wanted, boxes).values()]
 
 
 def loading(run: Path, shards: list[list[Shard]], **options: object) -> list[object]:
@@ -122,7 +122,7 @@ def test_a_difference_that_one_rank_alone_sees_stops_all(run):
 def test_what_only_some_ranks_want_is_neither_missing_nor_unexpected(run):
     """As with pipeline stages: each rank wants its own arrays."""
     wholes = {key: [Box.whole(a.shape)] for key, a in SAVED.items()}
-    (shards,) = [targets_of(specs) for specs in layout_of(SAVED, wholes)]
+    shards = targets_of(layout_of(SAVED, wholes)[0])
     reports = loading(run, [shards[:1], shards[1:]])
     assert all(len(r.restored) == 3 for r in reports)
     assert [r.bytes_read for r in reports] == [96, 96 + 3]

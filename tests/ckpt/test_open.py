@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from ckpt_helpers import same, save_arrays
 
-from ckpt import Box, CheckpointError, open_checkpoint
+from ckpt import Box, CheckpointError, committed_tags, open_checkpoint
+from ckpt.local import LocalStore
 
 ARRAYS = {("w", "fp32"): np.arange(12.0).reshape(4, 3), ("w", "exp_avg"): np.ones(3)}
 
@@ -84,3 +86,32 @@ def test_a_checkpoint_s_own_folder_opens_too(run, monkeypatch):
     checkpoint = open_checkpoint(".")
     assert checkpoint.tag == "numbers-1"
     assert same(checkpoint.read("w"), ARRAYS["w", "fp32"])
+
+
+def test_a_tag_that_is_deleted_while_tags_are_listed(run, monkeypatch):
+    """As retention does: a reader beside the run finds those that are left."""
+    exists = LocalStore.exists
+
+    def and_then_gone(store: LocalStore, path: str) -> bool:
+        found = exists(store, path)
+        if path == "first/manifest.json":
+            shutil.rmtree(run / "first")
+        return found
+
+    monkeypatch.setattr(LocalStore, "exists", and_then_gone)
+    assert committed_tags(run) == ["numbers-1"]
+
+
+def test_a_tag_that_is_replaced_by_a_newer_one_while_it_is_opened(run, monkeypatch):
+    """A reader that has read `latest`, before a save beside it commits and retention deletes that tag."""
+    exists = LocalStore.exists
+    (run / "latest").write_text("first\n")
+
+    def when_it_is_gone(store: LocalStore, path: str) -> bool:
+        if path == "first/manifest.json" and (run / "first").exists():
+            (run / "latest").write_text("numbers-1\n")
+            shutil.rmtree(run / "first")
+        return exists(store, path)
+
+    monkeypatch.setattr(LocalStore, "exists", when_it_is_gone)
+    assert open_checkpoint(run).tag == "numbers-1"

@@ -102,6 +102,7 @@ def save_case(place: Place, options: dict[str, Any], run: str) -> dict[str, Any]
     losses = [engine.train_batch().item() for _ in range(STEPS)]
     norms = engine.get_global_grad_norm()
     engine.save_checkpoint(run, client_state={"from": str(place), "nested": [1, 2.5, None]})
+    engine.wait_for_checkpoint()
     return {"initial": initial, "losses": losses, "norm": norms, "final": whole_state(engine)}
 
 

@@ -38,8 +38,8 @@ def save(folder: Path, tag: str, step: int) -> np.ndarray:
         "writer": {"topology": {"pp": 2, "dp": 1, "tp": 1}, "zero_stage": 1},
         "aliases": {"b.weight": "a.weight"},
     }
-    layout = [[s.spec for s in shards]]
-    ckpt.save(folder, tag, shards, layout=layout, comm=ckpt.Solo(), document=document, durable=False)
+    plan = ckpt.make_plan({0: [s.spec for s in shards]})
+    ckpt.save(folder, tag, shards, plan=plan, comm=ckpt.Solo(), document=document, durable=False)
     return data
 
 
@@ -92,7 +92,7 @@ def test_export_writes_the_weights_and_nothing_else(folder: Path, tmp_path: Path
         (["export", "{empty}", "{empty}/m.safetensors"], "holds no committed checkpoint"),
         (["export", "{run}", "{run}/model.bin"], "must end in .safetensors"),
         (["export", "{run}", "{empty}/no/m.safetensors"], "No such file or directory"),
-        (["export", "s3://bucket/run", "m.safetensors"], "only local folders"),
+        (["export", "s3://bucket/run", "m.safetensors"], "s3://bucket/run can't be opened"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

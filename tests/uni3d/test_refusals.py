@@ -78,19 +78,25 @@ class LocalMoments(torch.optim.SGD):
                 self.state[p]["sum"] = torch.zeros_like(p.to_local())
 
 
-def test_states_that_do_not_say_their_part(alone: None, tmp_path: Path) -> None:
-    engine = make_engine(seeded(Stack), optimizer=lambda groups: LocalMoments(groups, lr=0.1))
+def save_local_moments(folder: str) -> None:
+    engine = make_engine(seeded(Stack), optimizer=lambda groups: LocalMoments(groups, lr=0.1), zero=1)
     engine.optimizer.step()
     with pytest.raises(ckpt.CheckpointError, match=r"'sum' of .* is a plain tensor"):
-        engine.save_checkpoint(tmp_path)
+        engine.save_checkpoint(folder)
+
+
+def test_states_that_do_not_say_their_part(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(2, save_local_moments, str(tmp_path))
 
 
 def save_to_own_folder(folder: str) -> str:
     engine = make_engine(seeded(Stack), zero=1)
     own = f"{folder}/{engine.model.topology.rank}"  # as a node-local folder is
+    engine.save_checkpoint(own)
     with pytest.raises(ckpt.CheckpointError) as caught:
-        engine.save_checkpoint(own)
+        engine.wait_for_checkpoint()
     engine.save_checkpoint(f"{folder}/shared")
+    engine.wait_for_checkpoint()
     return str(caught.value)
 
 

@@ -28,6 +28,7 @@ def save(run: Path, **given: Any) -> uni3d.Engine:
     engine = make_engine(seeded(Stack), **given)
     train(engine)
     engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
     return engine
 
 

@@ -1,0 +1,166 @@
+"""How an array is cut into chunks, given how it is cut between the ranks.
+
+zarr's chunks are a regular grid, cut off at the array's end. Where the ends of the ranks' boxes lie on such a
+grid, a rank's box is a number of whole chunks, which it can write by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ckpt.box import Box, Shape, grid
+from ckpt.errors import CheckpointError
+
+GATHER_BELOW_BYTES = 256 << 10
+"""A rank's part of an array that is smaller than this isn't worth a file of its own."""
+
+CHUNK_BYTES = 16 << 20
+"""Chunks are cut to about this size: large enough to stream, small enough to share and to read in part."""
+
+TILE_BYTES = 256 << 10
+"""Chunks are kept narrow along `ShardSpec.fine_dim` down to this size,"""
+TILES = 8
+"""or this number of them along that dim, and at most"""
+MOST_TILES = 64
+"""this number in all: of an array that many ranks share, a rank's part is a file as it is."""
+
+
+_Chunks = list[tuple[Shape, Box]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring chunks, which have one writer."""
+
+    nbytes: int
+    chunks: tuple[tuple[Shape, Box], ...]
+    """Of each its index on the grid and its box."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """All of an array's plan but who writes it."""
+
+    holders: Mapping[Box, tuple[int, ...]]
+    """The ranks' boxes, without empty ones, in order; and who holds each."""
+    ranks: tuple[int, ...]
+    """All of these, in order."""
+    gathered: bool
+    """Whether chunks must be brought together, as the boxes aren't whole ones, or too small to be files."""
+    chunk_shape: Shape
+    runs: tuple[tuple[Run, ...], ...]
+    """All chunks: of each box in as many runs as its holders can share out; gathered, one by one."""
+    candidates: tuple[tuple[int, ...], ...] = ()
+    """Of a gathered array, for each chunk the ranks that hold a part of it."""
+
+
+def cut_array(
+    name: str,
+    shape: Shape,
+    itemsize: int,
+    boxes: Mapping[int, Box],
+    fine_dim: int | None,
+    chunk_bytes: int,
+    gather_below: int,
+) -> Cut:
+    """Cut the array of which each rank holds its box. The other arguments are those of `ckpt.plan`.
+
+    Raises:
+        CheckpointError: the boxes leave gaps or overlap.
+    """
+    found: dict[Box, list[int]] = defaultdict(list)
+    ranks = tuple(sorted(rank for rank, box in boxes.items() if box.size))
+    for rank in ranks:
+        found[boxes[rank]].append(rank)
+    holders = {box: tuple(found[box]) for box in sorted(found, key=lambda box: (box.offset, box.shape))}
+    ends = _cut_points(name, shape, list(holders))
+    pitch = tuple(math.gcd(*cut) if cut else max(n, 1) for cut, n in zip(ends, shape, strict=True))
+    gathered = not holders or (len(holders) > 1 and math.prod(pitch) * itemsize < gather_below)
+    if gathered:  # as if one rank held it
+        pitch, ends = tuple(max(n, 1) for n in shape), [[] for _ in shape]
+    pitch = _narrowed(pitch, shape, fine_dim, itemsize, 1 if gathered else len(holders))
+    chunk_shape = _cut_down(pitch, [bool(cut) for cut in ends], itemsize, chunk_bytes)
+    if gathered:
+        chunks = list(grid(shape, chunk_shape))
+        candidates = tuple(_touching(holders, chunk) for _, chunk in chunks)
+        return Cut(
+            holders, ranks, True, chunk_shape, (tuple(_run([c], itemsize) for c in chunks),), candidates
+        )
+    runs = tuple(
+        tuple(_run(run, itemsize) for run in _shares(list(grid(shape, chunk_shape, box)), len(sharers)))
+        for box, sharers in holders.items()
+    )
+    return Cut(holders, ranks, False, chunk_shape, runs)
+
+
+def _touching(holders: Mapping[Box, tuple[int, ...]], chunk: Box) -> tuple[int, ...]:
+    return tuple(sorted({rank for box, ranks in holders.items() if box.intersect(chunk) for rank in ranks}))
+
+
+def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
+    """Where the boxes end in each dim, the array's own end left out; proves that they tile the array."""
+    intervals = [sorted({(b.offset[d], b.shape[d]) for b in boxes}) for d in range(len(shape))]
+    within = all(o >= 0 and o + n <= size for dim, size in zip(intervals, shape, strict=True) for o, n in dim)
+    fits = within and sum(b.size for b in boxes) == math.prod(shape)
+    # Boxes that are all combinations of adjoining intervals are disjoint; otherwise compare them in pairs.
+    product = len(boxes) == math.prod(len(dim) for dim in intervals) and all(
+        a[0] + a[1] == b[0] for dim in intervals for a, b in pairwise(dim)
+    )
+    tiles = fits and (product or not any(a.intersect(b) for i, a in enumerate(boxes) for b in boxes[:i]))
+    if not tiles:
+        held = ", ".join(f"{list(b.offset)}+{list(b.shape)}" for b in boxes[:4])
+        raise CheckpointError(
+            f"the ranks' parts of {name} {list(shape)} don't cover it exactly once: "
+            f"{held}{', ...' if len(boxes) > 4 else ''}"
+        )
+    return [
+        sorted({o + n for o, n in dim if o + n < size} | {o for o, _ in dim if o > 0})
+        for dim, size in zip(intervals, shape, strict=True)
+    ]
+
+
+def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes: int) -> Shape:
+    """Cut a chunk along `dim`, the array's `fine_dim`, into a number of parts that divides it."""
+    if dim is None:
+        return pitch
+    by_size = math.prod(pitch) * itemsize // TILE_BYTES
+    most = min(TILES * pitch[dim] // max(shape[dim], 1), by_size, MOST_TILES // boxes)
+    parts = max((p for p in range(1, most + 1) if pitch[dim] % p == 0 and TILES % p == 0), default=1)
+    return (*pitch[:dim], pitch[dim] // parts, *pitch[dim + 1 :])
+
+
+def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int) -> Shape:
+    """Shrink a chunk to about `chunk_bytes`, first dims first, still meeting the cuts between boxes."""
+    shape = list(pitch)
+    for dim, length in enumerate(pitch):
+        size = math.prod(shape) * itemsize
+        if size <= chunk_bytes:
+            break
+        parts = min(-(-size // chunk_bytes), length)
+        if is_cut[dim]:  # boxes end at multiples of `length`, so only its divisors keep to them
+            parts = _nearest_divisor(length, parts)
+        shape[dim] = -(-length // parts)
+        if shape[dim] > 1:  # a chunk that is still too large is better than one that isn't whole rows
+            break
+    return tuple(shape)
+
+
+def _nearest_divisor(length: int, wanted: int) -> int:
+    """The divisor of `length` nearest to `wanted` by ratio, within a factor of 8; 1 if there is none."""
+    near = [p for p in range(max(1, wanted // 8), min(length, 8 * wanted) + 1) if length % p == 0]
+    return min(near, key=lambda p: max(p / wanted, wanted / p), default=1)
+
+
+def _shares(chunks: _Chunks, n: int) -> Iterator[_Chunks]:
+    """Up to `n` runs of neighbouring chunks, so that each of `n` ranks that hold copies writes one range."""
+    n = min(n, len(chunks))
+    ends = [round(i * len(chunks) / n) for i in range(n + 1)]
+    return (chunks[a:b] for a, b in pairwise(ends))
+
+
+def _run(chunks: _Chunks, itemsize: int) -> Run:
+    return Run(sum(box.size for _, box in chunks) * itemsize, tuple(chunks))

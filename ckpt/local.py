@@ -1,0 +1,190 @@
+"""A run's folder on a file system, by direct calls.
+
+A save is written into the hidden folder `.saving.<tag>`. The commit is one rename to `<tag>`, after every
+file, folder and the manifest (last) are on the disk. A crash before it leaves a hidden folder that no
+reader looks at. A tag that is saved again is exchanged for its replacement in one step, so it can be read all
+the time. A checkpoint is deleted by a rename to `.deleting.<tag>`, after which it doesn't exist any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ckpt import files
+from ckpt.checksum import Buffer
+from ckpt.errors import CheckpointError
+from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
+
+
+class LocalStore:
+    """See `ckpt.store.Store`."""
+
+    threads: int | None = None
+    window = 1 << 20  # enough to stream, little enough to be summed in the processor's cache
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self._folder = folder
+        self._prefix = f"{folder}/"  # joined by hand: pathlib takes longer than a small file does
+
+    def where(self, path: str) -> str:
+        return f"{self._prefix}{path}" if path else str(self._folder)
+
+    # --- objects ---------------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        with open(self._prefix + path, "rb") as file:
+            return file.read()
+
+    def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
+        fd = os.open(self._prefix + path, os.O_RDONLY)
+        try:
+            return files.read_into(fd, buffer, offset)
+        finally:
+            os.close(fd)
+
+    def size(self, path: str) -> int:
+        return os.stat(self._prefix + path).st_size
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(self._prefix + path)
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self._folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def make_folders(self, paths: Iterable[str]) -> None:
+        made = {""}
+        for path in paths:
+            parts = path.split("/")
+            for folder in ("/".join(parts[:n]) for n in range(1, len(parts) + 1)):
+                if folder not in made:
+                    made.add(folder)
+                    with contextlib.suppress(FileExistsError):  # another rank was faster
+                        os.mkdir(self._prefix + folder)
+
+    def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
+        files.write_file(self._prefix + path, parts, durable=False, hurry=durable)
+
+    def same(self, path: str, parts: Sequence[Buffer]) -> bool:
+        fd = os.open(self._prefix + path, os.O_RDONLY)
+        try:
+            if os.fstat(fd).st_size != sum(len(part) for part in parts):
+                return False
+            window, offset = np.empty(self.window, np.uint8), 0
+            for part in (np.frombuffer(part, np.uint8) for part in parts):
+                for begin in range(0, len(part), self.window):
+                    wanted = part[begin : begin + self.window]
+                    found = window[: len(wanted)]
+                    if files.read_into(fd, found.data, offset) != len(wanted):
+                        return False
+                    if not np.array_equal(wanted, found):
+                        return False
+                    offset += len(wanted)
+        finally:
+            os.close(fd)
+        return True
+
+    def link(self, old: str, new: str) -> bool:
+        try:
+            os.link(self._prefix + old, self._prefix + new)
+        except OSError:  # no hard links here, or too many of this file
+            return False
+        return True
+
+    # --- a checkpoint from its first object to its end -------------------------------------------------
+
+    def staging(self, tag: str) -> str:
+        return SAVING + tag
+
+    def begin(self, tag: str, token: str) -> None:
+        _make_durably(self._folder)
+        self._check_replaceable(tag)
+        self.clean()
+        os.mkdir(self._prefix + SAVING + tag)
+        files.write_file(self._mark(tag), [token.encode()], durable=False)
+
+    def begun(self, tag: str, token: str) -> bool:
+        try:
+            return Path(self._mark(tag)).read_text() == token
+        except OSError:
+            return False
+
+    def _mark(self, tag: str) -> str:
+        return f"{self._prefix}{SAVING}{tag}/.token"
+
+    def sync(self, tag: str) -> None:
+        files.sync_tree(self._folder / (SAVING + tag))
+
+    def commit(self, tag: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool) -> None:
+        staging, final = self._folder / (SAVING + tag), self._folder / tag
+        os.unlink(self._mark(tag))
+        for name, content in documents.items():
+            files.write_file(staging / name, [content], durable=durable)
+        if durable:
+            files.sync_folder(staging)
+        self._check_replaceable(tag)
+        if final.exists():
+            try:
+                files.exchange_folders(staging, final)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{final} exists and can't be replaced in one step on this file system ({error}); "
+                    "save under another tag, or delete it first"
+                ) from error
+        else:
+            staging.rename(final)
+        try:
+            if durable:
+                files.sync_folder(self._folder)
+            if update_latest:
+                files.replace_file(self._folder / LATEST, f"{tag}\n".encode(), durable=durable)
+        except OSError as error:
+            raise CheckpointError(f"{final} is committed, but {LATEST!r} may not name it: {error}") from error
+        # The checkpoint that was replaced, if any. What can't be removed now, the next save removes.
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def abandon(self, tag: str) -> None:
+        shutil.rmtree(self._folder / (SAVING + tag), ignore_errors=True)
+
+    def delete(self, tag: str) -> None:
+        hidden = self._folder / (DELETING + tag)
+        if hidden.exists():  # of a deletion that was cut short
+            shutil.rmtree(hidden)
+        (self._folder / tag).rename(hidden)
+        files.sync_folder(self._folder)
+        shutil.rmtree(hidden)
+
+    def committed_at(self, tag: str) -> float:
+        return os.stat(f"{self._prefix}{tag}/{MANIFEST}").st_mtime_ns
+
+    def leftovers(self) -> list[str]:
+        return [name for name in self.names() if leftover_tag(name) and os.path.isdir(self._prefix + name)]
+
+    def clean(self) -> list[str]:
+        names = self.leftovers()
+        for name in names:
+            shutil.rmtree(self._folder / name)
+        return names
+
+    def _check_replaceable(self, tag: str) -> None:
+        if self.exists(tag) and not self.exists(f"{tag}/{MANIFEST}"):
+            raise CheckpointError(
+                f"{self.where(tag)} exists and is not a checkpoint; save under another tag, or move it away"
+            )
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder and its parents, so that the names of those made survive a crash."""
+    if not folder.is_dir():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        files.sync_folder(folder.parent)

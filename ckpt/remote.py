@@ -1,0 +1,157 @@
+"""A run's folder in a store that fsspec knows: whole objects, no renames, no folders.
+
+Objects are written to where they stay, and the manifest, last, is the commit. So that what a crashed save or
+deletion leaves can be told from what is the user's, an empty-handed marker object stands beside the tag as
+long as either goes on: `.saving.<tag>`, `.deleting.<tag>`. A tag that is committed can't be saved again here:
+there is no step that would replace many objects at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from ckpt.checksum import Buffer
+from ckpt.errors import CheckpointError
+from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
+
+T = TypeVar("T")
+
+
+class RemoteStore:
+    """See `ckpt.store.Store`."""
+
+    threads: int | None = 16
+    window = 64 << 20  # each call is a request: a whole chunk in one
+
+    def __init__(self, url: str) -> None:
+        """Raises ImportError or ValueError where fsspec can't make a file system of the URL."""
+        self.url = url.rstrip("/")
+        self._fs: fsspec.AbstractFileSystem
+        self._fs, root = url_to_fs(self.url, use_listings_cache=False)
+        self._root = root.rstrip("/")
+
+    def where(self, path: str) -> str:
+        return f"{self.url}/{path}" if path else self.url
+
+    # --- objects ---------------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        data: bytes = self._call(self._fs.cat_file, path)
+        return data
+
+    def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
+        data: bytes = self._call(self._fs.cat_file, path, start=offset, end=offset + len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def size(self, path: str) -> int:
+        return int(self._call(self._fs.info, path)["size"])
+
+    def exists(self, path: str) -> bool:
+        return bool(self._call(self._fs.exists, path))
+
+    def names(self) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            found = self._call(self._fs.ls, "", detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
+
+    def make_folders(self, paths: Iterable[str]) -> None:
+        pass
+
+    def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
+        self._call(self._fs.pipe_file, path, b"".join(parts))
+
+    def same(self, path: str, parts: Sequence[Buffer]) -> bool:
+        return False  # nothing can be linked, so there is no use in reading
+
+    def link(self, old: str, new: str) -> bool:
+        return False
+
+    # --- a checkpoint from its first object to its end -------------------------------------------------
+
+    def staging(self, tag: str) -> str:
+        return tag
+
+    def begin(self, tag: str, token: str) -> None:
+        self.clean()
+        if self.exists(tag):
+            what = "is a checkpoint" if self.exists(f"{tag}/{MANIFEST}") else "exists and is not a checkpoint"
+            raise CheckpointError(
+                f"{self.where(tag)} {what}, and nothing can be replaced in one step in this store; "
+                "save under another tag"
+            )
+        self.write(SAVING + tag, [token.encode()], durable=True)
+
+    def begun(self, tag: str, token: str) -> bool:
+        try:
+            return self.read(SAVING + tag) == token.encode()
+        except FileNotFoundError:
+            return False
+
+    def sync(self, tag: str) -> None:
+        """A put has returned only when the store keeps the object."""
+
+    def commit(self, tag: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool) -> None:
+        for name, content in documents.items():
+            self.write(f"{tag}/{name}", [content], durable=durable)
+        try:
+            if update_latest:
+                self.write(LATEST, [f"{tag}\n".encode()], durable=durable)
+            self._remove(SAVING + tag)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.where(tag)} is committed, but {LATEST!r} may not name it: {error}"
+            ) from error
+
+    def abandon(self, tag: str) -> None:
+        try:
+            if self.exists(SAVING + tag):  # else it wasn't begun, and what is there isn't this save's
+                self._finish(SAVING + tag)
+        except OSError:
+            pass  # the next save cleans up
+
+    def delete(self, tag: str) -> None:
+        self.write(DELETING + tag, [b""], durable=True)
+        self._finish(DELETING + tag)
+
+    def committed_at(self, tag: str) -> float:
+        return float(self._call(self._fs.modified, f"{tag}/{MANIFEST}").timestamp())
+
+    def leftovers(self) -> list[str]:
+        return [name for name in self.names() if leftover_tag(name)]
+
+    def clean(self) -> list[str]:
+        names = self.leftovers()
+        for name in names:
+            self._finish(name)
+        return names
+
+    def _finish(self, marker: str) -> None:
+        """Remove what a marker stands for, the manifest before all else, then the marker."""
+        tag = leftover_tag(marker)
+        assert tag is not None, f"{marker!r} stands for nothing"
+        committed = self.exists(f"{tag}/{MANIFEST}")
+        if committed and marker.startswith(DELETING):
+            self._remove(f"{tag}/{MANIFEST}")
+        if self.exists(tag) and not (committed and marker.startswith(SAVING)):
+            self._call(self._fs.rm, tag, recursive=True)
+        self._remove(marker)
+
+    def _remove(self, path: str) -> None:
+        self._call(self._fs.rm_file, path)
+
+    def _call(self, method: Callable[..., T], path: str, *args: Any, **kwargs: Any) -> T:
+        """Call the file system; whatever it raises is an OSError from here on."""
+        try:
+            return method(f"{self._root}/{path}" if path else self._root, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error

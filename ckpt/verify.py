@@ -1,0 +1,241 @@
+"""Checking a whole checkpoint: that every object is there, and that every byte is the one that was saved.
+
+A load verifies what it reads, and reads what its ranks want. This reads all there is: chunks to the last byte
+of their files, and the documents that are there for zarr's readers. It goes on where it finds damage, and
+each thread takes the memory of one window, whatever the size.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from urllib.parse import unquote
+
+import numpy as np
+
+from ckpt.blocks import Blocks
+from ckpt.box import Box, grid
+from ckpt.checksum import crc32c
+from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
+from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.threads import cores, for_each
+
+_CHECKSUM = 4
+"""Bytes at the end of a chunk's file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with one object of a checkpoint."""
+
+    atom: str = ""
+    """Empty, as the next two, where the object is not a part of one."""
+    state: str = ""
+    chunk: str = ""
+    path: str
+    """The object's full name: a file, or a URL."""
+    what: str
+
+    def __str__(self) -> str:
+        name = "/".join(filter(None, (self.atom, self.state)))
+        name = f"{name} chunk {self.chunk}" if self.chunk else name
+        return f"{name}: {self.path} {self.what}" if name else f"{self.path} {self.what}"
+
+
+def verify(
+    checkpoint: Checkpoint, *, progress: Callable[[int], None] = lambda n: None, threads: int | None = None
+) -> list[Problem]:
+    """Read and check every object of a checkpoint; returns what is wrong, nothing where it is whole.
+
+    `progress` is told the bytes that were read, by one thread at a time. (The manifest was checked when the
+    checkpoint was opened; all else is checked against it.)
+    """
+    verifier = _Verifier(checkpoint, progress)
+    root = verifier.root()
+    jobs = [*verifier.documents(), *verifier.chunks()]
+    found = for_each(lambda job: job(), jobs, threads or checkpoint.store.threads or cores())
+    return [problem for problem in (root, *found) if problem is not None]
+
+
+def extent(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many objects the manifest names, and how many bytes they have."""
+    records = [*checkpoint.manifest["documents"].values()]
+    for chunks in checkpoint.manifest["chunks"].values():
+        records += chunks.values()
+    return len(records), sum(record.get("size", 0) for record in records)
+
+
+_Job = Callable[[], Problem | None]
+
+
+class _Verifier:
+    def __init__(self, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
+        self._checkpoint = checkpoint
+        self._store = checkpoint.store
+        self._manifest = checkpoint.manifest
+        self._tell = progress
+        self._lock = threading.Lock()
+        self._scratch = threading.local()
+        self._nodes: dict[str, Json] | None = None
+        """Path of a group or an array -> its document, in the consolidated one; None if that is gone."""
+
+    def root(self) -> Problem | None:
+        """Check the group's own `zarr.json`, again, as the others are compared with what it says of them."""
+        data, problem = self._document(ZARR)
+        if data is not None:
+            self._nodes = json.loads(data)["consolidated_metadata"]["metadata"]
+        return problem
+
+    def documents(self) -> Iterator[_Job]:
+        """The check of each other `zarr.json`, those included that should be there."""
+        recorded = self._manifest["documents"].keys() - {ZARR}
+        for path in sorted(recorded | {f"{node}/{ZARR}" for node in self._nodes or ()}):
+            if path in recorded:
+                yield partial(self._check_document, path)
+            else:
+                yield partial(self._problem, path, f"has no record of {path}", at=MANIFEST)
+
+    def chunks(self) -> Iterator[_Job]:
+        """The check of each chunk that is recorded, or should be."""
+        records, arrays = self._manifest["chunks"], {a.path: a for a in self._checkpoint.arrays.values()}
+        for path in sorted(records.keys() - arrays.keys()):
+            what = f"has records of chunks in {path}, which is no array of the checkpoint"
+            yield partial(self._problem, path, what, at=MANIFEST)
+        for info in arrays.values():
+            wanted = [chunk_key(index) for index, _ in grid(info.shape, info.chunk_shape)]
+            for key in wanted:
+                if key in info.chunks:
+                    yield partial(self._check_chunk, info, key)
+                else:
+                    yield partial(self._problem, f"{info.path}/{key}", "has no record of it", at=MANIFEST)
+            for key in sorted(info.chunks.keys() - set(wanted)):
+                what = "has a record of it, but there is no such chunk in the array's grid"
+                yield partial(self._problem, f"{info.path}/{key}", what, at=MANIFEST)
+
+    def _problem(self, path: str, what: str, at: str | None = None) -> Problem:
+        """One with the object at `path`, or with what the document `at` says of it."""
+        parts = [*path.split("/")[1:], "", "", ""][:3]
+        atom, state, chunk = ("" if part == ZARR else unquote(part) for part in parts)
+        where = self._checkpoint.where(path if at is None else at)
+        return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
+
+    def _progress(self, n: int) -> None:
+        with self._lock:
+            self._tell(n)
+
+    # --- documents -------------------------------------------------------------------------------------
+
+    def _check_document(self, path: str) -> Problem | None:
+        data, problem = self._document(path)
+        if data is None or self._nodes is None:
+            return problem
+        try:
+            same = json.loads(data) == self._nodes.get(path.removesuffix(f"/{ZARR}"))
+        except ValueError:
+            same = False
+        return None if same else self._problem(path, f"isn't what the checkpoint's {ZARR} says of it")
+
+    def _document(self, path: str) -> tuple[bytes | None, Problem | None]:
+        """A document that has its checksum, or what is wrong with it."""
+        record = self._manifest["documents"][path]
+        try:
+            data = self._store.read(self._checkpoint.path(path))
+        except OSError as error:
+            return None, self._problem(path, _unreadable(error))
+        self._progress(len(data))
+        if len(data) != record["size"]:
+            return None, self._problem(path, _other_size(len(data), record["size"]))
+        if crc32c(data) != int(record["crc32c"], 16):
+            return None, self._problem(path, "is damaged: its checksum isn't the manifest's")
+        return data, None
+
+    # --- chunks ----------------------------------------------------------------------------------------
+
+    def _check_chunk(self, info: ArrayInfo, key: str) -> Problem | None:
+        path, size = f"{info.path}/{key}", Box.whole(info.chunk_shape).size * itemsize(info.dtype)
+        blocks = self._blocks(info.chunks[key], size)
+        if blocks is None:
+            return self._problem(path, "has a record of it that can't be followed", at=MANIFEST)
+        faults = self._faults(path, blocks, size, int(info.chunks[key]["crc32c"], 16))
+        return self._problem(path, ", and ".join(faults)) if faults else None
+
+    def _blocks(self, record: Json, size: int) -> Blocks | None:
+        """The chunk's checksums, if its record is what a chunk of `size` bytes has."""
+        try:
+            blocks, checksum = self._checkpoint.blocks(record), int(record["crc32c"], 16)
+            fits = record["size"] == size + _CHECKSUM and len(blocks.sums) == -(-size // blocks.size)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return None
+        return blocks if fits and (blocks.sums[-1] == checksum or not blocks.run_on) else None
+
+    def _faults(self, path: str, blocks: Blocks, size: int, checksum: int) -> list[str]:
+        """Read a chunk's file through a window that stays in the processor's cache."""
+        window = max(self._store.window // blocks.size, 1) * blocks.size
+        faults: list[str] = []
+        damaged: list[int] = []
+        whole = 0
+        for begin in range(0, size, window):
+            length = min(window, size - begin)
+            tail = _CHECKSUM if begin + length == size else 0
+            # A byte more than there should be is asked for at the end: no other call is needed for the size.
+            buffer = self._buffer(length + tail + bool(tail))
+            try:
+                got = self._store.read_into(self._checkpoint.path(path), buffer, begin)
+            except OSError as error:
+                faults.append(_unreadable(error))
+                break
+            self._progress(min(got, length + tail))
+            data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
+            damaged += _damaged(blocks, data, begin // blocks.size)
+            whole = whole if blocks.run_on else crc32c(data, whole)
+            if got < length + tail:
+                faults.append(f"is cut short at {begin + got} of {size + _CHECKSUM} bytes")
+                break
+            if tail and int.from_bytes(buffer[length : length + tail], "little") != checksum:
+                faults.append("doesn't end with its checksum")
+            if got > length + tail:
+                faults.append(self._too_long(path, size + _CHECKSUM))
+        if damaged:
+            first = f"the first at byte {damaged[0] * blocks.size}"
+            faults.insert(0, f"is damaged in {len(damaged)} of {len(blocks.sums)} blocks, {first}")
+        elif not faults and not blocks.run_on and whole != checksum:  # version 1 has the two side by side
+            faults.append("has sound blocks, but as a whole another checksum than the manifest's")
+        return faults
+
+    def _too_long(self, path: str, size: int) -> str:
+        try:
+            return _other_size(self._store.size(self._checkpoint.path(path)), size)
+        except OSError:
+            return f"goes on after its {size} bytes"
+
+    def _buffer(self, size: int) -> memoryview:
+        """Memory of this thread's own, used again for each window."""
+        held = getattr(self._scratch, "memory", None)
+        if held is None or len(held) < size:
+            held = self._scratch.memory = np.empty(size, np.uint8)
+        view: memoryview = held[:size].data
+        return view
+
+
+def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
+    """Indices of all blocks in `data`, which begins with block `first`, that aren't what was saved."""
+    begin = 0
+    while begin < len(data):
+        index = blocks.first_damaged(data[begin:], first + begin // blocks.size)
+        if index is None:
+            return
+        yield index
+        begin = (index + 1 - first) * blocks.size
+
+
+def _unreadable(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"can't be read ({' '.join(str(error.strerror or error).split())})"
+
+
+def _other_size(found: int, expected: int) -> str:
+    return f"has {found} bytes instead of {expected}"

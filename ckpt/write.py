@@ -1,0 +1,169 @@
+"""Writing the chunks that a rank was planned to write, and the metadata beside them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.blocks import Summing
+from ckpt.box import Box
+from ckpt.checksum import crc32c
+from ckpt.errors import CheckpointError
+from ckpt.format import (
+    FORMAT_VERSION,
+    ZARR,
+    Json,
+    array_document,
+    array_path,
+    atom_path,
+    chunk_key,
+    encode_document,
+    fill_value,
+    group_document,
+    numpy_dtype,
+)
+from ckpt.plan import ArrayPlan, Chunk, Plan
+from ckpt.read import Checkpoint
+from ckpt.store import Store
+from ckpt.threads import for_each
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One chunk to write."""
+
+    plan: ArrayPlan
+    chunk: Chunk
+    data: Array
+    """The part of the array inside `chunk.box`."""
+
+
+@dataclass
+class Written:
+    """What one rank has written."""
+
+    chunks: dict[str, dict[str, Json]] = field(default_factory=dict)
+    """Path of an array -> chunk key -> the manifest's record."""
+    documents: dict[str, Json] = field(default_factory=dict)
+    """Path of a group or an array -> its `zarr.json`."""
+    bytes_written: int = 0
+    bytes_linked: int = 0
+
+    def add(self, other: Written) -> None:
+        for path, records in other.chunks.items():
+            self.chunks.setdefault(path, {}).update(records)
+        self.documents |= other.documents
+        self.bytes_written += other.bytes_written
+        self.bytes_linked += other.bytes_linked
+
+
+class Writer:
+    """Writes one rank's chunks of one save."""
+
+    def __init__(self, store: Store, tag: str, *, durable: bool, base: str | None, threads: int) -> None:
+        """`base` is a committed tag whose chunks are linked to, where they hold the same bytes."""
+        self._store = store
+        self._staging = store.staging(tag)
+        self._durable = durable
+        self._threads = threads
+        self._made: set[str] = set()
+        self._base: Checkpoint | None = None
+        if base is not None:
+            with contextlib.suppress(CheckpointError):  # one that is damaged is no use; all is written anew
+                checkpoint = Checkpoint(store, base)
+                if checkpoint.manifest["version"] == FORMAT_VERSION:
+                    self._base = checkpoint
+
+    def write_chunks(self, writes: Iterable[Write]) -> Written:
+        """Write chunks with a few threads (system calls and checksums release the interpreter's lock)."""
+        todo = list(writes)
+        written = Written()
+        self._make_folders(array_path(*w.plan.key) for w in todo)
+        for write, (record, linked) in zip(
+            todo, for_each(self._write_chunk, todo, self._threads), strict=True
+        ):
+            path = array_path(*write.plan.key)
+            written.chunks.setdefault(path, {})[chunk_key(write.chunk.index)] = record
+            written.bytes_linked += linked * record["size"]
+            written.bytes_written += (not linked) * record["size"]
+        return written
+
+    def write_documents(self, plan: Plan, rank: int) -> Written:
+        """A `zarr.json` in the folder of each array that this rank owns, and in those of their atoms."""
+        documents: dict[str, Json] = {} if rank else {"atoms": group_document()}
+        first: dict[str, int] = {}
+        for array in plan.arrays:
+            if first.setdefault(array.key.atom, array.owner) == rank:
+                documents[atom_path(array.key.atom)] = group_document()
+            if array.owner == rank:
+                documents[array_path(*array.key)] = array_document(
+                    array.dtype, array.shape, array.chunk_shape
+                )
+        self._make_folders(documents)
+
+        def write(path: str) -> None:
+            content = encode_document(documents[path])
+            self._store.write(f"{self._staging}/{path}/{ZARR}", [content], durable=False)
+
+        for_each(write, documents, self._threads)
+        return Written(documents=documents)
+
+    def _make_folders(self, paths: Iterable[str]) -> None:
+        new = dict.fromkeys(path for path in paths if path not in self._made)
+        self._store.make_folders(f"{self._staging}/{path}" for path in new)
+        self._made.update(new)
+
+    def _write_chunk(self, write: Write) -> tuple[Json, bool]:
+        """One object: the chunk's elements, C order, little endian, then their crc32c.
+
+        Returns its record, and whether it was linked to one that has the same bytes.
+        """
+        plan, payload = write.plan, write.data
+        if payload.shape != plan.chunk_shape:  # at the array's end zarr stores whole chunks all the same
+            payload = np.full(plan.chunk_shape, fill_value(plan.dtype), numpy_dtype(plan.dtype))
+            payload[Box.whole(write.data.shape).slices] = write.data
+        data = np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
+        summing = Summing(data)
+        path = f"{array_path(*plan.key)}/{chunk_key(write.chunk.index)}"
+        old = self._unchanged(write, summing, data)
+        if old is not None and self._link(path, summing, data, old):
+            return old, True
+        self._store.write(f"{self._staging}/{path}", summing.blocks(), durable=self._durable)
+        return summing.record(), False
+
+    def _unchanged(self, write: Write, summing: Summing, data: memoryview) -> Json | None:
+        """The base's record of the chunk, if by the checksum of its first block it may be the same."""
+        if self._base is None:
+            return None
+        plan, info = write.plan, self._base.arrays.get(write.plan.key)
+        if info is None or (info.dtype, info.shape, info.chunk_shape) != (
+            plan.dtype,
+            plan.shape,
+            plan.chunk_shape,
+        ):
+            return None
+        record = info.chunks.get(chunk_key(write.chunk.index))
+        if record is None or record["size"] != len(data) + 4:
+            return None
+        first: str = (record["running"] if "running" in record else record["crc32c"])[:8]
+        return record if crc32c(data[: summing.block]) == int(first, 16) else None
+
+    def _link(self, path: str, summing: Summing, data: memoryview, old: Json) -> bool:
+        """Give the base's object this chunk's name too, if it has the same bytes, all of them compared:
+        equal checksums are not proof enough, and the disk may have lost what was once written."""
+        assert self._base is not None, "there is a record of it"
+        *_, checksum = summing.blocks()
+        if summing.record() != old:
+            return False
+        try:
+            same = self._store.same(self._base.path(path), [data, checksum])
+        except OSError:
+            return False
+        return same and self._store.link(self._base.path(path), f"{self._staging}/{path}")

@@ -1,0 +1,187 @@
+"""Which checkpoints there are, in which order, and which of them a retention deletes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from ckpt_faults import Faults
+from ckpt_helpers import Arrays, same, save_arrays
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt import CheckpointError, Retention, committed_tags, open_checkpoint, open_store, prune, read_latest
+
+ARRAYS: Arrays = {("w", "fp32"): np.arange(1000, dtype=np.float32)}
+BEGIN = datetime(2025, 1, 31, 12, tzinfo=UTC)
+
+
+def save_at(run: object, tag: str, step: int, minute: int = 0) -> None:
+    created = (BEGIN + timedelta(minutes=minute)).isoformat(timespec="seconds")
+    save_arrays(run, tag, ARRAYS, document={"step": step, "created": created})
+
+
+@pytest.fixture(params=["folder", "memory"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "folder":
+        yield str(tmp_path / "run")
+        return
+    url = f"memory://{uuid.uuid4().hex}"
+    yield url
+    fs = fsspec.filesystem("memory")
+    if fs.exists(url):
+        fs.rm(url, recursive=True)
+
+
+def test_the_order_is_that_of_the_saves_whatever_the_files_say(tmp_path):
+    for minute, step in enumerate((8, 9, 10, 11, 6)):  # at last somebody went back to step 5
+        save_at(tmp_path, f"s{step}", step, minute)
+    expected = ["s8", "s9", "s10", "s11", "s6"]
+    assert committed_tags(tmp_path) == expected
+    for age, tag in enumerate(expected):  # as after a copy in any order
+        os.utime(tmp_path / tag / "manifest.json", (10_000 - age, 10_000 - age))
+    assert committed_tags(tmp_path) == expected
+    assert prune(tmp_path, Retention(keep_last=2)) == ["s8", "s9", "s10"]
+
+
+def test_within_a_second_the_step_decides(tmp_path):
+    for step in (9, 11, 10):
+        save_at(tmp_path, f"s{step}", step)
+    assert committed_tags(tmp_path) == ["s9", "s10", "s11"]
+
+
+def test_what_a_retention_keeps(run):
+    for step in range(1, 8):
+        save_at(run, f"s{step}", step, step)
+    retention = Retention(keep_last=2, keep_every=3)
+    assert prune(run, retention, dry_run=True) == ["s1", "s2", "s4", "s5"]
+    assert len(committed_tags(run)) == 7
+    assert prune(run, retention) == ["s1", "s2", "s4", "s5"]
+    assert committed_tags(run) == ["s3", "s6", "s7"]
+    assert prune(run, retention) == []
+    assert prune(run, Retention()) == []
+    assert open_store(run).leftovers() == []
+    for tag in committed_tags(run):
+        assert same(open_checkpoint(run, tag).read("w"), ARRAYS["w", "fp32"])
+
+
+@given(
+    st.lists(st.integers(0, 30), max_size=12),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(1, 5)),
+)
+def test_the_rule(steps, last, every):
+    tags = [f"t{i}" for i in range(len(steps))]
+    dropped = Retention(keep_last=last, keep_every=every).dropped(tags, steps)
+    for i, (tag, step) in enumerate(zip(tags, steps, strict=True)):
+        newer = len(tags) - i - 1
+        keeps = newer < last or (every is not None and step % every == 0)
+        assert (tag in dropped) == (not keeps)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"keep_last": 0}, "keep_last is 0"),
+        ({"keep_last": 2, "keep_every": -1}, "keep_every is -1"),
+        ({"keep_every": 5}, "give keep_last too"),
+    ],
+)
+def test_retentions_that_make_no_sense(given, text):
+    with pytest.raises(ValueError, match=text):
+        Retention(**given)
+
+
+def test_the_latest_is_kept_even_if_it_is_old(run):
+    for step in (1, 2, 3):
+        save_at(run, f"s{step}", step, step)
+    if run.startswith("memory"):
+        open_store(run).write("latest", [b"s1\n"], durable=False)
+    else:
+        (Path(run) / "latest").write_text("s1\n")
+    assert prune(run, Retention(keep_last=1)) == ["s2"]
+    assert committed_tags(run) == ["s1", "s3"]
+
+
+def test_a_damaged_checkpoint_does_not_count_and_is_left(tmp_path):
+    for step in (1, 2, 3):
+        save_at(tmp_path, f"s{step}", step, step)
+    manifest = tmp_path / "s3" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-3])
+    assert prune(tmp_path, Retention(keep_last=1)) == ["s1"]
+    assert committed_tags(tmp_path) == ["s2", "s3"]
+
+
+def test_somebody_s_copies_are_never_deleted(tmp_path):
+    for step in (1, 2):
+        save_at(tmp_path, f"s{step}", step, step)
+    shutil.copytree(tmp_path / "s1", tmp_path / "best")
+    shutil.copytree(tmp_path / "s1", tmp_path / "my copy")
+    assert committed_tags(tmp_path) == ["best", "s1", "s2"], "a name with a space is no tag"
+    assert open_checkpoint(tmp_path, "best").tag == "best"
+    assert prune(tmp_path, Retention(keep_last=1)) == ["s1"]
+    assert committed_tags(tmp_path) == ["best", "s2"]
+    assert (tmp_path / "my copy" / "manifest.json").exists()
+
+
+def test_without_a_latest_nothing_is_deleted(tmp_path):
+    for step in (1, 2):
+        save_at(tmp_path, f"s{step}", step, step)
+    (tmp_path / "latest").unlink()
+    with pytest.raises(CheckpointError, match="has no file 'latest'"):
+        prune(tmp_path, Retention(keep_last=1))
+    assert committed_tags(tmp_path) == ["s1", "s2"]
+
+
+@pytest.mark.parametrize("forever", [False, True], ids=["one-call-fails", "all-fail-from-then-on"])
+def test_a_deletion_in_which_a_call_fails(tmp_path, forever):
+    """Each checkpoint is whole or gone, and what is left of it is cleaned."""
+    k, gone = 0, []
+    while True:
+        k += 1
+        run = tmp_path / str(k)
+        for step in (1, 2):
+            save_at(run, f"s{step}", step, step)
+        with Faults(k, forever=forever).active() as faults:
+            try:
+                prune(run, Retention(keep_last=1))
+            except CheckpointError as error:
+                assert "s1 can't be deleted" in str(error)  # noqa: PT017
+        if not faults.struck:
+            break
+        gone.append("s1" not in committed_tags(run))
+        for tag in committed_tags(run):
+            assert same(open_checkpoint(run, tag).read("w"), ARRAYS["w", "fp32"])
+        assert read_latest(run) == "s2"
+        open_store(run).clean()
+        assert {p.name for p in run.iterdir()} <= {"s1", "s2", "latest"}
+    assert {*gone} == {False, True}
+
+
+OURS = [".saving.t1", ".deleting.t2"]
+NOT_OURS = [".saving.", ".deleting.", ".saving.latest", ".saving...", ".saving.a b", ".savings", "saving.t1"]
+
+
+def test_only_what_a_save_left_is_a_leftover(run):
+    save_at(run, "s1", 1)
+    store = open_store(run)
+    if run.startswith("memory"):
+        for name in OURS + NOT_OURS:
+            store.write(name, [b"x"], durable=False)
+    else:
+        for name in OURS + NOT_OURS:
+            (Path(run) / name).mkdir()
+        (Path(run) / ".saving.file").write_text("not a folder")
+    assert store.leftovers() == sorted(OURS)
+    assert store.clean() == sorted(OURS)
+    assert {*NOT_OURS, "s1", "latest"} <= {*store.names()}
+    save_at(run, "s2", 2, 1)
+    assert committed_tags(run) == ["s1", "s2"]
+    assert {*NOT_OURS} <= {*store.names()}

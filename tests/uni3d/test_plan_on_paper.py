@@ -1,0 +1,300 @@
+"""A checkpoint's plan on paper is the plan that real ranks make, and its figures what they write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from model import GPT, GPTConfig
+from ranks import Ranks
+from torch.utils.data import TensorDataset
+
+import ckpt
+import parallel
+import uni3d
+from ckpt import gather
+from parallel.stages import balanced_cuts, split_layers
+from uni3d import paper
+from uni3d.paper import on_paper, stage_layout
+from uni3d.shape import GPTShape, derive
+
+WIDE = GPTShape(layers=2, hidden=512, heads=8, kv_heads=2, ffn=1056, vocab=509)
+"""With matrices large enough to be written in place, small ones, and a vocabulary that nothing divides."""
+RAGGED = GPTShape(layers=3, hidden=20, heads=2, kv_heads=2, ffn=26, vocab=61)
+"""With parts that are uneven, or none at all."""
+
+CASES = [
+    (WIDE, paper.Ranks(pp=2, dp=2, tp=1, zero=1)),
+    (WIDE, paper.Ranks(pp=1, dp=2, tp=2, zero=3)),
+    (WIDE, paper.Ranks(pp=1, dp=4, tp=1, zero=0)),
+    (WIDE, paper.Ranks(pp=2, dp=1, tp=2, zero=1)),
+    (RAGGED, paper.Ranks(pp=1, dp=2, tp=2, zero=1)),
+    (RAGGED, paper.Ranks(pp=1, dp=3, tp=1, zero=2)),
+    (RAGGED, paper.Ranks(pp=4, dp=1, tp=1, zero=0)),
+]
+
+
+def real_model(shape: GPTShape) -> GPT:
+    config = GPTConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        ffn_size=shape.ffn,
+    )
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def real_case(shape: GPTShape, place: paper.Ranks, run: str) -> dict[str, Any]:
+    """Train a step and save; what this rank planned, brought, and sent to others."""
+    settings = oracle.SETTINGS | {
+        "train_micro_batch_size_per_gpu": 1,
+        "parallel": {"pp": place.pp, "dp": place.dp, "tp": place.tp, "device": "cpu"},
+        "zero_optimization": {"stage": place.zero},
+        "checkpoint": {"async_save": False, "durable": False},
+    }
+    model = real_model(shape)
+    data = TensorDataset(*oracle.samples(False))
+    engine = uni3d.initialize(model=model, training_data=data, config=settings)[0]
+    engine.train_batch()
+    exchange, sent, received = parallel.HostComm.exchange, [], []
+
+    def counted(self: parallel.HostComm, outgoing: Any, incoming_sizes: Any) -> Any:
+        received.append(sum(incoming_sizes))
+        sent.append(sum(part.nbytes for rank, part in enumerate(outgoing) if rank != self.rank))
+        return exchange(self, outgoing, incoming_sizes)
+
+    with (
+        mock.patch.object(parallel.HostComm, "exchange", counted),
+        mock.patch.object(ckpt, "save", wraps=ckpt.save) as save,
+    ):
+        engine.save_checkpoint(run)
+    (_, _, shards), given = save.call_args
+    return {
+        "plan": given["plan"],
+        "brought": [shard.spec for shard in shards],
+        "sent": sent,
+        "received": received,
+    }
+
+
+@pytest.mark.parametrize(("shape", "place"), CASES, ids=str)
+def test_paper_is_what_real_ranks_do(
+    ranks: Ranks, shape: GPTShape, place: paper.Ranks, tmp_path: Path
+) -> None:
+    figures = on_paper(shape, place)
+    found = ranks.run(place.total, real_case, shape, place, str(tmp_path))
+    checkpoint = tmp_path / "global_step1"
+    links = paper.cut_stages(shape, place.pp)
+    stored, snapshot = [], []
+    for rank, real in enumerate(found):
+        stage = rank // place.of_a_stage
+        arrays = stage_layout(links[stage], place, stage)
+        planned = ckpt.plan_arrays(arrays, real["plan"].ranks)
+        assert planned == real["plan"], "the same chunks, writers, sources"
+        assert planned.bytes_written()[rank] == figures.written[rank]
+        parts = planned.parts(rank)
+        specs = {a.key: ckpt.ShardSpec(a.key, a.dtype, a.shape, a.boxes[rank], a.fine_dim) for a in arrays}
+        brought = {spec.key: spec for spec in real["brought"]}
+        assert brought == {key: replace(specs[key], box=box) for key, box in parts.items()}
+        assert all(parts[key].within(specs[key].box) for key in parts), "of what the rank holds"
+        files = [
+            checkpoint / "atoms" / a.key.atom / a.key.state / ".".join(["c", *map(str, chunk.index)])
+            for a in real["plan"].arrays
+            for chunk in a.chunks
+            if chunk.writer == rank
+        ]
+        stored.append(sum(file.stat().st_size for file in files))
+        snapshot.append(sum(spec.box.size * 4 for spec in real["brought"]))
+        assert len(real["sent"]) == figures.exchanges
+    assert stored == figures.stored
+    assert snapshot == figures.snapshot
+    assert sum(sum(real["sent"]) for real in found) == figures.sent
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    chunks = [file for file in files if file.name.startswith("c.")]
+    assert len(chunks) == figures.chunks
+    assert len(files) == figures.chunks + figures.documents
+    assert sum(file.stat().st_size for file in chunks) == sum(figures.stored)
+    assert len(list(checkpoint.glob("atoms/*/*/zarr.json"))) == figures.arrays
+    assert (checkpoint / "manifest.json").stat().st_size == pytest.approx(figures.manifest, rel=0.04)
+    parameters = sum(prod(a.shape) for a in ckpt.open_checkpoint(tmp_path).arrays.values())
+    assert parameters == 3 * figures.parameters == 3 * shape.parameters
+    assert sum(figures.written) == 12 * figures.parameters
+    assert figures.largest_received == max(n for real in found for n in real["received"] or [0])
+
+
+def test_the_cases_are_of_all_kinds() -> None:
+    """The test of the test above: chunks are in place and shared, arrays are gathered."""
+    found = [on_paper(shape, ranks) for shape, ranks in CASES]
+    assert any(0 < f.sent < sum(f.written) / 2 for f in found)
+    assert any(f.sent == 0 for f in found)
+    assert any(len(set(f.written)) > 1 for f in found)
+    assert any(sum(f.stored) > sum(f.written) + 4 * f.chunks for f in found), "chunks that are filled up"
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_stages_that_are_alike_are_planned_once(zero: int) -> None:
+    shape = GPTShape(layers=22, hidden=512, heads=8, kv_heads=2, ffn=1056, vocab=509)
+    ranks = paper.Ranks(pp=5, dp=3, tp=2, zero=zero)
+    with mock.patch.object(paper, "plan_arrays", wraps=ckpt.plan_arrays) as planner:
+        figures = on_paper(shape, ranks)
+    stages = paper.cut_stages(shape, ranks.pp)
+    assert planner.call_count < len(stages)
+    written, snapshot = [], []
+    for stage, links in enumerate(stages):
+        arrays = stage_layout(links, ranks, stage)
+        plan = ckpt.plan_arrays(arrays, range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage))
+        written += list(plan.bytes_written().values())
+        snapshot += [sum(box.size * 4 for box in plan.parts(rank).values()) for rank in plan.ranks]
+    assert figures.written == written
+    assert figures.snapshot == snapshot
+
+
+@pytest.mark.parametrize("vocab", [61, 500, 5000])
+@pytest.mark.parametrize("pp", range(1, 7))
+def test_stages_hold_what_they_hold_in_training(vocab: int, pp: int) -> None:
+    shape = replace(RAGGED, vocab=vocab)
+    model = real_model(shape)
+    stages = paper.cut_stages(shape, pp)
+    assert [[link.name for link in links] for links in stages] == split_layers(
+        model, model.pipeline_layers, pp
+    )
+    weights = {f"{link.name}.{w.name}": w.shape for links in stages for link in links for w in link.weights}
+    assert weights == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.data())
+def test_stages_are_cut_as_in_training(costs: list[int], data: st.DataObject) -> None:
+    parts = data.draw(st.integers(1, len(costs)))
+    assert paper.balanced_cuts(costs, parts) == balanced_cuts(costs, parts)
+
+
+# --- the shape -----------------------------------------------------------------------------------------
+
+
+def test_seventy_billion_is_llama_2_70b() -> None:
+    shape = derive(70_000_000_000)
+    assert vars(shape) == vars(GPTShape(layers=80, hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=32000))
+    assert shape.parameters == 68_976_648_192  # as published
+
+
+@given(st.floats(7e6, 3e12))
+def test_a_derived_shape_has_the_parameters_asked_for(parameters: float) -> None:
+    shape = derive(int(parameters))
+    assert shape.parameters == sum(prod(w.shape) for link in shape.links for w in link.weights)
+    assert shape.parameters == pytest.approx(parameters, rel=0.02)
+
+
+def test_what_is_given_of_the_shape_is_kept() -> None:
+    wanted = {"layers": 30, "heads": 24, "kv_heads": 4, "vocab": 50257}
+    shape = derive(3_000_000_000, **wanted)
+    assert vars(shape) | wanted == vars(shape)
+    assert (
+        derive(None, layers=2, hidden=64).parameters == 2 * 32000 * 64 + 64 + 2 * (4 * 64 + 3 * 224 + 2) * 64
+    )
+
+
+# --- the figures ---------------------------------------------------------------------------------------
+
+
+def test_the_figures_of_seventy_billion_parameters() -> None:
+    shape = derive(70_000_000_000)
+    figures = on_paper(shape, paper.Ranks(pp=8, dp=64, tp=8, zero=1))
+    assert len(figures.written) == len(figures.stored) == len(figures.snapshot) == 4096
+    assert sum(figures.written) == 12 * 68_976_648_192
+    assert figures.arrays == 3 * (9 * 80 + 3)
+    in_place = 5 * 80 * 3 * 512  # q, o, gate, up, down: a chunk of each rank of a stage
+    assert in_place < figures.chunks < 1.01 * in_place
+    key_and_value = 2 * 80 * 3 * 1024 * 8192 * 4  # too small to be files: 64 KiB a rank
+    ends = 2 * 3 * 32000 * 8192 * 4  # ragged: 4000 rows of a tp rank in 64 parts of 63
+    # Of a chunk of 16 MiB its writer has a 64 KiB part of key and value, or 2 MiB of the ends.
+    assert 0.85 * (key_and_value + ends) < figures.sent < key_and_value + ends + 80 * 2 * 3 * 8192 * 4
+    assert figures.exchanges <= 8
+    assert figures.largest_received <= 2 * gather.ROUND_BYTES
+    assert figures.balance < 1.2
+    for zero in (2, 3):
+        assert on_paper(shape, paper.Ranks(pp=8, dp=64, tp=8, zero=zero)) == figures
+    assert on_paper(shape, paper.Ranks(pp=8, dp=64, tp=8, zero=0)).sent == 0
+
+
+def test_other_states_are_other_bytes() -> None:
+    ranks = paper.Ranks(pp=1, dp=2, tp=1, zero=1)
+    assert sum(on_paper(WIDE, ranks, ["fp32"]).written) == 4 * WIDE.parameters
+    assert sum(on_paper(WIDE, ranks, ["fp32", "momentum"]).written) == 8 * WIDE.parameters
+
+
+def test_seconds_are_the_slowest_ones() -> None:
+    figures = on_paper(RAGGED, paper.Ranks(pp=1, dp=1, tp=1, zero=1))
+    figures = replace(figures, written=[1, 1, 6], stored=[10, 1, 7], snapshot=[3, 8, 5], manifest=4)
+    assert figures.save_seconds(2, ranks_per_node=2) == (11 + 4) / 2
+    assert figures.save_seconds(2, ranks_per_node=8) == (18 + 4) / 2
+    assert figures.stall_seconds(4) == 2
+    assert figures.balance == 6 / (8 / 3)
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    uni3d_command = [str(Path(sys.executable).parent / "uni3d"), "plan", *arguments]
+    return subprocess.run(uni3d_command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_prints_what_the_figures_say() -> None:
+    arguments = ["--params", "70e9", "--pp", "8", "--dp", "64", "--tp", "8"]
+    row = json.loads(command(*arguments, "--json", "--bandwidth", "500MB/s").stdout)
+    figures = on_paper(derive(70_000_000_000), paper.Ranks(pp=8, dp=64, tp=8, zero=1))
+    assert row["parameters"] == figures.parameters
+    assert row["files"] == figures.chunks + figures.documents
+    assert row["bytes"] == sum(figures.written)
+    assert row["bytes_by_rank"]["max"] == max(figures.written)
+    assert row["balance"] == figures.balance
+    assert row["manifest_bytes"] == figures.manifest
+    assert row["save_seconds"] == figures.save_seconds(5e8, 8)
+    assert row["stall_seconds"] == figures.stall_seconds(1e10)
+    lines = command(*arguments).stdout
+    for part in ("80 layers", "68,976,648,192 (70,000,000,000 were asked for)", f"{row['chunks']:,} chunks"):
+        assert part in lines
+    assert command("--params", "70B", *arguments[2:]).stdout == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--params 70e9 --tp 3", "tp(3) doesn't divide the 64 heads"),
+        ("--params 70e9 --tp 16", "tp(16) doesn't divide the 8 kv heads; give another --tp or --kv-heads"),
+        ("--params 70e9 --pp 84", "pp(84) needs at least 84 layers, but the model has 83"),
+        ("--params 70e9 --dp 0", "dp(0) must be at least 1"),
+        ("--params 70e9 --zero 4", "ZeRO stage 4 doesn't exist"),
+        ("--params 70e9 --layers 0", "--layers 0 must be at least 1"),
+        ("--params 70e9 --layers 4 --hidden 64 --ffn 64", "more than 2% off --params 70,000,000,000"),
+        ("--params 1e5", "change --params, or what you gave of the shape, or --vocab"),
+        ("--params seventy", "--params seventy isn't a number above 0"),
+        ("--params 70e9 --hidden 8192 --heads 60", "60 heads don't divide --hidden 8192"),
+        ("--layers 4", "give --params, or the shape"),
+        ("--params 70e9 --bandwidth 2Gb/s", "write 2GB/s or 500MiB/s"),
+        ("--params 70e9 --memory-bandwidth 0", "--memory-bandwidth 0 isn't a number above 0"),
+        ("--params 70e9 --ranks-per-node 0", "--ranks-per-node 0 must be at least 1"),
+        ("--params 70e9 --states fp32,fp32", "must be different names"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: str, message: str) -> None:
+    result = command(*arguments.split())
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1

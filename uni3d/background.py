@@ -1,0 +1,70 @@
+"""One piece of work at a time, done while training goes on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_all: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
+
+
+class Background(Generic[T]):
+    """A thread for work that must end: the interpreter waits for it at exit, and a failure isn't lost."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        _all.add(self)
+        atexit.register(self._at_exit)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the work has failed and `wait` hasn't said so yet."""
+        return self._error is not None
+
+    def start(self, work: Callable[[], T]) -> None:
+        """Begin; there must be no other work that hasn't been waited for."""
+        assert self._thread is None, "one at a time"
+
+        def run() -> None:
+            try:
+                self._result = work()
+            except BaseException as error:
+                self._error = error
+
+        # Not a daemon: the interpreter doesn't end before it.
+        self._thread = threading.Thread(target=run, name=self._name, daemon=False)
+        self._thread.start()
+
+    def wait(self) -> T | None:
+        """What the work returned, when it has; None where there was none. Raises what it raised, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        result, error, self._result, self._error = self._result, self._error, None, None
+        if error is not None:
+            raise error
+        return result
+
+    @staticmethod
+    def join_all() -> None:
+        """Wait for the work of every other such thread of this process; what they raise stays with them."""
+        for background in list(_all):
+            if background._thread is not None:
+                background._thread.join()
+
+    def _at_exit(self) -> None:
+        """Nobody asked after the last work: a process whose checkpoint failed must not look successful."""
+        if self._error is not None:
+            print(f"{self._name} failed: {self._error}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)

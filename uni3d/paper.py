@@ -1,0 +1,302 @@
+"""A checkpoint's plan on paper: what a save would write, and where, without ranks, tensors or torch.
+
+Each rank's part of each tensor follows from the rules by which training cuts them (`parallel`): pipeline
+stages as even as can be, tensor parallelism along the dim that a weight's style says, then ZeRO along the
+first dim, each time into parts of `ceil(n / k)` as `torch.chunk` has them. The parts go to the planner of
+every save, `ckpt.plan_arrays`. Stages that hold the same tensors, in the same order, are planned once: the
+planner sees names only by their order, and ranks only by their number less the stage's first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+from ckpt import ArrayKey, ArrayLayout, Box, Plan, plan_arrays
+from ckpt.box import around
+from ckpt.checksum import block_bytes
+from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
+from ckpt.gather import Gathering, rounds
+from ckpt.plan import ArrayPlan
+from uni3d.shape import GPTShape, Link, Weight
+
+DTYPE = "float32"
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
+"""AdamW's."""
+
+CHECKSUM_BYTES = 4
+"""At the end of each chunk's file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How many there are along each axis; numbered with pp outermost and tp innermost."""
+
+    pp: int
+    dp: int
+    tp: int
+    zero: int
+    """The ZeRO stage. 1, 2 and 3 keep the same parts from step to step; 0 keeps copies."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what can't be."""
+        for axis, degree in {"pp": self.pp, "dp": self.dp, "tp": self.tp}.items():
+            if degree < 1:
+                raise ValueError(f"{axis}({degree}) must be at least 1")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"ZeRO stage {self.zero} doesn't exist; expected 0, 1, 2 or 3")
+
+    @property
+    def of_a_stage(self) -> int:
+        return self.dp * self.tp
+
+    @property
+    def total(self) -> int:
+        return self.pp * self.of_a_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a save of a model on these ranks comes to; sizes in bytes."""
+
+    parameters: int
+    arrays: int
+    chunks: int
+    """Files with data."""
+    documents: int
+    """Files with metadata: a `zarr.json` of each array, atom and group, and the manifest."""
+    written: list[int]
+    """Elements that each rank writes, in bytes, the plan's balance."""
+    stored: list[int]
+    """Files that each rank writes: with checksums, and chunks at an array's end filled up to their size."""
+    snapshot: list[int]
+    """What each rank copies for an asynchronous save: all that it writes or sends."""
+    sent: int
+    """Between ranks, to gather small and ragged arrays."""
+    exchanges: int
+    """Collectives over all ranks in which that is done."""
+    largest_received: int
+    """The most that a rank gets in one of them, and holds in memory beside its own."""
+    manifest: int
+    """Estimated, without the user's `client_state`."""
+
+    @property
+    def balance(self) -> float:
+        """What the rank with most to write has, in terms of the mean."""
+        return max(self.written) * len(self.written) / sum(self.written)
+
+    def save_seconds(self, bandwidth: float, ranks_per_node: int) -> float:
+        """Of the files of the slowest node at `bandwidth` bytes per second and node, then the manifest."""
+        nodes = range(0, len(self.stored), ranks_per_node)
+        slowest = max(sum(self.stored[first : first + ranks_per_node]) for first in nodes)
+        return (slowest + self.manifest) / bandwidth
+
+    def stall_seconds(self, bandwidth: float) -> float:
+        """Of the rank that copies most, at `bandwidth` bytes per second and rank."""
+        return max(self.snapshot) / bandwidth
+
+
+def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> Figures:
+    """Plan a save of the model by these ranks.
+
+    Raises:
+        ValueError: the model can't be split over them.
+    """
+    shape.check_tensor_parallel(ranks.tp)
+    stages = cut_stages(shape, ranks.pp)
+    known: dict[Any, _Tally] = {}
+    tallies = []
+    for stage, links in enumerate(stages):
+        kind = tuple(link.weights for link in links)
+        if kind not in known:
+            members = range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage)
+            known[kind] = _tally(plan_arrays(stage_layout(links, ranks, stage, states), members))
+        tallies.append(known[kind])
+    atoms = [f"{link.name}.{weight.name}" for links in stages for link in links for weight in link.weights]
+    return Figures(
+        parameters=shape.parameters,
+        arrays=len(atoms) * len(states),
+        chunks=sum(t.chunks for t in tallies),
+        documents=len(atoms) * (len(states) + 1) + len(("atoms", "the root", "manifest.json")),
+        written=[n for t in tallies for n in t.written.values()],
+        stored=[n for t in tallies for n in t.stored.values()],
+        snapshot=[n for t in tallies for n in t.snapshot.values()],
+        sent=sum(t.sent for t in tallies),
+        exchanges=max(t.exchanges for t in tallies),
+        largest_received=max(t.largest_received for t in tallies),
+        manifest=_manifest_of(atoms, states) + sum(t.records for t in tallies),
+    )
+
+
+# --- what each rank holds ------------------------------------------------------------------------------
+
+
+def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
+    """The links of each pipeline stage.
+
+    Raises:
+        ValueError: there are fewer links than stages.
+    """
+    links = shape.links
+    if len(links) < pp:
+        raise ValueError(
+            f"pp({pp}) needs at least {pp} layers, but the model has {len(links)}: {shape.layers} blocks, "
+            "the embedding, the norm and the head"
+        )
+    return [links[a:b] for a, b in balanced_cuts([link.cost for link in links], pp)]
+
+
+def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
+    """`parallel.stages.balanced_cuts`, which can't be had without torch; a test holds the two together."""
+    total = [0, *accumulate(costs)]
+    inf = float("inf")
+    best = [0.0] + [inf] * len(costs)  # of the first n costs in p runs, the cheapest possible worst run
+    cuts: list[list[int]] = []  # and where its last run begins
+    for p in range(1, parts + 1):
+        pairs = [
+            min(((max(best[a], total[n] - total[a]), a) for a in range(p - 1, n)), default=(inf, 0))
+            for n in range(len(total))
+        ]
+        best = [worst for worst, _ in pairs]
+        cuts.append([start for _, start in pairs])
+    runs, end = [], len(costs)
+    for starts in reversed(cuts):
+        runs.append((starts[end], end))
+        end = starts[end]
+    return runs[::-1]
+
+
+def stage_layout(
+    links: Iterable[Link], ranks: Ranks, stage: int, states: Sequence[str] = STATES
+) -> list[ArrayLayout]:
+    """What each rank of a pipeline stage holds of its arrays."""
+    boxes: dict[Any, dict[int, Box]] = {}
+    arrays = []
+    for link in links:
+        for weight in link.weights:
+            alike = (weight.shape, weight.tp_dim)
+            if alike not in boxes:
+                first = stage * ranks.of_a_stage
+                boxes[alike] = {first + i: box for i, box in enumerate(_boxes(weight, ranks))}
+            fine_dim = 1 if weight.tp_dim == 1 else None
+            for state in states:
+                key = ArrayKey(f"{link.name}.{weight.name}", state)
+                arrays.append(ArrayLayout(key, DTYPE, weight.shape, boxes[alike], fine_dim))
+    return arrays
+
+
+def _boxes(weight: Weight, ranks: Ranks) -> list[Box]:
+    """By rank of a stage: data-parallel ranks apart, tensor-parallel ones side by side."""
+    shards = 1 if ranks.zero == 0 else ranks.dp
+    boxes = []
+    for d in range(ranks.dp):
+        for t in range(ranks.tp):
+            spans = [(0, n) for n in weight.shape]
+            if weight.tp_dim is not None:
+                spans[weight.tp_dim] = _part(spans[weight.tp_dim], ranks.tp, t)
+            spans[0] = _part(spans[0], shards, d % shards)
+            offset, length = zip(*spans, strict=True)
+            boxes.append(Box(offset if prod(length) else (0,) * len(length), length))
+    return boxes
+
+
+def _part(span: tuple[int, int], parts: int, i: int) -> tuple[int, int]:
+    """Part `i` of a span `(offset, length)` as `torch.chunk` cuts it; the last ones may be short or empty."""
+    offset, length = span
+    size = -(-length // parts)
+    begin = min(i * size, length)
+    return offset + begin, min(size, length - begin)
+
+
+# --- what it comes to ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    """The figures of one stage."""
+
+    written: dict[int, int]
+    stored: dict[int, int]
+    snapshot: dict[int, int]
+    chunks: int = 0
+    sent: int = 0
+    exchanges: int = 0
+    largest_received: int = 0
+    records: int = 0
+
+
+def _tally(plan: Plan) -> _Tally:
+    zeros = dict.fromkeys(plan.ranks, 0)
+    tally = _Tally(zeros, dict(zeros), dict(zeros))
+    alike: dict[int, list[ArrayPlan]] = defaultdict(list)  # the planner shares what is the same
+    for array in plan.arrays:
+        alike[id(array.chunks)].append(array)
+    for arrays in alike.values():
+        _add_chunks(tally, arrays[0], len(arrays))
+    alike.clear()
+    for array in plan.arrays:
+        alike[id(array.sources or array.chunks)].append(array)
+    for arrays in alike.values():
+        brought = _brought(arrays[0])
+        for rank, nbytes in brought.items():
+            tally.snapshot[rank] += len(arrays) * nbytes
+    for batch in rounds(plan):
+        _add_exchange(tally, batch)
+    return tally
+
+
+def _add_exchange(tally: _Tally, batch: Sequence[Gathering]) -> None:
+    received: dict[int, int] = defaultdict(int)
+    for array, chunk, pieces in batch:
+        size = itemsize(array.dtype)
+        received[chunk.writer] += chunk.box.size * size
+        tally.sent += sum(box.size for source, box in pieces if source != chunk.writer) * size
+    tally.exchanges += 1
+    tally.largest_received = max(tally.largest_received, *received.values())
+
+
+def _add_chunks(tally: _Tally, array: ArrayPlan, n: int) -> None:
+    """Count `n` arrays that have these chunks."""
+    size, filled = itemsize(array.dtype), prod(array.chunk_shape) * itemsize(array.dtype)
+    tally.chunks += n * len(array.chunks)
+    tally.records += n * len(array.chunks) * len(f'"":{_record(filled)},')
+    for chunk in array.chunks:
+        tally.written[chunk.writer] += n * chunk.box.size * size
+        tally.stored[chunk.writer] += n * (filled + CHECKSUM_BYTES)
+        tally.records += n * len(chunk_key(chunk.index))
+
+
+def _brought(array: ArrayPlan) -> dict[int, int]:
+    """`Plan.parts` of all ranks, in bytes."""
+    boxes: dict[int, list[Box]] = defaultdict(list)
+    for rank, box in array.sources or ((chunk.writer, chunk.box) for chunk in array.chunks):
+        boxes[rank].append(box)
+    size = itemsize(array.dtype)
+    return {r: (around(b) if len(b) > 1 else b[0]).size * size for r, b in boxes.items()}
+
+
+def _record(chunk_bytes: int) -> str:
+    """What the manifest says of a chunk (`ckpt.blocks`), but for the values of its checksums."""
+    block = block_bytes(chunk_bytes)
+    record: dict[str, Any] = {"size": chunk_bytes + CHECKSUM_BYTES, "crc32c": "0" * 8}
+    if chunk_bytes > block:
+        record |= {"block": block, "running": "0" * 8 * -(-chunk_bytes // block)}
+    return json.dumps(record, separators=(",", ":"))
+
+
+def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:
+    """About how many bytes the manifest has beside what it says of chunks."""
+    size = 1000  # versions, topology, counters, an optimizer's hyperparameters, a schedule
+    document = len(f'"/{ZARR}": {{"size":350,"crc32c":"{"0" * 8}"}},')
+    for atom in atoms:
+        size += len(f'"{atom}":{{"requires_grad":true}},"{atom}",')
+        size += len(f'"{atom}":{{"step":1000.0}},') * (len(states) > 1)
+        size += len(atom_path(atom)) + document
+        for state in states:
+            size += 2 * len(array_path(atom, state)) + document + len('"":{},')
+    return size

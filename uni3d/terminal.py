@@ -1,0 +1,63 @@
+"""What the commands of `uni3d` share: their arguments, and how they speak.
+
+The commands import `ckpt` when they run, and not before: `uni3d --help` waits neither for it nor for numpy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+out = Console()
+err = Console(stderr=True)
+
+Run = Annotated[
+    str,
+    typer.Argument(
+        help="Folder or URL that a run was saved to, or one checkpoint's own.", show_default=False
+    ),
+]
+RunOnly = Annotated[str, typer.Argument(help="Folder or URL that a run was saved to.")]
+Tag = Annotated[str | None, typer.Option(help="Which checkpoint; the newest committed one by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+
+
+def say(line: object) -> None:
+    """Print a line as it is: unbroken, and with no brackets of a name taken for markup."""
+    out.print(Text(str(line)), soft_wrap=True)
+
+
+def complain(error: object) -> None:
+    """Print one line to stderr, whatever the error's text is."""
+    text = " ".join(str(error).splitlines())
+    err.print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
+
+
+def say_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, where that is a terminal; gives what is to be told the bytes done."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(label, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def in_bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
