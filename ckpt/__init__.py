@@ -25,7 +25,7 @@ from ckpt.export import export_safetensors, weights
 from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
-from ckpt.read import Checkpoint, open_checkpoint
+from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
 from ckpt.save import SaveReport, Shard, save
 from ckpt.store import open_store
 from ckpt.tags import Retention, committed_tags, prune, read_latest
@@ -54,6 +54,7 @@ __all__ = [
     "committed_tags",
     "export_safetensors",
     "extent",
+    "find_checkpoint",
     "from_first",
     "gathered",
     "load",

@@ -19,26 +19,39 @@ class Blocks:
 
     size: int
     """Of a block, in bytes; the last one may be shorter."""
-    sums: tuple[int, ...]
+    sums: str
+    """Eight hexadecimal digits of each."""
     run_on: bool = True
 
     @classmethod
     def of_record(cls, record: Json, version_1_block: int | None) -> Blocks:
         """Those that a manifest's record of a chunk holds."""
         if version_1_block is not None:
-            sums = record.get("blocks", [record["crc32c"]])
-            return cls(version_1_block, tuple(int(c, 16) for c in sums), run_on=False)
-        text: str = record["running"] if "running" in record else record["crc32c"]
-        sums = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
-        return cls(int(record["block"] if "block" in record else record["size"]), sums)
+            sums = record["blocks"] if "blocks" in record else [record["crc32c"]]
+            return cls(version_1_block, "".join(sums), run_on=False)
+        if "running" in record:
+            return cls(record["block"], record["running"])
+        return cls(record["size"], record["crc32c"])
 
     def first_damaged(self, data: memoryview, first: int) -> int | None:
         """Index of the first block that isn't what was saved; `data` begins with block `first`."""
+        count = -(-len(data) // self.size)
+        if self.run_on and crc32c(data, self._before(first)) == self.sum(first + count - 1):
+            return None  # all at once; block by block only to tell which one
         for i, begin in enumerate(range(0, len(data), self.size), start=first):
-            before = self.sums[i - 1] if self.run_on and i else 0
-            if crc32c(data[begin : begin + self.size], before) != self.sums[i]:
+            if crc32c(data[begin : begin + self.size], self._before(i)) != self.sum(i):
                 return i
         return None
+
+    @property
+    def count(self) -> int:
+        return len(self.sums) // 8
+
+    def _before(self, i: int) -> int:
+        return self.sum(i - 1) if self.run_on and i else 0
+
+    def sum(self, i: int) -> int:
+        return int(self.sums[8 * i : 8 * i + 8], 16)
 
 
 class Summing:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Box:
-    """The part of an array that begins at `offset` and has `shape`; both have one entry per dim."""
+class Box(NamedTuple):
+    """The part of an array that begins at `offset` and has `shape`; both have one entry per dim.
+
+    A named tuple, as plans and reads make hundreds of thousands.
+    """
 
     offset: Shape
     shape: Shape
-
-    def __post_init__(self) -> None:
-        assert len(self.offset) == len(self.shape), f"{self.offset} and {self.shape} differ in dims"
 
     @classmethod
     def whole(cls, shape: Shape) -> Box:
@@ -42,15 +41,14 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common part, or None where there is none."""
-        if self.shape:  # most boxes that are compared lie apart, in their first dim
-            a, b = self.offset[0], other.offset[0]
-            if a >= b + other.shape[0] or b >= a + self.shape[0]:
+        offset, shape = [], []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            low, high = max(a, b), min(a + n, b + m)
+            if low >= high:
                 return None
-        low = tuple(map(max, self.offset, other.offset))
-        high = tuple(map(min, self.end, other.end))
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return None
-        return Box(low, tuple(b - a for a, b in zip(low, high, strict=True)))
+            offset.append(low)
+            shape.append(high - low)
+        return Box(tuple(offset), tuple(shape))
 
     def relative_to(self, other: Box) -> Box:
         """The same box, counted from the beginning of `other`."""

@@ -270,9 +270,18 @@ def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
         CheckpointError: nothing is committed there, no such tag (the ones there are, are listed), or the
             documents are damaged.
     """
+    return Checkpoint(*find_checkpoint(run, tag))
+
+
+def find_checkpoint(run: str | Path, tag: str | None = None) -> tuple[Store, str]:
+    """The store and the folder in it of the checkpoint that `open_checkpoint` opens; nothing is read of it.
+
+    Raises:
+        CheckpointError: as there, but for damage.
+    """
     store = open_store(run)
     if tag is None and store.exists(MANIFEST):
-        return Checkpoint(store, "")
+        return store, ""
     if tag is None:
         tag = read_latest(store)
         if tag is None:
@@ -282,4 +291,4 @@ def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
         tags = committed_tags(store)
         there = f"the tags there are: {', '.join(tags)}" if tags else "there are none"
         raise CheckpointError(f"{store.where('')} has no committed checkpoint {tag!r}; {there}")
-    return Checkpoint(store, tag)
+    return store, tag

@@ -99,6 +99,10 @@ def save(
     """
     held = {shard.spec.key: shard for shard in shards}
     rounds = list(gather.rounds(plan))
+    if retention.keep_last is not None and not durable:
+        raise CheckpointError(  # on all ranks, which are given the same
+            "a save that isn't durable can't delete older checkpoints: a power cut could leave none"
+        )
     checks = gathered(comm, lambda: (*_check(tag, held, plan, comm.rank, document), len(rounds)))
     _check_agreed([check[0] for check in checks], [check[1] for check in checks])
     store = together(comm, lambda: open_store(run))

@@ -166,10 +166,10 @@ class _Verifier:
         """The chunk's checksums, if its record is what a chunk of `size` bytes has."""
         try:
             blocks, checksum = self._checkpoint.blocks(record), int(record["crc32c"], 16)
-            fits = record["size"] == size + _CHECKSUM and len(blocks.sums) == -(-size // blocks.size)
+            fits = record["size"] == size + _CHECKSUM and blocks.count == -(-size // blocks.size)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
-        return blocks if fits and (blocks.sums[-1] == checksum or not blocks.run_on) else None
+        return blocks if fits and (blocks.sum(blocks.count - 1) == checksum or not blocks.run_on) else None
 
     def _faults(self, path: str, blocks: Blocks, size: int, checksum: int) -> list[str]:
         """Read a chunk's file through a window that stays in the processor's cache."""
@@ -200,7 +200,7 @@ class _Verifier:
                 faults.append(self._too_long(path, size + _CHECKSUM))
         if damaged:
             first = f"the first at byte {damaged[0] * blocks.size}"
-            faults.insert(0, f"is damaged in {len(damaged)} of {len(blocks.sums)} blocks, {first}")
+            faults.insert(0, f"is damaged in {len(damaged)} of {blocks.count} blocks, {first}")
         elif not faults and not blocks.run_on and whole != checksum:  # version 1 has the two side by side
             faults.append("has sound blocks, but as a whole another checksum than the manifest's")
         return faults

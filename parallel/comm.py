@@ -18,6 +18,8 @@ Bytes = npt.NDArray[np.uint8]
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: as long as the slowest one may take to write its part."""
 
+SLOT_BYTES = 1 << 10
+
 
 class HostComm:
     """All ranks of a job, exchanging Python values and bytes through their CPUs.
@@ -53,22 +55,32 @@ class HostComm:
         return np.split(received.numpy(), ends)
 
     def _collect(self, value: Any, *, on_all: bool) -> list[Any]:
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        self._group.allgather([lengths], [torch.tensor([len(data)])]).wait()
-        longest = int(max(lengths))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = data
-        everyone: list[Tensor] = []
-        if on_all or self.rank == 0:
-            everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        if on_all:
-            self._group.allgather([everyone], [padded]).wait()
+        data = pickle.dumps(value)
+        # One collective carries every rank's length and, where all are short, as most are, the values.
+        slots = self._all_gather(len(data).to_bytes(8, "little") + data[:SLOT_BYTES], 8 + SLOT_BYTES)
+        lengths = [int.from_bytes(slot[:8], "little") for slot in slots]
+        if max(lengths) <= SLOT_BYTES:
+            parts = [slot[8:] for slot in slots] if on_all or self.rank == 0 else []
+        elif on_all:
+            parts = self._all_gather(data, max(lengths))
         else:
-            options = dist.GatherOptions()
-            options.rootRank = 0
-            self._group.gather([everyone] if everyone else [], [padded], options).wait()
-        return [
-            pickle.loads(part[: int(length)].numpy().tobytes())  # the ranks' own values, in memory
-            for part, length in zip(everyone, lengths, strict=False)
-        ]
+            parts = self._gather(data, max(lengths))
+        values = zip(parts, lengths, strict=False)
+        return [pickle.loads(part[:length]) for part, length in values]  # the ranks' own, in memory
+
+    def _all_gather(self, data: bytes, size: int) -> list[bytes]:
+        everyone = [torch.empty(size, dtype=torch.uint8) for _ in range(self.size)]
+        self._group.allgather([everyone], [_padded(data, size)]).wait()
+        return [part.numpy().tobytes() for part in everyone]
+
+    def _gather(self, data: bytes, size: int) -> list[bytes]:
+        count = self.size if self.rank == 0 else 0
+        everyone = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        self._group.gather([everyone] if everyone else [], [_padded(data, size)], options).wait()
+        return [part.numpy().tobytes() for part in everyone]
+
+
+def _padded(data: bytes, size: int) -> Tensor:
+    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)

@@ -282,7 +282,11 @@ class Checkpointer:
         return ckpt.from_first(self._comm, lambda: ckpt.read_latest(run))
 
     def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
-        chosen = ckpt.from_first(self._comm, lambda: ckpt.open_checkpoint(run, tag).url)
+        def find() -> str:
+            store, folder = ckpt.find_checkpoint(run, tag)
+            return store.where(folder)
+
+        chosen = ckpt.from_first(self._comm, find)
         return ckpt.together(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
 

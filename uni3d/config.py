@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from uni3d.optim import OptimizerConfig, SchedulerConfig
 
@@ -94,6 +101,16 @@ class CheckpointConfig(_Strict):
     """Delete all but this many of the newest checkpoints after each save; null keeps all."""
     keep_every: int | None = Field(default=None, gt=0)
     """Keep, beside these, checkpoints whose step is a multiple of this."""
+
+    @model_validator(mode="after")
+    def _retention_is_safe(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every says what is kept beside the last ones; give keep_last too")
+        if self.keep_last is not None and not self.durable:
+            raise ValueError(
+                "keep_last deletes checkpoints, so those that are kept must be on the disk: no durable false"
+            )
+        return self
 
 
 class Config(_Strict):
@@ -191,7 +208,8 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
-    return f"{key or 'the whole'} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key or 'the whole'} is {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(path: list[str]) -> list[str]:

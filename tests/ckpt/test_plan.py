@@ -267,8 +267,7 @@ def test_chunks_are_near_the_size_wanted():
     """Cut and uncut dims, and lengths that divide badly: within 1/4 and 2 of what was asked for."""
     for rows, parts in [(4096, 1), (4096, 4), (50304, 3), (50257, 1), (6000, 7)]:
         (array,) = plan_of((rows, 512), cut((rows, 512), (parts, 1)), chunk_bytes=1 << 20).arrays
-        size = math.prod(array.chunk_shape) * 4
-        assert (1 << 18) <= size <= (2 << 20), (rows, parts, array.chunk_shape)
+        assert (1 << 18) <= math.prod(array.chunk_shape) * 4 <= (2 << 20), (rows, parts, array.chunk_shape)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +326,7 @@ def test_copies_share_the_writing(ranks):
 @pytest.mark.parametrize("cuts", [(1, 1), (2, 1)], ids=str)
 def test_each_copy_writes_one_range_of_a_large_array(cuts):
     """So that of its shard it need not bring more than its share."""
-    boxes = cut((64, 1024), cuts)
-    made = plan_of((64, 1024), boxes * 4, chunk_bytes=1 << 12, gather_below=0)
+    made = plan_of((64, 1024), cut((64, 1024), cuts) * 4, chunk_bytes=1 << 12, gather_below=0)
     assert made.bytes_written() == dict.fromkeys(made.ranks, 64 * 1024 * 4 // len(made.ranks))
     for rank in made.ranks:
         (part,) = made.parts(rank).values()

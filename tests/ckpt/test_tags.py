@@ -99,6 +99,13 @@ def test_retentions_that_make_no_sense(given, text):
         Retention(**given)
 
 
+def test_nothing_is_deleted_for_what_may_not_be_on_the_disk(tmp_path):
+    save_at(tmp_path, "s1", 1)
+    with pytest.raises(CheckpointError, match="a save that isn't durable can't delete older checkpoints"):
+        save_arrays(tmp_path, "s2", ARRAYS, durable=False, retention=Retention(keep_last=1))
+    assert committed_tags(tmp_path) == ["s1"]
+
+
 def test_the_latest_is_kept_even_if_it_is_old(run):
     for step in (1, 2, 3):
         save_at(run, f"s{step}", step, step)

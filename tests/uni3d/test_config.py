@@ -136,6 +136,14 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"optimizer": {"params": {}}}, "optimizer is {'params': {}}: unable to extract tag"),
         ({"optimizer": ADAMW | {"params": {"lr": "1e-3"}}}, "optimizer.params.lr is '1e-3': "),
         ({"optimizer": ADAMW | {"params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas.1 is 1.0: "),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True: expected 0, 1, 2 or 3"),
+        ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last is 0: "),
+        ({"checkpoint": {"keep_every": 2}}, "checkpoint is {'keep_every': 2}: keep_every says what is kept"),
+        (
+            {"checkpoint": {"keep_last": 2, "durable": False}},
+            "checkpoint is {'keep_last': 2, 'durable': Fals",
+        ),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is refused: not needed"),
         ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.params is {'type': 'WarmupDecayLR'}: "),
     ],
 )
