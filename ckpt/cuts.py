@@ -21,12 +21,11 @@ GATHER_BELOW_BYTES = 256 << 10
 CHUNK_BYTES = 16 << 20
 """Chunks are cut to about this size: large enough to stream, small enough to share and to read in part."""
 
-TILE_BYTES = 256 << 10
-"""Chunks are kept narrow along `ShardSpec.fine_dim` down to this size,"""
-TILES = 8
-"""or this number of them along that dim, and at most"""
+TILES = {8: 1 << 20, 4: 256 << 10, 2: 256 << 10}
+"""Chunks are kept narrow along `ShardSpec.fine_dim`: into so many of them if they have these bytes, so that
+large arrays can be read in eighths, and small ones don't become too many files."""
 MOST_TILES = 64
-"""this number in all: of an array that many ranks share, a rank's part is a file as it is."""
+"""Of all ranks together: of an array that many ranks share, a rank's part is a file as it is."""
 
 
 _Chunks = list[tuple[Shape, Box]]
@@ -127,10 +126,13 @@ def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes:
     """Cut a chunk along `dim`, the array's `fine_dim`, into a number of parts that divides it."""
     if dim is None:
         return pitch
-    by_size = math.prod(pitch) * itemsize // TILE_BYTES
-    most = min(TILES * pitch[dim] // max(shape[dim], 1), by_size, MOST_TILES // boxes)
-    parts = max((p for p in range(1, most + 1) if pitch[dim] % p == 0 and TILES % p == 0), default=1)
-    return (*pitch[:dim], pitch[dim] // parts, *pitch[dim + 1 :])
+    nbytes = math.prod(pitch) * itemsize
+    cut = max(1, -(-shape[dim] // pitch[dim]))  # so many parts there are already
+    for tiles, least in TILES.items():
+        parts = tiles // cut
+        if parts and pitch[dim] % parts == 0 and nbytes >= parts * least and boxes * parts <= MOST_TILES:
+            return (*pitch[:dim], pitch[dim] // parts, *pitch[dim + 1 :])
+    return pitch
 
 
 def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int) -> Shape:

@@ -123,7 +123,9 @@ def check(layout: Ranks, plan: ArrayPlan) -> None:
 @settings(deadline=None, max_examples=250)
 @given(layouts(), st.fixed_dictionaries(SIZES), st.sampled_from([4, 16, 1 << 20]))
 def test_every_chunk_has_one_writer_and_every_element_is_covered(layout, sizes, tile_bytes):
-    with mock.patch("ckpt.cuts.TILE_BYTES", tile_bytes):  # so that small arrays have narrow chunks too
+    with mock.patch.dict(
+        "ckpt.cuts.TILES", {8: 4 * tile_bytes, 4: tile_bytes, 2: tile_bytes}
+    ):  # so that small arrays have narrow chunks too
         whole = make_plan(layout, **sizes)
         shuffled = {r: random.Random(0).sample(layout[r], len(layout[r])) for r in sorted(layout)[::-1]}
         again = make_plan(shuffled, **sizes)
@@ -277,7 +279,8 @@ def test_chunks_are_near_the_size_wanted():
         ((1024, 4096), (2, 1), (512, 512)),  # as many, of 1 MiB each
         ((1024, 4096), (1, 2), (1024, 512)),  # as many: 4 of each half
         ((1024, 4096), (1, 8), (1024, 512)),  # narrow already
-        ((1024, 4096), (8, 1), (128, 512)),  # as many, of 256 KiB
+        ((1024, 4096), (4, 1), (256, 1024)),  # 4, as 8 would be less than 1 MiB
+        ((1024, 4096), (8, 1), (128, 1024)),  # as many
         ((1024, 4096), (32, 1), (32, 2048)),  # 64 in all
         ((256, 512), (1, 1), (256, 256)),  # no narrower than 256 KiB
         ((128, 512), (1, 1), (128, 512)),  # less than that
