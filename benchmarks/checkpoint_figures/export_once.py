@@ -1,0 +1,24 @@
+"""A program that imports nothing but `ckpt`, exports, and prints JSON: `export_once.py RUN FILE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import ckpt
+from checkpoint_figures.procfs import MIB, peak_over_start
+
+
+def measure(run: Path, path: Path) -> dict[str, float]:
+    """Seconds, the MiB of memory that it took, and the bytes that came out."""
+    with peak_over_start() as peak:
+        start = time.perf_counter()
+        size = ckpt.export_safetensors(ckpt.open_checkpoint(run), path)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "mib": peak[0] / MIB, "size": size}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), Path(sys.argv[2]))))

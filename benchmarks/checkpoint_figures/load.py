@@ -1,0 +1,155 @@
+"""Loading into tensors that exist: on the topology that saved, and on any other."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from checkpoint_figures import dcp, save, subject, yardsticks
+from checkpoint_figures.bench import Arm, Bench, one_folder, take_turns
+from checkpoint_figures.procfs import bytes_read
+from checkpoint_figures.ranks import Group, Pool, Rank
+from checkpoint_figures.subject import Place
+from checkpoint_figures.table import Bar, Row, Sample
+
+TIMED = (
+    Place(1, 1, 1, 0),
+    Place(1, 2, 1, 1),
+    Place(2, 1, 1, 1),
+    Place(1, 1, 2, 1),
+    Place(2, 2, 1, 1),
+    Place(1, 4, 1, 1),
+)
+"""Topologies between all ordered pairs of which loads are timed."""
+
+PAIRS = (
+    Place(1, 1, 1, 0),
+    Place(1, 2, 1, 0),
+    Place(1, 2, 1, 1),
+    Place(2, 1, 1, 2),
+    Place(1, 1, 2, 3),
+    Place(1, 3, 1, 3),
+    Place(1, 4, 1, 1),
+    Place(2, 2, 1, 1),
+    Place(2, 1, 2, 0),
+    Place(1, 2, 2, 2),
+    Place(4, 1, 1, 0),
+    Place(1, 1, 4, 1),
+)
+"""Topologies between all ordered pairs of which the bytes of a load are counted: every ZeRO stage, pp and
+tp to 4, dp to 4; 3 divides neither the vocabulary nor what the others cut."""
+
+
+def figures(bench: Bench) -> list[Row]:
+    """The same topology, on two ranks, everything in the page cache."""
+    with Pool(2) as pool, pool.group(2) as ranks:
+        save.prepare(bench, ranks)
+        ranks.call(dcp.prepare, bench.options)
+        run = one_folder(bench.workspace, ranks, "ours", subject.save, durable=False)
+        theirs = one_folder(bench.workspace, ranks, "dcp", dcp.save, durable=False)
+        paths, sizes = yardsticks.chunk_files(run / "bench")
+        _check_that_it_loads(ranks, run)
+        arms: dict[str, Arm] = {
+            "ours": lambda: ranks.time(subject.load, run).seconds,
+            "raw": lambda: ranks.time(yardsticks.read_files, paths, sizes).seconds,
+            "dcp": lambda: ranks.time(dcp.load, theirs).seconds,
+        }
+        for arm in arms.values():
+            arm()
+        times = take_turns(arms, bench.repeats)
+    figure = "load into existing tensors, checksums verified, same topology, 2 ranks"
+    return [
+        Row(
+            figure=figure,
+            ours=times["ours"],
+            yardstick=f"preadv of the same {len(paths)} files into existing memory",
+            theirs=times["raw"],
+            bar=Bar("times_as_fast", 0.75),
+        ),
+        Row(figure=figure, ours=times["ours"], yardstick="DCP", theirs=times["dcp"]),
+    ]
+
+
+def _check_that_it_loads(ranks: Group, run: Path) -> None:
+    """A load that restored nothing would be fast."""
+    before = ranks.call(subject.digest)
+    ranks.call(subject.erase)
+    assert ranks.call(subject.digest) != before, "the state was not erased"
+    ranks.call(subject.load, run)
+    assert ranks.call(subject.digest) == before, "the load did not restore the state"
+
+
+def topology_figures(bench: Bench) -> list[Row]:
+    """Each topology loads what each of `TIMED` has saved; compared with what it has saved itself."""
+    rows = []
+    with Pool(4) as pool:
+        runs = {place: _saved(bench, pool, place, bench.options) for place in TIMED}
+        for place in TIMED:
+            with pool.group(place.world) as ranks:
+                ranks.call(subject.make_engine, place, bench.options, step=False)
+
+                def arm(run: Path, ranks: Group = ranks) -> Arm:
+                    return lambda: ranks.time(subject.load, run).seconds
+
+                arms = {str(source): arm(run) for source, run in runs.items()}
+                for one in arms.values():  # the first makes the moments, and all fill the cache
+                    one()
+                times = take_turns(arms, bench.repeats)
+            same = times.pop(str(place))
+            rows.append(_topology_row(place, same, times))
+    return rows
+
+
+def _topology_row(place: Place, same: Sample, others: dict[str, Sample]) -> Row:
+    source, worst = max(others.items(), key=lambda item: item[1].median)
+    return Row(
+        figure=f"load on {place} what {len(others)} others saved; the slowest: {source}",
+        ours=worst,
+        yardstick="what it saved itself",
+        theirs=same,
+        bar=Bar("times_as_much", 1.1),
+        parts=others,
+    )
+
+
+def _saved(bench: Bench, pool: Pool, place: Place, options: dict[str, object]) -> Path:
+    """A checkpoint that this topology wrote."""
+    with pool.group(place.world) as ranks:
+        ranks.call(subject.make_engine, place, options, step=True)
+        return one_folder(bench.workspace, ranks, "source", subject.save, durable=False)
+
+
+def byte_figures(bench: Bench) -> list[Row]:
+    """Bytes read over bytes wanted, on the worst rank of the worst ordered pair of `PAIRS`.
+
+    Read is what uni3d says, or what Linux counted of the process's read calls, whichever is more.
+    """
+    ratios: dict[str, float] = {}
+    with Pool(4) as pool:
+        runs = {place: _saved(bench, pool, place, bench.pair_options) for place in PAIRS}
+        for place in PAIRS:
+            with pool.group(place.world) as ranks:
+                ranks.call(subject.make_engine, place, bench.pair_options, step=False)
+                ranks.call(subject.load, runs[place])  # makes the moments, imports what it needs
+                for source, run in runs.items():
+                    ratios[f"{source} -> {place}"] = max(ranks.call(_amplification, run))
+    pair, worst = max(ratios.items(), key=lambda item: item[1])
+    what = (
+        f"{len(ratios)} ordered pairs of {len(PAIRS)} topologies, {bench.pair_options['num_layers']} layers"
+    )
+    return [
+        Row(
+            figure=f"bytes read / bytes wanted, worst rank of {what}",
+            ours=Sample((worst,), "x"),
+            yardstick=f"the worst is {pair}; the median {statistics.median(ratios.values()):.4f}",
+            bar=Bar("at_most", 1.1),
+            parts={name: Sample((ratio,), "x") for name, ratio in ratios.items()},
+        )
+    ]
+
+
+def _amplification(rank: Rank, run: Path) -> float:
+    before = bytes_read()
+    subject.load(rank, run)
+    read = max(bytes_read() - before, subject.bytes_read(rank))
+    return read / subject.bytes_held(rank)
