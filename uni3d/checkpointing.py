@@ -61,6 +61,8 @@ class Checkpointer:
         self.wait()
         Background.join_all()  # at most one save may be going on in a run's folder
         asynchronous = self._engine.config.checkpoint.async_save
+        if "://" not in str(run):
+            run = Path(run).absolute()  # the script may change its folder meanwhile
         taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
 
         def take() -> str:
@@ -157,7 +159,7 @@ class Checkpointer:
             },
             **describe(engine.model, engine.optimizer),
             "aliases": engine.model.ties,
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
             "engine": {
                 "global_steps": engine.global_steps,
                 "global_samples": engine.global_samples,

@@ -5,6 +5,7 @@ Scalars of the optimizer (its step counts) and the hyperparameters of its groups
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
             continue
         if isinstance(value, Tensor):
             value = value.item()
-        values[key] = list(value) if isinstance(value, tuple) else value
+        # Copied, as training may change what is in it before it is written.
+        values[key] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
     return values
 
 

@@ -195,6 +195,42 @@ def test_frozen_parameters_are_linked_and_outlive_the_old_tag(alone: None, tmp_p
     assert (ckpt.open_checkpoint(tmp_path).read("fixed.weight") == fixed).all()
 
 
+class Listing(torch.optim.lr_scheduler.LambdaLR):
+    """Keeps the rates that it gave in a list, which grows."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.given: list[float] = []
+        super().__init__(optimizer, lambda epoch: 1.0)
+
+    def step(self, epoch: Any = None) -> None:
+        super().step()
+        self.given.append(self.get_last_lr()[0])
+
+
+def test_what_the_script_changes_while_it_is_written(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(seeded(OwnLoss), lr_scheduler=Listing)
+    batches = global_batches(4)
+    train(engine, batches[:2])
+    monkeypatch.chdir(tmp_path)
+    client_state = {"seen": [1]}
+    with held_up() as go:
+        engine.save_checkpoint("run", client_state=client_state)
+        client_state["seen"].append(2)
+        engine.optimizer.param_groups[0]["lr"] = 9.0
+        train(engine, batches[2:])
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        go.set()
+        engine.wait_for_checkpoint()
+    manifest = ckpt.open_checkpoint(tmp_path / "run").manifest
+    assert manifest["client_state"] == {"seen": [1]}
+    assert len(manifest["scheduler"]["given"]) == len(engine.lr_scheduler.given) - 2
+    assert manifest["optimizer"]["groups"][0]["lr"] == 0.02
+    assert manifest["step"] == 2
+
+
 def test_a_run_in_a_store_that_is_no_folder(alone: None) -> None:
     engine = make_engine(seeded(OwnLoss))
     batches = global_batches(4)
