@@ -204,6 +204,25 @@ def test_a_deletion_that_is_killed() -> None:
     assert {*gone} == {False, True}
 
 
+def test_a_deletion_takes_the_manifest_first(run: str) -> None:
+    """And while it goes on, a marker says so."""
+    save_arrays(run, "t1", OLD)
+    save_arrays(run, "t2", NEW)
+    paths: list[str] = []
+    real = RemoteStore._call
+
+    def call(
+        self: RemoteStore, method: Callable[..., object], path: str, *args: object, **kw: object
+    ) -> object:
+        if method.__name__ in CHANGES:
+            paths.append(f"{method.__name__} {path}")
+        return real(self, method, path, *args, **kw)
+
+    with mock.patch.object(RemoteStore, "_call", call):
+        prune(run, Retention(keep_last=1))
+    assert paths == ["pipe_file .deleting.t1", "rm_file t1/manifest.json", "rm t1", "rm_file .deleting.t1"]
+
+
 def test_a_committed_tag_is_never_overwritten(run: str) -> None:
     save_arrays(run, "t1", OLD)
     for result in saving(run, "t1")():

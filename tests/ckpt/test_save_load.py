@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
+from itertools import chain, pairwise
 
 import ml_dtypes
 import numpy as np
@@ -223,6 +223,31 @@ def test_unwritten_padding_is_never_zeros(tmp_path, dtype):
     padding = {*stored(found[332:]).reshape(-1).view(f"u{found.itemsize}").tolist()}
     fill = json.loads((tmp_path / "t1" / "atoms/w/fp32/zarr.json").read_text())["fill_value"]
     assert padding == {fill if dtype != np.float32 else 0x7FC00000}, "the fill value, bit for bit"
+
+
+@pytest.mark.parametrize("round_bytes", [1, 1 << 30])
+def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_bytes):
+    """Each gets what the others hold of its chunks, and no more."""
+    monkeypatch.setattr("ckpt.gather.ROUND_BYTES", round_bytes)
+    key, ends = ("w", "fp32"), [0, 1501, 2200, 3001]
+    arrays = {key: random_array(np.random.default_rng(4), "float32", (3001, 4096))}
+    boxes = {key: [Box((a, 0), (b - a, 4096)) for a, b in pairwise(ends)]}
+    (array,) = make_plan(layout_of(arrays, boxes)).arrays
+    assert array.sources
+    assert {chunk.writer for chunk in array.chunks} == {0, 1, 2}
+    got = dict.fromkeys(range(3), 0)
+    exchange = ThreadComm.exchange
+
+    def noted(comm, outgoing, incoming_sizes):
+        got[comm.rank] += sum(incoming_sizes)
+        return exchange(comm, outgoing, incoming_sizes)
+
+    monkeypatch.setattr(ThreadComm, "exchange", noted)
+    save_arrays(tmp_path, "t1", arrays, boxes)
+    size = np.prod(array.chunk_shape) * 4
+    assert max(got.values()) <= size * -(-len(array.chunks) // 3)
+    assert same(zarr_read(tmp_path / "t1", key), arrays[key])
+    assert same(open_checkpoint(tmp_path).read(*key), arrays[key])
 
 
 def test_a_gather_takes_several_rounds(tmp_path, monkeypatch):

@@ -19,20 +19,21 @@ from ranks import Ranks
 from small_models import OwnLoss, Stack, global_batches, make_engine, seeded, train, whole
 
 import ckpt
+from uni3d.checkpointing import Checkpointer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
 def held_up() -> Iterator[threading.Event]:
-    """Saves that write nothing until the event is set."""
-    go, save = threading.Event(), ckpt.save
+    """Saves that do nothing in the background until the event is set."""
+    go, write = threading.Event(), Checkpointer._write
 
-    def slow(*args: Any, **kwargs: Any) -> Any:
+    def slow(self: Checkpointer, *args: Any) -> Any:
         assert go.wait(60)
-        return save(*args, **kwargs)
+        return write(self, *args)
 
-    with mock.patch.object(ckpt, "save", slow):
+    with mock.patch.object(Checkpointer, "_write", slow):
         yield go
         go.set()
 
