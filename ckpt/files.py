@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def sync_tree(folder: Path) -> None:
     fsync of each would wait for each.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "syncfs"):
+    if hasattr(libc, "syncfs") and _reports_errors(os.uname().release):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             if libc.syncfs(fd) != 0:
@@ -113,6 +114,11 @@ def sync_tree(folder: Path) -> None:
             finally:
                 os.close(fd)
         sync_folder(path)
+
+
+def _reports_errors(release: str) -> bool:
+    """Whether `syncfs` tells of data that could not be written: Linux does since 5.8."""
+    return [int(n) for n in re.findall(r"\d+", release)[:2]] >= [5, 8]
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool) -> None:

@@ -124,11 +124,15 @@ class LocalStore:
     def sync(self, tag: str) -> None:
         files.sync_tree(self._folder / (SAVING + tag))
 
-    def commit(self, tag: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool) -> None:
+    def commit(
+        self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
+    ) -> None:
         staging, final = self._folder / (SAVING + tag), self._folder / tag
-        os.unlink(self._mark(tag))
         for name, content in documents.items():
             files.write_file(staging / name, [content], durable=durable)
+        if not self.begun(tag, token):
+            raise CheckpointError(f"another save of {final} has begun since this one did")
+        os.unlink(self._mark(tag))
         if durable:
             files.sync_folder(staging)
         self._check_replaceable(tag)
@@ -152,7 +156,10 @@ class LocalStore:
         # The checkpoint that was replaced, if any. What can't be removed now, the next save removes.
         shutil.rmtree(staging, ignore_errors=True)
 
-    def abandon(self, tag: str) -> None:
+    def abandon(self, tag: str, token: str) -> None:
+        with contextlib.suppress(OSError):  # where none is there, or a part of it, this save got no further
+            if not token.startswith(Path(self._mark(tag)).read_text()):
+                return  # another save's
         shutil.rmtree(self._folder / (SAVING + tag), ignore_errors=True)
 
     def delete(self, tag: str) -> None:

@@ -52,7 +52,11 @@ class RemoteStore:
         return int(self._call(self._fs.info, path)["size"])
 
     def exists(self, path: str) -> bool:
-        return bool(self._call(self._fs.exists, path))
+        try:  # fsspec's own `exists` takes every failure for an answer
+            self._call(self._fs.info, path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
@@ -98,7 +102,11 @@ class RemoteStore:
     def sync(self, tag: str) -> None:
         """A put has returned only when the store keeps the object."""
 
-    def commit(self, tag: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool) -> None:
+    def commit(
+        self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
+    ) -> None:
+        if not self.begun(tag, token):
+            raise CheckpointError(f"another save of {self.where(tag)} has begun since this one did")
         for name, content in documents.items():
             self.write(f"{tag}/{name}", [content], durable=durable)
         try:
@@ -110,9 +118,9 @@ class RemoteStore:
                 f"{self.where(tag)} is committed, but {LATEST!r} may not name it: {error}"
             ) from error
 
-    def abandon(self, tag: str) -> None:
+    def abandon(self, tag: str, token: str) -> None:
         try:
-            if self.exists(SAVING + tag):  # else it wasn't begun, and what is there isn't this save's
+            if self.begun(tag, token):  # else what is there isn't this save's
                 self._finish(SAVING + tag)
         except OSError:
             pass  # the next save cleans up

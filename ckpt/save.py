@@ -107,8 +107,9 @@ def save(
     _check_agreed([check[0] for check in checks], [check[1] for check in checks])
     store = together(comm, lambda: open_store(run))
     workers = store.threads or threads or cores()
+    own = uuid.uuid4().hex
     try:
-        token, base = from_first(comm, lambda: _begin(store, tag, incremental))
+        token, base = from_first(comm, lambda: _begin(store, tag, own, incremental))
         writer = together(comm, lambda: _writer(store, tag, token, base, durable, workers))
 
         def write_in_place() -> Written:
@@ -127,11 +128,11 @@ def save(
             together(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
         everything = comm.gather(written)
         return from_first(
-            comm, lambda: _finish(store, tag, everything, document, durable, update_latest, retention)
+            comm, lambda: _finish(store, tag, token, everything, document, durable, update_latest, retention)
         )
     except CheckpointError:
         if comm.rank == 0:
-            store.abandon(tag)
+            store.abandon(tag, own)
         raise
 
 
@@ -174,9 +175,8 @@ def _check_agreed(tags: list[str], plans: list[tuple[tuple[int, ...], str]]) -> 
                 )
 
 
-def _begin(store: Store, tag: str, incremental: bool) -> tuple[str, str | None]:
-    """On rank 0: prepare the store; returns a token by which others know it, and the tag to link to."""
-    token = uuid.uuid4().hex
+def _begin(store: Store, tag: str, token: str, incremental: bool) -> tuple[str, str | None]:
+    """On rank 0: prepare the store; returns the token by which others know it, and the tag to link to."""
     base = None
     if incremental:
         try:
@@ -210,6 +210,7 @@ def _in_place(plan: Plan, held: dict[Any, Shard], rank: int) -> Iterator[Write]:
 def _finish(
     store: Store,
     tag: str,
+    token: str,
     everything: list[Written],
     document: Json,
     durable: bool,
@@ -236,7 +237,7 @@ def _finish(
         "chunks": dict(sorted(whole.chunks.items())),
     }
     documents = {ZARR: root, MANIFEST: encode_manifest(manifest)}
-    store.commit(tag, documents, durable=durable, update_latest=update_latest)
+    store.commit(tag, token, documents, durable=durable, update_latest=update_latest)
     pruned: list[str] = []
     if update_latest and retention.keep_last is not None:
         try:

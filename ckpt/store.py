@@ -85,13 +85,15 @@ class Store(Protocol):
         """Make everything that this machine wrote for `tag` durable."""
         ...
 
-    def commit(self, tag: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool) -> None:
+    def commit(
+        self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
+    ) -> None:
         """Write the last documents in their order, the manifest at the end; from then on the checkpoint
-        exists. Then point `latest` at it."""
+        exists. Then point `latest` at it. Refused if another save of the tag has begun since."""
         ...
 
-    def abandon(self, tag: str) -> None:
-        """Remove what a failed save wrote, as far as that can be done."""
+    def abandon(self, tag: str, token: str) -> None:
+        """Remove what a failed save wrote, as far as that can be done, but not what another one did."""
         ...
 
     def delete(self, tag: str) -> None:

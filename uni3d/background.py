@@ -42,8 +42,13 @@ class Background(Generic[T]):
                 self._error = error
 
         # Not a daemon: the interpreter doesn't end before it.
-        self._thread = threading.Thread(target=run, name=self._name, daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=run, name=self._name, daemon=False)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more; told like an error of the work
+            self._error = error
+        else:
+            self._thread = thread
 
     def wait(self) -> T | None:
         """What the work returned, when it has; None where there was none. Raises what it raised, once."""

@@ -104,6 +104,7 @@ class Checkpointer:
         """Raise what the save in the background raised, if all ranks know that it failed."""
         if self._agreed_failure:
             self.wait()
+            raise ckpt.CheckpointError("the save in the background failed on another rank; save again")
 
     def _parts(self) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """The plan, made anew only if what is saved has changed, and this rank's parts by it. Local."""
@@ -126,6 +127,7 @@ class Checkpointer:
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._engine.config.checkpoint
+        ckpt.together(self._comm, lambda: ckpt.check_json(document, "the checkpoint's document"))
         described = self._comm.gather(document if self._inventory.speaks else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
         whole = ckpt.together(self._comm, lambda: merge(stages) if stages else {})
@@ -256,8 +258,8 @@ class Checkpointer:
         if optimizer is not None:
             stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
         try:
-            if optimizer is not None and fresh and stored:
-                ckpt.together(self._comm, lambda: state.create_states(model, optimizer))
+            if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
+                ckpt.together(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
             held, targets = ckpt.together(self._comm, lambda: self._targets(optimizer, stored))
             report = ckpt.load(
                 checkpoint, targets, comm=self._comm, strict=strict, leave=leave, threads=self._threads
@@ -267,6 +269,7 @@ class Checkpointer:
                 optimizer.state.clear()
             raise
         state.finish_load(held, targets)
+        self._held, self._plan = [], None  # don't keep alive what a load may replace
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report

@@ -32,7 +32,7 @@ class Snapshot:
         return self._copies
 
     def _allocate(self, layout: list[tuple[torch.Size, torch.dtype]]) -> None:
-        self._copies = []  # the old memory goes before the new one comes
+        self._copies, self._layout = [], []  # the old memory goes before the new one comes
         sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
         memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):

@@ -48,6 +48,7 @@ class Inventory:
         self._model = model
         self._stage = StageLayout(model.topology)
         self._known: dict[tuple[str, str], Held] = {}
+        self._before: dict[tuple[str, str], Held] = {}
 
     def arrays(
         self, optimizer: torch.optim.Optimizer | None, with_states: Collection[str] | None = None
@@ -61,6 +62,7 @@ class Inventory:
         """
         model = self._model
         model.zero.reshard()
+        self._before, self._known = self._known, {}  # what isn't found again is forgotten
         arrays = []
         for name, parameter in named_parameters(model.module):
             first = model.first_name(name)
@@ -101,8 +103,9 @@ class Inventory:
         fine_dim: int | None,
     ) -> Held:
         """`savers` None is all ranks of the stage."""
-        known = self._known.get((name, state))
+        known = self._before.get((name, state))
         if known is not None and known.tensor is local_tensor(tensor):
+            self._known[name, state] = known
             return known
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in ckpt.DTYPES:

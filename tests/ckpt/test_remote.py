@@ -223,6 +223,20 @@ def test_a_deletion_takes_the_manifest_first(run: str) -> None:
     assert paths == ["pipe_file .deleting.t1", "rm_file t1/manifest.json", "rm t1", "rm_file .deleting.t1"]
 
 
+def test_a_failure_is_no_answer(run: str) -> None:
+    """Whether a manifest is there isn't known when the store can't be reached: then nothing is deleted."""
+    save_arrays(run, "t1", OLD)
+    store = open_store(run)
+    store.write(".saving.t1", [b"token"], durable=False)
+    with mock.patch.object(store._fs, "info", side_effect=ConnectionError("down")):
+        with pytest.raises(OSError, match="down"):
+            store.exists("t1/manifest.json")
+        with pytest.raises(OSError, match="down"):
+            store.clean()
+        store.abandon("t1", "token")
+    assert holds(run, "t1") == "old"
+
+
 def test_a_committed_tag_is_never_overwritten(run: str) -> None:
     save_arrays(run, "t1", OLD)
     for result in saving(run, "t1")():

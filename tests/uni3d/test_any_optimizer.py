@@ -199,3 +199,37 @@ def test_a_sum_that_is_not_summed_is_refused(alone: None, tmp_path: Path) -> Non
     engine.optimizer.step()
     with pytest.raises(ckpt.CheckpointError, match="mean is a sum that isn't summed yet"):
         engine.save_checkpoint(tmp_path)
+
+
+def save_unpicklable(folder: str) -> str:
+    engine = make_engine(seeded(Stack), zero=1)
+    engine.optimizer.param_groups[0]["rule"] = lambda: 0  # on all ranks, of which one speaks
+    engine.save_checkpoint(folder)
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        engine.wait_for_checkpoint()
+    return str(caught.value)
+
+
+def test_a_hyperparameter_that_cannot_be_kept_is_named_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(2, save_unpicklable, str(tmp_path), timeout=30)
+    assert first == second
+    assert "['optimizer']['groups'][0]['rule'] is a function" in first
+
+
+def roll_back(folder: str) -> float:
+    """The first stage has nothing in the optimizer, so no states either; the last one has."""
+    model = seeded(Stack)
+    last = [*model.out.parameters()]
+    engine = make_engine(model, pp=2, micro=6, model_parameters=last)
+    batches = global_batches(3)
+    train(engine, batches[:1])
+    engine.save_checkpoint(folder)
+    expected = train(engine, batches[1:])
+    engine.load_checkpoint(folder)
+    assert train(engine, batches[1:]) == expected
+    return expected[-1]
+
+
+def test_states_on_one_stage_only(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(2, roll_back, str(tmp_path), timeout=60)
+    assert first == second
