@@ -128,10 +128,10 @@ class LocalStore:
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
     ) -> None:
         staging, final = self._folder / (SAVING + tag), self._folder / tag
+        self._check_own(tag, token)
         for name, content in documents.items():
             files.write_file(staging / name, [content], durable=durable)
-        if not self.begun(tag, token):
-            raise CheckpointError(f"another save of {final} has begun since this one did")
+        self._check_own(tag, token)
         os.unlink(self._mark(tag))
         if durable:
             files.sync_folder(staging)
@@ -181,6 +181,10 @@ class LocalStore:
         for name in names:
             shutil.rmtree(self._folder / name)
         return names
+
+    def _check_own(self, tag: str, token: str) -> None:
+        if not self.begun(tag, token):
+            raise CheckpointError(f"another save of {self.where(tag)} has begun since this one did")
 
     def _check_replaceable(self, tag: str) -> None:
         if self.exists(tag) and not self.exists(f"{tag}/{MANIFEST}"):
