@@ -118,12 +118,7 @@ def save(
             return written
 
         written = together(comm, write_in_place)
-        for i in range(max(check[2] for check in checks)):  # all ranks take part, whatever their plan
-            batch = rounds[i] if i < len(rounds) else []
-            pieces = together(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
-            received = comm.exchange(*pieces)
-            writes = gather.arrived(batch, received, comm.rank)
-            written.add(together(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
+        written.add(_write_gathered(rounds, max(check[2] for check in checks), writer, held, comm))
         if durable:
             together(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
         everything = comm.gather(written)
@@ -205,6 +200,20 @@ def _in_place(plan: Plan, held: dict[Any, Shard], rank: int) -> Iterator[Write]:
             if chunk.writer == rank:
                 shard = held[array.key]
                 yield Write(array, chunk, shard.data[chunk.box.relative_to(shard.spec.box).slices])
+
+
+def _write_gathered(
+    rounds: list[list[gather.Gathering]], most: int, writer: Writer, held: dict[Any, Shard], comm: Comm
+) -> Written:
+    """Bring gathered chunks to their writers; all ranks take part in as many rounds as any plan has."""
+    written = Written()
+    for i in range(most):
+        batch = rounds[i] if i < len(rounds) else []
+        pieces = together(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
+        received = comm.exchange(*pieces)
+        writes = gather.arrived(batch, received, comm.rank)
+        written.add(together(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
+    return written
 
 
 def _finish(
