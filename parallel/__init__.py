@@ -6,7 +6,9 @@
     zero              ZeRO stages 0-3 as settings of `fully_shard`
     weights           initial values that don't depend on the topology
     gradients         tied weights, the global norm
-    layout            which part of a tensor this rank holds
+    layout            which part of a tensor this rank and the others of its stage hold
+    names             a module's parameters and buffers by name
+    comm              values between the ranks' CPUs, apart from training's collectives
 
 This package knows nothing of files, configs or engines.
 """
