@@ -1,6 +1,7 @@
 """Data, tensor and pipeline parallelism with ZeRO sharding, on torch.distributed.
 
     Topology          the ranks on a mesh (pp, replicate, shard, tp); made once and handed on
+    settings          what `build` is told beside the model and the topology
     stages, pipeline  a model that is a chain of layers, cut into stages and run by torch's schedules
     tensor            a model's `tp_plan` applied as DTensor styles
     zero              ZeRO stages 0-3 as settings of `fully_shard`
@@ -15,12 +16,17 @@ This package knows nothing of files, configs or engines.
 
 from parallel.assemble import ParallelModel, build
 from parallel.comm import HostComm
+from parallel.settings import Compile, Precision, Recompute, Settings
 from parallel.topology import Degrees, Topology, resolve_degrees, start_process_group
 
 __all__ = [
+    "Compile",
     "Degrees",
     "HostComm",
     "ParallelModel",
+    "Precision",
+    "Recompute",
+    "Settings",
     "Topology",
     "build",
     "resolve_degrees",

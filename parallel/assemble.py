@@ -9,6 +9,7 @@ from torch import nn
 
 from parallel.gradients import TiedGradients
 from parallel.pipeline import LossFn, Pipeline
+from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
 from parallel.tensor import (
     apply_tensor_parallel,
@@ -43,7 +44,7 @@ class ParallelModel:
         return self.ties.get(name, name)
 
 
-def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -> ParallelModel:
+def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelModel:
     """Collective: turn `model`, built alike on every rank, into this rank's part of it.
 
     The model may say how it is split: `pipeline_layers`, `tp_plan` and `tp_units`; what to train:
@@ -72,9 +73,9 @@ def build(model: nn.Module, topology: Topology, *, zero_stage: int, seed: int) -
         ]
         module = Chain(model, stages[topology.pp_rank])
     apply_tensor_parallel(module, plan, topology.tp_mesh)
-    zero = Zero(module, _units(module), topology.zero_mesh, zero_stage)
+    zero = Zero(module, _units(module), topology.zero_mesh, settings.zero_stage)
     if init is not None:
-        materialise(module, init, seed=seed, device=topology.device, first_names=ties)
+        materialise(module, init, seed=settings.seed, device=topology.device, first_names=ties)
     return ParallelModel(
         module=module,
         topology=topology,

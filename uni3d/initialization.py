@@ -65,7 +65,11 @@ def initialize(
     parallel.start_process_group(device)
     topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
     groups = _named_groups(model, optimizer, model_parameters)
-    built = parallel.build(model, topology, zero_stage=settings.zero_optimization.stage, seed=settings.seed)
+    built = parallel.build(
+        model,
+        topology,
+        parallel.Settings(seed=settings.seed, zero_stage=settings.zero_optimization.stage),
+    )
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)

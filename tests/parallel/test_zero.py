@@ -65,7 +65,7 @@ def sizes(built: parallel.ParallelModel) -> dict[str, tuple[int, int]]:
 
 def memory_case(stage: int) -> dict[str, Any]:
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=DP, tp=1), zero_stage=stage)
-    built = parallel.build(net(), topology, zero_stage=stage, seed=0)
+    built = parallel.build(net(), topology, parallel.Settings(zero_stage=stage, seed=0))
     optimizer = torch.optim.Adam(built.module.parameters())
     seen: dict[str, Any] = {"start": sizes(built)}
     for i, micro in enumerate(data()):
@@ -144,7 +144,7 @@ def test_the_norm_counts_each_element_once(ranks: Ranks, stage: int) -> None:
 def unknown_case() -> str:
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=1), zero_stage=1)
     with pytest.raises(ValueError, match="ZeRO stage") as caught:
-        parallel.build(net(), topology, zero_stage=4, seed=0)
+        parallel.build(net(), topology, parallel.Settings(zero_stage=4, seed=0))
     return str(caught.value)
 
 
