@@ -50,7 +50,7 @@ def gradients_case(options: dict[str, Any]) -> tuple[float, float, dict[str, Ten
     with torch.device("meta"):
         model = GPT(GPTConfig(**(GPT_OPTIONS | options)))
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=0)
-    built = parallel.build(model, topology, zero_stage=0, seed=oracle.SEED)
+    built = parallel.build(model, topology, parallel.Settings(zero_stage=0, seed=oracle.SEED))
     assert built.pipeline is not None
     loss = built.pipeline.run(*batch(), 2, train=True)
     assert loss is not None
@@ -104,7 +104,7 @@ def biased() -> tuple[Biased, Tensor, Tensor]:
 def biased_case() -> tuple[float, dict[str, Tensor]]:
     model, x, y = biased()
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=1)
-    built = parallel.build(model, topology, zero_stage=1, seed=0)
+    built = parallel.build(model, topology, parallel.Settings(zero_stage=1, seed=0))
     with split_logits(topology):
         loss = Loss.of(built.module(x, y))
         loss.total.backward()
@@ -174,7 +174,7 @@ def splits_case() -> list[str]:
     for model, pp, tp in ((nn.Linear(2, 2), 1, 2), (nn.Linear(2, 2), 2, 1), (gpt(ffn_size=27), 1, 2)):
         topology = parallel.Topology(parallel.Degrees(pp=pp, dp=1, tp=tp), zero_stage=0)
         with pytest.raises(ValueError, match=r"needs a model|doesn't divide") as caught:
-            parallel.build(model, topology, zero_stage=0, seed=0)
+            parallel.build(model, topology, parallel.Settings(zero_stage=0, seed=0))
         errors.append(str(caught.value))
     return errors
 

@@ -38,7 +38,7 @@ def drawn_case(places: list[tuple[int, int, int, int]], seed: int) -> list[dict[
         topology = parallel.Topology(parallel.Degrees(pp=pp, dp=dp, tp=tp), zero_stage=zero_stage)
         with torch.device("meta"):
             model = Drawn()
-        built = parallel.build(model, topology, zero_stage=zero_stage, seed=seed)
+        built = parallel.build(model, topology, parallel.Settings(zero_stage=zero_stage, seed=seed))
         parameters = dict(built.module.named_parameters())
         assert not any(p.is_meta for p in parameters.values())
         whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
@@ -116,7 +116,7 @@ def materialised_case(zero_stage: int) -> dict[str, Tensor]:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     model[1].running_mean = torch.rand(5)
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=3, tp=1), zero_stage=zero_stage)
-    built = parallel.build(model, topology, zero_stage=zero_stage, seed=0)
+    built = parallel.build(model, topology, parallel.Settings(zero_stage=zero_stage, seed=0))
     state = {**dict(built.module.named_parameters()), **dict(built.module.named_buffers())}
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in state.items()}
 

@@ -119,7 +119,7 @@ def norm_case(stage: int) -> tuple[float, float]:
     with torch.device("meta"):
         model = GPT(GPTConfig(**oracle.MODEL))
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=2, tp=2), zero_stage=stage)
-    built = parallel.build(model, topology, zero_stage=stage, seed=oracle.SEED)
+    built = parallel.build(model, topology, parallel.Settings(zero_stage=stage, seed=oracle.SEED))
     inputs, targets = (x[:12].chunk(2)[topology.dp_rank] for x in oracle.samples())
     assert built.pipeline is not None
     built.pipeline.run(inputs, targets, 2, train=True)
