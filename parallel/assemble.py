@@ -1,12 +1,14 @@
-"""From a plain model to this rank's part of it, in order: check, cut, split, shard, fill."""
+"""From a plain model to this rank's part of it, in order: check, cut, split, change layers, shard, fill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from parallel.blocks import blocks, change_forward, units
 from parallel.gradients import TiedGradients
 from parallel.pipeline import LossFn, Pipeline
 from parallel.settings import Settings
@@ -73,9 +75,20 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         ]
         module = Chain(model, stages[topology.pp_rank])
     apply_tensor_parallel(module, plan, topology.tp_mesh)
-    zero = Zero(module, _units(module), topology.zero_mesh, settings.zero_stage)
+    change_forward(blocks(module), settings.recompute, settings.compile)
+    ends_in_loss = loss_fn is not None and topology.is_last_stage
+    zero = Zero(
+        module,
+        units(module),
+        topology.zero_mesh,
+        settings.zero_stage,
+        precision=settings.precision,
+        offload=settings.offload,
+        output=torch.float32 if ends_in_loss else None,  # losses are computed in fp32
+    )
     if init is not None:
-        materialise(module, init, seed=settings.seed, device=topology.device, first_names=ties)
+        device = torch.device("cpu") if settings.offload else topology.device
+        materialise(module, init, seed=settings.seed, device=device, first_names=ties)
     return ParallelModel(
         module=module,
         topology=topology,
@@ -107,27 +120,3 @@ def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | 
     plan = expand_plan(model, declared or {})
     check_divisible(model, plan, getattr(model, "tp_units", {}), degrees.tp)
     return plan
-
-
-def _units(module: nn.Module) -> list[nn.Module]:
-    """The submodules that ZeRO gathers one by one: the layers of a chain, else the entries of module lists.
-
-    A layer stays with the root if it shares a weight with another (both must be gathered together) or
-    has no matrices (a collective of its own would cost more than it moves).
-    """
-    if isinstance(module, Chain):
-        candidates = module._links()
-    else:
-        lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-        inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
-        candidates = [layer for layers in lists if id(layers) not in inner for layer in layers]
-    owners: dict[int, int] = {}
-    for layer in candidates:
-        for parameter in layer.parameters():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [
-        layer
-        for layer in candidates
-        if any(p.ndim >= 2 for p in layer.parameters())
-        and all(owners[id(p)] == 1 for p in layer.parameters())
-    ]

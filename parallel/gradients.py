@@ -75,7 +75,7 @@ def square_sum(parameters: Iterable[nn.Parameter], topology: Topology) -> Tensor
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=topology.device)
     norms = torch._foreach_norm(counted, 2)
-    return torch.stack(list(norms)).double().square().sum()
+    return torch.stack(list(norms)).double().square().sum().to(topology.device)  # they may be offloaded
 
 
 def sum_over_ranks(

@@ -44,6 +44,10 @@ class Loss(NamedTuple):
             count = count.full_tensor()
         return cls(total, count)
 
+    def lifted(self, factor: float) -> Tensor:
+        """What a backward pass begins with: the total, multiplied by a loss scale in fp32."""
+        return self.total if factor == 1.0 else self.total.float() * factor
+
     @classmethod
     def sum(cls, losses: Sequence[Loss]) -> Loss:
         return cls(
@@ -65,13 +69,16 @@ class Pipeline:
         self._topology = topology
         self._loss_fn = loss_fn
         self._losses: list[Loss] = []
+        self._factor = 1.0
         self._schedules: dict[tuple[Any, ...], Schedule1F1B | ScheduleGPipe] = {}
 
-    def run(self, inputs: Tensor, targets: Tensor, micro_batches: int, *, train: bool) -> Loss | None:
+    def run(
+        self, inputs: Tensor, targets: Tensor, micro_batches: int, *, train: bool, factor: float = 1.0
+    ) -> Loss | None:
         """Collective over the pipeline: forward, and with `train` backward, of each micro batch.
 
         `inputs` and `targets` are this rank's samples of the batch, in dim 0, the same on every stage; the
-        first stage uses the inputs, the last the targets. Gradients are of the summed loss.
+        first stage uses the inputs, the last the targets. Gradients are of the summed loss times `factor`.
 
         Returns the summed loss on the last stage, None on the others.
         """
@@ -79,6 +86,7 @@ class Pipeline:
         args = (inputs,) if self._topology.pp_rank == 0 else ()
         target = targets if self._topology.is_last_stage else None
         self._losses.clear()
+        self._factor = factor
         with split_logits(self._topology):
             if train:
                 schedule.step(*args, target=target, return_outputs=False)
@@ -107,7 +115,7 @@ class Pipeline:
     def _collect_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = Loss.of(self._loss_fn(outputs, targets))
         self._losses.append(Loss(loss.total.detach(), loss.tokens))
-        return loss.total
+        return loss.lifted(self._factor)
 
 
 class _Hidden(nn.Module):

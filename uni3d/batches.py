@@ -11,8 +11,12 @@ from parallel.pipeline import Loss, split_logits
 from uni3d.config import BatchTriad
 
 
-def run_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad, *, train: bool) -> Loss | None:
+def run_batches(
+    model: ParallelModel, batches: list[Any], triad: BatchTriad, *, train: bool, factor: float = 1.0
+) -> Loss | None:
     """Collective: forward, and with `train` backward, over this rank's micro batches.
+
+    Gradients are of the loss times `factor`.
 
     Returns the summed loss where it is known: on the last stage.
 
@@ -28,13 +32,13 @@ def run_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad, *, 
                 f"the data iterator gave {len(inputs)} samples in {len(batches)} micro batches; expected "
                 f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
             )
-        return pipeline.run(inputs, targets, len(batches), train=train)
+        return pipeline.run(inputs, targets, len(batches), train=train, factor=factor)
     losses = []
     for i, batch in enumerate(batches, start=1):
         with split_logits(model.topology):
             loss = Loss.of(model.module(*batch))
             if train:
                 model.zero.before_backward(last=i == len(batches))
-                loss.total.backward()  # type: ignore[no-untyped-call]
+                loss.lifted(factor).backward()  # type: ignore[no-untyped-call]
         losses.append(Loss(loss.total.detach(), loss.tokens))
     return Loss.sum(losses)

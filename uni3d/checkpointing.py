@@ -56,8 +56,19 @@ class Checkpointer:
 
     # --- saving ----------------------------------------------------------------------------------------
 
-    def save(self, run: str | Path, tag: str, client_state: dict[str, Any], *, update_latest: bool) -> None:
-        """Write checkpoint `tag`, or with `async_save` begin to; see `Engine.save_checkpoint`."""
+    def save(
+        self,
+        run: str | Path,
+        tag: str,
+        client_state: dict[str, Any],
+        *,
+        update_latest: bool,
+        frozen: bool = True,
+    ) -> None:
+        """Write checkpoint `tag`, or with `async_save` begin to; see `Engine.save_checkpoint`.
+
+        Without `frozen`, parameters that don't require a gradient are left out.
+        """
         self.wait()
         Background.join_all()  # at most one save may be going on in a run's folder
         asynchronous = self._engine.config.checkpoint.async_save
@@ -67,11 +78,11 @@ class Checkpointer:
 
         def take() -> str:
             ckpt.check_tag(tag)
-            plan, parts = self._parts()
+            plan, parts = self._parts(frozen)
             if asynchronous:  # the one thing that training waits for
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append((plan, parts, self._document(client_state)))
+            taken.append((plan, parts, self._document(client_state, frozen)))
             return tag
 
         tags = set(ckpt.gathered(self._comm, take))
@@ -106,9 +117,9 @@ class Checkpointer:
             self.wait()
             raise ckpt.CheckpointError("the save in the background failed on another rank; save again")
 
-    def _parts(self) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
+    def _parts(self, frozen: bool) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """The plan, made anew only if what is saved has changed, and this rank's parts by it. Local."""
-        held = self._inventory.arrays(self._engine.optimizer)
+        held = self._inventory.arrays(self._engine.optimizer, frozen=frozen)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same:
             self._plan = ckpt.make_plan(self._inventory.layout(held))
@@ -145,7 +156,7 @@ class Checkpointer:
             threads=self._threads,
         )
 
-    def _document(self, client_state: dict[str, Any]) -> dict[str, Any]:
+    def _document(self, client_state: dict[str, Any], frozen: bool) -> dict[str, Any]:
         """Everything in the manifest but the arrays, as this rank's stage has it. Local."""
         engine = self._engine
         degrees, scheduler = engine.model.topology.degrees, engine.lr_scheduler
@@ -159,12 +170,14 @@ class Checkpointer:
                 "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
                 "zero_stage": engine.model.zero.stage,
             },
-            **describe(engine.model, engine.optimizer),
+            **describe(engine.model, engine.optimizer, frozen=frozen),
             "aliases": engine.model.ties,
             "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
             "engine": {
                 "global_steps": engine.global_steps,
                 "global_samples": engine.global_samples,
+                "skipped_steps": engine.skipped_steps,
+                "loss_scale": None if engine.scaler is None else engine.scaler.state_dict(),
                 **self._what_fixes_the_order(),
             },
             "client_state": copy.deepcopy(client_state),
@@ -201,6 +214,8 @@ class Checkpointer:
         if counters:
             engine.global_steps = manifest["engine"]["global_steps"]
             engine.global_samples = manifest["engine"]["global_samples"]
+            engine.skipped_steps = manifest["engine"].get("skipped_steps", 0)
+            differences += self._restore_loss_scale(manifest["engine"].get("loss_scale"))
             order = self._what_fixes_the_order()
             differences += _differences("the run's", manifest["engine"], order)
         if differences and self._comm.rank == 0:
@@ -224,6 +239,17 @@ class Checkpointer:
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
         return differences
+
+    def _restore_loss_scale(self, saved: dict[str, Any] | None) -> list[str]:
+        """Take up fp16's loss scale; returns a line if only one of the two runs has one."""
+        scaler = self._engine.scaler
+        if scaler is not None and saved is not None:
+            scaler.load_state_dict(saved)
+        elif saved is not None:
+            return [f"its loss scale ({saved['scale']:g}) was not taken up: this run isn't in fp16"]
+        elif scaler is not None:
+            return [f"it has no loss scale, as it isn't of fp16: it begins at {scaler.scale:g}"]
+        return []
 
     def _what_fixes_the_order(self) -> dict[str, int]:
         """What the order of samples depends on."""

@@ -33,11 +33,8 @@ _BUCKET_KEYS = (
     *("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
 )
 REFUSED = {
-    "fp16": f"mixed precision is {_LATER}; training is in fp32",
-    "bf16": f"mixed precision is {_LATER}; training is in fp32",
     "amp": f"mixed precision is {_LATER}; training is in fp32",
     "activation_checkpointing": _LATER,
-    "communication_data_type": f"{_LATER}; gradients are reduced in fp32",
     "prescale_gradients": f"{_LATER}; gradients are summed, then divided once",
     "tensorboard": _LATER,
     "wandb": _LATER,
@@ -113,6 +110,20 @@ class CheckpointConfig(_Strict):
         return self
 
 
+class FP16Config(_Strict):
+    enabled: bool = False
+    loss_scale: float = 0.0
+    initial_scale_power: int = 16
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: float = 1.0
+
+
+class BF16Config(_Strict):
+    enabled: bool = False
+
+
 class Config(_Strict):
     """A whole config, checked but for what depends on the number of processes (see `batch_triad`)."""
 
@@ -129,8 +140,15 @@ class Config(_Strict):
     parallel: ParallelConfig = ParallelConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    fp16: FP16Config = FP16Config()
+    bf16: BF16Config = BF16Config()
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        return "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
 
 
 class BatchTriad(_Strict):
@@ -156,7 +174,7 @@ def load_config(config: str | Path | Mapping[str, Any]) -> Config:
             raise ValueError(f"config {config} can't be read: {error.strerror}") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"config {config} is not JSON: {error}") from None
-    for key in ("fp16", "bf16", "amp"):
+    for key in ("amp",):
         if isinstance(values, dict) and values.get(key) == {"enabled": False}:  # that is what fp32 is
             del values[key]
     try:

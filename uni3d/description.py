@@ -20,11 +20,18 @@ _HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differen
 """Entries of a parameter group that say how a step is computed, not what it computes."""
 
 
-def describe(model: ParallelModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """What the manifest says of this rank's part of the model and the optimizer (see `docs/format.md`)."""
+def describe(
+    model: ParallelModel, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True
+) -> dict[str, Any]:
+    """What the manifest says of this rank's part of the model and the optimizer (see `docs/format.md`).
+
+    Without `frozen`, it doesn't speak of parameters that don't require a gradient.
+    """
     names = {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
     parameters = {
-        model.first_name(n): {"requires_grad": p.requires_grad} for n, p in named_parameters(model.module)
+        model.first_name(n): {"requires_grad": p.requires_grad}
+        for n, p in named_parameters(model.module)
+        if frozen or p.requires_grad
     }
     buffers = [name for name, _ in persistent_buffers(model.module)]
     description: dict[str, Any] = {"model": {"parameters": parameters, "buffers": buffers}, "optimizer": None}

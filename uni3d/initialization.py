@@ -68,7 +68,7 @@ def initialize(
     built = parallel.build(
         model,
         topology,
-        parallel.Settings(seed=settings.seed, zero_stage=settings.zero_optimization.stage),
+        _parallel_settings(settings),
     )
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
@@ -78,6 +78,20 @@ def initialize(
             engine, training_data, collate_fn, position=lambda: engine.global_samples
         )
     return engine, inner, engine.training_dataloader, scheduler
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _parallel_settings(config: Config) -> parallel.Settings:
+    """What the config says to the parallel package."""
+    return parallel.Settings(
+        seed=config.seed,
+        zero_stage=config.zero_optimization.stage,
+        precision=parallel.Precision(
+            compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
+        ),
+    )
 
 
 def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:

@@ -51,11 +51,16 @@ class Inventory:
         self._before: dict[tuple[str, str], Held] = {}
 
     def arrays(
-        self, optimizer: torch.optim.Optimizer | None, with_states: Collection[str] | None = None
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        with_states: Collection[str] | None = None,
+        *,
+        frozen: bool = True,
     ) -> list[Held]:
         """Every parameter, buffer and optimizer state of which this rank has a part, the live tensors.
 
-        `with_states` names the parameters whose optimizer states are wanted; None is all.
+        `with_states` names the parameters whose optimizer states are wanted; None is all. Without `frozen`,
+        parameters that don't require a gradient are left out.
 
         Raises:
             CheckpointError: one has a type that can't be stored, or doesn't say what part of a whole it is.
@@ -65,6 +70,8 @@ class Inventory:
         self._before, self._known = self._known, {}  # what isn't found again is forgotten
         arrays = []
         for name, parameter in named_parameters(model.module):
+            if not (frozen or parameter.requires_grad):
+                continue
             first = model.first_name(name)
             savers = None if name not in model.tied.copies else _NOBODY
             fine_dim = 1 if name in model.rowwise else None

@@ -100,7 +100,7 @@ def failing_case(run: str) -> Any:
                 except ckpt.CheckpointError as error:
                     errors.append((str(error), type(error).__name__))
             if i == 1:  # give the thread its time; the ranks learn of it in the step after
-                engine._checkpointer._background._thread.join()  # type: ignore[union-attr]
+                engine.checkpointer._background._thread.join()  # type: ignore[union-attr]
     engine.save_checkpoint(run, tag="next")
     engine.wait_for_checkpoint()
     return losses, errors, whole(engine.module)
@@ -155,7 +155,7 @@ def test_the_second_save_allocates_nothing(alone: None, tmp_path: Path) -> None:
     for i in range(3):
         engine.save_checkpoint(tmp_path, tag=f"t{i}")
         engine.wait_for_checkpoint()
-        places.append([copy.data_ptr() for copy in engine._checkpointer._snapshot._copies])
+        places.append([copy.data_ptr() for copy in engine.checkpointer._snapshot._copies])
     assert places[0] == places[1] == places[2]
 
 

@@ -1,0 +1,90 @@
+"""The layers that repeat: gathered one by one, computed again in the backward pass, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from parallel.settings import Compile, Recompute
+from parallel.stages import Chain
+
+aten = torch.ops.aten
+KEPT = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.linear.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops._c10d_functional.all_reduce.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        torch.ops._c10d_functional.all_gather_into_tensor.default,
+    }
+)
+"""What selective recomputation keeps: what costs more to compute, or to send, than to keep."""
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The entries of the outermost module lists: a model's layers."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
+    return [layer for layers in lists if id(layers) not in inner for layer in layers]
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """The submodules that ZeRO gathers one by one: the links of a chain, else the blocks.
+
+    One stays with the root if it shares a weight with another (both must be gathered together) or has no
+    matrices (a collective of its own would cost more than it moves).
+    """
+    candidates = module._links() if isinstance(module, Chain) else blocks(module)
+    owners: dict[int, int] = {}
+    for layer in candidates:
+        for parameter in layer.parameters():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [
+        layer
+        for layer in candidates
+        if any(p.ndim >= 2 for p in layer.parameters())
+        and all(owners[id(p)] == 1 for p in layer.parameters())
+    ]
+
+
+def change_forward(layers: Sequence[nn.Module], again: Recompute | None, compiled: Compile | None) -> None:
+    """Make the layers' forward passes recompute, and compile them, in place.
+
+    Only `forward` is replaced: modules keep their names, and ZeRO's hooks, which come later, stay outside, so
+    that a layer's parameters are there when it is computed again.
+    """
+    for i, layer in enumerate(layers):
+        forward: Callable[..., Any] = layer.forward
+        if again is not None and i % again.every == 0:
+            forward = partial(_recomputed, forward, again.mode == "selective")
+        if compiled is not None:
+            forward = torch.compile(forward, backend=compiled.backend, **compiled.options)
+        if forward is not layer.forward:
+            layer.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
+    options: dict[str, Any] = {}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+
+def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,183 @@
+"""The end of a step: from the summed gradients of a global batch to updated parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from parallel.gradients import local_gradients, sum_over_ranks
+from parallel.pipeline import Loss
+
+if TYPE_CHECKING:
+    from uni3d.engine import Engine
+
+
+class Numbers(NamedTuple):
+    """What is known of a step when it has been taken, the same on all ranks."""
+
+    loss: float
+    """Mean over the global batch."""
+    norm: float
+    """Of all gradients together, before clipping."""
+    finite: float
+    """1 if both are, else 0."""
+    alarms: float
+    """How many ranks had an alarm to raise."""
+
+
+class Report:
+    """A step's numbers on their way to the host, which needn't wait for them."""
+
+    def __init__(self, step: int, numbers: Tensor) -> None:
+        self.step = step
+        self._numbers = numbers
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> Numbers:
+        """Waits until they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return Numbers(*self._numbers.tolist())
+
+
+class Stepper:
+    """Ends an engine's steps.
+
+    On a GPU with a fused optimizer the host doesn't wait for a step's numbers: the optimizer itself leaves
+    everything as it is if they aren't finite, and the host reads them while the next step is computed, and
+    then takes back what it counted. Elsewhere it reads them before the optimizer's step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._unread: Report | None = None
+        self._take_back: Callable[[], None] = lambda: None
+        self.norm: float | None = None
+        """Of the last step's gradients."""
+        self.applied = False
+        """Whether the last step changed the parameters."""
+        fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
+        self.deferred = fused and engine.scaler is None and engine.device.type == "cuda"
+        """Whether a step's numbers are read during the next one."""
+
+    def finish(self, loss: Loss | None) -> Tensor:
+        """Collective: take the step; returns the global batch's mean loss, a float32 scalar.
+
+        Raises:
+            FloatingPointError: the loss or a gradient isn't finite, and there is no loss scale to lower; it
+                may be those of the step before. No step was taken.
+        """
+        engine = self._engine
+        assert engine.optimizer is not None, "checked before the batch was taken"
+        engine.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
+        # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
+        engine.model.tied.sum()
+        #    A save that failed in the background is told along; the next call raises it, on all ranks.
+        total, tokens, square, alarms = sum_over_ranks(
+            loss, self._counted_parameters(), engine.model.topology, alarm=engine.checkpointer.failed
+        )
+        lifted = 1.0 if engine.scaler is None else engine.scaler.factor
+        mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
+        finite = (mean_loss + norm).isfinite()
+        self.settle()
+        report = Report(engine.global_steps + 1, torch.stack([mean_loss, norm, finite.double(), alarms]))
+        # 2. Gradients are of the sum over the global batch: divide, and clip, in one multiplication.
+        scale = 1.0 / (tokens * lifted)
+        if engine.config.gradient_clipping > 0:
+            scale = scale * (engine.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+        # 3. The step.
+        if self.deferred:
+            engine.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self._take_back = self._remember()
+            self._update(scale)
+            self._unread = report
+        elif self._judge(report):
+            self._update(scale)
+        return mean_loss.float()
+
+    def settle(self) -> None:
+        """Read the numbers of a step that haven't been read yet.
+
+        Raises:
+            FloatingPointError: they aren't finite; that step wasn't taken, nor is it counted.
+        """
+        report, self._unread = self._unread, None
+        if report is not None:
+            self._judge(report)
+
+    def _judge(self, report: Report) -> bool:
+        """Whether the step is, or was rightly, taken; without a loss scale, raises if not."""
+        engine = self._engine
+        numbers = report.read()
+        self.norm = numbers.norm
+        engine.checkpointer.agree(numbers.alarms > 0)
+        self.applied = bool(numbers.finite)
+        if engine.scaler is not None:
+            if not self.applied:
+                engine.module.zero_grad()
+                engine.skipped_steps += 1
+                self._count()
+            engine.scaler.update(overflow=not self.applied)
+        elif not self.applied:  # the same numbers on all ranks, so all raise
+            self._take_back()
+            engine.module.zero_grad()
+            engine.global_samples += engine.triad.train_batch  # consumed, as the data iterator has them
+            raise FloatingPointError(
+                f"step {report.step}: the loss is {numbers.loss:g} and the gradients' norm "
+                f"{numbers.norm:g}; no step was taken"
+            )
+        return self.applied
+
+    def _update(self, scale: Tensor) -> None:
+        engine = self._engine
+        assert engine.optimizer is not None
+        gradients = local_gradients(self._trained_parameters())
+        if gradients:
+            torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
+        engine.optimizer.step()
+        engine.module.zero_grad()  # those too that the optimizer doesn't have
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.step()
+        self._count()
+
+    def _count(self) -> None:
+        self._engine.global_steps += 1
+        self._engine.global_samples += self._engine.triad.train_batch
+
+    def _remember(self) -> Callable[[], None]:
+        """What takes back the counting of a step that turns out not to have been taken."""
+        engine = self._engine
+        assert engine.optimizer is not None
+        counted = engine.global_steps, engine.global_samples
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+        schedule = None if engine.lr_scheduler is None else copy.copy(engine.lr_scheduler.state_dict())
+
+        def take_back() -> None:
+            engine.global_steps, engine.global_samples = counted
+            assert engine.optimizer is not None
+            for group, values in zip(engine.optimizer.param_groups, groups, strict=True):
+                group.update(values)
+            if engine.lr_scheduler is not None:
+                engine.lr_scheduler.load_state_dict(schedule)  # type: ignore[arg-type]
+
+        return take_back
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """This stage's parameters that the optimizer has."""
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups if self._engine.optimizer else []
+        return [p for group in groups for p in group["params"]]
+
+    def _counted_parameters(self) -> list[nn.Parameter]:
+        """Those, but for copies of tied ones, which their first stage counts."""
+        model = self._engine.model
+        copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
+        return [p for p in self._trained_parameters() if id(p) not in copies]
