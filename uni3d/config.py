@@ -34,7 +34,6 @@ _BUCKET_KEYS = (
 )
 REFUSED = {
     "amp": f"mixed precision is {_LATER}; training is in fp32",
-    "activation_checkpointing": _LATER,
     "prescale_gradients": f"{_LATER}; gradients are summed, then divided once",
     "tensorboard": _LATER,
     "wandb": _LATER,
@@ -72,6 +71,14 @@ class ParallelConfig(_Strict):
     """Parts of each tensor-parallel layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" is a GPU where there is one."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"] = "1f1b"
+    """In which order a pipeline's stages compute micro batches."""
+    virtual_stages: int = Field(default=1, gt=0)
+    """Pipeline stages on each rank; more than 1 with the schedules that are made for it."""
+    balance: Literal["flops", "parameters", "uniform"] = "flops"
+    """What is as even as can be between pipeline stages."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks split the sequence where they don't split the features."""
 
 
 def _not_a_boolean(value: object) -> object:
@@ -124,6 +131,24 @@ class BF16Config(_Strict):
     enabled: bool = False
 
 
+class ActivationCheckpointingConfig(_Strict):
+    """What is computed again in the backward pass instead of being kept."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """"full" keeps each layer's input alone; "selective" also what matrix products and attention gave."""
+    every: int = Field(default=1, gt=0)
+    """Of how many layers one is recomputed."""
+
+
+class CompileConfig(_Strict):
+    """`torch.compile` of each layer."""
+
+    enabled: bool = False
+    backend: str = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+
+
 class Config(_Strict):
     """A whole config, checked but for what depends on the number of processes (see `batch_triad`)."""
 
@@ -142,6 +167,8 @@ class Config(_Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     fp16: FP16Config = FP16Config()
     bf16: BF16Config = BF16Config()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    compile: CompileConfig = CompileConfig()
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None

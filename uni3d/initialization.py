@@ -85,12 +85,20 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def _parallel_settings(config: Config) -> parallel.Settings:
     """What the config says to the parallel package."""
+    p, again, compiled = config.parallel, config.activation_checkpointing, config.compile
+    options = {"mode": compiled.mode, "dynamic": compiled.dynamic}
     return parallel.Settings(
         seed=config.seed,
         zero_stage=config.zero_optimization.stage,
         precision=parallel.Precision(
             compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
         ),
+        schedule=p.schedule,
+        virtual_stages=p.virtual_stages,
+        balance=p.balance,
+        sequence_parallel=p.sequence_parallel,
+        recompute=None if again.mode == "none" else parallel.Recompute(mode=again.mode, every=again.every),
+        compile=parallel.Compile(backend=compiled.backend, options=options) if compiled.enabled else None,
     )
 
 
