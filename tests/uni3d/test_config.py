@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uni3d.config import REFUSED, BatchTriad, Config, batch_triad, load_config
+from uni3d.config import BatchTriad, Config, batch_triad, load_config
+from uni3d.deepspeed_keys import REFUSED
 
 SIZES = st.integers(1, 12)
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uni3d.config import load_config
-from uni3d.optim import make_optimizer, make_scheduler
+from uni3d.optim import make_optimizer
+from uni3d.schedules import make_scheduler
 
 LRS = (0.01, 0.003)
 """Of two parameter groups."""
