@@ -53,7 +53,7 @@ class MuonWithAdam(torch.optim.Optimizer):
         rows, columns = parameter.shape
         whole = orthogonal(ahead.full_tensor() if isinstance(ahead, DTensor) else ahead)
         scale: float = max(1.0, rows / columns) ** 0.5
-        return own_part(whole * scale, parameter)
+        return own_part(whole.mul_(scale), parameter)
 
     def _adam(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -44,7 +44,13 @@ def validate(section: type[Section], values: object, within: str = "") -> Sectio
             if e["type"] == "extra_forbidden":
                 problems.append(unknown("key", key, known_keys(section, [str(p) for p in e["loc"][:-1]])))
                 continue
+            if e["type"] == "missing":
+                problems.append(f"{key} is missing")
+                continue
             message = e["msg"].removeprefix("Value error, ")
+            if e["type"] == "value_error" and isinstance(e["input"], Mapping):  # of keys that don't fit
+                problems.append(f"{key}: {message}" if key else message)
+                continue
             found.setdefault(key, (e["input"], []))[1].append(message[0].lower() + message[1:])
         for key, (value, messages) in found.items():  # a key with several types has a message for each
             problems.append(f"{key or 'the whole'} is {value!r}: {', or '.join(messages)}")
