@@ -67,8 +67,8 @@ class MuonWithAdam(torch.optim.Optimizer):
         mean.lerp_(gradient, 1 - first)
         square.lerp_(gradient.square(), 1 - second)
         root = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-        unbiased: Tensor = mean / (1 - first ** state["step"])
-        return unbiased / root
+        step: Tensor = mean / (1 - first ** state["step"]) / root
+        return step
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
