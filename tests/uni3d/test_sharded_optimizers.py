@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import Ranks
 from small_models import Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly, whole
 from torch import Tensor, nn
 
 import ckpt
+import uni3d
 from uni3d.config import load_config
 
 STEPS, BEFORE = 4, 2
@@ -40,8 +43,9 @@ class PlainMuon(torch.optim.Optimizer):
 
     def __init__(self, params: Any, muon_lr: float, adam_lr: float, weight_decay: float) -> None:
         params = list(params)
+        vectors = [p for p in params if p.ndim != 2]
         self.adam = torch.optim.AdamW(
-            [p for p in params if p.ndim != 2],
+            [{"params": vectors}],
             lr=adam_lr,
             betas=(0.9, 0.95),
             eps=1e-10,
@@ -75,6 +79,45 @@ def newton_schulz(g: Tensor) -> Tensor:
         a = x @ x.mT
         x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
     return x.mT if tall else x
+
+
+def gpt_case() -> list[float]:
+    """Where tensor parallelism and ZeRO cut the same dim, so that a rank's rows don't lie side by side."""
+    config = {
+        "train_batch_size": oracle.BATCH,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "Muon", "params": {"lr": 0.02}},
+        "parallel": {"tp": 2, "device": "cpu"},
+        "zero_optimization": {"stage": 3},
+    }
+    engine = uni3d.initialize(model=oracle.initial_model(oracle.MODEL), config=config)[0]
+    inputs, targets = oracle.samples()
+    size, rank = engine.triad.micro_batch, engine.model.topology.dp_rank
+    losses = []
+    for step in range(3):
+        index = oracle.batch_indices(step)[rank * size :][:size]
+        losses.append(engine.train_batch(iter([(inputs[index], targets[index])])).item())
+    return losses
+
+
+def test_muon_where_tensor_parallelism_cuts_too(ranks: Ranks) -> None:
+    model = oracle.initial_model(oracle.MODEL)
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
+    muon = PlainMuon(hidden, 0.02, 0.0, 0.0)
+    adam = torch.optim.AdamW(rest, lr=0.02, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, foreach=False)
+    inputs, targets = oracle.samples()
+    losses = []
+    for step in range(3):
+        index = oracle.batch_indices(step)
+        loss = F.cross_entropy(model(inputs[index]).flatten(0, 1), targets[index].flatten())
+        loss.backward()
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    for found in ranks.run(4, gpt_case):
+        assert found == pytest.approx(losses, rel=1e-5)
 
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -200,10 +243,11 @@ MUON = {"type": "Muon", "params": {"muon_lr": 0.05, "adam_lr": 0.01}}
 
 
 def test_who_is_muons(alone: None) -> None:
-    model = nn.ModuleDict({"embed": nn.Linear(3, 4), "up": nn.Linear(3, 4), "LM_head": nn.Linear(3, 4)})
-    model["conv"] = nn.Conv1d(2, 2, 2)
-    model["asked"] = nn.Linear(3, 4)
-    model["asked"].weight.use_muon = False
+    model = nn.Sequential()
+    for name in ("embed", "up", "LM_head", "asked"):
+        model.add_module(name, nn.Linear(3, 4))
+    model.add_module("conv", nn.Conv1d(2, 2, 2))
+    model.asked.weight.use_muon = False
     engine = make_engine(model, config={"optimizer": MUON})
     assert engine.optimizer is not None
     names = {id(p): name for name, p in engine.module.named_parameters()}
