@@ -20,6 +20,6 @@ def test_its_tables_are_current() -> None:
 def test_every_key_is_in_one_place() -> None:
     keys = re.findall(r"`([a-z0-9_.]+)`", tables())
     for key in (*NO_MEANING, *REFUSED, *READ_AS):
-        assert keys.count(key) == 1 + (key == "optimizer.legacy_fusion") * 0, key
+        assert keys.count(key) == 1, key
         section, _, rest = key.partition(".")
         assert rest or section not in Config.model_fields, f"{key} is honoured too"
