@@ -59,6 +59,7 @@ class Zero:
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
         self.stage = stage
+        self.precision = precision
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         for module in [*units, root]:
