@@ -1,4 +1,4 @@
-"""A sharded module's tensors as wholes: given out one by one, or put in their places for a while."""
+"""A sharded module's tensors as wholes: given out one by one, or in a copy that can be written to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.layout import copy_from_full
@@ -24,34 +25,36 @@ def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Collective over the ranks of a stage: inside, parameters are whole plain tensors in the host's memory.
+def whole_module(module: nn.Module) -> Iterator[nn.Module]:
+    """Collective over the ranks of a stage: the module with whole plain parameters, in the host's memory.
 
-    What has been written to them is there afterwards, each rank keeping its own part; the ranks must write
-    the same. Takes the host's memory for all of the stage, on every rank.
+    What has been written to them is in the sharded ones afterwards, each rank keeping its own part; the ranks
+    must write the same. Buffers are the live ones. Hooks are left out, those of sharding with them. Takes the
+    host's memory for all of the stage, on every rank.
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((owner, name))
     sharded = [parameter for _, parameter in named_parameters(module)]
     wholes = [nn.Parameter(_whole(p).clone(), requires_grad=p.requires_grad) for p in sharded]
-    _put(places, sharded, wholes)
-    try:
-        yield
-    finally:
-        _put(places, sharded, sharded)
-    for parameter, full in zip(sharded, wholes, strict=True):
-        copy_from_full(parameter, full.detach())
+    yield _copy(module, {id(p): whole for p, whole in zip(sharded, wholes, strict=True)}, {})
+    for parameter, whole in zip(sharded, wholes, strict=True):
+        copy_from_full(parameter, whole.detach())
 
 
-def _put(
-    places: dict[int, list[tuple[nn.Module, str]]], sharded: list[nn.Parameter], new: list[nn.Parameter]
-) -> None:
-    for parameter, replacement in zip(sharded, new, strict=True):
-        for owner, name in places[id(parameter)]:
-            owner._parameters[name] = replacement
+def _copy(module: nn.Module, parameters: dict[int, nn.Parameter], made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the tree of modules, with other parameters."""
+    if id(module) in made:
+        return made[id(module)]
+    kind: type[nn.Module] = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    copy: nn.Module = kind.__new__(kind)
+    copy.__dict__ = {k: type(v)() if k.endswith("_hooks") else v for k, v in module.__dict__.items()}
+    made[id(module)] = copy
+    copy._parameters = {
+        name: None if p is None else parameters[id(p)] for name, p in module._parameters.items()
+    }
+    copy._modules = {
+        name: None if child is None else _copy(child, parameters, made)
+        for name, child in module._modules.items()
+    }
+    return copy
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 from parallel import HostComm
-from parallel.whole import whole_parameters
+from parallel.whole import whole_module
 from uni3d import state
 from uni3d.description import check_optimizer, restore_optimizer
 
@@ -100,9 +100,9 @@ class Restorer:
 
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
         """Let the script fill whole parameters; each rank keeps its part of them."""
-        model = self._engine.model
-        with whole_parameters(model.module):
-            ckpt.together(self._comm, lambda: load(src=StoredWeights(checkpoint), dst=model.module))  # type: ignore[call-arg]
+        with whole_module(self._engine.module) as module:
+            src = StoredWeights(checkpoint)
+            ckpt.together(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 
     def _restore_rest(
         self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
