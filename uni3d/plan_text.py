@@ -186,7 +186,8 @@ def proposal_table(proposals: Sequence[Proposal], limit: float) -> None:
         sent, slow = in_bytes(p.cost.traffic.total), in_bytes(p.cost.slow_bytes)
         say(
             f"{r.pp:>4} {r.dp:>5} {r.tp:>3} {r.zero:>4} {batches:>12} {job.recompute:>11} "
-            f"{in_bytes(p.need):>11} {p.cost.bubble:>7.1%} {sent:>11} {slow:>14} {_seconds(p.cost.seconds):>8}"
+            f"{in_bytes(p.need):>11} {p.cost.bubble:>7.1%} {sent:>11} {slow:>14} "
+            f"{_seconds(p.cost.seconds):>8}"
         )
 
 

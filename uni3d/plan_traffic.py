@@ -36,7 +36,10 @@ def bubble(job: Job) -> float:
         interleaved   (p - 1) / v         (Narayanan et al. 2021)
         zero_bubble   (p - 1) / (3 v)     (ZB-H1 of Qi et al. 2023, section 2: (p - 1) (T_F + T_B - T_W), with
                                           T_F = T_B = T_W: forward, backward, weights' gradients)
-        ZBV           0                   (Qi et al. 2024, under the same assumption and with m >= 2 p)
+        ZBV           (p - 1) / (3 v)     (v = 2. Counted from each rank's own start to its own end it is 0; but
+                                          a step's ranks wait for each other, for the gradients' norm)
+
+    They are what torch's schedules come to when they are played through with these times; a test does.
     """
     p, v, m = job.ranks.pp, job.virtual_stages, job.accumulation
     waits = {
@@ -44,7 +47,7 @@ def bubble(job: Job) -> float:
         "1f1b": p - 1.0,
         "interleaved": (p - 1) / v,
         "zero_bubble": (p - 1) / (3 * v),
-        "zero_bubble_v": 0.0,
+        "zero_bubble_v": (p - 1) / (3 * v),
     }[job.order]
     return waits / (m + waits)
 
