@@ -274,6 +274,14 @@ def test_what_the_keys_come_to() -> None:
     assert load_config({"bfloat16": {"enabled": True}}).precision == "bf16"
 
 
+def test_offload_reaches_the_parallel_package() -> None:
+    from uni3d.initialization import _parallel_settings
+
+    on = load_config({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}})
+    assert _parallel_settings(on).offload
+    assert not _parallel_settings(load_config({"zero_optimization": {"stage": 1}})).offload
+
+
 def test_the_users_own_dict_stays_as_it_is() -> None:
     values = {"bfloat16": {"enabled": True}, "zero_optimization": {"stage": 1, "overlap_comm": True}}
     load_config(values)
