@@ -87,8 +87,8 @@ def _default(value: Any) -> str:
 
 
 def _by_reason(keys: dict[str, str]) -> Iterator[tuple[str, str]]:
-    for reason in dict.fromkeys(keys.values()):
-        yield reason, ", ".join(f"`{key}`" for key, why in keys.items() if why == reason)
+    for reason, names in deepspeed_keys.by_reason(keys).items():
+        yield reason, ", ".join(f"`{name}`" for name in names)
 
 
 if __name__ == "__main__":

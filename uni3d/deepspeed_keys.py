@@ -226,6 +226,14 @@ class Sifted(NamedTuple):
     """The keys that were given and change nothing, with the reason."""
 
 
+def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
+    """The keys that share a reason, in order."""
+    grouped: dict[str, list[str]] = {}
+    for key, reason in keys.items():
+        grouped.setdefault(reason, []).append(key)
+    return grouped
+
+
 def sift(values: Mapping[str, Any]) -> Sifted:
     """Take DeepSpeed's keys that aren't ours out of a config; `values` itself stays as it is."""
     left = copy.deepcopy(dict(values))

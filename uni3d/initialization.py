@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 import parallel
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
+from uni3d.deepspeed_keys import by_reason
 from uni3d.engine import Engine
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
 from uni3d.schedules import make_scheduler
@@ -111,10 +112,8 @@ def _parallel_settings(config: Config) -> parallel.Settings:
 def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
     """Say once that keys of DeepSpeed's were accepted that change nothing here."""
     if config.without_meaning and topology.rank == 0:
-        reasons = "; ".join(
-            f"{', '.join(key for key, why in config.without_meaning.items() if why == reason)} ({reason})"
-            for reason in dict.fromkeys(config.without_meaning.values())
-        )
+        grouped = by_reason(config.without_meaning)
+        reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
         warnings.warn(f"keys of the config that have no meaning here: {reasons}", stacklevel=3)
 
 
