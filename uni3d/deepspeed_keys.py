@@ -21,15 +21,9 @@ _NO_DISK = "nothing is offloaded to disks"
 
 REFUSED: dict[str, str] = {
     # Observation
-    "tensorboard": _LATER,
-    "wandb": _LATER,
-    "csv_monitor": _LATER,
     "comet": "write to it from the script, with what train_batch returns",
-    "flops_profiler": _LATER,
-    "wall_clock_breakdown": _LATER,
-    "memory_breakdown": _LATER,
+    "memory_breakdown": "the line of steps_per_print has a GPU's peak memory",
     "dump_state": "uni3d config prints the resolved config",
-    "steps_per_print": f"{_LATER}; print what train_batch returns",
     "comms_logger": "use torch.profiler, which records collectives",
     "autotuning": "it is a search over runs; uni3d plan estimates before one",
     "eigenvalue": "it belongs to DeepSpeed's quantization schedules, which aren't here",

@@ -17,6 +17,7 @@ from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
 from uni3d.deepspeed_keys import by_reason
 from uni3d.engine import Engine
+from uni3d.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
 from uni3d.schedules import make_scheduler
 
@@ -63,6 +64,7 @@ def initialize(
     if model is None:
         raise ValueError("initialize needs a model")
     settings = load_config(_one_config(args, config, config_params))
+    check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
     parallel.start_process_group(device)
