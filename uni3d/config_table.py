@@ -50,7 +50,8 @@ def _honoured(section: type[BaseModel], within: str = "") -> Iterator[tuple[str,
         if inner:
             yield from _honoured(inner[0], f"{within}{name}.")
             continue
-        text = " ".join((field.description or "").split())
+        text = (section.__doc__ if name == "enabled" else field.description) or ""
+        text = " ".join(text.split())
         yield f"`{within}{name}`", _default(field.default), text
 
 
