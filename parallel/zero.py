@@ -7,6 +7,7 @@
 | 3          | sharded         | reduce-scattered every micro batch    | gathered for each layer's use   |
 
 (ZeRO, Rajbhandari et al. 2020, section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`.
+With a shard group smaller than dp, stages 2 and 3 sum over the groups only at the boundary.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Zero:
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
         self.stage = stage
+        # Where torch (2.11) can't be told to reduce zeros for unused parameters, sums come every micro batch.
+        complete = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+        self._sums_late = stage >= 2 and mesh["replicate"].size() > 1 and complete
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         for module in [*units, root]:
@@ -72,6 +76,8 @@ class Zero:
         for sharded in self._sharded_modules():
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+            if self._sums_late:  # what is kept for the boundary has no names: it must be of all parameters
+                sharded.set_reduce_scatter_unused_params(True)
             if mesh["shard"].size() == 1 and precision.compute == torch.float32 and not offload:
                 for parameter in _parameters_of(sharded):
                     _compute_in_place(parameter)
@@ -82,6 +88,8 @@ class Zero:
         `last` says that it is the accumulation's last: the boundary before an optimizer step.
         """
         self.root.set_requires_gradient_sync(last or self.stage >= 2)
+        if self._sums_late:
+            self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or self.stage == 3)
         self.root.set_is_last_backward(last)
 
@@ -97,6 +105,9 @@ class Zero:
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
         for module in self._sharded_modules():
+            group = _group_of(module)
+            if group is not None:
+                group._partial_reduce_output = None  # summed over a shard group, not yet over the groups
             for parameter in _parameters_of(module):
                 parameter.unsharded_accumulated_grad = None
                 parameter.sharded_param.grad = None
@@ -119,8 +130,13 @@ def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionP
 
 def _parameters_of(module: FSDPModule) -> list[Any]:
     """fully_shard's own records of the parameters that it gathers together with `module`."""
-    group = module._get_fsdp_state()._fsdp_param_group
+    group = _group_of(module)
     return [] if group is None else list(group.fsdp_params)
+
+
+def _group_of(module: FSDPModule) -> Any:
+    """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
+    return module._get_fsdp_state()._fsdp_param_group
 
 
 def _compute_in_place(parameter: Any) -> None:
