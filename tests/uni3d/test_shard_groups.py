@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from built_engines import CLIP, build_engine
 from ranks import Ranks
 from small_models import (
-    ADAM,
     WIDTH,
     Stack,
     assert_same,
@@ -21,42 +21,14 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-import parallel
-import uni3d
-from uni3d.config import batch_triad, load_config
-from uni3d.optim import make_optimizer
+from parallel import Degrees
 
 STEPS = 3
-CLIP = 0.5
-
-
-def make_engine(
-    model: nn.Module, *, dp: int, zero: int, group: int | None, pp: int = 1, offload: bool = False
-) -> uni3d.Engine:
-    """An engine with a micro batch of one sample: dp 4 accumulates 3 of them."""
-    config = load_config(
-        {
-            "train_batch_size": 12,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": CLIP,
-            "optimizer": ADAM,
-            "parallel": {"pp": pp, "device": "cpu"},
-            "zero_optimization": {"stage": zero},
-        }
-    )
-    degrees = parallel.Degrees(pp=pp, dp=dp, tp=1)
-    topology = parallel.Topology(degrees, zero_stage=zero, shard_group=group)
-    settings = parallel.Settings(seed=0, zero_stage=zero, offload=offload)
-    built = parallel.build(model, topology, settings)
-    assert config.optimizer is not None
-    optimizer = make_optimizer(config.optimizer, [{"params": list(built.module.parameters())}])
-    return uni3d.Engine(
-        config=config, triad=batch_triad(config, dp), model=built, optimizer=optimizer, lr_scheduler=None
-    )
 
 
 def run_case(zero: int, pp: int, run: str) -> Any:
-    engine = make_engine(seeded(Stack), dp=4 // pp, zero=zero, group=2 if pp == 1 else 1, pp=pp)
+    degrees = Degrees(pp=pp, dp=4 // pp, tp=1)
+    engine = build_engine(seeded(Stack), degrees, zero=zero, group=2 // pp)
     data = micro_batches(global_batches(STEPS + 1), engine)
     losses, norms = [], []
     for _ in range(STEPS):
@@ -69,7 +41,7 @@ def run_case(zero: int, pp: int, run: str) -> Any:
 
 
 def resume_case(zero: int, dp: int, group: int | None, run: str) -> Any:
-    engine = make_engine(seeded(Stack), dp=dp, zero=zero, group=group)
+    engine = build_engine(seeded(Stack), Degrees(pp=1, dp=dp, tp=1), zero=zero, group=group)
     engine.resume(run)
     losses = [engine.train_batch(micro_batches(global_batches(STEPS + 1)[-1:], engine)).item()]
     return losses, whole(engine.module)
@@ -91,8 +63,8 @@ def test_training_is_the_oracles_and_resumes_in_other_groups(
         assert found_norms == pytest.approx(norms, rel=1e-5)
         together |= state
         for name, size in local.items():  # Stack's dimensions are even, but for the one output's
-            expected = model.get_parameter(name).numel() // (2 if pp == 1 else 1)
-            assert size == expected or name.startswith("out"), "a shard of half, whatever dp is"
+            expected = model.get_parameter(name).numel() // (2 // pp)
+            assert size == expected or name.startswith("out"), "the group's part, whatever dp is"
     assert_same(together, model)
     losses, _, model = train_plainly(seeded(Stack), batches, clip=CLIP)
     for found, state in ranks.run(resumed[1], resume_case, *resumed, str(tmp_path)):
@@ -114,7 +86,7 @@ class Taking(nn.Module):
 
 
 def taking_case(zero: int) -> Any:
-    engine = make_engine(seeded(Taking), dp=4, zero=zero, group=2)
+    engine = build_engine(seeded(Taking), Degrees(pp=1, dp=4, tp=1), zero=zero, group=2)
     data = global_batches(1)
     loss = engine.train_batch(micro_batches(data, engine)).item()
     return loss, whole(engine.module)
@@ -137,7 +109,7 @@ def test_micro_batches_that_use_other_parameters(ranks: Ranks, zero: int) -> Non
 
 
 def dropped_case() -> Any:
-    engine = make_engine(seeded(Stack), dp=4, zero=2, group=2)
+    engine = build_engine(seeded(Stack), Degrees(pp=1, dp=4, tp=1), zero=2, group=2)
     data = list(micro_batches(global_batches(1), engine))
     engine.backward(nn.MSELoss()(engine(data[0][0] + 5.0), data[0][1]))  # which is then given up
     engine.zero_grad()
