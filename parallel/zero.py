@@ -31,6 +31,17 @@ from parallel.settings import Precision
 
 STAGES = (0, 1, 2, 3)
 
+GROUP_RECORDS = ("fsdp_params", "_partial_reduce_output")
+PARAMETER_RECORDS = (
+    "sharded_param",
+    "unsharded_accumulated_grad",
+    "all_gather_outputs",
+    "_sharded_param_data",
+    "init_all_gather_outputs",
+    "free_unsharded_param",
+)
+"""What is used of fully_shard's private records; read in torch 2.13."""
+
 
 class Zero:
     """A module whose parameters, gradients and optimizer state are sharded as the ZeRO stage says.
@@ -48,15 +59,18 @@ class Zero:
         *,
         precision: Precision = Precision(),  # noqa: B008 (it is frozen)
         offload: bool = False,
+        persistence_threshold: int = 0,
         output: torch.dtype | None = None,
     ) -> None:
         """Shard `root` in place. `units` are its submodules that are gathered and freed one by one.
 
+        At stage 3, one of fewer than `persistence_threshold` elements stays whole from forward to backward.
         With `offload`, sharded parameters and all that is of their shape lie in the host's memory.
         `output` is the type that the root's outputs are cast to, None that in which they are computed.
 
         Raises:
             ValueError: `stage` isn't 0, 1, 2 or 3.
+            RuntimeError: this torch's fully_shard isn't one that this class knows.
         """
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
@@ -68,16 +82,19 @@ class Zero:
         self.offload = offload
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-        for module in [*units, root]:
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
+        sizes.append(sum(p.numel() for p in root.parameters()) - sum(sizes))
+        for module, size in zip([*units, root], sizes, strict=True):
             module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=stage == 3,
+                reshard_after_forward=stage == 3 and size >= persistence_threshold,
                 mp_policy=_policy(precision, output if module is root else None),
                 offload_policy=placed,
             )
         for sharded in self._sharded_modules():
+            _check_records(sharded)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
             if stage < 3:  # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at
@@ -155,6 +172,25 @@ def _parameters_of(module: FSDPModule) -> list[Any]:
 def _group_of(module: FSDPModule) -> Any:
     """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
     return module._get_fsdp_state()._fsdp_param_group
+
+
+def _check_records(module: FSDPModule) -> None:
+    """See that torch's records, which are its private matter, have what is used of them here.
+
+    Raises:
+        RuntimeError: they haven't.
+    """
+    state = module._get_fsdp_state()
+    group = getattr(state, "_fsdp_param_group", None)
+    parameter = next(iter(getattr(group, "fsdp_params", [])), None)
+    missing = [name for name in ("_fsdp_param_group",) if not hasattr(state, name)]
+    for record, names in ((group, GROUP_RECORDS), (parameter, PARAMETER_RECORDS)):
+        missing += [name for name in names if record is not None and not hasattr(record, name)]
+    if missing:
+        raise RuntimeError(
+            f"fully_shard of torch {torch.__version__} has no {', '.join(missing)}, which ZeRO needs; "
+            "use a torch from 2.11 to 2.13"
+        )
 
 
 def _compute_in_place(parameter: Any) -> None:
