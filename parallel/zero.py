@@ -97,8 +97,9 @@ class Zero:
             _check_records(sharded)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-            if stage < 3:  # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at
-                # the end of accumulation is one that it has just freed; this has it gather each itself.
+            if stage < 3:
+                # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
+                # of accumulation is one that it has just freed; this has each gather but itself.
                 sharded.set_modules_to_backward_prefetch([sharded])
             if self._sums_late:  # what is kept for the boundary has no names: it must be of all parameters
                 sharded.set_reduce_scatter_unused_params(True)

@@ -99,5 +99,5 @@ def test_building_peaks_at_the_share_and_a_layer(
 def test_a_model_on_the_cpu_is_built_whole(ranks: Ranks) -> None:
     """What the test above would see if the whole model were made."""
     layers = 8
-    for peak, _, share in ranks.run(4, growth_case, (1, 4), layers, "cpu", None):
+    for peak, _, _ in ranks.run(4, growth_case, (1, 4), layers, "cpu", None):
         assert peak > layers * LAYER

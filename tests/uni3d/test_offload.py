@@ -1,4 +1,4 @@
-"""CPU offload: the same steps at every ZeRO stage, precision and topology; on a GPU, the states are the host's."""
+"""CPU offload: the same steps at every ZeRO stage, precision and topology; states are the host's on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from model import GPT, GPTConfig
 from ranks import Ranks
 from small_models import Stack, assert_same, global_batches, micro_batches, seeded, train_plainly, whole
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from parallel import Degrees, Precision, start_process_group
 
@@ -29,6 +30,9 @@ def run_case(degrees: Degrees, zero: int, group: int | None, precision: str, off
         precision=Precision(compute=types[precision]),
         offload=offload,
     )
+    for owner in engine.module.modules():
+        if isinstance(owner, FSDPModule) and (group_of := owner._get_fsdp_state()._fsdp_param_group):
+            assert all(record.offload_to_cpu == offload for record in group_of.fsdp_params)
     data, losses, norms = micro_batches(global_batches(STEPS), engine), [], []
     for _ in range(STEPS):
         losses.append(engine.train_batch(data).item())

@@ -1,4 +1,4 @@
-"""Shard groups smaller than dp: the same steps, each gradient counted once, checkpoints for any other group."""
+"""Shard groups smaller than dp: the same steps, each gradient counted once, checkpoints for other groups."""
 
 from __future__ import annotations
 
