@@ -102,6 +102,7 @@ def _sections(settings: Any) -> dict[str, Any]:
         "stage": zero.stage,
         "offload": zero.offload,
         "shard_group": zero.shard_group,
+        "stage3_param_persistence_threshold": zero.stage3_param_persistence_threshold,
     }
     return {key: dump[key] for key in sorted(dump, key=lambda k: isinstance(dump[k], dict))}
 

@@ -53,6 +53,11 @@ def _zero(config: Config, pp: int) -> Iterator[tuple[str, str]]:
             "one switch: sharded parameters, gradients and optimizer states lie on the host together, and "
             "the optimizer steps there; DeepSpeed moves parameters and optimizer states apart",
         )
+    if zero.stage == 3:
+        yield (
+            "zero_optimization.stage3_param_persistence_threshold",
+            "of whole layers, 0 by default; DeepSpeed's is of single parameters, 1e5 by default",
+        )
     if zero.zero_hpz_partition_size > 1:
         yield (
             "zero_optimization.zero_hpz_partition_size",

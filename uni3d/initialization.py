@@ -103,6 +103,7 @@ def _parallel_settings(config: Config) -> parallel.Settings:
             compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
         ),
         offload=config.offload,
+        persistence_threshold=config.zero_optimization.stage3_param_persistence_threshold,
         schedule=p.schedule,
         virtual_stages=p.virtual_stages,
         balance=p.balance,

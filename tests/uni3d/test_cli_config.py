@@ -51,7 +51,12 @@ def test_everything_is_resolved_for_a_world_size(tmp_path: Path) -> None:
     assert (config["pp"], config["dp"], config["tp"]) == (2, 4, 1)
     assert (config["train_batch"], config["micro_batch"], config["accumulation"]) == (32, 4, 2)
     assert (config["precision"], config["communication_data_type"]) == ("bf16", "fp32")
-    assert config["zero_optimization"] == {"stage": 3, "offload": True, "shard_group": None}
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "offload": True,
+        "shard_group": None,
+        "stage3_param_persistence_threshold": 0,
+    }
     assert config["optimizer"] == {
         "is": "torch.optim.AdamW",
         "lr": 3e-4,

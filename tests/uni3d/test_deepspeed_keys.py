@@ -40,6 +40,8 @@ HONOURED: dict[str, Any] = {
     "zero_optimization.cpu_offload_param": True,
     "zero_optimization.zero_hpz_partition_size": 2,
     "zero_optimization.mics_shard_size": 2,
+    "zero_optimization.stage3_param_persistence_threshold": 1e5,
+    "zero_optimization.param_persistence_threshold": 10,
     "optimizer.type": "SGD",
     "optimizer.params": {"lr": 0.5},
     "scheduler": {"type": "WarmupLR"},
@@ -67,7 +69,6 @@ NAMED: dict[str, Any] = {
             "sub_group_size": "auto",
             "cpu_offload_use_pin_memory": True,
             "stage3_prefetch_bucket_size": 1,
-            "stage3_param_persistence_threshold": 1,
             "stage3_model_persistence_threshold": 1,
             "stage3_max_live_parameters": 1,
             "stage3_max_reuse_distance": 1,
@@ -282,12 +283,14 @@ def test_what_the_keys_come_to() -> None:
     assert load_config({"bfloat16": {"enabled": True}}).precision == "bf16"
 
 
-def test_offload_reaches_the_parallel_package() -> None:
+def test_what_zero_is_told_reaches_the_parallel_package() -> None:
     from uni3d.initialization import _parallel_settings
 
     on = load_config({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}})
     assert _parallel_settings(on).offload
     assert not _parallel_settings(load_config({"zero_optimization": {"stage": 1}})).offload
+    kept = load_config({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1e5}})
+    assert _parallel_settings(kept).persistence_threshold == 100_000
 
 
 def test_the_users_own_dict_stays_as_it_is() -> None:
