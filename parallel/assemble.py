@@ -15,7 +15,7 @@ from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
 from parallel.tensor import (
     apply_tensor_parallel,
-    check_divisible,
+    check_plan,
     expand_plan,
     rowwise_weights,
     tied_names,
@@ -58,7 +58,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     """
     degrees = topology.degrees
     layers = layer_names(model)
-    plan = _check_splits(model, topology, layers)
+    plan = _check_splits(model, topology, layers, settings)
     init = check_can_materialise(model) if is_meta(model) else None
     if init is None:
         broadcast_from_first_rank(model.to(topology.device))
@@ -74,7 +74,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
             {n for n in stage_names[0] if n.startswith(tuple(f"{k}." for k in kept))} for kept in stages
         ]
         module = Chain(model, stages[topology.pp_rank])
-    apply_tensor_parallel(module, plan, topology.tp_mesh)
+    apply_tensor_parallel(module, plan, topology.tp_mesh, sequence_parallel=settings.sequence_parallel)
     change_forward(blocks(module), settings.recompute, settings.compile)
     ends_in_loss = loss_fn is not None and topology.is_last_stage
     zero = Zero(
@@ -100,7 +100,9 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     )
 
 
-def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | None) -> dict[str, str]:
+def _check_splits(
+    model: nn.Module, topology: Topology, layers: Sequence[str] | None, settings: Settings
+) -> dict[str, str]:
     """Check that the model can be split as the topology wants; returns its expanded tensor-parallel plan."""
     degrees = topology.degrees
     kind = type(model).__name__
@@ -118,5 +120,11 @@ def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | 
     if degrees.tp == 1:  # then a plan may have styles that aren't known here: nothing is split
         return {}
     plan = expand_plan(model, declared or {})
-    check_divisible(model, plan, getattr(model, "tp_units", {}), degrees.tp)
+    check_plan(
+        model,
+        plan,
+        getattr(model, "tp_units", {}),
+        degrees.tp,
+        sequence_parallel=settings.sequence_parallel,
+    )
     return plan
