@@ -40,6 +40,8 @@ class ParallelModel:
     """Runs whole batches; None for a model that computes its own loss."""
     rowwise: set[str]
     """Weights that tensor parallelism, of any degree, cuts along their second dim."""
+    sequence_parallel: bool
+    """Whether the tensor-parallel ranks split sequences."""
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter of this rank is known everywhere."""
@@ -97,6 +99,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         tied=TiedGradients(module, ties, stage_names, topology),
         pipeline=None if loss_fn is None else Pipeline(zero, topology, loss_fn),
         rowwise=rowwise,
+        sequence_parallel=settings.sequence_parallel,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from parallel import ParallelModel
 from parallel.pipeline import Loss, split_logits
+from parallel.tensor import check_sequence
 from uni3d.config import BatchTriad
 
 
@@ -21,7 +22,8 @@ def run_batches(
     Returns the summed loss where it is known: on the last stage.
 
     Raises:
-        ValueError: a pipeline was given micro batches of another size than the config's.
+        ValueError: a pipeline was given micro batches of another size than the config's, or sequences that
+            can't be split.
     """
     pipeline = model.pipeline
     if pipeline is not None:
@@ -32,6 +34,8 @@ def run_batches(
                 f"the data iterator gave {len(inputs)} samples in {len(batches)} micro batches; expected "
                 f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
             )
+        if model.sequence_parallel:  # the first stage's embedding looks too, but the others would wait for it
+            check_sequence(inputs.shape, model.topology.degrees.tp)
         return pipeline.run(inputs, targets, len(batches), train=train, factor=factor)
     losses = []
     for i, batch in enumerate(batches, start=1):

@@ -19,7 +19,6 @@ import parallel
 import uni3d
 
 STEPS = 3
-TOPOLOGIES = [(1, 1, 2), (1, 2, 2), (2, 1, 2)]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -71,17 +70,24 @@ def train_case(
     return losses, norms, parameters, lengths
 
 
-CASES: list[tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]] = [
-    *((degrees, zero, {}, {}) for degrees in TOPOLOGIES for zero in (0, 3)),
+Case = tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]
+CASES: list[Case] = [
+    ((1, 1, 2), 0, {"norm": "layernorm", "positions": "learned", "activation": "gelu"}, {}),
+    ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "full"}}),
+    ((1, 2, 2), 3, {"tied_head": True}, {}),
+    ((2, 1, 2), 0, {}, {}),
+]
+SLOW_CASES: list[Case] = [
+    ((1, 2, 2), 0, {}, {}),
     ((1, 2, 2), 1, {"tied_head": True}, {}),
     ((2, 1, 2), 2, {"tied_head": True, "norm": "layernorm"}, {}),
-    ((1, 1, 2), 1, {"norm": "layernorm", "positions": "learned", "activation": "gelu"}, {}),
-    ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "full"}}),
+    ((2, 1, 2), 3, {}, {}),
     ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "selective"}}),
 ]
+ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 
 
-@pytest.mark.parametrize(("degrees", "zero", "options", "config"), CASES)
+@pytest.mark.parametrize(("degrees", "zero", "options", "config"), ALL_CASES)
 def test_the_steps_are_those_of_one_process(
     ranks: Ranks,
     degrees: tuple[int, int, int],
@@ -101,3 +107,74 @@ def test_the_steps_are_those_of_one_process(
             torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6, msg=name)
         seen |= parameters.keys()
     assert seen == trace.states[0].keys()
+
+
+def test_bf16_steps_stay_near_those_in_fp32(ranks: Ranks) -> None:
+    trace = oracle.train(oracle.MODEL, STEPS, masked=True)
+    for losses, norms, _, _ in ranks.run(2, train_case, (1, 1, 2), 3, {}, {"bf16": {"enabled": True}}):
+        assert losses == pytest.approx(trace.losses, rel=5e-3)
+        assert norms == pytest.approx(trace.norms, rel=5e-2)
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shapes of all plain tensors that are computed, those inside of DTensors too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # so that it computes on its local tensors, which are seen then
+        output = func(*args, **(kwargs or {}))
+        # Not the tensors without data with which DTensor tries out shapes.
+        self.seen.update(tuple(t.shape) for t in tree_leaves(output) if type(t) is Tensor and not t.is_meta)
+        return output
+
+
+def shapes_case(sequence_parallel: bool) -> set[tuple[int, ...]]:
+    split = {"pp": 1, "dp": 1, "tp": 2, "device": "cpu", "sequence_parallel": sequence_parallel}
+    engine = engine_of((1, 1, 2), 3, {}, parallel=split)
+    with Shapes() as shapes:
+        engine.train_batch()
+    return shapes.seen
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_no_rank_ever_holds_all_logits(ranks: Ranks, sequence_parallel: bool) -> None:
+    vocabulary = oracle.MODEL["vocab_size"]
+    for part, seen in zip((31, 30), ranks.run(2, shapes_case, sequence_parallel), strict=True):
+        assert any(part in shape for shape in seen), "a rank's own part of the vocabulary is seen"
+        assert not [shape for shape in seen if shape and shape[-1] == vocabulary]
+
+
+def refusal_case(degrees: tuple[int, int, int]) -> str:
+    engine = engine_of(degrees, 0, {})
+    batches = [(torch.zeros(6, 7, dtype=torch.int64), torch.zeros(6, 7, dtype=torch.int64))] * 2
+    with pytest.raises(ValueError, match="sequence_parallel") as caught:
+        engine.train_batch(iter(batches))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 2), (2, 1, 2)])
+def test_a_sequence_that_does_not_divide_is_refused_on_all_ranks(
+    ranks: Ranks, degrees: tuple[int, int, int]
+) -> None:
+    for error in ranks.run(2 * degrees[0], refusal_case, degrees):
+        assert error.startswith("sequence_parallel: tp(2) doesn't divide the sequence's 7 tokens; pad")
+
+
+def no_plan_case() -> str:
+    model = GPT(GPTConfig(**oracle.MODEL))
+    plan = {name: style for name, style in model.tp_plan.items() if style != "sequence_parallel"}
+    model.__class__ = type("Plain", (GPT,), {"tp_plan": plan})
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=0)
+    with pytest.raises(ValueError, match="sequence_parallel") as caught:
+        parallel.build(model, topology, parallel.Settings(seed=0, sequence_parallel=True))
+    return str(caught.value)
+
+
+def test_a_plan_without_it_is_refused(ranks: Ranks) -> None:
+    for error in ranks.run(2, no_plan_case):
+        assert error.startswith("sequence_parallel needs a tp_plan that says where the sequence is split")
+        assert error.endswith("which Plain's doesn't")
