@@ -83,6 +83,7 @@ class Topology:
         degrees: pp, dp and tp.
         mesh: of shape (pp, replicate, shard, tp) with the axis names of `AXES`.
         device: where this rank computes.
+        speaks_for_stage: whether this is the first of the ranks that share a place in the pipeline.
     """
 
     def __init__(self, degrees: Degrees, *, zero_stage: int, device_type: str = "cpu") -> None:
@@ -99,6 +100,7 @@ class Topology:
         self.device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.speaks_for_stage = self.dp_rank == 0 and self.tp_rank == 0
 
     @property
     def pp_rank(self) -> int:

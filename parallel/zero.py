@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.utils._pytree import tree_map
 
 from parallel.settings import Precision
 
@@ -59,9 +60,11 @@ class Zero:
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
         self.stage = stage
+        self.precision = precision
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         for module in [*units, root]:
+            module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
@@ -107,6 +110,17 @@ class Zero:
         for module in cast(nn.Module, self.root).modules():
             if isinstance(module, FSDPModule):
                 yield module
+
+
+def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Give outputs that are views memory of their own.
+
+    fully_shard hangs the gathering for the backward pass on them, and an operation in place on a view
+    (`x += y` in the layer above) would drop that without a word.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x._base is not None else x, output)
 
 
 def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionPolicy:
