@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import parallel
+from parallel.masters import make_masters
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
 from uni3d.engine import Engine
@@ -19,6 +21,7 @@ from uni3d.optim import make_optimizer, make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
+_log = logging.getLogger(__name__)
 
 
 def initialize(
@@ -64,6 +67,11 @@ def initialize(
     triad = batch_triad(settings, degrees.dp)
     parallel.start_process_group(device)
     topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
+    if (changed := make_masters(model)) and topology.rank == 0:
+        _log.warning(
+            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and computes in "
+            "%s, as the config says", len(changed), changed[0], settings.precision
+        )
     groups = _named_groups(model, optimizer, model_parameters)
     built = parallel.build(
         model,
@@ -130,9 +138,6 @@ def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
 def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> Groups:
     """Parameter groups with names for parameters, which outlive the tensors that sharding replaces."""
     names = {id(p): name for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ValueError(f"{name} is {parameter.dtype}; in this release parameters must be torch.float32")
     if isinstance(optimizer, torch.optim.Optimizer):
         if optimizer.state:
             raise ValueError(
