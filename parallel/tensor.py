@@ -30,6 +30,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from parallel.experts import ExpertsParallel, check_experts
+
 SEQUENCE = Shard(-2)
 """Activations are `(..., sequence, features)`."""
 
@@ -57,6 +59,9 @@ STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
 }
 """By name, how a module is split; given is how activations lie between the split layers."""
 
+_KNOWN = (*STYLES, "moe_tp_experts", "packed_colwise")
+"""Those, and the ones that only `parallel.experts` has."""
+
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"), (nn.Linear,)),
     "colwise_logits": (nn.Linear,),
@@ -65,16 +70,17 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 """Which modules torch's styles know how to split."""
 
 def expand_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Module name -> style, for every module that a pattern of the plan names.
+    """Name -> style, for every module, or parameter of experts, that a pattern of the plan names.
 
     Raises:
         ValueError: a pattern that names no module, or a style that isn't known.
     """
     names = [name for name, _ in model.named_modules()]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
     expanded: dict[str, str] = {}
     for pattern, style in plan.items():
-        if style not in STYLES:
-            raise ValueError(f"tp_plan[{pattern!r}] is {style!r}; expected one of {', '.join(STYLES)}")
+        if style not in _KNOWN:
+            raise ValueError(f"tp_plan[{pattern!r}] is {style!r}; expected one of {', '.join(_KNOWN)}")
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             raise ValueError(f"tp_plan names {pattern!r}, but {type(model).__name__} has no such module")
@@ -99,7 +105,10 @@ def check_plan(
     Raises:
         ValueError: naming the layer, the size and the degree.
     """
+    check_experts(model, plan, degree)
     for name, style in plan.items():
+        if not _has(model, name):
+            continue
         module = model.get_submodule(name)
         kinds = _KINDS.get(style)
         if kinds is not None and not isinstance(module, kinds):
@@ -166,6 +175,10 @@ def apply_tensor_parallel(
     present: dict[str, ParallelStyle] = {}
     for name, style in plan.items():
         if not _has(model, name) or (style == "sequence_parallel" and not sequence_parallel):
+            continue
+        if style == "moe_tp_experts":
+            own = {n.removeprefix(f"{name}."): s for n, s in plan.items() if n.rpartition(".")[0] == name}
+            present[name] = ExpertsParallel(own)
             continue
         present[name] = STYLES[style](between)
         if sequence_parallel and style == "embedding_rowwise":

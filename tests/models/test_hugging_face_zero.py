@@ -36,10 +36,10 @@ def steps_case(kind: str, zero: int) -> tuple[list[float], list[float], dict[str
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_steps_are_those_of_one_process(ranks: Ranks, kind: str, zero: int) -> None:
+def test_the_steps_are_those_of_one_process(hf_ranks: Ranks, kind: str, zero: int) -> None:
     losses, norms, model = hf_models.train_plainly(kind)
     expected = dict(model.named_parameters())
-    for found_losses, found_norms, parameters, gathered in ranks.run(2, steps_case, kind, zero):
+    for found_losses, found_norms, parameters, gathered in hf_ranks.run(2, steps_case, kind, zero):
         assert found_losses == pytest.approx(losses, rel=1e-5)
         assert found_norms == pytest.approx(norms, rel=1e-5)
         assert parameters.keys() == expected.keys()
@@ -66,10 +66,10 @@ def load_case(run: str) -> tuple[int, dict[str, Tensor]]:
     return engine.global_steps, hf_models.whole(engine.module)
 
 
-def test_a_checkpoint_of_two_ranks_is_loaded_on_one(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_ranks_is_loaded_on_one(hf_ranks: Ranks, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    (_, saved), _ = ranks.run(2, save_case, run)
-    ((steps, loaded),) = ranks.run(1, load_case, run)
+    (_, saved), _ = hf_ranks.run(2, save_case, run)
+    ((steps, loaded),) = hf_ranks.run(1, load_case, run)
     assert steps == hf_models.STEPS
     assert loaded.keys() == saved.keys()
     assert "lm_head.weight" not in saved, "it is the embedding's"
