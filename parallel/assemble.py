@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from parallel.blocks import blocks, change_forward, units
-from parallel.gradients import TiedGradients
+from parallel.gradients import ScalarGradients, TiedGradients
 from parallel.pipeline import LossFn, Pipeline
 from parallel.replicas import Replicas
 from parallel.settings import Settings
@@ -37,6 +37,7 @@ class ParallelModel:
     ties: dict[str, str]
     """Other names of tied parameters -> the first name, over the whole model."""
     tied: TiedGradients
+    scalars: ScalarGradients
     replicas: Replicas
     pipeline: Pipeline | None
     """Runs whole batches; None for a model that computes its own loss."""
@@ -99,6 +100,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         zero=zero,
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, topology),
+        scalars=ScalarGradients(module, topology),
         replicas=Replicas(module, topology),
         pipeline=None if loss_fn is None else Pipeline(zero, topology, loss_fn),
         rowwise=rowwise,

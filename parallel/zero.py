@@ -26,6 +26,8 @@ from torch.distributed.fsdp import (
 )
 from torch.utils._pytree import tree_map
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from parallel.settings import Precision
 
 STAGES = (0, 1, 2, 3)
@@ -63,14 +65,19 @@ class Zero:
         self.precision = precision
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-        for module in [*units, root]:
+        self._scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
+        statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
+        for module in [*statistics, *(unit for unit in units if unit not in statistics), root]:
             module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
                 reshard_after_forward=stage == 3,
-                mp_policy=_policy(precision, output if module is root else None),
+                mp_policy=_statistics_policy(precision)
+                if module in statistics
+                else _policy(precision, output if module is root else None),
                 offload_policy=placed,
+                ignored_params=self._scalars,
             )
         for sharded in self._sharded_modules():
             sharded.set_gradient_divide_factor(1.0)
@@ -99,6 +106,8 @@ class Zero:
 
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
+        for scalar in self._scalars:
+            scalar.grad = None
         for module in self._sharded_modules():
             for parameter in _parameters_of(module):
                 parameter.unsharded_accumulated_grad = None
@@ -128,6 +137,13 @@ def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionP
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(
         param_dtype=precision.compute, reduce_dtype=precision.reduce, output_dtype=output
+    )
+
+
+def _statistics_policy(precision: Precision) -> MixedPrecisionPolicy:
+    """Of batch norms, which average over steps what only fp32 tells apart: they compute in fp32."""
+    return MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=precision.reduce, output_dtype=precision.compute
     )
 
 

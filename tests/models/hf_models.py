@@ -47,7 +47,7 @@ def make(kind: str, **options: Any) -> nn.Module:
             return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout, **ends))
         if kind == "llama":
             options = {"num_key_value_heads": 2, "tie_word_embeddings": True} | options
-            return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **options))
+            return hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | options)))
         if kind == "qwen3":
             return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=4))
         assert kind == "mixtral", kind

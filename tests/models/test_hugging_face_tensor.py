@@ -23,7 +23,7 @@ LOGITS = {"lm_head": "colwise_logits"}
 
 def steps_case(kind: str, zero: int, plan: dict[str, str]) -> tuple[list[float], list[float], dict[str, Tensor]]:
     model: Any = hf_models.make(kind)
-    model.tp_plan = model.tp_plan | plan
+    model.tp_plan.update(plan)
     engine = hf_models.make_engine(model, zero, tp=2)
     losses, norms = hf_models.train(engine, kind)
     return losses, norms, hf_models.whole(engine.module)
@@ -62,7 +62,7 @@ class LastDims(TorchDispatchMode):
 
 def logits_case(plan: dict[str, str]) -> set[int]:
     model: Any = hf_models.make("llama")
-    model.tp_plan = model.tp_plan | plan
+    model.tp_plan.update(plan)
     engine = hf_models.make_engine(model, 3, tp=2)
     (batch, *_) = hf_models.batches("llama")
     micro = [hf_models.rows(batch, start, 4) for start in (0, 4)]
@@ -81,9 +81,8 @@ def test_with_split_logits_no_rank_holds_all_of_them_under_the_models_own_loss(h
 
 def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> str:
     model: Any = hf_models.make(kind, **options)
-    if plan:
-        model.tp_plan = model.tp_plan | plan
-    with pytest.raises(ValueError, match="tp") as caught:
+    model.tp_plan.update(plan)
+    with pytest.raises(ValueError, match="tp|split") as caught:
         hf_models.make_engine(model, 0, tp=2)
     return str(caught.value)
 
@@ -102,7 +101,7 @@ def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> st
         (
             "llama",
             {},
-            {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
+            {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3},
             "tp(2) doesn't divide the 3 heads of model.layers.0.self_attn.q_proj (colwise); choose",
         ),
         (
@@ -122,7 +121,7 @@ def test_what_cannot_be_split_is_named(
 
 def forgotten_case() -> str:
     model: Any = hf_models.make("qwen3")
-    model.tp_plan = {k: v for k, v in model.tp_plan.items() if not k.endswith("q_norm")}
+    del model.tp_plan["model.layers.*.self_attn.q_norm"]
     engine = hf_models.make_engine(model, 1, tp=2)
     with pytest.raises(ValueError, match="different gradients") as caught:
         hf_models.train(engine, "qwen3")
