@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 PARAMETER_STYLES: Mapping[str, Placement] = {"packed_colwise": Replicate(), "rowwise": Shard(-1)}
-"""How a parameter of experts is stored. A rank's halves of gate and up don't lie side by side, so they aren't one
-part of the whole, and all ranks store both; ZeRO stages 1 to 3 still split them over dp."""
+"""How a parameter of experts is stored. A rank's parts of gate and up don't lie side by side, so all ranks store
+both whole; ZeRO stages 1 to 3 still split them over dp."""
 
 
 class ExpertsParallel(ParallelStyle):
-    """Experts `(hidden states, indices, weights) -> hidden states`, with the split dim's parts summed at the end."""
+    """Experts `(hidden states, indices, weights) -> hidden states`: the ranks' parts are summed at the end."""
 
     def __init__(self, parameters: Mapping[str, str]) -> None:
         """`parameters` are the module's own, by name, with their styles."""
@@ -31,7 +31,9 @@ class ExpertsParallel(ParallelStyle):
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, style in self._styles.items():
             whole = module.get_parameter(name)
-            split = distribute_tensor(whole, mesh, [PARAMETER_STYLES[style]], src_data_rank=self.src_data_rank)
+            split = distribute_tensor(
+                whole, mesh, [PARAMETER_STYLES[style]], src_data_rank=self.src_data_rank
+            )
             module.register_parameter(name, nn.Parameter(split, requires_grad=whole.requires_grad))
         forward = module.forward
 
@@ -63,8 +65,8 @@ def check_experts(model: nn.Module, plan: Mapping[str, str], degree: int) -> Non
         owner = name.rpartition(".")[0]
         if plan.get(owner) != "moe_tp_experts" or style not in PARAMETER_STYLES:
             raise ValueError(
-                f"tp_plan has {style!r} for the parameter {name}; a parameter can only be split in a module with "
-                f"'moe_tp_experts', by {' or '.join(map(repr, PARAMETER_STYLES))}"
+                f"tp_plan has {style!r} for the parameter {name}; parameters can only be split in a module "
+                f"with 'moe_tp_experts', by {' or '.join(map(repr, PARAMETER_STYLES))}"
             )
         packed = style == "packed_colwise"
         size = parameters[name].shape[-2] // 2 if packed else parameters[name].shape[-1]

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from parallel.topology import Topology
 
 TOLERANCE = 0.05
-"""By how much a gradient may differ between ranks, relative to its norm. Ranks that compute the same differ by
-rounding; those that see different heads or tokens, by about 1."""
+"""By how much a gradient may differ between ranks, relative to its norm. Ranks that compute the same differ
+by rounding; those that see different heads or tokens, by about 1."""
 
 
 class Replicas:
@@ -44,13 +44,13 @@ class Replicas:
         if wrong := sorted({name for names in named for name in names}):
             raise ValueError(
                 f"tp({topology.degrees.tp}) ranks have different gradients of {', '.join(wrong[:4])}"
-                f"{', ...' if len(wrong) > 4 else ''}, which the tp_plan leaves out: each sees only its own heads, "
-                "features or tokens; give such a norm the style 'replicated_with_grad_allreduce' (between a "
+                f"{', ...' if len(wrong) > 4 else ''}, which the tp_plan leaves out: each sees only its own "
+                "heads, features or tokens; give such a norm the style 'replicated_with_grad_allreduce' (between a "
                 "column-wise and a row-wise layer) or 'sequence_parallel'"
             )
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's parts of the gradients of parameters that the plan leaves out, zeros where none came."""
+        """This rank's parts of the gradients of what the plan leaves out, zeros where none came."""
         for name, parameter in self._module.named_parameters():
             axes = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
             if parameter.requires_grad and "tp" not in axes:

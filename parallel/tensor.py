@@ -44,12 +44,8 @@ STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
     "colwise_logits": lambda between: ColwiseParallel(
         input_layouts=between, output_layouts=Shard(-1), use_local_output=False
     ),
-    "rowwise_split_input": lambda between: RowwiseParallel(
-        input_layouts=Replicate(), output_layouts=between
-    ),
-    "embedding_rowwise": lambda between: RowwiseParallel(
-        input_layouts=Replicate(), output_layouts=between
-    ),
+    "rowwise_split_input": lambda between: RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+    "embedding_rowwise": lambda between: RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
     "gather_input": lambda between: PrepareModuleInput(
         input_layouts=between, desired_input_layouts=Replicate()
     ),
@@ -68,6 +64,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "embedding_rowwise": (nn.Embedding,),
 }
 """Which modules torch's styles know how to split."""
+
 
 def expand_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     """Name -> style, for every module, or parameter of experts, that a pattern of the plan names.
@@ -96,7 +93,7 @@ def check_plan(
     *,
     sequence_parallel: bool = False,
 ) -> None:
-    """Check that an expanded plan's styles suit their layers, and that `degree` divides what these are cut into.
+    """Check that an expanded plan's styles suit their layers, and that `degree` divides what they cut.
 
     `units` (pattern -> number) says how many indivisible parts a layer's dimension has, where that isn't
     its size: attention heads. Where a model has none for a layer, its parent's `head_dim` says it, as in
@@ -114,7 +111,8 @@ def check_plan(
         if kinds is not None and not isinstance(module, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(
-                f"{name} is a {type(module).__name__}, which the style {style!r} can't split; it needs {expected}"
+                f"{name} is a {type(module).__name__}, which the style {style!r} can't split; "
+                f"it needs {expected}"
             )
         if style not in ("colwise", "rowwise", "rowwise_split_input") or not isinstance(module, nn.Linear):
             continue
@@ -129,8 +127,8 @@ def check_plan(
             )
     if sequence_parallel and not {"sequence_parallel", "embedding_rowwise"} <= set(plan.values()):
         raise ValueError(
-            "sequence_parallel needs a tp_plan that says where the sequence is split: 'embedding_rowwise' for "
-            f"the embeddings and 'sequence_parallel' for the norms, which {type(model).__name__}'s doesn't"
+            "sequence_parallel needs a tp_plan that says where the sequence is split: 'embedding_rowwise' "
+            f"for the embeddings and 'sequence_parallel' for the norms, which {type(model).__name__}'s doesn't"
         )
 
 

@@ -50,7 +50,9 @@ def run_batches(
     losses = []
     for i, batch in enumerate(batches, start=1):
         with split_logits(model.topology):
-            loss = Loss.of(_loss(model.module(**batch) if isinstance(batch, Mapping) else model.module(*batch)))
+            loss = Loss.of(
+                _loss(model.module(**batch) if isinstance(batch, Mapping) else model.module(*batch))
+            )
             if train:
                 model.zero.before_backward(last=i == len(batches))
                 loss.lifted(factor).backward()  # type: ignore[no-untyped-call]

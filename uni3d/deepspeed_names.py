@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--deepspeed`, which changes nothing, and `--deepspeed_config FILE.json`, which `initialize` reads."""
+    """Add `--deepspeed`, which changes nothing, and `--deepspeed_config FILE.json`, for `initialize`."""
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument("--deepspeed", action="store_true", help="accepted, as launchers give it; always on")
     group.add_argument("--deepspeed_config", help="the JSON file with the config")
@@ -30,7 +30,9 @@ def init_distributed(dist_backend: str | None = None, **given: Any) -> None:
         raise ValueError(f"dist_backend is {dist_backend!r}; expected 'nccl', 'gloo' or None")
     harmless = {"auto_mpi_discovery", "verbose", "dist_init_required"}
     if unknown := sorted(given.keys() - harmless):
-        raise ValueError(f"init_distributed doesn't know {', '.join(unknown)}; start the processes with torchrun")
+        raise ValueError(
+            f"init_distributed doesn't know {', '.join(unknown)}; start the processes with torchrun"
+        )
     cuda = torch.cuda.is_available() and dist_backend != "gloo"
     if dist_backend == "nccl" and not cuda:
         raise ValueError("dist_backend is 'nccl', but there is no GPU here; leave it out")

@@ -69,8 +69,11 @@ def initialize(
     topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
     if (changed := make_masters(model)) and topology.rank == 0:
         _log.warning(
-            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and computes in "
-            "%s, as the config says", len(changed), changed[0], settings.precision
+            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and "
+            "computes in %s, as the config says",
+            len(changed),
+            changed[0],
+            settings.precision,
         )
     groups = _named_groups(model, optimizer, model_parameters)
     built = parallel.build(

@@ -22,7 +22,9 @@ class FirstToken(Dataset[dict[str, Tensor]]):
     """Sequences of random tokens; the label says whether the first is in the vocabulary's upper half."""
 
     def __init__(self, samples: int) -> None:
-        self.tokens = torch.randint(0, VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
+        self.tokens = torch.randint(
+            0, VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(0)
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -21,7 +21,9 @@ import hf_models
 LOGITS = {"lm_head": "colwise_logits"}
 
 
-def steps_case(kind: str, zero: int, plan: dict[str, str]) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def steps_case(
+    kind: str, zero: int, plan: dict[str, str]
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
     model: Any = hf_models.make(kind)
     model.tp_plan.update(plan)
     engine = hf_models.make_engine(model, zero, tp=2)
@@ -82,7 +84,7 @@ def test_with_split_logits_no_rank_holds_all_of_them_under_the_models_own_loss(h
 def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> str:
     model: Any = hf_models.make(kind, **options)
     model.tp_plan.update(plan)
-    with pytest.raises(ValueError, match="tp|split") as caught:
+    with pytest.raises(ValueError, match=r"tp|split") as caught:
         hf_models.make_engine(model, 0, tp=2)
     return str(caught.value)
 

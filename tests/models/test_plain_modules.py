@@ -36,9 +36,7 @@ class Net(nn.Module):
 class NestedLists(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.rows = nn.ModuleList(
-            nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(2)
-        )
+        self.rows = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(2))
 
     def features(self, x: Tensor) -> Tensor:
         for row in self.rows:
@@ -97,7 +95,9 @@ class Normed(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())])
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())]
+        )
 
     def features(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers[0](x)

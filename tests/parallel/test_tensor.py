@@ -33,7 +33,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tied_grouped_layernorm": {"tied_head": True, "num_kv_heads": 2, "norm": "layernorm"},
 }
 
-SPLIT_DIM = {"tokens": 0, "positions": 0, "head": 0, "q": 0, "k": 0, "v": 0, "up": 0, "gate": 0, "o": 1, "down": 1}
+SPLIT_DIM = {
+    "tokens": 0,
+    "positions": 0,
+    "head": 0,
+    "q": 0,
+    "k": 0,
+    "v": 0,
+    "up": 0,
+    "gate": 0,
+    "o": 1,
+    "down": 1,
+}
 """By the last part of a module's name."""
 
 
