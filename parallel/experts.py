@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 
 PARAMETER_STYLES: Mapping[str, Placement] = {"packed_colwise": Replicate(), "rowwise": Shard(-1)}
-"""How a parameter of experts is stored. A rank's parts of gate and up don't lie side by side, so all ranks store
-both whole; ZeRO stages 1 to 3 still split them over dp."""
+"""How a parameter of experts is stored. A rank's parts of gate and up don't lie side by side, so all ranks
+store both whole; ZeRO stages 1 to 3 still split them over dp."""
 
 
 class ExpertsParallel(ParallelStyle):
-    """Experts `(hidden states, indices, weights) -> hidden states`: the ranks' parts are summed at the end."""
+    """Experts `(hidden states, indices, weights) -> hidden states`: the ranks' parts are summed."""
 
     def __init__(self, parameters: Mapping[str, str]) -> None:
         """`parameters` are the module's own, by name, with their styles."""

@@ -128,7 +128,8 @@ def check_plan(
     if sequence_parallel and not {"sequence_parallel", "embedding_rowwise"} <= set(plan.values()):
         raise ValueError(
             "sequence_parallel needs a tp_plan that says where the sequence is split: 'embedding_rowwise' "
-            f"for the embeddings and 'sequence_parallel' for the norms, which {type(model).__name__}'s doesn't"
+            "for the embeddings and 'sequence_parallel' for the norms, which "
+            f"{type(model).__name__}'s doesn't"
         )
 
 

@@ -172,6 +172,10 @@ COMMANDS = {
     "import uni3d": "import uni3d",
     "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
     "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
+    "uni3d config": "import uni3d.cli, pathlib, tempfile\n"
+    "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
+    'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
+    "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
     "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
 }
 

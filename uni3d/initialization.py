@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from parallel.masters import make_masters
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
 from uni3d.engine import Engine
-from uni3d.optim import make_optimizer, make_scheduler
+from uni3d.monitors import check_installed
+from uni3d.optim import check_works_sharded, make_optimizer, split_groups
+from uni3d.schedules import make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
@@ -63,19 +66,16 @@ def initialize(
     if model is None:
         raise ValueError("initialize needs a model")
     settings = load_config(_one_config(args, config, config_params))
+    check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
     parallel.start_process_group(device)
     topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
-    if (changed := make_masters(model)) and topology.rank == 0:
-        _log.warning(
-            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and "
-            "computes in %s, as the config says",
-            len(changed),
-            changed[0],
-            settings.precision,
-        )
+    _make_masters(model, settings, topology)
+    _name_what_has_no_meaning(settings, topology)
     groups = _named_groups(model, optimizer, model_parameters)
+    if optimizer is None and settings.optimizer is not None:
+        groups = split_groups(settings.optimizer, model, groups)
     built = parallel.build(
         model,
         topology,
@@ -104,6 +104,7 @@ def _parallel_settings(config: Config) -> parallel.Settings:
         precision=parallel.Precision(
             compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
         ),
+        offload=config.offload,
         schedule=p.schedule,
         virtual_stages=p.virtual_stages,
         balance=p.balance,
@@ -111,6 +112,27 @@ def _parallel_settings(config: Config) -> parallel.Settings:
         recompute=None if again.mode == "none" else parallel.Recompute(mode=again.mode, every=again.every),
         compile=parallel.Compile(backend=compiled.backend, options=options) if compiled.enabled else None,
     )
+
+
+def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
+    """Say once that keys of DeepSpeed's were accepted that change nothing here."""
+    if config.without_meaning and topology.rank == 0:
+        reasons = "; ".join(
+            f"{', '.join(key for key, why in config.without_meaning.items() if why == reason)} ({reason})"
+            for reason in dict.fromkeys(config.without_meaning.values())
+        )
+        warnings.warn(f"keys of the config that have no meaning here: {reasons}", stacklevel=3)
+
+
+def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:
+    if (changed := make_masters(model)) and topology.rank == 0:
+        _log.warning(
+            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and "
+            "computes in %s, as the config says",
+            len(changed),
+            changed[0],
+            settings.precision,
+        )
 
 
 def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
@@ -142,6 +164,7 @@ def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[A
     """Parameter groups with names for parameters, which outlive the tensors that sharding replaces."""
     names = {id(p): name for name, p in model.named_parameters()}
     if isinstance(optimizer, torch.optim.Optimizer):
+        check_works_sharded(optimizer)
         if optimizer.state:
             raise ValueError(
                 f"the {type(optimizer).__name__} optimizer has states of parameters that will yet be split; "
@@ -175,6 +198,7 @@ def _make_optimizer(
         return given
     if given is not None:
         made: torch.optim.Optimizer = given(local)
+        check_works_sharded(made)
         return made
     return None if settings.optimizer is None else make_optimizer(settings.optimizer, local)
 
