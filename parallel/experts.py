@@ -15,9 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-PARAMETER_STYLES: Mapping[str, Placement] = {"packed_colwise": Replicate(), "rowwise": Shard(-1)}
-"""How a parameter of experts is stored. A rank's parts of gate and up don't lie side by side, so all ranks
-store both whole; ZeRO stages 1 to 3 still split them over dp."""
+PARAMETER_STYLES = ("packed_colwise", "rowwise")
+
+
+def _placement(style: str) -> Placement:
+    """How a parameter of experts is stored.
+
+    A rank's parts of gate and up don't lie side by side, so all ranks store both whole; ZeRO stages 1 to 3
+    still split them over dp.
+    """
+    return Replicate() if style == "packed_colwise" else Shard(-1)
 
 
 class ExpertsParallel(ParallelStyle):
@@ -31,9 +38,7 @@ class ExpertsParallel(ParallelStyle):
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, style in self._styles.items():
             whole = module.get_parameter(name)
-            split = distribute_tensor(
-                whole, mesh, [PARAMETER_STYLES[style]], src_data_rank=self.src_data_rank
-            )
+            split = distribute_tensor(whole, mesh, [_placement(style)], src_data_rank=self.src_data_rank)
             module.register_parameter(name, nn.Parameter(split, requires_grad=whole.requires_grad))
         forward = module.forward
 

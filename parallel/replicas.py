@@ -45,8 +45,8 @@ class Replicas:
             raise ValueError(
                 f"tp({topology.degrees.tp}) ranks have different gradients of {', '.join(wrong[:4])}"
                 f"{', ...' if len(wrong) > 4 else ''}, which the tp_plan leaves out: each sees only its own "
-                "heads, features or tokens; give such a norm the style 'replicated_with_grad_allreduce' (between "
-                "a column-wise and a row-wise layer) or 'sequence_parallel'"
+                "heads, features or tokens; give such a norm the style 'replicated_with_grad_allreduce' "
+                "(between a column-wise and a row-wise layer) or 'sequence_parallel'"
             )
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:

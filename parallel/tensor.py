@@ -32,9 +32,6 @@ from torch.distributed.tensor.parallel import (
 
 from parallel.experts import ExpertsParallel, check_experts
 
-SEQUENCE = Shard(-2)
-"""Activations are `(..., sequence, features)`."""
-
 STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
     "colwise": lambda between: ColwiseParallel(input_layouts=between),
     "rowwise": lambda between: RowwiseParallel(output_layouts=between),
@@ -170,7 +167,8 @@ def apply_tensor_parallel(
         return
     ties = tied_names(model)
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    between = SEQUENCE if sequence_parallel else Replicate()
+    # Activations are (..., sequence, features).
+    between: Placement = Shard(-2) if sequence_parallel else Replicate()
     present: dict[str, ParallelStyle] = {}
     for name, style in plan.items():
         if not _has(model, name) or (style == "sequence_parallel" and not sequence_parallel):
