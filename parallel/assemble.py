@@ -84,6 +84,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         settings.zero_stage,
         precision=settings.precision,
         offload=settings.offload,
+        persistence_threshold=settings.persistence_threshold,
         output=torch.float32 if ends_in_loss else None,  # losses are computed in fp32
     )
     if init is not None:

@@ -67,16 +67,17 @@ def initialize(
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
     parallel.start_process_group(device)
-    topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
+    topology = parallel.Topology(
+        degrees,
+        zero_stage=settings.zero_optimization.stage,
+        shard_group=settings.shard_group,
+        device_type=device,
+    )
     _name_what_has_no_meaning(settings, topology)
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
         groups = split_groups(settings.optimizer, model, groups)
-    built = parallel.build(
-        model,
-        topology,
-        _parallel_settings(settings),
-    )
+    built = parallel.build(model, topology, _parallel_settings(settings))
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)

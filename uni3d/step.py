@@ -73,7 +73,8 @@ class Stepper:
         self.applied = False
         """Whether the last step changed the parameters."""
         fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
-        self.deferred = fused and engine.scaler is None and engine.device.type == "cuda"
+        on_gpu = engine.device.type == "cuda" and not engine.model.zero.offload  # where the optimizer works
+        self.deferred = fused and engine.scaler is None and on_gpu
         """Whether a step's numbers are read during the next one."""
 
     def finish(self, loss: Loss | None) -> Tensor:
