@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "megatron_gpt")]
 from model import GPT, GPTConfig  # noqa: E402
 
 import uni3d  # noqa: E402
+from uni3d import flops  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -232,7 +233,20 @@ def report(
 
 
 def mfu(args: argparse.Namespace, config: GPTConfig, seq_len: int, rate: float) -> str:
-    return ""
+    """Of `rate` tokens/s, if the device's peak is known."""
+    peak = args.peak_tflops and args.peak_tflops * 1e12
+    if peak is None and args.device == "cuda" and args.precision == "bf16":
+        peak = flops.peak_flops(torch.cuda.get_device_name())
+    if peak is None:
+        return ""
+    with torch.device("meta"):
+        model = GPT(config)
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {
+        id(model.head.weight)
+    }
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
+    forward = flops.forward_flops_per_token(matrices, config.num_layers, config.hidden_size, seq_len)
+    return f"  MFU {flops.utilisation(forward * rate, 1.0, 1, peak):.1%}"
 
 
 if __name__ == "__main__":
