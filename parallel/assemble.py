@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from parallel.blocks import blocks, change_forward, units
-from parallel.gradients import TiedGradients
+from parallel.gradients import ScalarGradients, TiedGradients
 from parallel.pipeline import LossFn, Pipeline
+from parallel.replicas import Replicas
 from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
 from parallel.tensor import (
     apply_tensor_parallel,
-    check_divisible,
+    check_plan,
     expand_plan,
     rowwise_weights,
     tied_names,
@@ -36,10 +37,14 @@ class ParallelModel:
     ties: dict[str, str]
     """Other names of tied parameters -> the first name, over the whole model."""
     tied: TiedGradients
+    scalars: ScalarGradients
+    replicas: Replicas
     pipeline: Pipeline | None
     """Runs whole batches; None for a model that computes its own loss."""
     rowwise: set[str]
     """Weights that tensor parallelism, of any degree, cuts along their second dim."""
+    sequence_parallel: bool
+    """Whether the tensor-parallel ranks split sequences."""
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter of this rank is known everywhere."""
@@ -58,7 +63,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     """
     degrees = topology.degrees
     layers = layer_names(model)
-    plan = _check_splits(model, topology, layers)
+    plan = _check_splits(model, topology, layers, settings)
     init = check_can_materialise(model) if is_meta(model) else None
     if init is None:
         broadcast_from_first_rank(model.to(topology.device))
@@ -74,7 +79,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
             {n for n in stage_names[0] if n.startswith(tuple(f"{k}." for k in kept))} for kept in stages
         ]
         module = Chain(model, stages[topology.pp_rank])
-    apply_tensor_parallel(module, plan, topology.tp_mesh)
+    apply_tensor_parallel(module, plan, topology.tp_mesh, sequence_parallel=settings.sequence_parallel)
     change_forward(blocks(module), settings.recompute, settings.compile)
     ends_in_loss = loss_fn is not None and topology.is_last_stage
     zero = Zero(
@@ -96,12 +101,17 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         zero=zero,
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, topology),
+        scalars=ScalarGradients(module, topology),
+        replicas=Replicas(module, topology),
         pipeline=None if loss_fn is None else Pipeline(zero, topology, loss_fn),
         rowwise=rowwise,
+        sequence_parallel=settings.sequence_parallel,
     )
 
 
-def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | None) -> dict[str, str]:
+def _check_splits(
+    model: nn.Module, topology: Topology, layers: Sequence[str] | None, settings: Settings
+) -> dict[str, str]:
     """Check that the model can be split as the topology wants; returns its expanded tensor-parallel plan."""
     degrees = topology.degrees
     kind = type(model).__name__
@@ -119,5 +129,11 @@ def _check_splits(model: nn.Module, topology: Topology, layers: Sequence[str] | 
     if degrees.tp == 1:  # then a plan may have styles that aren't known here: nothing is split
         return {}
     plan = expand_plan(model, declared or {})
-    check_divisible(model, plan, getattr(model, "tp_units", {}), degrees.tp)
+    check_plan(
+        model,
+        plan,
+        getattr(model, "tp_units", {}),
+        degrees.tp,
+        sequence_parallel=settings.sequence_parallel,
+    )
     return plan

@@ -38,10 +38,20 @@ KEPT = frozenset(
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost module lists: a model's layers."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
-    return [layer for layers in lists if id(layers) not in inner for layer in layers]
+    """The entries of the outermost module lists and dicts, and of those in them: a model's layers."""
+    found: dict[int, nn.Module] = {}  # each once, wherever it is used
+
+    def walk(parent: nn.Module, listed: bool) -> None:
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList | nn.ModuleDict):
+                walk(child, listed=True)
+            elif listed:
+                found[id(child)] = child
+            else:
+                walk(child, listed=False)
+
+    walk(module, listed=False)
+    return list(found.values())
 
 
 def units(module: nn.Module) -> list[nn.Module]:
