@@ -7,7 +7,8 @@
 | 3          | sharded         | reduce-scattered every micro batch    | gathered for each layer's use   |
 
 (ZeRO, Rajbhandari et al. 2020, section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`.
-With a shard group smaller than dp, stages 2 and 3 sum over the groups only at the boundary.
+With a shard group smaller than dp, stages 2 and 3 sum over the groups only at the boundary. With more than
+one data-parallel rank, a trained parameter that a rank doesn't use counts as having a gradient of zero.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ GROUP_RECORDS = ("fsdp_params", "_partial_reduce_output")
 PARAMETER_RECORDS = (
     "sharded_param",
     "unsharded_accumulated_grad",
+    "accumulate_unsharded_grad_if_needed",
     "all_gather_outputs",
     "_sharded_param_data",
     "init_all_gather_outputs",
@@ -76,9 +78,7 @@ class Zero:
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
         self.stage = stage
-        # Where torch (2.11) can't be told to reduce zeros for unused parameters, sums come every micro batch.
-        complete = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
-        self._sums_late = stage >= 2 and mesh["replicate"].size() > 1 and complete
+        self._sums_late = stage >= 2 and mesh["replicate"].size() > 1
         self.precision = precision
         self.offload = offload
         self.root = cast(FSDPModule, root)
@@ -110,8 +110,9 @@ class Zero:
                 # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
                 # of accumulation is one that it has just freed; this has each gather but itself.
                 sharded.set_modules_to_backward_prefetch([sharded])
-            if self._sums_late:  # what is kept for the boundary has no names: it must be of all parameters
-                sharded.set_reduce_scatter_unused_params(True)
+            if mesh.size() > 1:
+                for parameter in _parameters_of(sharded):
+                    _count_unused(parameter)
             if mesh["shard"].size() == 1 and precision.compute == torch.float32 and not offload:
                 for parameter in _parameters_of(sharded):
                     _compute_in_place(parameter)
@@ -192,6 +193,25 @@ def _parameters_of(module: FSDPModule) -> list[Any]:
 def _group_of(module: FSDPModule) -> Any:
     """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
     return module._get_fsdp_state()._fsdp_param_group
+
+
+def _count_unused(parameter: Any) -> None:
+    """Give a trained parameter that took no part in a backward pass a gradient of zero.
+
+    What is reduced together has no names: if ranks, or micro batches that are summed late, use different
+    parameters, as experts are, gradients would be added up that don't belong together. torch's own
+    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if others were accumulated in another type.
+    """
+    accumulate = parameter.accumulate_unsharded_grad_if_needed  # the first thing after each backward pass
+
+    def fill_and_accumulate() -> None:
+        whole = getattr(parameter, "_unsharded_param", None)
+        nothing = parameter.unsharded_accumulated_grad is None and getattr(whole, "grad", None) is None
+        if whole is not None and whole.requires_grad and nothing:
+            whole.grad = torch.zeros_like(whole)
+        accumulate()
+
+    parameter.accumulate_unsharded_grad_if_needed = fill_and_accumulate
 
 
 def _check_records(module: FSDPModule) -> None:

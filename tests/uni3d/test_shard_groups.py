@@ -21,7 +21,7 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from parallel import Degrees
+from parallel import Degrees, Precision
 
 STEPS = 3
 
@@ -85,15 +85,19 @@ class Taking(nn.Module):
         return (expert(x) - y).square().mean()
 
 
-def taking_case(zero: int) -> Any:
-    engine = build_engine(seeded(Taking), Degrees(pp=1, dp=4, tp=1), zero=zero, group=2)
+def taking_case(zero: int, group: int | None) -> Any:
+    engine = build_engine(seeded(Taking), Degrees(pp=1, dp=4, tp=1), zero=zero, group=group)
     data = global_batches(1)
     loss = engine.train_batch(micro_batches(data, engine)).item()
     return loss, whole(engine.module)
 
 
-@pytest.mark.parametrize("zero", [2, 3], ids="zero{}".format)
-def test_micro_batches_that_use_other_parameters(ranks: Ranks, zero: int) -> None:
+@pytest.mark.parametrize(
+    ("zero", "group"), [(0, None), (1, None), (2, None), (3, None), (1, 2), (2, 2), (3, 2)], ids=str
+)
+def test_ranks_and_micro_batches_that_use_other_parameters(
+    ranks: Ranks, zero: int, group: int | None
+) -> None:
     model = seeded(Taking)
     (x, y), optimizer = global_batches(1)[0], torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01)
     optimizer.param_groups[0]["weight_decay"] = 0.1
@@ -103,7 +107,7 @@ def test_micro_batches_that_use_other_parameters(ranks: Ranks, zero: int) -> Non
     total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
-    for loss, state in ranks.run(4, taking_case, zero):
+    for loss, state in ranks.run(4, taking_case, zero, group):
         assert loss == pytest.approx(total.item(), rel=1e-5)
         assert_same(state, model)
 
@@ -122,3 +126,25 @@ def test_gradients_that_were_dropped_before_their_last_sum(ranks: Ranks) -> None
     for loss, state in ranks.run(4, dropped_case):
         assert loss == pytest.approx(losses[0], rel=1e-5)
         assert_same(state, model)
+
+
+def mixed_case(zero: int) -> list[float]:
+    degrees = Degrees(pp=1, dp=4, tp=1)
+    precision = Precision(compute=torch.bfloat16)
+    config = {"bf16": {"enabled": True}}
+    engine = build_engine(seeded(Taking), degrees, zero=zero, config=config, precision=precision)
+    loss = engine.train_batch(micro_batches(global_batches(1), engine)).item()
+    norm = engine.get_global_grad_norm()
+    assert norm is not None
+    return [loss, norm]
+
+
+@pytest.mark.parametrize("zero", [1, 2], ids="zero{}".format)
+def test_gradients_of_unused_parameters_have_the_type_of_the_others(ranks: Ranks, zero: int) -> None:
+    """In bf16 they are accumulated in fp32, where a zero in bf16 would be refused."""
+    model, (x, y) = seeded(Taking), global_batches(1)[0]
+    total = torch.stack([model(x[i : i + 1], y[i : i + 1]) for i in range(12)]).mean()
+    total.backward()
+    norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    for found in ranks.run(4, mixed_case, zero):
+        assert found == pytest.approx([total.item(), norm], rel=0.03)
