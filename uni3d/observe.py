@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -35,7 +36,6 @@ class StepRecord:
     """fp16's loss scale that it was computed with."""
     terms: float
     """Of the loss: its tokens, where it is a sum over them."""
-    applied: bool
 
 
 class Observer:
@@ -46,7 +46,7 @@ class Observer:
         self._engine = engine
         self._speaks = engine.global_rank == 0
         self._monitors: list[Monitor] = make_monitors(config) if self._speaks else []
-        self._every = config.steps_per_print
+        self._every = config.steps_per_print or (10 if config.wall_clock_breakdown else None)
         self._times = _Times(engine.device) if config.wall_clock_breakdown and self._speaks else None
         self._profile: profiler.Profile | None = None
         self._begun: float | None = None  # when the last line was printed
@@ -69,6 +69,7 @@ class Observer:
         values = {"train_loss": record.loss, "lr": record.rate, "grad_norm": record.norm}
         if record.scale is not None:
             values["loss_scale"] = record.scale
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # of a skipped step
         for monitor in self._monitors:
             monitor.write(values, record.samples)
         if self._every and record.step % self._every == 0:

@@ -162,7 +162,6 @@ class Stepper:
                 rate=report.rate,
                 scale=None if engine.scaler is None else engine.scaler.scale,
                 terms=numbers.terms,
-                applied=self.applied,
             )
         )
 

@@ -193,7 +193,6 @@ NEEDS: dict[str, dict[str, Any]] = {
     "zero_optimization.cpu_offload_param": {"zero_optimization": {"stage": 3}},
     "zero_optimization.zero_hpz_partition_size": {"zero_optimization": {"stage": 3}},
     "zero_optimization.mics_shard_size": {"zero_optimization": {"stage": 3}},
-    "wall_clock_breakdown": {"steps_per_print": 10},
 }
 """What a key needs beside it, to be right."""
 
