@@ -80,7 +80,7 @@ def test_differences_from_deepspeed_are_those_of_this_file(tmp_path: Path) -> No
     assert "before June 2026 its default was 0" in found["gradient_clipping"][0]
     assert any("skips the step" in text for text in found["bf16"])
     _, plain = asked(tmp_path, {"train_batch_size": 8, "gradient_clipping": 0.0})
-    assert set(plain) == {"train_batch_size", "checkpoint"}
+    assert set(plain) == {"train_batch_size", "steps_per_print", "checkpoint"}
     others = {
         "train_batch_size": 8,
         "fp16": {"enabled": True},
