@@ -15,7 +15,6 @@ from torch.utils.checkpoint import (
 )
 
 from parallel.settings import Compile, Recompute
-from parallel.stages import Chain
 
 aten = torch.ops.aten
 KEPT = frozenset(
@@ -37,20 +36,25 @@ KEPT = frozenset(
 """What selective recomputation keeps: what costs more to compute, or to send, than to keep."""
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost module lists: a model's layers."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Module]:
+    """A whole model's layers: the entries of the outermost module lists, or of a chain without any, its links.
+
+    `links` are the names of a chain's.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists and links is not None:
+        chain = [model.get_submodule(name) for name in links]
+        return [link for link in chain if next(link.parameters(), None) is not None]
     inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
     return [layer for layers in lists if id(layers) not in inner for layer in layers]
 
 
-def units(module: nn.Module) -> list[nn.Module]:
-    """The submodules that ZeRO gathers one by one: the links of a chain, else the blocks.
+def units(candidates: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those of a model's layers that ZeRO gathers one by one.
 
     One stays with the root if it shares a weight with another (both must be gathered together) or has no
     matrices (a collective of its own would cost more than it moves).
     """
-    candidates = module._links() if isinstance(module, Chain) else blocks(module)
     owners: dict[int, int] = {}
     for layer in candidates:
         for parameter in layer.parameters():

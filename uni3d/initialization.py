@@ -159,8 +159,10 @@ def _make_optimizer(
     settings: Config, given: Any, groups: Groups, built: parallel.ParallelModel
 ) -> torch.optim.Optimizer | None:
     """The optimizer over this rank's parts of the parameters; groups that have none here stay, empty."""
-    here = {built.first_name(name): p for name, p in built.module.named_parameters()}
-    local = [{**g, "params": [here[name] for name in g["params"] if name in here]} for g in groups]
+    here: dict[str, list[nn.Parameter]] = {}  # several where two stages on this rank share a weight
+    for name, parameter in built.module.named_parameters():
+        here.setdefault(built.first_name(name), []).append(parameter)
+    local = [{**g, "params": [p for name in g["params"] for p in here.get(name, [])]} for g in groups]
     if isinstance(given, torch.optim.Optimizer):
         for group, replacement in zip(given.param_groups, local, strict=True):
             group["params"] = replacement["params"]

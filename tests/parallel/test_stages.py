@@ -72,7 +72,7 @@ def test_the_stages_in_a_row_are_the_model(pp: int, num_layers: int, tied_head: 
     stages = split_layers(model, model.pipeline_layers, pp)
     x, names = tokens, []
     for layers in stages:
-        stage = Chain(deepcopy(model), layers)
+        stage = Chain(deepcopy(model), [layers])
         held = [name for name, _ in stage.named_parameters(remove_duplicate=False)]
         assert all(name.startswith(tuple(f"{layer}." for layer in layers)) for name in held)
         for name, parameter in stage.named_parameters():
@@ -112,5 +112,5 @@ def test_a_chain_that_is_not_declared_well() -> None:
 def test_more_stages_than_layers() -> None:
     model = Custom(["first", "second"])
     assert split_layers(model, ["first", "second"], 2) == [["first"], ["second"]]
-    with pytest.raises(ValueError, match=r"^pp\(3\) needs at least 3 layers, but the model has 2$"):
+    with pytest.raises(ValueError, match=r"^a pipeline of 3 stages needs at least 3 layers, but the model has 2$"):
         split_layers(model, ["first", "second"], 3)
