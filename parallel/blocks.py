@@ -37,14 +37,17 @@ KEPT = frozenset(
 
 
 def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Module]:
-    """A whole model's layers: the entries of the outermost module lists, or of a chain without any, its links.
+    """A whole model's layers: the entries of its outermost module lists.
 
-    `links` are the names of a chain's.
+    Of a chain, whose links are named, the lists inside a link don't count; without any, its links do.
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists and links is not None:
+    if links is not None:
         chain = [model.get_submodule(name) for name in links]
-        return [link for link in chain if next(link.parameters(), None) is not None]
+        within = {id(m) for link in chain for m in link.modules()}
+        lists = [m for m in lists if id(m) not in within]
+        if not lists:
+            return [link for link in chain if next(link.parameters(), None) is not None]
     inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
     return [layer for layers in lists if id(layers) not in inner for layer in layers]
 

@@ -44,6 +44,17 @@ REFUSED: list[Refusal] = [
         lambda s, _: s.schedule == "zero_bubble_v" and s.virtual_stages != 2,
         "a V is two stages on each rank; use virtual_stages 2",
     ),
+    Refusal(
+        "schedule zero_bubble or zero_bubble_v, activation_checkpointing full or selective",
+        lambda s, _: s.schedule in SPLIT_BACKWARD and s.recompute is not None,
+        "its backward pass comes in two parts, for which torch computes a layer again as often as it has "
+        "weights (full), or not at all (selective); use interleaved or 1f1b",
+    ),
+    Refusal(
+        "schedule zero_bubble or zero_bubble_v, compile",
+        lambda s, _: s.schedule in SPLIT_BACKWARD and s.compile is not None,
+        "its backward pass comes in two parts, and that of a compiled layer is one; use interleaved or 1f1b",
+    ),
 ]
 
 
@@ -56,6 +67,21 @@ def check_combination(settings: Settings, degrees: Degrees) -> None:
     for refusal in REFUSED:
         if refusal.applies(settings, degrees):
             raise ValueError(
-                f"schedule {settings.schedule} with virtual_stages({settings.virtual_stages}) is refused "
-                f"({refusal.what}): {refusal.reason}"
+                f"{refusal.what}: refused with schedule {settings.schedule}, "
+                f"virtual_stages({settings.virtual_stages}) and {degrees}: {refusal.reason}"
             )
+
+
+def check_micro_batches(settings: Settings, pp: int, micro_batches: int) -> None:
+    """Check that a step's micro batches can be run by the schedule, which some do in rounds of the same size.
+
+    Raises:
+        ValueError: they can't.
+    """
+    rounds = max(1, micro_batches // pp)
+    if settings.schedule in ("interleaved", "zero_bubble") and micro_batches % rounds:
+        raise ValueError(
+            f"schedule {settings.schedule} runs micro batches in rounds of at least pp({pp}) and of one size, "
+            f"but gradient_accumulation_steps({micro_batches}) isn't divisible by its {rounds} rounds; use a "
+            f"multiple of {pp}, or another schedule"
+        )

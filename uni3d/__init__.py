@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from ckpt import CheckpointError
     from uni3d.engine import Engine
     from uni3d.initialization import initialize
+    from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Engine", "initialize"]
+__all__ = ["CheckpointError", "Engine", "LayerSpec", "PipelineModule", "TiedLayerSpec", "initialize"]
 
 _HOME = {
     "CheckpointError": "ckpt",
     "Engine": "uni3d.engine",
+    "LayerSpec": "uni3d.pipe",
+    "PipelineModule": "uni3d.pipe",
+    "TiedLayerSpec": "uni3d.pipe",
     "initialize": "uni3d.initialization",
 }
 """Where each public name lives; looked up when it is first asked for."""

@@ -16,6 +16,7 @@ from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
 from uni3d.engine import Engine
 from uni3d.optim import make_optimizer, make_scheduler
+from uni3d.pipe import PipelineModule
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
@@ -60,16 +61,15 @@ def initialize(
     if model is None:
         raise ValueError("initialize needs a model")
     settings = load_config(_one_config(args, config, config_params))
+    settings = _with_what_the_model_says(settings, model)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
+    how = _parallel_settings(settings)
+    parallel.check_micro_batches(how, degrees.pp, triad.accumulation)
     parallel.start_process_group(device)
     topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
     groups = _named_groups(model, optimizer, model_parameters)
-    built = parallel.build(
-        model,
-        topology,
-        _parallel_settings(settings),
-    )
+    built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
@@ -113,6 +113,23 @@ def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str
         )
     config: str | Path | Mapping[str, Any] = configs[0]
     return config
+
+
+def _with_what_the_model_says(settings: Config, model: nn.Module) -> Config:
+    """The config with what a `PipelineModule` says of its running, as scripts for DeepSpeed have it there."""
+    if not isinstance(model, PipelineModule):
+        return settings
+    p, again = settings.parallel, settings.activation_checkpointing
+    if model.num_stages is not None:
+        if "pp" in p.model_fields_set and p.pp not in (model.num_stages, "auto"):
+            raise ValueError(
+                f"num_stages({model.num_stages}) of the PipelineModule isn't parallel.pp({p.pp}) of the "
+                "config; give one of the two"
+            )
+        p = p.model_copy(update={"pp": model.num_stages})
+    if model.activation_checkpoint_interval and again.mode == "none":
+        again = again.model_copy(update={"mode": "full"})
+    return settings.model_copy(update={"parallel": p, "activation_checkpointing": again})
 
 
 def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
