@@ -82,7 +82,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     zeros = [
         Zero(
             stretch,
-            units(list(stretch) if layers is not None else repeating),
+            units(repeating if layers is None else list(stretch.children())),
             topology.zero_mesh,
             settings.zero_stage,
             precision=settings.precision,
@@ -126,9 +126,7 @@ def _check_splits(
     if degrees.pp * virtual > 1 and layers is None:
         raise ValueError(f"{pipeline} needs a model with pipeline_layers, which {kind} hasn't; use pp 1")
     if degrees.pp * virtual > 1 and getattr(model, "loss_fn", None) is None:
-        raise ValueError(
-            f"{pipeline} needs a model with a loss_fn(outputs, targets), which {kind} hasn't"
-        )
+        raise ValueError(f"{pipeline} needs a model with a loss_fn(outputs, targets), which {kind} hasn't")
     declared = getattr(model, "tp_plan", None)
     if degrees.tp > 1 and not declared:
         raise ValueError(f"tp({degrees.tp}) needs a model with a tp_plan, which {kind} hasn't; use tp 1")

@@ -81,7 +81,7 @@ def check_micro_batches(settings: Settings, pp: int, micro_batches: int) -> None
     rounds = max(1, micro_batches // pp)
     if settings.schedule in ("interleaved", "zero_bubble") and micro_batches % rounds:
         raise ValueError(
-            f"schedule {settings.schedule} runs micro batches in rounds of at least pp({pp}) and of one size, "
-            f"but gradient_accumulation_steps({micro_batches}) isn't divisible by its {rounds} rounds; use a "
+            f"schedule {settings.schedule} runs micro batches in rounds of one size, at least pp({pp}), but "
+            f"gradient_accumulation_steps({micro_batches}) isn't divisible by its {rounds} rounds; use a "
             f"multiple of {pp}, or another schedule"
         )

@@ -64,7 +64,7 @@ class TiedGradients:
                 gradient.copy_(total)
 
     def _exchange(self, terms: Mapping[int, Tensor], mine: Collection[int]) -> None:
-        """Send this rank's terms to the other holders, and receive theirs: between two ranks in stage order."""
+        """Send this rank's terms to the other holders and receive theirs, in the order of stages."""
         group, me = self._topology.pp_group, self._topology.pp_rank
         others = {self._ranks[stage] for stage in terms} - {me}
         operations = []

@@ -40,7 +40,6 @@ KEPT_SCHEDULES = 4
 """Schedules that are kept: training's, evaluation's, and some for batches of another shape."""
 
 
-
 class Loss(NamedTuple):
     """A loss that can be added up over micro batches and ranks before the division."""
 
@@ -200,7 +199,7 @@ class _Stage(PipelineStage):
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """As torch's, which refuses to be asked in an evaluation, though the V schedule asks."""
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if self.has_backward:

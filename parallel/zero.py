@@ -102,7 +102,7 @@ class Zero:
             module.unshard()
 
     def after_weight_backward(self, *, last: bool) -> None:
-        """Do what the hooks of an unsplit backward pass would do now: add up or sum gradients, free parameters."""
+        """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
         self.before_backward(last=last)
         for module in reversed(list(self._sharded_modules())):
             group = module._get_fsdp_state()._fsdp_param_group
