@@ -87,7 +87,8 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
             settings.zero_stage,
             precision=settings.precision,
             offload=settings.offload,
-            output=torch.float32 if loss_fn is not None and placement.is_last(stage) else None,
+            persistence_threshold=settings.persistence_threshold,
+            output=torch.float32 if loss_fn is not None and placement.is_last(stage) else None,  # for losses
         )
         for stage, stretch in zip(placement.on(topology.pp_rank), stretches, strict=True)
     ]

@@ -142,7 +142,10 @@ class Pipeline:
     def _collect_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = Loss.of(self._loss_fn(outputs, targets))
         self._losses.append(Loss(loss.total.detach(), loss.tokens))
-        return _own(loss.lifted(self._factor))
+        lifted = loss.lifted(self._factor)
+        return (
+            lifted.clone() if lifted._is_view() else lifted
+        )  # split backward passes detach it where it lies
 
 
 class _Hidden(nn.Module):
@@ -157,17 +160,11 @@ class _Hidden(nn.Module):
         self._zero = zero
 
     def forward(self, *args: Any) -> Any:
-        outputs = self.module(args if len(args) > 1 else args[0])  # a layer that gave a tuple gave one value
-        return tuple(map(_own, outputs)) if isinstance(outputs, tuple) else _own(outputs)
+        return self.module(args if len(args) > 1 else args[0])  # a layer that gave a tuple gave one value
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those in the graph, which torch's split backward pass looks for: a sharded one isn't there."""
         return self._zero.whole_parameters()
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a view: torch's split backward pass detaches outputs where they lie."""
-    return tensor.clone() if tensor._is_view() else tensor
 
 
 class _Stage(PipelineStage):

@@ -7,6 +7,7 @@
 | 3          | sharded         | reduce-scattered every micro batch    | gathered for each layer's use   |
 
 (ZeRO, Rajbhandari et al. 2020, section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`.
+With a shard group smaller than dp, stages 2 and 3 sum over the groups only at the boundary.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -24,10 +25,22 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.utils._pytree import tree_map
 
 from parallel.settings import Precision
 
 STAGES = (0, 1, 2, 3)
+
+GROUP_RECORDS = ("fsdp_params", "_partial_reduce_output")
+PARAMETER_RECORDS = (
+    "sharded_param",
+    "unsharded_accumulated_grad",
+    "all_gather_outputs",
+    "_sharded_param_data",
+    "init_all_gather_outputs",
+    "free_unsharded_param",
+)
+"""What is used of fully_shard's private records; read in torch 2.13."""
 
 
 class Zero:
@@ -46,32 +59,50 @@ class Zero:
         *,
         precision: Precision = Precision(),  # noqa: B008 (it is frozen)
         offload: bool = False,
+        persistence_threshold: int = 0,
         output: torch.dtype | None = None,
     ) -> None:
         """Shard `root` in place. `units` are its submodules that are gathered and freed one by one.
 
+        At stage 3, one of fewer than `persistence_threshold` elements stays whole from forward to backward.
         With `offload`, sharded parameters and all that is of their shape lie in the host's memory.
         `output` is the type that the root's outputs are cast to, None that in which they are computed.
 
         Raises:
             ValueError: `stage` isn't 0, 1, 2 or 3.
+            RuntimeError: this torch's fully_shard isn't one that this class knows.
         """
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
         self.stage = stage
+        # Where torch (2.11) can't be told to reduce zeros for unused parameters, sums come every micro batch.
+        complete = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+        self._sums_late = stage >= 2 and mesh["replicate"].size() > 1 and complete
+        self.precision = precision
+        self.offload = offload
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-        for module in [*units, root]:
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
+        sizes.append(sum(p.numel() for p in root.parameters()) - sum(sizes))
+        for module, size in zip([*units, root], sizes, strict=True):
+            module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=stage == 3,
+                reshard_after_forward=stage == 3 and size >= persistence_threshold,
                 mp_policy=_policy(precision, output if module is root else None),
                 offload_policy=placed,
             )
         for sharded in self._sharded_modules():
+            _check_records(sharded)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+            if stage < 3:
+                # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
+                # of accumulation is one that it has just freed; this has each gather but itself.
+                sharded.set_modules_to_backward_prefetch([sharded])
+            if self._sums_late:  # what is kept for the boundary has no names: it must be of all parameters
+                sharded.set_reduce_scatter_unused_params(True)
             if mesh["shard"].size() == 1 and precision.compute == torch.float32 and not offload:
                 for parameter in _parameters_of(sharded):
                     _compute_in_place(parameter)
@@ -82,6 +113,8 @@ class Zero:
         `last` says that it is the accumulation's last: the boundary before an optimizer step.
         """
         self.root.set_requires_gradient_sync(last or self.stage >= 2)
+        if self._sums_late:
+            self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or self.stage == 3)
         self.root.set_is_last_backward(last)
 
@@ -105,7 +138,7 @@ class Zero:
         """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
         self.before_backward(last=last)
         for module in reversed(list(self._sharded_modules())):
-            group = module._get_fsdp_state()._fsdp_param_group
+            group = _group_of(module)
             if group is not None:
                 group.post_backward()
         cast(Any, self.root)._get_fsdp_state()._root_post_backward_final_callback()
@@ -128,6 +161,9 @@ class Zero:
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
         for module in self._sharded_modules():
+            group = _group_of(module)
+            if group is not None:
+                group._partial_reduce_output = None  # summed over a shard group, not yet over the groups
             for parameter in _parameters_of(module):
                 parameter.unsharded_accumulated_grad = None
                 parameter.sharded_param.grad = None
@@ -148,6 +184,7 @@ class ZeroStages:
         self._stages = stages
         self.stage = stages[0].stage
         """ZeRO's."""
+        self.precision, self.offload = stages[0].precision, stages[0].offload
 
     def before_backward(self, *, last: bool) -> None:
         for zero in self._stages:
@@ -162,6 +199,17 @@ class ZeroStages:
             zero.drop_gradients()
 
 
+def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """Give outputs that are views memory of their own.
+
+    fully_shard hangs the gathering for the backward pass on them, and an operation in place on a view
+    (`x += y` in the layer above) would drop that without a word.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x._base is not None else x, output)
+
+
 def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionPolicy:
     if not precision.mixed:
         return MixedPrecisionPolicy()
@@ -172,8 +220,32 @@ def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionP
 
 def _parameters_of(module: FSDPModule) -> list[Any]:
     """fully_shard's own records of the parameters that it gathers together with `module`."""
-    group = module._get_fsdp_state()._fsdp_param_group
+    group = _group_of(module)
     return [] if group is None else list(group.fsdp_params)
+
+
+def _group_of(module: FSDPModule) -> Any:
+    """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
+    return module._get_fsdp_state()._fsdp_param_group
+
+
+def _check_records(module: FSDPModule) -> None:
+    """See that torch's records, which are its private matter, have what is used of them here.
+
+    Raises:
+        RuntimeError: they haven't.
+    """
+    state = module._get_fsdp_state()
+    group = getattr(state, "_fsdp_param_group", None)
+    parameter = next(iter(getattr(group, "fsdp_params", [])), None)
+    missing = [name for name in ("_fsdp_param_group",) if not hasattr(state, name)]
+    for record, names in ((group, GROUP_RECORDS), (parameter, PARAMETER_RECORDS)):
+        missing += [name for name in names if record is not None and not hasattr(record, name)]
+    if missing:
+        raise RuntimeError(
+            f"fully_shard of torch {torch.__version__} has no {', '.join(missing)}, which ZeRO needs; "
+            "use a torch from 2.11 to 2.13"
+        )
 
 
 def _compute_in_place(parameter: Any) -> None:

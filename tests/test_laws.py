@@ -95,7 +95,7 @@ def test_who_imports_whom(path: Path) -> None:
 
 def test_one_joint() -> None:
     users = {relative(p) for p in of("uni3d") if {"ckpt", "parallel"} <= packages(p)}
-    names = ("state", "saving", "checkpointing", "description")
+    names = ("state", "saving", "checkpointing", "restoring", "description")
     assert users == {f"uni3d/{name}.py" for name in names}
     layout = {relative(p) for p in of("uni3d") if any(n.startswith("parallel.layout") for n in imports(p))}
     assert layout == {"uni3d/state.py"}
@@ -137,6 +137,10 @@ def test_no_process_group_globals(path: Path) -> None:
     assert not any(isinstance(node, ast.Global) for node in ast.walk(parse(path))), "set later"
 
 
+ASKED_FOR = {"uni3d/weights_out.py": {("torch", "save")}}
+"""Where a user asks for torch's own file."""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_nothing_pickles(path: Path) -> None:
     allowed = IN_MEMORY.get(relative(path), set())
@@ -147,7 +151,7 @@ def test_nothing_pickles(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             pair = (node.value.id, node.attr)
-            assert pair not in PICKLING, f"line {node.lineno}"
+            assert pair not in PICKLING - ASKED_FOR.get(relative(path), set()), f"line {node.lineno}"
             assert pair[0] not in PICKLERS or pair in allowed, f"line {node.lineno}"
 
 
@@ -168,6 +172,10 @@ COMMANDS = {
     "import uni3d": "import uni3d",
     "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
     "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
+    "uni3d config": "import uni3d.cli, pathlib, tempfile\n"
+    "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
+    'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
+    "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
     "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
 }
 

@@ -11,6 +11,10 @@ from parallel.pipeline import Loss, split_logits
 from uni3d.config import BatchTriad
 
 
+class BatchError(ValueError):
+    """The data iterator gave what the config doesn't announce."""
+
+
 def run_batches(
     model: ParallelModel, batches: list[Any], triad: BatchTriad, *, train: bool, factor: float = 1.0
 ) -> Loss | None:
@@ -21,14 +25,14 @@ def run_batches(
     Returns the summed loss where it is known: on the last stage.
 
     Raises:
-        ValueError: a pipeline was given micro batches of another size than the config's.
+        BatchError: a pipeline was given micro batches of another size than the config's.
     """
     pipeline = model.pipeline
     if pipeline is not None:
         inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         expected = triad.micro_batch * triad.accumulation
         if len(inputs) != expected:
-            raise ValueError(
+            raise BatchError(
                 f"the data iterator gave {len(inputs)} samples in {len(batches)} micro batches; expected "
                 f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from uni3d import __version__, cli_plan, cli_upkeep
+from uni3d import __version__, cli_config, cli_plan, cli_upkeep
 from uni3d.terminal import AsJson, Run, Tag, complain, in_bytes, out, progress_bar, say, say_json
 
 if TYPE_CHECKING:
@@ -152,5 +152,5 @@ def export(
         say(f"{output}: {tensors} tensors, {in_bytes(size)}, from {checkpoint.tag}")
 
 
-for command in (cli_upkeep.verify, cli_upkeep.clean, cli_upkeep.prune, cli_plan.plan):
+for command in (cli_upkeep.verify, cli_upkeep.clean, cli_upkeep.prune, cli_plan.plan, cli_config.config):
     app.command()(command)

@@ -1,155 +1,45 @@
 """The JSON config: DeepSpeed's keys with DeepSpeed's meanings, and one section of ours, `parallel`.
 
-Strict: a key that isn't known is an error that names the nearest known one, and a key of DeepSpeed's that
-isn't supported is refused with the reason. Nothing is parsed and then ignored.
+    config_sections                what each section holds
+    optim_config, torch_optim      `optimizer`
+    schedule_config                `scheduler`
+    observe_config                 what a run tells of itself
+    deepspeed_keys                 DeepSpeed's other keys: refused, or named as having no meaning here
+    strict                         how sections are checked, and errors explained
+
+Strict: a key that isn't known is an error that names the nearest known one. Nothing is parsed and then
+ignored without a word.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
+from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
+
+from uni3d.config_sections import (
+    ActivationCheckpointingConfig,
+    BF16Config,
+    CheckpointConfig,
+    CompileConfig,
+    DataTypesConfig,
+    FP16Config,
+    ParallelConfig,
+    ZeroConfig,
 )
+from uni3d.deepspeed_keys import sift
+from uni3d.observe_config import CsvMonitorConfig, FlopsProfilerConfig, TensorBoardConfig, WandbConfig
+from uni3d.optim_config import OptimizerConfig, read_optimizer
+from uni3d.schedule_config import SchedulerConfig, read_scheduler
+from uni3d.strict import ConfigError, Strict, validate
 
-from uni3d.optim import OptimizerConfig, SchedulerConfig
-
-_LATER = "not supported in this release"
-_NO_MEANING = (
-    "it has no meaning here: gradients and parameters move layer by layer (fully_shard); leave it out"
-)
-_BUCKET_KEYS = (
-    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
-    *("allgather_bucket_size", "round_robin_gradients", "sub_group_size", "stage3_prefetch_bucket_size"),
-    *("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
-)
-REFUSED = {
-    "amp": f"mixed precision is {_LATER}; training is in fp32",
-    "prescale_gradients": f"{_LATER}; gradients are summed, then divided once",
-    "tensorboard": _LATER,
-    "wandb": _LATER,
-    "csv_monitor": _LATER,
-    "flops_profiler": _LATER,
-    "wall_clock_breakdown": _LATER,
-    "steps_per_print": f"{_LATER}; print what train_batch returns",
-    "elasticity": "not needed: any checkpoint resumes on any topology with the same train_batch_size",
-    "checkpoint.load_universal": "not needed: every checkpoint is universal",
-    "checkpoint.tag_validation": "not needed: ranks that are given different tags are an error",
-    "checkpoint.use_node_local_storage": "a checkpoint lies in one place that all ranks see",
-    "checkpoint.parallel_write": "not needed: all ranks write, each its part",
-    "zero_optimization.offload_optimizer": _LATER,
-    "zero_optimization.offload_param": _LATER,
-    "zero_optimization.zero_hpz_partition_size": _LATER,
-    "zero_optimization.mics_shard_size": _LATER,
-    **{f"zero_optimization.{key}": _NO_MEANING for key in _BUCKET_KEYS},
-    "zero_allow_untested_optimizer": "not needed: any elementwise optimizer works under every ZeRO stage",
-}
-"""Keys of DeepSpeed's that are refused, and why."""
+__all__ = ["BatchTriad", "Config", "FP16Config", "batch_triad", "load_config"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ParallelConfig(_Strict):
-    """How many ways the work is split; `pp * dp * tp` is the number of processes."""
-
-    pp: int | Literal["auto"] = 1
-    """Pipeline stages."""
-    dp: int | Literal["auto"] = "auto"
-    """Data-parallel copies; "auto" takes the processes that the other two leave."""
-    tp: int | Literal["auto"] = 1
-    """Parts of each tensor-parallel layer."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; "auto" is a GPU where there is one."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"] = "1f1b"
-    """In which order a pipeline's stages compute micro batches."""
-    virtual_stages: int = Field(default=1, gt=0)
-    """Pipeline stages on each rank; more than 1 with the schedules that are made for it."""
-    balance: Literal["flops", "parameters", "uniform"] = "flops"
-    """What is as even as can be between pipeline stages."""
-    sequence_parallel: bool = False
-    """Whether tensor-parallel ranks split the sequence where they don't split the features."""
-
-
-def _not_a_boolean(value: object) -> object:
-    """True equals 1, and so would be taken for it."""
-    if isinstance(value, bool):
-        raise ValueError("expected 0, 1, 2 or 3")
-    return value
-
-
-class ZeroConfig(_Strict):
-    """What is sharded over the data-parallel ranks; the meanings are ZeRO's (see `parallel.zero`)."""
-
-    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_not_a_boolean)] = 0
-
-
-class CheckpointConfig(_Strict):
-    """How `save_checkpoint` saves."""
-
-    async_save: bool = True
-    """Whether to write in the background, after a copy; otherwise it is committed on return."""
-    durable: bool = True
-    """Whether to sync files and folders before the commit, so that it survives a power cut."""
-    keep_last: int | None = Field(default=None, gt=0)
-    """Delete all but this many of the newest checkpoints after each save; null keeps all."""
-    keep_every: int | None = Field(default=None, gt=0)
-    """Keep, beside these, checkpoints whose step is a multiple of this."""
-
-    @model_validator(mode="after")
-    def _retention_is_safe(self) -> CheckpointConfig:
-        if self.keep_every is not None and self.keep_last is None:
-            raise ValueError("keep_every says what is kept beside the last ones; give keep_last too")
-        if self.keep_last is not None and not self.durable:
-            raise ValueError(
-                "keep_last deletes checkpoints, so those that are kept must be on the disk: no durable false"
-            )
-        return self
-
-
-class FP16Config(_Strict):
-    enabled: bool = False
-    loss_scale: float = 0.0
-    initial_scale_power: int = 16
-    loss_scale_window: int = 1000
-    hysteresis: int = 2
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = 1.0
-
-
-class BF16Config(_Strict):
-    enabled: bool = False
-
-
-class ActivationCheckpointingConfig(_Strict):
-    """What is computed again in the backward pass instead of being kept."""
-
-    mode: Literal["none", "full", "selective"] = "none"
-    """"full" keeps each layer's input alone; "selective" also what matrix products and attention gave."""
-    every: int = Field(default=1, gt=0)
-    """Of how many layers one is recomputed."""
-
-
-class CompileConfig(_Strict):
-    """`torch.compile` of each layer."""
-
-    enabled: bool = False
-    backend: str = "inductor"
-    mode: str | None = None
-    dynamic: bool | None = None
-
-
-class Config(_Strict):
+class Config(Strict):
     """A whole config, checked but for what depends on the number of processes (see `batch_triad`)."""
 
     train_batch_size: int | None = Field(default=None, gt=0)
@@ -159,26 +49,67 @@ class Config(_Strict):
     gradient_accumulation_steps: int | None = Field(default=None, gt=0)
     """Micro batches of one optimizer step on each data-parallel rank; those that a pipeline overlaps."""
     gradient_clipping: float = Field(default=1.0, ge=0)
-    """Largest norm of all gradients together; 0 doesn't clip. DeepSpeed's default was 0 before 2026."""
+    """Largest norm of all gradients together; 0 doesn't clip."""
     seed: int = Field(default=42, ge=0)
     """Of data order and dropout, and of the initial weights of a model on the meta device."""
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    """In which gradients are summed over ranks; fp32 by default, whatever is computed in."""
     parallel: ParallelConfig = ParallelConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     fp16: FP16Config = FP16Config()
     bf16: BF16Config = BF16Config()
+    data_types: DataTypesConfig = DataTypesConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: CompileConfig = CompileConfig()
-    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
-    optimizer: OptimizerConfig | None = None
-    scheduler: SchedulerConfig | None = None
+    steps_per_print: int | None = Field(default=None, gt=0)
+    """Print a line every so many steps; null prints none."""
+    wall_clock_breakdown: bool = False
+    """Whether that line is followed by one of where the time went."""
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandbConfig = WandbConfig()
+    csv_monitor: CsvMonitorConfig = CsvMonitorConfig()
+    flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
+    optimizer: SerializeAsAny[OptimizerConfig] | None = None
+    scheduler: SerializeAsAny[SchedulerConfig] | None = None
+    _without_meaning: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """In which type layers compute."""
         return "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
 
+    @property
+    def offload(self) -> bool:
+        """Whether sharded parameters, gradients and optimizer states lie in the host's memory."""
+        return self.zero_optimization.offload
 
-class BatchTriad(_Strict):
+    @property
+    def shard_group(self) -> int | None:
+        """How many data-parallel ranks share one copy of what is sharded; None is all."""
+        return self.zero_optimization.shard_group
+
+    @property
+    def without_meaning(self) -> Mapping[str, str]:
+        """DeepSpeed's keys that were given and change nothing here, with the reason."""
+        return self._without_meaning
+
+    @model_validator(mode="after")
+    def _types_agree(self) -> Config:
+        if self.fp16.enabled and self.bf16.enabled:
+            raise ValueError("fp16 and bf16 are both enabled; enable one")
+        if self.wall_clock_breakdown and self.steps_per_print is None:
+            raise ValueError("wall_clock_breakdown is told every steps_per_print steps; give that too")
+        sent = self.communication_data_type or "fp32"
+        if self.data_types.grad_accum_dtype == "fp32" != sent and self.zero_optimization.stage < 2:
+            raise ValueError(
+                f"data_types.grad_accum_dtype is fp32, but below ZeRO stage 2 gradients are accumulated in "
+                f"communication_data_type({sent}); leave one out, or use stage 2 or 3"
+            )
+        return self
+
+
+class BatchTriad(Strict):
     """train_batch = micro_batch * accumulation * dp."""
 
     train_batch: int
@@ -192,22 +123,42 @@ def load_config(config: str | Path | Mapping[str, Any]) -> Config:
     Raises:
         ValueError: naming every key that is wrong, with what was expected.
     """
-    if isinstance(config, Mapping):
-        values = dict(config)
-    else:
+    values = dict(config) if isinstance(config, Mapping) else _read(config)
+    if not isinstance(values, dict):
+        raise ConfigError([f"the whole is {values!r}: expected an object"])
+    rest, problems, without_meaning = sift(values)
+    read: dict[str, Any] = {}
+    for key, reader in (("optimizer", read_optimizer), ("scheduler", read_scheduler)):
         try:
-            values = json.loads(Path(config).read_text())
-        except OSError as error:
-            raise ValueError(f"config {config} can't be read: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config {config} is not JSON: {error}") from None
-    for key in ("amp",):
-        if isinstance(values, dict) and values.get(key) == {"enabled": False}:  # that is what fp32 is
-            del values[key]
+            read[key] = reader(rest.pop(key, None))
+        except ConfigError as error:
+            problems += error.problems
     try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ValueError("config: " + "; ".join(_explain(e) for e in error.errors())) from None
+        checked = validate(Config, rest | read)
+    except ConfigError as error:
+        seen = [problem.split()[0] for problem in problems]  # the key that a problem is about comes first
+        problems += [problem for problem in error.problems if problem.split()[0] not in seen]
+    if problems:
+        raise ConfigError(problems)
+    checked._without_meaning = without_meaning
+    return checked
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(), object_pairs_hook=_no_key_twice)
+    except OSError as error:
+        raise ValueError(f"config {path} can't be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not JSON: {error}") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ConfigError([f"the key {max(names, key=names.count)!r} is given twice"])
+    return values
 
 
 def batch_triad(config: Config, dp: int) -> BatchTriad:
@@ -239,40 +190,3 @@ def batch_triad(config: Config, dp: int) -> BatchTriad:
     if micro * steps * dp != total or micro < 1 or steps < 1:
         raise ValueError(f"config: {given.replace('None', '?')} can't be solved in whole numbers; change one")
     return BatchTriad(train_batch=total, micro_batch=micro, accumulation=steps)
-
-
-def _explain(error: Any) -> str:
-    """One problem that pydantic found, as a sentence with the key's full name."""
-    path = [str(part) for part in error["loc"]]
-    # Behind a key whose section depends on its type, pydantic puts that type, which the file doesn't have.
-    key = ".".join(path[:1] + path[2:] if path[0:1] in (["optimizer"], ["scheduler"]) else path)
-    if error["type"] == "extra_forbidden":
-        if key in REFUSED:
-            return f"{key} is refused: {REFUSED[key]}"
-        known = _known_keys(path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key or 'the whole'} is {error['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    """Keys of the section at `path`, in which a section that depends on its type has that behind its key."""
-    sections: list[type[BaseModel]] = [Config]
-    for part in path:
-        typed = [s for s in sections if "type" in s.model_fields and part in _types(s)]
-        fields = [s.model_fields[part] for s in sections if part in s.model_fields]
-        sections = typed or [model for field in fields for model in _models(field.annotation)]
-    return sorted({key for section in sections for key in section.model_fields})
-
-
-def _types(section: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(section.model_fields["type"].annotation)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key with this annotation can have."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]

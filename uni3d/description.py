@@ -107,7 +107,7 @@ def restore_optimizer(
     for i, (group, values) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
         for key in sorted(values.keys() & group.keys() - _HOW_NOT_WHAT):
             value = _like(group[key], values[key])
-            moves = key == "lr" and "initial_lr" in group  # a schedule's doing, not a given value
+            moves = f"initial_{key}" in group  # a schedule's doing, not a given value
             if value != group[key] and not moves:
                 changed.append(f"group {i}'s {key} is the checkpoint's {value}, not this run's {group[key]}")
             group[key] = value

@@ -11,18 +11,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from parallel import ParallelModel
+from ckpt import CheckpointError
+from parallel import Failures, ParallelModel
 from parallel.gradients import sum_over_ranks
 from parallel.pipeline import Loss, split_logits
 from uni3d.accessors import Accessors
-from uni3d.batches import run_batches
+from uni3d.batches import BatchError, run_batches
 from uni3d.checkpointing import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.data import TrainingLoader
 from uni3d.loss_scale import LossScale
+from uni3d.observe import Observer
 from uni3d.random_state import random_state
 from uni3d.saving import Saving
 from uni3d.step import Stepper
+
+ALIKE = (FloatingPointError, CheckpointError)
+"""Errors that all ranks raise at the same place."""
 
 
 class Engine(Accessors, Saving):
@@ -65,6 +70,8 @@ class Engine(Accessors, Saving):
         self._pending: list[Loss] = []  # their losses, from the forward/backward/step calls
         self._backwards = 0  # of the micro batch at hand
         self._inside_no_sync = False
+        self._failures = Failures()
+        self.observer = Observer(self)
 
     # --- whole batches ---------------------------------------------------------------------------------
 
@@ -81,17 +88,26 @@ class Engine(Accessors, Saving):
         self._check_usable()
         self._check_between_steps("train_batch")
         self._check_optimizer("train_batch")
-        batches = self._take(data_iter)
-        self._find_terms(batches)
-        self.module.train()
-        with self._random_state():
-            loss = run_batches(self.model, batches, self.triad, train=True, factor=self._factor())
-        return self._stepper.finish(loss)
+        with self._together("train_batch"):
+            with self.observer.timed("data"):
+                batches = self._take(data_iter)
+            self._find_terms(batches)
+            if self.observer.profiles_next():
+                self._evaluate(batches)  # the first time, torch's schedules compute something for its shapes
+                self.observer.profile(lambda: self._evaluate(batches))
+            self.module.train()
+            with self.observer.timed("forward and backward"), self._random_state():
+                loss = run_batches(self.model, batches, self.triad, train=True, factor=self._factor())
+            with self.observer.timed("step"):
+                mean = self._stepper.finish(loss)
+            self.observer.tell()
+            return mean
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Mean loss of one global batch from `data_iter`, without learning from it."""
         self._check_usable()
-        total, tokens, alarms = self._evaluate(self._take(data_iter))
+        with self._together("eval_batch"):
+            total, tokens, alarms = self._evaluate(self._take(data_iter))
         self.checkpointer.agree(alarms.item() > 0)
         return total / tokens
 
@@ -132,9 +148,20 @@ class Engine(Accessors, Saving):
         self._check_usable()
         self._check_no_stages("forward")
         args, kwargs = self._on_device((args, kwargs))
-        with self._random_state(), split_logits(self.model.topology):
-            output = self.module(*args, **kwargs)
+        with self._together("forward"), self.observer.timed("forward"), self._random_state():
+            output = self._forward_once(args, kwargs)
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+
+    def _forward_once(self, args: Any, kwargs: Any) -> Any:
+        with split_logits(self.model.topology):
+            counts = self.observer.profiles_next() and self._micro_steps == 0 and not self._pending
+            if not (counts and torch.is_grad_enabled()):
+                return self.module(*args, **kwargs)
+            outputs: list[Any] = []
+            self.observer.profile(
+                lambda: outputs.append(self.module(*args, **kwargs)), self.triad.accumulation
+            )
+            return outputs[0]
 
     def backward(
         self, loss: Tensor | tuple[Tensor, Tensor], retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -153,11 +180,15 @@ class Engine(Accessors, Saving):
         mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)
         if not scale_wrt_gas:
             value = Loss(value.total * steps, value.tokens)
-        if self.scaler is not None and self.scaler.terms is None:
-            _, tokens, _, _ = sum_over_ranks(value, [], self.model.topology)
-            self.scaler.set_terms(tokens.item() * steps)
         self.model.zero.before_backward(last=self._ends_step())
-        with split_logits(self.model.topology):
+        with (
+            self._together("backward"),
+            self.observer.timed("backward"),
+            split_logits(self.model.topology),
+        ):
+            if self.scaler is not None and self.scaler.terms is None:
+                _, tokens, _, _ = sum_over_ranks(value, [], self.model.topology)
+                self.scaler.set_terms(tokens.item() * steps)
             value.lifted(self._factor()).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         counts = isinstance(loss, tuple) or not self._inside_no_sync
         self._pending.append(Loss(value.total.detach(), value.tokens if counts else value.tokens * 0))
@@ -202,7 +233,9 @@ class Engine(Accessors, Saving):
         self._stepper.applied = False
         if boundary:
             losses, self._pending, self._micro_steps = self._pending, [], 0
-            self._stepper.finish(Loss.sum(losses))
+            with self._together("step"), self.observer.timed("step"):
+                self._stepper.finish(Loss.sum(losses))
+            self.observer.tell()
 
     def zero_grad(self) -> None:
         """Drop all gradients, and begin the step's accumulation anew."""
@@ -233,6 +266,21 @@ class Engine(Accessors, Saving):
         return random_state(
             self.model.topology, seed=self.config.seed, step=self.global_steps, micro_step=self._micro_steps
         )
+
+    @contextmanager
+    def _together(self, call: str) -> Iterator[None]:
+        """Around what the ranks do together: if one fails, all stop with that one's reason.
+
+        After what all ranks raise alike, and what is raised before they begin, training may go on.
+        """
+        try:
+            with self._failures.told(f"step {self.global_steps + 1}: {call}()", alike=ALIKE):
+                yield
+        except (*ALIKE, BatchError, StopIteration):
+            raise
+        except Exception as error:  # in the midst of a step, so its state is of no more use
+            self._unusable = f"{call}() failed: {type(error).__name__}: {error}"
+            raise
 
     def _data_moved(self) -> None:
         self._own_iterator = None

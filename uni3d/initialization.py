@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import parallel
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
 from uni3d.engine import Engine
-from uni3d.optim import make_optimizer, make_scheduler
+from uni3d.monitors import check_installed
+from uni3d.optim import check_works_sharded, make_optimizer, split_groups
 from uni3d.pipe import PipelineModule
+from uni3d.schedules import make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
@@ -62,13 +65,22 @@ def initialize(
         raise ValueError("initialize needs a model")
     settings = load_config(_one_config(args, config, config_params))
     settings = _with_what_the_model_says(settings, model)
+    check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
     how = _parallel_settings(settings)
     parallel.check_micro_batches(how, degrees.pp, triad.accumulation)
     parallel.start_process_group(device)
-    topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
+    topology = parallel.Topology(
+        degrees,
+        zero_stage=settings.zero_optimization.stage,
+        shard_group=settings.shard_group,
+        device_type=device,
+    )
+    _name_what_has_no_meaning(settings, topology)
     groups = _named_groups(model, optimizer, model_parameters)
+    if optimizer is None and settings.optimizer is not None:
+        groups = split_groups(settings.optimizer, model, groups)
     built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
@@ -93,6 +105,7 @@ def _parallel_settings(config: Config) -> parallel.Settings:
         precision=parallel.Precision(
             compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
         ),
+        offload=config.offload,
         schedule=p.schedule,
         virtual_stages=p.virtual_stages,
         balance=p.balance,
@@ -100,6 +113,16 @@ def _parallel_settings(config: Config) -> parallel.Settings:
         recompute=None if again.mode == "none" else parallel.Recompute(mode=again.mode, every=again.every),
         compile=parallel.Compile(backend=compiled.backend, options=options) if compiled.enabled else None,
     )
+
+
+def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
+    """Say once that keys of DeepSpeed's were accepted that change nothing here."""
+    if config.without_meaning and topology.rank == 0:
+        reasons = "; ".join(
+            f"{', '.join(key for key, why in config.without_meaning.items() if why == reason)} ({reason})"
+            for reason in dict.fromkeys(config.without_meaning.values())
+        )
+        warnings.warn(f"keys of the config that have no meaning here: {reasons}", stacklevel=3)
 
 
 def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
@@ -151,6 +174,7 @@ def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[A
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}; in this release parameters must be torch.float32")
     if isinstance(optimizer, torch.optim.Optimizer):
+        check_works_sharded(optimizer)
         if optimizer.state:
             raise ValueError(
                 f"the {type(optimizer).__name__} optimizer has states of parameters that will yet be split; "
@@ -186,6 +210,7 @@ def _make_optimizer(
         return given
     if given is not None:
         made: torch.optim.Optimizer = given(local)
+        check_works_sharded(made)
         return made
     return None if settings.optimizer is None else make_optimizer(settings.optimizer, local)
 

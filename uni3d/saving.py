@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import ckpt
 from parallel import ParallelModel
+from uni3d import weights_out
 from uni3d.checkpointing import Checkpointer
 from uni3d.data import TrainingLoader
+from uni3d.restoring import CustomLoad, Wanted
 from uni3d.step import Stepper
 
 
@@ -84,6 +88,7 @@ class Saving:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: CustomLoad | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """Take up a checkpoint, whatever topology wrote it. Returns its folder and its client_state.
 
@@ -91,6 +96,11 @@ class Saving:
         the optimizer have must be there, and nothing else; without, the report in `last_load` says what
         was defaulted and dropped. With `load_module_only`, weights and buffers are loaded and nothing
         else. One line of what was done is printed on rank 0.
+
+        `custom_load_fn(src=state_dict, dst=module)` loads parameters in the engine's stead: `src` reads each
+        tensor of the checkpoint, whole and in fp32, when it is asked for; `dst` is this rank's part of the
+        model, whose parameters are whole plain tensors meanwhile (in each rank's host memory). All ranks must
+        write the same into it.
 
         Raises:
             ckpt.CheckpointError: nothing is there, or something doesn't fit; the same on all ranks, and the
@@ -102,10 +112,13 @@ class Saving:
             report, checkpoint = self.checkpointer.load(
                 load_dir,
                 tag,
-                strict=load_module_strict,
-                optimizer_states=load_optimizer_states and not load_module_only,
-                scheduler_states=load_lr_scheduler_states and not load_module_only,
-                counters=not load_module_only,
+                Wanted(
+                    strict=load_module_strict,
+                    optimizer=load_optimizer_states and not load_module_only,
+                    scheduler=load_lr_scheduler_states and not load_module_only,
+                    counters=not load_module_only,
+                    custom=custom_load_fn,
+                ),
             )
         except ckpt.PartialLoadError as error:
             self._unusable = f"a load failed half-way ({error})"
@@ -121,6 +134,39 @@ class Saving:
         if self.checkpointer.latest(run) is None:
             return None
         return self.load_checkpoint(run)[1]
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """This stage's part of the whole model's `state_dict`: fp32 tensors in the host's memory.
+
+        Collective over the ranks of a stage, each of which gets whole tensors. Without pipeline stages that
+        is the `state_dict` of the model that was given to `initialize`.
+        """
+        self._check_ready("module_state_dict")
+        return weights_out.state_dict_of(self.model, frozen=not exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the whole model's `state_dict` as one file of `torch.save`, at every topology and ZeRO stage.
+
+        Parameters are of the type that training computes in: bf16 or fp16 (fp32 where neither is enabled),
+        buffers as they are. A file of that name is replaced when the new one is whole. Rank 0 holds the model
+        in that type in its host's memory; for larger ones there is `uni3d export`.
+
+        Raises:
+            ckpt.CheckpointError: it can't be written; the same on all ranks.
+        """
+        self._check_ready("save_16bit_model")
+        dtype = self.model.zero.precision.compute
+        comm, path = self.checkpointer.comm, Path(save_dir) / save_filename
+        weights = weights_out.whole_on_first_rank(
+            self.model, comm, dtype, frozen=not exclude_frozen_parameters
+        )
+        ckpt.together(comm, lambda: weights_out.write(path, weights) if comm.rank == 0 else None)
+        return True
 
     def _check_ready(self, call: str) -> None:
         """That the engine is usable, and between two steps."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -88,11 +89,6 @@ class Inventory:
             arrays.append(self._held(name, BUFFER, buffer, {speaker: place}, None))
         return arrays
 
-    @property
-    def speaks(self) -> bool:
-        """Whether this rank speaks for those that have the same pipeline stages: it's the first of them."""
-        return self._stage.rank == self._stage.ranks[0]
-
     def layout(self, arrays: Iterable[Held]) -> ckpt.Layout:
         """What each of the ranks that have the same stages saves."""
         layout: dict[int, list[ShardSpec]] = {rank: [] for rank in self._stage.ranks}
@@ -161,14 +157,17 @@ def on_host(spec: ShardSpec, tensor: Tensor) -> Shard:
 def finish_load(arrays: Iterable[Held], targets: Iterable[Shard]) -> None:
     """Carry what was loaded into host copies over to the tensors behind them."""
     for array, target in zip(arrays, targets, strict=True):
-        data = target.data
-        if array.tensor.dtype == torch.bfloat16:
-            loaded = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
-        else:
-            loaded = torch.from_numpy(data)
+        loaded = to_torch(target.data)
         if loaded.data_ptr() != array.tensor.data_ptr():
             with torch.no_grad():
                 array.tensor.copy_(loaded)
+
+
+def to_torch(array: npt.NDArray[Any]) -> Tensor:
+    """A tensor of the array's memory."""
+    if array.dtype == ckpt.numpy_dtype("bfloat16"):
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def create_states(model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:

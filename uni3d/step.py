@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parallel.gradients import local_gradients, sum_over_ranks
 from parallel.pipeline import Loss
+from uni3d.observe import StepRecord
 
 if TYPE_CHECKING:
     from uni3d.engine import Engine
@@ -27,13 +28,19 @@ class Numbers(NamedTuple):
     """1 if both are, else 0."""
     alarms: float
     """How many ranks had an alarm to raise."""
+    terms: float
+    """How many values the loss is the mean of."""
 
 
 class Report:
     """A step's numbers on their way to the host, which needn't wait for them."""
 
-    def __init__(self, step: int, numbers: Tensor) -> None:
+    def __init__(self, step: int, samples: int, rate: float, numbers: Tensor) -> None:
         self.step = step
+        self.samples = samples
+        """Consumed when it has been taken."""
+        self.rate = rate
+        """Learning rate of the first group."""
         self._numbers = numbers
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
@@ -66,7 +73,8 @@ class Stepper:
         self.applied = False
         """Whether the last step changed the parameters."""
         fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
-        self.deferred = fused and engine.scaler is None and engine.device.type == "cuda"
+        on_gpu = engine.device.type == "cuda" and not engine.model.zero.offload  # where the optimizer works
+        self.deferred = fused and engine.scaler is None and on_gpu
         """Whether a step's numbers are read during the next one."""
 
     def finish(self, loss: Loss | None) -> Tensor:
@@ -89,7 +97,9 @@ class Stepper:
         mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
         finite = (mean_loss + norm).isfinite()
         self.settle()
-        report = Report(engine.global_steps + 1, torch.stack([mean_loss, norm, finite.double(), alarms]))
+        numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
+        samples = engine.global_samples + engine.triad.train_batch
+        report = Report(engine.global_steps + 1, samples, engine.get_lr()[0], numbers)
         # 2. Gradients are of the sum over the global batch: divide, and clip, in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if engine.config.gradient_clipping > 0:
@@ -121,6 +131,8 @@ class Stepper:
         self.norm = numbers.norm
         engine.checkpointer.agree(numbers.alarms > 0)
         self.applied = bool(numbers.finite)
+        if engine.observer.wanted:
+            self._tell(report, numbers)
         if engine.scaler is not None:
             if not self.applied:
                 engine.module.zero_grad()
@@ -136,6 +148,21 @@ class Stepper:
                 f"{numbers.norm:g}; no step was taken"
             )
         return self.applied
+
+    def _tell(self, report: Report, numbers: Numbers) -> None:
+        engine = self._engine
+        engine.observer.step_taken(
+            StepRecord(
+                step=report.step,
+                samples=report.samples,
+                loss=numbers.loss,
+                norm=numbers.norm,
+                rate=report.rate,
+                scale=None if engine.scaler is None else engine.scaler.scale,
+                terms=numbers.terms,
+                applied=self.applied,
+            )
+        )
 
     def _update(self, scale: Tensor) -> None:
         engine = self._engine

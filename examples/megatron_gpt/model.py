@@ -109,7 +109,7 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.tokens(tokens)
         if self.positions is None:
-            return x.clone()  # a look-up is a view, which sharding's hooks on a layer's output don't suit
+            return x
         positions: Tensor = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         return x + positions
 

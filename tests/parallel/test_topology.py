@@ -111,3 +111,39 @@ def mismatch_case() -> str:
 def test_a_topology_of_another_size_is_refused(ranks: Ranks) -> None:
     for message in ranks.run(2, mismatch_case):
         assert message == "pp(2) * dp(2) * tp(1) = 4, but 2 processes were started"
+
+
+def refused_case(zero: int, group: int) -> str:
+    with pytest.raises(ValueError, match="shard") as caught:
+        Topology(Degrees(pp=1, dp=2, tp=2), zero_stage=zero, shard_group=group)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("zero", "group", "message"),
+    [
+        (1, 3, "dp(2) = groups * shard_group(3) has no solution; choose a shard group that divides dp"),
+        (3, 4, "dp(2) = groups * shard_group(4) has no solution; choose a shard group that divides dp"),
+        (2, 0, "dp(2) = groups * shard_group(0) has no solution; choose a shard group that divides dp"),
+        (
+            0,
+            2,
+            "a shard group of 2 needs ZeRO stage 1, 2 or 3: stage 0 shards nothing; "
+            "choose another stage, or give no shard group",
+        ),
+    ],
+)
+def test_a_shard_group_that_cannot_be(ranks: Ranks, zero: int, group: int, message: str) -> None:
+    assert ranks.run(4, refused_case, zero, group) == [message] * 4
+
+
+def shard_group_case() -> tuple[int, list[int], list[int]]:
+    topology = Topology(Degrees(pp=1, dp=4, tp=1), zero_stage=2, shard_group=2)
+    mesh = topology.zero_mesh
+    groups = [dist.get_process_group_ranks(mesh.get_group(axis)) for axis in ("replicate", "shard")]
+    return topology.dp_rank, groups[0], groups[1]
+
+
+def test_neighbours_shard_and_groups_of_them_replicate(ranks: Ranks) -> None:
+    found = ranks.run(4, shard_group_case)
+    assert found == [(0, [0, 2], [0, 1]), (1, [1, 3], [0, 1]), (2, [0, 2], [2, 3]), (3, [1, 3], [2, 3])]

@@ -147,3 +147,50 @@ def _state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, 
             k: v.clone() for k, v in moments.items() if k != "step"
         }
     return states
+
+
+def train_mixed(config: dict[str, Any], steps: int, dtype: torch.dtype, micro: int, factor: float) -> Trace:
+    """Mixed precision in one process: fp32 masters; forward and backward of each micro batch in `dtype`.
+
+    What is cast where: the parameters before each micro batch; the logits before the loss, which is in fp32;
+    the gradients before they are added up, in fp32. The loss is multiplied by `factor` before the backward
+    pass.
+    """
+    model = initial_model(config)
+    masters = dict(model.named_parameters())
+    matrices = [p for p in masters.values() if p.ndim >= 2]
+    vectors = [p for p in masters.values() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-6,
+        foreach=False,
+    )
+    inputs, targets = samples()
+    trace = Trace()
+    for step in range(steps):
+        index, total = batch_indices(step), 0.0
+        for parameter in masters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for start in range(0, BATCH, micro):
+            part = index[start : start + micro]
+            low = {name: p.detach().to(dtype).requires_grad_() for name, p in masters.items()}
+            logits = torch.func.functional_call(model, low, (inputs[part],)).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), targets[part].flatten(), reduction="sum")
+            (loss * factor).backward()
+            total += loss.item()
+            for name, parameter in masters.items():
+                assert parameter.grad is not None
+                parameter.grad += low[name].grad.float()
+        tokens = BATCH * SEQ_LEN
+        for parameter in masters.values():
+            assert parameter.grad is not None
+            parameter.grad /= tokens * factor
+        trace.losses.append(total / tokens)
+        trace.norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    trace.states.append(_state(model, optimizer))
+    return trace

@@ -7,15 +7,19 @@ the schedule has begun. The first optimizer step is taken with that rate, the se
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import Stack, global_batches, make_engine, seeded, train
 
 from uni3d.config import load_config
-from uni3d.optim import make_optimizer, make_scheduler
+from uni3d.optim import make_optimizer
+from uni3d.schedules import make_scheduler
 
 LRS = (0.01, 0.003)
 """Of two parameter groups."""
@@ -109,6 +113,111 @@ def test_warmup_cosine_lr(steps: int, total: int, kind: str, low: float, end: fl
         assert lrs == pytest.approx([ratio * lr for lr in LRS], rel=1e-12, abs=1e-15), f"step {step}"
 
 
+def one_cycle(iteration: int, p: dict[str, Any]) -> tuple[float, float]:
+    """Rate and momentum after the scheduler's step number `iteration`, counted from 0.
+
+    A cycle goes up over the first step size and down over the second, between the two bounds, momentum the
+    other way round; with stairs, only at the end of each. After it, both decay by the interval since.
+    """
+    up, down = p["cycle_first_step_size"], p["cycle_second_step_size"]
+    low, high, slow, fast = (p[f"cycle_{k}"] for k in ("min_lr", "max_lr", "min_mom", "max_mom"))
+    batch = iteration + 1
+    if iteration < up + down:
+        done = batch % (up + down)
+        share = Fraction(done, up) if done <= up else Fraction(up + down - done, down)
+        stairs = p["cycle_first_stair_count"] if done <= up else p["cycle_second_stair_count"]
+        if stairs:
+            share = Fraction(math.floor(share * stairs), stairs)
+        return low + (high - low) * float(share), fast - (fast - slow) * float(share)
+    if not p["decay_step_size"]:
+        return low, fast
+    interval = (batch - up - down) / p["decay_step_size"]
+    return low / (1 + p["decay_lr_rate"] * interval), fast * (1 + p["decay_mom_rate"] * interval)
+
+
+@settings(max_examples=40, deadline=None)
+@given(COUNTS, COUNTS, st.integers(0, 3), st.integers(0, 3), st.integers(0, 4), st.sampled_from([0.0, 0.001]))
+def test_one_cycle(up: int, down: int, stairs: int, more: int, decay: int, rise: float) -> None:
+    params = {
+        "cycle_min_lr": 0.001,
+        "cycle_max_lr": 0.02,
+        "decay_lr_rate": 0.5,
+        "cycle_first_step_size": up,
+        "cycle_second_step_size": down,
+        "cycle_first_stair_count": stairs,
+        "cycle_second_stair_count": more,
+        "decay_step_size": decay,
+        "cycle_min_mom": 0.7,
+        "cycle_max_mom": 0.95,
+        "decay_mom_rate": rise,
+    }
+    config = load_config({"scheduler": {"type": "OneCycle", "params": params}}).scheduler
+    assert config is not None
+    weights = [torch.zeros(1, requires_grad=True) for _ in LRS]
+    optimizer = torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, LRS, strict=True)])
+    scheduler = make_scheduler(config, optimizer)
+    first = {(group["lr"], group["betas"]) for group in optimizer.param_groups}
+    assert first == {(0.001, (0.7, 0.99))}, "both at their lowest, before the schedule has begun"
+    for iteration in range(22):
+        optimizer.step()
+        scheduler.step()
+        rate, momentum = one_cycle(iteration, params)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate, rel=1e-12), f"iteration {iteration}"
+            assert group["betas"] == (pytest.approx(momentum, rel=1e-12), 0.99), f"iteration {iteration}"
+
+
+ONE_CYCLE = {"cycle_min_lr": 0.0, "cycle_max_lr": 0.4, "cycle_first_step_size": 4}
+
+
+def test_one_cycle_by_hand_with_its_defaults() -> None:
+    found = rates("OneCycle", ONE_CYCLE, 12)  # SGD has no betas, so no momentum is cycled
+    expected = [0.0, 0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0]
+    assert found == [pytest.approx([rate] * 2, abs=1e-15) for rate in expected]
+    with pytest.raises(ValueError, match=r"cycle_momentum is true, but SGD has no betas to cycle"):
+        rates("OneCycle", ONE_CYCLE | {"cycle_momentum": True}, 1)
+
+
+def test_momentum_that_decay_makes_grow_stays_below_one() -> None:
+    params = ONE_CYCLE | {"decay_step_size": 1, "decay_mom_rate": 1.0, "cycle_max_mom": 0.9}
+    config = load_config({"scheduler": {"type": "OneCycle", "params": params}}).scheduler
+    assert config is not None
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    scheduler = make_scheduler(config, optimizer)
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["betas"] == (0.999, 0.99)
+
+
+@settings(max_examples=30, deadline=None)
+@given(COUNTS, st.booleans(), st.sampled_from([0.0, 0.5, 3.0]))
+def test_lr_range_test(size: int, staircase: bool, growth: float) -> None:
+    params = {
+        "lr_range_test_min_lr": 0.002,
+        "lr_range_test_step_size": size,
+        "lr_range_test_step_rate": growth,
+        "lr_range_test_staircase": staircase,
+    }
+    for step, lrs in enumerate(rates("LRRangeTest", params, STEPS)):
+        interval = math.floor(step / size) if staircase else step / size
+        assert lrs == pytest.approx([0.002 * (1 + growth * interval)] * 2, rel=1e-12), f"step {step}"
+
+
+def test_cycled_momentum_goes_on_after_a_load(alone: None, tmp_path: Path) -> None:
+    schedule = {"type": "OneCycle", "params": ONE_CYCLE | {"cycle_min_lr": 0.01}}
+    engine = make_engine(seeded(Stack), config={"scheduler": schedule})
+    batches = global_batches(6)
+    train(engine, batches[:3])
+    engine.save_checkpoint(tmp_path)
+    expected = train(engine, batches[3:])
+    other = make_engine(seeded(Stack), config={"scheduler": schedule})
+    other.load_checkpoint(tmp_path)  # warnings are errors: that the momentum has moved isn't worth one
+    assert other.optimizer is not None
+    assert other.optimizer.param_groups[0]["betas"] == (pytest.approx(0.825), 0.99)
+    assert train(other, batches[3:]) == expected
+
+
 def test_a_constant_end_of_the_linear_warmup() -> None:
     """A few numbers by hand, as the formulas above could be wrong in the same way."""
     found = rates("WarmupLR", {"warmup_num_steps": 4, "warmup_type": "linear"}, 7)
@@ -144,6 +253,12 @@ def optimizer_steps(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> t
             {"type": "Adam", "params": {"lr": 0.1, "weight_decay": 0.2, "adam_w_mode": False}},
             torch.optim.Adam,
             {"lr": 0.1, "weight_decay": 0.2},
+        ),
+        ({"type": "adamw"}, torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.0}),
+        (
+            {"type": "AdamW", "params": {"torch_adam": True}},
+            torch.optim.AdamW,
+            {"lr": 1e-3, "weight_decay": 0.01},
         ),
         ({"type": "SGD"}, torch.optim.SGD, {"lr": 1e-3}),
         (

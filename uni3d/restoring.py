@@ -1,0 +1,213 @@
+"""From a checkpoint to an engine: what fits is agreed by all ranks, then everything is filled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import ckpt
+from parallel import HostComm
+from parallel.whole import whole_module
+from uni3d import state
+from uni3d.description import check_optimizer, restore_optimizer
+
+if TYPE_CHECKING:
+    from uni3d.engine import Engine
+
+CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
+"""A script's own way of loading the model's weights, called with the keywords `src` and `dst`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What of a checkpoint is to be loaded."""
+
+    strict: bool = True
+    """Whether what the engine has and what the checkpoint has must be the same."""
+    optimizer: bool = True
+    scheduler: bool = True
+    counters: bool = True
+    """Steps, samples, the loss scale."""
+    custom: CustomLoad | None = None
+    """Loads parameters and buffers in our stead."""
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The `state_dict` in a checkpoint: whole fp32 tensors, each read, and verified, when it is asked for."""
+
+    def __init__(self, checkpoint: ckpt.Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._home = {name: name for name in ckpt.weights(checkpoint)}
+        self._home |= checkpoint.manifest["aliases"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        atom = self._home[name]
+        info = ckpt.weights(self._checkpoint)[atom]
+        return state.to_torch(self._checkpoint.read(atom, info.key.state))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+class Restorer:
+    """Loads checkpoints into one engine. Every call is collective."""
+
+    def __init__(self, engine: Engine, comm: HostComm, inventory: state.Inventory, threads: int) -> None:
+        self._engine = engine
+        self._comm = comm
+        self._inventory = inventory
+        self._threads = threads
+
+    def load(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
+        """Fill the engine.
+
+        Raises:
+            ckpt.CheckpointError: something doesn't fit; the engine is as it was.
+            ckpt.PartialLoadError: it failed half-way.
+        """
+        engine, manifest = self._engine, checkpoint.manifest
+        optimizer = engine.optimizer if wanted.optimizer else None
+        scheduler = engine.lr_scheduler if wanted.scheduler else None
+        ckpt.together(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
+        report = self._load_arrays(checkpoint, optimizer, wanted)
+        try:
+            if wanted.custom is not None:
+                self._load_model(checkpoint, wanted.custom)
+            differences = ckpt.together(
+                self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler)
+            )
+        except ckpt.CheckpointError as error:  # the arrays have been loaded
+            raise ckpt.PartialLoadError(str(error)) from error
+        if wanted.counters:
+            engine.global_steps = manifest["engine"]["global_steps"]
+            engine.global_samples = manifest["engine"]["global_samples"]
+            engine.skipped_steps = manifest["engine"].get("skipped_steps", 0)
+            differences += self._restore_loss_scale(manifest["engine"].get("loss_scale"))
+            order = what_fixes_the_order(engine)
+            differences += _differences("the run's", manifest["engine"], order)
+        if differences and self._comm.rank == 0:
+            warnings.warn(f"{checkpoint.url}: {'; '.join(differences)}", stacklevel=4)
+        return report
+
+    def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
+        """Let the script fill whole parameters; each rank keeps its part of them."""
+        with whole_module(self._engine.module) as module:
+            src = StoredWeights(checkpoint)
+            ckpt.together(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
+
+    def _restore_rest(
+        self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
+    ) -> list[str]:
+        """Restore what isn't an array; returns a line for each value that this run was given another of."""
+        differences = []
+        if optimizer is not None:
+            differences += restore_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+        if scheduler is None and manifest["scheduler"] is not None and optimizer is not None:
+            rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
+            differences.append(f"its schedule was not taken up: the learning rate stays at {rates}")
+        if scheduler is not None:
+            differences += _differences("the schedule's", manifest["scheduler"], _given(scheduler))
+            scheduler.load_state_dict(manifest["scheduler"])
+            if optimizer is None:  # its groups, which hold the rate of the next step, were left as they are
+                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                    group["lr"] = lr
+        return differences
+
+    def _restore_loss_scale(self, saved: dict[str, Any] | None) -> list[str]:
+        """Take up fp16's loss scale; returns a line if only one of the two runs has one."""
+        scaler = self._engine.scaler
+        if scaler is not None and saved is not None:
+            scaler.load_state_dict(saved)
+        elif saved is not None:
+            return [f"its loss scale ({saved['scale']:g}) was not taken up: this run isn't in fp16"]
+        elif scaler is not None:
+            return [f"it has no loss scale, as it isn't of fp16: it begins at {scaler.scale:g}"]
+        return []
+
+    def _check_fits(
+        self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
+    ) -> None:
+        """Check what isn't an array, before anything changes."""
+        if optimizer is not None:
+            check_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+        saved = manifest["scheduler"]
+        if scheduler is not None and (saved is None or saved.keys() != scheduler.state_dict().keys()):
+            has = "no scheduler" if saved is None else f"another scheduler than {type(scheduler).__name__}"
+            raise ckpt.CheckpointError(
+                f"the checkpoint has {has}; load it with load_lr_scheduler_states=False"
+            )
+
+    def _load_arrays(
+        self, checkpoint: ckpt.Checkpoint, optimizer: Optimizer | None, wanted: Wanted
+    ) -> ckpt.LoadReport:
+        def leave(key: ckpt.ArrayKey) -> str | None:
+            if not _is_moment(key):
+                return None if wanted.custom is None else "custom_load_fn loads the model"
+            return "optimizer states were not asked for" if optimizer is None else None
+
+        model = self._engine.model
+        fresh = optimizer is not None and not optimizer.state
+        stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # parameters that have states
+        if optimizer is not None:
+            stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
+        try:
+            if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
+                ckpt.together(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
+            model_too = wanted.custom is None
+            held, targets = ckpt.together(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            report = ckpt.load(
+                checkpoint,
+                targets,
+                comm=self._comm,
+                strict=wanted.strict,
+                leave=leave,
+                threads=self._threads,
+            )
+        except ckpt.CheckpointError:
+            if optimizer is not None and fresh:
+                optimizer.state.clear()
+            raise
+        state.finish_load(held, targets)
+        if optimizer is not None:
+            state.forget_states(model, optimizer, but=stored)
+        return report
+
+    def _targets(
+        self, optimizer: Optimizer | None, stored: set[str], model_too: bool
+    ) -> tuple[list[state.Held], list[ckpt.Shard]]:
+        held = self._inventory.arrays(optimizer, with_states=stored)
+        held = [array for array in held if model_too or _is_moment(array.spec.key)]
+        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
+
+
+def what_fixes_the_order(engine: Engine) -> dict[str, int]:
+    """What the order of samples depends on."""
+    return {"seed": engine.config.seed, "train_batch_size": engine.triad.train_batch}
+
+
+def _is_moment(key: ckpt.ArrayKey) -> bool:
+    return key.state not in (state.PARAMETER, state.BUFFER)
+
+
+def _given(scheduler: LRScheduler) -> dict[str, Any]:
+    """What a schedule was made with, but for what moves with its steps."""
+    moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
+    return {key: value for key, value in scheduler.state_dict().items() if key not in moving}
+
+
+def _differences(whose: str, saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """A line for each value that was given to this run and is another in the checkpoint."""
+    return [
+        f"{whose} {key} is {value!r} here, and {saved.get(key)!r} in the checkpoint"
+        for key, value in given.items()
+        if value != saved.get(key)
+    ]

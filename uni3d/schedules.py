@@ -1,0 +1,182 @@
+"""Learning-rate schedules with DeepSpeed's formulas and timing.
+
+DeepSpeed counts a schedule's iterations from 0, and makes it at iteration -1: an optimizer's first step is
+taken before the schedule has begun. torch's epoch n is DeepSpeed's iteration n - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from uni3d.schedule_config import (
+    LRRangeTestParams,
+    OneCycleParams,
+    SchedulerConfig,
+    WarmupCosineLRParams,
+    WarmupDecayLRParams,
+    WarmupLRParams,
+)
+
+Ratio = Callable[[int], float]
+
+SECOND_BETA = 0.99
+"""What DeepSpeed sets an optimizer's second beta to while it cycles the first."""
+
+HIGHEST_MOMENTUM = 0.999
+"""That `decay_mom_rate` leads to."""
+
+
+def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The schedule of the config over `optimizer`, whose rates it sets at once.
+
+    Raises:
+        ValueError: the momentum is to be cycled of an optimizer that has no betas.
+    """
+    params = config.params
+    peak = _peak(params)
+    if peak is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = peak
+    ratios = [_ratio(params, float(group["lr"])) for group in optimizer.param_groups]
+    if isinstance(params, OneCycleParams) and params.cycle_momentum and _has_betas(optimizer, params):
+        return CycledMomentum(optimizer, ratios, params)
+    return LambdaLR(optimizer, ratios)
+
+
+class CycledMomentum(LambdaLR):
+    """A schedule that also sets each group's first beta."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, ratios: list[Ratio], params: OneCycleParams) -> None:
+        self._momentum: Ratio = lambda epoch: _one_cycle_momentum(params, epoch)
+        for group in optimizer.param_groups:
+            group["initial_betas"] = group["betas"]  # says that a schedule moves them
+        super().__init__(optimizer, ratios)
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        for group in self.optimizer.param_groups:
+            group["betas"] = (self._momentum(self.last_epoch), SECOND_BETA)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "_momentum"}
+
+
+def _has_betas(optimizer: torch.optim.Optimizer, params: OneCycleParams) -> bool:
+    if all("betas" in group for group in optimizer.param_groups):
+        return True
+    if "cycle_momentum" in params.model_fields_set:
+        raise ValueError(
+            f"scheduler.params.cycle_momentum is true, but {type(optimizer).__name__} has no betas to cycle; "
+            "set it to false"
+        )
+    return False  # the default is for optimizers that have
+
+
+def _peak(params: Any) -> float | None:
+    """The rate that a schedule's ratios are of; None is each group's own."""
+    if isinstance(params, WarmupLRParams | WarmupDecayLRParams):
+        return params.warmup_max_lr
+    if isinstance(params, OneCycleParams):
+        return params.cycle_max_lr
+    return params.lr_range_test_min_lr if isinstance(params, LRRangeTestParams) else None
+
+
+def _ratio(params: Any, lr: float) -> Ratio:
+    """Share of `lr` at torch's epoch n."""
+    if isinstance(params, WarmupCosineLRParams):
+        return lambda epoch: _cosine(params, epoch - 1)
+    if isinstance(params, OneCycleParams):
+        return lambda epoch: _one_cycle_lr(params, epoch) / lr
+    if isinstance(params, LRRangeTestParams):
+        return lambda epoch: _range_test(params, epoch)
+    floor = params.warmup_min_lr / lr if lr else 0.0
+    return lambda epoch: floor + (1 - floor) * _linear(params, epoch - 1)
+
+
+def _rise(
+    params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams, iteration: int
+) -> float | None:
+    """Progress of the warmup in [0, 1); None when it is over."""
+    steps = max(2, params.warmup_num_steps)
+    if iteration >= steps:
+        return None
+    if params.warmup_type == "log":
+        return math.log(iteration + 1) / math.log(steps)
+    return iteration / steps
+
+
+def _linear(params: WarmupLRParams | WarmupDecayLRParams, iteration: int) -> float:
+    if iteration < 0:
+        return 0.0
+    rising = _rise(params, iteration)
+    if rising is not None:
+        return rising
+    if isinstance(params, WarmupLRParams):
+        return 1.0
+    total = params.total_num_steps
+    return max(0.0, (total - iteration) / max(1.0, total - max(2, params.warmup_num_steps)))
+
+
+def _cosine(params: WarmupCosineLRParams, iteration: int) -> float:
+    if iteration < 0:
+        return 0.0
+    rising = _rise(params, iteration)
+    if rising is not None:
+        return params.warmup_min_ratio + rising * (1 - params.warmup_min_ratio)
+    warmup = max(2, params.warmup_num_steps)
+    progress = min(1.0, (iteration - warmup + 1) / max(1, params.total_num_steps - warmup))
+    return params.cos_min_ratio + (1 - params.cos_min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _range_test(params: LRRangeTestParams, epoch: int) -> float:
+    intervals = epoch / params.lr_range_test_step_size
+    if params.lr_range_test_staircase:
+        intervals = epoch // params.lr_range_test_step_size
+    return 1 + params.lr_range_test_step_rate * intervals
+
+
+def _cycle_sizes(params: OneCycleParams) -> tuple[int, int]:
+    first, second = params.cycle_first_step_size, params.cycle_second_step_size
+    return first, first if second is None else second
+
+
+def _height(params: OneCycleParams, epoch: int) -> float:
+    """How far up the cycle an epoch is, in [0, 1]."""
+    first, second = _cycle_sizes(params)
+    place = epoch % (first + second)
+    rises = place <= first
+    covered, size = (place, first) if rises else (first + second - place, second)
+    stairs = params.cycle_first_stair_count
+    if not rises and params.cycle_second_stair_count is not None:
+        stairs = params.cycle_second_stair_count
+    return (covered * stairs // size) / stairs if stairs else covered / size
+
+
+def _decayed(params: OneCycleParams, epoch: int) -> float | None:
+    """After the cycle, the steps of decay, in units of its step size; None in the cycle."""
+    after = epoch - sum(_cycle_sizes(params))
+    if after <= 0:
+        return None
+    return after / params.decay_step_size if params.decay_step_size else 0.0
+
+
+def _one_cycle_lr(params: OneCycleParams, epoch: int) -> float:
+    decayed = _decayed(params, epoch)
+    if decayed is not None:
+        return params.cycle_min_lr / (1 + params.decay_lr_rate * decayed)
+    return params.cycle_min_lr + (params.cycle_max_lr - params.cycle_min_lr) * _height(params, epoch)
+
+
+def _one_cycle_momentum(params: OneCycleParams, epoch: int) -> float:
+    if epoch == 0:  # DeepSpeed begins at the lowest, though the first step's rate is the lowest too
+        return params.cycle_min_mom
+    decayed = _decayed(params, epoch)
+    if decayed is not None:  # DeepSpeed's formula grows without end, and past 1 no average is left
+        grown = params.cycle_max_mom * (1 + params.decay_mom_rate * decayed)
+        return min(grown, max(params.cycle_max_mom, HIGHEST_MOMENTUM))
+    return params.cycle_max_mom - (params.cycle_max_mom - params.cycle_min_mom) * _height(params, epoch)

@@ -1,0 +1,104 @@
+"""A live model's weights as plain tensors: a `state_dict`, or a file of it in the type of training."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel import HostComm, ParallelModel
+from parallel.comm import Bytes
+from parallel.names import named_parameters, persistent_buffers
+from parallel.whole import whole_tensors
+
+
+def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Tensor]:
+    """Collective over the ranks of a stage: this stage's part of the whole model's `state_dict`, in fp32.
+
+    Under the names of the unsplit model, whole, in the host's memory; tied parameters under each name that
+    this stage has. Without `frozen`, parameters that don't require a gradient are left out.
+    """
+    model.zero.reshard()
+    wanted = _wanted(model, frozen=frozen)
+    tensors = {name: tensor for name, tensor in whole_tensors(model.module) if name in wanted}
+    first = {id(p): name for name, p in named_parameters(model.module)}
+    for name, parameter in model.module.named_parameters(remove_duplicate=False):
+        if first[id(parameter)] in tensors:
+            tensors[name] = tensors[first[id(parameter)]]
+    return tensors
+
+
+def whole_on_first_rank(
+    model: ParallelModel, comm: HostComm, dtype: torch.dtype, *, frozen: bool
+) -> dict[str, Tensor]:
+    """Collective: the whole model's `state_dict` on rank 0, its parameters as `dtype`; elsewhere nothing.
+
+    One tensor of each stage at a time is gathered and sent.
+    """
+    model.zero.reshard()
+    whole = dict(_on_first_rank(model, comm, dtype, frozen=frozen))
+    return whole | {alias: whole[first] for alias, first in model.ties.items() if first in whole}
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file by `torch.save`; it appears under its name when it is whole and on the disk.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _on_first_rank(
+    model: ParallelModel, comm: HostComm, dtype: torch.dtype, *, frozen: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Collective: every tensor of the model, on rank 0; on the others, nothing."""
+    wanted = {n: cast for n, cast in _wanted(model, frozen=frozen).items() if n not in model.tied.copies}
+    mine = (
+        (name, tensor.to(dtype) if wanted[name] else tensor)
+        for name, tensor in whole_tensors(model.module)
+        if name in wanted
+    )
+    speaks = model.topology.speaks_for_stage
+    counts = comm.all_gather(len(wanted) if speaks else 0)
+    for i in range(max(counts)):
+        name, tensor = next(mine, ("", torch.empty(0)))
+        sends = speaks and i < counts[comm.rank]
+        heads = comm.all_gather((name, str(tensor.dtype), tuple(tensor.shape)) if sends else None)
+        nothing = np.empty(0, np.uint8)
+        outgoing: list[Bytes] = [nothing] * comm.size
+        if sends:
+            outgoing[0] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        sizes = [_nbytes(head) if comm.rank == 0 else 0 for head in heads]
+        for head, data in zip(heads, comm.exchange(outgoing, sizes), strict=True):
+            if head is not None and comm.rank == 0:
+                kind = getattr(torch, head[1].removeprefix("torch."))
+                yield head[0], torch.from_numpy(data.copy()).view(kind).reshape(head[2])
+
+
+def _nbytes(head: tuple[str, str, tuple[int, ...]] | None) -> int:
+    if head is None:
+        return 0
+    kind: torch.dtype = getattr(torch, head[1].removeprefix("torch."))
+    return math.prod(head[2]) * kind.itemsize
+
+
+def _wanted(model: ParallelModel, *, frozen: bool) -> dict[str, bool]:
+    """The tensors' names, and whether each is a parameter, which is cast."""
+    parameters = {n: True for n, p in named_parameters(model.module) if frozen or p.requires_grad}
+    return parameters | {name: False for name, _ in persistent_buffers(model.module)}
