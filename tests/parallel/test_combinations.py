@@ -131,7 +131,8 @@ def test_micro_batches_come_in_rounds(schedule: Any, pp: int, micro_batches: int
     if rounds is None:
         check_micro_batches(settings, pp, micro_batches)
         return
-    message = rf"schedule {schedule} .* pp\({pp}\), but gradient_accumulation_steps\({micro_batches}\) .* its {rounds} rounds"
+    values = rf"pp\({pp}\), but gradient_accumulation_steps\({micro_batches}\)"
+    message = rf"schedule {schedule} .* {values} .* its {rounds} rounds"
     with pytest.raises(ValueError, match=message):
         check_micro_batches(settings, pp, micro_batches)
 

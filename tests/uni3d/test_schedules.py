@@ -35,9 +35,9 @@ class How(NamedTuple):
 HOW = [
     How("gpipe"),
     How("interleaved", 2),
-    How("interleaved", 3),  # as many stages as links
+    pytest.param(How("interleaved", 3), marks=pytest.mark.slow),  # as many stages as links
     How("zero_bubble"),
-    How("zero_bubble", 2),
+    pytest.param(How("zero_bubble", 2), marks=pytest.mark.slow),
     How("zero_bubble_v", 2),
 ]
 CLASSES = {
