@@ -6,8 +6,10 @@
                       ranks and run by torch's schedules
     combinations      what can't be combined, and why
     blocks            the layers that repeat: gathered one by one, recomputed, compiled
-    tensor            a model's `tp_plan` applied as DTensor styles
+    tensor, replicas  a model's `tp_plan` applied as DTensor styles; whether it left out what it shouldn't
     zero              ZeRO stages 0-3 as settings of `fully_shard`
+    masters           fp32 parameters, of whatever type a model came with
+    experts           stacked experts under tensor parallelism
     weights           initial values that don't depend on the topology
     gradients         tied weights, the global norm
     layout            which part of a tensor this rank and the others of its stage hold

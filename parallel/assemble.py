@@ -10,14 +10,15 @@ from torch import nn
 
 from parallel.blocks import blocks, change_forward, units
 from parallel.combinations import check_combination
-from parallel.gradients import TiedGradients
+from parallel.gradients import ScalarGradients, TiedGradients
 from parallel.pipeline import LossFn, Pipeline
 from parallel.placement import Placement
+from parallel.replicas import Replicas
 from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
 from parallel.tensor import (
     apply_tensor_parallel,
-    check_divisible,
+    check_plan,
     expand_plan,
     rowwise_weights,
     tied_names,
@@ -38,10 +39,14 @@ class ParallelModel:
     ties: dict[str, str]
     """Other names of tied parameters -> the first name, over the whole model."""
     tied: TiedGradients
+    scalars: ScalarGradients
+    replicas: Replicas
     pipeline: Pipeline | None
     """Runs whole batches; None for a model that computes its own loss."""
     rowwise: set[str]
     """Weights that tensor parallelism, of any degree, cuts along their second dim."""
+    sequence_parallel: bool
+    """Whether the tensor-parallel ranks split sequences."""
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter of this rank is known everywhere."""
@@ -77,7 +82,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         repeating = blocks(model, layers)
         module = Chain(model, [stages[i] for i in placement.on(topology.pp_rank)])
         stretches = module.stretches()
-    apply_tensor_parallel(module, plan, topology.tp_mesh)
+    apply_tensor_parallel(module, plan, topology.tp_mesh, sequence_parallel=settings.sequence_parallel)
     change_forward(repeating, settings.recompute, settings.compile)
     zeros = [
         Zero(
@@ -101,10 +106,13 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         zero=ZeroStages(zeros),
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, placement, topology),
+        scalars=ScalarGradients(module, topology),
+        replicas=Replicas(module, topology),
         pipeline=None
         if loss_fn is None
         else Pipeline(zeros, placement, topology, loss_fn, settings.schedule),
         rowwise=rowwise,
+        sequence_parallel=settings.sequence_parallel,
     )
 
 
@@ -134,5 +142,11 @@ def _check_splits(
     if degrees.tp == 1:  # then a plan may have styles that aren't known here: nothing is split
         return {}
     plan = expand_plan(model, declared or {})
-    check_divisible(model, plan, getattr(model, "tp_units", {}), degrees.tp)
+    check_plan(
+        model,
+        plan,
+        getattr(model, "tp_units", {}),
+        degrees.tp,
+        sequence_parallel=settings.sequence_parallel,
+    )
     return plan

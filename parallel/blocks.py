@@ -37,19 +37,28 @@ KEPT = frozenset(
 
 
 def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Module]:
-    """A whole model's layers: the entries of its outermost module lists.
+    """A whole model's layers: the entries of its outermost module lists and dicts, and of those in them.
 
-    Of a chain, whose links are named, the lists inside a link don't count; without any, its links do.
+    Of a chain, whose links are named, those links that are in module lists; without any, all with parameters.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     if links is not None:
-        chain = [model.get_submodule(name) for name in links]
-        within = {id(m) for link in chain for m in link.modules()}
-        lists = [m for m in lists if id(m) not in within]
-        if not lists:
-            return [link for link in chain if next(link.parameters(), None) is not None]
-    inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
-    return [layer for layers in lists if id(layers) not in inner for layer in layers]
+        chain = {name: model.get_submodule(name) for name in links}
+        parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in links}
+        listed = [link for name, link in chain.items() if isinstance(parents[name], nn.ModuleList)]
+        return listed or [link for link in chain.values() if next(link.parameters(), None) is not None]
+    found: dict[int, nn.Module] = {}  # each once, wherever it is used
+
+    def walk(parent: nn.Module, listed: bool) -> None:
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList | nn.ModuleDict):
+                walk(child, listed=True)
+            elif listed:
+                found[id(child)] = child
+            else:
+                walk(child, listed=False)
+
+    walk(model, listed=False)
+    return list(found.values())
 
 
 def units(candidates: Sequence[nn.Module]) -> list[nn.Module]:

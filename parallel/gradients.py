@@ -81,6 +81,26 @@ class TiedGradients:
                 work.wait()
 
 
+class ScalarGradients:
+    """Parameters without a dim, as a temperature: whole on every rank, since there is nothing to shard."""
+
+    def __init__(self, module: nn.Module, topology: Topology) -> None:
+        self._topology = topology
+        self._scalars = [p for p in module.parameters() if p.ndim == 0 and p.requires_grad]
+
+    def sum(self) -> None:
+        """Collective over the data-parallel ranks: sum their gradients, which nothing else does."""
+        if not self._scalars:
+            return
+        device = self._topology.device
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._scalars]
+        total = torch.stack([part.to(device) for part in parts])
+        for axis in ("replicate", "shard"):
+            dist.all_reduce(total, group=self._topology.mesh.get_group(axis))
+        for parameter, gradient in zip(self._scalars, total, strict=True):
+            parameter.grad = gradient.to(parameter.device)
+
+
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's parts of the gradients, the live memory."""
     return [_local(p.grad) for p in parameters if p.grad is not None]

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from parallel.settings import Precision
@@ -82,16 +83,24 @@ class Zero:
         self.offload = offload
         self.root = cast(FSDPModule, root)
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
-        sizes.append(sum(p.numel() for p in root.parameters()) - sum(sizes))
-        for module, size in zip([*units, root], sizes, strict=True):
+        scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
+        statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
+        parts = [*statistics, *(unit for unit in units if unit not in statistics)]
+        sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
+        covered = {p for part in parts for p in part.parameters()}
+        sizes.append(sum(p.numel() for p in root.parameters() if p not in covered))
+        policy = _policy(precision, None)
+        policies = [_statistics_policy(precision) if part in statistics else policy for part in parts]
+        policies.append(_policy(precision, output))
+        for module, size, policy in zip([*parts, root], sizes, policies, strict=True):
             module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
                 reshard_after_forward=stage == 3 and size >= persistence_threshold,
-                mp_policy=_policy(precision, output if module is root else None),
+                mp_policy=policy,
                 offload_policy=placed,
+                ignored_params=scalars,
             )
         for sharded in self._sharded_modules():
             _check_records(sharded)
@@ -148,6 +157,7 @@ class Zero:
         for module in self._sharded_modules():
             for parameter in _parameters_of(module):
                 yield parameter._unsharded_param
+        yield from (p for p in cast(nn.Module, self.root).parameters() if p.ndim == 0)  # not fully_shard's
 
     def reshard(self) -> None:
         """Free the whole parameters, so that the sharded ones are what `parameters()` gives.
@@ -160,6 +170,9 @@ class Zero:
 
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
+        for parameter in cast(nn.Module, self.root).parameters():
+            if parameter.ndim == 0:
+                parameter.grad = None
         for module in self._sharded_modules():
             group = _group_of(module)
             if group is not None:
@@ -215,6 +228,13 @@ def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionP
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(
         param_dtype=precision.compute, reduce_dtype=precision.reduce, output_dtype=output
+    )
+
+
+def _statistics_policy(precision: Precision) -> MixedPrecisionPolicy:
+    """Of batch norms, which average over steps what only fp32 tells apart: they compute in fp32."""
+    return MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=precision.reduce, output_dtype=precision.compute
     )
 
 

@@ -16,7 +16,7 @@ from parallel import Failures, ParallelModel
 from parallel.gradients import sum_over_ranks
 from parallel.pipeline import Loss, split_logits
 from uni3d.accessors import Accessors
-from uni3d.batches import BatchError, run_batches
+from uni3d.batches import BatchError, on_device, run_batches
 from uni3d.checkpointing import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.data import TrainingLoader
@@ -78,8 +78,10 @@ class Engine(Accessors, Saving):
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """One optimizer step on one global batch, under any topology.
 
-        Takes `gradient_accumulation_steps` micro batches `(inputs, targets)` from `data_iter`, by default
-        from the engine's own loader. Returns the batch's mean loss, the same on all ranks.
+        Takes `gradient_accumulation_steps` micro batches from `data_iter`, by default from the engine's own
+        loader: `(inputs, targets)`, or what a model that computes its own loss is called with: a tuple of
+        arguments, or a dict of them by name. Such a model returns the loss, or an object that has it as
+        `.loss`. Returns the batch's mean loss, the same on all ranks.
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite; no step was taken.
@@ -260,7 +262,7 @@ class Engine(Accessors, Saving):
         return 1.0 if self.scaler is None else self.scaler.factor
 
     def _on_device(self, values: Any) -> Any:
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, values)
+        return on_device(values, self.device)
 
     def _random_state(self) -> AbstractContextManager[None]:
         return random_state(

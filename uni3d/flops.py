@@ -15,15 +15,19 @@ counts as the output head. (PaLM, Chowdhery et al. 2022, appendix B.)
 
 from __future__ import annotations
 
+import re
+
 TRAINING = 3
 """Forward passes that a step of training is worth."""
 
 _PEAK_TFLOPS = {
-    # Dense bf16/fp16, from NVIDIA's data sheets; the first name that a device's name contains counts.
+    # Dense bf16/fp16, from NVIDIA's data sheets; the first that is in a device's name as whole words counts.
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "GH200": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
     "V100": 125.0,
@@ -38,7 +42,7 @@ def forward_flops_per_token(matrix_elements: int, layers: int, attention_width: 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of a device in 16 bits, if it is known."""
     for name, tflops in _PEAK_TFLOPS.items():
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):  # an RTX A1000 is no A100
             return tflops * 1e12
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,8 +14,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import parallel
+from parallel.masters import make_masters
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
+from uni3d.deepspeed_keys import by_reason
 from uni3d.engine import Engine
 from uni3d.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
@@ -23,6 +26,7 @@ from uni3d.schedules import make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
+_log = logging.getLogger(__name__)
 
 
 def initialize(
@@ -77,6 +81,7 @@ def initialize(
         shard_group=settings.shard_group,
         device_type=device,
     )
+    _make_masters(model, settings, topology)
     _name_what_has_no_meaning(settings, topology)
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
@@ -106,6 +111,7 @@ def _parallel_settings(config: Config) -> parallel.Settings:
             compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
         ),
         offload=config.offload,
+        persistence_threshold=config.zero_optimization.stage3_param_persistence_threshold,
         schedule=p.schedule,
         virtual_stages=p.virtual_stages,
         balance=p.balance,
@@ -118,11 +124,20 @@ def _parallel_settings(config: Config) -> parallel.Settings:
 def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
     """Say once that keys of DeepSpeed's were accepted that change nothing here."""
     if config.without_meaning and topology.rank == 0:
-        reasons = "; ".join(
-            f"{', '.join(key for key, why in config.without_meaning.items() if why == reason)} ({reason})"
-            for reason in dict.fromkeys(config.without_meaning.values())
-        )
+        grouped = by_reason(config.without_meaning)
+        reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
         warnings.warn(f"keys of the config that have no meaning here: {reasons}", stacklevel=3)
+
+
+def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:
+    if (changed := make_masters(model)) and topology.rank == 0:
+        _log.warning(
+            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and "
+            "computes in %s, as the config says",
+            len(changed),
+            changed[0],
+            settings.precision,
+        )
 
 
 def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
@@ -170,9 +185,6 @@ def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
 def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> Groups:
     """Parameter groups with names for parameters, which outlive the tensors that sharding replaces."""
     names = {id(p): name for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ValueError(f"{name} is {parameter.dtype}; in this release parameters must be torch.float32")
     if isinstance(optimizer, torch.optim.Optimizer):
         check_works_sharded(optimizer)
         if optimizer.state:

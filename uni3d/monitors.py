@@ -56,14 +56,24 @@ class Wandb:
         self._wandb.init(project=config.project, group=config.group, entity=config.team)
 
     def write(self, values: Mapping[str, float], samples: int) -> None:
-        self._wandb.log({PREFIX + name: value for name, value in values.items()}, step=samples)
+        # Given a step, wandb keeps a row back for more values of it, and a crash would lose the last one.
+        self._wandb.log({PREFIX + n: value for n, value in values.items()}, step=samples, commit=True)
 
 
 class Guarded:
-    """A monitor that gives up, with a warning, when it fails: training doesn't end for a curve."""
+    """A monitor that gives up, with a warning, when it fails: training doesn't end for a curve.
 
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor: Monitor | None = monitor
+    Nor does it when it can't be made (no login, a folder that can't be written): rank 0 alone would raise,
+    and the other ranks wait for it.
+    """
+
+    def __init__(self, kind: type[Any], config: Any) -> None:
+        self._name = kind.__name__
+        self._monitor: Monitor | None = None
+        try:
+            self._monitor = kind(config)
+        except Exception as error:
+            self._give_up(error)
 
     def write(self, values: Mapping[str, float], samples: int) -> None:
         if self._monitor is None:
@@ -71,9 +81,11 @@ class Guarded:
         try:
             self._monitor.write(values, samples)
         except Exception as error:
-            kind = type(self._monitor).__name__
-            self._monitor = None
-            warnings.warn(f"{kind} gets no more values: {error}", stacklevel=2)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._monitor = None
+        warnings.warn(f"{self._name} gets no more values: {error}", stacklevel=3)
 
 
 def check_installed(config: Config) -> None:
@@ -92,11 +104,11 @@ def make_monitors(config: Config) -> list[Monitor]:
     """Those that are enabled; for rank 0."""
     monitors: list[Monitor] = []
     if config.tensorboard.enabled:
-        monitors.append(Guarded(TensorBoard(config.tensorboard)))
+        monitors.append(Guarded(TensorBoard, config.tensorboard))
     if config.wandb.enabled:
-        monitors.append(Guarded(Wandb(config.wandb)))
+        monitors.append(Guarded(Wandb, config.wandb))
     if config.csv_monitor.enabled:
-        monitors.append(Guarded(CsvMonitor(config.csv_monitor)))
+        monitors.append(Guarded(CsvMonitor, config.csv_monitor))
     return monitors
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -47,10 +47,10 @@ class Observer:
         self._speaks = engine.global_rank == 0
         self._monitors: list[Monitor] = make_monitors(config) if self._speaks else []
         self._every = config.steps_per_print
-        self._times = _Times(engine.device) if config.wall_clock_breakdown else None
+        self._times = _Times(engine.device) if config.wall_clock_breakdown and self._speaks else None
         self._profile: profiler.Profile | None = None
-        self._begun: tuple[float, int] | None = None  # time and step of the last line
-        self._terms = 0.0  # since then
+        self._begun: float | None = None  # when the last line was printed
+        self._steps, self._terms = 0, 0.0  # since then; a load changes the steps' numbers
         self._due: StepRecord | None = None
         self.wanted = bool(self._every or self._monitors)
         """Whether `step_taken` does anything."""
@@ -62,8 +62,9 @@ class Observer:
     def step_taken(self, record: StepRecord) -> None:
         """Tell of a step."""
         if self._begun is None:  # the first step has allocations and compilation in it: measured from its end
-            self._begun = time.perf_counter(), record.step
+            self._begun = time.perf_counter()
         else:
+            self._steps += 1
             self._terms += record.terms
         values = {"train_loss": record.loss, "lr": record.rate, "grad_norm": record.norm}
         if record.scale is not None:
@@ -82,14 +83,13 @@ class Observer:
             print(f"uni3d: {self._line(record)}", flush=True)
             if self._times is not None:
                 print(f"uni3d: {self._times.line()}", flush=True)
-        if self._times is not None:
-            self._times.clear()
-        self._begun, self._terms = (time.perf_counter(), record.step), 0.0
+        self._begun, self._steps, self._terms = time.perf_counter(), 0, 0.0
 
     def profiles_next(self) -> bool:
         """Whether FLOPs are to be counted before the step to come."""
         config = self._engine.config.flops_profiler
-        return config.enabled and self._engine.global_steps + 1 == config.profile_step
+        due = self._engine.global_steps + 1 >= config.profile_step  # a resumed run may begin beyond it
+        return config.enabled and self._profile is None and due
 
     def profile(self, forward: Callable[[], Any], times: int = 1) -> None:
         """Collective: count the FLOPs of this rank's forward passes of a batch; see `profiler.measure`."""
@@ -101,7 +101,9 @@ class Observer:
         if config.output_file is None:
             print("\n".join(f"uni3d: {line}" for line in lines), flush=True)
         else:
-            Path(config.output_file).write_text("\n".join(lines) + "\n")
+            path = Path(config.output_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
 
     def _line(self, record: StepRecord) -> str:
         engine = self._engine
@@ -110,9 +112,9 @@ class Observer:
         if record.scale is not None:
             parts += [f"loss scale {record.scale:g}", f"{engine.skipped_steps} skipped"]
         assert self._begun is not None
-        steps = record.step - self._begun[1]
+        steps = self._steps
         if steps:
-            seconds = (time.perf_counter() - self._begun[0]) / steps
+            seconds = (time.perf_counter() - self._begun) / steps
             parts += [f"{seconds:.3g} s a step", f"{engine.triad.train_batch / seconds:,.1f} samples/s"]
             micro_batches = engine.triad.accumulation * engine.model.topology.degrees.dp
             if self._terms > micro_batches * steps:  # the loss is a sum over tokens, not a mean
@@ -133,12 +135,15 @@ class Observer:
 
 
 class _Times:
-    """How long phases take; on a GPU by its own clock, which is read when a line is printed."""
+    """How long phases take; on a GPU by its own clock, which is read when a line is printed.
+
+    What the GPU hasn't computed by then belongs to the next line: nobody waits for it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events: deque[tuple[str, Any, Any]] = deque()
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
@@ -154,13 +159,14 @@ class _Times:
             self._seconds[phase] += time.perf_counter() - began
 
     def line(self) -> str:
-        for phase, begin, end in self._events:
-            end.synchronize()
-            self._seconds[phase] += begin.elapsed_time(end) / 1e3
-        total = sum(self._seconds.values())
-        parts = (f"{name} {1e3 * s:.1f} ms ({s / total:.0%})" for name, s in self._seconds.items())
+        """What has arrived since the last call, which is then forgotten."""
+        self._collect()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        total = sum(seconds.values())
+        parts = (f"{name} {1e3 * s:.1f} ms ({s / total:.0%})" for name, s in seconds.items())
         return "time since the last line: " + " | ".join(parts)
 
-    def clear(self) -> None:
-        self._seconds.clear()
-        self._events.clear()
+    def _collect(self) -> None:
+        while self._events and self._events[0][2].query():  # in the order in which they were recorded
+            phase, begin, end = self._events.popleft()
+            self._seconds[phase] += begin.elapsed_time(end) / 1e3

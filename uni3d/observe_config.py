@@ -37,7 +37,8 @@ class FlopsProfilerConfig(Strict):
 
     enabled: bool = False
     profile_step: int = Field(default=1, gt=0)
-    """The step before which they are counted, by one forward pass more of its batch."""
+    """The step before which they are counted, by forward passes more of its batch; a run that is resumed
+    beyond it counts before its first."""
     module_depth: int = Field(default=-1, ge=-1)
     """How deep in the tree of modules the table goes; -1 is all the way."""
     top_modules: int = Field(default=1, ge=1)

@@ -88,6 +88,8 @@ class Stepper:
         assert engine.optimizer is not None, "checked before the batch was taken"
         engine.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
+        engine.model.scalars.sum()
+        engine.model.replicas.check()
         engine.model.tied.sum()
         #    A save that failed in the background is told along; the next call raises it, on all ranks.
         total, tokens, square, alarms = sum_over_ranks(

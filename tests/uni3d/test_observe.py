@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +15,12 @@ import pytest
 import torch
 from model import GPT, GPTConfig
 from ranks import Ranks
-from small_models import Stack, global_batches, make_engine, seeded, train
+from small_models import OwnLoss, Stack, global_batches, make_engine, seeded, train
 
 import uni3d
 from uni3d import flops
 from uni3d.config import load_config
+from uni3d.observe import _Times
 
 NAMES = ("train_loss", "lr", "grad_norm")
 
@@ -78,7 +80,8 @@ class FakeWandb(ModuleType):
     def init(self, **given: Any) -> None:
         self.calls.append(given)
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, float], step: int, commit: bool) -> None:
+        assert commit, "wandb would keep the last row back"
         self.calls.append((values, step))
 
 
@@ -98,6 +101,29 @@ def test_weights_and_biases(alone: None, monkeypatch: pytest.MonkeyPatch) -> Non
         "Train/Samples/grad_norm": pytest.approx(engine.get_global_grad_norm()),
         "Train/Samples/loss_scale": 256.0,
     }
+
+
+class NotLoggedIn(ModuleType):
+    def init(self, **_: Any) -> None:
+        raise RuntimeError("no API key")
+
+
+def not_logged_in_case() -> tuple[int, list[str]]:
+    sys.modules["wandb"] = NotLoggedIn("wandb")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            engine = make_engine(seeded(Stack), config={"wandb": {"enabled": True}})
+            losses = train(engine, global_batches(2))
+    finally:
+        del sys.modules["wandb"]
+    return len(losses), [str(w.message) for w in told if "gets no more" in str(w.message)]
+
+
+def test_a_monitor_that_cannot_be_made_on_rank_0_does_not_leave_the_others_waiting(ranks: Ranks) -> None:
+    first, second = ranks.run(2, not_logged_in_case)
+    assert first == (2, ["Wandb gets no more values: no API key"])
+    assert second == (2, [])
 
 
 class FakeWriter:
@@ -150,6 +176,57 @@ def test_lines_and_where_the_time_went(alone: None, capsys: pytest.CaptureFixtur
         shares = re.findall(r"(data|forward and backward|step) [\d.]+ ms \((\d+)%\)", line)
         assert [name for name, _ in shares] == ["data", "forward and backward", "step"]
         assert sum(int(share) for _, share in shares) == pytest.approx(100, abs=2)
+
+
+def test_speed_is_of_the_steps_since_the_last_line_also_after_a_load(
+    alone: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    engine = make_engine(seeded(Stack), config={"steps_per_print": 2})
+    train(engine, global_batches(1))
+    engine.save_checkpoint(str(tmp_path))
+    train(engine, global_batches(3)[1:])
+    engine.load_checkpoint(str(tmp_path))
+    train(engine, global_batches(2)[1:])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if "step" in line] == ["uni3d: step 2"] * 2
+    assert all(re.search(r"\| [\d.e-]+ s a step \| [\d,.]+ samples/s", line) for line in lines), lines
+
+
+class FakeEvent:
+    """A GPU's: its time is known when the GPU has come so far."""
+
+    clock = 0.0
+    computed = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.clock += 1.0
+        self.at = FakeEvent.clock
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.computed
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.query(), "that would be an error"
+        return end.at - self.at
+
+
+def test_a_gpus_times_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    times = _Times(torch.device("cuda"))
+    for _ in range(2):
+        for phase in ("data", "step"):
+            with times.of(phase):
+                pass
+    FakeEvent.computed = 5.0  # both phases of the first step, and the next one's begin
+    assert times.line() == "time since the last line: data 1.0 ms (50%) | step 1.0 ms (50%)"
+    FakeEvent.computed = 6.0
+    assert times.line() == "time since the last line: data 1.0 ms (100%)"
+    FakeEvent.computed = 8.0
+    assert times.line() == "time since the last line: step 1.0 ms (100%)"
+    assert times.line() == "time since the last line: "
 
 
 def test_nothing_is_printed_or_measured_by_default(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +310,30 @@ def test_the_formula() -> None:
     assert flops.utilisation(100.0, seconds=2.0, devices=3, peak=100.0) == pytest.approx(0.5)
     assert flops.peak_flops("NVIDIA H200") == 989e12
     assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert flops.peak_flops("NVIDIA GH200 480GB") == 989e12
+    assert flops.peak_flops("NVIDIA H200 NVL") == 835e12
+    assert flops.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert flops.peak_flops("NVIDIA RTX A1000 Laptop GPU") is None, "not an A100"
     assert flops.peak_flops("a toaster") is None
+
+
+def test_counting_flops_changes_no_step_and_a_resumed_run_counts_too(alone: None, tmp_path: Path) -> None:
+    batches = global_batches(3)
+    plain = train(make_engine(seeded(OwnLoss)), batches)
+    file = tmp_path / "new" / "profile.txt"
+    section = {"enabled": True, "output_file": str(file)}
+    first = make_engine(seeded(OwnLoss), config={"flops_profiler": section | {"profile_step": 2}})
+    losses = train(first, batches[:1])
+    assert not file.exists(), "before its time"
+    first.save_checkpoint(str(tmp_path / "run"))
+    losses += train(first, batches[1:])
+    assert losses == plain
+    counted = file.read_text()
+    file.unlink()
+    resumed = make_engine(seeded(OwnLoss), config={"flops_profiler": section})
+    resumed.resume(str(tmp_path / "run"))
+    assert train(resumed, batches[1:]) == plain[1:]
+    assert file.read_text() == counted
 
 
 def test_a_profile_by_hand_and_mfu_in_the_line(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
