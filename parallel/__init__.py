@@ -2,7 +2,9 @@
 
     Topology          the ranks on a mesh (pp, replicate, shard, tp); made once and handed on
     settings          what `build` is told beside the model and the topology
-    stages, pipeline  a model that is a chain of layers, cut into stages and run by torch's schedules
+    stages, placement, pipeline  a model that is a chain of layers, cut into stages, which are placed on
+                      ranks and run by torch's schedules
+    combinations      what can't be combined, and why
     blocks            the layers that repeat: gathered one by one, recomputed, compiled
     tensor, replicas  a model's `tp_plan` applied as DTensor styles; whether it left out what it shouldn't
     zero              ZeRO stages 0-3 as settings of `fully_shard`
@@ -20,6 +22,7 @@ This package knows nothing of files, configs or engines.
 """
 
 from parallel.assemble import ParallelModel, build
+from parallel.combinations import check_micro_batches
 from parallel.comm import HostComm
 from parallel.failures import Failures, RankFailedError
 from parallel.settings import Compile, Precision, Recompute, Settings
@@ -37,6 +40,7 @@ __all__ = [
     "Settings",
     "Topology",
     "build",
+    "check_micro_batches",
     "resolve_degrees",
     "start_process_group",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.pipeline import Loss
+from parallel.placement import Placement
 from parallel.topology import Topology
 
 
@@ -20,44 +21,64 @@ class TiedGradients:
     """
 
     def __init__(
-        self, module: nn.Module, ties: Mapping[str, str], stage_names: Sequence[set[str]], topology: Topology
+        self,
+        module: nn.Module,
+        ties: Mapping[str, str],
+        stage_names: Sequence[set[str]],
+        placement: Placement,
+        topology: Topology,
     ) -> None:
         """`ties` maps each alias to its first name; `stage_names` are the parameter names on each stage."""
         self._topology = topology
-        self._shared: list[tuple[nn.Parameter, list[int]]] = []
+        self._ranks = placement.ranks
+        self._shared: list[tuple[dict[int, nn.Parameter], list[int]]] = []
         self.copies: set[str] = set()
-        """Names of this stage's parameters that an earlier stage holds too, and counts and saves."""
+        """Names of this rank's parameters that an earlier stage holds too, and counts and saves."""
         mine = dict(module.named_parameters())
         for first in sorted(set(ties.values())):
             names = {first, *(alias for alias, name in ties.items() if name == first)}
             holders = [stage for stage, held in enumerate(stage_names) if names & held]
-            here = names & mine.keys()
+            here = {
+                stage: min(names & stage_names[stage] & mine.keys())
+                for stage in holders
+                if placement.ranks[stage] == topology.pp_rank
+            }
             if len(holders) > 1 and here:
-                name = min(here)
-                if mine[name].requires_grad:
-                    self._shared.append((mine[name], holders))
-                if topology.pp_rank != holders[0]:
-                    self.copies.add(name)
+                copies = {stage: mine[name] for stage, name in here.items()}
+                if all(parameter.requires_grad for parameter in copies.values()):
+                    self._shared.append((copies, holders))
+                self.copies |= {name for stage, name in here.items() if stage != holders[0]}
 
     def sum(self) -> None:
         """Collective over the pipeline: replace each copy's gradient by the sum over its stages."""
-        for parameter, holders in self._shared:
-            assert parameter.grad is not None, "a tied weight took part in no backward pass"
-            gradient = _local(parameter.grad)
-            if gradient.numel() == 0:  # an uneven shard with nothing in it is empty on every stage
+        for copies, holders in self._shared:
+            gradients = {stage: _gradient(parameter) for stage, parameter in copies.items()}
+            example = next(iter(gradients.values()))
+            if example.numel() == 0:  # an uneven shard with nothing in it is empty on every stage
                 continue
-            received = {stage: torch.empty_like(gradient) for stage in holders}
-            received[self._topology.pp_rank] = gradient.clone()
-            group = self._topology.pp_group
-            operations = []
-            for stage in holders:
-                if stage != self._topology.pp_rank:
-                    peer = dist.get_global_rank(group, stage)
-                    operations.append(dist.P2POp(dist.isend, received[self._topology.pp_rank], peer, group))
-                    operations.append(dist.P2POp(dist.irecv, received[stage], peer, group))
+            terms = {stage: torch.empty_like(example) for stage in holders if stage not in copies}
+            terms |= {stage: gradient.clone() for stage, gradient in gradients.items()}
+            self._exchange(terms, copies.keys())
+            total = torch.stack([terms[stage] for stage in holders]).sum(0)  # in stage order
+            for gradient in gradients.values():
+                gradient.copy_(total)
+
+    def _exchange(self, terms: Mapping[int, Tensor], mine: Collection[int]) -> None:
+        """Send this rank's terms to the other holders and receive theirs, in the order of stages."""
+        group, me = self._topology.pp_group, self._topology.pp_rank
+        others = {self._ranks[stage] for stage in terms} - {me}
+        operations = []
+        for stage in sorted(terms):
+            if stage in mine:
+                for rank in sorted(others):
+                    peer = dist.get_global_rank(group, rank)
+                    operations.append(dist.P2POp(dist.isend, terms[stage], peer, group))
+            else:
+                peer = dist.get_global_rank(group, self._ranks[stage])
+                operations.append(dist.P2POp(dist.irecv, terms[stage], peer, group))
+        if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-            gradient.copy_(torch.stack([received[stage] for stage in holders]).sum(0))  # in stage order
 
 
 class ScalarGradients:
@@ -126,6 +147,11 @@ def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:
         for axis in ("replicate", "shard", "tp")
         if axis not in sharded
     )
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "a tied weight took part in no backward pass"
+    return _local(parameter.grad)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -144,10 +144,6 @@ class Topology:
         return self.mesh.get_local_rank("replicate") * shard_size + self.mesh.get_local_rank("shard")
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.degrees.pp - 1
-
-    @property
     def zero_mesh(self) -> DeviceMesh:
         """The two data-parallel axes, `(replicate, shard)`."""
         return self.mesh["replicate", "shard"]

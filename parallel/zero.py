@@ -128,6 +128,38 @@ class Zero:
         self.root.set_reshard_after_backward(last or self.stage == 3)
         self.root.set_is_last_backward(last)
 
+    def before_input_backward(self) -> None:
+        """Set up the half of a split backward pass that gives the inputs' gradients, and no parameter's.
+
+        fully_shard sums gradients over the ranks in hooks on a layer's inputs, which run in this half: too
+        early. `before_weight_backward` and `after_weight_backward` enclose the half that gives them.
+        """
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(self.stage == 3)
+        self.root.set_is_last_backward(False)
+
+    def before_weight_backward(self) -> None:
+        """Make the whole parameters be there, all at once, as no hook says which are needed in this half."""
+        self.before_input_backward()
+        for module in self._sharded_modules():
+            module.unshard()
+
+    def after_weight_backward(self, *, last: bool) -> None:
+        """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
+        self.before_backward(last=last)
+        for module in reversed(list(self._sharded_modules())):
+            group = _group_of(module)
+            if group is not None:
+                group.post_backward()
+        cast(Any, self.root)._get_fsdp_state()._root_post_backward_final_callback()
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that a forward pass computed with, even if their memory was freed after it."""
+        for module in self._sharded_modules():
+            for parameter in _parameters_of(module):
+                yield parameter._unsharded_param
+        yield from (p for p in cast(nn.Module, self.root).parameters() if p.ndim == 0)  # not fully_shard's
+
     def reshard(self) -> None:
         """Free the whole parameters, so that the sharded ones are what `parameters()` gives.
 
@@ -156,6 +188,29 @@ class Zero:
         for module in cast(nn.Module, self.root).modules():
             if isinstance(module, FSDPModule):
                 yield module
+
+
+class ZeroStages:
+    """What is told to all pipeline stages of a rank, each of which is sharded by itself."""
+
+    def __init__(self, stages: Sequence[Zero]) -> None:
+        """`stages` is not empty."""
+        self._stages = stages
+        self.stage = stages[0].stage
+        """ZeRO's."""
+        self.precision, self.offload = stages[0].precision, stages[0].offload
+
+    def before_backward(self, *, last: bool) -> None:
+        for zero in self._stages:
+            zero.before_backward(last=last)
+
+    def reshard(self) -> None:
+        for zero in self._stages:
+            zero.reshard()
+
+    def drop_gradients(self) -> None:
+        for zero in self._stages:
+            zero.drop_gradients()
 
 
 def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:

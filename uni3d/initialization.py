@@ -21,6 +21,7 @@ from uni3d.deepspeed_keys import by_reason
 from uni3d.engine import Engine
 from uni3d.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
+from uni3d.pipe import PipelineModule
 from uni3d.schedules import make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -67,9 +68,12 @@ def initialize(
     if model is None:
         raise ValueError("initialize needs a model")
     settings = load_config(_one_config(args, config, config_params))
+    settings = _with_what_the_model_says(settings, model)
     check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
+    how = _parallel_settings(settings)
+    parallel.check_micro_batches(how, degrees.pp, triad.accumulation)
     parallel.start_process_group(device)
     topology = parallel.Topology(
         degrees,
@@ -82,7 +86,7 @@ def initialize(
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
         groups = split_groups(settings.optimizer, model, groups)
-    built = parallel.build(model, topology, _parallel_settings(settings))
+    built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
@@ -149,6 +153,23 @@ def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str
     return config
 
 
+def _with_what_the_model_says(settings: Config, model: nn.Module) -> Config:
+    """The config with what a `PipelineModule` says of its running, as scripts for DeepSpeed have it there."""
+    if not isinstance(model, PipelineModule):
+        return settings
+    p, again = settings.parallel, settings.activation_checkpointing
+    if model.num_stages is not None:
+        if "pp" in p.model_fields_set and p.pp not in (model.num_stages, "auto"):
+            raise ValueError(
+                f"num_stages({model.num_stages}) of the PipelineModule isn't parallel.pp({p.pp}) of the "
+                "config; give one of the two"
+            )
+        p = p.model_copy(update={"pp": model.num_stages})
+    if model.activation_checkpoint_interval and again.mode == "none":
+        again = again.model_copy(update={"mode": "full"})
+    return settings.model_copy(update={"parallel": p, "activation_checkpointing": again})
+
+
 def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
     device = settings.parallel.device
     if device == "auto":
@@ -191,8 +212,10 @@ def _make_optimizer(
     settings: Config, given: Any, groups: Groups, built: parallel.ParallelModel
 ) -> torch.optim.Optimizer | None:
     """The optimizer over this rank's parts of the parameters; groups that have none here stay, empty."""
-    here = {built.first_name(name): p for name, p in built.module.named_parameters()}
-    local = [{**g, "params": [here[name] for name in g["params"] if name in here]} for g in groups]
+    here: dict[str, list[nn.Parameter]] = {}  # several where two stages on this rank share a weight
+    for name, parameter in built.module.named_parameters():
+        here.setdefault(built.first_name(name), []).append(parameter)
+    local = [{**g, "params": [p for name in g["params"] for p in here.get(name, [])]} for g in groups]
     if isinstance(given, torch.optim.Optimizer):
         for group, replacement in zip(given.param_groups, local, strict=True):
             group["params"] = replacement["params"]

@@ -76,7 +76,6 @@ def places_case() -> list[dict[str, Any]]:
             places.append(
                 {
                     "coordinates": (topology.pp_rank, topology.dp_rank, topology.tp_rank),
-                    "last": topology.is_last_stage,
                     "pp_group": dist.get_process_group_ranks(topology.pp_group),
                     "tp_mesh": topology.tp_mesh.mesh.tolist(),
                     "zero_mesh": topology.zero_mesh.mesh.tolist(),
@@ -96,7 +95,6 @@ def test_ranks_are_where_an_arange_puts_them(ranks: Ranks) -> None:
                 p, r, s, t = (int(i[0]) for i in np.nonzero(grid == rank))
                 assert next(found) == {
                     "coordinates": (p, r + s, t),  # one of the two data-parallel axes is of size 1
-                    "last": p == pp - 1,
                     "pp_group": grid[:, r, s, t].tolist(),
                     "tp_mesh": grid[p, r, s, :].tolist(),
                     "zero_mesh": grid[p, :, :, t].tolist(),
