@@ -158,7 +158,7 @@ def synchronize(args: argparse.Namespace) -> None:
 def own_milliseconds(step: Step, source: Iterator[Batch]) -> float:
     """CPU time of a step in this project's own functions: an upper bound, as the profiler slows them."""
     steps = [next(source) for _ in range(10)]
-    profile = cProfile.Profile(time.process_time)
+    profile = cProfile.Profile(time.thread_time)
     with profile:
         for batch in steps:
             step(batch)

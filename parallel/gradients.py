@@ -106,47 +106,46 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [_local(p.grad) for p in parameters if p.grad is not None]
 
 
-def square_sum(parameters: Iterable[nn.Parameter], topology: Topology) -> Tensor:
-    """This rank's contribution to the squared norm of all gradients, a float64 scalar.
+def counted_here(parameters: Iterable[nn.Parameter], topology: Topology) -> list[nn.Parameter]:
+    """Those whose part on this rank counts in a sum over all ranks: of several that hold it, the first's."""
+    coordinates = {axis: topology.mesh.get_local_rank(axis) for axis in ("replicate", "shard", "tp")}
+    return [p for p in parameters if all(coordinates[axis] == 0 for axis in coordinates.keys() - _cut_by(p))]
 
-    Summed over all ranks it counts each element of each logical parameter once: of ranks that hold the
-    same part, the first on the axis counts it.
-    """
-    counted = [_local(p.grad) for p in parameters if p.grad is not None and _is_first_holder(p, topology)]
-    if not counted:
-        return torch.zeros((), dtype=torch.float64, device=topology.device)
-    norms = torch._foreach_norm(counted, 2)
-    return torch.stack(list(norms)).double().square().sum().to(topology.device)  # they may be offloaded
+
+def square_sum(counted: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """This rank's contribution to the squared norm of all gradients, a float64 scalar."""
+    gradients = local_gradients(counted)
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(gradients, 2)
+    return torch.stack(list(norms)).double().square().sum().to(device)  # they may be offloaded
 
 
 def sum_over_ranks(
-    loss: Loss | None, parameters: Iterable[nn.Parameter], topology: Topology, alarm: bool = False
+    loss: Loss | None, counted: Iterable[nn.Parameter], topology: Topology, alarm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Collective: summed loss, the number of its terms and the squared gradient norm, in float64.
 
-    `loss` is None on the ranks that don't know it. The last result is how many ranks gave an `alarm`:
-    what they have to tell each other between steps travels along.
+    `loss` is None on the ranks that don't know it; `counted` are the parameters of `counted_here`. The last
+    result is how many ranks gave an `alarm`: what they have to tell each other between steps travels along.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=topology.device)
+    square = square_sum(counted, topology.device)
+    known = torch.zeros_like(square), torch.zeros_like(square)
     if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
-        sums[0], sums[1] = loss.total, loss.tokens
-    sums[2] = square_sum(parameters, topology)
-    sums[3] = float(alarm)
+        known = loss.total.double(), loss.tokens.to(square)
+    sums = torch.stack([*known, square, torch.full_like(square, alarm)])
     dist.all_reduce(sums)
-    return sums[0], sums[1], sums[2], sums[3]
+    total, tokens, square, alarms = sums.unbind()
+    return total, tokens, square, alarms
 
 
-def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:
-    sharded: set[str] = set()
-    if isinstance(parameter, DTensor):
-        names = parameter.device_mesh.mesh_dim_names or ()
-        # Two kinds of placement are shards: cut by one axis alone, and cut by two on the same dim.
-        sharded = {n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()}
-    return all(
-        topology.mesh.get_local_rank(axis) == 0
-        for axis in ("replicate", "shard", "tp")
-        if axis not in sharded
-    )
+def _cut_by(parameter: nn.Parameter) -> set[str]:
+    """The mesh axes over which no rank holds the whole."""
+    if not isinstance(parameter, DTensor):
+        return set()
+    names = parameter.device_mesh.mesh_dim_names or ()
+    # Two kinds of placement are shards: cut by one axis alone, and cut by two on the same dim.
+    return {n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()}
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -155,4 +154,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -38,6 +38,8 @@ PARAMETER_RECORDS = (
     "sharded_param",
     "unsharded_accumulated_grad",
     "accumulate_unsharded_grad_if_needed",
+    "sharded_size",
+    "to_sharded_dtensor",
     "all_gather_outputs",
     "_sharded_param_data",
     "init_all_gather_outputs",
@@ -82,6 +84,8 @@ class Zero:
         self.precision = precision
         self.offload = offload
         self.root = cast(FSDPModule, root)
+        # With one rank there is nothing to sum, and fully_shard would copy gradients twice for it.
+        self._alone = mesh.size() == 1 and not offload
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
         statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
@@ -122,7 +126,7 @@ class Zero:
 
         `last` says that it is the accumulation's last: the boundary before an optimizer step.
         """
-        self.root.set_requires_gradient_sync(last or self.stage >= 2)
+        self.root.set_requires_gradient_sync((last or self.stage >= 2) and not self._alone)
         if self._sums_late:
             self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or self.stage == 3)
@@ -168,6 +172,9 @@ class Zero:
         """
         for module in self._sharded_modules():
             module.reshard()
+            if self._alone:
+                for parameter in _parameters_of(module):
+                    _adopt_gradient(parameter)
 
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
@@ -248,6 +255,25 @@ def _parameters_of(module: FSDPModule) -> list[Any]:
 def _group_of(module: FSDPModule) -> Any:
     """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
     return module._get_fsdp_state()._fsdp_param_group
+
+
+def _adopt_gradient(parameter: Any) -> None:
+    """Take what a single rank has accumulated for the sum over the ranks."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    if parameter.unsharded_accumulated_grad is not None:
+        whole = parameter.unsharded_accumulated_grad_data
+    elif unsharded is not None and unsharded.grad is not None:
+        whole = parameter.unsharded_grad_data
+    else:
+        return
+    parameter.unsharded_accumulated_grad = None
+    unsharded.grad = None  # type: ignore[union-attr]  # it gave the one or the other
+    part = whole.to(parameter.orig_dtype).contiguous().view(parameter.sharded_size)
+    sharded = parameter.sharded_param
+    if sharded.grad is None:
+        sharded.grad = parameter.to_sharded_dtensor(part)
+    else:  # the rest of a step in whose midst something was evaluated
+        sharded.grad += parameter.to_sharded_dtensor(part)
 
 
 def _count_unused(parameter: Any) -> None:

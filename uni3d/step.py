@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel.gradients import local_gradients, sum_over_ranks
+from parallel.gradients import counted_here, local_gradients, sum_over_ranks
 from parallel.pipeline import Loss
 from uni3d.observe import StepRecord
 
@@ -30,6 +30,13 @@ class Numbers(NamedTuple):
     """How many ranks had an alarm to raise."""
     terms: float
     """How many values the loss is the mean of."""
+
+
+class _Parameters(NamedTuple):
+    trained: list[nn.Parameter]
+    """This rank's that the optimizer has."""
+    counted: list[nn.Parameter]
+    """Those of them that count on this rank in the norm: each logical parameter counts once."""
 
 
 class Report:
@@ -72,6 +79,7 @@ class Stepper:
         """Of the last step's gradients."""
         self.applied = False
         """Whether the last step changed the parameters."""
+        self._found: _Parameters | None = None
         fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
         on_gpu = engine.device.type == "cuda" and not engine.model.zero.offload  # where the optimizer works
         self.deferred = fused and engine.scaler is None and on_gpu
@@ -93,7 +101,7 @@ class Stepper:
         engine.model.tied.sum()
         #    A save that failed in the background is told along; the next call raises it, on all ranks.
         total, tokens, square, alarms = sum_over_ranks(
-            loss, self._counted_parameters(), engine.model.topology, alarm=engine.checkpointer.failed
+            loss, self._parameters().counted, engine.model.topology, alarm=engine.checkpointer.failed
         )
         lifted = 1.0 if engine.scaler is None else engine.scaler.factor
         mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
@@ -168,7 +176,7 @@ class Stepper:
     def _update(self, scale: Tensor) -> None:
         engine = self._engine
         assert engine.optimizer is not None
-        gradients = local_gradients(self._trained_parameters())
+        gradients = local_gradients(self._parameters().trained)
         if gradients:
             torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
         engine.optimizer.step()
@@ -199,13 +207,14 @@ class Stepper:
 
         return take_back
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        """This stage's parameters that the optimizer has."""
-        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups if self._engine.optimizer else []
-        return [p for group in groups for p in group["params"]]
-
-    def _counted_parameters(self) -> list[nn.Parameter]:
-        """Those, but for copies of tied ones, which their first stage counts."""
-        model = self._engine.model
-        copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
-        return [p for p in self._trained_parameters() if id(p) not in copies]
+    def _parameters(self) -> _Parameters:
+        """Looked for again only if the optimizer's groups have other parameters."""
+        model, optimizer = self._engine.model, self._engine.optimizer
+        assert optimizer is not None
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        known = [] if self._found is None else self._found.trained
+        if self._found is None or [id(p) for p in known] != [id(p) for p in trained]:
+            copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
+            once = [p for p in trained if id(p) not in copies]
+            self._found = _Parameters(trained, counted_here(once, model.topology))
+        return self._found
