@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import cProfile
+import dataclasses
 import json
 import pstats
 import statistics
@@ -68,7 +69,7 @@ def shape(args: argparse.Namespace) -> tuple[GPTConfig, int]:
     return GPTConfig(**config["model"]), config["seq_len"]
 
 
-def engine_step(args: argparse.Namespace) -> tuple[Step, uni3d.Engine]:
+def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> tuple[Step, uni3d.Engine]:
     config = {
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": args.accumulation,
@@ -79,7 +80,7 @@ def engine_step(args: argparse.Namespace) -> tuple[Step, uni3d.Engine]:
         "parallel": {"device": args.device},
     }
     with torch.device("meta"):
-        model = GPT(shape(args)[0])
+        model = GPT(model_config)
     engine = uni3d.initialize(model=model, config=config)[0]
 
     def step(batch: Batch) -> None:
@@ -155,9 +156,20 @@ def synchronize(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def own_milliseconds(step: Step, source: Iterator[Batch]) -> float:
-    """CPU time of a step in this project's own functions: an upper bound, as the profiler slows them."""
-    steps = [next(source) for _ in range(10)]
+def own_milliseconds(args: argparse.Namespace) -> float:
+    """CPU time of a step in this project's own functions: an upper bound, as the profiler slows them.
+
+    With as many layers and parameters as the model has, but tiny ones: what is left is Python.
+    """
+    config, _ = shape(args)
+    tiny = dataclasses.replace(
+        config, hidden_size=2 * config.num_heads, ffn_size=4, vocab_size=64, max_seq_len=8
+    )
+    step, _ = engine_step(args, tiny)
+    tokens = torch.zeros(args.micro_batch, 8, dtype=torch.int64)
+    steps = [[(tokens, tokens)] * args.accumulation for _ in range(20)]
+    for batch in steps[:3]:
+        step(batch)
     profile = cProfile.Profile(time.thread_time)
     with profile:
         for batch in steps:
@@ -170,7 +182,7 @@ def own_milliseconds(step: Step, source: Iterator[Batch]) -> float:
 def peak_bytes(args: argparse.Namespace) -> int:
     """In this process, which does nothing else: what a few steps take at most, beyond the imports."""
     before = resident("VmRSS")
-    step = engine_step(args)[0] if args.memory_of == "engine" else bare_step(args)
+    step = engine_step(args, shape(args)[0])[0] if args.memory_of == "engine" else bare_step(args)
     source = batches(args)
     for _ in range(3):
         step(next(source))
@@ -193,7 +205,7 @@ def main() -> None:
         print(peak_bytes(args))
         return
     memory = {which: memory_of(which) for which in ("engine", "bare")}
-    (ours, engine), bare = engine_step(args), bare_step(args)
+    (ours, engine), bare = engine_step(args, shape(args)[0]), bare_step(args)
     source = batches(args)
     for step in (ours, bare) * 2:
         step(next(source))  # warm-up: compilation, allocation
@@ -203,7 +215,7 @@ def main() -> None:
         order = (ours, bare) if i % 2 else (bare, ours)
         times = {step: seconds(args, step, data) for step in order}
         pairs.append((times[ours], times[bare]))
-    report(args, engine, pairs, memory, own_milliseconds(ours, source))
+    report(args, engine, pairs, memory, own_milliseconds(args))
 
 
 def report(

@@ -101,33 +101,34 @@ class ScalarGradients:
             parameter.grad = gradient.to(parameter.device)
 
 
-def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """This rank's parts of the gradients, the live memory."""
-    return [_local(p.grad) for p in parameters if p.grad is not None]
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """This rank's parts of the gradients, the live memory; None where there is none."""
+    gradients = [parameter.grad for parameter in parameters]
+    return [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
 
 
-def counted_here(parameters: Iterable[nn.Parameter], topology: Topology) -> list[nn.Parameter]:
-    """Those whose part on this rank counts in a sum over all ranks: of several that hold it, the first's."""
+def counts_here(parameter: nn.Parameter, topology: Topology) -> bool:
+    """Whether this rank's part counts in a sum over all ranks: of several that hold it, the first's does."""
     coordinates = {axis: topology.mesh.get_local_rank(axis) for axis in ("replicate", "shard", "tp")}
-    return [p for p in parameters if all(coordinates[axis] == 0 for axis in coordinates.keys() - _cut_by(p))]
+    return all(coordinates[axis] == 0 for axis in coordinates.keys() - _cut_by(parameter))
 
 
-def square_sum(counted: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
     """This rank's contribution to the squared norm of all gradients, a float64 scalar."""
-    gradients = local_gradients(counted)
-    if not gradients:
+    if not counted:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(gradients, 2)
+    norms = torch._foreach_norm(counted, 2)
     return torch.stack(list(norms)).double().square().sum().to(device)  # they may be offloaded
 
 
 def sum_over_ranks(
-    loss: Loss | None, counted: Iterable[nn.Parameter], topology: Topology, alarm: bool = False
+    loss: Loss | None, counted: list[Tensor], topology: Topology, alarm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Collective: summed loss, the number of its terms and the squared gradient norm, in float64.
 
-    `loss` is None on the ranks that don't know it; `counted` are the parameters of `counted_here`. The last
-    result is how many ranks gave an `alarm`: what they have to tell each other between steps travels along.
+    `loss` is None on the ranks that don't know it; `counted` are the gradients that count on this one.
+    The last result is how many ranks gave an `alarm`: what they have to tell each other between steps
+    travels along.
     """
     square = square_sum(counted, topology.device)
     known = torch.zeros_like(square), torch.zeros_like(square)

@@ -106,7 +106,9 @@ class Zero:
                 offload_policy=placed,
                 ignored_params=scalars,
             )
-        for sharded in self._sharded_modules():
+        self._sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
+        self._records = [record for sharded in self._sharded for record in _parameters_of(sharded)]
+        for sharded in self._sharded:
             _check_records(sharded)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
@@ -145,13 +147,13 @@ class Zero:
     def before_weight_backward(self) -> None:
         """Make the whole parameters be there, all at once, as no hook says which are needed in this half."""
         self.before_input_backward()
-        for module in self._sharded_modules():
+        for module in self._sharded:
             module.unshard()
 
     def after_weight_backward(self, *, last: bool) -> None:
         """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
         self.before_backward(last=last)
-        for module in reversed(list(self._sharded_modules())):
+        for module in reversed(self._sharded):
             group = _group_of(module)
             if group is not None:
                 group.post_backward()
@@ -159,9 +161,8 @@ class Zero:
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that a forward pass computed with, even if their memory was freed after it."""
-        for module in self._sharded_modules():
-            for parameter in _parameters_of(module):
-                yield parameter._unsharded_param
+        for record in self._records:
+            yield record._unsharded_param
         yield from (p for p in cast(nn.Module, self.root).parameters() if p.ndim == 0)  # not fully_shard's
 
     def reshard(self) -> None:
@@ -170,31 +171,26 @@ class Zero:
         Needed before the sharded ones are read or written from outside the step: whole copies that were
         left from a forward pass would be used again, stale.
         """
-        for module in self._sharded_modules():
+        for module in self._sharded:
             module.reshard()
-            if self._alone:
-                for parameter in _parameters_of(module):
-                    _adopt_gradient(parameter)
+        if self._alone:
+            for record in self._records:
+                _adopt_gradient(record)
 
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
         for parameter in cast(nn.Module, self.root).parameters():
             if parameter.ndim == 0:
                 parameter.grad = None
-        for module in self._sharded_modules():
+        for module in self._sharded:
             group = _group_of(module)
             if group is not None:
                 group._partial_reduce_output = None  # summed over a shard group, not yet over the groups
-            for parameter in _parameters_of(module):
-                parameter.unsharded_accumulated_grad = None
-                parameter.sharded_param.grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter._unsharded_param.grad = None
-
-    def _sharded_modules(self) -> Iterator[FSDPModule]:
-        for module in cast(nn.Module, self.root).modules():
-            if isinstance(module, FSDPModule):
-                yield module
+        for record in self._records:
+            record.unsharded_accumulated_grad = None
+            record.sharded_param.grad = None
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = None
 
 
 class ZeroStages:
@@ -262,18 +258,18 @@ def _adopt_gradient(parameter: Any) -> None:
     unsharded = getattr(parameter, "_unsharded_param", None)
     if parameter.unsharded_accumulated_grad is not None:
         whole = parameter.unsharded_accumulated_grad_data
+        parameter.unsharded_accumulated_grad = None
     elif unsharded is not None and unsharded.grad is not None:
         whole = parameter.unsharded_grad_data
+        unsharded.grad = None
     else:
         return
-    parameter.unsharded_accumulated_grad = None
-    unsharded.grad = None  # type: ignore[union-attr]  # it gave the one or the other
-    part = whole.to(parameter.orig_dtype).contiguous().view(parameter.sharded_size)
+    if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
+        whole = whole.to(parameter.orig_dtype).contiguous()
+    gradient = parameter.to_sharded_dtensor(whole.view(parameter.sharded_size))
     sharded = parameter.sharded_param
-    if sharded.grad is None:
-        sharded.grad = parameter.to_sharded_dtensor(part)
-    else:  # the rest of a step in whose midst something was evaluated
-        sharded.grad += parameter.to_sharded_dtensor(part)
+    # There is one already if something was evaluated in the midst of the step.
+    sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
 
 
 def _count_unused(parameter: Any) -> None:

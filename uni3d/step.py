@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallel.gradients import counted_here, local_gradients, sum_over_ranks
+from parallel.gradients import counts_here, local_gradients, sum_over_ranks
 from parallel.pipeline import Loss
 from uni3d.observe import StepRecord
 
@@ -32,11 +32,11 @@ class Numbers(NamedTuple):
     """How many values the loss is the mean of."""
 
 
-class _Parameters(NamedTuple):
-    trained: list[nn.Parameter]
+class _Trained(NamedTuple):
+    parameters: list[nn.Parameter]
     """This rank's that the optimizer has."""
-    counted: list[nn.Parameter]
-    """Those of them that count on this rank in the norm: each logical parameter counts once."""
+    counts: list[bool]
+    """Whether each counts on this rank in the norm: each logical parameter counts once."""
 
 
 class Report:
@@ -79,7 +79,7 @@ class Stepper:
         """Of the last step's gradients."""
         self.applied = False
         """Whether the last step changed the parameters."""
-        self._found: _Parameters | None = None
+        self._trained = _Trained([], [])
         fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
         on_gpu = engine.device.type == "cuda" and not engine.model.zero.offload  # where the optimizer works
         self.deferred = fused and engine.scaler is None and on_gpu
@@ -100,8 +100,9 @@ class Stepper:
         engine.model.replicas.check()
         engine.model.tied.sum()
         #    A save that failed in the background is told along; the next call raises it, on all ranks.
+        gradients, counted = self._gradients()
         total, tokens, square, alarms = sum_over_ranks(
-            loss, self._parameters().counted, engine.model.topology, alarm=engine.checkpointer.failed
+            loss, counted, engine.model.topology, alarm=engine.checkpointer.failed
         )
         lifted = 1.0 if engine.scaler is None else engine.scaler.factor
         mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
@@ -118,10 +119,10 @@ class Stepper:
         if self.deferred:
             engine.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self._take_back = self._remember()
-            self._update(scale)
+            self._update(gradients, scale)
             self._unread = report
         elif self._judge(report):
-            self._update(scale)
+            self._update(gradients, scale)
         return mean_loss.float()
 
     def settle(self) -> None:
@@ -173,10 +174,9 @@ class Stepper:
             )
         )
 
-    def _update(self, scale: Tensor) -> None:
+    def _update(self, gradients: list[Tensor], scale: Tensor) -> None:
         engine = self._engine
         assert engine.optimizer is not None
-        gradients = local_gradients(self._parameters().trained)
         if gradients:
             torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
         engine.optimizer.step()
@@ -207,14 +207,17 @@ class Stepper:
 
         return take_back
 
-    def _parameters(self) -> _Parameters:
-        """Looked for again only if the optimizer's groups have other parameters."""
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's parts of the gradients, and those of them that count on it."""
         model, optimizer = self._engine.model, self._engine.optimizer
         assert optimizer is not None
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        known = [] if self._found is None else self._found.trained
-        if self._found is None or [id(p) for p in known] != [id(p) for p in trained]:
+        if [id(p) for p in trained] != [id(p) for p in self._trained.parameters]:
             copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
-            once = [p for p in trained if id(p) not in copies]
-            self._found = _Parameters(trained, counted_here(once, model.topology))
-        return self._found
+            counts = [id(p) not in copies and counts_here(p, model.topology) for p in trained]
+            self._trained = _Trained(trained, counts)
+        gradients = local_gradients(trained)
+        counted = [
+            g for g, counts in zip(gradients, self._trained.counts, strict=True) if counts and g is not None
+        ]
+        return [g for g in gradients if g is not None], counted

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel
-from parallel.gradients import counted_here, square_sum
+from parallel.gradients import counts_here, local_gradients, square_sum
 
 DP = 3
 
@@ -123,7 +123,8 @@ def norm_case(stage: int) -> tuple[float, float]:
     inputs, targets = (x[:12].chunk(2)[topology.dp_rank] for x in oracle.samples())
     assert built.pipeline is not None
     built.pipeline.run(inputs, targets, 2, train=True)
-    square = square_sum(counted_here(built.module.parameters(), topology), topology.device)
+    counted = [p for p in built.module.parameters() if counts_here(p, topology)]
+    square = square_sum([g for g in local_gradients(counted) if g is not None], topology.device)
     dist.all_reduce(square)
     gathered = [p.grad.full_tensor() for p in built.module.parameters()]
     return square.sqrt().item(), torch.nn.utils.get_total_norm(gathered).item()
