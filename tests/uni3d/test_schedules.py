@@ -209,3 +209,44 @@ def test_a_checkpoint_goes_from_any_schedule_to_any(
             for error, loss in ranks.run(2, load_case, other, 2, options, run, path):
                 assert error < TOLERANCE
                 assert loss == pytest.approx(after, rel=TOLERANCE)
+
+
+def beside_case(how: How, config: dict[str, Any]) -> Any:
+    engine = make_engine(how, 2, TIED, **config)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        losses.append(engine.train_batch().item())
+        norms.append(engine.get_global_grad_norm())
+    return losses, norms
+
+
+SPLIT = [How("zero_bubble"), How("zero_bubble_v", 2)]
+
+
+@pytest.mark.parametrize("how", SPLIT, ids=str)
+@pytest.mark.parametrize("what", ["sequence_parallel", "shard_group", "offload"])
+def test_a_split_backward_pass_beside(ranks: Ranks, traces: Any, how: How, what: str) -> None:
+    """What hangs on hooks that a split backward pass doesn't run the usual way."""
+    trace, _ = traces["tied"]
+    tensor = what == "sequence_parallel"
+    place = {"tp": 2, "sequence_parallel": True} if tensor else {}
+    zero: dict[str, Any] = {"stage": 2}
+    zero |= {"mics_shard_size": 1} if what == "shard_group" else {}
+    zero |= {"offload_optimizer": {"device": "cpu"}} if what == "offload" else {}
+    parallel = {"pp": 2, "device": "cpu", "schedule": how.schedule, "virtual_stages": how.virtual} | place
+    for losses, norms in ranks.run(4, beside_case, how, {"parallel": parallel, "zero_optimization": zero}):
+        assert losses == pytest.approx(trace.losses, rel=TOLERANCE)
+        assert norms == pytest.approx(trace.norms, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("how", SPLIT, ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_split_backward_pass_in_16_bits(ranks: Ranks, how: How, precision: str) -> None:
+    """The same numbers as the schedule that doesn't split has, whose parity is tested."""
+    config = {precision: {"enabled": True}}
+    plain = ranks.run(2, beside_case, How("1f1b"), config)
+    for (losses, norms), (expected, expected_norms) in zip(
+        ranks.run(2, beside_case, how, config), plain, strict=True
+    ):
+        assert losses == pytest.approx(expected, rel=1e-4)
+        assert norms == pytest.approx(expected_norms, rel=2e-3)
