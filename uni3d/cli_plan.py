@@ -1,43 +1,85 @@
-"""The command that plans a checkpoint on paper."""
+"""The command that plans a training job and its checkpoints on paper."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, in_bytes, say, say_json
+from uni3d.terminal import AsJson, say, say_json
 
 if TYPE_CHECKING:
-    from uni3d.paper import Figures
+    from uni3d.plan_job import Job
+    from uni3d.shape import GPTShape
 
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _BYTES = {"": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12} | {
     f"{letter}iB": 2.0 ** (10 * power) for power, letter in enumerate("KMGT", start=1)
 }
 _RATES = _BYTES | {f"{unit}/s": size for unit, size in _BYTES.items() if unit}
+_FLOPS = {"": 1.0} | {f"{unit}FLOP/s": 10.0**power for unit, power in {"G": 9, "T": 12, "P": 15}.items()}
+
+DEFAULTS: dict[str, Any] = {"seq_len": 4096, "micro_batch": 1}
+"""Of a job without a config."""
 
 Size = Annotated[int | None, typer.Option(show_default="from --params")]
+Degree = Annotated[int | None, typer.Option(show_default="the config's, else 1")]
+Setting = Annotated[str | None, typer.Option(show_default="the config's")]
 
 
 def plan(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="JSON with model, seq_len and uni3d, as in examples/megatron_gpt/configs."),
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="How many ranks there are.", show_default="pp x dp x tp")
+    ] = None,
     params: Annotated[
         str | None, typer.Option(help="About how many parameters, e.g. 70e9 or 70B; the shape follows.")
     ] = None,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
-    dp: Annotated[int, typer.Option(help="Data-parallel copies.")] = 1,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel parts.")] = 1,
-    zero: Annotated[int, typer.Option(help="ZeRO stage, 0 to 3.")] = 1,
+    pp: Degree = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel copies.", show_default="what --world-size leaves")
+    ] = None,
+    tp: Degree = None,
+    zero: Annotated[
+        int | None, typer.Option(help="ZeRO stage, 0 to 3.", show_default="the config's, else 1")
+    ] = None,
     layers: Size = None,
     hidden: Size = None,
     heads: Size = None,
     kv_heads: Size = None,
     ffn: Size = None,
     vocab: Annotated[int | None, typer.Option(show_default="32000")] = None,
+    seq_len: Annotated[int | None, typer.Option(show_default="the config's, else 4096")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Samples in one.", show_default="the config's, else 1")
+    ] = None,
+    accumulation: Annotated[
+        int | None,
+        typer.Option(help="Micro batches of a step on a rank.", show_default="the config's, else 4 x pp"),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the config's, else bf16")
+    ] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="none, full or selective.", show_default="the config's, else none")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a rank, e.g. 80GiB: propose topologies that fit it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu, whose kernels keep different things.")] = "cuda",
+    flops: Annotated[
+        str, typer.Option(help="Of a rank, as the model gets them; for a step's time.")
+    ] = "400TFLOP/s",
+    fast_link: Annotated[str, typer.Option(help="Of a rank to others of its node.")] = "300GB/s",
+    slow_link: Annotated[str, typer.Option(help="Of a rank to other nodes.")] = "50GB/s",
     states: Annotated[
-        str, typer.Option(help="What is kept of each parameter, in its shape, as float32.")
+        str, typer.Option(help="What a checkpoint has of each parameter, in its shape, as float32.")
     ] = "fp32,exp_avg,exp_avg_sq",
     bandwidth: Annotated[
         str, typer.Option(help="Of each node to the storage, all nodes writing at the same time.")
@@ -48,39 +90,121 @@ def plan(
     ] = "10GB/s",
     as_json: AsJson = False,
 ) -> None:
-    """What a save of a GPT would write, on paper: files, bytes by rank, time. Needs no ranks.
+    """What training a GPT takes and what its checkpoints write, on paper. Needs no ranks.
 
-    The model is a Llama-like GPT, by default with the proportions of Llama 2 70B.
+    Memory by rank, pipeline bubble, bytes sent in a step; files, bytes by rank, time of a save. The model is
+    the config's; or, from --params or its sizes, a Llama-like GPT, by default with the proportions of Llama 2
+    70B. With --memory, topologies for as many ranks that fit, quickest first.
     """
-    from uni3d.paper import Ranks, on_paper
-    from uni3d.shape import derive
+    from uni3d.paper import on_paper
+    from uni3d.plan_search import Machine, judge, propose
+    from uni3d.plan_text import checkpoint_row, lines, proposal_row, proposal_table, training_row
 
-    asked = None if params is None else round(_number(params, _COUNTS, "--params", "70e9 or 70B"))
-    rate = _number(bandwidth, _RATES, "--bandwidth", "2GB/s or 500MiB/s")
-    memory_rate = _number(memory_bandwidth, _RATES, "--memory-bandwidth", "10GB/s or 500MiB/s")
+    rates = {
+        "bandwidth_per_node": number(bandwidth, _RATES, "--bandwidth", "2GB/s or 500MiB/s"),
+        "memory_bandwidth_per_rank": number(
+            memory_bandwidth, _RATES, "--memory-bandwidth", "10GB/s or 500MiB/s"
+        ),
+    }
+    machine = Machine(
+        flops=number(flops, _FLOPS, "--flops", "400TFLOP/s"),
+        inside=number(fast_link, _RATES, "--fast-link", "300GB/s"),
+        between=number(slow_link, _RATES, "--slow-link", "50GB/s"),
+        ranks_per_node=ranks_per_node,
+    )
+    limit = None if memory is None else number(memory, _BYTES, "--memory", "80GiB or 80GB")
     if ranks_per_node < 1:
         raise ValueError(f"--ranks-per-node {ranks_per_node} must be at least 1")
     names = _names(states)
-    shape = derive(asked, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab)
-    ranks = Ranks(pp=pp, dp=dp, tp=tp, zero=zero)
-    figures = on_paper(shape, ranks, names)
-    row = {
-        "shape": vars(shape),
-        "parameters": figures.parameters,
-        "asked": asked,
-        "ranks": {**vars(ranks), "total": ranks.total, "per_node": ranks_per_node},
-        "states": names,
-        **_figures(figures),
-        "bandwidth_per_node": rate,
-        "save_seconds": figures.save_seconds(rate, ranks_per_node),
-        "memory_bandwidth_per_rank": memory_rate,
-        "stall_seconds": figures.stall_seconds(memory_rate),
+    asked = None if params is None else round(number(params, _COUNTS, "--params", "70e9 or 70B"))
+    sizes = {
+        "layers": layers,
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "ffn": ffn,
+        "vocab": vocab,
     }
+    settings = {
+        "seq_len": seq_len,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "precision": precision,
+        "recompute": recompute,
+        "device": device,
+    }
+    degrees = {"pp": pp, "dp": dp, "tp": tp, "zero": zero, "world_size": world_size}
+    job = _job(config, asked, sizes, degrees, {k: v for k, v in settings.items() if v is not None})
+    row = {
+        "shape": vars(job.shape),
+        "parameters": job.shape.parameters,
+        "asked": asked,
+        "ranks": {**vars(job.ranks), "total": job.ranks.total, "per_node": ranks_per_node},
+        "training": training_row(judge(job, machine)),
+        **checkpoint_row(on_paper(job.shape, job.ranks, names), names, rates, ranks_per_node),
+    }
+    proposals = None
+    if limit is not None:
+        proposals = propose(job, job.ranks.total, limit, machine)
+        row["memory_limit"] = limit
+        row["fits"] = proposals[0].need <= limit
+        row["proposals"] = [proposal_row(proposal) for proposal in proposals]
     if as_json:
         say_json(row)
         return
-    for label, text in _lines(row, str(shape), bandwidth, memory_bandwidth).items():
+    for label, text in lines(row, str(job.shape), bandwidth, memory_bandwidth, flops).items():
         say(f"{label:<10} {text}")
+    if proposals is not None and limit is not None:
+        proposal_table(proposals, limit)
+
+
+def _job(
+    path: Path | None,
+    asked: int | None,
+    sizes: Mapping[str, int | None],
+    degrees: Mapping[str, int | None],
+    given: Mapping[str, Any],
+) -> Job:
+    """The job that the options describe; what they leave out is the config's, if there is one."""
+    from uni3d.paper import Ranks
+    from uni3d.plan_job import Job, config_of, model_of, read_document, settings_of
+    from uni3d.shape import derive
+
+    if path is None:
+        shape: GPTShape = derive(asked, **sizes)
+        ranks = Ranks(**_degrees({"pp": 1, "dp": "auto", "tp": 1}, degrees), zero=_or(degrees["zero"], 1))
+        return Job(shape=shape, ranks=ranks, **{**DEFAULTS, "accumulation": 4 * ranks.pp, **given})
+    doubled = [f"--{n.replace('_', '-')}" for n, v in {"params": asked, **sizes}.items() if v is not None]
+    if doubled:
+        raise ValueError(f"{doubled[0]} and {path} both say what the model is; leave one out")
+    document = read_document(path)
+    config = config_of(document)
+    counts = _degrees(config.parallel.model_dump(include={"pp", "dp", "tp"}), degrees)
+    ranks = Ranks(**counts, zero=_or(degrees["zero"], config.zero_optimization.stage))
+    settings = {"seq_len": document["seq_len"], **settings_of(config, ranks.dp), **given}
+    return Job(shape=model_of(document), ranks=ranks, **settings)
+
+
+def _degrees(known: Mapping[str, Any], given: Mapping[str, int | None]) -> dict[str, int]:
+    """The options', else the config's; the one that is "auto" takes what the world size leaves."""
+    wanted: dict[str, Any] = {axis: _or(given[axis], known[axis]) for axis in ("pp", "dp", "tp")}
+    world = given["world_size"]
+    auto = [axis for axis, degree in wanted.items() if degree == "auto"]
+    if len(auto) > 1:
+        raise ValueError(f'{" and ".join(auto)} are both "auto" in the config; give --{auto[0]} as a number')
+    product = 1
+    for axis, degree in wanted.items():
+        if degree != "auto" and degree < 1:
+            raise ValueError(f"{axis}({degree}) must be at least 1")
+        product *= 1 if degree == "auto" else degree
+    equation = " * ".join(f"{axis}({degree})" for axis, degree in wanted.items())
+    if world is not None and (world % product if auto else world != product):
+        raise ValueError(f"{equation} can't be --world-size {world}; give other degrees, or leave --dp out")
+    return {**wanted, **dict.fromkeys(auto, 1 if world is None else world // product)}
+
+
+def _or(value: int | None, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _names(states: str) -> list[str]:
@@ -90,66 +214,12 @@ def _names(states: str) -> list[str]:
     return names
 
 
-def _figures(figures: Figures) -> dict[str, Any]:
-    return {
-        "arrays": figures.arrays,
-        "files": figures.chunks + figures.documents,
-        "chunks": figures.chunks,
-        "bytes": sum(figures.written),
-        "bytes_by_rank": _spread(figures.written),
-        "balance": figures.balance,
-        "gathered": {
-            "bytes_sent": figures.sent,
-            "exchanges": figures.exchanges,
-            "largest_received_bytes": figures.largest_received,
-        },
-        "manifest_bytes": figures.manifest,
-        "snapshot_bytes_by_rank": _spread(figures.snapshot),
-    }
+def number(text: str, units: Mapping[str, float], option: str, examples: str) -> float:
+    """What `text` says, in units of 1.
 
-
-def _spread(values: list[int]) -> dict[str, float]:
-    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
-
-
-def _lines(row: Mapping[str, Any], shape: str, bandwidth: str, memory_bandwidth: str) -> dict[str, str]:
-    ranks, gathered = row["ranks"], row["gathered"]
-    asked = f" ({row['asked']:,} were asked for)" if row["asked"] is not None else ""
-    axes = ", ".join(f"{axis} {ranks[axis]}" for axis in ("pp", "dp", "tp"))
-    nodes = -(-ranks["total"] // ranks["per_node"])
-    exchanged = "nothing has to be sent between ranks"
-    if gathered["exchanges"]:
-        exchanged = (
-            f"{in_bytes(gathered['bytes_sent'])} sent between ranks in {gathered['exchanges']} exchanges; "
-            f"at most {in_bytes(gathered['largest_received_bytes'])} to one rank at a time"
-        )
-
-    def spread(values: Mapping[str, float]) -> str:
-        return f"{' / '.join(in_bytes(values[k]) for k in ('min', 'mean', 'max'))} (min / mean / max)"
-
-    return {
-        "model": shape,
-        "parameters": f"{row['parameters']:,}{asked}",
-        "ranks": f"{ranks['total']:,}: {axes}, ZeRO {ranks['zero']}",
-        "arrays": f"{row['arrays']:,}, float32: {', '.join(row['states'])} of each parameter",
-        "files": f"{row['files']:,}: {row['chunks']:,} chunks, {row['files'] - row['chunks']:,} of metadata",
-        "bytes": f"{row['bytes']:,} ({in_bytes(row['bytes'])}); "
-        f"the manifest about {in_bytes(row['manifest_bytes'])} more",
-        "by rank": f"{spread(row['bytes_by_rank'])}; balance {row['balance']:.2f} (max / mean)",
-        "gathered": exchanged,
-        "snapshot": f"{spread(row['snapshot_bytes_by_rank'])} of each rank's host memory",
-        "save": f"{_seconds(row['save_seconds'])} if each of {nodes:,} nodes writes {bandwidth} at once: "
-        "the slowest node's files, then the manifest (without the exchanges)",
-        "stall": f"{_seconds(row['stall_seconds'])} if each rank copies {memory_bandwidth}: the snapshot, "
-        "all that training waits for in an asynchronous save",
-    }
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _number(text: str, units: Mapping[str, float], option: str, examples: str) -> float:
+    Raises:
+        ValueError: it isn't a number above 0 with one of `units`.
+    """
     match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?) ?([A-Za-z/]*)", text)
     try:
         value = float(match[1]) * units[match[2]] if match else 0.0

@@ -117,7 +117,8 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
             members = range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage)
             known[kind] = _tally(plan_arrays(stage_layout(links, ranks, stage, states), members))
         tallies.append(known[kind])
-    atoms = [f"{link.name}.{weight.name}" for links in stages for link in links for weight in link.weights]
+    named = [(link, weight) for links in stages for link in links for weight in link.weights]
+    atoms = [f"{link.name}.{weight.name}" for link, weight in named if not weight.same_as]
     return Figures(
         parameters=shape.parameters,
         arrays=len(atoms) * len(states),
@@ -148,7 +149,7 @@ def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
             f"pp({pp}) needs at least {pp} layers, but the model has {len(links)}: {shape.layers} blocks, "
             "the embedding, the norm and the head"
         )
-    return [links[a:b] for a, b in balanced_cuts([link.cost for link in links], pp)]
+    return [list(links[a:b]) for a, b in balanced_cuts([link.cost for link in links], pp)]
 
 
 def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
@@ -178,7 +179,7 @@ def stage_layout(
     boxes: dict[Any, dict[int, Box]] = {}
     arrays = []
     for link in links:
-        for weight in link.weights:
+        for weight in (weight for weight in link.weights if not weight.same_as):
             alike = (weight.shape, weight.tp_dim)
             if alike not in boxes:
                 first = stage * ranks.of_a_stage

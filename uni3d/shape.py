@@ -1,15 +1,16 @@
-"""The shape of a Llama-like GPT: from a number of parameters, and what tensors it is made of.
+"""The shape of a GPT: from a number of parameters, and what tensors it is made of.
 
-The same modules under the same names as `examples/megatron_gpt/model.py` has them: RMS norms, rotary
-positions, SwiGLU, grouped-query attention, an output head of its own, no biases.
+The same modules under the same names as `examples/megatron_gpt/model.py` has them, with all its options. Left
+to itself it is Llama-like: RMS norms, rotary positions, SwiGLU, an output head of its own, no biases.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from math import prod
-from typing import NamedTuple
+from functools import lru_cache, partial
+from math import ceil, prod
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 TOLERANCE = 0.02
 """How far a derived shape's number of parameters may be from the one that was asked for."""
@@ -23,6 +24,12 @@ FFN_PER_HIDDEN = 3.5
 """Both are the proportions of Llama 2 70B (Touvron et al. 2023): 80 layers, hidden size 8192, 28672."""
 
 
+EMBEDDING = "tokens.weight"
+"""Of the link `embed`; a tied head is another name of it."""
+
+_SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "max_seq_len")
+
+
 class Weight(NamedTuple):
     """A parameter of one link of the chain."""
 
@@ -31,6 +38,8 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     tp_dim: int | None
     """Which dim tensor parallelism cuts; None for what every rank of its axis holds whole."""
+    same_as: str | None = None
+    """The full name of the parameter that this is another name of."""
 
 
 class Link(NamedTuple):
@@ -54,12 +63,19 @@ class GPTShape:
     kv_heads: int
     ffn: int
     vocab: int
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    positions: Literal["rotary", "learned"] = "rotary"
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    tied_head: bool = False
+    """Whether the output head shares the embedding's weight."""
+    max_seq_len: int = 1024
+    """It sizes the table of learned positions."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where no model can have this shape."""
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{_option(name)} {value} must be at least 1")
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_option(name)} {getattr(self, name)} must be at least 1")
         if self.hidden % self.heads:
             raise ValueError(f"{self.heads} heads don't divide --hidden {self.hidden}; give --heads that do")
         if self.heads % self.kv_heads:
@@ -68,40 +84,52 @@ class GPTShape:
             )
 
     def __str__(self) -> str:
-        return (
-            f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads, {self.kv_heads} kv heads, "
-            f"ffn {self.ffn}, vocab {self.vocab}"
+        kinds = [self.norm, self.positions, self.activation, "tied head" if self.tied_head else ""]
+        usual = ["rmsnorm", "rotary", "swiglu", ""]
+        return ", ".join(
+            [
+                f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads, {self.kv_heads} kv heads",
+                f"ffn {self.ffn}, vocab {self.vocab}",
+                *(kind for kind, common in zip(kinds, usual, strict=True) if kind != common),
+            ]
         )
 
     @property
-    def links(self) -> list[Link]:
+    def links(self) -> tuple[Link, ...]:
         """The chain, in the order in which it runs."""
-        matrix, block = (self.vocab, self.hidden), self._block()
-        return [
-            Link("embed", (Weight("tokens.weight", matrix, 0),)),
-            *(Link(f"layers.{i}", block) for i in range(self.layers)),
-            Link("norm", (Weight("weight", (self.hidden,), None),)),
-            Link("head", (Weight("weight", matrix, 0),)),
-        ]
+        return _links(self)
 
     @property
     def parameters(self) -> int:
-        return (2 * self.vocab + 1) * self.hidden + self.layers * self.per_layer
+        """A tied weight counts once."""
+        links = self.links
+        ends = [weight for link in (links[0], *links[-2:]) for weight in link.weights if not weight.same_as]
+        return sum(prod(weight.shape) for weight in ends) + self.layers * self.per_layer
 
     @property
     def per_layer(self) -> int:
         return sum(prod(weight.shape) for weight in self._block())
 
+    @property
+    def kv_width(self) -> int:
+        """Features of the keys, and of the values."""
+        return self.hidden // self.heads * self.kv_heads
+
+    def _norm(self, prefix: str) -> tuple[Weight, ...]:
+        names = ["weight", "bias"] if self.norm == "layernorm" else ["weight"]
+        return tuple(Weight(prefix + name, (self.hidden,), None) for name in names)
+
     def _block(self) -> tuple[Weight, ...]:
-        wide, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        wide, kv = self.hidden, self.kv_width
+        gate = [Weight("ffn.gate.weight", (self.ffn, wide), 0)] if self.activation == "swiglu" else []
         return (
-            Weight("attn_norm.weight", (wide,), None),
+            *self._norm("attn_norm."),
             Weight("attn.q.weight", (wide, wide), 0),
             Weight("attn.k.weight", (kv, wide), 0),
             Weight("attn.v.weight", (kv, wide), 0),
             Weight("attn.o.weight", (wide, wide), 1),
-            Weight("ffn_norm.weight", (wide,), None),
-            Weight("ffn.gate.weight", (self.ffn, wide), 0),
+            *self._norm("ffn_norm."),
+            *gate,
             Weight("ffn.up.weight", (self.ffn, wide), 0),
             Weight("ffn.down.weight", (wide, self.ffn), 1),
         )
@@ -114,6 +142,70 @@ class GPTShape:
                 raise ValueError(
                     f"tp({tp}) doesn't divide the {size} {what}; give another --tp or {_option(name)}"
                 )
+
+
+@lru_cache
+def _links(shape: GPTShape) -> tuple[Link, ...]:
+    matrix, block = (shape.vocab, shape.hidden), shape._block()
+    learned = Weight("positions.weight", (shape.max_seq_len, shape.hidden), 0)
+    tied = f"embed.{EMBEDDING}" if shape.tied_head else None
+    return (
+        Link("embed", (Weight(EMBEDDING, matrix, 0), *([learned] if shape.positions == "learned" else []))),
+        *(Link(f"layers.{i}", block) for i in range(shape.layers)),
+        Link("norm", shape._norm("")),
+        Link("head", (Weight("weight", matrix, 0, tied),)),
+    )
+
+
+def from_model_config(model: Mapping[str, Any]) -> GPTShape:
+    """The shape that the fields of the example's `GPTConfig` describe, with its defaults for those left out.
+
+    Raises:
+        ValueError: a field that it hasn't, or a value that can't be.
+    """
+    given = {"num_kv_heads": None, "ffn_size": None, **_EXAMPLE_DEFAULTS, **model}
+    if unknown := sorted(given.keys() - {"num_kv_heads", "ffn_size", *_EXAMPLE_DEFAULTS}):
+        raise ValueError(f"model.{unknown[0]} isn't a field of the example's GPTConfig; leave it out")
+    fields = ("hidden_size", "num_heads", "num_layers", "vocab_size", "max_seq_len")
+    optional = [name for name in ("num_kv_heads", "ffn_size") if given[name] is not None]
+    for name in (*fields, *optional):
+        if not isinstance(given[name], int) or isinstance(given[name], bool):
+            raise ValueError(f"model.{name} is {given[name]!r}; expected a whole number")
+    kinds = {name: given[name] for name in ("norm", "positions", "activation", "tied_head")}
+    for name, value in kinds.items():
+        known = get_args(_HINTS[name]) or (False, True)
+        if value not in known:
+            raise ValueError(f"model.{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+    hidden, heads, ffn = given["hidden_size"], given["num_heads"], given["ffn_size"]
+    if ffn is None:
+        ffn = 4 * hidden if given["activation"] == "gelu" else ceil(hidden * 8 / 3 / 32) * 32
+    return GPTShape(
+        layers=given["num_layers"],
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads if given["num_kv_heads"] is None else given["num_kv_heads"],
+        ffn=ffn,
+        vocab=given["vocab_size"],
+        max_seq_len=given["max_seq_len"],
+        **kinds,
+    )
+
+
+_HINTS = get_type_hints(GPTShape)
+_EXAMPLE_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_layers": 4,
+    "num_heads": 4,
+    "max_seq_len": 1024,
+    "norm": "rmsnorm",
+    "positions": "rotary",
+    "activation": "swiglu",
+    "tied_head": False,
+    "rope_base": 10000.0,
+    "norm_eps": 1e-5,
+    "init_std": 0.02,
+}
 
 
 def derive(

@@ -1,0 +1,272 @@
+"""A training job on paper: the model, the ranks, and the settings that memory and traffic follow from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from uni3d.config import Config, batch_triad, load_config
+from uni3d.paper import Ranks, balanced_cuts
+from uni3d.shape import GPTShape, Link, Weight, from_model_config
+
+Weights = tuple[Weight, ...]
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a value."""
+
+MOMENTS = {"SGD": 0, "Lion": 1, "Adagrad": 1, "Muon": 1}
+"""Optimizer states of a parameter's own shape; 2 for Adam, AdamW, and those that aren't known here."""
+
+Recompute = Literal["none", "full", "selective"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a planned run does; the words are those of the config."""
+
+    shape: GPTShape
+    ranks: Ranks
+    seq_len: int
+    micro_batch: int
+    accumulation: int
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    reduce: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In which gradients are accumulated and summed over the ranks."""
+    recompute: Recompute = "none"
+    every: int = 1
+    """Of how many layers one is recomputed."""
+    schedule: Schedule = "1f1b"
+    virtual_stages: int = 1
+    balance: Literal["flops", "parameters", "uniform"] = "flops"
+    sequence_parallel: bool = False
+    shard_group: int | None = None
+    """Ranks over which ZeRO shards, a divisor of dp; None is all of dp."""
+    offload: bool = False
+    moments: int = 2
+    """Optimizer states of each parameter's shape, in fp32."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Their kernels keep different things for the backward pass."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what can't be, naming the option."""
+        self.shape.check_tensor_parallel(self.ranks.tp)
+        for name in ("precision", "reduce", "recompute", "schedule", "balance", "device"):
+            known = get_args(_HINTS[name])
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown; give one of {', '.join(known)}")
+        for name in ("seq_len", "micro_batch", "accumulation", "every", "virtual_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.shard_group is not None and (self.shard_group < 1 or self.ranks.dp % self.shard_group):
+            raise ValueError(f"a shard group of {self.shard_group} doesn't divide dp({self.ranks.dp})")
+        chunks = self.ranks.pp * self.virtual_stages
+        if len(self.shape.links) < chunks:
+            raise ValueError(
+                f"pp({self.ranks.pp}) needs at least {chunks} layers, but the model has "
+                f"{len(self.shape.links)}: {self.shape.layers} blocks, the embedding, the norm and the head"
+            )
+        learned = self.shape.positions == "learned"
+        if learned and self.seq_len > self.shape.max_seq_len:
+            raise ValueError(
+                f"seq_len {self.seq_len} is more than the {self.shape.max_seq_len} learned positions"
+            )
+        if self.sequence_parallel and self.seq_len % self.ranks.tp:
+            raise ValueError(f"sequence parallelism needs a seq_len that tp({self.ranks.tp}) divides")
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro batch."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def batch(self) -> int:
+        """Samples in a global batch."""
+        return self.micro_batch * self.accumulation * self.ranks.dp
+
+    @property
+    def compute_bytes(self) -> int:
+        return SIZES[self.precision]
+
+    @property
+    def reduce_bytes(self) -> int:
+        return SIZES[self.reduce]
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks ZeRO shards."""
+        return 1 if self.ranks.zero == 0 else self.shard_group or self.ranks.dp
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a parameter's shard is what is computed with, so that there is no whole copy of it."""
+        return self.shards == 1 and self.precision == "fp32" and self.reduce == "fp32" and not self.offload
+
+    @property
+    def order(self) -> Schedule:
+        """The schedule that runs: with fewer micro batches than stages, 1F1B is GPipe."""
+        return "gpipe" if self.schedule == "1f1b" and self.accumulation < self.ranks.pp else self.schedule
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What each rank of the pipeline has."""
+        turns_back = (
+            self.schedule == "zero_bubble_v"
+        )  # the second stretches run from the last rank to the first
+        return _stages(self.shape, self.ranks.pp, self.virtual_stages, self.balance, turns_back)
+
+    @property
+    def kinds(self) -> tuple[Stage, ...]:
+        """One stage of each kind: those with the same weights have one name."""
+        turns_back = self.schedule == "zero_bubble_v"
+        return _kinds(self.shape, self.ranks.pp, self.virtual_stages, self.balance, turns_back)
+
+    def whole(self, weights: Weights) -> int:
+        """Elements of these weights on a tensor-parallel rank."""
+        return _elements(weights, self.ranks.tp, 1)
+
+    def shard(self, weights: Weights) -> int:
+        """Elements of these weights that a rank keeps under ZeRO."""
+        return _elements(weights, self.ranks.tp, self.shards)
+
+
+_HINTS = get_type_hints(Job)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline rank's part of the model."""
+
+    chunks: tuple[tuple[Link, ...], ...]
+    """Its stretches of the chain: one, or as many as it has virtual stages."""
+    units: tuple[Weights, ...]
+    """By link, what ZeRO gathers for it alone; nothing if that lies with the root."""
+    root: Weights
+    """What is gathered for all: of links without matrices, or that share one (`parallel.blocks.units`)."""
+
+    @property
+    def links(self) -> list[Link]:
+        return [link for chunk in self.chunks for link in chunk]
+
+    @property
+    def layers(self) -> int:
+        return sum(link.name.startswith("layers.") for link in self.links)
+
+    @property
+    def ends(self) -> set[str]:
+        """Which ends of the model it has: `embed`, `head`."""
+        return {"embed", "head"} & {link.name for link in self.links}
+
+    @property
+    def neighbours(self) -> int:
+        """From how many stretches of other ranks it gets activations or their gradients."""
+        return 2 * len(self.chunks) - len(self.ends)
+
+
+@lru_cache
+def _stages(shape: GPTShape, pp: int, v: int, balance: str, turns_back: bool) -> tuple[Stage, ...]:
+    links = shape.links
+    costs = {
+        "flops": [link.cost for link in links],
+        "parameters": [1 + sum(prod(w.shape) for w in link.weights if not w.same_as) for link in links],
+        "uniform": [1] * len(links),
+    }[balance]
+    parts = [tuple(links[a:b]) for a, b in balanced_cuts(costs, pp * v)]
+    return tuple(
+        _stage(tuple(parts[i * pp + (pp - 1 - rank if turns_back and i % 2 else rank)] for i in range(v)))
+        for rank in range(pp)
+    )
+
+
+@lru_cache
+def _kinds(*job: Any) -> tuple[Stage, ...]:
+    return tuple({tuple(link.weights for link in stage.links): stage for stage in _stages(*job)}.values())
+
+
+def _stage(chunks: tuple[tuple[Link, ...], ...]) -> Stage:
+    links = [link for chunk in chunks for link in chunk]
+    here = {f"{link.name}.{weight.name}" for link in links for weight in link.weights}
+    shared = {weight.same_as for link in links for weight in link.weights} & here
+    units: list[Weights] = []
+    root: list[Weight] = []
+    for link in links:
+        own = tuple(weight for weight in link.weights if weight.same_as not in here)
+        shares = len(own) < len(link.weights) or any(f"{link.name}.{w.name}" in shared for w in own)
+        alone = not shares and any(len(weight.shape) >= 2 for weight in own)
+        units.append(own if alone else ())
+        root += () if alone else own
+    return Stage(chunks, tuple(units), tuple(root))
+
+
+@lru_cache
+def _elements(weights: Weights, tp: int, shards: int) -> int:
+    """Of these weights' parts on a rank, cut by `tp` and then, along their first dim, in `shards`.
+
+    Parts are of `ceil(n / k)` rows; a rank with fewer keeps room for as many (`fully_shard` pads).
+    """
+    total = 0
+    for weight in weights:
+        shape = list(weight.shape)
+        if weight.tp_dim is not None:
+            shape[weight.tp_dim] = -(-shape[weight.tp_dim] // tp)
+        shape[0] = -(-shape[0] // shards)
+        total += prod(shape)
+    return total
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """An example's config: JSON with `model`, `seq_len` and `uni3d`.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    kinds = {"model": dict, "seq_len": int, "uni3d": dict}
+    for key, kind in kinds.items():
+        if not isinstance(document, dict) or not isinstance(document.get(key), kind):
+            raise ValueError(
+                f"{path} must have model (fields of the example's GPTConfig), seq_len and uni3d (a config); "
+                f"{key} is missing or isn't {'a number' if kind is int else 'a section'}"
+            )
+    return dict(document)
+
+
+def model_of(document: Mapping[str, Any]) -> GPTShape:
+    return from_model_config(document["model"])
+
+
+def config_of(document: Mapping[str, Any]) -> Config:
+    return load_config(document["uni3d"])
+
+
+def settings_of(config: Config, dp: int) -> dict[str, Any]:
+    """What a config says of a job on `dp` data-parallel ranks: the fields of `Job` beside model and ranks."""
+    triad = batch_triad(config, dp)
+    kind = None if config.optimizer is None else config.optimizer.type
+    moments = MOMENTS.get(kind or "", 2)
+    if kind == "SGD" and config.optimizer is not None and config.optimizer.hyperparameters.get("momentum"):
+        moments = 1
+    return {
+        "micro_batch": triad.micro_batch,
+        "accumulation": triad.accumulation,
+        "precision": config.precision,
+        "reduce": config.communication_data_type or "fp32",
+        "recompute": config.activation_checkpointing.mode,
+        "every": config.activation_checkpointing.every,
+        "schedule": config.parallel.schedule,
+        "virtual_stages": config.parallel.virtual_stages,
+        "balance": config.parallel.balance,
+        "sequence_parallel": config.parallel.sequence_parallel,
+        "shard_group": config.shard_group,
+        "offload": config.offload,
+        "moments": moments,
+    }

@@ -1,0 +1,165 @@
+"""Topologies for a world size and a limit of memory, the quickest on paper first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from uni3d.paper import Ranks
+from uni3d.plan_job import Job, Recompute
+from uni3d.plan_memory import StageMemory, memory, worst
+from uni3d.plan_traffic import Traffic, bubble, traffic
+from uni3d.shape import GPTShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a step's time is estimated with; rates of one rank."""
+
+    flops: float
+    """Per second, of matrix products as a model gets them."""
+    inside: float
+    """Bytes per second that a rank sends inside its node."""
+    between: float
+    """Bytes per second that a rank sends to another node, all ranks of a node sending at once."""
+    ranks_per_node: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of a step of a job."""
+
+    bubble: float
+    traffic: Traffic
+    slow_bytes: int
+    """Of the traffic, what goes between nodes."""
+    seconds: float
+    """See `cost`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    job: Job
+    cost: Cost
+    memory: StageMemory
+    """Of the worst stage."""
+
+    @property
+    def need(self) -> int:
+        """Bytes of a rank's memory."""
+        return self.memory.peak.total
+
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+AGAIN = {"none": 0.0, "selective": 0.03, "full": 1 / 3}
+"""What recomputation adds to a step's time: a forward pass to the three that a step takes; what isn't a
+matrix product or attention is cheap, but not free."""
+
+LARGEST_MICRO_BATCH = 64
+
+
+def judge(job: Job, machine: Machine) -> Proposal:
+    return Proposal(job=job, cost=cost(job, machine), memory=worst(memory(job)))
+
+
+def cost(job: Job, machine: Machine) -> Cost:
+    """A step's time, for comparison: 6 floating-point operations for each token and parameter of a matrix,
+    more with recomputation (`AGAIN`), longer by the bubble; and all that is sent, as if nothing of it were
+    hidden.
+    """
+    waits, sent = bubble(job), traffic(job)
+    slow = sum(
+        n for axis, n in sent._asdict().items() if leaves_node(job.ranks, axis, machine.ranks_per_node)
+    )
+    operations = (
+        6
+        * (1 + AGAIN[job.recompute] / job.every)
+        * _matrices(job.shape)
+        * job.batch
+        * job.seq_len
+        / job.ranks.total
+    )
+    compute = operations / machine.flops / (1 - waits)
+    seconds = compute + (sent.total - slow) / machine.inside + slow / machine.between
+    return Cost(bubble=waits, traffic=sent, slow_bytes=slow, seconds=seconds)
+
+
+@lru_cache
+def _matrices(shape: GPTShape) -> int:
+    return sum(link.cost for link in shape.links)
+
+
+def leaves_node(ranks: Ranks, axis: str, ranks_per_node: int) -> bool:
+    """Whether neighbours on an axis may be on different nodes: tp is innermost, then dp, then pp."""
+    reach = {"tp": ranks.tp, "dp": ranks.of_a_stage, "pp": ranks.total}
+    return getattr(ranks, axis) > 1 and reach[axis] > ranks_per_node
+
+
+def propose(job: Job, world: int, limit: float, machine: Machine) -> list[Proposal]:
+    """The topologies of `world` ranks that fit `limit` bytes on each, quickest first; or the one nearest to
+    it.
+
+    All take the global batch, the schedule and the precision of `job`. For each split into pp, dp and tp, of
+    all ZeRO stages, micro batches and ways to recompute at least as much as `job` does, the quickest that
+    fits is taken, and of those that are as quick the one that needs least memory.
+
+    Raises:
+        ValueError: no split of the ranks suits the model and the batch.
+    """
+    found: dict[tuple[int, int, int], Proposal] = {}
+    candidates = [(cost(candidate, machine), candidate) for candidate in _candidates(job, world, machine)]
+    if not candidates:
+        raise ValueError(
+            f"no topology of {world} ranks suits this model and a batch of {job.batch}: tp must divide "
+            "heads, kv heads and ffn, dp the batch, and there are no more pipeline stages than layers"
+        )
+    nearest: Proposal | None = None
+    for price, candidate in sorted(candidates, key=lambda pair: pair[0].seconds):
+        r = candidate.ranks
+        best = found.get((r.pp, r.dp, r.tp))
+        if best is not None and price.seconds > best.cost.seconds:
+            continue
+        proposal = Proposal(job=candidate, cost=price, memory=worst(memory(candidate)))
+        if nearest is None or proposal.need < nearest.need:
+            nearest = proposal
+        if proposal.need <= limit and (best is None or proposal.need < best.need):
+            found[r.pp, r.dp, r.tp] = proposal
+    assert nearest is not None, "there are candidates"
+    return sorted(found.values(), key=lambda p: p.cost.seconds) or [nearest]
+
+
+def splits(job: Job, world: int, ranks_per_node: int) -> Iterator[Ranks]:
+    """Every pp x dp x tp, and ZeRO stage where there is something to shard; tp inside a node."""
+    for tp in _divisors(world):
+        cut = [job.shape.heads, job.shape.kv_heads, job.shape.ffn]
+        if tp > ranks_per_node or any(n % tp for n in [*cut, job.seq_len if job.sequence_parallel else tp]):
+            continue
+        for pp in _divisors(world // tp):
+            dp = world // tp // pp
+            if job.batch % dp or pp * job.virtual_stages > len(job.shape.links):
+                continue
+            for zero in (0, 1, 2, 3) if dp > 1 else (1,):
+                yield Ranks(pp=pp, dp=dp, tp=tp, zero=zero)
+
+
+def _candidates(job: Job, world: int, machine: Machine) -> Iterator[Job]:
+    """Of all splits: recomputation from the job's own on, every micro batch that divides a rank's share."""
+    for ranks in splits(job, world, machine.ranks_per_node):
+        share = job.batch // ranks.dp
+        for mode in RECOMPUTE[RECOMPUTE.index(job.recompute) :]:
+            for micro in range(1, min(share, LARGEST_MICRO_BATCH) + 1):
+                if share % micro == 0:
+                    yield replace(
+                        job,
+                        ranks=ranks,
+                        shard_group=None,
+                        micro_batch=micro,
+                        accumulation=share // micro,
+                        recompute=mode,
+                        every=job.every if mode == job.recompute else 1,
+                    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
