@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import cProfile
+import dataclasses
 import json
 import pstats
 import statistics
@@ -33,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "megatron_gpt")]
 from model import GPT, GPTConfig  # noqa: E402
 
 import uni3d  # noqa: E402
+from uni3d import flops  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -67,7 +69,7 @@ def shape(args: argparse.Namespace) -> tuple[GPTConfig, int]:
     return GPTConfig(**config["model"]), config["seq_len"]
 
 
-def engine_step(args: argparse.Namespace) -> tuple[Step, uni3d.Engine]:
+def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> tuple[Step, uni3d.Engine]:
     config = {
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": args.accumulation,
@@ -78,7 +80,7 @@ def engine_step(args: argparse.Namespace) -> tuple[Step, uni3d.Engine]:
         "parallel": {"device": args.device},
     }
     with torch.device("meta"):
-        model = GPT(shape(args)[0])
+        model = GPT(model_config)
     engine = uni3d.initialize(model=model, config=config)[0]
 
     def step(batch: Batch) -> None:
@@ -154,10 +156,21 @@ def synchronize(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def own_milliseconds(step: Step, source: Iterator[Batch]) -> float:
-    """CPU time of a step in this project's own functions: an upper bound, as the profiler slows them."""
-    steps = [next(source) for _ in range(10)]
-    profile = cProfile.Profile(time.process_time)
+def own_milliseconds(args: argparse.Namespace) -> float:
+    """CPU time of a step in this project's own functions: an upper bound, as the profiler slows them.
+
+    With as many layers and parameters as the model has, but tiny ones: what is left is Python.
+    """
+    config, _ = shape(args)
+    tiny = dataclasses.replace(
+        config, hidden_size=2 * config.num_heads, ffn_size=4, vocab_size=64, max_seq_len=8
+    )
+    step, _ = engine_step(args, tiny)
+    tokens = torch.zeros(args.micro_batch, 8, dtype=torch.int64)
+    steps = [[(tokens, tokens)] * args.accumulation for _ in range(20)]
+    for batch in steps[:3]:
+        step(batch)
+    profile = cProfile.Profile(time.thread_time)
     with profile:
         for batch in steps:
             step(batch)
@@ -169,7 +182,7 @@ def own_milliseconds(step: Step, source: Iterator[Batch]) -> float:
 def peak_bytes(args: argparse.Namespace) -> int:
     """In this process, which does nothing else: what a few steps take at most, beyond the imports."""
     before = resident("VmRSS")
-    step = engine_step(args)[0] if args.memory_of == "engine" else bare_step(args)
+    step = engine_step(args, shape(args)[0])[0] if args.memory_of == "engine" else bare_step(args)
     source = batches(args)
     for _ in range(3):
         step(next(source))
@@ -192,7 +205,7 @@ def main() -> None:
         print(peak_bytes(args))
         return
     memory = {which: memory_of(which) for which in ("engine", "bare")}
-    (ours, engine), bare = engine_step(args), bare_step(args)
+    (ours, engine), bare = engine_step(args, shape(args)[0]), bare_step(args)
     source = batches(args)
     for step in (ours, bare) * 2:
         step(next(source))  # warm-up: compilation, allocation
@@ -202,7 +215,7 @@ def main() -> None:
         order = (ours, bare) if i % 2 else (bare, ours)
         times = {step: seconds(args, step, data) for step in order}
         pairs.append((times[ours], times[bare]))
-    report(args, engine, pairs, memory, own_milliseconds(ours, source))
+    report(args, engine, pairs, memory, own_milliseconds(args))
 
 
 def report(
@@ -232,7 +245,20 @@ def report(
 
 
 def mfu(args: argparse.Namespace, config: GPTConfig, seq_len: int, rate: float) -> str:
-    return ""
+    """Of `rate` tokens/s, if the device's peak is known."""
+    peak = args.peak_tflops and args.peak_tflops * 1e12
+    if peak is None and args.device == "cuda" and args.precision == "bf16":
+        peak = flops.peak_flops(torch.cuda.get_device_name())
+    if peak is None:
+        return ""
+    with torch.device("meta"):
+        model = GPT(config)
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {
+        id(model.head.weight)
+    }
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
+    forward = flops.forward_flops_per_token(matrices, config.num_layers, config.hidden_size, seq_len)
+    return f"  MFU {flops.utilisation(forward * rate, 1.0, 1, peak):.1%}"
 
 
 if __name__ == "__main__":

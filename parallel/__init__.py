@@ -2,10 +2,14 @@
 
     Topology          the ranks on a mesh (pp, replicate, shard, tp); made once and handed on
     settings          what `build` is told beside the model and the topology
-    stages, pipeline  a model that is a chain of layers, cut into stages and run by torch's schedules
+    stages, placement, pipeline  a model that is a chain of layers, cut into stages, which are placed on
+                      ranks and run by torch's schedules
+    combinations      what can't be combined, and why
     blocks            the layers that repeat: gathered one by one, recomputed, compiled
-    tensor            a model's `tp_plan` applied as DTensor styles
+    tensor, replicas  a model's `tp_plan` applied as DTensor styles; whether it left out what it shouldn't
     zero              ZeRO stages 0-3 as settings of `fully_shard`
+    masters           fp32 parameters, of whatever type a model came with
+    experts           stacked experts under tensor parallelism
     weights           initial values that don't depend on the topology
     gradients         tied weights, the global norm
     layout            which part of a tensor this rank and the others of its stage hold
@@ -18,6 +22,7 @@ This package knows nothing of files, configs or engines.
 """
 
 from parallel.assemble import ParallelModel, build
+from parallel.combinations import check_micro_batches
 from parallel.comm import HostComm
 from parallel.failures import Failures, RankFailedError
 from parallel.settings import Compile, Precision, Recompute, Settings
@@ -35,6 +40,7 @@ __all__ = [
     "Settings",
     "Topology",
     "build",
+    "check_micro_batches",
     "resolve_degrees",
     "start_process_group",
 ]

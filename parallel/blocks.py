@@ -15,7 +15,6 @@ from torch.utils.checkpoint import (
 )
 
 from parallel.settings import Compile, Recompute
-from parallel.stages import Chain
 
 aten = torch.ops.aten
 KEPT = frozenset(
@@ -37,20 +36,37 @@ KEPT = frozenset(
 """What selective recomputation keeps: what costs more to compute, or to send, than to keep."""
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost module lists: a model's layers."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for layers in lists for layer in layers for m in layer.modules()}
-    return [layer for layers in lists if id(layers) not in inner for layer in layers]
+def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Module]:
+    """A whole model's layers: the entries of its outermost module lists and dicts, and of those in them.
+
+    Of a chain, whose links are named, those links that are in module lists; without any, all with parameters.
+    """
+    if links is not None:
+        chain = {name: model.get_submodule(name) for name in links}
+        parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in links}
+        listed = [link for name, link in chain.items() if isinstance(parents[name], nn.ModuleList)]
+        return listed or [link for link in chain.values() if next(link.parameters(), None) is not None]
+    found: dict[int, nn.Module] = {}  # each once, wherever it is used
+
+    def walk(parent: nn.Module, listed: bool) -> None:
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList | nn.ModuleDict):
+                walk(child, listed=True)
+            elif listed:
+                found[id(child)] = child
+            else:
+                walk(child, listed=False)
+
+    walk(model, listed=False)
+    return list(found.values())
 
 
-def units(module: nn.Module) -> list[nn.Module]:
-    """The submodules that ZeRO gathers one by one: the links of a chain, else the blocks.
+def units(candidates: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those of a model's layers that ZeRO gathers one by one.
 
     One stays with the root if it shares a weight with another (both must be gathered together) or has no
     matrices (a collective of its own would cost more than it moves).
     """
-    candidates = module._links() if isinstance(module, Chain) else blocks(module)
     owners: dict[int, int] = {}
     for layer in candidates:
         for parameter in layer.parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.pipeline import Loss
+from parallel.placement import Placement
 from parallel.topology import Topology
 
 
@@ -20,93 +21,138 @@ class TiedGradients:
     """
 
     def __init__(
-        self, module: nn.Module, ties: Mapping[str, str], stage_names: Sequence[set[str]], topology: Topology
+        self,
+        module: nn.Module,
+        ties: Mapping[str, str],
+        stage_names: Sequence[set[str]],
+        placement: Placement,
+        topology: Topology,
     ) -> None:
         """`ties` maps each alias to its first name; `stage_names` are the parameter names on each stage."""
         self._topology = topology
-        self._shared: list[tuple[nn.Parameter, list[int]]] = []
+        self._ranks = placement.ranks
+        self._shared: list[tuple[dict[int, nn.Parameter], list[int]]] = []
         self.copies: set[str] = set()
-        """Names of this stage's parameters that an earlier stage holds too, and counts and saves."""
+        """Names of this rank's parameters that an earlier stage holds too, and counts and saves."""
         mine = dict(module.named_parameters())
         for first in sorted(set(ties.values())):
             names = {first, *(alias for alias, name in ties.items() if name == first)}
             holders = [stage for stage, held in enumerate(stage_names) if names & held]
-            here = names & mine.keys()
+            here = {
+                stage: min(names & stage_names[stage] & mine.keys())
+                for stage in holders
+                if placement.ranks[stage] == topology.pp_rank
+            }
             if len(holders) > 1 and here:
-                name = min(here)
-                if mine[name].requires_grad:
-                    self._shared.append((mine[name], holders))
-                if topology.pp_rank != holders[0]:
-                    self.copies.add(name)
+                copies = {stage: mine[name] for stage, name in here.items()}
+                if all(parameter.requires_grad for parameter in copies.values()):
+                    self._shared.append((copies, holders))
+                self.copies |= {name for stage, name in here.items() if stage != holders[0]}
 
     def sum(self) -> None:
         """Collective over the pipeline: replace each copy's gradient by the sum over its stages."""
-        for parameter, holders in self._shared:
-            assert parameter.grad is not None, "a tied weight took part in no backward pass"
-            gradient = _local(parameter.grad)
-            if gradient.numel() == 0:  # an uneven shard with nothing in it is empty on every stage
+        for copies, holders in self._shared:
+            gradients = {stage: _gradient(parameter) for stage, parameter in copies.items()}
+            example = next(iter(gradients.values()))
+            if example.numel() == 0:  # an uneven shard with nothing in it is empty on every stage
                 continue
-            received = {stage: torch.empty_like(gradient) for stage in holders}
-            received[self._topology.pp_rank] = gradient.clone()
-            group = self._topology.pp_group
-            operations = []
-            for stage in holders:
-                if stage != self._topology.pp_rank:
-                    peer = dist.get_global_rank(group, stage)
-                    operations.append(dist.P2POp(dist.isend, received[self._topology.pp_rank], peer, group))
-                    operations.append(dist.P2POp(dist.irecv, received[stage], peer, group))
+            terms = {stage: torch.empty_like(example) for stage in holders if stage not in copies}
+            terms |= {stage: gradient.clone() for stage, gradient in gradients.items()}
+            self._exchange(terms, copies.keys())
+            total = torch.stack([terms[stage] for stage in holders]).sum(0)  # in stage order
+            for gradient in gradients.values():
+                gradient.copy_(total)
+
+    def _exchange(self, terms: Mapping[int, Tensor], mine: Collection[int]) -> None:
+        """Send this rank's terms to the other holders and receive theirs, in the order of stages."""
+        group, me = self._topology.pp_group, self._topology.pp_rank
+        others = {self._ranks[stage] for stage in terms} - {me}
+        operations = []
+        for stage in sorted(terms):
+            if stage in mine:
+                for rank in sorted(others):
+                    peer = dist.get_global_rank(group, rank)
+                    operations.append(dist.P2POp(dist.isend, terms[stage], peer, group))
+            else:
+                peer = dist.get_global_rank(group, self._ranks[stage])
+                operations.append(dist.P2POp(dist.irecv, terms[stage], peer, group))
+        if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-            gradient.copy_(torch.stack([received[stage] for stage in holders]).sum(0))  # in stage order
 
 
-def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """This rank's parts of the gradients, the live memory."""
-    return [_local(p.grad) for p in parameters if p.grad is not None]
+class ScalarGradients:
+    """Parameters without a dim, as a temperature: whole on every rank, since there is nothing to shard."""
+
+    def __init__(self, module: nn.Module, topology: Topology) -> None:
+        self._topology = topology
+        self._scalars = [p for p in module.parameters() if p.ndim == 0 and p.requires_grad]
+
+    def sum(self) -> None:
+        """Collective over the data-parallel ranks: sum their gradients, which nothing else does."""
+        if not self._scalars:
+            return
+        device = self._topology.device
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._scalars]
+        total = torch.stack([part.to(device) for part in parts])
+        for axis in ("replicate", "shard"):
+            dist.all_reduce(total, group=self._topology.mesh.get_group(axis))
+        for parameter, gradient in zip(self._scalars, total, strict=True):
+            parameter.grad = gradient.to(parameter.device)
 
 
-def square_sum(parameters: Iterable[nn.Parameter], topology: Topology) -> Tensor:
-    """This rank's contribution to the squared norm of all gradients, a float64 scalar.
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """This rank's parts of the gradients, the live memory; None where there is none."""
+    gradients = [parameter.grad for parameter in parameters]
+    return [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
 
-    Summed over all ranks it counts each element of each logical parameter once: of ranks that hold the
-    same part, the first on the axis counts it.
-    """
-    counted = [_local(p.grad) for p in parameters if p.grad is not None and _is_first_holder(p, topology)]
+
+def counts_here(parameter: nn.Parameter, topology: Topology) -> bool:
+    """Whether this rank's part counts in a sum over all ranks: of several that hold it, the first's does."""
+    coordinates = {axis: topology.mesh.get_local_rank(axis) for axis in ("replicate", "shard", "tp")}
+    return all(coordinates[axis] == 0 for axis in coordinates.keys() - _cut_by(parameter))
+
+
+def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
+    """This rank's contribution to the squared norm of all gradients, a float64 scalar."""
     if not counted:
-        return torch.zeros((), dtype=torch.float64, device=topology.device)
+        return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(counted, 2)
-    return torch.stack(list(norms)).double().square().sum().to(topology.device)  # they may be offloaded
+    return torch.stack(list(norms)).double().square().sum().to(device)  # they may be offloaded
 
 
 def sum_over_ranks(
-    loss: Loss | None, parameters: Iterable[nn.Parameter], topology: Topology, alarm: bool = False
+    loss: Loss | None, counted: list[Tensor], topology: Topology, alarm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Collective: summed loss, the number of its terms and the squared gradient norm, in float64.
 
-    `loss` is None on the ranks that don't know it. The last result is how many ranks gave an `alarm`:
-    what they have to tell each other between steps travels along.
+    `loss` is None on the ranks that don't know it; `counted` are the gradients that count on this one.
+    The last result is how many ranks gave an `alarm`: what they have to tell each other between steps
+    travels along.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=topology.device)
+    square = square_sum(counted, topology.device)
+    known = torch.zeros_like(square), torch.zeros_like(square)
     if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
-        sums[0], sums[1] = loss.total, loss.tokens
-    sums[2] = square_sum(parameters, topology)
-    sums[3] = float(alarm)
+        known = loss.total.double(), loss.tokens.to(square)
+    sums = torch.stack([*known, square, torch.full_like(square, alarm)])
     dist.all_reduce(sums)
-    return sums[0], sums[1], sums[2], sums[3]
+    total, tokens, square, alarms = sums.unbind()
+    return total, tokens, square, alarms
 
 
-def _is_first_holder(parameter: nn.Parameter, topology: Topology) -> bool:
-    sharded: set[str] = set()
-    if isinstance(parameter, DTensor):
-        names = parameter.device_mesh.mesh_dim_names or ()
-        # Two kinds of placement are shards: cut by one axis alone, and cut by two on the same dim.
-        sharded = {n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()}
-    return all(
-        topology.mesh.get_local_rank(axis) == 0
-        for axis in ("replicate", "shard", "tp")
-        if axis not in sharded
-    )
+def _cut_by(parameter: nn.Parameter) -> set[str]:
+    """The mesh axes over which no rank holds the whole."""
+    if not isinstance(parameter, DTensor):
+        return set()
+    names = parameter.device_mesh.mesh_dim_names or ()
+    # Two kinds of placement are shards: cut by one axis alone, and cut by two on the same dim.
+    return {n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "a tied weight took part in no backward pass"
+    return _local(parameter.grad)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -45,10 +45,10 @@ def local_part(tensor: Tensor) -> LocalPart:
 
 
 class StageLayout:
-    """What each rank of this rank's pipeline stage holds of a tensor.
+    """What each rank that has the same pipeline stages as this one holds of a tensor.
 
-    All ranks of a stage have the same modules, each its part by its place on the mesh, so each can tell what
-    the others hold. Other stages hold other tensors.
+    They all have the same modules, each its part by its place on the mesh, so each can tell what the others
+    hold. Ranks at other places on the pipeline axis hold other tensors.
     """
 
     def __init__(self, topology: Topology) -> None:

@@ -2,20 +2,33 @@
 
 One stage is a pipeline too: the same schedule with nobody to talk to. A step takes this rank's whole share
 of the global batch and cuts it into micro batches.
+
+The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al. 2021a), interleaved 1F1B
+(Narayanan et al. 2021b), ZB1P and ZB-V (Zero bubble pipeline parallelism, Qi et al. 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from parallel.combinations import MANY_STAGES
+from parallel.placement import Placement
+from parallel.settings import Schedule
 from parallel.topology import Topology
 from parallel.zero import Zero
 
@@ -64,13 +77,23 @@ def split_logits(topology: Topology) -> AbstractContextManager[None]:
 class Pipeline:
     """The stages of one model, and this rank's part in them."""
 
-    def __init__(self, zero: Zero, topology: Topology, loss_fn: LossFn) -> None:
-        self._zero = zero
+    def __init__(
+        self,
+        zeros: Sequence[Zero],
+        placement: Placement,
+        topology: Topology,
+        loss_fn: LossFn,
+        schedule: Schedule,
+    ) -> None:
+        """`zeros` are this rank's stages."""
+        self._stages = dict(zip(placement.on(topology.pp_rank), zeros, strict=True))
+        self._placement = placement
         self._topology = topology
         self._loss_fn = loss_fn
+        self._kind = schedule
         self._losses: list[Loss] = []
         self._factor = 1.0
-        self._schedules: dict[tuple[Any, ...], Schedule1F1B | ScheduleGPipe] = {}
+        self._schedules: dict[tuple[Any, ...], Any] = {}
 
     def run(
         self, inputs: Tensor, targets: Tensor, micro_batches: int, *, train: bool, factor: float = 1.0
@@ -80,11 +103,12 @@ class Pipeline:
         `inputs` and `targets` are this rank's samples of the batch, in dim 0, the same on every stage; the
         first stage uses the inputs, the last the targets. Gradients are of the summed loss times `factor`.
 
-        Returns the summed loss on the last stage, None on the others.
+        Returns the summed loss on the rank of the last stage, None on the others.
         """
         schedule = self._schedule(inputs, targets, micro_batches, train)
-        args = (inputs,) if self._topology.pp_rank == 0 else ()
-        target = targets if self._topology.is_last_stage else None
+        ends_here = any(map(self._placement.is_last, self._stages))
+        args = (inputs,) if 0 in self._stages else ()
+        target = targets if ends_here else None
         self._losses.clear()
         self._factor = factor
         with split_logits(self._topology):
@@ -93,29 +117,35 @@ class Pipeline:
             else:
                 with torch.no_grad():
                     schedule.eval(*args, target=target, return_outputs=False)
-        if not self._topology.is_last_stage:
+        if not ends_here:
             return None
         return Loss.sum(self._losses[-micro_batches:])  # a schedule's first run also tries one for its shapes
 
-    def _schedule(
-        self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool
-    ) -> Schedule1F1B | ScheduleGPipe:
+    def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Any:
         """torch's schedules are made for one shape; keep one for each that comes along."""
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, micro_batches, train)
         if key not in self._schedules:
             if len(self._schedules) == KEPT_SCHEDULES:  # each has buffers of its own
                 del self._schedules[next(iter(self._schedules))]
-            topology = self._topology
-            stage = _Stage(self._zero, topology)
-            # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.
-            kind = Schedule1F1B if micro_batches >= topology.degrees.pp else ScheduleGPipe
-            self._schedules[key] = kind(stage, micro_batches, loss_fn=self._collect_loss, scale_grads=False)
+            self._schedules[key] = self._make_schedule(micro_batches)
         return self._schedules[key]
+
+    def _make_schedule(self, micro_batches: int) -> Any:
+        stages = [_Stage(zero, i, self._placement, self._topology) for i, zero in self._stages.items()]
+        kind = self._kind
+        # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.
+        if kind == "1f1b" and micro_batches < self._placement.stages:
+            kind = "gpipe"
+        given = stages if kind in MANY_STAGES else stages[0]
+        return _SCHEDULES[kind](given, micro_batches, loss_fn=self._collect_loss, scale_grads=False)
 
     def _collect_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = Loss.of(self._loss_fn(outputs, targets))
         self._losses.append(Loss(loss.total.detach(), loss.tokens))
-        return loss.lifted(self._factor)
+        lifted = loss.lifted(self._factor)
+        return (
+            lifted.clone() if lifted._is_view() else lifted
+        )  # split backward passes detach it where it lies
 
 
 class _Hidden(nn.Module):
@@ -124,20 +154,25 @@ class _Hidden(nn.Module):
     Left to itself the stage keeps gradients whole until the last micro batch, which is ZeRO stage 1 only.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, zero: Zero) -> None:
         super().__init__()
-        self.module = module
+        self.module = cast(nn.Module, zero.root)
+        self._zero = zero
 
     def forward(self, *args: Any) -> Any:
-        return self.module(*args)
+        return self.module(args if len(args) > 1 else args[0])  # a layer that gave a tuple gave one value
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those in the graph, which torch's split backward pass looks for: a sharded one isn't there."""
+        return self._zero.whole_parameters()
 
 
 class _Stage(PipelineStage):
-    def __init__(self, zero: Zero, topology: Topology) -> None:
+    def __init__(self, zero: Zero, index: int, placement: Placement, topology: Topology) -> None:
         super().__init__(
-            _Hidden(zero.root),  # type: ignore[arg-type]
-            topology.pp_rank,
-            topology.degrees.pp,
+            _Hidden(zero),
+            index,
+            placement.stages,
             topology.device,
             group=topology.pp_group,
         )
@@ -146,5 +181,32 @@ class _Stage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        self._zero.before_backward(last=last_backward)
+        if full_backward:
+            self._zero.before_backward(last=last_backward)
+        else:
+            self._zero.before_input_backward()
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if not self.has_backward:  # an evaluation goes through the same schedule
+            return
+        self._zero.before_weight_backward()
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self._zero.after_weight_backward(last=last_backward)
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """As torch's, which refuses to be asked in an evaluation, though the V schedule asks."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+_SCHEDULES: dict[Schedule, Callable[..., Any]] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zero_bubble_v": ScheduleZBVZeroBubble,
+}

@@ -56,6 +56,8 @@ class Settings:
     precision: Precision = Precision()
     offload: bool = False
     """Whether sharded parameters, gradients and optimizer states lie in the host's memory."""
+    persistence_threshold: int = 0
+    """At ZeRO stage 3, layers of fewer elements are kept whole from the forward pass to the backward one."""
     schedule: Schedule = "1f1b"
     """Of the pipeline."""
     virtual_stages: int = 1

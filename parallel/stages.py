@@ -1,34 +1,44 @@
 """Cutting a model into pipeline stages.
 
 A model that can be cut is a chain: it names its layers in order (`pipeline_layers`), and each takes what
-the one before it gives. A stage keeps its stretch of the chain under the names of the unsplit model, and
+the one before it gives. A rank keeps the stretches of its stages under the names of the unsplit model, and
 drops the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
+
+from parallel.settings import Balance
 
 
 class Chain(nn.Module):
-    """Some layers of a model, run one after the other, with the parameter names of the whole model."""
+    """Some stretches of a model's chain of layers, with the parameter names of the whole model."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        """Takes the submodules out of `model`, which is no longer of use."""
+    def __init__(self, model: nn.Module, stretches: Sequence[Sequence[str]]) -> None:
+        """Takes the submodules out of `model`, which is no longer of use.
+
+        `stretches` are the layers of each of a rank's pipeline stages. What two of them share they hold apart
+        from here on, each its own copy: stages are sharded and computed each by itself.
+        """
         super().__init__()
-        _prune(model, layers)
+        _prune(model, [name for names in stretches for name in names])
+        _part(model, stretches)
         self._modules = model._modules
-        self._chain_names = list(layers)
+        # Beside the tree of names, not in it: names with an underscore, as a submodule may have any other.
+        self._stretches = [nn.Sequential(*map(self.get_submodule, names)) for names in stretches]
 
-    def _links(self) -> list[nn.Module]:  # names with an underscore, as a submodule may have any other
-        return [self.get_submodule(name) for name in self._chain_names]
+    def stretches(self) -> list[nn.Sequential]:
+        """The layers of each stage, as a module that runs them one after the other."""
+        return self._stretches
 
     def forward(self, x: Tensor) -> Tensor:
-        for link in self._links():
-            x = link(x)
+        for stretch in self._stretches:
+            x = stretch(x)
         return x
 
 
@@ -57,16 +67,28 @@ def layer_names(model: nn.Module) -> list[str] | None:
     return list(declared)
 
 
-def split_layers(model: nn.Module, layers: Sequence[str], stages: int) -> list[list[str]]:
-    """The layers of each stage: adjoining, and as even as can be in what their matrices cost.
+def split_layers(
+    model: nn.Module, layers: Sequence[str], stages: int, balance: Balance = "flops"
+) -> list[list[str]]:
+    """The layers of each stage: adjoining, and as even as can be by `balance`.
+
+    "flops" counts multiplications per token, which is the elements of a layer's matrices (looking up an
+    embedding costs none); "parameters" all parameters' elements; "uniform" layers. What a layer costs may
+    also be said by the model itself, in `pipeline_costs`: a number for each of the layers; that comes first.
 
     Raises:
-        ValueError: there are fewer layers than stages.
+        ValueError: there are fewer layers than stages, or not as many costs as layers.
     """
     if len(layers) < stages:
-        raise ValueError(f"pp({stages}) needs at least {stages} layers, but the model has {len(layers)}")
-    bounds = balanced_cuts([_cost(model.get_submodule(name)) for name in layers], stages)
-    return [list(layers[a:b]) for a, b in bounds]
+        raise ValueError(
+            f"a pipeline of {stages} stages needs at least {stages} layers, but the model has {len(layers)}"
+        )
+    costs: Sequence[int] | None = getattr(model, "pipeline_costs", None)
+    if costs is None:
+        costs = [_COSTS[balance](model.get_submodule(name)) for name in layers]
+    if len(costs) != len(layers):
+        raise ValueError(f"pipeline_costs has {len(costs)} numbers for {len(layers)} pipeline_layers")
+    return [list(layers[a:b]) for a, b in balanced_cuts(costs, stages)]
 
 
 def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
@@ -94,8 +116,8 @@ def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
     return runs[::-1]
 
 
-def _cost(layer: nn.Module) -> int:
-    """Multiplications per token: the elements of the layer's matrices. Looking up an embedding costs none."""
+def _flops(layer: nn.Module) -> int:
+    """Multiplications per token, and one for what is none."""
     matrices = (
         parameter.numel()
         for module in layer.modules()
@@ -104,6 +126,13 @@ def _cost(layer: nn.Module) -> int:
         if parameter.ndim >= 2
     )
     return 1 + sum(matrices)
+
+
+_COSTS: dict[Balance, Callable[[nn.Module], int]] = {
+    "flops": _flops,
+    "parameters": lambda layer: sum(parameter.numel() for parameter in layer.parameters()),
+    "uniform": lambda layer: 1,
+}
 
 
 def _prune(model: nn.Module, keep: Sequence[str]) -> None:
@@ -118,3 +147,18 @@ def _prune(model: nn.Module, keep: Sequence[str]) -> None:
                 del model.get_submodule(parent)._modules[child]
             except AttributeError:  # went with its parent
                 continue
+
+
+@torch.no_grad()
+def _part(model: nn.Module, stretches: Sequence[Sequence[str]]) -> None:
+    """Give each stretch parameters of its own in the place of those that it shares with an earlier one."""
+    taken: set[int] = set()
+    for names in stretches:
+        copies: dict[int, nn.Parameter] = {}
+        owners = {id(m): m for name in names for m in model.get_submodule(name).modules()}.values()
+        mine = [(owner, key, p) for owner in owners for key, p in owner._parameters.items() if p is not None]
+        for owner, key, parameter in mine:
+            if id(parameter) in taken:
+                copy = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
+                owner._parameters[key] = copies.setdefault(id(parameter), copy)
+        taken |= {id(parameter) for _, _, parameter in mine}

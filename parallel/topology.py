@@ -3,7 +3,7 @@
 Ranks are numbered `arange(world).view(pp, replicate, shard, tp)`: tensor-parallel neighbours lie side by
 side, pipeline stages farthest apart. The data-parallel axis is two mesh axes, `replicate x shard`, so
 that every ZeRO stage is the same mechanism: stage 0 shards over one rank and replicates over dp, the
-others shard over dp and replicate over one.
+others shard over dp and replicate over one, or, with a shard group smaller than dp, do both.
 """
 
 from __future__ import annotations
@@ -62,6 +62,26 @@ def resolve_degrees(world_size: int, *, pp: Degree = 1, dp: Degree = "auto", tp:
     return Degrees(**known)
 
 
+def check_shard_group(dp: int, zero_stage: int, shard_group: int | None) -> None:
+    """Check that `dp` data-parallel ranks can shard in groups of `shard_group`; None is all of them.
+
+    Raises:
+        ValueError: the group doesn't divide dp, or nothing is sharded at this stage.
+    """
+    if shard_group is None:
+        return
+    if zero_stage == 0:
+        raise ValueError(
+            f"a shard group of {shard_group} needs ZeRO stage 1, 2 or 3: stage 0 shards nothing; "
+            "choose another stage, or give no shard group"
+        )
+    if shard_group < 1 or dp % shard_group:
+        raise ValueError(
+            f"dp({dp}) = groups * shard_group({shard_group}) has no solution; "
+            "choose a shard group that divides dp"
+        )
+
+
 def start_process_group(device_type: str) -> None:
     """Join the group that torchrun announces in the environment; without torchrun, be a group of one."""
     if dist.is_initialized():
@@ -86,14 +106,21 @@ class Topology:
         speaks_for_stage: whether this is the first of the ranks that share a place in the pipeline.
     """
 
-    def __init__(self, degrees: Degrees, *, zero_stage: int, device_type: str = "cpu") -> None:
+    def __init__(
+        self, degrees: Degrees, *, zero_stage: int, shard_group: int | None = None, device_type: str = "cpu"
+    ) -> None:
         """Collective. `degrees` must multiply to the number of ranks.
 
+        ZeRO stages 1 to 3 shard over `shard_group` neighbouring data-parallel ranks and replicate over the
+        groups (MiCS, Zhang et al. 2022; the `zero_hpz_partition_size` of ZeRO++); by default over all.
+
         Raises:
-            ValueError: they don't.
+            ValueError: they don't, or there can be no such shard group.
         """
         d = resolve_degrees(dist.get_world_size(), pp=degrees.pp, dp=degrees.dp, tp=degrees.tp)
-        shape = (d.pp, d.dp, 1, d.tp) if zero_stage == 0 else (d.pp, 1, d.dp, d.tp)
+        check_shard_group(d.dp, zero_stage, shard_group)
+        shard = 1 if zero_stage == 0 else shard_group or d.dp
+        shape = (d.pp, d.dp // shard, shard, d.tp)
         self.degrees = d
         self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         index = torch.cuda.current_device() if device_type == "cuda" else 0
@@ -115,10 +142,6 @@ class Topology:
         """Which part of the global batch is this rank's."""
         shard_size = self.mesh["shard"].size()
         return self.mesh.get_local_rank("replicate") * shard_size + self.mesh.get_local_rank("shard")
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.degrees.pp - 1
 
     @property
     def zero_mesh(self) -> DeviceMesh:

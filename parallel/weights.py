@@ -72,9 +72,13 @@ def materialise(
     `first_names` maps the other names of tied parameters to the ones that they are seeded by.
     """
     module.to_empty(device=device)
+    # One piece of memory for all draws: of pieces taken and given back for each, an allocator keeps some.
+    largest = max((p.numel() * p.element_size() for p in module.parameters()), default=0)
+    scratch = torch.empty(largest, dtype=torch.uint8)
     for name, parameter in module.named_parameters():
         first = first_names.get(name, name)
-        full = torch.empty(parameter.shape, dtype=parameter.dtype)
+        size = parameter.numel() * parameter.element_size()
+        full = scratch[:size].view(parameter.dtype).view(parameter.shape)
         init_parameter(first, full, generator_for(seed, first))
         copy_from_full(parameter, full)
 

@@ -7,6 +7,8 @@
 | 3          | sharded         | reduce-scattered every micro batch    | gathered for each layer's use   |
 
 (ZeRO, Rajbhandari et al. 2020, section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`.
+With a shard group smaller than dp, stages 2 and 3 sum over the groups only at the boundary. With more than
+one data-parallel rank, a trained parameter that a rank doesn't use counts as having a gradient of zero.
 """
 
 from __future__ import annotations
@@ -24,11 +26,26 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from parallel.settings import Precision
 
 STAGES = (0, 1, 2, 3)
+
+GROUP_RECORDS = ("fsdp_params", "_partial_reduce_output")
+PARAMETER_RECORDS = (
+    "sharded_param",
+    "unsharded_accumulated_grad",
+    "accumulate_unsharded_grad_if_needed",
+    "sharded_size",
+    "to_sharded_dtensor",
+    "all_gather_outputs",
+    "_sharded_param_data",
+    "init_all_gather_outputs",
+    "free_unsharded_param",
+)
+"""What is used of fully_shard's private records; read in torch 2.13."""
 
 
 class Zero:
@@ -47,34 +64,61 @@ class Zero:
         *,
         precision: Precision = Precision(),  # noqa: B008 (it is frozen)
         offload: bool = False,
+        persistence_threshold: int = 0,
         output: torch.dtype | None = None,
     ) -> None:
         """Shard `root` in place. `units` are its submodules that are gathered and freed one by one.
 
+        At stage 3, one of fewer than `persistence_threshold` elements stays whole from forward to backward.
         With `offload`, sharded parameters and all that is of their shape lie in the host's memory.
         `output` is the type that the root's outputs are cast to, None that in which they are computed.
 
         Raises:
             ValueError: `stage` isn't 0, 1, 2 or 3.
+            RuntimeError: this torch's fully_shard isn't one that this class knows.
         """
         if stage not in STAGES:
             raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
         self.stage = stage
+        self._sums_late = stage >= 2 and mesh["replicate"].size() > 1
         self.precision = precision
+        self.offload = offload
         self.root = cast(FSDPModule, root)
+        # With one rank there is nothing to sum, and fully_shard would copy gradients twice for it.
+        self._alone = mesh.size() == 1 and not offload
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-        for module in [*units, root]:
+        scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
+        statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
+        parts = [*statistics, *(unit for unit in units if unit not in statistics)]
+        sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
+        covered = {p for part in parts for p in part.parameters()}
+        sizes.append(sum(p.numel() for p in root.parameters() if p not in covered))
+        policy = _policy(precision, None)
+        policies = [_statistics_policy(precision) if part in statistics else policy for part in parts]
+        policies.append(_policy(precision, output))
+        for module, size, policy in zip([*parts, root], sizes, policies, strict=True):
             module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=stage == 3,
-                mp_policy=_policy(precision, output if module is root else None),
+                reshard_after_forward=stage == 3 and size >= persistence_threshold,
+                mp_policy=policy,
                 offload_policy=placed,
+                ignored_params=scalars,
             )
-        for sharded in self._sharded_modules():
+        self._sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
+        self._records = [record for sharded in self._sharded for record in _parameters_of(sharded)]
+        for sharded in self._sharded:
+            _check_records(sharded)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+            if stage < 3:
+                # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
+                # of accumulation is one that it has just freed; this has each gather but itself.
+                sharded.set_modules_to_backward_prefetch([sharded])
+            if mesh.size() > 1:
+                for parameter in _parameters_of(sharded):
+                    _count_unused(parameter)
             if mesh["shard"].size() == 1 and precision.compute == torch.float32 and not offload:
                 for parameter in _parameters_of(sharded):
                     _compute_in_place(parameter)
@@ -84,9 +128,42 @@ class Zero:
 
         `last` says that it is the accumulation's last: the boundary before an optimizer step.
         """
-        self.root.set_requires_gradient_sync(last or self.stage >= 2)
+        self.root.set_requires_gradient_sync((last or self.stage >= 2) and not self._alone)
+        if self._sums_late:
+            self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or self.stage == 3)
         self.root.set_is_last_backward(last)
+
+    def before_input_backward(self) -> None:
+        """Set up the half of a split backward pass that gives the inputs' gradients, and no parameter's.
+
+        fully_shard sums gradients over the ranks in hooks on a layer's inputs, which run in this half: too
+        early. `before_weight_backward` and `after_weight_backward` enclose the half that gives them.
+        """
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(self.stage == 3)
+        self.root.set_is_last_backward(False)
+
+    def before_weight_backward(self) -> None:
+        """Make the whole parameters be there, all at once, as no hook says which are needed in this half."""
+        self.before_input_backward()
+        for module in self._sharded:
+            module.unshard()
+
+    def after_weight_backward(self, *, last: bool) -> None:
+        """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
+        self.before_backward(last=last)
+        for module in reversed(self._sharded):
+            group = _group_of(module)
+            if group is not None:
+                group.post_backward()
+        cast(Any, self.root)._get_fsdp_state()._root_post_backward_final_callback()
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that a forward pass computed with, even if their memory was freed after it."""
+        for record in self._records:
+            yield record._unsharded_param
+        yield from (p for p in cast(nn.Module, self.root).parameters() if p.ndim == 0)  # not fully_shard's
 
     def reshard(self) -> None:
         """Free the whole parameters, so that the sharded ones are what `parameters()` gives.
@@ -94,22 +171,49 @@ class Zero:
         Needed before the sharded ones are read or written from outside the step: whole copies that were
         left from a forward pass would be used again, stale.
         """
-        for module in self._sharded_modules():
+        for module in self._sharded:
             module.reshard()
+        if self._alone:
+            for record in self._records:
+                _adopt_gradient(record)
 
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
-        for module in self._sharded_modules():
-            for parameter in _parameters_of(module):
-                parameter.unsharded_accumulated_grad = None
-                parameter.sharded_param.grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter._unsharded_param.grad = None
+        for parameter in cast(nn.Module, self.root).parameters():
+            if parameter.ndim == 0:
+                parameter.grad = None
+        for module in self._sharded:
+            group = _group_of(module)
+            if group is not None:
+                group._partial_reduce_output = None  # summed over a shard group, not yet over the groups
+        for record in self._records:
+            record.unsharded_accumulated_grad = None
+            record.sharded_param.grad = None
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = None
 
-    def _sharded_modules(self) -> Iterator[FSDPModule]:
-        for module in cast(nn.Module, self.root).modules():
-            if isinstance(module, FSDPModule):
-                yield module
+
+class ZeroStages:
+    """What is told to all pipeline stages of a rank, each of which is sharded by itself."""
+
+    def __init__(self, stages: Sequence[Zero]) -> None:
+        """`stages` is not empty."""
+        self._stages = stages
+        self.stage = stages[0].stage
+        """ZeRO's."""
+        self.precision, self.offload = stages[0].precision, stages[0].offload
+
+    def before_backward(self, *, last: bool) -> None:
+        for zero in self._stages:
+            zero.before_backward(last=last)
+
+    def reshard(self) -> None:
+        for zero in self._stages:
+            zero.reshard()
+
+    def drop_gradients(self) -> None:
+        for zero in self._stages:
+            zero.drop_gradients()
 
 
 def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -131,10 +235,79 @@ def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionP
     )
 
 
+def _statistics_policy(precision: Precision) -> MixedPrecisionPolicy:
+    """Of batch norms, which average over steps what only fp32 tells apart: they compute in fp32."""
+    return MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=precision.reduce, output_dtype=precision.compute
+    )
+
+
 def _parameters_of(module: FSDPModule) -> list[Any]:
     """fully_shard's own records of the parameters that it gathers together with `module`."""
-    group = module._get_fsdp_state()._fsdp_param_group
+    group = _group_of(module)
     return [] if group is None else list(group.fsdp_params)
+
+
+def _group_of(module: FSDPModule) -> Any:
+    """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
+    return module._get_fsdp_state()._fsdp_param_group
+
+
+def _adopt_gradient(parameter: Any) -> None:
+    """Take what a single rank has accumulated for the sum over the ranks."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    if parameter.unsharded_accumulated_grad is not None:
+        whole = parameter.unsharded_accumulated_grad_data
+        parameter.unsharded_accumulated_grad = None
+    elif unsharded is not None and unsharded.grad is not None:
+        whole = parameter.unsharded_grad_data
+        unsharded.grad = None
+    else:
+        return
+    if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
+        whole = whole.to(parameter.orig_dtype).contiguous()
+    gradient = parameter.to_sharded_dtensor(whole.view(parameter.sharded_size))
+    sharded = parameter.sharded_param
+    # There is one already if something was evaluated in the midst of the step.
+    sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
+
+
+def _count_unused(parameter: Any) -> None:
+    """Give a trained parameter that took no part in a backward pass a gradient of zero.
+
+    What is reduced together has no names: if ranks, or micro batches that are summed late, use different
+    parameters, as experts are, gradients would be added up that don't belong together. torch's own
+    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if others were accumulated in another type.
+    """
+    accumulate = parameter.accumulate_unsharded_grad_if_needed  # the first thing after each backward pass
+
+    def fill_and_accumulate() -> None:
+        whole = getattr(parameter, "_unsharded_param", None)
+        nothing = parameter.unsharded_accumulated_grad is None and getattr(whole, "grad", None) is None
+        if whole is not None and whole.requires_grad and nothing:
+            whole.grad = torch.zeros_like(whole)
+        accumulate()
+
+    parameter.accumulate_unsharded_grad_if_needed = fill_and_accumulate
+
+
+def _check_records(module: FSDPModule) -> None:
+    """See that torch's records, which are its private matter, have what is used of them here.
+
+    Raises:
+        RuntimeError: they haven't.
+    """
+    state = module._get_fsdp_state()
+    group = getattr(state, "_fsdp_param_group", None)
+    parameter = next(iter(getattr(group, "fsdp_params", [])), None)
+    missing = [name for name in ("_fsdp_param_group",) if not hasattr(state, name)]
+    for record, names in ((group, GROUP_RECORDS), (parameter, PARAMETER_RECORDS)):
+        missing += [name for name in names if record is not None and not hasattr(record, name)]
+    if missing:
+        raise RuntimeError(
+            f"fully_shard of torch {torch.__version__} has no {', '.join(missing)}, which ZeRO needs; "
+            "use a torch from 2.11 to 2.13"
+        )
 
 
 def _compute_in_place(parameter: Any) -> None:

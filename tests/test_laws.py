@@ -95,7 +95,7 @@ def test_who_imports_whom(path: Path) -> None:
 
 def test_one_joint() -> None:
     users = {relative(p) for p in of("uni3d") if {"ckpt", "parallel"} <= packages(p)}
-    names = ("state", "saving", "checkpointing", "restoring", "description")
+    names = ("state", "engine", "saving", "checkpointing", "restoring", "description")
     assert users == {f"uni3d/{name}.py" for name in names}
     layout = {relative(p) for p in of("uni3d") if any(n.startswith("parallel.layout") for n in imports(p))}
     assert layout == {"uni3d/state.py"}

@@ -17,15 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
+    from uni3d.deepspeed_names import add_config_arguments, init_distributed
     from uni3d.engine import Engine
     from uni3d.initialization import initialize
+    from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Engine", "initialize"]
+__all__ = [
+    "CheckpointError",
+    "Engine",
+    "LayerSpec",
+    "PipelineModule",
+    "TiedLayerSpec",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+]
 
 _HOME = {
     "CheckpointError": "ckpt",
     "Engine": "uni3d.engine",
+    "LayerSpec": "uni3d.pipe",
+    "PipelineModule": "uni3d.pipe",
+    "TiedLayerSpec": "uni3d.pipe",
+    "add_config_arguments": "uni3d.deepspeed_names",
+    "init_distributed": "uni3d.deepspeed_names",
     "initialize": "uni3d.initialization",
 }
 """Where each public name lives; looked up when it is first asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -36,6 +37,11 @@ class Accessors:
     @property
     def global_rank(self) -> int:
         return self.model.topology.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine, as torchrun counts; 0 without torchrun."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
 
     @property
     def world_size(self) -> int:

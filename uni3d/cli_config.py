@@ -94,13 +94,15 @@ def _sections(settings: Any) -> dict[str, Any]:
         dump["optimizer"] = {"is": settings.optimizer.implementation, **settings.optimizer.hyperparameters}
     if settings.precision == "fp16":
         dump["fp16"] = settings.fp16.model_dump(mode="json", exclude={"enabled"})
-    if not settings.compile.enabled:
-        dump["compile"] = {"enabled": False}
+    for key, section in dump.items():
+        if isinstance(section, dict) and section.get("enabled") is False:  # then the rest says nothing
+            dump[key] = {"enabled": False}
     zero = settings.zero_optimization
     dump["zero_optimization"] = {
         "stage": zero.stage,
         "offload": zero.offload,
         "shard_group": zero.shard_group,
+        "stage3_param_persistence_threshold": zero.stage3_param_persistence_threshold,
     }
     return {key: dump[key] for key in sorted(dump, key=lambda k: isinstance(dump[k], dict))}
 

@@ -3,6 +3,7 @@
     config_sections                what each section holds
     optim_config, torch_optim      `optimizer`
     schedule_config                `scheduler`
+    observe_config                 what a run tells of itself
     deepspeed_keys                 DeepSpeed's other keys: refused, or named as having no meaning here
     strict                         how sections are checked, and errors explained
 
@@ -30,6 +31,7 @@ from uni3d.config_sections import (
     ZeroConfig,
 )
 from uni3d.deepspeed_keys import sift
+from uni3d.observe_config import CsvMonitorConfig, FlopsProfilerConfig, TensorBoardConfig, WandbConfig
 from uni3d.optim_config import OptimizerConfig, read_optimizer
 from uni3d.schedule_config import SchedulerConfig, read_scheduler
 from uni3d.strict import ConfigError, Strict, validate
@@ -60,6 +62,14 @@ class Config(Strict):
     data_types: DataTypesConfig = DataTypesConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: CompileConfig = CompileConfig()
+    steps_per_print: int | None = Field(default=None, gt=0)
+    """Print a line every so many steps; null prints none."""
+    wall_clock_breakdown: bool = False
+    """Whether that line is followed by one of where the time went; every 10 steps if nothing else is said."""
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandbConfig = WandbConfig()
+    csv_monitor: CsvMonitorConfig = CsvMonitorConfig()
+    flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
     optimizer: SerializeAsAny[OptimizerConfig] | None = None
     scheduler: SerializeAsAny[SchedulerConfig] | None = None
     _without_meaning: Mapping[str, str] = PrivateAttr(default_factory=dict)

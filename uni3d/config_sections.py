@@ -43,6 +43,11 @@ def _not_nvme(value: object) -> object:
     return value
 
 
+def _whole_number(value: object) -> object:
+    """1e5, which JSON has as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class OffloadConfig(Strict):
     """Where what is offloaded lies."""
 
@@ -59,6 +64,10 @@ class ZeroConfig(Strict):
     """Keep optimizer states on the host, and with them sharded parameters and gradients; from stage 1 on."""
     offload_param: OffloadConfig | None = None
     """The same switch, for stage 3."""
+    stage3_param_persistence_threshold: Annotated[int, BeforeValidator(_whole_number)] = Field(
+        default=0, ge=0
+    )
+    """At stage 3, layers of fewer elements are kept whole from the forward pass to the backward one."""
     zero_hpz_partition_size: int = Field(default=1, ge=1)
     """Shard over groups of so many ranks, which are copies of each other; 1 shards over all."""
     mics_shard_size: int = -1

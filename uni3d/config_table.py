@@ -50,7 +50,8 @@ def _honoured(section: type[BaseModel], within: str = "") -> Iterator[tuple[str,
         if inner:
             yield from _honoured(inner[0], f"{within}{name}.")
             continue
-        text = " ".join((field.description or "").split())
+        text = (section.__doc__ if name == "enabled" else field.description) or ""
+        text = " ".join(text.split())
         yield f"`{within}{name}`", _default(field.default), text
 
 
@@ -87,8 +88,8 @@ def _default(value: Any) -> str:
 
 
 def _by_reason(keys: dict[str, str]) -> Iterator[tuple[str, str]]:
-    for reason in dict.fromkeys(keys.values()):
-        yield reason, ", ".join(f"`{key}`" for key, why in keys.items() if why == reason)
+    for reason, names in deepspeed_keys.by_reason(keys).items():
+        yield reason, ", ".join(f"`{name}`" for name in names)
 
 
 if __name__ == "__main__":

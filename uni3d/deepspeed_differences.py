@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from uni3d.config import Config
+from uni3d.deepspeed_keys import by_reason
 from uni3d.optim_config import AdamConfig, MuonConfig
 from uni3d.schedule_config import OneCycleParams
 
@@ -17,7 +18,10 @@ def differences(config: Config, pp: int) -> list[tuple[str, str]]:
         *_precision(config),
         *_optimizer(config),
         *_rest(config),
-        *((key, f"no meaning here: {reason}") for key, reason in config.without_meaning.items()),
+        *(
+            (", ".join(keys), f"no meaning here: {why}")
+            for why, keys in by_reason(config.without_meaning).items()
+        ),
     ]
 
 
@@ -48,6 +52,11 @@ def _zero(config: Config, pp: int) -> Iterator[tuple[str, str]]:
             "zero_optimization.offload_optimizer",
             "one switch: sharded parameters, gradients and optimizer states lie on the host together, and "
             "the optimizer steps there; DeepSpeed moves parameters and optimizer states apart",
+        )
+    if zero.stage == 3:
+        yield (
+            "zero_optimization.stage3_param_persistence_threshold",
+            "of whole layers, 0 by default; DeepSpeed's is of single parameters, 1e5 by default",
         )
     if zero.zero_hpz_partition_size > 1:
         yield (
@@ -102,12 +111,14 @@ def _optimizer(config: Config) -> Iterator[tuple[str, str]]:
     if schedule.type.startswith("Warmup"):
         yield (
             "scheduler",
-            "the timing is DeepSpeed's: the first step is taken before the warmup has begun, at its lowest "
-            "rate (0 by default), and so is the second, at its iteration 0",
+            "the timing is DeepSpeed's: the first step is taken before the warmup has begun, the second at "
+            "its iteration 0, so that by default the rate of both is 0",
         )
 
 
 def _rest(config: Config) -> Iterator[tuple[str, str]]:
+    if "steps_per_print" not in config.model_fields_set and not config.wall_clock_breakdown:
+        yield "steps_per_print", "nothing is printed by default; DeepSpeed prints a line every 10 steps"
     if config.activation_checkpointing.mode != "none":
         yield (
             "activation_checkpointing",

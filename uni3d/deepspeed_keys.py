@@ -21,15 +21,9 @@ _NO_DISK = "nothing is offloaded to disks"
 
 REFUSED: dict[str, str] = {
     # Observation
-    "tensorboard": _LATER,
-    "wandb": _LATER,
-    "csv_monitor": _LATER,
     "comet": "write to it from the script, with what train_batch returns",
-    "flops_profiler": _LATER,
-    "wall_clock_breakdown": _LATER,
-    "memory_breakdown": _LATER,
+    "memory_breakdown": "the line of steps_per_print has a GPU's peak memory",
     "dump_state": "uni3d config prints the resolved config",
-    "steps_per_print": f"{_LATER}; print what train_batch returns",
     "comms_logger": "use torch.profiler, which records collectives",
     "autotuning": "it is a search over runs; uni3d plan estimates before one",
     "eigenvalue": "it belongs to DeepSpeed's quantization schedules, which aren't here",
@@ -132,7 +126,6 @@ NO_MEANING: dict[str, str] = {
         *("use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size"),
         *("round_robin_gradients", "sub_group_size", "legacy_stage1", "mics_hierarchical_params_gather"),
         *("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
-        *("stage3_param_persistence_threshold", "param_persistence_threshold"),
         *("stage3_model_persistence_threshold", "model_persistence_threshold"),
         *("stage3_max_live_parameters", "max_live_parameters"),
         *("stage3_max_reuse_distance", "max_reuse_distance"),
@@ -209,6 +202,7 @@ NO_MEANING: dict[str, str] = {
 READ_AS: dict[str, str] = {
     "bfloat16": "bf16",
     "tensor_parallel.autotp_size": "parallel.tp",
+    "zero_optimization.param_persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
     "zero_optimization.cpu_offload_params": "zero_optimization.offload_param",
     "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
@@ -224,6 +218,14 @@ class Sifted(NamedTuple):
     """What is refused."""
     without_meaning: dict[str, str]
     """The keys that were given and change nothing, with the reason."""
+
+
+def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
+    """The keys that share a reason, in order."""
+    grouped: dict[str, list[str]] = {}
+    for key, reason in keys.items():
+        grouped.setdefault(reason, []).append(key)
+    return grouped
 
 
 def sift(values: Mapping[str, Any]) -> Sifted:

@@ -128,7 +128,8 @@ def restore_optimizer(
 
 
 def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {"params": [names[id(p)] for p in group["params"]]}
+    # Two stages on one rank may each have a copy of a tied parameter: one name.
+    values: dict[str, Any] = {"params": list(dict.fromkeys(names[id(p)] for p in group["params"]))}
     for key, value in group.items():
         if key in _HOW_NOT_WHAT:
             continue

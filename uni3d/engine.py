@@ -16,11 +16,12 @@ from parallel import Failures, ParallelModel
 from parallel.gradients import sum_over_ranks
 from parallel.pipeline import Loss, split_logits
 from uni3d.accessors import Accessors
-from uni3d.batches import BatchError, run_batches
+from uni3d.batches import BatchError, on_device, run_batches
 from uni3d.checkpointing import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.data import TrainingLoader
 from uni3d.loss_scale import LossScale
+from uni3d.observe import Observer
 from uni3d.random_state import random_state
 from uni3d.saving import Saving
 from uni3d.step import Stepper
@@ -70,14 +71,17 @@ class Engine(Accessors, Saving):
         self._backwards = 0  # of the micro batch at hand
         self._inside_no_sync = False
         self._failures = Failures()
+        self.observer = Observer(self)
 
     # --- whole batches ---------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """One optimizer step on one global batch, under any topology.
 
-        Takes `gradient_accumulation_steps` micro batches `(inputs, targets)` from `data_iter`, by default
-        from the engine's own loader. Returns the batch's mean loss, the same on all ranks.
+        Takes `gradient_accumulation_steps` micro batches from `data_iter`, by default from the engine's own
+        loader: `(inputs, targets)`, or what a model that computes its own loss is called with: a tuple of
+        arguments, or a dict of them by name. Such a model returns the loss, or an object that has it as
+        `.loss`. Returns the batch's mean loss, the same on all ranks.
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite; no step was taken.
@@ -87,12 +91,19 @@ class Engine(Accessors, Saving):
         self._check_between_steps("train_batch")
         self._check_optimizer("train_batch")
         with self._together("train_batch"):
-            batches = self._take(data_iter)
+            with self.observer.timed("data"):
+                batches = self._take(data_iter)
             self._find_terms(batches)
+            if self.observer.profiles_next():
+                self._evaluate(batches)  # the first time, torch's schedules compute something for its shapes
+                self.observer.profile(lambda: self._evaluate(batches))
             self.module.train()
-            with self._random_state():
+            with self.observer.timed("forward and backward"), self._random_state():
                 loss = run_batches(self.model, batches, self.triad, train=True, factor=self._factor())
-            return self._stepper.finish(loss)
+            with self.observer.timed("step"):
+                mean = self._stepper.finish(loss)
+            self.observer.tell()
+            return mean
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Mean loss of one global batch from `data_iter`, without learning from it."""
@@ -139,9 +150,20 @@ class Engine(Accessors, Saving):
         self._check_usable()
         self._check_no_stages("forward")
         args, kwargs = self._on_device((args, kwargs))
-        with self._together("forward"), self._random_state(), split_logits(self.model.topology):
-            output = self.module(*args, **kwargs)
+        with self._together("forward"), self.observer.timed("forward"), self._random_state():
+            output = self._forward_once(args, kwargs)
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+
+    def _forward_once(self, args: Any, kwargs: Any) -> Any:
+        with split_logits(self.model.topology):
+            counts = self.observer.profiles_next() and self._micro_steps == 0 and not self._pending
+            if not (counts and torch.is_grad_enabled()):
+                return self.module(*args, **kwargs)
+            outputs: list[Any] = []
+            self.observer.profile(
+                lambda: outputs.append(self.module(*args, **kwargs)), self.triad.accumulation
+            )
+            return outputs[0]
 
     def backward(
         self, loss: Tensor | tuple[Tensor, Tensor], retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -161,7 +183,11 @@ class Engine(Accessors, Saving):
         if not scale_wrt_gas:
             value = Loss(value.total * steps, value.tokens)
         self.model.zero.before_backward(last=self._ends_step())
-        with self._together("backward"), split_logits(self.model.topology):
+        with (
+            self._together("backward"),
+            self.observer.timed("backward"),
+            split_logits(self.model.topology),
+        ):
             if self.scaler is not None and self.scaler.terms is None:
                 _, tokens, _, _ = sum_over_ranks(value, [], self.model.topology)
                 self.scaler.set_terms(tokens.item() * steps)
@@ -209,8 +235,9 @@ class Engine(Accessors, Saving):
         self._stepper.applied = False
         if boundary:
             losses, self._pending, self._micro_steps = self._pending, [], 0
-            with self._together("step"):
+            with self._together("step"), self.observer.timed("step"):
                 self._stepper.finish(Loss.sum(losses))
+            self.observer.tell()
 
     def zero_grad(self) -> None:
         """Drop all gradients, and begin the step's accumulation anew."""
@@ -235,7 +262,7 @@ class Engine(Accessors, Saving):
         return 1.0 if self.scaler is None else self.scaler.factor
 
     def _on_device(self, values: Any) -> Any:
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, values)
+        return on_device(values, self.device)
 
     def _random_state(self) -> AbstractContextManager[None]:
         return random_state(

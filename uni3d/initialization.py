@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,14 +14,19 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import parallel
+from parallel.masters import make_masters
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
+from uni3d.deepspeed_keys import by_reason
 from uni3d.engine import Engine
+from uni3d.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
+from uni3d.pipe import PipelineModule
 from uni3d.schedules import make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
+_log = logging.getLogger(__name__)
 
 
 def initialize(
@@ -62,19 +68,25 @@ def initialize(
     if model is None:
         raise ValueError("initialize needs a model")
     settings = load_config(_one_config(args, config, config_params))
+    settings = _with_what_the_model_says(settings, model)
+    check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
+    how = _parallel_settings(settings)
+    parallel.check_micro_batches(how, degrees.pp, triad.accumulation)
     parallel.start_process_group(device)
-    topology = parallel.Topology(degrees, zero_stage=settings.zero_optimization.stage, device_type=device)
+    topology = parallel.Topology(
+        degrees,
+        zero_stage=settings.zero_optimization.stage,
+        shard_group=settings.shard_group,
+        device_type=device,
+    )
+    _make_masters(model, settings, topology)
     _name_what_has_no_meaning(settings, topology)
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
         groups = split_groups(settings.optimizer, model, groups)
-    built = parallel.build(
-        model,
-        topology,
-        _parallel_settings(settings),
-    )
+    built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
@@ -99,6 +111,7 @@ def _parallel_settings(config: Config) -> parallel.Settings:
             compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
         ),
         offload=config.offload,
+        persistence_threshold=config.zero_optimization.stage3_param_persistence_threshold,
         schedule=p.schedule,
         virtual_stages=p.virtual_stages,
         balance=p.balance,
@@ -111,11 +124,20 @@ def _parallel_settings(config: Config) -> parallel.Settings:
 def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
     """Say once that keys of DeepSpeed's were accepted that change nothing here."""
     if config.without_meaning and topology.rank == 0:
-        reasons = "; ".join(
-            f"{', '.join(key for key, why in config.without_meaning.items() if why == reason)} ({reason})"
-            for reason in dict.fromkeys(config.without_meaning.values())
-        )
+        grouped = by_reason(config.without_meaning)
+        reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
         warnings.warn(f"keys of the config that have no meaning here: {reasons}", stacklevel=3)
+
+
+def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:
+    if (changed := make_masters(model)) and topology.rank == 0:
+        _log.warning(
+            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and "
+            "computes in %s, as the config says",
+            len(changed),
+            changed[0],
+            settings.precision,
+        )
 
 
 def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
@@ -129,6 +151,23 @@ def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str
         )
     config: str | Path | Mapping[str, Any] = configs[0]
     return config
+
+
+def _with_what_the_model_says(settings: Config, model: nn.Module) -> Config:
+    """The config with what a `PipelineModule` says of its running, as scripts for DeepSpeed have it there."""
+    if not isinstance(model, PipelineModule):
+        return settings
+    p, again = settings.parallel, settings.activation_checkpointing
+    if model.num_stages is not None:
+        if "pp" in p.model_fields_set and p.pp not in (model.num_stages, "auto"):
+            raise ValueError(
+                f"num_stages({model.num_stages}) of the PipelineModule isn't parallel.pp({p.pp}) of the "
+                "config; give one of the two"
+            )
+        p = p.model_copy(update={"pp": model.num_stages})
+    if model.activation_checkpoint_interval and again.mode == "none":
+        again = again.model_copy(update={"mode": "full"})
+    return settings.model_copy(update={"parallel": p, "activation_checkpointing": again})
 
 
 def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
@@ -146,9 +185,6 @@ def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
 def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> Groups:
     """Parameter groups with names for parameters, which outlive the tensors that sharding replaces."""
     names = {id(p): name for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ValueError(f"{name} is {parameter.dtype}; in this release parameters must be torch.float32")
     if isinstance(optimizer, torch.optim.Optimizer):
         check_works_sharded(optimizer)
         if optimizer.state:
@@ -176,8 +212,10 @@ def _make_optimizer(
     settings: Config, given: Any, groups: Groups, built: parallel.ParallelModel
 ) -> torch.optim.Optimizer | None:
     """The optimizer over this rank's parts of the parameters; groups that have none here stay, empty."""
-    here = {built.first_name(name): p for name, p in built.module.named_parameters()}
-    local = [{**g, "params": [here[name] for name in g["params"] if name in here]} for g in groups]
+    here: dict[str, list[nn.Parameter]] = {}  # several where two stages on this rank share a weight
+    for name, parameter in built.module.named_parameters():
+        here.setdefault(built.first_name(name), []).append(parameter)
+    local = [{**g, "params": [p for name in g["params"] for p in here.get(name, [])]} for g in groups]
     if isinstance(given, torch.optim.Optimizer):
         for group, replacement in zip(given.param_groups, local, strict=True):
             group["params"] = replacement["params"]

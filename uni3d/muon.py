@@ -51,7 +51,7 @@ class MuonWithAdam(torch.optim.Optimizer):
         ahead = torch.zeros_like(parameter)  # Nesterov's
         torch.lerp(local(gradient), local(momentum), group["momentum"], out=local(ahead))
         rows, columns = parameter.shape
-        whole = orthogonal(ahead.full_tensor() if isinstance(ahead, DTensor) else ahead)
+        whole = orthogonal(gathered(ahead))
         scale: float = max(1.0, rows / columns) ** 0.5
         return own_part(whole.mul_(scale), parameter)
 
@@ -87,13 +87,23 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return result.to(matrix.dtype)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Collective: the whole of a sharded tensor, where the ranks compute, though it may be offloaded."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    here = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(here, DTensor), "only its place has changed"
+    return here.full_tensor()
+
+
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks have, cut as `like` is."""
+    """This rank's part of a tensor that all ranks have, cut as `like` is, and where its part lies."""
     if not isinstance(like, DTensor):
         return whole
     everywhere = [Replicate()] * like.device_mesh.ndim
     copies = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
-    return copies.redistribute(placements=like.placements).to_local().clone()
+    part = copies.redistribute(placements=like.placements).to_local()
+    return torch.empty_like(local(like)).copy_(part)
 
 
 def muon_groups(

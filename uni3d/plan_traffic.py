@@ -36,8 +36,8 @@ def bubble(job: Job) -> float:
         interleaved   (p - 1) / v         (Narayanan et al. 2021)
         zero_bubble   (p - 1) / (3 v)     (ZB-H1 of Qi et al. 2023, section 2: (p - 1) (T_F + T_B - T_W), with
                                           T_F = T_B = T_W: forward, backward, weights' gradients)
-        ZBV           (p - 1) / (3 v)     (v = 2. Counted from each rank's own start to its own end it is 0; but
-                                          a step's ranks wait for each other, for the gradients' norm)
+        ZBV           (p - 1) / (3 v)     (v = 2. Qi et al. 2023, section 6, have 0: from each rank's own
+                                          start to its own end. Ours wait for the gradients' norm)
 
     They are what torch's schedules come to when they are played through with these times; a test does.
     """
@@ -69,17 +69,19 @@ def ring(n_bytes: int, ranks: int) -> int:
 def _tensor(job: Job, stage: Stage) -> int:
     """Sums of activations over the tensor-parallel ranks, in a step of one pipeline rank.
 
-    A layer sums what its two row-wise projections gave; in its backward pass the gradient of what each
-    column-wise projection was given, one by one. Sequence parallelism splits each sum into its two halves, a
-    reduce-scatter and an all-gather, and sends as much.
+    A layer sums what its two row-wise projections gave; in its backward pass the gradients of what attention
+    and feed-forward were given. Sequence parallelism splits each sum into its two halves, a reduce-scatter
+    and an all-gather, and sends as much.
     """
-    columns = 3 + (2 if job.shape.activation == "swiglu" else 1)
     # A layer is computed again until all that its backward pass needs is there: before its last sum.
     again = -(-stage.layers // job.every) if job.recompute == "full" else 0
     # Of the ends: what was looked up in parts; the gradient of what the head was given.
-    sums = stage.layers * (2 + columns) + again + len(stage.ends)
-    size = job.compute_bytes * job.tokens * job.shape.hidden
-    return job.accumulation * sums * 2 * ring(size, job.ranks.tp)
+    sums = stage.layers * 4 + again + len(stage.ends)
+    rows = sums * job.tokens
+    if job.shape.positions == "learned" and "embed" in stage.ends:
+        rows += job.seq_len  # looked up in parts as well, once for all samples
+    size = job.compute_bytes * rows * job.shape.hidden
+    return job.accumulation * 2 * ring(size, job.ranks.tp)
 
 
 def _pipeline(job: Job, stage: Stage) -> int:

@@ -147,7 +147,7 @@ class GPTShape:
 @lru_cache
 def _links(shape: GPTShape) -> tuple[Link, ...]:
     matrix, block = (shape.vocab, shape.hidden), shape._block()
-    learned = Weight("positions.weight", (shape.max_seq_len, shape.hidden), None)
+    learned = Weight("positions.weight", (shape.max_seq_len, shape.hidden), 0)
     tied = f"embed.{EMBEDDING}" if shape.tied_head else None
     return (
         Link("embed", (Weight(EMBEDDING, matrix, 0), *([learned] if shape.positions == "learned" else []))),

@@ -48,8 +48,8 @@ class Inventory:
     def __init__(self, model: ParallelModel) -> None:
         self._model = model
         self._stage = StageLayout(model.topology)
-        self._known: dict[tuple[str, str], Held] = {}
-        self._before: dict[tuple[str, str], Held] = {}
+        self._known: dict[tuple[str, str, bool], Held] = {}  # by name, state, and whether it is saved
+        self._before: dict[tuple[str, str, bool], Held] = {}
 
     def arrays(
         self,
@@ -90,7 +90,7 @@ class Inventory:
         return arrays
 
     def layout(self, arrays: Iterable[Held]) -> ckpt.Layout:
-        """What each rank of this stage saves."""
+        """What each of the ranks that have the same stages saves."""
         layout: dict[int, list[ShardSpec]] = {rank: [] for rank in self._stage.ranks}
         for spec, _, savers in arrays:
             for rank, place in savers.items():
@@ -105,10 +105,11 @@ class Inventory:
         savers: Mapping[int, Place] | None,
         fine_dim: int | None,
     ) -> Held:
-        """`savers` None is all ranks of the stage."""
-        known = self._before.get((name, state))
+        """`savers` None is all ranks that have the same stages."""
+        key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter's copy beside the first
+        known = self._before.get(key)
         if known is not None and known.tensor is local_tensor(tensor):
-            self._known[name, state] = known
+            self._known[key] = known
             return known
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in ckpt.DTYPES:
@@ -127,7 +128,7 @@ class Inventory:
         assert box.shape == tuple(part.shape), f"{name}/{state}: {tuple(part.shape)} here, computed {box}"
         spec = ShardSpec(ArrayKey(name, state), dtype, tuple(tensor.shape), box, fine_dim)
         held = Held(spec, part, places if savers is None else savers)
-        self._known[name, state] = held
+        self._known[key] = held
         return held
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel.gradients import local_gradients, sum_over_ranks
+from parallel.gradients import counts_here, local_gradients, sum_over_ranks
 from parallel.pipeline import Loss
+from uni3d.observe import StepRecord
 
 if TYPE_CHECKING:
     from uni3d.engine import Engine
@@ -27,13 +28,26 @@ class Numbers(NamedTuple):
     """1 if both are, else 0."""
     alarms: float
     """How many ranks had an alarm to raise."""
+    terms: float
+    """How many values the loss is the mean of."""
+
+
+class _Trained(NamedTuple):
+    parameters: list[nn.Parameter]
+    """This rank's that the optimizer has."""
+    counts: list[bool]
+    """Whether each counts on this rank in the norm: each logical parameter counts once."""
 
 
 class Report:
     """A step's numbers on their way to the host, which needn't wait for them."""
 
-    def __init__(self, step: int, numbers: Tensor) -> None:
+    def __init__(self, step: int, samples: int, rate: float, numbers: Tensor) -> None:
         self.step = step
+        self.samples = samples
+        """Consumed when it has been taken."""
+        self.rate = rate
+        """Learning rate of the first group."""
         self._numbers = numbers
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
@@ -65,8 +79,10 @@ class Stepper:
         """Of the last step's gradients."""
         self.applied = False
         """Whether the last step changed the parameters."""
+        self._trained = _Trained([], [])
         fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
-        self.deferred = fused and engine.scaler is None and engine.device.type == "cuda"
+        on_gpu = engine.device.type == "cuda" and not engine.model.zero.offload  # where the optimizer works
+        self.deferred = fused and engine.scaler is None and on_gpu
         """Whether a step's numbers are read during the next one."""
 
     def finish(self, loss: Loss | None) -> Tensor:
@@ -80,16 +96,21 @@ class Stepper:
         assert engine.optimizer is not None, "checked before the batch was taken"
         engine.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
+        engine.model.scalars.sum()
+        engine.model.replicas.check()
         engine.model.tied.sum()
         #    A save that failed in the background is told along; the next call raises it, on all ranks.
+        gradients, counted = self._gradients()
         total, tokens, square, alarms = sum_over_ranks(
-            loss, self._counted_parameters(), engine.model.topology, alarm=engine.checkpointer.failed
+            loss, counted, engine.model.topology, alarm=engine.checkpointer.failed
         )
         lifted = 1.0 if engine.scaler is None else engine.scaler.factor
         mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
         finite = (mean_loss + norm).isfinite()
         self.settle()
-        report = Report(engine.global_steps + 1, torch.stack([mean_loss, norm, finite.double(), alarms]))
+        numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
+        samples = engine.global_samples + engine.triad.train_batch
+        report = Report(engine.global_steps + 1, samples, engine.get_lr()[0], numbers)
         # 2. Gradients are of the sum over the global batch: divide, and clip, in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if engine.config.gradient_clipping > 0:
@@ -98,10 +119,10 @@ class Stepper:
         if self.deferred:
             engine.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self._take_back = self._remember()
-            self._update(scale)
+            self._update(gradients, scale)
             self._unread = report
         elif self._judge(report):
-            self._update(scale)
+            self._update(gradients, scale)
         return mean_loss.float()
 
     def settle(self) -> None:
@@ -121,6 +142,8 @@ class Stepper:
         self.norm = numbers.norm
         engine.checkpointer.agree(numbers.alarms > 0)
         self.applied = bool(numbers.finite)
+        if engine.observer.wanted:
+            self._tell(report, numbers)
         if engine.scaler is not None:
             if not self.applied:
                 engine.module.zero_grad()
@@ -137,10 +160,23 @@ class Stepper:
             )
         return self.applied
 
-    def _update(self, scale: Tensor) -> None:
+    def _tell(self, report: Report, numbers: Numbers) -> None:
+        engine = self._engine
+        engine.observer.step_taken(
+            StepRecord(
+                step=report.step,
+                samples=report.samples,
+                loss=numbers.loss,
+                norm=numbers.norm,
+                rate=report.rate,
+                scale=None if engine.scaler is None else engine.scaler.scale,
+                terms=numbers.terms,
+            )
+        )
+
+    def _update(self, gradients: list[Tensor], scale: Tensor) -> None:
         engine = self._engine
         assert engine.optimizer is not None
-        gradients = local_gradients(self._trained_parameters())
         if gradients:
             torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
         engine.optimizer.step()
@@ -171,13 +207,17 @@ class Stepper:
 
         return take_back
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        """This stage's parameters that the optimizer has."""
-        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups if self._engine.optimizer else []
-        return [p for group in groups for p in group["params"]]
-
-    def _counted_parameters(self) -> list[nn.Parameter]:
-        """Those, but for copies of tied ones, which their first stage counts."""
-        model = self._engine.model
-        copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
-        return [p for p in self._trained_parameters() if id(p) not in copies]
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's parts of the gradients, and those of them that count on it."""
+        model, optimizer = self._engine.model, self._engine.optimizer
+        assert optimizer is not None
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if [id(p) for p in trained] != [id(p) for p in self._trained.parameters]:
+            copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
+            counts = [id(p) not in copies and counts_here(p, model.topology) for p in trained]
+            self._trained = _Trained(trained, counts)
+        gradients = local_gradients(trained)
+        counted = [
+            g for g, counts in zip(gradients, self._trained.counts, strict=True) if counts and g is not None
+        ]
+        return [g for g in gradients if g is not None], counted

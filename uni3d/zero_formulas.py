@@ -14,10 +14,10 @@ accumulate and reduce gradients with, a rank holds at the fullest moment of a st
 they are transient: those of one layer, in general of one unit of `parallel.blocks.units`, and of the next.
 
 The ZeRO paper (Rajbhandari et al. 2020, section 5, with c = r = 2 and Adam) has 2P + 2P + KP, each term
-divided by dp from stage 3, 2 and 1 on; its K = 12 are the 4 bytes of fp32 parameters and the 8 of moments. Ours
-differs in that gradients are kept in fp32 once they are reduced; that at stage 3 there is no 16-bit copy of the
-shard beside the fp32 one, which gives the same 16P/dp in all; and that stage 1 with one micro batch in a step
-reduces gradients as they come, like stage 2. In fp32 the paper's copy is the same again: 4P beside 4P/s.
+divided by dp from stage 3, 2 and 1 on; its K = 12 are the 4 bytes of fp32 parameters and the 8 of moments.
+Ours differs in that gradients are kept in fp32 once they are reduced; that at stage 3 there is no 16-bit copy
+of the shard beside the fp32 one, which gives the same 16P/dp in all; and that stage 1 with one micro batch in
+a step reduces gradients as they come, like stage 2. In fp32 the paper's copy is the same again: 4P by 4P/s.
 
 A rank sends in a step of A micro batches, in rings, (k-1)/k of the bytes to gather or to scatter over k
 ranks, and twice that to sum them (the paper's section 7 says 1 and 2 for that):
@@ -28,8 +28,8 @@ ranks, and twice that to sum them (the paper's section 7 says 1 and 2 for that):
 | 2          | cP                | A rP                  | rP/s                             |
 | 3          | 2A cP             | A rP                  | rP/s                             |
 
-The paper's 2P for stages up to 2 and 3P for stage 3 are those of A = 1. What is padded where s doesn't divide a
-parameter's first dimension comes on top, in memory and on the wire.
+The paper's 2P for stages up to 2 and 3P for stage 3 are those of A = 1. What is padded where s doesn't divide
+a parameter's first dimension comes on top, in memory and on the wire.
 """
 
 from __future__ import annotations

@@ -195,15 +195,24 @@ class GPT(nn.Module):
     @property
     def tp_plan(self) -> dict[str, str]:
         """Module pattern -> tensor-parallel style, in the manner of Hugging Face's `tp_plan`."""
-        gate = {"layers.*.ffn.gate": "colwise"} if self.config.activation == "swiglu" else {}
-        return gate | {
+        optional = {}
+        if self.config.activation == "swiglu":
+            optional["layers.*.ffn.gate"] = "colwise"
+        if self.config.positions == "learned":
+            optional["embed.positions"] = "embedding_rowwise"
+        return optional | {
             "embed.tokens": "embedding_rowwise",
+            "layers.*.attn_norm": "sequence_parallel",
+            "layers.*.attn": "gather_input",
             "layers.*.attn.q": "colwise",
             "layers.*.attn.k": "colwise",
             "layers.*.attn.v": "colwise",
             "layers.*.attn.o": "rowwise",
+            "layers.*.ffn_norm": "sequence_parallel",
+            "layers.*.ffn": "gather_input",
             "layers.*.ffn.up": "colwise",
             "layers.*.ffn.down": "rowwise",
+            "norm": "sequence_parallel",
             "head": "colwise_logits",
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from model import GPT, GPTConfig
 from torch import nn
 
+from parallel.placement import Placement
+from parallel.settings import Settings
 from parallel.stages import Chain, balanced_cuts, layer_names, split_layers
 
 
@@ -63,6 +66,88 @@ def test_stages_of_a_gpt_are_balanced(pp: int, vocab_size: int) -> None:
         assert stages[1] == ["head"], "a head that costs more than all layers is alone"
 
 
+def all_elements(model: nn.Module, layers: list[str]) -> int:
+    return sum(p.numel() for name in layers for p in model.get_submodule(name).parameters())
+
+
+@pytest.mark.parametrize("num_layers", [5, 7])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_each_balance_is_as_even_as_can_be(num_layers: int, stages: int) -> None:
+    """A large vocabulary costs parameters at both ends, but multiplications at one."""
+    model = gpt(vocab_size=400, num_layers=num_layers)
+    layers = model.pipeline_layers
+    costs = {"flops": matrix_elements, "parameters": all_elements, "uniform": lambda _, names: len(names)}
+    for balance, cost in costs.items():
+        cut = split_layers(model, layers, stages, balance)
+        assert [name for stage in cut for name in stage] == layers
+        options = every_cut(len(layers), stages)
+        best = min(max(cost(model, layers[a:b]) for a, b in option) for option in options)
+        assert max(cost(model, stage) for stage in cut) == best, balance
+
+
+def test_what_each_balance_counts() -> None:
+    """An embedding has parameters, but multiplies nothing."""
+    model = nn.Sequential(nn.Embedding(100, 4), *(nn.Linear(4, 4) for _ in range(4)))
+    names = [str(i) for i in range(5)]
+    assert [len(stage) for stage in split_layers(model, names, 2, "flops")] == [3, 2]
+    assert [len(stage) for stage in split_layers(model, names, 2, "parameters")] == [1, 4]
+    assert max(len(stage) for stage in split_layers(model, names, 2, "uniform")) == 3
+    assert split_layers(model, names, 2) == split_layers(model, names, 2, "flops")
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=7), st.data())
+def test_what_a_model_says_its_layers_cost_comes_first(costs: list[int], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+    balance = data.draw(st.sampled_from(["flops", "parameters", "uniform"]))
+    model = nn.Sequential(*(nn.Identity() for _ in costs))
+    model.pipeline_costs = costs
+    cut = split_layers(model, [str(i) for i in range(len(costs))], stages, balance)
+    assert [[int(name) for name in stage] for stage in cut] == [
+        list(range(a, b)) for a, b in balanced_cuts(costs, stages)
+    ]
+
+
+def test_costs_of_other_layers() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    model.pipeline_costs = [1]
+    with pytest.raises(ValueError, match="pipeline_costs has 1 numbers for 2 pipeline_layers"):
+        split_layers(model, ["0", "1"], 2)
+
+
+@given(st.integers(1, 6), st.integers(1, 4))
+def test_every_stage_has_one_rank(pp: int, virtual: int) -> None:
+    schedules: list[Any] = ["interleaved", "zero_bubble", *(["zero_bubble_v"] if virtual == 2 else [])]
+    for schedule in schedules:
+        settings = Settings(seed=0, schedule=schedule, virtual_stages=virtual)
+        placement = Placement.of(settings, pp)
+        assert placement.stages == pp * virtual
+        assert sorted(s for rank in range(pp) for s in placement.on(rank)) == list(range(pp * virtual))
+        assert all(len(placement.on(rank)) == virtual for rank in range(pp))
+        assert placement.on(0)[0] == 0, "inputs enter on the first rank"
+        assert placement.is_last(pp * virtual - 1)
+        last = 0 if schedule == "zero_bubble_v" else pp - 1
+        assert placement.on(last)[-1] == pp * virtual - 1, "where the loss is known"
+
+
+@pytest.mark.parametrize("deal", [lambda i: i % 2, lambda i: i % 3], ids=["two", "three"])
+def test_stretches_on_one_rank_share_no_parameter(deal: Any) -> None:
+    """Each has a copy of what is tied, under its own name, and together they run as the model."""
+    model = gpt(num_layers=4, tied_head=True)
+    tokens = torch.randint(0, 61, (2, 8))
+    expected, names = model(tokens), dict(model.named_parameters(remove_duplicate=False))
+    stages = split_layers(model, model.pipeline_layers, 6)
+    chain = Chain(deepcopy(model), stages)
+    assert torch.equal(chain(tokens), expected)
+    held = dict(chain.named_parameters())
+    assert held.keys() == names.keys()
+    assert all(torch.equal(held[name], names[name]) for name in names)
+    some = [stage for i, stage in enumerate(stages) if deal(i) == 0]
+    part = Chain(deepcopy(model), some)
+    assert sorted(dict(part.named_parameters())) == sorted(
+        name for name in names if name.startswith(tuple(f"{layer}." for stage in some for layer in stage))
+    )
+
+
 @pytest.mark.parametrize("tied_head", [False, True])
 @pytest.mark.parametrize(("pp", "num_layers"), [(1, 5), (2, 5), (3, 5), (8, 5), (5, 12)])
 def test_the_stages_in_a_row_are_the_model(pp: int, num_layers: int, tied_head: bool) -> None:
@@ -72,7 +157,7 @@ def test_the_stages_in_a_row_are_the_model(pp: int, num_layers: int, tied_head: 
     stages = split_layers(model, model.pipeline_layers, pp)
     x, names = tokens, []
     for layers in stages:
-        stage = Chain(deepcopy(model), layers)
+        stage = Chain(deepcopy(model), [layers])
         held = [name for name, _ in stage.named_parameters(remove_duplicate=False)]
         assert all(name.startswith(tuple(f"{layer}." for layer in layers)) for name in held)
         for name, parameter in stage.named_parameters():
@@ -112,5 +197,7 @@ def test_a_chain_that_is_not_declared_well() -> None:
 def test_more_stages_than_layers() -> None:
     model = Custom(["first", "second"])
     assert split_layers(model, ["first", "second"], 2) == [["first"], ["second"]]
-    with pytest.raises(ValueError, match=r"^pp\(3\) needs at least 3 layers, but the model has 2$"):
+    with pytest.raises(
+        ValueError, match=r"^a pipeline of 3 stages needs at least 3 layers, but the model has 2$"
+    ):
         split_layers(model, ["first", "second"], 3)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import parallel
 from parallel.pipeline import Loss, split_logits
-from parallel.tensor import check_divisible, expand_plan, tied_names
+from parallel.tensor import check_plan, expand_plan, tied_names
 
 GPT_OPTIONS: dict[str, Any] = {
     "vocab_size": 61,  # which 2 doesn't divide
@@ -33,7 +33,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tied_grouped_layernorm": {"tied_head": True, "num_kv_heads": 2, "norm": "layernorm"},
 }
 
-SPLIT_DIM = {"tokens": 0, "head": 0, "q": 0, "k": 0, "v": 0, "up": 0, "gate": 0, "o": 1, "down": 1}
+SPLIT_DIM = {
+    "tokens": 0,
+    "positions": 0,
+    "head": 0,
+    "q": 0,
+    "k": 0,
+    "v": 0,
+    "up": 0,
+    "gate": 0,
+    "o": 1,
+    "down": 1,
+}
 """By the last part of a module's name."""
 
 
@@ -154,13 +165,13 @@ def test_patterns_of_a_plan() -> None:
 def test_a_degree_that_does_not_divide(options: dict[str, Any], tp: int, message: str) -> None:
     model = gpt(**options)
     with pytest.raises(ValueError, match=r"choose a tp that does$") as caught:
-        check_divisible(model, expand_plan(model, model.tp_plan), model.tp_units, tp)
+        check_plan(model, expand_plan(model, model.tp_plan), model.tp_units, tp)
     assert str(caught.value).startswith(f"tp({tp}) doesn't divide {message}")
 
 
 def test_a_degree_that_does_divide() -> None:
     for tp in (1, 2):  # 61 rows of the vocabulary are no reason
-        check_divisible(gpt(), expand_plan(gpt(), gpt().tp_plan), gpt().tp_units, tp)
+        check_plan(gpt(), expand_plan(gpt(), gpt().tp_plan), gpt().tp_units, tp)
 
 
 def test_other_names_of_tied_weights() -> None:

@@ -76,7 +76,6 @@ def places_case() -> list[dict[str, Any]]:
             places.append(
                 {
                     "coordinates": (topology.pp_rank, topology.dp_rank, topology.tp_rank),
-                    "last": topology.is_last_stage,
                     "pp_group": dist.get_process_group_ranks(topology.pp_group),
                     "tp_mesh": topology.tp_mesh.mesh.tolist(),
                     "zero_mesh": topology.zero_mesh.mesh.tolist(),
@@ -96,7 +95,6 @@ def test_ranks_are_where_an_arange_puts_them(ranks: Ranks) -> None:
                 p, r, s, t = (int(i[0]) for i in np.nonzero(grid == rank))
                 assert next(found) == {
                     "coordinates": (p, r + s, t),  # one of the two data-parallel axes is of size 1
-                    "last": p == pp - 1,
                     "pp_group": grid[:, r, s, t].tolist(),
                     "tp_mesh": grid[p, r, s, :].tolist(),
                     "zero_mesh": grid[p, :, :, t].tolist(),
@@ -113,3 +111,39 @@ def mismatch_case() -> str:
 def test_a_topology_of_another_size_is_refused(ranks: Ranks) -> None:
     for message in ranks.run(2, mismatch_case):
         assert message == "pp(2) * dp(2) * tp(1) = 4, but 2 processes were started"
+
+
+def refused_case(zero: int, group: int) -> str:
+    with pytest.raises(ValueError, match="shard") as caught:
+        Topology(Degrees(pp=1, dp=2, tp=2), zero_stage=zero, shard_group=group)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("zero", "group", "message"),
+    [
+        (1, 3, "dp(2) = groups * shard_group(3) has no solution; choose a shard group that divides dp"),
+        (3, 4, "dp(2) = groups * shard_group(4) has no solution; choose a shard group that divides dp"),
+        (2, 0, "dp(2) = groups * shard_group(0) has no solution; choose a shard group that divides dp"),
+        (
+            0,
+            2,
+            "a shard group of 2 needs ZeRO stage 1, 2 or 3: stage 0 shards nothing; "
+            "choose another stage, or give no shard group",
+        ),
+    ],
+)
+def test_a_shard_group_that_cannot_be(ranks: Ranks, zero: int, group: int, message: str) -> None:
+    assert ranks.run(4, refused_case, zero, group) == [message] * 4
+
+
+def shard_group_case() -> tuple[int, list[int], list[int]]:
+    topology = Topology(Degrees(pp=1, dp=4, tp=1), zero_stage=2, shard_group=2)
+    mesh = topology.zero_mesh
+    groups = [dist.get_process_group_ranks(mesh.get_group(axis)) for axis in ("replicate", "shard")]
+    return topology.dp_rank, groups[0], groups[1]
+
+
+def test_neighbours_shard_and_groups_of_them_replicate(ranks: Ranks) -> None:
+    found = ranks.run(4, shard_group_case)
+    assert found == [(0, [0, 2], [0, 1]), (1, [1, 3], [0, 1]), (2, [0, 2], [2, 3]), (3, [1, 3], [2, 3])]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel
-from parallel.gradients import square_sum
+from parallel.gradients import counts_here, local_gradients, square_sum
 
 DP = 3
 
@@ -123,7 +123,8 @@ def norm_case(stage: int) -> tuple[float, float]:
     inputs, targets = (x[:12].chunk(2)[topology.dp_rank] for x in oracle.samples())
     assert built.pipeline is not None
     built.pipeline.run(inputs, targets, 2, train=True)
-    square = square_sum(built.module.parameters(), topology)
+    counted = [p for p in built.module.parameters() if counts_here(p, topology)]
+    square = square_sum([g for g in local_gradients(counted) if g is not None], topology.device)
     dist.all_reduce(square)
     gathered = [p.grad.full_tensor() for p in built.module.parameters()]
     return square.sqrt().item(), torch.nn.utils.get_total_norm(gathered).item()
@@ -150,3 +151,80 @@ def unknown_case() -> str:
 
 def test_an_unknown_stage(ranks: Ranks) -> None:
     assert ranks.run(1, unknown_case) == ["ZeRO stage 4 doesn't exist; expected 0, 1, 2 or 3"]
+
+
+def records_case() -> str:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=1), zero_stage=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(FSDPParam, "free_unsharded_param")  # as if a later torch had renamed it
+        with pytest.raises(RuntimeError, match="fully_shard of torch") as caught:
+            parallel.build(net(), topology, parallel.Settings(zero_stage=1, seed=0))
+    return str(caught.value)
+
+
+def test_a_torch_with_other_records_is_refused(ranks: Ranks) -> None:
+    assert ranks.run(1, records_case) == [
+        f"fully_shard of torch {torch.__version__} has no free_unsharded_param, which ZeRO needs; "
+        "use a torch from 2.11 to 2.13"
+    ]
+
+
+def persistent_case(threshold: int) -> dict[str, tuple[int, int]]:
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=DP, tp=1), zero_stage=3)
+    settings = parallel.Settings(zero_stage=3, seed=0, persistence_threshold=threshold)
+    built = parallel.build(net(), topology, settings)
+    loss = built.module(data()[0, topology.dp_rank])
+    seen = sizes(built)
+    built.zero.before_backward(last=True)
+    loss.backward()
+    assert all(local(p) <= shard_size(p.shape, topology.dp_rank) for p in built.module.parameters())
+    return seen
+
+
+def test_small_layers_stay_whole_from_forward_to_backward(ranks: Ranks) -> None:
+    """Of 40 and 42 elements are the two layers, of 12 what is left with the root."""
+    shapes = {name: p.shape for name, p in net().named_parameters()}
+    for rank, seen in enumerate(ranks.run(DP, persistent_case, 42)):
+        for name, (held, _) in seen.items():
+            small = name.startswith(("layers.1", "out"))
+            assert held == (shapes[name].numel() if small else shard_size(shapes[name], rank)), name
+
+
+def reduced_case(reduce: torch.dtype, scale: float = 1.0, sample: int | None = None) -> dict[str, Tensor]:
+    """The summed gradients of each rank's own data, or of one sample's on all ranks."""
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=DP, tp=1), zero_stage=2)
+    settings = parallel.Settings(zero_stage=2, seed=0, precision=parallel.Precision(reduce=reduce))
+    built = parallel.build(net(), topology, settings)
+    built.zero.before_backward(last=True)
+    (built.module(data()[0, topology.dp_rank if sample is None else sample]) * scale).backward()
+    return {n: p.grad.full_tensor() for n, p in built.module.named_parameters()}
+
+
+@pytest.mark.parametrize("reduce", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_reduced_in_the_type_that_was_chosen(ranks: Ranks, reduce: torch.dtype) -> None:
+    model, parts = net(), []
+    for rank in range(DP):
+        model.zero_grad()
+        model(data()[0, rank]).backward()
+        parts.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    found = ranks.run(DP, reduced_case, reduce)[0]
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, gradient.to(reduce).float()), "it was summed in that type"
+        terms = torch.stack([part[name] for part in parts])
+        # One rounding of each term, and one of each sum that they are added up by.
+        bound = torch.finfo(reduce).eps * terms.abs().sum(0) * DP / 2 + torch.finfo(reduce).tiny
+        assert torch.all((gradient - terms.sum(0)).abs() <= bound), name
+
+
+def test_a_sum_that_overflows_in_fp16_is_not_finite(ranks: Ranks) -> None:
+    model = net()
+    model(data()[0, 0]).backward()
+    largest = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    scale = 60_000 / largest  # of one rank they are finite in fp16
+    for gradients in ranks.run(DP, reduced_case, torch.float16, scale, 0):
+        assert not all(g.isfinite().all() for g in gradients.values())
+    for gradients in ranks.run(DP, reduced_case, torch.float16, scale / (DP + 0.1), 0):
+        assert all(g.isfinite().all() for g in gradients.values())

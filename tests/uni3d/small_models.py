@@ -124,18 +124,19 @@ def train_plainly(
     batches: list[Batch],
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
     clip: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> tuple[list[float], list[float], nn.Module]:
     """Losses, gradient norms and the trained copy of `model`: one process, each global batch at once."""
     model = deepcopy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     inner, losses, norms = optimizer(trained), [], []
     for x, y in batches:
-        loss = model(x, y) if isinstance(model, OwnLoss) else F.mse_loss(model(x), y)
-        loss.backward()
+        value = model(x, y) if isinstance(model, OwnLoss) else loss(model(x), y)
+        value.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip or float("inf"))))
         inner.step()
         inner.zero_grad()
-        losses.append(loss.item())
+        losses.append(value.item())
     return losses, norms, model
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,12 @@ def test_everything_is_resolved_for_a_world_size(tmp_path: Path) -> None:
     assert (config["pp"], config["dp"], config["tp"]) == (2, 4, 1)
     assert (config["train_batch"], config["micro_batch"], config["accumulation"]) == (32, 4, 2)
     assert (config["precision"], config["communication_data_type"]) == ("bf16", "fp32")
-    assert config["zero_optimization"] == {"stage": 3, "offload": True, "shard_group": None}
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "offload": True,
+        "shard_group": None,
+        "stage3_param_persistence_threshold": 0,
+    }
     assert config["optimizer"] == {
         "is": "torch.optim.AdamW",
         "lr": 3e-4,
@@ -73,7 +80,7 @@ def test_differences_from_deepspeed_are_those_of_this_file(tmp_path: Path) -> No
     assert "before June 2026 its default was 0" in found["gradient_clipping"][0]
     assert any("skips the step" in text for text in found["bf16"])
     _, plain = asked(tmp_path, {"train_batch_size": 8, "gradient_clipping": 0.0})
-    assert set(plain) == {"train_batch_size", "checkpoint"}
+    assert set(plain) == {"train_batch_size", "steps_per_print", "checkpoint"}
     others = {
         "train_batch_size": 8,
         "fp16": {"enabled": True},
@@ -120,6 +127,32 @@ def test_mistakes(tmp_path: Path, values: Any, options: list[str], message: str)
         run(tmp_path, values, *options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "can't be read: No such file or directory"),
+        ('{"train_batch_size": 8,}', "is not JSON: Expecting property name"),
+        (
+            '{"train_batch_size": "auto", "seed": -1}',
+            "seed is -1: input should be greater than or equal to 0",
+        ),
+        ("[]", "config: the whole is []: expected an object"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    repository = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.insert(0, {repository!r}); from uni3d.cli import main; main()"
+    command = [sys.executable, "-c", code, "config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: config")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 DEGREE = st.just("auto") | st.integers(0, 4)

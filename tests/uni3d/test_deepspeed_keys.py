@@ -5,6 +5,7 @@ Read off DeepSpeed 0.19's `runtime/config.py` and what that calls, by hand: noth
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -39,10 +40,18 @@ HONOURED: dict[str, Any] = {
     "zero_optimization.cpu_offload_param": True,
     "zero_optimization.zero_hpz_partition_size": 2,
     "zero_optimization.mics_shard_size": 2,
+    "zero_optimization.stage3_param_persistence_threshold": 1e5,
+    "zero_optimization.param_persistence_threshold": 10,
     "optimizer.type": "SGD",
     "optimizer.params": {"lr": 0.5},
     "scheduler": {"type": "WarmupLR"},
     "tensor_parallel.autotp_size": 2,
+    "steps_per_print": 10,
+    "wall_clock_breakdown": True,
+    "tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"},
+    "csv_monitor": {"enabled": True, "output_path": "x", "job_name": "y"},
+    "wandb": {"enabled": True, "group": "x", "team": "y", "project": "z"},
+    "flops_profiler": {"enabled": True, "profile_step": 2, "module_depth": 1, "top_modules": 3},
 }
 NAMED: dict[str, Any] = {
     **{
@@ -60,7 +69,6 @@ NAMED: dict[str, Any] = {
             "sub_group_size": "auto",
             "cpu_offload_use_pin_memory": True,
             "stage3_prefetch_bucket_size": 1,
-            "stage3_param_persistence_threshold": 1,
             "stage3_model_persistence_threshold": 1,
             "stage3_max_live_parameters": 1,
             "stage3_max_reuse_distance": 1,
@@ -162,6 +170,8 @@ REFUSED: dict[str, Any] = {
     "elasticity": {"enabled": True, "max_train_batch_size": 2000},
     "autotuning": ON,
     "comms_logger": ON,
+    "memory_breakdown": True,
+    "dump_state": True,
     "comet": ON,
     "eigenvalue": ON,
     "progressive_layer_drop": ON,
@@ -177,20 +187,18 @@ REFUSED: dict[str, Any] = {
 }
 
 NEEDS: dict[str, dict[str, Any]] = {
-    "zero_optimization.offload_optimizer.device": {"stage": 1},
-    "zero_optimization.offload_param.device": {"stage": 3},
-    "zero_optimization.cpu_offload": {"stage": 1},
-    "zero_optimization.cpu_offload_param": {"stage": 3},
-    "zero_optimization.zero_hpz_partition_size": {"stage": 3},
-    "zero_optimization.mics_shard_size": {"stage": 3},
+    "zero_optimization.offload_optimizer.device": {"zero_optimization": {"stage": 1}},
+    "zero_optimization.offload_param.device": {"zero_optimization": {"stage": 3}},
+    "zero_optimization.cpu_offload": {"zero_optimization": {"stage": 1}},
+    "zero_optimization.cpu_offload_param": {"zero_optimization": {"stage": 3}},
+    "zero_optimization.zero_hpz_partition_size": {"zero_optimization": {"stage": 3}},
+    "zero_optimization.mics_shard_size": {"zero_optimization": {"stage": 3}},
 }
-"""What a key needs beside it in its section, to be right."""
+"""What a key needs beside it, to be right."""
 
 
 def with_key(key: str, value: Any) -> dict[str, Any]:
-    values = {**BASE, "optimizer": {**BASE["optimizer"]}}
-    if key in NEEDS:
-        values["zero_optimization"] = dict(NEEDS[key])
+    values: dict[str, Any] = copy.deepcopy(BASE | NEEDS.get(key, {}))
     *sections, last = key.split(".")
     inner = values
     for section in sections:
@@ -200,7 +208,7 @@ def with_key(key: str, value: Any) -> dict[str, Any]:
 
 
 def without_key(key: str) -> Config:
-    return load_config(BASE | ({"zero_optimization": NEEDS[key]} if key in NEEDS else {}))
+    return load_config(BASE | NEEDS.get(key, {}))
 
 
 @pytest.mark.parametrize("key", HONOURED)
@@ -272,6 +280,16 @@ def test_what_the_keys_come_to() -> None:
     off = {"stage": 3, "offload_optimizer": none, "offload_param": none, "cpu_offload": False}
     assert not load_config({"zero_optimization": off}).offload
     assert load_config({"bfloat16": {"enabled": True}}).precision == "bf16"
+
+
+def test_what_zero_is_told_reaches_the_parallel_package() -> None:
+    from uni3d.initialization import _parallel_settings
+
+    on = load_config({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}})
+    assert _parallel_settings(on).offload
+    assert not _parallel_settings(load_config({"zero_optimization": {"stage": 1}})).offload
+    kept = load_config({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1e5}})
+    assert _parallel_settings(kept).persistence_threshold == 100_000
 
 
 def test_the_users_own_dict_stays_as_it_is() -> None:

@@ -1,6 +1,6 @@
 """Every topology x ZeRO stage x precision takes the same ten steps as one process of plain PyTorch.
 
-`python tests/parity_table.py` writes what this measures into `docs/parallelism.md`.
+`python tests/support/parallelism_tables.py parity` writes what this measures into `docs/parallelism.md`.
 """
 
 from __future__ import annotations

@@ -81,9 +81,10 @@ def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) 
     whole = real_model(SMALL | {"tied_head": tied})
     for kept, stage in zip(split_layers(whole, whole.pipeline_layers, pp), job.stages, strict=True):
         assert [link.name for link in stage.links] == kept
-        chain = Chain(real_model(SMALL | {"tied_head": tied}), kept)
-        units = [{id(p) for p in unit.parameters()} for unit in blocks.units(chain)]
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in blocks.units(chain)]
+        chain = Chain(real_model(SMALL | {"tied_head": tied}), [kept])
+        gathered = blocks.units(list(chain.stretches()[0]))
+        units = [{id(p) for p in unit.parameters()} for unit in gathered]
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in gathered]
         assert [job.whole(unit) for unit in stage.units if unit] == sizes
         rest = {id(p): p.numel() for p in chain.parameters() if not any(id(p) in unit for unit in units)}
         assert job.whole(stage.root) == sum(rest.values())
@@ -247,7 +248,7 @@ def torchs_orders(kind: Any, pp: int, v: int, m: int) -> dict[int, list[Any]]:
 
 
 def play_order(orders: dict[int, list[Any]], last_stage: int) -> tuple[float, list[int]]:
-    """As `play`; forward and each half of a backward take 1, and what is kept goes with the last half."""
+    """As `play`, forward and both halves of a backward taking 1 each; held is what has a half to come."""
     kinds = schedules._ComputationType
     todo = {rank: list(actions) for rank, actions in orders.items()}
     done: dict[tuple[str, int, int], float] = {}

@@ -1,0 +1,138 @@
+"""Hugging Face models under tensor parallelism, by the plans that they carry."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
+
+import hf_models
+
+LOGITS = {"lm_head": "colwise_logits"}
+
+
+def steps_case(
+    kind: str, zero: int, plan: dict[str, str]
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    model: Any = hf_models.make(kind)
+    model.tp_plan.update(plan)
+    engine = hf_models.make_engine(model, zero, tp=2)
+    losses, norms = hf_models.train(engine, kind)
+    return losses, norms, hf_models.whole(engine.module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero", "plan"), [("llama", 0, {}), ("llama", 3, LOGITS), ("qwen3", 3, {}), ("mixtral", 1, {})]
+)
+def test_the_steps_are_those_of_one_process(
+    hf_ranks: Ranks, kind: str, zero: int, plan: dict[str, str]
+) -> None:
+    losses, norms, model = hf_models.train_plainly(kind)
+    for found_losses, found_norms, parameters in hf_ranks.run(2, steps_case, kind, zero, plan):
+        assert found_losses == pytest.approx(losses, rel=1e-5)
+        assert found_norms == pytest.approx(norms, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameters[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+class LastDims(TorchDispatchMode):
+    """Records the last dim of all plain tensors that are computed, those inside of DTensors too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # so that it computes on its local tensors, which are seen then
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if type(tensor) is Tensor and not tensor.is_meta and tensor.ndim > 0:
+                self.seen.add(tensor.shape[-1])
+        return output
+
+
+def logits_case(plan: dict[str, str]) -> set[int]:
+    model: Any = hf_models.make("llama")
+    model.tp_plan.update(plan)
+    engine = hf_models.make_engine(model, 3, tp=2)
+    (batch, *_) = hf_models.batches("llama")
+    micro = [hf_models.rows(batch, start, 4) for start in (0, 4)]
+    with LastDims() as dims:
+        engine.train_batch(iter(micro))
+    return dims.seen
+
+
+def test_with_split_logits_no_rank_holds_all_of_them_under_the_models_own_loss(hf_ranks: Ranks) -> None:
+    for part, seen in zip((31, 30), hf_ranks.run(2, logits_case, LOGITS), strict=True):
+        assert part in seen, "a rank's own part is seen"
+        assert hf_models.VOCABULARY not in seen
+    for seen in hf_ranks.run(2, logits_case, {}):
+        assert hf_models.VOCABULARY in seen, "the plan as it comes gathers them"
+
+
+def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> str:
+    model: Any = hf_models.make(kind, **options)
+    model.tp_plan.update(plan)
+    with pytest.raises(ValueError, match=r"tp|split") as caught:
+        hf_models.make_engine(model, 0, tp=2)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "options", "message"),
+    [
+        ("gpt2", {}, {}, "tp(2) needs a model with a tp_plan, which GPT2LMHeadModel hasn't; use tp 1"),
+        ("bert", {}, {}, "tp(2) needs a model with a tp_plan, which BertForSequenceClassification hasn't"),
+        (
+            "llama",
+            {},
+            {"num_key_value_heads": 1},
+            "tp(2) doesn't divide the 1 heads of model.layers.0.self_attn.k_proj (colwise); choose",
+        ),
+        (
+            "llama",
+            {},
+            {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3},
+            "tp(2) doesn't divide the 3 heads of model.layers.0.self_attn.q_proj (colwise); choose",
+        ),
+        (
+            "gpt2",
+            {"transformer.h.*.attn.c_attn": "colwise"},
+            {},
+            "transformer.h.0.attn.c_attn is a Conv1D, which the style 'colwise' can't split; it needs Linear",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_named(
+    hf_ranks: Ranks, kind: str, plan: dict[str, str], options: dict[str, Any], message: str
+) -> None:
+    for error in hf_ranks.run(2, refused_case, kind, plan, options):
+        assert error.startswith(message)
+
+
+def forgotten_case() -> str:
+    model: Any = hf_models.make("qwen3")
+    del model.tp_plan["model.layers.*.self_attn.q_norm"]
+    engine = hf_models.make_engine(model, 1, tp=2)
+    with pytest.raises(ValueError, match="different gradients") as caught:
+        hf_models.train(engine, "qwen3")
+    return str(caught.value)
+
+
+def test_a_norm_over_each_head_that_the_plan_forgets_is_named_at_the_first_step(hf_ranks: Ranks) -> None:
+    for error in hf_ranks.run(2, forgotten_case):
+        assert error.startswith(
+            "tp(2) ranks have different gradients of model.layers.0.self_attn.q_norm.weight, "
+            "model.layers.1.self_attn.q_norm.weight, which the tp_plan leaves out"
+        )

@@ -1,0 +1,257 @@
+"""Modules as people write them train under ZeRO with no change, and take the steps of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import uni3d
+from parallel.blocks import units
+
+WIDTH, BATCH, STEPS = 6, 8, 3
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+
+
+class Net(nn.Module):
+    """`features`, whatever they are, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.out(self.features(x)), y)
+
+
+class NestedLists(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(2))
+
+    def features(self, x: Tensor) -> Tensor:
+        for row in self.rows:
+            for layer in row:  # type: ignore[attr-defined]
+                x = torch.tanh(layer(x))
+        return x
+
+
+class Dicts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"first": nn.Linear(WIDTH, WIDTH), "second": nn.Linear(WIDTH, WIDTH)})
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.parts["second"](torch.tanh(self.parts["first"](x))))
+
+
+class Bare(Net):
+    """Parameters of its own: one without a dim, one with one element, one used twice, one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+        self.shift = nn.Parameter(torch.tensor([0.1]))
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH) / 2)
+        self.unused = nn.Parameter(torch.randn(3, 3))
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.tanh(x @ self.matrix) @ self.matrix) * self.temperature + self.shift
+
+
+class Recurrent(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, batch_first=True)
+
+    def features(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lstm(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1]
+        return out
+
+
+class Convolutions(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 1, 1))
+        self.net[0].weight.data = self.net[0].weight.data.transpose(0, 2).contiguous().transpose(0, 2)
+        assert not self.net[0].weight.is_contiguous()
+
+    def features(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x.unsqueeze(1)).squeeze(1)
+        return out
+
+
+class Normed(Net):
+    """Batch norm, whose statistics are of a rank's own samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())]
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers[0](x)
+        return out
+
+
+class HalfLow(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Linear(WIDTH, WIDTH).to(torch.bfloat16)
+        self.high = nn.Linear(WIDTH, WIDTH)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.low(self.high(x)))
+
+
+KINDS: dict[str, Callable[[], Net]] = {
+    "nested lists": NestedLists,
+    "dicts": Dicts,
+    "bare": Bare,
+    "recurrent": Recurrent,
+    "convolutions": Convolutions,
+}
+
+
+def make(kind: str) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return KINDS[kind]()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    inputs = torch.randn(STEPS, BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
+    return [(x, x.square().mean(1, keepdim=True)) for x in inputs]
+
+
+def make_engine(model: nn.Module, zero: int, **config: Any) -> uni3d.Engine:
+    given = {
+        "train_batch_size": BATCH,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "SGD", "params": SGD},
+        "zero_optimization": {"stage": zero},
+        "parallel": {"device": "cpu"},
+    }
+    engine: uni3d.Engine = uni3d.initialize(model=model, config=given | config)[0]
+    return engine
+
+
+def train(engine: uni3d.Engine) -> list[float]:
+    losses = []
+    size = engine.train_micro_batch_size_per_gpu()
+    first = engine.model.topology.dp_rank * 2 * size
+    for x, y in batches():
+        parts = [slice(first, first + size), slice(first + size, first + 2 * size)]
+        losses.append(engine.train_batch(iter([(x[part], y[part]) for part in parts])).item())
+    engine.model.zero.reshard()
+    return losses
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    tensors = {n: p.detach() for n, p in module.named_parameters()}
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
+
+
+def steps_case(zero: int) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    results = {}
+    for kind in KINDS:
+        engine = make_engine(make(kind), zero)
+        results[kind] = (train(engine), whole(engine.module))
+    return results
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_steps_are_those_of_one_process(ranks: Ranks, zero: int) -> None:
+    results = ranks.run(2, steps_case, zero)
+    for kind in KINDS:
+        model = make(kind)
+        optimizer = torch.optim.SGD(model.parameters(), foreach=False, **SGD)
+        losses = []
+        for x, y in batches():
+            loss = model(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        for result in results:
+            found, parameters = result[kind]
+            assert found == pytest.approx(losses, rel=1e-5), kind
+            assert parameters.keys() == dict(model.named_parameters()).keys()
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(
+                    parameters[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=f"{kind}: {name}"
+                )
+
+
+def test_layers_in_nested_containers_are_gathered_one_by_one() -> None:
+    assert len(units(NestedLists())) == 4
+    assert len(units(Dicts())) == 2
+
+
+def batch_norm_case() -> tuple[list[float], torch.dtype, torch.dtype, float]:
+    torch.manual_seed(3)
+    model = Normed()
+    types: list[torch.dtype] = []
+    model.layers[0][0].register_forward_hook(lambda _m, _a, out: types.append(out.dtype))  # type: ignore
+    engine = make_engine(model, 3, bf16={"enabled": True})
+    losses = train(engine)
+    norm: Any = engine.module.get_submodule("layers.0.1")
+    return losses, types[0], norm.running_mean.dtype, norm.running_mean.abs().sum().item()
+
+
+def test_batch_norms_compute_in_fp32_where_the_rest_is_in_bf16(ranks: Ranks) -> None:
+    for losses, linear, statistics, moved in ranks.run(2, batch_norm_case):
+        assert losses[-1] == losses[-1]
+        assert (linear, statistics) == (torch.bfloat16, torch.float32)
+        assert moved > 0
+
+
+def low_case() -> tuple[set[torch.dtype], dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(3)
+    model = HalfLow()
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    kept = list(model.parameters())
+    engine = uni3d.initialize(
+        model=model,
+        model_parameters=kept,
+        config={
+            "train_batch_size": BATCH,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+            "parallel": {"device": "cpu"},
+            "zero_optimization": {"stage": 2},
+        },
+    )[0]
+    return {p.dtype for p in engine.parameters()}, before, whole(engine.module)
+
+
+def test_low_precision_parameters_become_fp32_masters(ranks: Ranks) -> None:
+    for types, before, after in ranks.run(2, low_case):
+        assert types == {torch.float32}
+        for name, parameter in before.items():
+            assert torch.equal(after[name], parameter), name
+
+
+def refused_case(dtype: torch.dtype) -> str:
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(model.weight.detach().to(dtype))
+    with pytest.raises(ValueError, match="parameters must be") as caught:
+        make_engine(model, 1)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_types_are_refused(ranks: Ranks, dtype: torch.dtype) -> None:
+    (error,) = ranks.run(1, refused_case, dtype)
+    assert error.startswith(f"weight is {dtype}; parameters must be torch.float32, torch.bfloat16 or")

@@ -1,0 +1,103 @@
+"""A model on the meta device is built in the memory of a rank's share and about one layer."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import parallel
+
+MIB = 1 << 20
+WIDTH = 2048
+LAYER = 4 * WIDTH**2
+"""Bytes of a layer: one matrix in fp32."""
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
+
+    @property
+    def pipeline_layers(self) -> list[str]:
+        return [f"layers.{i}" for i in range(len(self.layers))]
+
+    def loss_fn(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(generator=generator)
+
+
+def resident(key: str) -> int:
+    """Bytes of this process's memory: VmRSS now, VmHWM at most."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(key))
+
+
+def build(topology: parallel.Topology, layers: int, device: str) -> parallel.ParallelModel:
+    with torch.device(device):
+        model = Net(layers)
+    settings = parallel.Settings(seed=0, zero_stage=3)
+    return parallel.build(model, topology, settings)
+
+
+def growth_case(degrees: tuple[int, int], layers: int, device: str, rank: int | None) -> tuple[int, int, int]:
+    """What building adds to resident memory: at most, and at its end; and the bytes of the share.
+
+    With a `rank`, this process is that one of ranks that aren't there: building a model on the meta device
+    sends nothing.
+    """
+    pp, dp = degrees
+    if rank is not None:
+        dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=pp * dp, store=FakeStore())
+    topology = parallel.Topology(parallel.Degrees(pp=pp, dp=dp, tp=1), zero_stage=3)
+    build(topology, pp, device)  # what the first one loads is no part of a model
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as counters:
+        counters.write("5")  # the peak is counted anew
+    built = build(topology, layers, device)
+    peak = resident("VmHWM")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    end = resident("VmRSS")
+    share = sum(p.to_local().nbytes for p in built.module.parameters())
+    return peak - before, end - before, share
+
+
+@pytest.mark.parametrize(
+    ("degrees", "rank"),
+    [((1, 4), None), ((1, 8), 5), ((2, 4), 6), ((1, 64), 9)],
+    ids=["dp4", "dp8", "pp2dp4", "dp64"],
+)
+def test_building_peaks_at_the_share_and_a_layer(
+    ranks: Ranks, degrees: tuple[int, int], rank: int | None
+) -> None:
+    layers = 16
+    parts = degrees[0] * degrees[1]
+    started = parts if rank is None else 1
+    for peak, end, share in ranks.run(started, growth_case, degrees, layers, "meta", rank):
+        assert share == layers * LAYER // parts
+        assert end == pytest.approx(share, abs=2 * MIB)
+        assert peak < share + LAYER + 2 * MIB
+
+
+def test_a_model_on_the_cpu_is_built_whole(ranks: Ranks) -> None:
+    """What the test above would see if the whole model were made."""
+    layers = 8
+    for peak, _, _ in ranks.run(4, growth_case, (1, 4), layers, "cpu", None):
+        assert peak > layers * LAYER

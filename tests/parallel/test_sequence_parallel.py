@@ -1,0 +1,180 @@
+"""Sequence parallelism: the same steps as one process, with activations that are split between the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from model import GPT, GPTConfig
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
+
+import parallel
+import uni3d
+
+STEPS = 3
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def engine_of(
+    degrees: tuple[int, int, int], zero: int, options: dict[str, Any], **config: Any
+) -> uni3d.Engine:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**(oracle.MODEL | options)))
+    pp, dp, tp = degrees
+    given = {
+        "train_micro_batch_size_per_gpu": oracle.BATCH // dp // 2,
+        "zero_optimization": {"stage": zero},
+        "parallel": {"pp": pp, "dp": dp, "tp": tp, "device": "cpu", "sequence_parallel": True},
+    }
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    engine: uni3d.Engine = uni3d.initialize(
+        model=model,
+        model_parameters=groups,
+        training_data=TensorDataset(*oracle.samples(masked=True)),
+        config=oracle.SETTINGS | given | config,
+    )[0]
+    return engine
+
+
+def train_case(
+    degrees: tuple[int, int, int], zero: int, options: dict[str, Any], config: dict[str, Any]
+) -> tuple[list[float], list[float], dict[str, Tensor], set[int]]:
+    engine = engine_of(degrees, zero, options, **config)
+    lengths: set[int] = set()
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        lengths.update((args[0].shape[1], output.shape[1]))
+
+    for name, module in engine.module.named_modules():
+        if name.startswith("layers.") and name.count(".") == 1:
+            module.register_forward_hook(look)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        losses.append(engine.train_batch().item())
+        norms.append(engine.get_global_grad_norm() or 0.0)
+    engine.model.zero.reshard()
+    parameters = {engine.model.first_name(n): whole(p) for n, p in engine.module.named_parameters()}
+    return losses, norms, parameters, lengths
+
+
+Case = tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]
+CASES: list[Case] = [
+    ((1, 1, 2), 0, {"norm": "layernorm", "positions": "learned", "activation": "gelu"}, {}),
+    ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "full"}}),
+    ((1, 2, 2), 3, {"tied_head": True}, {}),
+    ((2, 1, 2), 0, {}, {}),
+]
+SLOW_CASES: list[Case] = [
+    ((1, 2, 2), 0, {}, {}),
+    ((1, 2, 2), 1, {"tied_head": True}, {}),
+    ((2, 1, 2), 2, {"tied_head": True, "norm": "layernorm"}, {}),
+    ((2, 1, 2), 3, {}, {}),
+    ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "selective"}}),
+]
+ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+
+
+@pytest.mark.parametrize(("degrees", "zero", "options", "config"), ALL_CASES)
+def test_the_steps_are_those_of_one_process(
+    ranks: Ranks,
+    degrees: tuple[int, int, int],
+    zero: int,
+    options: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    trace = oracle.train(oracle.MODEL | options, STEPS, masked=True)
+    world = degrees[0] * degrees[1] * degrees[2]
+    seen: set[str] = set()
+    for losses, norms, parameters, lengths in ranks.run(world, train_case, degrees, zero, options, config):
+        assert losses == pytest.approx(trace.losses, rel=1e-5)
+        assert norms == pytest.approx(trace.norms, rel=1e-5)
+        assert lengths == {oracle.SEQ_LEN // 2}, "layers see, give and send on half of the sequence"
+        for name, parameter in parameters.items():
+            expected = trace.states[-1][name]["fp32"]
+            torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6, msg=name)
+        seen |= parameters.keys()
+    assert seen == trace.states[0].keys()
+
+
+def test_bf16_steps_stay_near_those_in_fp32(ranks: Ranks) -> None:
+    trace = oracle.train(oracle.MODEL, STEPS, masked=True)
+    for losses, norms, _, _ in ranks.run(2, train_case, (1, 1, 2), 3, {}, {"bf16": {"enabled": True}}):
+        assert losses == pytest.approx(trace.losses, rel=5e-3)
+        assert norms == pytest.approx(trace.norms, rel=5e-2)
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shapes of all plain tensors that are computed, those inside of DTensors too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # so that it computes on its local tensors, which are seen then
+        output = func(*args, **(kwargs or {}))
+        # Not the tensors without data with which DTensor tries out shapes.
+        self.seen.update(tuple(t.shape) for t in tree_leaves(output) if type(t) is Tensor and not t.is_meta)
+        return output
+
+
+def shapes_case(sequence_parallel: bool) -> set[tuple[int, ...]]:
+    split = {"pp": 1, "dp": 1, "tp": 2, "device": "cpu", "sequence_parallel": sequence_parallel}
+    engine = engine_of((1, 1, 2), 3, {}, parallel=split)
+    with Shapes() as shapes:
+        engine.train_batch()
+    return shapes.seen
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_no_rank_ever_holds_all_logits(ranks: Ranks, sequence_parallel: bool) -> None:
+    vocabulary = oracle.MODEL["vocab_size"]
+    for part, seen in zip((31, 30), ranks.run(2, shapes_case, sequence_parallel), strict=True):
+        assert any(part in shape for shape in seen), "a rank's own part of the vocabulary is seen"
+        assert not [shape for shape in seen if shape and shape[-1] == vocabulary]
+
+
+def refusal_case(degrees: tuple[int, int, int]) -> str:
+    engine = engine_of(degrees, 0, {})
+    batches = [(torch.zeros(6, 7, dtype=torch.int64), torch.zeros(6, 7, dtype=torch.int64))] * 2
+    with pytest.raises(ValueError, match="sequence_parallel") as caught:
+        engine.train_batch(iter(batches))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 2), (2, 1, 2)])
+def test_a_sequence_that_does_not_divide_is_refused_on_all_ranks(
+    ranks: Ranks, degrees: tuple[int, int, int]
+) -> None:
+    for error in ranks.run(2 * degrees[0], refusal_case, degrees):
+        assert error.startswith("sequence_parallel: tp(2) doesn't divide the sequence's 7 tokens; pad")
+
+
+def no_plan_case() -> str:
+    model = GPT(GPTConfig(**oracle.MODEL))
+    plan = {name: style for name, style in model.tp_plan.items() if style != "sequence_parallel"}
+    model.__class__ = type("Plain", (GPT,), {"tp_plan": plan})
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=0)
+    with pytest.raises(ValueError, match="sequence_parallel") as caught:
+        parallel.build(model, topology, parallel.Settings(seed=0, sequence_parallel=True))
+    return str(caught.value)
+
+
+def test_a_plan_without_it_is_refused(ranks: Ranks) -> None:
+    for error in ranks.run(2, no_plan_case):
+        assert error.startswith("sequence_parallel needs a tp_plan that says where the sequence is split")
+        assert error.endswith("which Plain's doesn't")

@@ -1,0 +1,157 @@
+"""ZeRO's formulas against live tensors and counted collectives: what a rank holds and sends, within 5%."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import parallel
+from uni3d.zero_formulas import Held, Sent, held, sent
+
+WIDTH = 256
+LAYERS = 8
+ACCUMULATION = 3
+
+
+class Net(nn.Module):
+    """Half a million parameters, which every degree here divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.float().square().sum()
+
+
+class Case(NamedTuple):
+    stage: int
+    dp: int
+    group: int | None = None
+    compute: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
+    accumulation: int = ACCUMULATION
+
+    def __str__(self) -> str:
+        types = f"{self.compute}-{self.reduce}".replace("torch.", "")
+        return f"z{self.stage}dp{self.dp}g{self.group}-{types}-{self.accumulation}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "dp": self.dp,
+            "shard_group": self.group,
+            "compute_bytes": self.compute.itemsize,
+            "reduce_bytes": self.reduce.itemsize,
+            "accumulation": self.accumulation,
+        }
+
+
+CASES = [
+    *(Case(stage, 2) for stage in range(4)),
+    *(Case(stage, 4, None, torch.bfloat16) for stage in range(4)),
+    *(Case(stage, 4, 2, torch.bfloat16, torch.bfloat16) for stage in (1, 2, 3)),
+    *(Case(stage, 2, None, torch.bfloat16, torch.float32, 1) for stage in range(4)),
+    Case(3, 1),
+    Case(2, 1, None, torch.bfloat16),
+]
+
+
+def memory(*tensors: Tensor | None) -> dict[int, int]:
+    """The bytes of each storage that the tensors lie in, once."""
+    found = {}
+    for tensor in tensors:
+        if tensor is not None:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return {pointer: size for pointer, size in found.items() if size}
+
+
+def live(module: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
+    """Storages of parameters and of gradients, in whatever form torch's fully_shard keeps them."""
+    parameters: dict[int, int] = {}
+    gradients: dict[int, int] = {}
+    for owner in module.modules():
+        group = owner._get_fsdp_state()._fsdp_param_group if hasattr(owner, "_get_fsdp_state") else None
+        if group is None:
+            continue
+        gradients |= memory(group._partial_reduce_output)
+        for record in group.fsdp_params:
+            whole = getattr(record, "_unsharded_param", None)
+            parameters |= memory(record.sharded_param.detach(), *record.all_gather_outputs)
+            gradients |= memory(record.sharded_param.grad, record.unsharded_accumulated_grad)
+            gradients |= memory(None if whole is None else whole.grad)
+    return parameters, gradients
+
+
+class Counting(TorchDispatchMode):
+    """Adds up what this rank sends in collectives of `c10d`, as rings send it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
+            share = (group.size() - 1) / group.size()
+            whole = max(t.nbytes for t in tensors) * share
+            name = func.__name__.replace("_", "")
+            kind = next(kind for kind in self.bytes if kind.replace("_", "") in name)
+            self.bytes[kind] += 2 * whole if kind == "all_reduce" else whole
+        return func(*args, **(kwargs or {}))
+
+
+def case(case: Case) -> Any:
+    topology = parallel.Topology(
+        parallel.Degrees(pp=1, dp=case.dp, tp=1), zero_stage=case.stage, shard_group=case.group
+    )
+    settings = parallel.Settings(
+        seed=0,
+        zero_stage=case.stage,
+        precision=parallel.Precision(compute=case.compute, reduce=case.reduce),
+    )
+    torch.manual_seed(0)
+    built = parallel.build(Net(), topology, settings)
+    optimizer = torch.optim.Adam(built.module.parameters(), foreach=False)
+    largest = [0, 0]
+
+    def look(*_: Any) -> None:
+        sizes = [sum(storages.values()) for storages in live(built.module)]
+        largest[:] = map(max, largest, sizes)
+
+    for _ in range(2):  # the second step is as all others
+        largest[:] = 0, 0
+        with Counting() as counted:
+            for i in range(case.accumulation):
+                loss = built.module(torch.randn(2, WIDTH))
+                look()
+                built.zero.before_backward(last=i + 1 == case.accumulation)
+                loss.backward()
+                look()
+        built.zero.reshard()
+        optimizer.step()
+        look()
+        optimizer.zero_grad()
+    states = [v for s in optimizer.state.values() for v in s.values() if v.ndim > 0]
+    return Held(*largest, sum(memory(*states).values())), Sent(**counted.bytes)
+
+
+@pytest.mark.parametrize("which", CASES, ids=str)
+def test_bytes(ranks: Ranks, which: Case) -> None:
+    parameters = LAYERS * WIDTH**2
+    for found_held, found_sent in ranks.run(which.dp, case, which):
+        assert found_held._asdict() == pytest.approx(held(parameters, **which.arguments)._asdict(), rel=0.05)
+        assert found_sent._asdict() == pytest.approx(sent(parameters, **which.arguments)._asdict(), rel=0.05)

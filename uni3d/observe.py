@@ -1,0 +1,173 @@
+"""What a run tells of itself while it trains: lines, curves, times, FLOPs. Nothing unless it is enabled."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from uni3d import profiler
+from uni3d.flops import peak_flops, utilisation
+from uni3d.monitors import Monitor, make_monitors
+
+if TYPE_CHECKING:
+    from uni3d.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A step, when its numbers are known."""
+
+    step: int
+    samples: int
+    """Consumed so far, over all ranks."""
+    loss: float
+    norm: float
+    rate: float
+    """Learning rate of the first parameter group, with which the step was taken."""
+    scale: float | None
+    """fp16's loss scale that it was computed with."""
+    terms: float
+    """Of the loss: its tokens, where it is a sum over them."""
+
+
+class Observer:
+    """Of one engine. `step_taken` and `timed` are local; `profile` is collective."""
+
+    def __init__(self, engine: Engine) -> None:
+        config = engine.config
+        self._engine = engine
+        self._speaks = engine.global_rank == 0
+        self._monitors: list[Monitor] = make_monitors(config) if self._speaks else []
+        self._every = config.steps_per_print or (10 if config.wall_clock_breakdown else None)
+        self._times = _Times(engine.device) if config.wall_clock_breakdown and self._speaks else None
+        self._profile: profiler.Profile | None = None
+        self._begun: float | None = None  # when the last line was printed
+        self._steps, self._terms = 0, 0.0  # since then; a load changes the steps' numbers
+        self._due: StepRecord | None = None
+        self.wanted = bool(self._every or self._monitors)
+        """Whether `step_taken` does anything."""
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Around a phase of a step, for `wall_clock_breakdown`."""
+        return nullcontext() if self._times is None else self._times.of(phase)
+
+    def step_taken(self, record: StepRecord) -> None:
+        """Tell of a step."""
+        if self._begun is None:  # the first step has allocations and compilation in it: measured from its end
+            self._begun = time.perf_counter()
+        else:
+            self._steps += 1
+            self._terms += record.terms
+        values = {"train_loss": record.loss, "lr": record.rate, "grad_norm": record.norm}
+        if record.scale is not None:
+            values["loss_scale"] = record.scale
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # of a skipped step
+        for monitor in self._monitors:
+            monitor.write(values, record.samples)
+        if self._every and record.step % self._every == 0:
+            self._due = record
+
+    def tell(self) -> None:
+        """Print what is due: at the end of a step, when its times are known."""
+        record, self._due = self._due, None
+        if record is None:
+            return
+        if self._speaks:
+            print(f"uni3d: {self._line(record)}", flush=True)
+            if self._times is not None:
+                print(f"uni3d: {self._times.line()}", flush=True)
+        self._begun, self._steps, self._terms = time.perf_counter(), 0, 0.0
+
+    def profiles_next(self) -> bool:
+        """Whether FLOPs are to be counted before the step to come."""
+        config = self._engine.config.flops_profiler
+        due = self._engine.global_steps + 1 >= config.profile_step  # a resumed run may begin beyond it
+        return config.enabled and self._profile is None and due
+
+    def profile(self, forward: Callable[[], Any], times: int = 1) -> None:
+        """Collective: count the FLOPs of this rank's forward passes of a batch; see `profiler.measure`."""
+        config = self._engine.config.flops_profiler
+        self._profile = profiler.measure(self._engine.model, self._engine.checkpointer.comm, forward, times)
+        if not self._speaks:
+            return
+        lines = profiler.table(self._profile, config)
+        if config.output_file is None:
+            print("\n".join(f"uni3d: {line}" for line in lines), flush=True)
+        else:
+            path = Path(config.output_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+
+    def _line(self, record: StepRecord) -> str:
+        engine = self._engine
+        parts = [f"step {record.step}", f"loss {record.loss:.4f}", f"lr {record.rate:.3g}"]
+        parts.append(f"norm {record.norm:.3g}")
+        if record.scale is not None:
+            parts += [f"loss scale {record.scale:g}", f"{engine.skipped_steps} skipped"]
+        assert self._begun is not None
+        steps = self._steps
+        if steps:
+            seconds = (time.perf_counter() - self._begun) / steps
+            parts += [f"{seconds:.3g} s a step", f"{engine.triad.train_batch / seconds:,.1f} samples/s"]
+            micro_batches = engine.triad.accumulation * engine.model.topology.degrees.dp
+            if self._terms > micro_batches * steps:  # the loss is a sum over tokens, not a mean
+                parts.append(f"{self._terms / steps / seconds:,.0f} tokens/s")
+            parts += self._mfu(seconds)
+        if engine.device.type == "cuda":
+            parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        return " | ".join(parts)
+
+    def _mfu(self, seconds: float) -> list[str]:
+        config, device = self._engine.config, self._engine.device
+        peak = None if config.flops_profiler.peak_tflops is None else config.flops_profiler.peak_tflops * 1e12
+        if peak is None and device.type == "cuda" and config.precision != "fp32":
+            peak = peak_flops(torch.cuda.get_device_name(device))
+        if self._profile is None or peak is None:
+            return []
+        return [f"MFU {utilisation(self._profile.forward, seconds, self._engine.world_size, peak):.1%}"]
+
+
+class _Times:
+    """How long phases take; on a GPU by its own clock, which is read when a line is printed.
+
+    What the GPU hasn't computed by then belongs to the next line: nobody waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: deque[tuple[str, Any, Any]] = deque()
+
+    @contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        if self._device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            yield
+            end.record()
+            self._events.append((phase, begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - began
+
+    def line(self) -> str:
+        """What has arrived since the last call, which is then forgotten."""
+        self._collect()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        total = sum(seconds.values())
+        parts = (f"{name} {1e3 * s:.1f} ms ({s / total:.0%})" for name, s in seconds.items())
+        return "time since the last line: " + " | ".join(parts)
+
+    def _collect(self) -> None:
+        while self._events and self._events[0][2].query():  # in the order in which they were recorded
+            phase, begin, end = self._events.popleft()
+            self._seconds[phase] += begin.elapsed_time(end) / 1e3

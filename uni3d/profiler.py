@@ -1,0 +1,149 @@
+"""FLOPs of a model, counted in a forward pass of a global batch on any topology; see `uni3d.flops`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallel import HostComm, ParallelModel
+from parallel.names import named_parameters
+from uni3d.flops import TRAINING
+from uni3d.observe_config import FlopsProfilerConfig
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one global batch, over all ranks."""
+
+    flops: dict[str, float]
+    """Of the forward pass, by module, what is below it included; the whole is ""."""
+    parameters: dict[str, int]
+    """By module, likewise."""
+
+    @property
+    def forward(self) -> float:
+        return self.flops[""]
+
+
+def measure(model: ParallelModel, comm: HostComm, forward: Callable[[], Any], times: int = 1) -> Profile:
+    """Collective: run `forward`, this rank's forward passes, and count. A step runs it `times`.
+
+    Products of plain tensors in modules that tensor parallelism doesn't split are computed by each of its
+    ranks, and counted as often.
+    """
+    with _Counter(display=False, custom_mapping=_ON_CPU) as counter:
+        forward()
+    counts: dict[str, float] = defaultdict(float)
+    for name, by_operation in counter.get_flop_counts().items():
+        path = _path(name)
+        if path is not None:
+            counts[path] = max(counts[path], times * sum(by_operation.values()))
+    owned = {n: p.numel() for n, p in named_parameters(model.module) if n not in model.tied.copies}
+    speaks = model.topology.speaks_for_stage
+    flops: dict[str, float] = defaultdict(float)
+    parameters: dict[str, int] = defaultdict(int)
+    for others, names in comm.all_gather((dict(counts), owned if speaks else {})):
+        for path, count in others.items():
+            flops[path] += count
+        for name, size in names.items():
+            for path in _above(name):
+                parameters[path] += size
+    return Profile(dict(flops), dict(parameters))
+
+
+class _Counter(FlopCounterMode):
+    """torch's counter sees a product of DTensors on each rank in the sizes of the whole: count its share."""
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        whole = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, DTensor)), None)
+        if whole is None or func_packet not in self.flop_registry:
+            return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
+        flops = self.flop_registry[func_packet](*args, **kwargs, out_val=out)
+        for parent in set(self.mod_tracker.parents):
+            self.flop_counts[parent][func_packet] += flops / whole.device_mesh.size()
+        return out
+
+
+def table(profile: Profile, config: FlopsProfilerConfig) -> list[str]:
+    """The lines that are printed."""
+    total = profile.forward
+    hardware = total * (TRAINING + config.recompute_fwd_factor)
+    lines = [
+        f"model FLOPs of a step: {_short(TRAINING * total)} (forward {_short(total)} x {TRAINING}); "
+        f"computed with recomputation: {_short(hardware)}",
+        f"{'parameters':>14} {'forward FLOPs':>14} {'share':>6}  module",
+    ]
+    for path in _shown(profile, config):
+        flops = profile.flops.get(path, 0.0)
+        share = flops / total if total else 0.0
+        indent = "  " * _depth(path)
+        name = path or "the whole"
+        lines.append(
+            f"{profile.parameters.get(path, 0):>14,} {_short(flops):>14} {share:>6.1%}  {indent}{name}"
+        )
+    return lines
+
+
+def _shown(profile: Profile, config: FlopsProfilerConfig) -> Iterable[str]:
+    paths = [
+        path
+        for path in sorted(profile.flops, key=_natural)
+        if config.module_depth < 0 or _depth(path) <= config.module_depth
+    ]
+    if config.detailed:
+        return paths
+    best: dict[int, list[str]] = defaultdict(list)
+    for path in sorted(paths, key=lambda p: -profile.flops[p]):
+        best[_depth(path)].append(path)
+    return [path for depth in sorted(best) for path in best[depth][: config.top_modules]]
+
+
+def _path(name: str) -> str | None:
+    """A module's name in the unsplit model; the counter puts the classes of what is around it before that."""
+    if name == "Global":
+        return ""
+    parts = name.split(".")[1:]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    return ".".join(parts) or None
+
+
+def _above(name: str) -> list[str]:
+    """The modules that have a parameter below them."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _depth(path: str) -> int:
+    return len(path.split(".")) if path else 0
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".") if part]
+
+
+def _short(flops: float) -> str:
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}"
+        flops /= 1000
+    return f"{flops:.3g} E"
+
+
+def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    """Of shapes (batch, heads, positions, width): two matrix products, counted in full."""
+    return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+_ON_CPU = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""What torch's counter doesn't know."""
