@@ -169,6 +169,7 @@ def apply_tensor_parallel(
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     # Activations are (..., sequence, features).
     between: Placement = Shard(-2) if sequence_parallel else Replicate()
+    gathering = tuple(f"{name}." for name, style in plan.items() if style == "gather_input")
     present: dict[str, ParallelStyle] = {}
     for name, style in plan.items():
         if not _has(model, name) or (style == "sequence_parallel" and not sequence_parallel):
@@ -177,7 +178,9 @@ def apply_tensor_parallel(
             own = {n.removeprefix(f"{name}."): s for n, s in plan.items() if n.rpartition(".")[0] == name}
             present[name] = ExpertsParallel(own)
             continue
-        present[name] = STYLES[style](between)
+        # Told that its input is split where it is gathered already, a layer would sum its gradient alone.
+        gathered = style == "colwise" and name.startswith(gathering)
+        present[name] = STYLES[style](Replicate() if gathered else between)
         if sequence_parallel and style == "embedding_rowwise":
             model.get_submodule(name).register_forward_pre_hook(partial(_check_ids, mesh.size()))
     parallelize_module(model, mesh, present)
