@@ -147,6 +147,8 @@ class Stage:
     """By link, what ZeRO gathers for it alone; nothing if that lies with the root."""
     root: Weights
     """What is gathered for all: of links without matrices, or that share one (`parallel.blocks.units`)."""
+    turns: bool = False
+    """Whether its second stretch follows on its first, as the last rank's do where the order turns back."""
 
     @property
     def links(self) -> list[Link]:
@@ -163,7 +165,7 @@ class Stage:
 
     @property
     def neighbours(self) -> int:
-        """From how many stretches of other ranks it gets activations or their gradients."""
+        """From how many other stretches its own get activations or their gradients."""
         return 2 * len(self.chunks) - len(self.ends)
 
 
@@ -177,17 +179,21 @@ def _stages(shape: GPTShape, pp: int, v: int, balance: str, turns_back: bool) ->
     }[balance]
     parts = [tuple(links[a:b]) for a, b in balanced_cuts(costs, pp * v)]
     return tuple(
-        _stage(tuple(parts[i * pp + (pp - 1 - rank if turns_back and i % 2 else rank)] for i in range(v)))
+        _stage(
+            tuple(parts[i * pp + (pp - 1 - rank if turns_back and i % 2 else rank)] for i in range(v)),
+            turns=turns_back and v > 1 and rank == pp - 1,
+        )
         for rank in range(pp)
     )
 
 
 @lru_cache
 def _kinds(*job: Any) -> tuple[Stage, ...]:
-    return tuple({tuple(link.weights for link in stage.links): stage for stage in _stages(*job)}.values())
+    stages = _stages(*job)
+    return tuple({(s.turns, *(link.weights for link in s.links)): s for s in stages}.values())
 
 
-def _stage(chunks: tuple[tuple[Link, ...], ...]) -> Stage:
+def _stage(chunks: tuple[tuple[Link, ...], ...], *, turns: bool) -> Stage:
     links = [link for chunk in chunks for link in chunk]
     here = {f"{link.name}.{weight.name}" for link in links for weight in link.weights}
     shared = {weight.same_as for link in links for weight in link.weights} & here
@@ -199,7 +205,7 @@ def _stage(chunks: tuple[tuple[Link, ...], ...]) -> Stage:
         alone = not shares and any(len(weight.shape) >= 2 for weight in own)
         units.append(own if alone else ())
         root += () if alone else own
-    return Stage(chunks, tuple(units), tuple(root))
+    return Stage(chunks, tuple(units), tuple(root), turns)
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from uni3d.plan_activations import Activations, of_link, of_loss
+from uni3d.plan_activations import Activations, of_link, of_loss, products
 from uni3d.plan_job import Job, Stage
 from uni3d.shape import Link
 
@@ -103,7 +103,7 @@ def _stage(job: Job, rank: int, stage: Stage) -> StageMemory:
     shard = 4 * sum(job.shard(unit) for unit in [*stage.units, stage.root])
     flying = in_flight(job, rank)
     last = job.accumulation == 1
-    walk = _Walk(job, stage)
+    walk = _Walk(job, stage, rank)
     moments = [*walk.backward(flying, again=job.accumulation * job.virtual_stages > flying, last=last)]
     if not last:  # the last one, when no other is left, and gradients are reduced
         moments += walk.backward(1, again=True, last=True)
@@ -119,8 +119,9 @@ def _stage(job: Job, rank: int, stage: Stage) -> StageMemory:
 class _Walk:
     """Through the backward pass of one micro batch on a pipeline stage, link by link from the last."""
 
-    def __init__(self, job: Job, stage: Stage) -> None:
+    def __init__(self, job: Job, stage: Stage, rank: int) -> None:
         self._job = job
+        self._rank = rank
         self._stage = stage
         self._acts = _activations(job, stage.links)
         if "embed" not in stage.ends:  # what the first link keeps of its input lies in the pipeline's buffer
@@ -161,6 +162,22 @@ class _Walk:
             alive -= each.kept
             yield _Moment(before, gathered, alive, loss, following + peak)
             leaving = leaves
+        if flying > 1 and job.schedule == "zero_bubble" and "embed" not in self._stage.ends:
+            yield self._halfway(flying, again=again, reduced=reduced)
+
+    def _halfway(self, flying: int, *, again: bool, reduced: bool) -> _Moment:
+        """Between the halves of a backward pass: nothing that was kept has gone, and the gradients of what
+        matrix products gave have come, from which the weights' are computed `rank` micro batches later.
+        (torch's first stage, which sends no gradient on, takes both halves at once.)
+        """
+        job, v, rank = self._job, self._job.virtual_stages, self._rank
+        halves = min(rank, flying - 1) + 1  # micro batches between the two
+        layers = sum(link.name.startswith("layers.") for link in self._stage.links)
+        loss_kept, loss_work = self._loss
+        kept = flying * sum(each.kept for each in self._acts) // v + halves * layers * products(job) // v
+        loss = loss_kept * (-(-flying // v)) + halves * (loss_work // 2) // v
+        before = self._gradients(len(self._acts) - 1, again=again, reduced=reduced)
+        return _Moment(before, self._gathered(0), kept, loss, self._prefetched(0))
 
     def _summed(self, i: int, *, again: bool, reduced: bool) -> tuple[int, int, int]:
         """Of link `i`'s gradients: themselves as they are made; the most memory that summing them takes, with

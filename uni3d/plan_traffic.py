@@ -89,7 +89,8 @@ def _pipeline(job: Job, stage: Stage) -> int:
     size = job.compute_bytes * job.tokens * job.shape.hidden
     apart = job.shape.tied_head and len(stage.ends) == 1  # each sends its gradient to the other
     tied = tuple(weight for weight in job.shape.links[0].weights if weight.name == EMBEDDING and apart)
-    return job.accumulation * stage.neighbours * size + 4 * job.shard(tied)
+    neighbours = stage.neighbours - (2 if stage.turns else 0)
+    return job.accumulation * neighbours * size + 4 * job.shard(tied)
 
 
 def _data(job: Job, stage: Stage) -> int:

