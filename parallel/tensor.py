@@ -69,13 +69,14 @@ def expand_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: a pattern that names no module, or a style that isn't known.
     """
-    names = [name for name, _ in model.named_modules()]
-    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     expanded: dict[str, str] = {}
     for pattern, style in plan.items():
         if style not in _KNOWN:
             raise ValueError(f"tp_plan[{pattern!r}] is {style!r}; expected one of {', '.join(_KNOWN)}")
-        matches = [name for name in names if fnmatchcase(name, pattern)]
+        matches = [name for name in modules if fnmatchcase(name, pattern)]
+        matches = matches or [name for name in parameters if fnmatchcase(name, pattern)]
         if not matches:
             raise ValueError(f"tp_plan names {pattern!r}, but {type(model).__name__} has no such module")
         expanded |= dict.fromkeys(matches, style)

@@ -70,6 +70,7 @@ class Engine(Accessors, Saving):
         self._pending: list[Loss] = []  # their losses, from the forward/backward/step calls
         self._backwards = 0  # of the micro batch at hand
         self._inside_no_sync = False
+        self._begun = False  # whether what the ranks do together has begun to change anything
         self._failures = Failures()
         self.observer = Observer(self)
 
@@ -93,6 +94,7 @@ class Engine(Accessors, Saving):
         with self._together("train_batch"):
             with self.observer.timed("data"):
                 batches = self._take(data_iter)
+            self._begun = True
             self._find_terms(batches)
             if self.observer.profiles_next():
                 self._evaluate(batches)  # the first time, torch's schedules compute something for its shapes
@@ -109,7 +111,9 @@ class Engine(Accessors, Saving):
         """Mean loss of one global batch from `data_iter`, without learning from it."""
         self._check_usable()
         with self._together("eval_batch"):
-            total, tokens, alarms = self._evaluate(self._take(data_iter))
+            batches = self._take(data_iter)
+            self._begun = True
+            total, tokens, alarms = self._evaluate(batches)
         self.checkpointer.agree(alarms.item() > 0)
         return total / tokens
 
@@ -150,7 +154,7 @@ class Engine(Accessors, Saving):
         self._check_usable()
         self._check_no_stages("forward")
         args, kwargs = self._on_device((args, kwargs))
-        with self._together("forward"), self.observer.timed("forward"), self._random_state():
+        with self._together("forward", begun=True), self.observer.timed("forward"), self._random_state():
             output = self._forward_once(args, kwargs)
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
@@ -184,7 +188,7 @@ class Engine(Accessors, Saving):
             value = Loss(value.total * steps, value.tokens)
         self.model.zero.before_backward(last=self._ends_step())
         with (
-            self._together("backward"),
+            self._together("backward", begun=True),
             self.observer.timed("backward"),
             split_logits(self.model.topology),
         ):
@@ -192,6 +196,8 @@ class Engine(Accessors, Saving):
                 _, tokens, _, _ = sum_over_ranks(value, [], self.model.topology)
                 self.scaler.set_terms(tokens.item() * steps)
             value.lifted(self._factor()).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            if self._ends_step():
+                self.model.zero.reshard()  # the step's gradients are in `.grad` now
         counts = isinstance(loss, tuple) or not self._inside_no_sync
         self._pending.append(Loss(value.total.detach(), value.tokens if counts else value.tokens * 0))
         self._backwards += not self._inside_no_sync
@@ -235,7 +241,7 @@ class Engine(Accessors, Saving):
         self._stepper.applied = False
         if boundary:
             losses, self._pending, self._micro_steps = self._pending, [], 0
-            with self._together("step"), self.observer.timed("step"):
+            with self._together("step", begun=True), self.observer.timed("step"):
                 self._stepper.finish(Loss.sum(losses))
             self.observer.tell()
 
@@ -270,18 +276,20 @@ class Engine(Accessors, Saving):
         )
 
     @contextmanager
-    def _together(self, call: str) -> Iterator[None]:
+    def _together(self, call: str, *, begun: bool = False) -> Iterator[None]:
         """Around what the ranks do together: if one fails, all stop with that one's reason.
 
-        After what all ranks raise alike, and what is raised before they begin, training may go on.
+        After what all ranks raise alike, and what is raised before they have begun, training may go on.
         """
+        self._begun = begun
         try:
             with self._failures.told(f"step {self.global_steps + 1}: {call}()", alike=ALIKE):
                 yield
-        except (*ALIKE, BatchError, StopIteration):
+        except (*ALIKE, BatchError):
             raise
-        except Exception as error:  # in the midst of a step, so its state is of no more use
-            self._unusable = f"{call}() failed: {type(error).__name__}: {error}"
+        except Exception as error:
+            if self._begun:  # in the midst of a step, so its state is of no more use
+                self._unusable = f"{call}() failed: {type(error).__name__}: {error}"
             raise
 
     def _data_moved(self) -> None:

@@ -41,18 +41,22 @@ def measure(model: ParallelModel, comm: HostComm, forward: Callable[[], Any], ti
     Products of plain tensors in modules that tensor parallelism doesn't split are computed by each of its
     ranks, and counted as often.
     """
-    with _Counter(display=False, custom_mapping=_ON_CPU) as counter:
+    counter = _Counter(display=False, custom_mapping=_ON_CPU)
+    known = {module: name for name, module in model.module.named_modules() if name}
+    counter.mod_tracker._known_modules.update(known)  # or they would be called after what runs them
+    with counter:
         forward()
-    counts: dict[str, float] = defaultdict(float)
-    for name, by_operation in counter.get_flop_counts().items():
-        path = _path(name)
-        if path is not None:
-            counts[path] = max(counts[path], times * sum(by_operation.values()))
+    paths = {"Global": "", **{name: name for name in known.values()}}
+    counts = {
+        paths[name]: times * float(sum(by_operation.values()))
+        for name, by_operation in counter.get_flop_counts().items()
+        if name in paths
+    }
     owned = {n: p.numel() for n, p in named_parameters(model.module) if n not in model.tied.copies}
     speaks = model.topology.speaks_for_stage
     flops: dict[str, float] = defaultdict(float)
     parameters: dict[str, int] = defaultdict(int)
-    for others, names in comm.all_gather((dict(counts), owned if speaks else {})):
+    for others, names in comm.all_gather((counts, owned if speaks else {})):
         for path, count in others.items():
             flops[path] += count
         for name, size in names.items():
@@ -106,16 +110,6 @@ def _shown(profile: Profile, config: FlopsProfilerConfig) -> Iterable[str]:
     for path in sorted(paths, key=lambda p: -profile.flops[p]):
         best[_depth(path)].append(path)
     return [path for depth in sorted(best) for path in best[depth][: config.top_modules]]
-
-
-def _path(name: str) -> str | None:
-    """A module's name in the unsplit model; the counter puts the classes of what is around it before that."""
-    if name == "Global":
-        return ""
-    parts = name.split(".")[1:]
-    while parts[:1] == ["module"]:
-        parts = parts[1:]
-    return ".".join(parts) or None
 
 
 def _above(name: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import uni3d
-from parallel.blocks import units
+from parallel.blocks import blocks, units
 
 WIDTH, BATCH, STEPS = 6, 8, 3
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
@@ -196,8 +196,8 @@ def test_the_steps_are_those_of_one_process(ranks: Ranks, zero: int) -> None:
 
 
 def test_layers_in_nested_containers_are_gathered_one_by_one() -> None:
-    assert len(units(NestedLists())) == 4
-    assert len(units(Dicts())) == 2
+    assert len(units(blocks(NestedLists()))) == 4
+    assert len(units(blocks(Dicts()))) == 2
 
 
 def batch_norm_case() -> tuple[list[float], torch.dtype, torch.dtype, float]:

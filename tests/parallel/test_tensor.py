@@ -65,6 +65,7 @@ def gradients_case(options: dict[str, Any]) -> tuple[float, float, dict[str, Ten
     assert built.pipeline is not None
     loss = built.pipeline.run(*batch(), 2, train=True)
     assert loss is not None
+    built.zero.reshard()
     parameters = dict(built.module.named_parameters())
     assert all(p.grad is not None for p in parameters.values())
     sizes = {name: tuple(p.to_local().shape) for name, p in parameters.items()}
