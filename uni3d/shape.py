@@ -7,7 +7,7 @@ to itself it is Llama-like: RMS norms, rotary positions, SwiGLU, an output head 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -102,9 +102,9 @@ class GPTShape:
     @property
     def parameters(self) -> int:
         """A tied weight counts once."""
-        links = self.links
-        ends = [weight for link in (links[0], *links[-2:]) for weight in link.weights if not weight.same_as]
-        return sum(prod(weight.shape) for weight in ends) + self.layers * self.per_layer
+        shallow = _links(replace(self, layers=1))  # of thousands of layers, which are alike, only one is made
+        own = [weight for link in shallow for weight in link.weights if not weight.same_as]
+        return sum(prod(weight.shape) for weight in own) + (self.layers - 1) * self.per_layer
 
     @property
     def per_layer(self) -> int:

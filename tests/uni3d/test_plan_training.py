@@ -310,7 +310,7 @@ BIG = from_model_config(
 
 def test_proposals_are_the_quickest_that_fit() -> None:
     job = make_job(BIG, dp=16, seq_len=2048, micro_batch=2, accumulation=4, precision="bf16", device="cuda")
-    limit = 20 * 2**30
+    limit = 8 * 2**30
     found = propose(job, 16, limit, MACHINE)
     assert len(found) > 3
     seconds = [proposal.cost.seconds for proposal in found]
