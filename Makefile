@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick matrix lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/megatron_gpt/demo.py --force
 
 test: lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "not matrix"
+
+# Every cell of the tables that docs/parallelism.md shows.
+matrix: .venv/dev.stamp
+	$(BIN)/python -m pytest -m matrix
 
 # The tests without the slowest part of the topology matrix.
 quick: .venv/dev.stamp

@@ -43,7 +43,8 @@ def measure(model: ParallelModel, comm: HostComm, forward: Callable[[], Any], ti
     """
     counter = _Counter(display=False, custom_mapping=_ON_CPU)
     known = {module: name for name, module in model.module.named_modules() if name}
-    counter.mod_tracker._known_modules.update(known)  # or they would be called after what runs them
+    # By itself the tracker calls them after what runs them: a pipeline's stage, numbered from 0 on each.
+    counter.mod_tracker._get_mod_name = lambda m: known.get(m, "around")  # type: ignore[method-assign]
     with counter:
         forward()
     paths = {"Global": "", **{name: name for name in known.values()}}

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
 
 import hf_models
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("bert", "gpt2", "llama", "mixtral")
 
 

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from parallel import Degrees, Precision, start_process_group
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

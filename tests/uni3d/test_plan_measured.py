@@ -33,6 +33,8 @@ from uni3d.plan_traffic import traffic
 from uni3d.shape import from_model_config
 from uni3d.zero_formulas import held
 
+pytestmark = pytest.mark.slow
+
 WITHIN = 0.15
 STEPS = 3
 LLAMA: dict[str, Any] = {
@@ -209,7 +211,7 @@ def test_memory_is_what_a_real_step_takes(ranks: Ranks, case: Case) -> None:
     check_memory(ranks, case)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_memory_is_what_a_real_step_takes_in_more_places(ranks: Ranks, case: Case) -> None:
     check_memory(ranks, case)

@@ -18,6 +18,8 @@ import ckpt
 import uni3d
 from uni3d.config import load_config
 
+pytestmark = pytest.mark.slow
+
 STEPS, BEFORE = 4, 2
 
 
