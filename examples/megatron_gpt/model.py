@@ -85,9 +85,10 @@ def make_norm(config: GPTConfig) -> nn.Module:
 @lru_cache(maxsize=8)
 def rotary_table(seq_len: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each `(S, E/2)` (RoFormer, Su et al. 2021, equation 34)."""
-    frequency = base ** (-torch.arange(0, head_size, 2, device=device) / head_size)
-    angle = torch.outer(torch.arange(seq_len, device=device), frequency)
-    return angle.cos(), angle.sin()
+    with torch.inference_mode(False):  # it is kept, and may be wanted for training later
+        frequency = base ** (-torch.arange(0, head_size, 2, device=device) / head_size)
+        angle = torch.outer(torch.arange(seq_len, device=device), frequency)
+        return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

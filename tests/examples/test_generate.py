@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from model import GPT, GPTConfig
 from safetensors.torch import save_file
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron_gpt"
@@ -154,3 +155,13 @@ def test_missing_or_foreign_files_are_one_line(script: Any, tmp_path: Path) -> N
         script.main(["--config", str(tmp_path / "other"), "--weights", str(weights)])
     with pytest.raises(ValueError, match="not a safetensors file"):
         script.load_model(config, config)
+
+
+def test_a_model_that_has_generated_can_be_trained() -> None:
+    """What it keeps of its positions is no inference tensor."""
+    model = GPT(GPTConfig(vocab_size=11, hidden_size=12, num_layers=1, num_heads=2))
+    tokens = torch.arange(7)[None]  # a length that nothing else here has
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens).sum().backward()
+    assert model.embed.tokens.weight.grad is not None
