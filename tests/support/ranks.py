@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib.util
 import logging
 import multiprocessing as mp
@@ -129,3 +130,4 @@ def _run_case(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # engines are in cycles, and each keeps threads of its groups that wake up now and then
