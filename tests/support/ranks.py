@@ -130,4 +130,15 @@ def _run_case(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        gc.collect()  # engines are in cycles, and each keeps threads of its groups that wake up now and then
+        _free_groups()
+
+
+def _free_groups() -> None:
+    """Let go of a case's process groups: each has threads that wake up now and then, and hundreds add up.
+
+    Engines are in cycles, and DTensor remembers how it splits what, on meshes that are gone.
+    """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    gc.collect()
