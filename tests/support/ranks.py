@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import importlib.util
 import logging
@@ -136,9 +137,15 @@ def _run_case(
 def _free_groups() -> None:
     """Let go of a case's process groups: each has threads that wake up now and then, and hundreds add up.
 
-    Engines are in cycles, and DTensor remembers how it splits what, on meshes that are gone.
+    Engines are in cycles, and torch remembers in caches how it splits what, on meshes that are gone.
     """
+    from torch.distributed.tensor import _redistribute
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):
+        _redistribute.clear_redistribute_planner_cache()
+    for cached in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
+        if cached.__module__.startswith("torch.distributed."):
+            cached.cache_clear()
     gc.collect()
