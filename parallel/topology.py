@@ -8,8 +8,11 @@ others shard over dp and replicate over one, or, with a shard group smaller than
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -96,6 +99,17 @@ def start_process_group(device_type: str) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
+@cache
+def _let_gloo_finish_at_exit() -> None:
+    """Have the interpreter pause before it ends, so that a run that succeeded doesn't end with SIGABRT.
+
+    Gloo's threads let go of the last collective's tensors after it is over, for which they need the GIL, and
+    a thread that asks for the GIL of an interpreter that has begun to end aborts the process
+    (pytorch/pytorch#190489). In the pause, they can have it.
+    """
+    atexit.register(time.sleep, 0.1)
+
+
 class Topology:
     """The mesh, this rank's place on it, and the groups to talk to.
 
@@ -117,6 +131,7 @@ class Topology:
         Raises:
             ValueError: they don't, or there can be no such shard group.
         """
+        _let_gloo_finish_at_exit()
         d = resolve_degrees(dist.get_world_size(), pp=degrees.pp, dp=degrees.dp, tp=degrees.tp)
         check_shard_group(d.dp, zero_stage, shard_group)
         shard = 1 if zero_stage == 0 else shard_group or d.dp
