@@ -164,14 +164,19 @@ def recorded(engine: Any) -> tuple[int, int]:
     return most, total
 
 
+def tensors_alive() -> list[Tensor]:
+    gc.collect()
+    return [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+
+
 def memory_case(case: Case) -> dict[str, int]:
+    earlier = {id(t): t for t in tensors_alive()}  # what other cases have left in this process
     engine = make_engine(case)
     for _ in range(2):  # the optimizer has its states, the pipeline its buffers
         engine.train_batch()
     parameters = [p.detach() for p in engine.module.parameters()]
     states = [v for s in engine.optimizer.state.values() for v in s.values() if v.ndim > 0]
-    gc.collect()
-    everything = [t.detach() for t in gc.get_objects() if issubclass(type(t), Tensor) and not t.is_meta]
+    everything = [t.detach() for t in tensors_alive() if id(t) not in earlier and not t.is_meta]
     steps = [recorded(engine) for _ in range(STEPS)]
     between = storage_bytes(everything)
     return {
