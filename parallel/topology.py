@@ -117,6 +117,8 @@ class Topology:
         degrees: pp, dp and tp.
         mesh: of shape (pp, replicate, shard, tp) with the axis names of `AXES`.
         device: where this rank computes.
+        pp_rank, tp_rank: this rank's place along these axes.
+        dp_rank: which part of the global batch is this rank's.
         speaks_for_stage: whether this is the first of the ranks that share a place in the pipeline.
     """
 
@@ -142,21 +144,9 @@ class Topology:
         self.device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.pp_rank, replica, part, self.tp_rank = (self.mesh.get_local_rank(axis) for axis in AXES)
+        self.dp_rank = replica * shard + part
         self.speaks_for_stage = self.dp_rank == 0 and self.tp_rank == 0
-
-    @property
-    def pp_rank(self) -> int:
-        return self.mesh.get_local_rank("pp")
-
-    @property
-    def tp_rank(self) -> int:
-        return self.mesh.get_local_rank("tp")
-
-    @property
-    def dp_rank(self) -> int:
-        """Which part of the global batch is this rank's."""
-        shard_size = self.mesh["shard"].size()
-        return self.mesh.get_local_rank("replicate") * shard_size + self.mesh.get_local_rank("shard")
 
     @property
     def zero_mesh(self) -> DeviceMesh:

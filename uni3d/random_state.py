@@ -19,7 +19,10 @@ def random_state(topology: Topology, *, seed: int, step: int, micro_step: int) -
     """
     place = (seed, step, micro_step, topology.pp_rank, topology.dp_rank)
     digest = hashlib.sha256(repr(place).encode()).digest()
+    seed_here = int.from_bytes(digest[:7], "little")
     devices = [topology.device] if topology.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(digest[:7], "little"))
+        torch.default_generator.manual_seed(seed_here)  # torch.manual_seed does all devices, and is slow
+        if devices:
+            torch.cuda.manual_seed(seed_here)
         yield
