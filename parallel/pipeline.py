@@ -105,21 +105,31 @@ class Pipeline:
 
         Returns the summed loss on the rank of the last stage, None on the others.
         """
-        schedule = self._schedule(inputs, targets, micro_batches, train)
         ends_here = any(map(self._placement.is_last, self._stages))
-        args = (inputs,) if 0 in self._stages else ()
-        target = targets if ends_here else None
         self._losses.clear()
         self._factor = factor
-        with split_logits(self._topology):
-            if train:
-                schedule.step(*args, target=target, return_outputs=False)
+        with split_logits(self._topology), torch.set_grad_enabled(train):
+            if self._placement.stages == 1:
+                self._run_alone(inputs, targets, micro_batches, train)
             else:
-                with torch.no_grad():
-                    schedule.eval(*args, target=target, return_outputs=False)
+                schedule = self._schedule(inputs, targets, micro_batches, train)
+                args = (inputs,) if 0 in self._stages else ()
+                run = schedule.step if train else schedule.eval
+                run(*args, target=targets if ends_here else None, return_outputs=False)
         if not ends_here:
             return None
         return Loss.sum(self._losses[-micro_batches:])  # a schedule's first run also tries one for its shapes
+
+    def _run_alone(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> None:
+        """What a schedule of one stage would do, but that one holds the logits through the backward pass."""
+        (zero,) = self._stages.values()
+        module = cast(nn.Module, zero.root)
+        parts = zip(inputs.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True)
+        for i, (part, target) in enumerate(parts, start=1):
+            loss = self._collect_loss(module(part), target)
+            if train:
+                zero.before_backward(last=i == micro_batches)
+                loss.backward()  # type: ignore[no-untyped-call]
 
     def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Any:
         """torch's schedules are made for one shape; keep one for each that comes along."""

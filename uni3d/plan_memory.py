@@ -141,9 +141,12 @@ class _Walk:
         reduced = last or job.ranks.zero >= 2
         kept = sum(each.kept for each in self._acts)
         alive = kept + max(0, flying - v) * kept // v
-        # The logits stay through their micro batch's backward pass, in the hands of the pipeline's stage.
+        # In the hands of torch's pipeline stage the logits stay through their micro batch's backward pass; a
+        # single stage has let go of them by then.
         loss_kept, loss_work = self._loss
         logits = loss_kept // 2
+        if job.ranks.pp * v == 1:
+            loss_kept, logits = loss_kept - logits, 0
         waiting = loss_kept * ((flying - 1) // v)
         leaving = 0  # what the link before was summed in: it goes when the next one is summed
         for i in reversed(range(len(self._acts))):
