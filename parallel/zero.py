@@ -86,6 +86,8 @@ class Zero:
         self.root = cast(FSDPModule, root)
         # With one rank there is nothing to sum, and fully_shard would copy gradients twice for it.
         self._alone = mesh.size() == 1 and not offload
+        if self._alone and precision.compute == torch.float32:
+            units = ()  # nothing to gather, to cast or to free: what remains of a unit is the time of its hooks
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
         statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
