@@ -157,9 +157,10 @@ def synchronize(args: argparse.Namespace) -> None:
 
 
 def own_milliseconds(args: argparse.Namespace) -> float:
-    """CPU time of a step in this project's own functions: an upper bound, as the profiler slows them.
+    """Time of a step in this project's own functions: an upper bound, as the profiler slows them.
 
-    With as many layers and parameters as the model has, but tiny ones: what is left is Python.
+    With as many layers and parameters as the model has, but tiny ones: what is left is Python. By wall time,
+    as reading the clock of CPU time takes longer than many of these functions.
     """
     config, _ = shape(args)
     tiny = dataclasses.replace(
@@ -170,7 +171,7 @@ def own_milliseconds(args: argparse.Namespace) -> float:
     steps = [[(tokens, tokens)] * args.accumulation for _ in range(20)]
     for batch in steps[:3]:
         step(batch)
-    profile = cProfile.Profile(time.thread_time)
+    profile = cProfile.Profile()
     with profile:
         for batch in steps:
             step(batch)
