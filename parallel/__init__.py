@@ -7,7 +7,7 @@
     combinations      what can't be combined, and why
     blocks            the layers that repeat: gathered one by one, recomputed, compiled
     tensor, replicas  a model's `tp_plan` applied as DTensor styles; whether it left out what it shouldn't
-    zero              ZeRO stages 0-3 as settings of `fully_shard`
+    zero, records     ZeRO stages 0-3 as settings of `fully_shard`; what is used of its private records
     masters           fp32 parameters, of whatever type a model came with
     experts           stacked experts under tensor parallelism
     weights           initial values that don't depend on the topology

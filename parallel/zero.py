@@ -29,23 +29,17 @@ from torch.distributed.fsdp import (
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from parallel.records import (
+    adopt_gradient,
+    check_records,
+    compute_in_place,
+    count_unused,
+    group_of,
+    parameters_of,
+)
 from parallel.settings import Precision
 
 STAGES = (0, 1, 2, 3)
-
-GROUP_RECORDS = ("fsdp_params", "_partial_reduce_output")
-PARAMETER_RECORDS = (
-    "sharded_param",
-    "unsharded_accumulated_grad",
-    "accumulate_unsharded_grad_if_needed",
-    "sharded_size",
-    "to_sharded_dtensor",
-    "all_gather_outputs",
-    "_sharded_param_data",
-    "init_all_gather_outputs",
-    "free_unsharded_param",
-)
-"""What is used of fully_shard's private records; read in torch 2.13."""
 
 
 class Zero:
@@ -87,8 +81,19 @@ class Zero:
         # With one rank there is nothing to sum, and fully_shard would copy gradients twice for it.
         self._alone = mesh.size() == 1 and not offload
         if self._alone and precision.compute == torch.float32:
-            units = ()  # nothing to gather, to cast or to free: what remains of a unit is the time of its hooks
-        placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+            units = ()  # nothing to gather, to cast or to free: their hooks would only take time
+        self._shard(units, mesh, persistence_threshold, output)
+        self._sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
+        self._records = [record for sharded in self._sharded for record in parameters_of(sharded)]
+        for sharded in self._sharded:
+            self._set_up(sharded, mesh)
+
+    def _shard(
+        self, units: Sequence[nn.Module], mesh: DeviceMesh, threshold: int, output: torch.dtype | None
+    ) -> None:
+        """Apply fully_shard to batch norms, to the units, and to the root with what is left."""
+        root, precision = cast(nn.Module, self.root), self.precision
+        placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.offload else OffloadPolicy()
         scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
         statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
         parts = [*statistics, *(unit for unit in units if unit not in statistics)]
@@ -103,27 +108,27 @@ class Zero:
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=stage == 3 and size >= persistence_threshold,
+                reshard_after_forward=self.stage == 3 and size >= threshold,
                 mp_policy=policy,
                 offload_policy=placed,
                 ignored_params=scalars,
             )
-        self._sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
-        self._records = [record for sharded in self._sharded for record in _parameters_of(sharded)]
-        for sharded in self._sharded:
-            _check_records(sharded)
-            sharded.set_gradient_divide_factor(1.0)
-            sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-            if stage < 3:
-                # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
-                # of accumulation is one that it has just freed; this has each gather but itself.
-                sharded.set_modules_to_backward_prefetch([sharded])
+
+    def _set_up(self, sharded: FSDPModule, mesh: DeviceMesh) -> None:
+        """Change what fully_shard does by itself with the parameters gathered together with `sharded`."""
+        check_records(sharded)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+        if self.stage < 3:
+            # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
+            # of accumulation is one that it has just freed; this has each gather but itself.
+            sharded.set_modules_to_backward_prefetch([sharded])
+        in_place = mesh["shard"].size() == 1 and self.precision.compute == torch.float32 and not self.offload
+        for parameter in parameters_of(sharded):
             if mesh.size() > 1:
-                for parameter in _parameters_of(sharded):
-                    _count_unused(parameter)
-            if mesh["shard"].size() == 1 and precision.compute == torch.float32 and not offload:
-                for parameter in _parameters_of(sharded):
-                    _compute_in_place(parameter)
+                count_unused(parameter)
+            if in_place:
+                compute_in_place(parameter)
 
     def before_backward(self, *, last: bool) -> None:
         """Set what the next backward pass does with gradients and parameters.
@@ -156,7 +161,7 @@ class Zero:
         """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
         self.before_backward(last=last)
         for module in reversed(self._sharded):
-            group = _group_of(module)
+            group = group_of(module)
             if group is not None:
                 group.post_backward()
         cast(Any, self.root)._get_fsdp_state()._root_post_backward_final_callback()
@@ -177,7 +182,7 @@ class Zero:
             module.reshard()
         if self._alone:
             for record in self._records:
-                _adopt_gradient(record)
+                adopt_gradient(record)
 
     def drop_gradients(self) -> None:
         """Forget all gradients, those too that are being accumulated."""
@@ -185,7 +190,7 @@ class Zero:
             if parameter.ndim == 0:
                 parameter.grad = None
         for module in self._sharded:
-            group = _group_of(module)
+            group = group_of(module)
             if group is not None:
                 group._partial_reduce_output = None  # summed over a shard group, not yet over the groups
         for record in self._records:
@@ -242,89 +247,3 @@ def _statistics_policy(precision: Precision) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=precision.reduce, output_dtype=precision.compute
     )
-
-
-def _parameters_of(module: FSDPModule) -> list[Any]:
-    """fully_shard's own records of the parameters that it gathers together with `module`."""
-    group = _group_of(module)
-    return [] if group is None else list(group.fsdp_params)
-
-
-def _group_of(module: FSDPModule) -> Any:
-    """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
-    return module._get_fsdp_state()._fsdp_param_group
-
-
-def _adopt_gradient(parameter: Any) -> None:
-    """Take what a single rank has accumulated for the sum over the ranks."""
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    if parameter.unsharded_accumulated_grad is not None:
-        whole = parameter.unsharded_accumulated_grad_data
-        parameter.unsharded_accumulated_grad = None
-    elif unsharded is not None and unsharded.grad is not None:
-        whole = parameter.unsharded_grad_data
-        unsharded.grad = None
-    else:
-        return
-    if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
-        whole = whole.to(parameter.orig_dtype).contiguous()
-    gradient = parameter.to_sharded_dtensor(whole.view(parameter.sharded_size))
-    sharded = parameter.sharded_param
-    # There is one already if something was evaluated in the midst of the step.
-    sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
-
-
-def _count_unused(parameter: Any) -> None:
-    """Give a trained parameter that took no part in a backward pass a gradient of zero.
-
-    What is reduced together has no names: if ranks, or micro batches that are summed late, use different
-    parameters, as experts are, gradients would be added up that don't belong together. torch's own
-    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if others were accumulated in another type.
-    """
-    accumulate = parameter.accumulate_unsharded_grad_if_needed  # the first thing after each backward pass
-
-    def fill_and_accumulate() -> None:
-        whole = getattr(parameter, "_unsharded_param", None)
-        nothing = parameter.unsharded_accumulated_grad is None and getattr(whole, "grad", None) is None
-        if whole is not None and whole.requires_grad and nothing:
-            whole.grad = torch.zeros_like(whole)
-        accumulate()
-
-    parameter.accumulate_unsharded_grad_if_needed = fill_and_accumulate
-
-
-def _check_records(module: FSDPModule) -> None:
-    """See that torch's records, which are its private matter, have what is used of them here.
-
-    Raises:
-        RuntimeError: they haven't.
-    """
-    state = module._get_fsdp_state()
-    group = getattr(state, "_fsdp_param_group", None)
-    parameter = next(iter(getattr(group, "fsdp_params", [])), None)
-    missing = [name for name in ("_fsdp_param_group",) if not hasattr(state, name)]
-    for record, names in ((group, GROUP_RECORDS), (parameter, PARAMETER_RECORDS)):
-        missing += [name for name in names if record is not None and not hasattr(record, name)]
-    if missing:
-        raise RuntimeError(
-            f"fully_shard of torch {torch.__version__} has no {', '.join(missing)}, which ZeRO needs; "
-            "use a torch from 2.11 to 2.13"
-        )
-
-
-def _compute_in_place(parameter: Any) -> None:
-    """Let a parameter whose shard is the whole be computed with where it lies.
-
-    fully_shard makes a whole copy before use even if there is nobody to gather from. In fp32 that is the
-    same again, which would double the memory of ZeRO stage 0 and of a single rank.
-    """
-
-    def init_all_gather_outputs(*_: Any) -> None:
-        data = parameter._sharded_param_data
-        if not parameter.all_gather_outputs or parameter.all_gather_outputs[0] is not data:
-            parameter.all_gather_outputs = [data]  # gathering is then a copy of a tensor onto itself: none
-            if hasattr(parameter, "_unsharded_param"):
-                del parameter._unsharded_param  # a view of memory that the parameter has left
-
-    parameter.init_all_gather_outputs = init_all_gather_outputs
-    parameter.free_unsharded_param = lambda: None
