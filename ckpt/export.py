@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ def export_safetensors(
     checkpoint: Checkpoint,
     path: str | Path,
     *,
+    names: Collection[str] | None = None,
     durable: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> int:
-    """Write the model's `state_dict` to the file `path`; returns its size in bytes.
+    """Write the model's `state_dict`, or what it has under `names`, to the file `path`; returns its bytes.
 
     A tied weight is stored once, under its first name; the file's metadata lists the other names. The
     file appears under its name when it is whole and, with `durable`, on the disk. `progress` is told the
@@ -63,7 +64,7 @@ def export_safetensors(
     target = Path(path)
     if target.exists():
         raise CheckpointError(f"{target} exists; delete it, or export to another name")
-    arrays = weights(checkpoint)
+    arrays = {n: info for n, info in weights(checkpoint).items() if names is None or n in names}
     header, places = _header(checkpoint, arrays)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -98,8 +99,9 @@ def _header(checkpoint: Checkpoint, arrays: dict[str, ArrayInfo]) -> tuple[bytes
     """The file's head, and where each tensor begins behind it."""
     places: dict[str, int] = {}
     metadata = {"format": "pt", "tag": checkpoint.tag}
-    if checkpoint.manifest.get("aliases"):
-        metadata["aliases"] = json.dumps(checkpoint.manifest["aliases"])
+    aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in arrays}
+    if aliases:
+        metadata["aliases"] = json.dumps(aliases)
     content: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     # Wide types first, as safetensors writes them: each tensor is then aligned to its type.

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
@@ -43,6 +44,8 @@ from ckpt.threads import cores
 from ckpt.write import Write, Writer, Written
 
 Array = npt.NDArray[Any]
+
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ def save(
     plan: Plan,
     comm: Comm,
     document: Json,
+    files: Mapping[str, bytes] = NO_FILES,
     durable: bool = True,
     update_latest: bool = True,
     incremental: bool = True,
@@ -85,12 +89,13 @@ def save(
 ) -> SaveReport:
     """Collective: write and commit checkpoint `tag` of the run at `run`, a folder or any URL of fsspec.
 
-    `shards` hold at least `plan.parts(comm.rank)`; `document` is what the manifest says beside the arrays
-    (rank 0's counts). With `durable`, every file and folder is synced to the disk before the commit. With
-    `incremental`, chunks that are byte for byte those of the checkpoint that `latest` names are linked to
-    these, where the store can. Replacing a committed tag leaves it readable until the new one is committed;
-    where that can't be (any store but a file system), it is refused. Then the checkpoints that `retention`
-    doesn't keep are deleted, if `latest` is updated.
+    `shards` hold at least `plan.parts(comm.rank)`; `document` is what the manifest says beside the arrays,
+    `files` the contents of what else shall lie there, by name (rank 0's count of both). With `durable`, every
+    file and folder is synced to the disk before the commit. With `incremental`, chunks that are byte for byte
+    those of the checkpoint that `latest` names are linked to these, where the store can. Replacing a
+    committed tag leaves it readable until the new one is committed; where that can't be (any store but a
+    file system), it is refused. Then the checkpoints that `retention` doesn't keep are deleted, if `latest`
+    is updated.
 
     Raises:
         CheckpointError: the same on all ranks; the checkpoint does not exist then, and an older one of
@@ -123,7 +128,10 @@ def save(
             together(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
         everything = comm.gather(written)
         return from_first(
-            comm, lambda: _finish(store, tag, token, everything, document, durable, update_latest, retention)
+            comm,
+            lambda: _finish(
+                store, tag, token, everything, document, files, durable, update_latest, retention
+            ),
         )
     except CheckpointError:
         if comm.rank == 0:
@@ -222,6 +230,7 @@ def _finish(
     token: str,
     everything: list[Written],
     document: Json,
+    files: Mapping[str, bytes],
     durable: bool,
     update_latest: bool,
     retention: Retention,
@@ -235,7 +244,7 @@ def _finish(
     records = {
         f"{path}/{ZARR}": object_record(encode_document(d)) for path, d in sorted(whole.documents.items())
     }
-    own = {"format", "version", "tag", "documents", "chunks"}
+    own = {"format", "version", "tag", "documents", "files", "chunks"}
     assert not own & document.keys(), f"the document has keys of the format's own: {own & document.keys()}"
     manifest = {
         "format": FORMAT_NAME,
@@ -245,8 +254,10 @@ def _finish(
         "documents": {**records, ZARR: object_record(root)},
         "chunks": dict(sorted(whole.chunks.items())),
     }
-    documents = {ZARR: root, MANIFEST: encode_manifest(manifest)}
-    store.commit(tag, token, documents, durable=durable, update_latest=update_latest)
+    if files:
+        manifest["files"] = {name: object_record(content) for name, content in files.items()}
+    last = {**files, ZARR: root, MANIFEST: encode_manifest(manifest)}
+    store.commit(tag, token, last, durable=durable, update_latest=update_latest)
     pruned: list[str] = []
     if update_latest and retention.keep_last is not None:
         try:

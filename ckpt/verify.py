@@ -55,14 +55,14 @@ def verify(
     """
     verifier = _Verifier(checkpoint, progress)
     root = verifier.root()
-    jobs = [*verifier.documents(), *verifier.chunks()]
+    jobs = [*verifier.documents(), *verifier.files(), *verifier.chunks()]
     found = for_each(lambda job: job(), jobs, threads or checkpoint.store.threads or cores())
     return [problem for problem in (root, *found) if problem is not None]
 
 
 def extent(checkpoint: Checkpoint) -> tuple[int, int]:
     """How many objects the manifest names, and how many bytes they have."""
-    records = [*checkpoint.manifest["documents"].values()]
+    records = [*checkpoint.manifest["documents"].values(), *checkpoint.manifest.get("files", {}).values()]
     for chunks in checkpoint.manifest["chunks"].values():
         records += chunks.values()
     return len(records), sum(record.get("size", 0) for record in records)
@@ -97,6 +97,11 @@ class _Verifier:
                 yield partial(self._check_document, path)
             else:
                 yield partial(self._problem, path, f"has no record of {path}", at=MANIFEST)
+
+    def files(self) -> Iterator[_Job]:
+        """The check of what lies there beside arrays and their documents."""
+        for path in sorted(self._manifest.get("files", {})):
+            yield partial(self._check_file, path)
 
     def chunks(self) -> Iterator[_Job]:
         """The check of each chunk that is recorded, or should be."""
@@ -138,9 +143,12 @@ class _Verifier:
             same = False
         return None if same else self._problem(path, f"isn't what the checkpoint's {ZARR} says of it")
 
-    def _document(self, path: str) -> tuple[bytes | None, Problem | None]:
+    def _check_file(self, path: str) -> Problem | None:
+        return self._document(path, "files")[1]
+
+    def _document(self, path: str, kind: str = "documents") -> tuple[bytes | None, Problem | None]:
         """A document that has its checksum, or what is wrong with it."""
-        record = self._manifest["documents"][path]
+        record = self._manifest[kind][path]
         try:
             data = self._store.read(self._checkpoint.path(path))
         except OSError as error:

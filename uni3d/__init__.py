@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from uni3d.engine import Engine
     from uni3d.initialization import initialize
     from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from uni3d.recovery import (
+        clone_tensors_for_torch_save,
+        convert_zero_checkpoint_to_fp32_state_dict,
+        get_fp32_state_dict_from_zero_checkpoint,
+        load_state_dict_from_zero_checkpoint,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,8 +36,12 @@ __all__ = [
     "PipelineModule",
     "TiedLayerSpec",
     "add_config_arguments",
+    "clone_tensors_for_torch_save",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "get_fp32_state_dict_from_zero_checkpoint",
     "init_distributed",
     "initialize",
+    "load_state_dict_from_zero_checkpoint",
 ]
 
 _HOME = {
@@ -41,8 +51,12 @@ _HOME = {
     "PipelineModule": "uni3d.pipe",
     "TiedLayerSpec": "uni3d.pipe",
     "add_config_arguments": "uni3d.deepspeed_names",
+    "clone_tensors_for_torch_save": "uni3d.recovery",
+    "convert_zero_checkpoint_to_fp32_state_dict": "uni3d.recovery",
+    "get_fp32_state_dict_from_zero_checkpoint": "uni3d.recovery",
     "init_distributed": "uni3d.deepspeed_names",
     "initialize": "uni3d.initialization",
+    "load_state_dict_from_zero_checkpoint": "uni3d.recovery",
 }
 """Where each public name lives; looked up when it is first asked for."""
 

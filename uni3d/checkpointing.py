@@ -24,6 +24,9 @@ from uni3d.snapshot import Snapshot
 if TYPE_CHECKING:
     from uni3d.engine import Engine
 
+SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
+"""Lies in every checkpoint, and gets the weights out of it without this package."""
+
 
 class Checkpointer:
     """Saves and loads one engine. Every call is collective, but for `failed`."""
@@ -148,6 +151,7 @@ class Checkpointer:
             plan=plan,
             comm=self.comm,
             document=whole,
+            files={SCRIPT.name: SCRIPT.read_bytes()},
             durable=settings.durable,
             update_latest=update_latest,
             retention=ckpt.Retention(keep_last=settings.keep_last, keep_every=settings.keep_every),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from parallel import HostComm
 from parallel.whole import whole_module
 from uni3d import state
 from uni3d.description import check_optimizer, restore_optimizer
+from uni3d.recovery import StoredWeights
 
 if TYPE_CHECKING:
     from uni3d.engine import Engine
@@ -36,26 +37,6 @@ class Wanted:
     """Steps, samples, the loss scale."""
     custom: CustomLoad | None = None
     """Loads parameters and buffers in our stead."""
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """The `state_dict` in a checkpoint: whole fp32 tensors, each read, and verified, when it is asked for."""
-
-    def __init__(self, checkpoint: ckpt.Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._home = {name: name for name in ckpt.weights(checkpoint)}
-        self._home |= checkpoint.manifest["aliases"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        atom = self._home[name]
-        info = ckpt.weights(self._checkpoint)[atom]
-        return state.to_torch(self._checkpoint.read(atom, info.key.state))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
 
 
 class Restorer:

@@ -106,9 +106,11 @@ def test_the_page_s_check_finds_damage(run):
 
 def test_the_page_s_manifest_is_what_is_written(tmp_path):
     example = decode_manifest(EXAMPLE.encode(), "the example")
-    own = ("crc32c", "format", "version", "documents", "chunks", "tag")
+    own = ("crc32c", "format", "version", "documents", "files", "chunks", "tag")
     document = {key: value for key, value in example.items() if key not in own}
-    save_arrays(tmp_path, "global_step1000", EXAMPLE_ARRAYS, document=document)
+    files = {"zero_to_fp32.py": b"print('hello')\n"}
+    save_arrays(tmp_path, "global_step1000", EXAMPLE_ARRAYS, document=document, files=files)
+    assert (tmp_path / "global_step1000" / "zero_to_fp32.py").read_bytes() == files["zero_to_fp32.py"]
     data = (tmp_path / "global_step1000" / "manifest.json").read_bytes()
     written = json.loads(data)
     assert list(written) == list(example)

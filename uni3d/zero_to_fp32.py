@@ -1,0 +1,349 @@
+#!/usr/bin/env python3
+"""Makes one fp32 state_dict of a checkpoint, without the package, the model or the cluster it comes from.
+
+    python zero_to_fp32.py . out --safe_serialization      safetensors files; needs numpy alone
+    python zero_to_fp32.py . out                           pytorch_model.bin; needs torch too
+
+A copy of this file lies in every checkpoint. Its arguments are those of DeepSpeed's script of this name. All
+that is read is checked against the checkpoint's checksums, quickly if the package crc32c or google_crc32c
+(which zarr brings along) is there. Of a safetensors file a chunk is in memory at a time, of a .bin file all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+
+Json = dict[str, Any]
+
+BITS = {"BF16": np.uint16}  # numpy has no bfloat16: its bits
+NAMES = {
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    **{f"int{n}": f"I{n}" for n in (8, 16, 32, 64)},
+    **{f"uint{n}": f"U{n}" for n in (8, 16, 32, 64)},
+}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS.update({f"{unit}iB": 1 << 10 * (i + 1) for i, unit in enumerate("KMGT")})
+
+
+class UnreadableError(Exception):
+    """The checkpoint isn't whole, or isn't there."""
+
+
+# --- checksums ---------------------------------------------------------------------------------------------
+
+
+def crc32c(data: Any) -> int:
+    """Of Castagnoli's polynomial, with whatever is quickest here."""
+    try:
+        import crc32c as package
+
+        return int(package.crc32c(data))
+    except ImportError:
+        pass
+    try:
+        import google_crc32c
+
+        return int(google_crc32c.value(bytes(data)))
+    except ImportError:
+        return crc32c_by_numpy(data)
+
+
+TABLE = np.arange(256, dtype=np.uint32)
+for _ in range(8):
+    TABLE = np.where(TABLE & 1, (TABLE >> 1) ^ np.uint32(0x82F63B78), TABLE >> 1).astype(np.uint32)
+
+
+def crc32c_by_numpy(data: Any, lanes: int = 4096) -> int:
+    """Many stretches of equal length side by side, whose checksums are then combined."""
+    data = np.frombuffer(data, np.uint8)
+    each = len(data) // lanes
+    crc = np.uint32(0xFFFFFFFF)
+    if each:
+        columns = np.ascontiguousarray(data[: each * lanes].reshape(lanes, each).T)
+        sums = np.zeros(lanes, np.uint32)
+        for column in columns:
+            sums = TABLE[(sums ^ column) & 0xFF] ^ (sums >> 8)
+        # To put `each` zero bytes behind something multiplies its checksum by a 32 x 32 matrix of bits.
+        step = np.uint32(1) << np.arange(32, dtype=np.uint32)  # its columns: the identity
+        for _ in range(each):
+            step = TABLE[step & 0xFF] ^ (step >> 8)
+        while len(sums) > 1:  # and so does `each` twice as many, squared
+            sums = _times(step, sums[::2]) ^ sums[1::2]
+            step = _times(step, step)
+        crc = _times(step, np.full(1, crc))[0] ^ sums[0]
+    for byte in data[each * lanes :]:
+        crc = TABLE[(crc ^ byte) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+    return int(crc ^ np.uint32(0xFFFFFFFF))
+
+
+def _times(matrix: Any, vectors: Any) -> Any:
+    result = np.zeros_like(vectors)
+    for bit in range(32):
+        result ^= np.where((vectors >> np.uint32(bit)) & np.uint32(1), matrix[bit], np.uint32(0))
+    return result
+
+
+# --- the checkpoint ----------------------------------------------------------------------------------------
+
+
+class Array:
+    """One tensor's own value in a checkpoint's folder."""
+
+    def __init__(self, folder: Path, path: str, document: Json, records: Json) -> None:
+        self.folder, self.path, self.records = folder, path, records
+        self.shape = tuple(document["shape"])
+        self.chunk = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+        self.dtype = document["attributes"].get("dtype", document["data_type"])
+        kind = NAMES[self.dtype]
+        self.bits = np.dtype(BITS.get(kind, self.dtype)).newbyteorder("<")
+        self.nbytes = math.prod(self.shape) * self.bits.itemsize
+
+    def fill(self, out: Any) -> None:
+        """Copy all chunks, verified, into `out`, an array of this shape."""
+        grid = [range(-(-n // c)) for n, c in zip(self.shape, self.chunk, strict=True)]
+        for index in product(*grid):
+            box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.chunk, strict=True))
+            place = out[box or ...]
+            data = self._verified(".".join(["c", *map(str, index)])).view(self.bits).reshape(self.chunk)
+            place[...] = data[tuple(slice(n) for n in place.shape) or ...]
+
+    def _verified(self, key: str) -> Any:
+        file = self.folder / self.path / key
+        record = self.records.get(key)
+        try:
+            data = np.fromfile(file, np.uint8)
+        except OSError as error:
+            raise UnreadableError(f"{file} can't be read: {error.strerror}") from None
+        if record is None or len(data) != record["size"] or crc32c(data[:-4]) != int(record["crc32c"], 16):
+            raise UnreadableError(f"{file} is damaged: its size or checksum isn't the manifest's")
+        return data[:-4]
+
+
+def find(checkpoint_dir: str, tag: str | None) -> Path:
+    """The folder of the checkpoint: `checkpoint_dir` itself, or one in it, by default what `latest` names."""
+    run = Path(checkpoint_dir)
+    if tag is None and (run / "manifest.json").exists():
+        return run
+    if tag is None:
+        try:
+            tag = (run / "latest").read_text().strip()
+        except OSError:
+            raise UnreadableError(f"{run} has neither manifest.json nor latest; give --tag") from None
+    if not (run / tag / "manifest.json").exists():
+        tags = sorted(path.parent.name for path in run.glob("[!.]*/manifest.json"))
+        raise UnreadableError(f"{run} has no checkpoint {tag!r}; there are: {', '.join(tags) or 'none'}")
+    return run / tag
+
+
+def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays by name, and other names of tied weights; both documents are checked first."""
+    head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
+    if head != b'{"crc32c": "%08x",' % crc32c(rest):
+        raise UnreadableError(f"{folder / 'manifest.json'} is damaged: it hasn't the checksum it names")
+    manifest = json.loads(head + rest)
+    if manifest["format"] != "uni3d" or manifest["version"] not in (1, 2):
+        raise UnreadableError(f"{folder} is of format version {manifest['version']}; use its own script")
+    data = (folder / "zarr.json").read_bytes()
+    if crc32c(data) != int(manifest["documents"]["zarr.json"]["crc32c"], 16):
+        raise UnreadableError(f"{folder / 'zarr.json'} is damaged: its checksum isn't the manifest's")
+    parameters = manifest.get("model", {}).get("parameters", {})
+    arrays: dict[str, Array] = {}
+    for path, document in json.loads(data)["consolidated_metadata"]["metadata"].items():
+        if document["node_type"] != "array":
+            continue
+        _, atom, state = map(unquote, path.split("/"))
+        trained = parameters.get(atom, {}).get("requires_grad", True)
+        if state == "value" or (state == "fp32" and (trained or not exclude_frozen_parameters)):
+            arrays[atom] = Array(folder, path, document, manifest["chunks"].get(path, {}))
+    return arrays, {k: v for k, v in manifest.get("aliases", {}).items() if v in arrays}
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def size_in_bytes(size: str | int) -> int:
+    """Of "5GB", "500MiB" or a number of bytes; a ValueError if it is none of these."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)?", str(size))
+    if not match or not float(match[1]):
+        raise ValueError(f"the size {size!r} isn't a number above 0 with a known unit; write 5GB or 500MiB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def cut(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in stretches of at most `limit` bytes, but for tensors that are larger."""
+    parts: list[list[str]] = []
+    held = 0
+    for name, size in sizes.items():
+        if not parts or (parts[-1] and held + size > limit):
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += size
+    return parts or [[]]
+
+
+def file_names(count: int, safe: bool) -> tuple[list[str], str | None]:
+    """The names that Hugging Face's libraries look for, and that of the index if there are several."""
+    stem, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")
+    if count == 1:
+        return [f"{stem}.{suffix}"], None
+    names = [f"{stem}-{i + 1:05}-of-{count:05}.{suffix}" for i in range(count)]
+    return names, f"{stem}.{suffix}.index.json"
+
+
+def index_of(
+    parts: list[list[str]], names: list[str], sizes: dict[str, int], aliases: dict[str, str]
+) -> Json:
+    """Which file has which tensor; a safetensors file has tied weights once, so it gets no aliases."""
+    where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    where.update({alias: where[first] for alias, first in aliases.items()})
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+
+
+def write_safetensors(path: Path, arrays: dict[str, Array], aliases: dict[str, str]) -> None:
+    """Tensors one behind the other after a header (https://github.com/huggingface/safetensors, "Format")."""
+    head: Json = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    if aliases:
+        head["__metadata__"]["aliases"] = json.dumps(aliases)
+    for name, array in sorted(arrays.items(), key=lambda item: -item[1].bits.itemsize):
+        places[name], begin, end = end, end, end + array.nbytes
+        head[name] = {
+            "dtype": NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    data = json.dumps(head).encode()
+    data += b" " * (-len(data) % 8)
+    with open(path, "wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.truncate(8 + len(data) + end)
+    for name, array in arrays.items():
+        if array.nbytes:
+            start = 8 + len(data) + places[name]
+            out = np.memmap(path, array.bits, "r+", start, array.shape or (1,))
+            array.fill(out.reshape(array.shape))
+            out.flush()
+
+
+def write_bin(path: Path, arrays: dict[str, Array], aliases: dict[str, str]) -> None:
+    """By `torch.save`; tied weights are one tensor under several names."""
+    import torch
+
+    tensors = {}
+    for name, array in arrays.items():
+        whole = np.empty(array.shape, array.bits)
+        array.fill(whole)
+        tensors[name] = torch.from_numpy(whole.view(np.int16) if array.dtype == "bfloat16" else whole)
+        if array.dtype == "bfloat16":
+            tensors[name] = tensors[name].view(torch.bfloat16)
+    tensors.update({alias: tensors[first] for alias, first in aliases.items()})
+    torch.save(tensors, path)
+
+
+def write_files(
+    output_dir: str | Path,
+    sizes: dict[str, int],
+    aliases: dict[str, str],
+    max_shard_size: str | int,
+    safe: bool,
+    write: Callable[[Path, list[str], dict[str, str]], object],
+) -> list[str]:
+    """Write tensors of `sizes` bytes as one file or several, by `write(path, names, aliases)` for each.
+
+    A file gets its name when all of them are whole. Returns the names, an index's among them.
+
+    Raises:
+        FileExistsError: there is a file of one of these names; nothing was written.
+        ValueError: `max_shard_size` isn't a size.
+    """
+    parts, out = cut(sizes, size_in_bytes(max_shard_size)), Path(output_dir)
+    names, index = file_names(len(parts), safe)
+    there = [name for name in (*names, index) if name and (out / name).exists()]
+    if there:
+        raise FileExistsError(f"{out / there[0]} exists; delete it, or write to another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    work = out / ".zero_to_fp32.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        for name, part in zip(names, parts, strict=True):
+            write(work / name, part, {alias: first for alias, first in aliases.items() if first in part})
+        if index:
+            content = index_of(parts, names, sizes, {} if safe else aliases)
+            (work / index).write_text(json.dumps(content, indent=2) + "\n")
+            names.append(index)
+        for name in names:
+            os.replace(work / name, out / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return names
+
+
+def convert(
+    folder: Path,
+    output_dir: str,
+    max_shard_size: str = "5GB",
+    safe_serialization: bool = False,
+    exclude_frozen: bool = False,
+) -> list[str]:
+    """Write the files of a checkpoint; returns their names."""
+    arrays, aliases = read(folder, exclude_frozen)
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+
+    def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
+        each = write_safetensors if safe_serialization else write_bin
+        each(path, {name: arrays[name] for name in names}, aliases)
+
+    return write_files(output_dir, sizes, aliases, max_shard_size, safe_serialization, write)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint_dir", help="a run's folder, or one checkpoint's own")
+    parser.add_argument("output_dir", help="folder to write the weights to")
+    parser.add_argument("--max_shard_size", default="5GB", help="of a file, e.g. 5GB (the default)")
+    parser.add_argument(
+        "--safe_serialization", action="store_true", help="safetensors instead of torch's format"
+    )
+    parser.add_argument("-t", "--tag", help="which checkpoint; by default what `latest` names")
+    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave them out")
+    parser.add_argument("-d", "--debug", action="store_true", help="print each tensor, and tracebacks")
+    args = parser.parse_args()
+    try:
+        folder = find(args.checkpoint_dir, args.tag)
+        if args.debug:
+            for name, array in read(folder, args.exclude_frozen_parameters)[0].items():
+                print(f"{name}: {list(array.shape)} {array.dtype}")
+        frozen = args.exclude_frozen_parameters
+        names = convert(folder, args.output_dir, args.max_shard_size, args.safe_serialization, frozen)
+    except (UnreadableError, ValueError, KeyError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        sys.exit(f"error: {error}")
+    for name in names:
+        print(Path(args.output_dir) / name)
+
+
+if __name__ == "__main__":
+    main()
