@@ -69,7 +69,7 @@ class Figures:
     chunks: int
     """Files with data."""
     documents: int
-    """Files with metadata: a `zarr.json` of each array, atom and group, and the manifest."""
+    """All other files: a `zarr.json` of each array, atom and group, the manifest, `zero_to_fp32.py`."""
     written: list[int]
     """Elements that each rank writes, in bytes, the plan's balance."""
     stored: list[int]
@@ -123,7 +123,7 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
         parameters=shape.parameters,
         arrays=len(atoms) * len(states),
         chunks=sum(t.chunks for t in tallies),
-        documents=len(atoms) * (len(states) + 1) + len(("atoms", "the root", "manifest.json")),
+        documents=len(atoms) * (len(states) + 1) + len(("atoms", "root", "manifest.json", "zero_to_fp32.py")),
         written=[n for t in tallies for n in t.written.values()],
         stored=[n for t in tallies for n in t.stored.values()],
         snapshot=[n for t in tallies for n in t.snapshot.values()],
