@@ -21,7 +21,7 @@ imports no torch.
 from ckpt.box import Box
 from ckpt.comm import Comm, Solo, from_first, gathered, together
 from ckpt.errors import CheckpointError, PartialLoadError
-from ckpt.export import export_safetensors, weights
+from ckpt.export import export_safetensors, exported_bytes, weights
 from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
@@ -53,6 +53,7 @@ __all__ = [
     "check_tag",
     "committed_tags",
     "export_safetensors",
+    "exported_bytes",
     "extent",
     "find_checkpoint",
     "from_first",

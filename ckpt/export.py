@@ -49,23 +49,26 @@ def export_safetensors(
     path: str | Path,
     *,
     names: Collection[str] | None = None,
+    dtype: str | None = None,
     durable: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> int:
     """Write the model's `state_dict`, or what it has under `names`, to the file `path`; returns its bytes.
 
-    A tied weight is stored once, under its first name; the file's metadata lists the other names. The
-    file appears under its name when it is whole and, with `durable`, on the disk. `progress` is told the
-    bytes written.
+    Parameters are rounded to `dtype` ("bfloat16" or "float16"), if one is given; buffers stay as they are. A
+    tied weight is stored once, under its first name; the file's metadata lists the other names. The file
+    appears under its name when it is whole and, with `durable`, on the disk. `progress` is told the bytes
+    written.
 
     Raises:
-        CheckpointError: `path` exists, or a chunk is damaged.
+        CheckpointError: `path` exists, a chunk is damaged, or a number is too large for `dtype`.
     """
     target = Path(path)
     if target.exists():
         raise CheckpointError(f"{target} exists; delete it, or export to another name")
     arrays = {n: info for n, info in weights(checkpoint).items() if names is None or n in names}
-    header, places = _header(checkpoint, arrays)
+    types = {name: exported_type(info, dtype) for name, info in arrays.items()}
+    header, places = _header(checkpoint, arrays, types)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -76,7 +79,7 @@ def export_safetensors(
             files.write_at(fd, memoryview(header), 0)
             copier = _Copier(checkpoint, fd, progress)
             bands = [
-                (info, box, len(header) + places[name])
+                (info, box, types[name], len(header) + places[name])
                 for name, info in arrays.items()
                 for box in _bands(info)
             ]
@@ -95,7 +98,18 @@ def export_safetensors(
     return size
 
 
-def _header(checkpoint: Checkpoint, arrays: dict[str, ArrayInfo]) -> tuple[bytes, dict[str, int]]:
+def exported_type(info: ArrayInfo, dtype: str | None) -> str:
+    """The type that an array is exported in: only parameters are rounded to `dtype`."""
+    return info.dtype if dtype is None or info.key.state != WEIGHT_STATES[0] else dtype
+
+
+def exported_bytes(info: ArrayInfo, dtype: str | None) -> int:
+    return Box.whole(info.shape).size * itemsize(exported_type(info, dtype))
+
+
+def _header(
+    checkpoint: Checkpoint, arrays: dict[str, ArrayInfo], types: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
     """The file's head, and where each tensor begins behind it."""
     places: dict[str, int] = {}
     metadata = {"format": "pt", "tag": checkpoint.tag}
@@ -105,10 +119,10 @@ def _header(checkpoint: Checkpoint, arrays: dict[str, ArrayInfo]) -> tuple[bytes
     content: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     # Wide types first, as safetensors writes them: each tensor is then aligned to its type.
-    for name, info in sorted(arrays.items(), key=lambda item: -itemsize(item[1].dtype)):
-        places[name], end = end, end + info.nbytes
+    for name, info in sorted(arrays.items(), key=lambda item: -itemsize(types[item[0]])):
+        places[name], end = end, end + exported_bytes(info, types[name])
         content[name] = {
-            "dtype": _SAFETENSORS_DTYPES[info.dtype],
+            "dtype": _SAFETENSORS_DTYPES[types[name]],
             "shape": list(info.shape),
             "data_offsets": [places[name], end],
         }
@@ -144,19 +158,33 @@ class _Copier:
         self._progress = progress
         self._memory = threading.local()
 
-    def copy(self, band: tuple[ArrayInfo, Box, int]) -> None:
-        """Copy one band of an array that begins at a place in the file."""
-        info, box, start = band
+    def copy(self, band: tuple[ArrayInfo, Box, str, int]) -> None:
+        """Copy one band of an array, as the type that it gets, to the file's part that begins at a place."""
+        info, box, dtype, start = band
         if box.size == 0:
             return
-        size = itemsize(info.dtype)
-        nbytes = box.size * size
+        nbytes = box.size * itemsize(info.dtype)
         held: npt.NDArray[np.uint8] | None = getattr(self._memory, "bytes", None)
         if held is None or len(held) < nbytes:
             held = self._memory.bytes = np.empty(max(nbytes, BAND_BYTES), np.uint8)
-        data = held[:nbytes]
-        out = data.view(numpy_dtype(info.dtype)).reshape(box.shape)
+        out = held[:nbytes].view(numpy_dtype(info.dtype)).reshape(box.shape)
         for piece in pieces(info, box):
             self._checkpoint.read_piece(piece, out)
-        files.write_at(self._fd, data.data, start + box.span(info.shape)[0] * size)
-        self._progress(nbytes)
+        data = held[:nbytes] if dtype == info.dtype else _rounded(out, dtype, info.key.atom)
+        files.write_at(self._fd, data.data, start + box.span(info.shape)[0] * itemsize(dtype))
+        self._progress(len(data))
+
+
+def _rounded(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[np.uint8]:
+    """The bytes of `values` in a smaller type, to the nearest, ties to even.
+
+    Raises:
+        CheckpointError: one would become infinite.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(numpy_dtype(dtype))
+    lost = np.isinf(rounded) & np.isfinite(values)
+    if lost.any():
+        value = float(values[lost].flat[0])
+        raise CheckpointError(f"{name} has {value:g}, which is too large for {dtype}; export it as fp32")
+    return rounded.reshape(-1).view(np.uint8)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from uni3d import __version__, cli_config, cli_plan, cli_upkeep
-from uni3d.terminal import AsJson, Run, Tag, complain, in_bytes, out, progress_bar, say, say_json
+from uni3d import __version__, cli_config, cli_export, cli_plan, cli_upkeep
+from uni3d.terminal import AsJson, Run, Tag, complain, in_bytes, out, say, say_json
 
 if TYPE_CHECKING:
     import ckpt
@@ -129,28 +128,12 @@ def _atom_rows(checkpoint: ckpt.Checkpoint) -> list[dict[str, Any]]:
     return rows
 
 
-@app.command()
-def export(
-    run: Run,
-    output: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
-    tag: Tag = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write the weights as one fp32 state_dict in a safetensors file, whatever topology saved them."""
-    import ckpt
-
-    checkpoint = ckpt.open_checkpoint(run, tag)
-    if output.suffix != ".safetensors":
-        raise ValueError(f"{output} must end in .safetensors, the format that is written")
-    total = sum(info.nbytes for info in ckpt.weights(checkpoint).values())
-    with progress_bar("exporting", total) as progress:
-        size = ckpt.export_safetensors(checkpoint, output, progress=progress)
-    tensors = len(ckpt.weights(checkpoint))
-    if as_json:
-        say_json({"output": str(output), "tag": checkpoint.tag, "tensors": tensors, "bytes": size})
-    else:
-        say(f"{output}: {tensors} tensors, {in_bytes(size)}, from {checkpoint.tag}")
-
-
-for command in (cli_upkeep.verify, cli_upkeep.clean, cli_upkeep.prune, cli_plan.plan, cli_config.config):
+for command in (
+    cli_export.export,
+    cli_upkeep.verify,
+    cli_upkeep.clean,
+    cli_upkeep.prune,
+    cli_plan.plan,
+    cli_config.config,
+):
     app.command()(command)

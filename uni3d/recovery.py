@@ -24,14 +24,14 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: ckpt.Checkpoint, *, frozen: bool = True) -> None:
         self._checkpoint = checkpoint
-        parameters = checkpoint.manifest["model"]["parameters"]
+        parameters = checkpoint.manifest.get("model", {}).get("parameters", {})
         self.infos = {
             name: info
             for name, info in ckpt.weights(checkpoint).items()
             if frozen or parameters.get(name, {}).get("requires_grad", True)
         }
         """What there is to read, each tied weight once."""
-        self.aliases = {k: v for k, v in checkpoint.manifest["aliases"].items() if v in self.infos}
+        self.aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in self.infos}
         """Other names of tied weights -> the one that is in `infos`."""
 
     def __getitem__(self, name: str) -> Tensor:
@@ -168,12 +168,42 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
         if safe_serialization:
             ckpt.export_safetensors(checkpoint, path, names=names)
-            return
-        tensors = dict(zip(names, for_each(weights.__getitem__, names, cores()), strict=True))
-        torch.save(tensors | {alias: tensors[first] for alias, first in aliases.items()}, path)
+        else:
+            write_torch_file(weights, path, names, aliases)
 
     sizes = {name: info.nbytes for name, info in weights.infos.items()}
     zero_to_fp32.write_files(output_dir, sizes, weights.aliases, max_shard_size, safe_serialization, write)
+
+
+def write_torch_file(
+    weights: StoredWeights,
+    path: Path,
+    names: list[str],
+    aliases: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write tensors by `torch.save`, which takes the memory of all of them; `aliases` name some once more.
+
+    Parameters are rounded to `dtype`, if one is given.
+
+    Raises:
+        ckpt.CheckpointError: one is damaged, or has a number that is too large for `dtype`.
+    """
+
+    def read(name: str) -> Tensor:
+        tensor = weights[name]
+        if dtype is None or weights.infos[name].key.state != state.PARAMETER:
+            return tensor
+        rounded = tensor.to(dtype)
+        if (rounded.isinf() & tensor.isfinite()).any():
+            raise ckpt.CheckpointError(
+                f"{name} has numbers that are too large for {dtype}; export it as fp32"
+            )
+        return rounded
+
+    tensors = dict(zip(names, for_each(read, names, cores()), strict=True))
+    torch.save(tensors | {alias: tensors[first] for alias, first in aliases.items()}, path)
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.device("cpu")) -> Any:  # noqa: B008

@@ -1,0 +1,135 @@
+"""`uni3d export`: the weights of a checkpoint as files that others read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from uni3d.terminal import AsJson, Run, Tag, in_bytes, progress_bar, say, say_json
+
+if TYPE_CHECKING:
+    import ckpt
+
+_SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
+_DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+
+Write = Callable[[Path, list[str], dict[str, str]], object]
+"""Writes a file: its path, the tensors, other names of tied ones among them."""
+
+
+def export(
+    run: Run,
+    output: Annotated[
+        Path, typer.Argument(help="File to write, or with --max-shard-size a folder; nothing is replaced.")
+    ],
+    tag: Tag = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="safetensors or torch.", show_default="what the file's name says"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of parameters: fp32, bf16 or fp16.")] = "fp32",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="E.g. 5GB: files of at most so much, with an index, by Hugging Face's names."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only tensors whose names match, e.g. 'layers.0.*'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No tensors whose names match.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the weights as one state_dict, in fp32 unless asked otherwise, whatever topology saved them."""
+    import ckpt
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype {dtype} isn't one of {', '.join(_DTYPES)}")
+    kind = _format(output, file_format, whole=max_shard_size is None)
+    checkpoint = ckpt.open_checkpoint(run, tag)
+    names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
+    infos = ckpt.weights(checkpoint)
+    sizes = {name: ckpt.exported_bytes(infos[name], _DTYPES[dtype]) for name in names}
+    aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in sizes}
+    with progress_bar("exporting", sum(sizes.values())) as progress:
+        write = _writer(checkpoint, kind, _DTYPES[dtype], progress)
+        if max_shard_size is None:
+            _write_one(output, names, aliases, write)
+            files = [output]
+        else:
+            from uni3d.zero_to_fp32 import write_files
+
+            safe = kind == "safetensors"
+            made = write_files(output, sizes, aliases, max_shard_size, safe, write)
+            files = [output / name for name in made]
+    size = sum(file.stat().st_size for file in files)
+    if as_json:
+        row = {"output": str(output), "tag": checkpoint.tag, "tensors": len(names), "bytes": size}
+        say_json({**row, "files": [str(file) for file in files]})
+        return
+    several = f" in {len(files)} files" if len(files) > 1 else ""
+    say(f"{output}: {len(names)} tensors, {in_bytes(size)}{several}, from {checkpoint.tag}")
+
+
+def _format(output: Path, asked: str | None, *, whole: bool) -> str:
+    """The format: as asked, or as the name of the file says; a folder's is safetensors by default."""
+    if asked not in (None, "safetensors", "torch"):
+        raise ValueError(f"--format {asked} isn't safetensors or torch")
+    named = _SUFFIXES.get(output.suffix) if whole else None
+    if whole and named is None:
+        raise ValueError(
+            f"{output} must end in one of {', '.join(_SUFFIXES)}; or give --max-shard-size, for a folder"
+        )
+    if asked is not None and named not in (None, asked):
+        raise ValueError(f"{output} has the suffix of another format than --format {asked}")
+    return asked or named or "safetensors"
+
+
+def _chosen(names: list[str], include: list[str], exclude: list[str]) -> list[str]:
+    """The names that match one of `include` (all, if there are none) and none of `exclude`."""
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{option} {pattern} matches none of the {len(names)} tensors")
+    kept = [n for n in names if not include or any(fnmatchcase(n, pattern) for pattern in include)]
+    kept = [n for n in kept if not any(fnmatchcase(n, pattern) for pattern in exclude)]
+    if not kept:
+        raise ValueError("--include and --exclude leave no tensors")
+    return kept
+
+
+def _writer(
+    checkpoint: ckpt.Checkpoint, kind: str, dtype: str | None, progress: Callable[[int], None]
+) -> Write:
+    import ckpt
+
+    if kind == "safetensors":
+        return lambda path, names, _: ckpt.export_safetensors(
+            checkpoint, path, names=names, dtype=dtype, progress=progress
+        )
+    import torch
+
+    from uni3d.recovery import StoredWeights, write_torch_file
+
+    weights = StoredWeights(checkpoint)
+    rounded = None if dtype is None else getattr(torch, dtype)
+
+    def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
+        write_torch_file(weights, path, names, aliases, dtype=rounded)
+
+    return write
+
+
+def _write_one(output: Path, names: list[str], aliases: Mapping[str, str], write: Write) -> None:
+    """Write a single file, which gets its name when it is whole."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists; delete it, or export to another name")
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        write(temporary, names, dict(aliases))
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
