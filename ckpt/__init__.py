@@ -10,6 +10,7 @@ and names every object with its checksum; nothing is pickled. `docs/format.md` i
     load(checkpoint, targets, comm=...)            fill existing arrays, after all ranks agreed on the report
     verify(checkpoint)                             read and check every object, and name what is wrong
     export_safetensors(checkpoint, path)           one fp32 state_dict file, streamed
+    compare(first, second), statistics(...)        what differs; what the numbers are like
     prune(run, retention)                          delete old checkpoints, each in one step
 
 A run lies in a folder, or at any URL that fsspec knows.
@@ -20,6 +21,7 @@ imports no torch.
 
 from ckpt.box import Box
 from ckpt.comm import Comm, Solo, from_first, gathered, together
+from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
 from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
@@ -27,6 +29,7 @@ from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
 from ckpt.save import SaveReport, Shard, save
+from ckpt.stats import Statistics, statistics
 from ckpt.store import open_store
 from ckpt.tags import Retention, committed_tags, prune, read_latest
 from ckpt.verify import Problem, extent, verify
@@ -39,6 +42,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Comm",
+    "Difference",
     "Layout",
     "LoadReport",
     "PartialLoadError",
@@ -49,9 +53,12 @@ __all__ = [
     "Shard",
     "ShardSpec",
     "Solo",
+    "Statistics",
     "check_json",
     "check_tag",
     "committed_tags",
+    "common_bytes",
+    "compare",
     "export_safetensors",
     "exported_bytes",
     "extent",
@@ -67,6 +74,7 @@ __all__ = [
     "prune",
     "read_latest",
     "save",
+    "statistics",
     "together",
     "verify",
     "weights",

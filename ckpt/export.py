@@ -8,10 +8,8 @@ as 8 bytes, a JSON header with each tensor's dtype, shape and place, then the te
 from __future__ import annotations
 
 import json
-import math
 import os
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import files
+from ckpt.bands import BandReader, bands
 from ckpt.box import Box
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize, numpy_dtype
-from ckpt.read import WEIGHT_STATES, ArrayInfo, Checkpoint, pieces
+from ckpt.read import WEIGHT_STATES, ArrayInfo, Checkpoint
 from ckpt.threads import cores, for_each
-
-BAND_BYTES = 8 << 20
-"""About how much is read and written at a time by each thread."""
 
 _SAFETENSORS_DTYPES = {
     "bfloat16": "BF16",
@@ -78,12 +74,12 @@ def export_safetensors(
         try:
             files.write_at(fd, memoryview(header), 0)
             copier = _Copier(checkpoint, fd, progress)
-            bands = [
+            todo = [
                 (info, box, types[name], len(header) + places[name])
                 for name, info in arrays.items()
-                for box in _bands(info)
+                for box in bands(info)
             ]
-            for_each(copier.copy, bands, checkpoint.store.threads or cores())
+            for_each(copier.copy, todo, checkpoint.store.threads or cores())
             size = os.fstat(fd).st_size
             if durable:
                 os.fsync(fd)
@@ -131,52 +127,27 @@ def _header(
     return len(data).to_bytes(8, "little") + data, places
 
 
-def _bands(info: ArrayInfo) -> Iterator[Box]:
-    """Cut an array into boxes of about `BAND_BYTES`, each one stretch of its bytes in C order."""
-    shape, size = info.shape, itemsize(info.dtype)
-    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) * size <= BAND_BYTES), len(shape))
-    if dim == len(shape):
-        yield Box.whole(shape)  # a scalar
-        return
-    step = max(1, BAND_BYTES // max(1, math.prod(shape[dim + 1 :]) * size))
-    chunk = info.chunk_shape[dim]
-    if step > chunk:
-        step = step // chunk * chunk  # whole chunks, so that no block is read twice
-    rest = shape[dim + 1 :]
-    for index in np.ndindex(*shape[:dim]):
-        for start in range(0, shape[dim], step):
-            length = min(step, shape[dim] - start)
-            yield Box((*index, start, *(0,) * len(rest)), (*(1,) * dim, length, *rest))
-
-
 class _Copier:
-    """Copies bands of arrays, verified, to where they lie in the file, through memory that is used again."""
+    """Copies bands of arrays to where they lie in the file."""
 
     def __init__(self, checkpoint: Checkpoint, fd: int, progress: Callable[[int], None]) -> None:
-        self._checkpoint = checkpoint
+        self._reader = BandReader(checkpoint)
         self._fd = fd
         self._progress = progress
-        self._memory = threading.local()
 
     def copy(self, band: tuple[ArrayInfo, Box, str, int]) -> None:
         """Copy one band of an array, as the type that it gets, to the file's part that begins at a place."""
         info, box, dtype, start = band
         if box.size == 0:
             return
-        nbytes = box.size * itemsize(info.dtype)
-        held: npt.NDArray[np.uint8] | None = getattr(self._memory, "bytes", None)
-        if held is None or len(held) < nbytes:
-            held = self._memory.bytes = np.empty(max(nbytes, BAND_BYTES), np.uint8)
-        out = held[:nbytes].view(numpy_dtype(info.dtype)).reshape(box.shape)
-        for piece in pieces(info, box):
-            self._checkpoint.read_piece(piece, out)
-        data = held[:nbytes] if dtype == info.dtype else _rounded(out, dtype, info.key.atom)
-        files.write_at(self._fd, data.data, start + box.span(info.shape)[0] * itemsize(dtype))
-        self._progress(len(data))
+        values = self._reader.read(info, box)
+        data = (values if dtype == info.dtype else _rounded(values, dtype, info.key.atom)).reshape(-1)
+        files.write_at(self._fd, data.view(np.uint8).data, start + box.span(info.shape)[0] * itemsize(dtype))
+        self._progress(data.nbytes)
 
 
-def _rounded(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[np.uint8]:
-    """The bytes of `values` in a smaller type, to the nearest, ties to even.
+def _rounded(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
+    """`values` in a smaller type, to the nearest, ties to even.
 
     Raises:
         CheckpointError: one would become infinite.
@@ -187,4 +158,4 @@ def _rounded(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[np.
     if lost.any():
         value = float(values[lost].flat[0])
         raise CheckpointError(f"{name} has {value:g}, which is too large for {dtype}; export it as fp32")
-    return rounded.reshape(-1).view(np.uint8)
+    return rounded

@@ -6,7 +6,7 @@ The commands import `ckpt` when they run, and not before: `uni3d --help` waits n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -42,6 +42,31 @@ def complain(error: object) -> None:
 
 def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
+
+
+def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of the same keys as a table; there is at least one."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for key in rows[0]:
+        numbers = any(isinstance(row[key], int | float) for row in rows)
+        table.add_column(key, justify="right" if numbers else "left", overflow="fold")
+    formats: dict[str, Callable[[Any], str]] = {
+        "bytes": in_bytes,
+        "created": lambda x: x[:16].replace("T", " "),
+        "latest": lambda x: "*" if x else "",
+    }
+    for row in rows:
+        table.add_row(*(Text(formats.get(key, _cell)(value)) for key, value in row.items()))
+    out.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_whatever_is_copied_at_a_time(tmp_path, monkeypatch, band):
     """From one element to several arrays: the bands of each array cover it, once."""
     weights, out, told = saved(tmp_path), tmp_path / "model.safetensors", []
     kept = {n: a for n, a in weights.items() if a.size * 8 < 20_000 * band}
-    monkeypatch.setattr("ckpt.export.BAND_BYTES", band)
+    monkeypatch.setattr("ckpt.bands.BAND_BYTES", band)
     checkpoint = open_checkpoint(tmp_path)
     for name in weights.keys() - kept:
         checkpoint.arrays = {key: info for key, info in checkpoint.arrays.items() if key.atom != name}

@@ -123,3 +123,29 @@ def test_a_half_written_tag_is_not_there(folder: Path) -> None:
     assert "isn't a committed checkpoint" in run("inspect", folder).stderr
     rows = json.loads(run("inspect", folder, "--tag", "global_step1", "--json").stdout)
     assert [r["tag"] for r in rows] == ["global_step1"]
+
+
+def test_inspect_describes_the_numbers(folder: Path) -> None:
+    rows = json.loads(run("inspect", folder, "a.*", "--atoms", "--stats", "--json").stdout)
+    assert [(r["atom"], r["state"]) for r in rows] == [("a.weight", "exp_avg"), ("a.weight", "fp32")]
+    weight = rows[1]
+    assert (weight["min"], weight["max"], weight["mean"], weight["nan"]) == (2, 13, 7.5, 0)
+    assert "7.5" in run("inspect", folder, "--atoms", "--stats").stdout
+
+
+def test_diff_tells_by_its_exit_code(folder: Path) -> None:
+    same = run("diff", folder, folder / "global_step2")
+    assert (same.returncode, same.stdout) == (0, "the same: 3 arrays\n")
+    other = run("diff", folder, folder, "--second-tag", "global_step1", "--json")
+    assert other.returncode == 1
+    differences = json.loads(other.stdout)["differences"]
+    assert [(d["atom"], d["state"], d["differs"], d["absolute"]) for d in differences] == [
+        ("a.weight", "exp_avg", "values", 2.0),
+        ("a.weight", "fp32", "values", 1.0),
+        ("count", "value", "values", 1.0),
+    ]
+    text = run("diff", folder / "global_step1", folder / "global_step2").stdout
+    assert "3 of 3 arrays differ; at most by 2, and by 0.5 of the larger value" in text
+    missing = run("diff", folder, folder / "nowhere")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: ")

@@ -1,0 +1,55 @@
+"""Going through arrays band by band, so that the memory taken is some bands', whatever the arrays' size."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.box import Box
+from ckpt.format import itemsize, numpy_dtype
+from ckpt.read import ArrayInfo, Checkpoint, pieces
+
+BAND_BYTES = 8 << 20
+"""About how much is read at a time by each thread."""
+
+
+def bands(info: ArrayInfo) -> Iterator[Box]:
+    """Cut an array into boxes of about `BAND_BYTES`, each one stretch of its bytes in C order."""
+    shape, size = info.shape, itemsize(info.dtype)
+    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) * size <= BAND_BYTES), len(shape))
+    if dim == len(shape):
+        yield Box.whole(shape)  # a scalar
+        return
+    step = max(1, BAND_BYTES // max(1, math.prod(shape[dim + 1 :]) * size))
+    chunk = info.chunk_shape[dim]
+    if step > chunk:
+        step = step // chunk * chunk  # whole chunks, so that no block is read twice
+    rest = shape[dim + 1 :]
+    for index in np.ndindex(*shape[:dim]):
+        for start in range(0, shape[dim], step):
+            length = min(step, shape[dim] - start)
+            yield Box((*index, start, *(0,) * len(rest)), (*(1,) * dim, length, *rest))
+
+
+class BandReader:
+    """Reads boxes of a checkpoint's arrays, verified, into memory that is used again."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._memory = threading.local()
+
+    def read(self, info: ArrayInfo, box: Box) -> npt.NDArray[Any]:
+        """What is in `box`; it is there until this thread reads the next one."""
+        nbytes = box.size * itemsize(info.dtype)
+        held: npt.NDArray[np.uint8] | None = getattr(self._memory, "bytes", None)
+        if held is None or len(held) < nbytes:
+            held = self._memory.bytes = np.empty(max(nbytes, BAND_BYTES), np.uint8)
+        out = held[:nbytes].view(numpy_dtype(info.dtype)).reshape(box.shape)
+        for piece in pieces(info, box):
+            self._checkpoint.read_piece(piece, out)
+        return out

@@ -1,0 +1,95 @@
+"""What the numbers in a checkpoint's arrays are like, streamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ckpt.bands import BandReader, bands
+from ckpt.plan import ArrayKey
+from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.threads import cores, for_each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Of the numbers in one array; NaNs are counted and left out of the rest. None where there are none."""
+
+    mean: float | None
+    std: float | None
+    """Of all elements, not of a sample."""
+    least: float | None
+    most: float | None
+    nan: int
+
+
+class _Part(NamedTuple):
+    """Of one band."""
+
+    size: int
+    numbers: int
+    """Without NaNs."""
+    mean: float
+    spread: float
+    """Summed squares of the distances from the mean."""
+    least: float
+    most: float
+
+
+def statistics(
+    checkpoint: Checkpoint,
+    keys: Sequence[ArrayKey],
+    *,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[ArrayKey, Statistics]:
+    """Statistics of arrays, summed up in float64. `progress` is told the bytes that were read.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    reader = BandReader(checkpoint)
+
+    def of_band(band: tuple[ArrayInfo, Any]) -> _Part:
+        info, box = band
+        stored = reader.read(info, box)
+        values = stored.astype(np.float64).reshape(-1)
+        progress(stored.nbytes)
+        numbers = values[~np.isnan(values)]
+        if not numbers.size:
+            return _Part(values.size, 0, 0.0, 0.0, math.inf, -math.inf)
+        mean = float(numbers.mean())
+        with np.errstate(invalid="ignore", over="ignore"):
+            spread = float(np.square(numbers - mean).sum())
+        return _Part(values.size, numbers.size, mean, spread, float(numbers.min()), float(numbers.max()))
+
+    infos = [checkpoint.arrays[key] for key in keys]
+    todo = [(info, box) for info in infos for box in bands(info) if box.size]
+    parts: dict[ArrayKey, list[_Part]] = {key: [] for key in keys}
+    found = for_each(of_band, todo, checkpoint.store.threads or cores())
+    for (info, _), part in zip(todo, found, strict=True):
+        parts[info.key].append(part)
+    return {key: _together(of_array) for key, of_array in parts.items()}
+
+
+def _together(parts: list[_Part]) -> Statistics:
+    """Of parts of an array, that of all (Chan, Golub, LeVeque 1983: means and squares of parts, combined)."""
+    count, mean, spread = 0, 0.0, 0.0
+    for part in (part for part in parts if part.numbers):
+        away, total = part.mean - mean, count + part.numbers
+        mean += away * part.numbers / total
+        spread += part.spread + away * away * count * part.numbers / total
+        count = total
+    nan = sum(part.size - part.numbers for part in parts)
+    if not count:
+        return Statistics(mean=None, std=None, least=None, most=None, nan=nan)
+    return Statistics(
+        mean=mean,
+        std=math.sqrt(spread / count),
+        least=min(part.least for part in parts),
+        most=max(part.most for part in parts),
+        nan=nan,
+    )

@@ -1,0 +1,104 @@
+"""`uni3d inspect`: what there is in a run's folder, and in a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from uni3d.terminal import AsJson, Run, Tag, progress_bar, say_json, say_table
+
+if TYPE_CHECKING:
+    import ckpt
+
+
+def inspect(
+    run: Run,
+    pattern: Annotated[
+        str | None, typer.Argument(help="With --atoms: of atoms whose names match, e.g. 'layers.0.*'.")
+    ] = None,
+    tag: Tag = None,
+    atoms: Annotated[bool, typer.Option("--atoms", help="List the atoms of one checkpoint.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="With --atoms: read them; mean, std, min, max, number of NaNs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which checkpoints there are, or with --atoms what is in one."""
+    import ckpt
+
+    if not atoms and (pattern is not None or stats):
+        raise ValueError(f"{'--stats' if stats else pattern} is about atoms; add --atoms")
+    rows = _atom_rows(ckpt.open_checkpoint(run, tag), pattern, stats) if atoms else _tag_rows(run, tag)
+    if as_json:
+        say_json(rows)
+    else:
+        say_table(rows)
+
+
+def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
+    """A row for each committed tag of a run (or the one asked for), oldest first."""
+    import ckpt
+
+    newest = ckpt.open_checkpoint(run, tag)
+    alone = tag is not None or not newest.folder  # `run` is a checkpoint's own folder
+    checkpoints = [newest] if alone else [ckpt.open_checkpoint(run, t) for t in ckpt.committed_tags(run)]
+    rows = []
+    for checkpoint in checkpoints:
+        manifest = checkpoint.manifest
+        rows.append(
+            {
+                "tag": checkpoint.tag,
+                "latest": not alone and checkpoint.tag == newest.tag,
+                "step": manifest["step"],
+                "created": manifest["created"],
+                "written on": _topology(manifest["writer"]),
+                "atoms": len(checkpoint.atoms),
+                "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
+            }
+        )
+    return rows
+
+
+def _topology(writer: dict[str, Any]) -> str:
+    return " ".join(f"{axis}{n}" for axis, n in writer["topology"].items()) + f" zero{writer['zero_stage']}"
+
+
+def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:
+    """A row for each array of a checkpoint."""
+    import ckpt
+
+    infos = {k: i for k, i in checkpoint.arrays.items() if pattern is None or fnmatchcase(k.atom, pattern)}
+    if not infos:
+        matching = "" if pattern is None else f" that match {pattern!r}"
+        raise ckpt.CheckpointError(f"{checkpoint.url} has no atoms{matching}")
+    numbers: dict[ckpt.ArrayKey, dict[str, Any]] = {}
+    if stats:
+        total = sum(info.nbytes for info in infos.values())
+        with progress_bar("reading", total) as progress:
+            found = ckpt.statistics(checkpoint, list(infos), progress=progress)
+        numbers = {key: _numbers(of) for key, of in found.items()}
+    return [
+        {
+            "atom": key.atom,
+            "state": key.state,
+            "dtype": info.dtype,
+            "shape": "x".join(map(str, info.shape)) or "scalar",
+            "chunks": len(info.chunks),
+            "bytes": info.nbytes,
+            **numbers.get(key, {}),
+        }
+        for key, info in infos.items()
+    ]
+
+
+def _numbers(of: ckpt.Statistics) -> dict[str, Any]:
+    """Statistics as columns; what JSON hasn't, infinities, as text."""
+    names = {"least": "min", "most": "max"}
+    return {
+        names.get(key, key): value if value is None or isfinite(value) else str(value)
+        for key, value in asdict(of).items()
+    }
