@@ -17,6 +17,9 @@ from rich.text import Text
 out = Console()
 err = Console(stderr=True)
 
+WIDEST = 1000
+"""Columns of a table. A narrow terminal breaks its lines; a name that is cut can't be searched for."""
+
 Run = Annotated[
     str,
     typer.Argument(
@@ -52,7 +55,7 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
         numbers = any(isinstance(row[key], int | float) for row in rows)
-        table.add_column(key, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(key, justify="right" if numbers else "left", no_wrap=True)
     formats: dict[str, Callable[[Any], str]] = {
         "bytes": in_bytes,
         "created": lambda x: x[:16].replace("T", " "),
@@ -60,7 +63,7 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     }
     for row in rows:
         table.add_row(*(Text(formats.get(key, _cell)(value)) for key, value in row.items()))
-    out.print(table)
+    Console(width=WIDEST).print(table)
 
 
 def _cell(value: Any) -> str:
