@@ -2,8 +2,8 @@
 
     Topology          the ranks on a mesh (pp, replicate, shard, tp); made once and handed on
     settings          what `build` is told beside the model and the topology
-    stages, placement, pipeline  a model that is a chain of layers, cut into stages, which are placed on
-                      ranks and run by torch's schedules
+    stages, placement, pipeline, torch_stage  a model that is a chain of layers, cut into stages, which are
+                      placed on ranks and run by torch's schedules
     combinations      what can't be combined, and why
     blocks            the layers that repeat: gathered one by one, recomputed, compiled
     tensor, replicas  a model's `tp_plan` applied as DTensor styles; whether it left out what it shouldn't

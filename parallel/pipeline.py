@@ -9,14 +9,14 @@ The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
@@ -30,6 +30,7 @@ from parallel.combinations import MANY_STAGES
 from parallel.placement import Placement
 from parallel.settings import Schedule
 from parallel.topology import Topology
+from parallel.torch_stage import TorchStage
 from parallel.zero import Zero
 
 LossFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -55,7 +56,7 @@ class Loss(NamedTuple):
             total = total.full_tensor()
         if isinstance(count, DTensor):
             count = count.full_tensor()
-        return cls(total, count)
+        return cls(total, torch.as_tensor(count, device=total.device))
 
     def lifted(self, factor: float) -> Tensor:
         """What a backward pass begins with: the total, multiplied by a loss scale in fp32."""
@@ -132,8 +133,19 @@ class Pipeline:
                 loss.backward()  # type: ignore[no-untyped-call]
 
     def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Any:
-        """torch's schedules are made for one shape; keep one for each that comes along."""
+        """torch's schedules are made for one shape; keep one for each that comes along.
+
+        A new one tries the stages out, with ZeRO's collectives in it. Data-parallel ranks may have other
+        shapes than this one, so if one of them needs a new schedule, all make one.
+        """
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, micro_batches, train)
+        if self._topology.degrees.dp > 1:
+            # On the host where there is a way: to read it there, nobody waits for a GPU.
+            device = "cpu" if "cpu" in dist.get_backend_config() else self._topology.device
+            missing = torch.tensor(float(key not in self._schedules), device=device)
+            dist.all_reduce(missing, dist.ReduceOp.MAX)
+            if missing > 0:
+                self._schedules.pop(key, None)
         if key not in self._schedules:
             if len(self._schedules) == KEPT_SCHEDULES:  # each has buffers of its own
                 del self._schedules[next(iter(self._schedules))]
@@ -141,7 +153,7 @@ class Pipeline:
         return self._schedules[key]
 
     def _make_schedule(self, micro_batches: int) -> Any:
-        stages = [_Stage(zero, i, self._placement, self._topology) for i, zero in self._stages.items()]
+        stages = [TorchStage(zero, i, self._placement, self._topology) for i, zero in self._stages.items()]
         kind = self._kind
         # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.
         if kind == "1f1b" and micro_batches < self._placement.stages:
@@ -156,61 +168,6 @@ class Pipeline:
         return (
             lifted.clone() if lifted._is_view() else lifted
         )  # split backward passes detach it where it lies
-
-
-class _Hidden(nn.Module):
-    """Hides that a module is sharded, so that torch's stage leaves gradients and resharding to `Zero`.
-
-    Left to itself the stage keeps gradients whole until the last micro batch, which is ZeRO stage 1 only.
-    """
-
-    def __init__(self, zero: Zero) -> None:
-        super().__init__()
-        self.module = cast(nn.Module, zero.root)
-        self._zero = zero
-
-    def forward(self, *args: Any) -> Any:
-        return self.module(args if len(args) > 1 else args[0])  # a layer that gave a tuple gave one value
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those in the graph, which torch's split backward pass looks for: a sharded one isn't there."""
-        return self._zero.whole_parameters()
-
-
-class _Stage(PipelineStage):
-    def __init__(self, zero: Zero, index: int, placement: Placement, topology: Topology) -> None:
-        super().__init__(
-            _Hidden(zero),
-            index,
-            placement.stages,
-            topology.device,
-            group=topology.pp_group,
-        )
-        self._zero = zero
-
-    def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
-    ) -> None:
-        if full_backward:
-            self._zero.before_backward(last=last_backward)
-        else:
-            self._zero.before_input_backward()
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        if not self.has_backward:  # an evaluation goes through the same schedule
-            return
-        self._zero.before_weight_backward()
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        self._zero.after_weight_backward(last=last_backward)
-
-    def get_local_bwd_output(self, mb_index: int) -> Any:
-        """As torch's, which refuses to be asked in an evaluation, though the V schedule asks."""
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        if self.has_backward:
-            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 _SCHEDULES: dict[Schedule, Callable[..., Any]] = {

@@ -70,6 +70,7 @@ class Engine(Accessors, Saving):
         self._pending: list[Loss] = []  # their losses, from the forward/backward/step calls
         self._backwards = 0  # of the micro batch at hand
         self._inside_no_sync = False
+        self._forwards = {True: 0, False: 0}  # of the micro batch at hand, in training and in evaluation
         self._begun = False  # whether what the ranks do together has begun to change anything
         self._failures = Failures()
         self.observer = Observer(self)
@@ -119,10 +120,11 @@ class Engine(Accessors, Saving):
 
     def _evaluate(self, batches: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Over all ranks: the loss summed, the number of its terms, the number of alarms."""
+        was_training = self.module.training
         self.module.eval()
         with torch.no_grad(), self._random_state():
             loss = run_batches(self.model, batches, self.triad, train=False)
-        self.module.train()
+        self.module.train(was_training)
         self.model.zero.reshard()
         total, tokens, _, alarms = sum_over_ranks(
             loss, [], self.model.topology, alarm=self.checkpointer.failed
@@ -154,8 +156,16 @@ class Engine(Accessors, Saving):
         self._check_usable()
         self._check_no_stages("forward")
         args, kwargs = self._on_device((args, kwargs))
-        with self._together("forward", begun=True), self.observer.timed("forward"), self._random_state():
-            output = self._forward_once(args, kwargs)
+        nth = self._forwards[self.module.training]
+        self._forwards[self.module.training] += 1
+        with self._together("forward", begun=True), self.observer.timed("forward"), self._random_state(nth):
+            if torch.is_inference_mode_enabled():  # what ZeRO keeps must be of use for training
+                with torch.inference_mode(False), torch.no_grad():
+                    output = self._forward_once(args, kwargs)
+            else:
+                output = self._forward_once(args, kwargs)
+            if not torch.is_grad_enabled():
+                self.model.zero.reshard()  # or what a script writes into the parameters would not be used
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
     def _forward_once(self, args: Any, kwargs: Any) -> Any:
@@ -238,6 +248,7 @@ class Engine(Accessors, Saving):
         boundary = self.is_gradient_accumulation_boundary()
         self._micro_steps += 1
         self._backwards = 0
+        self._forwards = {True: 0, False: 0}
         self._stepper.applied = False
         if boundary:
             losses, self._pending, self._micro_steps = self._pending, [], 0
@@ -249,6 +260,7 @@ class Engine(Accessors, Saving):
         """Drop all gradients, and begin the step's accumulation anew."""
         self.model.zero.drop_gradients()
         self._pending, self._micro_steps, self._backwards = [], 0, 0
+        self._forwards = {True: 0, False: 0}
 
     # --- modes, checks -----------------------------------------------------------------------------------
 
@@ -270,9 +282,13 @@ class Engine(Accessors, Saving):
     def _on_device(self, values: Any) -> Any:
         return on_device(values, self.device)
 
-    def _random_state(self) -> AbstractContextManager[None]:
+    def _random_state(self, nth: int = 0) -> AbstractContextManager[None]:
         return random_state(
-            self.model.topology, seed=self.config.seed, step=self.global_steps, micro_step=self._micro_steps
+            self.model.topology,
+            seed=self.config.seed,
+            step=self.global_steps,
+            micro_step=self._micro_steps,
+            nth=nth,
         )
 
     @contextmanager

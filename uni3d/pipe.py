@@ -227,6 +227,10 @@ class _Applied(nn.Module):
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self._called = (module, function)  # in a tuple, as it isn't a submodule
 
+    def train(self, mode: bool = True) -> _Applied:
+        self._called[0].training = mode  # its own submodules are this one's
+        return super().train(mode)
+
     def forward(self, x: Any) -> Any:
         module, function = self._called
         return function(module, x)

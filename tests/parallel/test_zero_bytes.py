@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import parallel
 from uni3d.zero_formulas import Held, Sent, held, sent
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 256
 LAYERS = 8
 ACCUMULATION = 3

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 import ckpt
 
+pytestmark = pytest.mark.slow
+
 BEFORE, STEPS = 3, 5
 
 

@@ -156,7 +156,8 @@ def assert_close(
             assert error <= TOLERANCE, f"{where}: {name}/{key} differs by {error:.1e} of its largest element"
 
 
-@pytest.mark.parametrize("head", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["tied", "untied"])
 def test_every_pair_of_topologies(ranks: Ranks, head: str, tmp_path: Path) -> None:
     options = HEADS[head]
     trace = oracle.train(oracle.MODEL | options, STEPS + 1)

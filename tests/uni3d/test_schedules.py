@@ -223,6 +223,7 @@ def beside_case(how: How, config: dict[str, Any]) -> Any:
 SPLIT = [How("zero_bubble"), How("zero_bubble_v", 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SPLIT, ids=str)
 @pytest.mark.parametrize("what", ["sequence_parallel", "shard_group", "offload"])
 def test_a_split_backward_pass_beside(ranks: Ranks, traces: Any, how: How, what: str) -> None:
@@ -239,6 +240,7 @@ def test_a_split_backward_pass_beside(ranks: Ranks, traces: Any, how: How, what:
         assert norms == pytest.approx(trace.norms, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SPLIT, ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_split_backward_pass_in_16_bits(ranks: Ranks, how: How, precision: str) -> None:
