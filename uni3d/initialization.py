@@ -158,6 +158,11 @@ def _with_what_the_model_says(settings: Config, model: nn.Module) -> Config:
     if not isinstance(model, PipelineModule):
         return settings
     p, again = settings.parallel, settings.activation_checkpointing
+    if "balance" in p.model_fields_set:
+        raise ValueError(
+            f"parallel.balance is {p.balance!r}, but a PipelineModule is cut by its own partition_method; "
+            "leave parallel.balance out"
+        )
     if model.num_stages is not None:
         if "pp" in p.model_fields_set and p.pp not in (model.num_stages, "auto"):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -101,10 +102,13 @@ class Observer:
         lines = profiler.table(self._profile, config)
         if config.output_file is None:
             print("\n".join(f"uni3d: {line}" for line in lines), flush=True)
-        else:
-            path = Path(config.output_file)
+            return
+        path = Path(config.output_file)
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(lines) + "\n")
+        except OSError as error:  # on one rank, which the others would wait for: training goes on
+            warnings.warn(f"the profile isn't written: {error}", stacklevel=2)
 
     def _line(self, record: StepRecord) -> str:
         engine = self._engine

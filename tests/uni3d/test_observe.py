@@ -333,6 +333,15 @@ def test_counting_flops_changes_no_step_and_a_resumed_run_counts_too(alone: None
     assert file.read_text() == counted
 
 
+def test_a_profile_that_cannot_be_written_ends_no_training(alone: None, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    section = {"enabled": True, "output_file": str(tmp_path / "file" / "profile.txt")}
+    batches = global_batches(2)
+    with pytest.warns(UserWarning, match="the profile isn't written: "):
+        losses = train(make_engine(seeded(OwnLoss), config={"flops_profiler": section}), batches)
+    assert losses == train(make_engine(seeded(OwnLoss)), batches)
+
+
 def test_a_profile_by_hand_and_mfu_in_the_line(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
     profiler = {"enabled": True, "peak_tflops": 1e-6, "detailed": False, "module_depth": 1}
     engine = make_engine(seeded(Stack), config={"flops_profiler": profiler, "steps_per_print": 2}, micro=4)

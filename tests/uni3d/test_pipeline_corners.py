@@ -236,3 +236,14 @@ def written_case(zero: int, inference: bool) -> float:
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_what_a_script_writes_after_an_evaluation_stays(ranks: Ranks, zero: int, inference: bool) -> None:
     assert max(ranks.run(2, written_case, zero, inference)) <= 0.01
+
+
+def two_balances_case() -> None:
+    engine_of([nn.Linear(WIDTH, WIDTH)], mse, balance="parameters")
+
+
+def test_two_ways_to_cut_are_refused(ranks: Ranks) -> None:
+    with pytest.raises(
+        RankError, match=r"ValueError: parallel\.balance is 'parameters', but"
+    ):
+        ranks.run(1, two_balances_case)
