@@ -50,7 +50,16 @@ class Loss(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor | tuple[Tensor, Tensor]) -> Loss:
-        """What a loss function gave; a single value is a mean, and weighs as one."""
+        """What a loss function gave; a single value is a mean, and weighs as one.
+
+        Raises:
+            ValueError: it is neither; a model's loss beside its logits, say.
+        """
+        if isinstance(value, tuple) and not _is_sum_and_count(value):
+            raise ValueError(
+                "a loss is one value, or a tuple of its sum and the number of its terms; got a tuple of "
+                f"{', '.join(map(_described, value))}; return the loss alone, or an object with a .loss"
+            )
         total, count = value if isinstance(value, tuple) else (value, torch.ones((), device=value.device))
         if isinstance(total, DTensor):  # computed on logits that were split by vocabulary
             total = total.full_tensor()
@@ -64,10 +73,24 @@ class Loss(NamedTuple):
 
     @classmethod
     def sum(cls, losses: Sequence[Loss]) -> Loss:
+        # Not in a type of 16 bits, which ends at 65,504 or counts to 256.
         return cls(
-            torch.stack([loss.total for loss in losses]).sum(),
-            torch.stack([loss.tokens for loss in losses]).sum(),
+            torch.stack([loss.total.float() for loss in losses]).sum(),
+            torch.stack([loss.tokens.double() for loss in losses]).sum(),
         )
+
+
+def _is_sum_and_count(value: tuple[Any, ...]) -> bool:
+    if len(value) != 2 or not isinstance(value[0], Tensor) or value[0].numel() != 1:
+        return False
+    count = value[1]
+    if isinstance(count, Tensor):
+        return count.numel() == 1 and not count.requires_grad
+    return isinstance(count, int | float)
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def split_logits(topology: Topology) -> AbstractContextManager[None]:

@@ -61,8 +61,7 @@ class Accessors:
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of all gradients of the last step, before clipping; None before the first."""
-        self._stepper.settle()
-        return self._stepper.norm
+        return self._stepper.look().norm
 
     def get_loss_scale(self) -> float:
         """By how much losses are multiplied before the next backward pass; 1 but in fp16."""
@@ -71,8 +70,7 @@ class Accessors:
     def was_step_applied(self) -> bool:
         """Whether the last `step()` or `train_batch()` changed the parameters: it ended a global batch, and
         wasn't skipped for an overflow."""
-        self._stepper.settle()
-        return self._stepper.applied
+        return self._stepper.look().applied
 
     def train_batch_size(self) -> int:
         """Samples of a step, over all ranks."""

@@ -33,6 +33,7 @@ def run_batches(
             can't be split.
     """
     pipeline = model.pipeline
+    _check_kinds(batches, needs_targets=pipeline is not None)
     if pipeline is not None:
         inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         expected = triad.micro_batch * triad.accumulation
@@ -50,14 +51,32 @@ def run_batches(
     losses = []
     for i, batch in enumerate(batches, start=1):
         with split_logits(model.topology):
-            loss = Loss.of(
-                _loss(model.module(**batch) if isinstance(batch, Mapping) else model.module(*batch))
-            )
+            loss = Loss.of(_loss(_call(model, batch)))
             if train:
                 model.zero.before_backward(last=i == len(batches))
                 loss.lifted(factor).backward()  # type: ignore[no-untyped-call]
         losses.append(Loss(loss.total.detach(), loss.tokens))
     return Loss.sum(losses)
+
+
+def _check_kinds(batches: list[Any], *, needs_targets: bool) -> None:
+    for batch in batches:
+        if needs_targets and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise BatchError(
+                f"the data iterator gave a {type(batch).__name__}; this model has a "
+                "loss_fn(outputs, targets), so give pairs (inputs, targets)"
+            )
+        if not isinstance(batch, Mapping | tuple | list | Tensor):
+            raise BatchError(
+                f"the data iterator gave a {type(batch).__name__}; expected a tuple of the model's "
+                "arguments, a dict of them by name, or one tensor"
+            )
+
+
+def _call(model: ParallelModel, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model.module(**batch)
+    return model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
 
 
 def on_device(values: Any, device: torch.device) -> Any:

@@ -45,6 +45,7 @@ class Checkpointer:
                 kind = type(engine.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
         self.comm = HostComm()
+        self._writing = HostComm()  # a save's own, as it goes on while others use the first
         self._inventory = state.Inventory(engine.model)
         self._held: list[state.Held] = []
         self._plan: ckpt.Plan | None = None
@@ -139,17 +140,17 @@ class Checkpointer:
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._engine.config.checkpoint
-        ckpt.together(self.comm, lambda: ckpt.check_json(document, "the checkpoint's document"))
-        described = self.comm.gather(document if self._engine.model.topology.speaks_for_stage else None)
+        ckpt.together(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
+        described = self._writing.gather(document if self._engine.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
-        whole = ckpt.together(self.comm, lambda: merge(stages) if stages else {})
-        shards = ckpt.together(self.comm, lambda: [state.on_host(*part) for part in parts])
+        whole = ckpt.together(self._writing, lambda: merge(stages) if stages else {})
+        shards = ckpt.together(self._writing, lambda: [state.on_host(*part) for part in parts])
         return ckpt.save(
             run,
             tag,
             shards,
             plan=plan,
-            comm=self.comm,
+            comm=self._writing,
             document=whole,
             files={SCRIPT.name: SCRIPT.read_bytes()},
             durable=settings.durable,

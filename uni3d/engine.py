@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -139,6 +140,8 @@ class Engine(Accessors, Saving):
             if self._own_iterator is None:
                 self._own_iterator = iter(self.training_dataloader)
             data_iter = self._own_iterator
+        else:
+            self._own_iterator = None  # its place in the data won't be that of training any more
         return [self._on_device(next(data_iter)) for _ in range(self.triad.accumulation)]
 
     def _find_terms(self, batches: list[Any]) -> None:
@@ -257,7 +260,13 @@ class Engine(Accessors, Saving):
             self.observer.tell()
 
     def zero_grad(self) -> None:
-        """Drop all gradients, and begin the step's accumulation anew."""
+        """Drop all gradients, and begin the step's accumulation anew, with a warning if that loses any."""
+        if self._pending:
+            warnings.warn(
+                f"zero_grad() drops the gradients of {len(self._pending)} micro batches, of "
+                f"{self.triad.accumulation} for a step; step() drops them itself when it has taken one",
+                stacklevel=2,
+            )
         self.model.zero.drop_gradients()
         self._pending, self._micro_steps, self._backwards = [], 0, 0
         self._forwards = {True: 0, False: 0}

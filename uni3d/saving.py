@@ -160,6 +160,8 @@ class Saving:
             ckpt.CheckpointError: it can't be written; the same on all ranks.
         """
         self._check_ready("save_16bit_model")
+        if "://" in str(save_dir):
+            raise ckpt.CheckpointError(f"save_16bit_model writes into folders, not to {save_dir}")
         dtype = self.model.zero.precision.compute
         comm, path = self.checkpointer.comm, Path(save_dir) / save_filename
         weights = weights_out.whole_on_first_rank(

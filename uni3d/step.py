@@ -32,6 +32,12 @@ class Numbers(NamedTuple):
     """How many values the loss is the mean of."""
 
 
+class Outcome(NamedTuple):
+    norm: float | None
+    """Of the gradients; None before the first step."""
+    applied: bool
+
+
 class _Trained(NamedTuple):
     parameters: list[nn.Parameter]
     """This rank's that the optimizer has."""
@@ -90,7 +96,7 @@ class Stepper:
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite, and there is no loss scale to lower; it
-                may be those of the step before. No step was taken.
+                may be those of the step before. No step was taken, of neither batch then.
         """
         engine = self._engine
         assert engine.optimizer is not None, "checked before the batch was taken"
@@ -107,7 +113,11 @@ class Stepper:
         lifted = 1.0 if engine.scaler is None else engine.scaler.factor
         mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
         finite = (mean_loss + norm).isfinite()
-        self.settle()
+        try:
+            self.settle()
+        except FloatingPointError:
+            engine.global_samples += engine.triad.train_batch  # this step's batch goes with the bad one's
+            raise
         numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
         samples = engine.global_samples + engine.triad.train_batch
         report = Report(engine.global_steps + 1, samples, engine.get_lr()[0], numbers)
@@ -134,6 +144,13 @@ class Stepper:
         report, self._unread = self._unread, None
         if report is not None:
             self._judge(report)
+
+    def look(self) -> Outcome:
+        """How the last step went. Local: nothing is raised, and nothing taken back, before all ranks do."""
+        if self._unread is None:
+            return Outcome(self.norm, self.applied)
+        numbers = self._unread.read()
+        return Outcome(numbers.norm, bool(numbers.finite))
 
     def _judge(self, report: Report) -> bool:
         """Whether the step is, or was rightly, taken; without a loss scale, raises if not."""

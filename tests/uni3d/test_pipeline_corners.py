@@ -243,7 +243,5 @@ def two_balances_case() -> None:
 
 
 def test_two_ways_to_cut_are_refused(ranks: Ranks) -> None:
-    with pytest.raises(
-        RankError, match=r"ValueError: parallel\.balance is 'parameters', but"
-    ):
+    with pytest.raises(RankError, match=r"ValueError: parallel\.balance is 'parameters', but"):
         ranks.run(1, two_balances_case)
