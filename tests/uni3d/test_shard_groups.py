@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from parallel import Degrees, Precision
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 
