@@ -9,20 +9,19 @@ from collections import OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from model import GPT, GPTConfig
 from ranks import Ranks
 from safetensors.torch import load_file
 from small_models import OwnLoss, global_batches, make_engine, seeded, train
+from tied_gpt import TIED, gpt_engine
 from torch import Tensor
 
 import ckpt
 import uni3d
 from uni3d.zero_to_fp32 import crc32c_by_numpy, cut, size_in_bytes
 
-TIED = oracle.MODEL | {"tied_head": True}
 PLACES = [
     (1, 1, 1, 0),
     (2, 1, 2, 3),
@@ -31,16 +30,7 @@ PLACES = [
 
 
 def save_case(place: tuple[int, int, int, int], folder: str) -> Any:
-    pp, dp, tp, zero = place
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**TIED))
-    settings = oracle.SETTINGS | {
-        "parallel": {"pp": pp, "dp": dp, "tp": tp, "device": "cpu"},
-        "zero_optimization": {"stage": zero},
-        "gradient_accumulation_steps": 2,
-    }
-    data = torch.utils.data.TensorDataset(*oracle.samples())
-    engine = uni3d.initialize(model=model, training_data=data, config=settings)[0]
+    engine = gpt_engine(*place)
     engine.train_batch()
     engine.save_checkpoint(folder)
     engine.wait_for_checkpoint()

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from model import GPT, GPTConfig
@@ -21,27 +20,13 @@ from small_models import (
     train,
     train_plainly,
 )
+from tied_gpt import TIED, gpt_engine
 from torch import Tensor, nn
 
 import ckpt
-import uni3d
 
 STEPS = 2
-TIED = oracle.MODEL | {"tied_head": True}
 PLACES = [(1, 1, 1, 0), (1, 2, 1, 3), (2, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 3)]
-
-
-def gpt_engine(pp: int, dp: int, tp: int, zero: int, **config: Any) -> uni3d.Engine:
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**TIED))
-    settings = oracle.SETTINGS | {
-        "parallel": {"pp": pp, "dp": dp, "tp": tp, "device": "cpu"},
-        "zero_optimization": {"stage": zero},
-        "gradient_accumulation_steps": 2,
-    }
-    data = torch.utils.data.TensorDataset(*oracle.samples())
-    engine: uni3d.Engine = uni3d.initialize(model=model, training_data=data, config=settings | config)[0]
-    return engine
 
 
 def out_case(place: tuple[int, int, int, int], folder: str) -> Any:
