@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from uni3d import __version__, cli_config, cli_diff, cli_export, cli_inspect, cli_plan, cli_upkeep
 from uni3d.terminal import complain, say
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="uni3d",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +18,7 @@ _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".p
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 Write = Callable[[Path, list[str], dict[str, str]], object]
-"""Writes a file: its path, the tensors, other names of tied ones among them."""
+"""Writes a file, which gets its name when it is whole: its path, the tensors, other names of tied ones."""
 
 
 def export(
@@ -57,7 +56,9 @@ def export(
     with progress_bar("exporting", sum(sizes.values())) as progress:
         write = _writer(checkpoint, kind, _DTYPES[dtype], progress)
         if max_shard_size is None:
-            _write_one(output, names, aliases, write)
+            if output.exists():
+                raise FileExistsError(f"{output} exists; delete it, or export to another name")
+            write(output, names, aliases)
             files = [output]
         else:
             from uni3d.zero_to_fp32 import write_files
@@ -121,15 +122,3 @@ def _writer(
         write_torch_file(weights, path, names, aliases, dtype=rounded)
 
     return write
-
-
-def _write_one(output: Path, names: list[str], aliases: Mapping[str, str], write: Write) -> None:
-    """Write a single file, which gets its name when it is whole."""
-    if output.exists():
-        raise FileExistsError(f"{output} exists; delete it, or export to another name")
-    temporary = output.with_name(f".{output.name}.part")
-    try:
-        write(temporary, names, dict(aliases))
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)

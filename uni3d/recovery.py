@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ckpt
 from ckpt.threads import cores, for_each
-from uni3d import state, zero_to_fp32
+from uni3d import state, weights_out, zero_to_fp32
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -203,7 +203,7 @@ def write_torch_file(
         return rounded
 
     tensors = dict(zip(names, for_each(read, names, cores()), strict=True))
-    torch.save(tensors | {alias: tensors[first] for alias, first in aliases.items()}, path)
+    weights_out.write(path, tensors | {alias: tensors[first] for alias, first in aliases.items()})
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.device("cpu")) -> Any:  # noqa: B008
