@@ -15,7 +15,7 @@ test: lint
 matrix: .venv/dev.stamp
 	$(BIN)/python -m pytest -m matrix
 
-# The tests without those marked slow, in under six minutes.
+# The tests without those marked slow, in about six minutes.
 quick: .venv/dev.stamp
 	$(BIN)/python -m pytest
 
