@@ -44,6 +44,8 @@ class Checkpointer:
             except ckpt.CheckpointError as error:
                 kind = type(engine.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
+        self.declared: dict[str, Any] = {}
+        """What the model says of itself."""
         self.comm = HostComm()
         self._writing = HostComm()  # a save's own, as it goes on while others use the first
         self._inventory = state.Inventory(engine.model)
@@ -164,6 +166,8 @@ class Checkpointer:
         engine = self._engine
         degrees, scheduler = engine.model.topology.degrees, engine.lr_scheduler
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
+        description = describe(engine.model, engine.optimizer, frozen=frozen)
+        description["model"]["declared"] = self.declared
         return {
             "step": engine.global_steps,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -173,7 +177,7 @@ class Checkpointer:
                 "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
                 "zero_stage": engine.model.zero.stage,
             },
-            **describe(engine.model, engine.optimizer, frozen=frozen),
+            **description,
             "aliases": engine.model.ties,
             "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
             "engine": {

@@ -17,6 +17,7 @@ import parallel
 from parallel.masters import make_masters
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.data import TrainingLoader, engine_loader
+from uni3d.declared import declared
 from uni3d.deepspeed_keys import by_reason
 from uni3d.engine import Engine
 from uni3d.monitors import check_installed
@@ -86,10 +87,12 @@ def initialize(
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
         groups = split_groups(settings.optimizer, model, groups)
+    said = declared(model)
     built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
+    engine.checkpointer.declared = said
     if training_data is not None:
         engine.training_dataloader = engine_loader(
             engine, training_data, collate_fn, position=lambda: engine.global_samples
