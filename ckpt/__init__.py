@@ -5,7 +5,8 @@ the boxes that it needs. Chunks are plain bytes with a crc32c behind them; `mani
 and names every object with its checksum; nothing is pickled. `docs/format.md` is the specification.
 
     make_plan(layout)                              who writes what, a pure function of what each rank holds
-    save(run, tag, shards, plan=..., comm=...)     every rank writes the chunks it was planned to write
+    save(run, tag, shards, plan=..., comm=...)     every rank writes the chunks it was planned to write,
+                                                   of arrays in memory, or read as they are written
     open_checkpoint(run, tag=None)                 -> Checkpoint: atoms by name, read whole or by box
     load(checkpoint, targets, comm=...)            fill existing arrays, after all ranks agreed on the report
     verify(checkpoint)                             read and check every object, and name what is wrong
@@ -28,7 +29,7 @@ from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
-from ckpt.save import SaveReport, Shard, save
+from ckpt.save import SaveReport, Shard, UnreadShard, save
 from ckpt.stats import Statistics, statistics
 from ckpt.store import open_store
 from ckpt.tags import Retention, committed_tags, prune, read_latest
@@ -54,6 +55,7 @@ __all__ = [
     "ShardSpec",
     "Solo",
     "Statistics",
+    "UnreadShard",
     "check_json",
     "check_tag",
     "committed_tags",

@@ -15,7 +15,7 @@ from ckpt.plan import ArrayKey, ArrayPlan, Chunk, Plan
 from ckpt.write import Write
 
 if TYPE_CHECKING:
-    from ckpt.save import Shard
+    from ckpt.save import Shard, UnreadShard
 
 ROUND_BYTES = 16 << 20
 """The most that a rank gets in one exchange, but for a single chunk; it bounds what gathering takes."""
@@ -62,7 +62,7 @@ def _pieces(chunk: Chunk, sources: Pieces) -> Pieces:
 
 
 def outgoing(
-    batch: Sequence[Gathering], held: Mapping[ArrayKey, Shard], comm: Comm
+    batch: Sequence[Gathering], held: Mapping[ArrayKey, Shard | UnreadShard], comm: Comm
 ) -> tuple[list[Bytes], list[int]]:
     """This rank's bytes for each writer, in the plan's order, and how many it gets from each rank."""
     parts: list[list[Bytes]] = [[] for _ in range(comm.size)]

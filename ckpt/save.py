@@ -12,11 +12,13 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from ckpt import gather
@@ -48,12 +50,33 @@ Array = npt.NDArray[Any]
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
+class Unread(Protocol):
+    """An array that is read part by part, when each is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Array: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A rank's part of an array, with its data."""
 
     spec: ShardSpec
     data: Array
+    """Of `spec.box.shape`."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadShard:
+    """A rank's part of an array, which is yet to be read."""
+
+    spec: ShardSpec
+    data: Unread
     """Of `spec.box.shape`."""
 
 
@@ -75,7 +98,7 @@ class SaveReport:
 def save(
     run: str | Path,
     tag: str,
-    shards: Sequence[Shard],
+    shards: Sequence[Shard | UnreadShard],
     *,
     plan: Plan,
     comm: Comm,
@@ -140,7 +163,7 @@ def save(
 
 
 def _check(
-    tag: str, held: dict[Any, Shard], plan: Plan, rank: int, document: Json
+    tag: str, held: dict[Any, Shard | UnreadShard], plan: Plan, rank: int, document: Json
 ) -> tuple[str, tuple[tuple[int, ...], str]]:
     """Check what this rank was given; returns what all ranks, or all of one plan, must have alike."""
     check_tag(tag)
@@ -200,18 +223,26 @@ def _writer(store: Store, tag: str, token: str, base: str | None, durable: bool,
     return Writer(store, tag, durable=durable, base=base, threads=threads)
 
 
-def _in_place(plan: Plan, held: dict[Any, Shard], rank: int) -> Iterator[Write]:
+def _in_place(plan: Plan, held: dict[Any, Shard | UnreadShard], rank: int) -> Iterator[Write]:
     for array in plan.arrays:
         if array.sources:
             continue
         for chunk in array.chunks:
             if chunk.writer == rank:
                 shard = held[array.key]
-                yield Write(array, chunk, shard.data[chunk.box.relative_to(shard.spec.box).slices])
+                part = chunk.box.relative_to(shard.spec.box).slices
+                if isinstance(shard, Shard):
+                    yield Write(array, chunk, shard.data[part])
+                else:
+                    yield Write(array, chunk, partial(shard.data.__getitem__, part))
 
 
 def _write_gathered(
-    rounds: list[list[gather.Gathering]], most: int, writer: Writer, held: dict[Any, Shard], comm: Comm
+    rounds: list[list[gather.Gathering]],
+    most: int,
+    writer: Writer,
+    held: dict[Any, Shard | UnreadShard],
+    comm: Comm,
 ) -> Written:
     """Bring gathered chunks to their writers; all ranks take part in as many rounds as any plan has."""
     written = Written()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,8 @@ class Write:
 
     plan: ArrayPlan
     chunk: Chunk
-    data: Array
-    """The part of the array inside `chunk.box`."""
+    data: Array | Callable[[], Array]
+    """The part of the array inside `chunk.box`, or what gives it when it is written."""
 
 
 @dataclass
@@ -125,10 +125,11 @@ class Writer:
 
         Returns its record, and whether it was linked to one that has the same bytes.
         """
-        plan, payload = write.plan, write.data
-        if payload.shape != plan.chunk_shape:  # at the array's end zarr stores whole chunks all the same
+        plan, given = write.plan, write.data
+        payload = part = given() if callable(given) else given
+        if part.shape != plan.chunk_shape:  # at the array's end zarr stores whole chunks all the same
             payload = np.full(plan.chunk_shape, fill_value(plan.dtype), numpy_dtype(plan.dtype))
-            payload[Box.whole(write.data.shape).slices] = write.data
+            payload[Box.whole(part.shape).slices] = part
         data = np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
         summing = Summing(data)
         path = f"{array_path(*plan.key)}/{chunk_key(write.chunk.index)}"

@@ -1,0 +1,89 @@
+"""Which framework wrote a folder or a file, and what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ckpt import CheckpointError
+from uni3d.foreign.source import Options, Source
+from uni3d.foreign.state_dicts import read_safetensors, read_torch
+from uni3d.foreign.torch_files import is_archive
+
+_READERS: dict[str, Callable[[Path, Options], Source]] = {
+    "safetensors": read_safetensors,
+    "torch": read_torch,
+}
+KINDS = tuple(_READERS)
+LATEST = ("latest", "latest_universal")
+"""Files in a run's folder by which DeepSpeed names its newest checkpoint."""
+
+
+def read(path: Path, kind: str, options: Options) -> Source:
+    """What there is in a checkpoint of the kind `kind`, or `auto`.
+
+    Raises:
+        CheckpointError: there is none of that kind, or it is damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} doesn't exist")
+    chosen = kind_of(path, options.tag) if kind == "auto" else kind
+    if options.tag is not None and not chosen.startswith("deepspeed"):
+        raise CheckpointError(f"--tag is for a run's folder of DeepSpeed's; {path} is of the kind {chosen}")
+    return _READERS[chosen](path, options)
+
+
+def kind_of(path: Path, tag: str | None = None) -> str:
+    """What wrote it, by the files that are there.
+
+    Raises:
+        CheckpointError: none of them is known.
+    """
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return "safetensors"
+        if is_archive(path) or path.suffix in (".pt", ".pth", ".bin"):
+            return "torch"
+        raise CheckpointError(f"{path} is neither a safetensors file nor one of torch.save")
+    if (path / ".metadata").is_file():
+        return "megatron" if (path / "metadata.json").is_file() else "dcp"
+    folder = deepspeed_folder(path, tag, missing_ok=True)
+    if folder is not None:
+        return "deepspeed-universal" if (folder / "zero").is_dir() else "deepspeed"
+    for pattern, kind in (("*.safetensors", "safetensors"), ("*.bin", "torch")):
+        if any(path.glob(pattern)):
+            return kind
+    raise CheckpointError(
+        f"{path} is no checkpoint that is known here: it has neither .metadata (torch's distributed "
+        "checkpoint, Megatron), nor *_model_states.pt below it (DeepSpeed), nor *.safetensors or *.bin "
+        "(Hugging Face); if it is one, say which by --from"
+    )
+
+
+def deepspeed_folder(path: Path, tag: str | None, *, missing_ok: bool = False) -> Path | None:
+    """The folder of one of DeepSpeed's checkpoints: `path` itself, or that of a tag in it.
+
+    Raises:
+        CheckpointError: there is no such tag; unless `missing_ok`, or a tag was asked for.
+    """
+
+    def is_one(folder: Path) -> bool:
+        return (folder / "zero").is_dir() or any(folder.glob("*_model_states.pt"))
+
+    if tag is None and is_one(path):
+        return path
+    tags = (
+        sorted(each.name for each in path.iterdir() if each.is_dir() and is_one(each))
+        if path.is_dir()
+        else []
+    )
+    named = [(path / name).read_text().strip() for name in LATEST if (path / name).is_file()]
+    if tag is None and not tags and missing_ok:
+        return None
+    wanted = tag or (named[0] if named else None) or (tags[0] if len(tags) == 1 else None)
+    if wanted in tags:
+        return path / str(wanted)
+    there = f"the tags there are: {', '.join(tags)}" if tags else "there is no checkpoint of DeepSpeed's"
+    if wanted is None:
+        raise CheckpointError(f"{path} has no file 'latest'; name a tag ({there})")
+    raise CheckpointError(f"{path} has no checkpoint {wanted!r}; {there}")

@@ -1,0 +1,287 @@
+"""The restricted unpickler: what a foreign pickle may hold, and what becomes of it.
+
+A pickle is a program that calls whatever it names, so it is not let name anything. Plain containers and
+numpy's numbers become themselves; tensors become descriptions of where they lie (`torch_files`); classes of
+the frameworks that write checkpoints become stand-ins, which keep what was stored and do nothing. Every other
+name is refused, and the message says which it was.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from ckpt import CheckpointError
+
+_FRAMEWORKS = ("apex", "deepspeed", "megatron", "torch.distributed", "torch.optim", "torchtitan")
+"""Packages whose classes, and functions, have stand-ins."""
+
+_STAND_INS = frozenset(
+    {
+        "argparse.Namespace",
+        "datetime.date",
+        "datetime.datetime",
+        "datetime.timedelta",
+        "datetime.timezone",
+        "decimal.Decimal",
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "torch.device",
+        "torch.torch_version.TorchVersion",
+        "types.SimpleNamespace",
+        "uuid.UUID",
+    }
+)
+"""Of other packages, those that are found beside weights."""
+
+
+class StandIn:
+    """Something of a class that isn't there: what was stored of it, and no behaviour.
+
+    Attributes:
+        args: what its class was called with.
+        state: what was stored of it afterwards, often a dict of its attributes.
+        elements, items: what was put into it, where it was a kind of list or dict.
+    """
+
+    name = ""
+    """Of the class, with its module."""
+    args: tuple[Any, ...]
+    state: Any
+    elements: list[Any]
+    items: dict[Any, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
+        self = object.__new__(cls)
+        self.__dict__.update(args=args, state=None, elements=[], items={})
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, value: Any) -> None:
+        self.elements.append(value)
+
+    def extend(self, values: Any) -> None:
+        self.elements.extend(values)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """The attribute `name` as it was stored, or else `default`."""
+        parts = self.state if isinstance(self.state, tuple) else (self.state,)
+        found = [part[name] for part in parts if isinstance(part, Mapping) and name in part]
+        return found[0] if found else default
+
+    def __repr__(self) -> str:
+        return f"<stand-in for {self.name}>"
+
+
+class _Fixed:
+    """Of what a pickle can name and is ours: it must not be able to change it."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a state for something that has none")
+
+
+class TypeName(_Fixed):
+    """A type that is named but not called: a dtype of torch, what a defaultdict makes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Function(_Fixed):
+    """One of the functions that a pickle may call."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+
+def read_pickle(
+    data: bytes,
+    where: str,
+    *,
+    stand_ins: Collection[str] = (),
+    names: Mapping[str, Any] | None = None,
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """What a pickle holds. Nothing that it names is imported or called, but for what stands here.
+
+    Args:
+        data: the pickle.
+        where: it was found, for messages.
+        stand_ins: names of more classes (`package.module.Class`) that are to have stand-ins.
+        names: what other names mean: the functions that put tensors together.
+        persistent: gives the objects that the pickle only refers to (storages of tensors).
+
+    Raises:
+        CheckpointError: it names something else, or isn't a pickle.
+    """
+    try:
+        return _Unpickler(data, where, frozenset(stand_ins), names or {}, persistent).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a damaged pickle it may be any
+        raise CheckpointError(f"{where} can't be unpickled: {type(error).__name__}: {error}") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(
+        self,
+        data: bytes,
+        where: str,
+        stand_ins: frozenset[str],
+        names: Mapping[str, Any],
+        persistent: Callable[[Any], Any] | None,
+    ) -> None:
+        super().__init__(io.BytesIO(data))
+        self._where, self._stand_ins, self._names = where, stand_ins, names
+        self._persistent = persistent
+        self._made: dict[str, type[StandIn]] = {}
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        full = f"{module}.{name}"
+        if full in self._names:
+            return self._names[full]
+        if full in _PLAIN:
+            return _PLAIN[full]
+        known = any(full.startswith(f"{package}.") for package in _FRAMEWORKS)
+        if known or full in _STAND_INS or full in self._stand_ins:
+            if full not in self._made:
+                self._made[full] = type(name.rpartition(".")[2], (StandIn,), {"name": full})
+            return self._made[full]
+        raise CheckpointError(
+            f"{self._where} has {full} pickled in it, which isn't read, as a pickle can run whatever it "
+            f"names; if it is a class of your own that may be left out, add --stand-in {full}"
+        )
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        if self._persistent is None:
+            raise CheckpointError(f"{self._where} refers to objects outside of it: {str(pid)[:80]}")
+        return self._persistent(pid)
+
+
+# --- what is allowed -----------------------------------------------------------------------------------
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How bytes are pickled in the older protocols."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _bytearray(*args: Any) -> bytes:
+    if args and isinstance(args[0], bytes):
+        return args[0]
+    return _encode(*args) if args else b""
+
+
+def _default_dict(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
+    """A plain dict: what was to be made of missing keys isn't."""
+    return dict(items)
+
+
+def _object(kind: Any, base: Any = None, state: Any = None) -> Any:
+    """Objects in the older protocols: `copyreg._reconstructor`."""
+    if not (isinstance(kind, type) and issubclass(kind, StandIn)):
+        raise ValueError(f"an object of {kind}")
+    return kind() if state is None else kind(state)
+
+
+class _Dtype:
+    """numpy's dtypes as they are pickled, but only those of plain numbers and of characters."""
+
+    def __init__(self, code: str, align: Any = False, copy: Any = True) -> None:
+        dtype = np.dtype(code if isinstance(code, str) else "O")
+        if dtype.kind not in "biufcSU":
+            raise ValueError(f"a numpy array of the type {code}")
+        self.dtype = dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _NumpyArray:
+    """A numpy array as it is pickled; `plain` makes it one."""
+
+    def __init__(self, *args: Any) -> None:
+        self.array: np.ndarray[Any, Any] | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        array = np.frombuffer(data, dtype.dtype)
+        self.array = array.reshape(shape, order="F" if fortran else "C")
+
+
+def _numpy_scalar(dtype: _Dtype, data: bytes) -> Any:
+    return np.frombuffer(data, dtype.dtype, count=1)[0].item()
+
+
+def _numpy_plain(kind: Any, shape: Any = (0,), code: Any = b"b") -> _NumpyArray:
+    return _NumpyArray()
+
+
+_PLAIN: dict[str, Any] = {
+    "_codecs.encode": Function(_encode),
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": Function(_default_dict),
+    "copyreg._reconstructor": Function(_object),
+    "copy_reg._reconstructor": Function(_object),
+    "numpy.dtype": Function(_Dtype),
+    "numpy.ndarray": TypeName("numpy.ndarray"),
+    "torch.Size": tuple,
+}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    _PLAIN[f"{_module}.scalar"] = Function(_numpy_scalar)
+    _PLAIN[f"{_module}._reconstruct"] = Function(_numpy_plain)
+for _module in ("builtins", "__builtin__"):
+    _PLAIN |= {f"{_module}.{kind.__name__}": kind for kind in (set, frozenset, complex, slice, range)}
+    _PLAIN |= {
+        f"{_module}.{name}": TypeName(name)
+        for name in ("list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "object")
+    }
+    _PLAIN[f"{_module}.bytearray"] = Function(_bytearray)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it.
+
+    Raises:
+        TypeError: it is, or has in it, something that JSON hasn't.
+    """
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str | int) for key in value):
+            raise TypeError("a dict whose keys are neither strings nor numbers")
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, _NumpyArray) and value.array is not None:
+        return value.array.tolist()
+    if isinstance(value, TypeName):
+        return value.name
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and np.isfinite(value):
+        return value
+    raise TypeError(f"a {value!r}" if isinstance(value, StandIn) else f"a {type(value).__name__}")

@@ -1,0 +1,163 @@
+"""From a source to a checkpoint of ours, one array at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import ckpt
+import uni3d
+from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
+from ckpt.threads import cores
+from uni3d.foreign.source import BUFFER, PARAMETER, ForeignArray, Source
+
+SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
+
+
+def write(
+    source: Source,
+    run: str | Path,
+    tag: str,
+    *,
+    optimizer: str | None = None,
+    scheduler: dict[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> ckpt.SaveReport:
+    """Write and commit `source` as the checkpoint `tag` of the run at `run`, and make it the latest.
+
+    Each array is read whole when its first chunk is written, so the memory taken is that of a few of the
+    largest ones. `optimizer` names the optimizer's class where the source doesn't; `scheduler` is the state
+    of the schedule in our form. `progress` is told the bytes written.
+
+    Raises:
+        CheckpointError: the source is damaged, or what is asked for can't be; nothing is committed then.
+    """
+    target = ckpt.open_store(run)
+    if target.names() and not ckpt.committed_tags(target):
+        raise CheckpointError(
+            f"{target.where('')} holds other things than checkpoints; import into a new folder"
+        )
+    if tag in ckpt.committed_tags(target):
+        raise CheckpointError(f"{target.where(tag)} exists; delete it, or import into another run")
+    recent = _Recent(cores() + 1)
+    shards = [
+        UnreadShard(
+            ShardSpec(ArrayKey(*array.key), array.dtype, array.shape, Box.whole(array.shape)),
+            _Unread(array, recent, progress),
+        )
+        for array in source.arrays
+    ]
+    return ckpt.save(
+        run,
+        tag,
+        shards,
+        plan=ckpt.make_plan({0: [shard.spec for shard in shards]}),
+        comm=ckpt.Solo(),
+        document=document(source, optimizer, scheduler),
+        files={SCRIPT.name: SCRIPT.read_bytes()},
+        incremental=False,
+    )
+
+
+def document(source: Source, optimizer: str | None, scheduler: dict[str, Any] | None) -> dict[str, Any]:
+    """What the manifest says beside the arrays (`docs/format.md`)."""
+    engine: dict[str, Any] = {
+        "global_steps": source.step,
+        "global_samples": source.samples,
+        "skipped_steps": source.skipped,
+        "loss_scale": source.loss_scale,
+    }
+    if source.batch is not None:
+        engine["train_batch_size"] = source.batch
+    state = source.optimizer
+    parameters = [array.name for array in source.arrays if array.state == PARAMETER]
+    return {
+        "step": source.step,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "writer": {
+            "uni3d": uni3d.__version__,
+            "topology": {"pp": 1, "dp": 1, "tp": 1},
+            "zero_stage": 0,
+            "imported": {"from": source.kind, **source.writer},
+        },
+        "model": {
+            "parameters": {name: {"requires_grad": name not in source.frozen} for name in parameters},
+            "buffers": [array.name for array in source.arrays if array.state == BUFFER],
+        },
+        "optimizer": None
+        if state is None
+        else {"type": optimizer or state.type, "groups": state.groups, "scalars": state.scalars},
+        "aliases": source.aliases,
+        "scheduler": scheduler,
+        "engine": engine,
+        "client_state": source.client_state,
+    }
+
+
+class _Unread:
+    """An array of the source as `ckpt` writes it: part by part, in the type that it is stored in."""
+
+    def __init__(self, array: ForeignArray, recent: _Recent, progress: Callable[[int], None]) -> None:
+        self._array, self._recent, self._progress = array, recent, progress
+        self.shape = array.shape
+        self.dtype = ckpt.numpy_dtype(array.dtype)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> npt.NDArray[Any]:
+        values = self._recent.read(self._array)[part or ...]
+        self._progress(values.nbytes)
+        return values
+
+
+class _Recent:
+    """The arrays that were read last: an array's chunks are written one after the other."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._arrays: OrderedDict[tuple[str, str], npt.NDArray[Any]] = OrderedDict()
+        self._reading: dict[tuple[str, str], threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def read(self, array: ForeignArray) -> npt.NDArray[Any]:
+        with self._lock:
+            mine = self._reading.setdefault(array.key, threading.Lock())
+        with mine:  # threads that write other chunks of it wait for the one that reads
+            with self._lock:
+                found = self._arrays.get(array.key)
+            if found is None:
+                found = converted(array.read(), array)
+                with self._lock:
+                    self._arrays[array.key] = found
+                    while len(self._arrays) > self._most:
+                        self._arrays.popitem(last=False)
+            return found
+
+
+def converted(values: npt.NDArray[Any], array: ForeignArray) -> npt.NDArray[Any]:
+    """`values` in the type that they are stored in.
+
+    Raises:
+        CheckpointError: they aren't of the array's shape, or that type hasn't one of them.
+    """
+    if values.shape != array.shape:
+        raise CheckpointError(f"{array.origin} has the shape {list(values.shape)}, not {list(array.shape)}")
+    dtype = ckpt.numpy_dtype(array.dtype)
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        out = values.astype(dtype)
+    if values.dtype.itemsize >= dtype.itemsize:  # narrower floats have no others than `dtype` has
+        same = (out.astype(values.dtype) == values) | (np.isnan(values) & np.isnan(out))
+        if not same.all():
+            value = values[~same].flat[0]
+            raise CheckpointError(
+                f"{array.origin} is {values.dtype}, and its {value!r} isn't a number of {array.dtype}, in "
+                f"which {array.name} would be stored; round it before"
+            )
+    return out
