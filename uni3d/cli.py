@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from uni3d import __version__, cli_config, cli_diff, cli_export, cli_inspect, cli_plan, cli_upkeep
+from uni3d import __version__, cli_config, cli_diff, cli_export, cli_import, cli_inspect, cli_plan, cli_upkeep
 from uni3d.terminal import complain, say
 
 app = typer.Typer(
     name="uni3d",
-    help="Look into uni3d's checkpoints, get the weights out, and look after them.",
+    help="Look into uni3d's checkpoints, get weights out and others' checkpoints in, and look after them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,3 +56,4 @@ for command in (
     cli_config.config,
 ):
     app.command()(command)
+app.command("import")(cli_import.import_)

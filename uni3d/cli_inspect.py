@@ -64,6 +64,8 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
 
 
 def _topology(writer: dict[str, Any]) -> str:
+    if "imported" in writer:
+        return f"imported from {writer['imported']['from']}"
     return " ".join(f"{axis}{n}" for axis, n in writer["topology"].items()) + f" zero{writer['zero_stage']}"
 
 

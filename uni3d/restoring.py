@@ -73,8 +73,7 @@ class Restorer:
             engine.global_samples = manifest["engine"]["global_samples"]
             engine.skipped_steps = manifest["engine"].get("skipped_steps", 0)
             differences += self._restore_loss_scale(manifest["engine"].get("loss_scale"))
-            order = what_fixes_the_order(engine)
-            differences += _differences("the run's", manifest["engine"], order)
+            differences += _other_order(engine, manifest["engine"])
         if differences and self._comm.rank == 0:
             warnings.warn(f"{checkpoint.url}: {'; '.join(differences)}", stacklevel=4)
         return report
@@ -173,6 +172,18 @@ class Restorer:
 def what_fixes_the_order(engine: Engine) -> dict[str, int]:
     """What the order of samples depends on."""
     return {"seed": engine.config.seed, "train_batch_size": engine.triad.train_batch}
+
+
+def _other_order(engine: Engine, saved: dict[str, Any]) -> list[str]:
+    """A line for each thing by which samples come in another order than in the run that was saved."""
+    given = what_fixes_the_order(engine)
+    lines = _differences("the run's", saved, {key: n for key, n in given.items() if key in saved})
+    if "seed" not in saved:  # another framework's, imported
+        lines.append(
+            f"it doesn't say in which order its samples came: this run's own goes on at sample "
+            f"{engine.global_samples}"
+        )
+    return lines
 
 
 def _is_moment(key: ckpt.ArrayKey) -> bool:

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import CheckpointError
+from uni3d.foreign.deepspeed import read_deepspeed
+from uni3d.foreign.deepspeed_folders import checkpoint_folder, is_universal
 from uni3d.foreign.source import Options, Source
 from uni3d.foreign.state_dicts import read_safetensors, read_torch
 from uni3d.foreign.torch_files import is_archive
 
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
+    "deepspeed": read_deepspeed,
     "safetensors": read_safetensors,
     "torch": read_torch,
 }
 KINDS = tuple(_READERS)
-LATEST = ("latest", "latest_universal")
-"""Files in a run's folder by which DeepSpeed names its newest checkpoint."""
 
 
 def read(path: Path, kind: str, options: Options) -> Source:
@@ -47,9 +48,9 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         raise CheckpointError(f"{path} is neither a safetensors file nor one of torch.save")
     if (path / ".metadata").is_file():
         return "megatron" if (path / "metadata.json").is_file() else "dcp"
-    folder = deepspeed_folder(path, tag, missing_ok=True)
+    folder = checkpoint_folder(path, tag)
     if folder is not None:
-        return "deepspeed-universal" if (folder / "zero").is_dir() else "deepspeed"
+        return "deepspeed-universal" if is_universal(folder) else "deepspeed"
     for pattern, kind in (("*.safetensors", "safetensors"), ("*.bin", "torch")):
         if any(path.glob(pattern)):
             return kind
@@ -58,32 +59,3 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         "checkpoint, Megatron), nor *_model_states.pt below it (DeepSpeed), nor *.safetensors or *.bin "
         "(Hugging Face); if it is one, say which by --from"
     )
-
-
-def deepspeed_folder(path: Path, tag: str | None, *, missing_ok: bool = False) -> Path | None:
-    """The folder of one of DeepSpeed's checkpoints: `path` itself, or that of a tag in it.
-
-    Raises:
-        CheckpointError: there is no such tag; unless `missing_ok`, or a tag was asked for.
-    """
-
-    def is_one(folder: Path) -> bool:
-        return (folder / "zero").is_dir() or any(folder.glob("*_model_states.pt"))
-
-    if tag is None and is_one(path):
-        return path
-    tags = (
-        sorted(each.name for each in path.iterdir() if each.is_dir() and is_one(each))
-        if path.is_dir()
-        else []
-    )
-    named = [(path / name).read_text().strip() for name in LATEST if (path / name).is_file()]
-    if tag is None and not tags and missing_ok:
-        return None
-    wanted = tag or (named[0] if named else None) or (tags[0] if len(tags) == 1 else None)
-    if wanted in tags:
-        return path / str(wanted)
-    there = f"the tags there are: {', '.join(tags)}" if tags else "there is no checkpoint of DeepSpeed's"
-    if wanted is None:
-        raise CheckpointError(f"{path} has no file 'latest'; name a tag ({there})")
-    raise CheckpointError(f"{path} has no checkpoint {wanted!r}; {there}")

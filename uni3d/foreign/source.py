@@ -63,9 +63,7 @@ class Source:
     """Other names of tied weights -> the name in `arrays`."""
     optimizer: OptimizerState | None = None
     scheduler: dict[str, Any] | None = None
-    """As its framework stored it: `last_batch_iteration` and the like."""
-    config: dict[str, Any] | None = None
-    """DeepSpeed's config of the run, if it was stored."""
+    """The state of the learning rate schedule, in the form of the class of torch's that goes on from it."""
     step: int = 0
     samples: int = 0
     skipped: int = 0
@@ -145,7 +143,9 @@ class Options:
     """Patterns of names that are buffers, where the source doesn't say which are."""
     split: tuple[tuple[str, str], ...] = ()
     """Patterns of names of tensor-parallel parameters, each with how its parts go together: see
-    `tensor_parts`."""
+    `deepspeed_tensor.RULES`."""
+    in_model_order: bool = False
+    """Whether an optimizer's states that are only numbered are those of the parameters in their order."""
     stand_ins: tuple[str, ...] = ()
     """More classes that may be pickled in it, and are left out."""
     verify: bool = True

@@ -27,14 +27,13 @@ def write(
     tag: str,
     *,
     optimizer: str | None = None,
-    scheduler: dict[str, Any] | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> ckpt.SaveReport:
     """Write and commit `source` as the checkpoint `tag` of the run at `run`, and make it the latest.
 
     Each array is read whole when its first chunk is written, so the memory taken is that of a few of the
-    largest ones. `optimizer` names the optimizer's class where the source doesn't; `scheduler` is the state
-    of the schedule in our form. `progress` is told the bytes written.
+    largest ones. `optimizer` names the optimizer's class where the source doesn't. `progress` is told the
+    bytes written.
 
     Raises:
         CheckpointError: the source is damaged, or what is asked for can't be; nothing is committed then.
@@ -60,13 +59,13 @@ def write(
         shards,
         plan=ckpt.make_plan({0: [shard.spec for shard in shards]}),
         comm=ckpt.Solo(),
-        document=document(source, optimizer, scheduler),
+        document=document(source, optimizer),
         files={SCRIPT.name: SCRIPT.read_bytes()},
         incremental=False,
     )
 
 
-def document(source: Source, optimizer: str | None, scheduler: dict[str, Any] | None) -> dict[str, Any]:
+def document(source: Source, optimizer: str | None) -> dict[str, Any]:
     """What the manifest says beside the arrays (`docs/format.md`)."""
     engine: dict[str, Any] = {
         "global_steps": source.step,
@@ -95,7 +94,7 @@ def document(source: Source, optimizer: str | None, scheduler: dict[str, Any] | 
         if state is None
         else {"type": optimizer or state.type, "groups": state.groups, "scalars": state.scalars},
         "aliases": source.aliases,
-        "scheduler": scheduler,
+        "scheduler": source.scheduler,
         "engine": engine,
         "client_state": source.client_state,
     }

@@ -1,0 +1,152 @@
+"""What DeepSpeed's `save_checkpoint` writes: ZeRO 0 to 3, pipeline stages, tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt import CheckpointError
+from uni3d.foreign import deepspeed_state as state
+from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder
+from uni3d.foreign.deepspeed_module import buffers, numbered_parts, untrained
+from uni3d.foreign.deepspeed_tensor import Rule, Rules, join
+from uni3d.foreign.deepspeed_zero import Part, Rank, groups_of, parts, zero_stage
+from uni3d.foreign.source import BUFFER, ForeignArray, Options, Source
+from uni3d.foreign.torch_files import StoredTensor
+
+
+def read_deepspeed(path: Path, options: Options) -> Source:
+    """A checkpoint in a run's folder, or in its own.
+
+    Raises:
+        CheckpointError: files are missing, damaged or don't fit together, or something in them isn't read.
+    """
+    folder = checkpoint_folder(path, options.tag)
+    if folder is None:
+        raise CheckpointError(f"{path} has no checkpoint of DeepSpeed's")
+    ranks = Ranks(folder, options)
+    first, left_out = ranks.first, list[str]()
+    aliases: dict[str, str] = {str(k): str(v) for k, v in (first.get("shared_params") or {}).items()}
+    rules = Rules(_joining(ranks), options, str(folder))
+    by_tp = list(zip(*ranks.of_stage, strict=True))  # the stages of each tensor-parallel rank
+
+    trained_by_tp = [_trained(stages, options, left_out) for stages in by_tp]
+    frozen_by_tp = [
+        untrained(stages, known, aliases, left_out)
+        for stages, known in zip(by_tp, trained_by_tp, strict=True)
+    ]
+    trained, frozen = _joined(trained_by_tp, rules), _joined(frozen_by_tp, rules)
+    arrays = [
+        *_arrays(trained),
+        *_arrays(frozen),
+        *(_buffer(name, tensor, folder) for name, tensor in buffers(by_tp[0]).items()),
+    ]
+    config = first.get("ds_config")
+    config = config if isinstance(config, Mapping) else {}
+    optimizer = schedule = None
+    if trained:
+        optimizer = state.optimizer_state(config, _groups(by_tp[0][0]), trained, left_out)
+        schedule = state.scheduler_state(config, first.get("lr_scheduler"), optimizer.groups, left_out)
+    return Source(
+        kind="deepspeed",
+        where=str(folder),
+        arrays=arrays,
+        frozen=frozenset(frozen if trained else ()),
+        aliases=aliases,
+        optimizer=optimizer,
+        scheduler=schedule,
+        step=int(first.get("global_steps") or 0),
+        samples=int(first.get("global_samples") or 0),
+        skipped=int(first.get("skipped_steps") or 0),
+        batch=state.batch_size(config, first),
+        loss_scale=state.loss_scale(config, _optimizer_file(by_tp[0][0])) if trained else None,
+        writer=_writer(ranks),
+        client_state=state.client_state(first, left_out),
+        left_out=list(dict.fromkeys(left_out)),
+    )
+
+
+def _trained(stages: Sequence[Rank], options: Options, left_out: list[str]) -> dict[str, Part]:
+    """The trained parameters of a tensor-parallel rank; what several stages have, they have alike."""
+    found: dict[str, Part] = {}
+    for rank in stages:
+        held = (
+            parts(rank)
+            if rank.optimizers
+            else numbered_parts(rank, left_out, in_model_order=options.in_model_order)
+        )
+        for name, part in held.items():
+            alike = Rule(kind="replicated")
+            found[name] = join([found[name], part], alike, name) if name in found else part
+    return found
+
+
+def _joined(by_tp: Sequence[Mapping[str, Part]], rules: Rules) -> dict[str, Part]:
+    """Whole parameters from those of the tensor-parallel ranks."""
+    tp = len(by_tp)
+    if tp == 1:
+        return dict(by_tp[0])
+    for other in by_tp[1:]:
+        if other.keys() != by_tp[0].keys():
+            missing = sorted(other.keys() ^ by_tp[0].keys())[:4]
+            raise CheckpointError(f"only some tensor-parallel ranks have {', '.join(missing)}")
+    return {name: join([held[name] for held in by_tp], rules.of(name, tp), name) for name in by_tp[0]}
+
+
+def _arrays(found: Mapping[str, Part]) -> list[ForeignArray]:
+    return [
+        ForeignArray(
+            name=name,
+            state=key,
+            dtype="float32",
+            shape=part.shape,
+            read=read,
+            origin=f"{part.origin}: {name}",
+        )
+        for name, part in found.items()
+        for key, read in part.states.items()
+    ]
+
+
+def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
+    return ForeignArray(
+        name=name,
+        state=BUFFER,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        read=tensor.read,
+        origin=f"{folder.name}: {name}",
+    )
+
+
+def _joining(ranks: Ranks) -> Mapping[str, Any] | None:
+    """What the checkpoint says of how tensor-parallel parts go together."""
+    rank = ranks.of_stage[0][0]
+    for file in (*rank.models, *rank.optimizers):
+        found = file.get("universal_checkpoint_info")
+        if isinstance(found, Mapping):
+            return found
+    return None
+
+
+def _groups(rank: Rank) -> list[dict[str, Any]]:
+    if rank.optimizers:
+        return groups_of(rank)
+    inner = _optimizer_file(rank)
+    return [dict(group) for group in inner.get("optimizer_state_dict", inner)["param_groups"]]
+
+
+def _optimizer_file(rank: Rank) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = rank.optimizers[0] if rank.optimizers else rank.models[0]["optimizer"]
+    return found
+
+
+def _writer(ranks: Ranks) -> dict[str, Any]:
+    rank = ranks.of_stage[0][0]
+    stage = zero_stage(rank.optimizers[0]) if rank.optimizers else 0
+    return {
+        "deepspeed": str(ranks.first.get("ds_version", "unknown")),
+        "topology": {"pp": len(ranks.of_stage), "dp": max(1, len(rank.optimizers)), "tp": ranks.tp},
+        "zero_stage": stage,
+    }

@@ -1,0 +1,170 @@
+"""Where DeepSpeed's checkpoints lie, and which file is of which rank."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt import CheckpointError
+from uni3d.foreign.deepspeed_zero import Rank
+from uni3d.foreign.source import Options
+from uni3d.foreign.torch_files import TorchFile
+
+_LATEST = ("latest", "latest_universal")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
+_EXPERTS = re.compile(r"(?:layer_\d+_)?expert_\d+_.*|expp_rank_.*")
+
+
+def checkpoint_folder(path: Path, tag: str | None) -> Path | None:
+    """The folder of a checkpoint: `path` itself, or that of a tag in it; None if there are none.
+
+    Raises:
+        CheckpointError: the tag that was asked for, or that the run's file names, isn't there, or there are
+            several and none is named.
+    """
+    if not path.is_dir():
+        return None
+    if tag is None and _is_one(path):
+        return path
+    tags = sorted(each.name for each in path.iterdir() if each.is_dir() and _is_one(each))
+    named = [(path / name).read_text().strip() for name in _LATEST if (path / name).is_file()]
+    if not tags and not named:
+        return None
+    wanted = tag or (named[0] if named else None) or (tags[0] if len(tags) == 1 else None)
+    if wanted in tags:
+        return path / str(wanted)
+    there = f"the tags there are: {', '.join(tags)}" if tags else "there are none of DeepSpeed's"
+    what = f"no checkpoint {wanted!r}" if wanted else "several checkpoints and no file 'latest'; name a tag"
+    raise CheckpointError(f"{path} has {what}; {there}")
+
+
+def _is_one(folder: Path) -> bool:
+    return is_universal(folder) or any(folder.glob("*_model_states.pt"))
+
+
+def is_universal(folder: Path) -> bool:
+    return (folder / "zero").is_dir()
+
+
+class Ranks:
+    """The ranks that a folder's files are of.
+
+    Attributes:
+        tp: the number of tensor-parallel ranks.
+        of_stage: by pipeline stage, then by tensor-parallel rank.
+    """
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        """Unpickle all of them; no tensor is read.
+
+        Raises:
+            CheckpointError: some are missing, or of a kind that isn't read.
+        """
+        self._folder, self._options = folder, options
+        models, optimizers, layers = _sorted(folder)
+        opened = {m: [self._open(p) for p in paths] for m, paths in models.items()}
+        states = {
+            m: [self._open(p)["optimizer_state_dict"] for p in paths] for m, paths in optimizers.items()
+        }
+        if states and states.keys() != opened.keys():
+            raise CheckpointError(
+                f"{folder} has model files of the ranks {sorted(opened)}, but optimizer files of "
+                f"{sorted(states)}"
+            )
+        self.tp = _tensor_parallel(folder, opened[0][0], len(opened), layers)
+        modules = [self._module(layers, tp, opened[tp][0]) for tp in range(self.tp)]
+        self.of_stage = [
+            [
+                Rank(
+                    where=f"{folder.name}/*mp_rank_{stage * self.tp + tp:02d}*",
+                    models=opened[stage * self.tp + tp],
+                    optimizers=states.get(stage * self.tp + tp, []),
+                    module=modules[tp],
+                    verify=options.verify,
+                )
+                for tp in range(self.tp)
+            ]
+            for stage in range(len(opened) // self.tp)
+        ]
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The model file of the first rank, which has all that isn't of one rank."""
+        return self.of_stage[0][0].models[0]
+
+    def _open(self, path: Path) -> Mapping[str, Any]:
+        content = TorchFile(path, verify=self._options.verify, stand_ins=self._options.stand_ins).load()
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, not what DeepSpeed writes")
+        return content
+
+    def _module(
+        self, layers: Mapping[int, list[tuple[int, Path]]], tp: int, model: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The model's state_dict; that of a pipeline lies in a file for each layer."""
+        if not layers:
+            return model.get("module") or {}
+        return {
+            f"{layer}.{name}": value
+            for layer, path in layers.get(tp, [])
+            for name, value in self._open(path).items()
+        }
+
+
+def _sorted(
+    folder: Path,
+) -> tuple[dict[int, list[Path]], dict[int, list[Path]], dict[int, list[tuple[int, Path]]]]:
+    """Model and optimizer files by model-parallel rank, each by data-parallel rank; layers by tp rank."""
+    models: dict[int, dict[int, Path]] = defaultdict(dict)
+    optimizers: dict[int, dict[int, Path]] = defaultdict(dict)
+    layers: dict[int, list[tuple[int, Path]]] = defaultdict(list)
+    for path in sorted(folder.glob("*.pt")):
+        if _EXPERTS.fullmatch(path.name):
+            raise CheckpointError(f"{path} is of a mixture of experts, which isn't read")
+        if found := _MODEL.fullmatch(path.name):
+            models[int(found[2])][int(found[1] or 0)] = path
+        elif found := _OPTIMIZER.fullmatch(path.name):
+            optimizers[int(found[2])][int(found[1])] = path
+        elif found := _LAYER.fullmatch(path.name):
+            layers[int(found[2] or 0)].append((int(found[1]), path))
+    for files in (models, optimizers):
+        _check_all_there(folder, sorted(files), "mp_rank_")
+        for of_rank in files.values():
+            _check_all_there(folder, sorted(of_rank), "zero_pp_rank_")
+    if not models:
+        raise CheckpointError(f"{folder} has no mp_rank_00_model_states.pt")
+    return (
+        {m: [files[i] for i in sorted(files)] for m, files in models.items()},
+        {m: [files[i] for i in sorted(files)] for m, files in optimizers.items()},
+        layers,
+    )
+
+
+def _check_all_there(folder: Path, numbers: list[int], what: str) -> None:
+    missing = sorted(set(range(len(numbers))) - set(numbers))
+    if missing:
+        raise CheckpointError(
+            f"{folder} has files of the ranks {what}{numbers}; those of {missing} are missing"
+        )
+
+
+def _tensor_parallel(folder: Path, model: Mapping[str, Any], ranks: int, layers: Mapping[int, Any]) -> int:
+    """The number of tensor-parallel ranks among the model-parallel ones."""
+    said = model.get("checkpoint_parallel_dimensions") or {}
+    if said.get("tp_degree"):
+        tp, pp = int(said["tp_degree"]), int(said.get("pp_degree") or 1)
+    elif layers:
+        tp, pp = len(layers), ranks // len(layers)
+    else:
+        tp, pp = ranks, 1
+    if tp * pp != ranks:
+        raise CheckpointError(
+            f"{folder} was written by {pp} pipeline stages x {tp} tensor-parallel ranks, but has files of "
+            f"{ranks}"
+        )
+    return tp

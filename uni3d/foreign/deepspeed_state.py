@@ -1,0 +1,199 @@
+"""What a DeepSpeed checkpoint says beside its arrays: parameter groups, schedule, loss scale, counters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from uni3d.foreign.deepspeed_zero import Part
+from uni3d.foreign.pickles import StandIn, plain
+from uni3d.foreign.source import OptimizerState
+from uni3d.optim_config import read_optimizer
+from uni3d.schedule_config import LRRangeTestParams, OneCycleParams, read_scheduler
+from uni3d.strict import ConfigError
+
+_OWN_KEYS = frozenset(
+    {
+        "autotp_size",
+        "buffer_names",
+        "checkpoint_parallel_dimensions",
+        "data_sampler",
+        "dp_world_size",
+        "ds_autoep_layers",
+        "ds_config",
+        "ds_version",
+        "frozen_param_fragments",
+        "frozen_param_shapes",
+        "global_samples",
+        "global_steps",
+        "lr_scheduler",
+        "module",
+        "mp_world_size",
+        "num_experts",
+        "optimizer",
+        "param_shapes",
+        "random_ltd",
+        "shared_params",
+        "skipped_steps",
+        "sparse_tensor_module_names",
+        "universal_checkpoint_info",
+    }
+)
+"""Of a model file; what else there is, a script put there as `client_state`."""
+
+_HOW_NOT_WHAT = frozenset(
+    {"params", "param_names", "step", "foreach", "fused", "capturable", "differentiable"}
+)
+"""Entries of a parameter group that don't say what a step computes."""
+
+
+def optimizer_state(
+    config: Mapping[str, Any], groups: list[dict[str, Any]], trained: Mapping[str, Part], left_out: list[str]
+) -> OptimizerState:
+    """The optimizer without its arrays; what can't be taken over of the groups is added to `left_out`."""
+    cleaned = [hyperparameters(group, f"parameter group {i}", left_out) for i, group in enumerate(groups)]
+    for name, part in trained.items():
+        if part.group is not None:
+            cleaned[part.group]["params"].append(name)
+    return OptimizerState(
+        type=_class_of(config.get("optimizer"), groups),
+        groups=cleaned,
+        scalars={name: dict(part.scalars) for name, part in trained.items()},
+    )
+
+
+def hyperparameters(group: Mapping[str, Any], where: str, left_out: list[str]) -> dict[str, Any]:
+    """A group's, as the manifest has them; without parameters yet."""
+    found: dict[str, Any] = {"params": []}
+    for key, value in group.items():
+        if key in _HOW_NOT_WHAT or (key == "bias_correction" and value is True):
+            continue  # torch's optimizers always correct the bias
+        try:
+            found[str(key)] = plain(value)
+        except TypeError as error:
+            left_out.append(f"{where}: {key} is {error}")
+    return found
+
+
+def _class_of(section: Any, groups: list[dict[str, Any]]) -> str | None:
+    """The class of torch's, or of ours, that the config's optimizer is here; None if it isn't known."""
+    try:
+        config = read_optimizer(section)
+    except ConfigError:
+        return None
+    if config is not None:
+        return config.implementation.rpartition(".")[2]
+    return "AdamW" if all(group.get("decoupled_weight_decay") for group in groups) else None
+
+
+def scheduler_state(
+    config: Mapping[str, Any], saved: Any, groups: list[dict[str, Any]], left_out: list[str]
+) -> dict[str, Any] | None:
+    """The state of the schedule in the config, where it stood, as the run's own will have it.
+
+    None, with the reason in `left_out`, if there was none, it isn't one of the config's, or it gives other
+    rates than the groups have.
+    """
+    if saved is None:
+        return None
+    iteration = saved.get("last_batch_iteration") if isinstance(saved, Mapping) else None
+    try:
+        section = read_scheduler(config.get("scheduler"))
+    except ConfigError as error:
+        section, reason = None, str(error)
+    else:
+        reason = "the config has no scheduler: it was the script's own"
+    if section is None or not isinstance(iteration, int):
+        left_out.append(f"the learning rate schedule: {reason}")
+        return None
+    state, rates = _schedule_at(section, iteration + 1, groups)
+    wanted = [group["lr"] for group in groups]
+    if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(rates, wanted, strict=True)):
+        left_out.append(
+            f"the learning rate schedule: {section.type} gives {rates} at iteration {iteration}, and the "
+            f"groups have {wanted}"
+        )
+        return None
+    return state
+
+
+def _schedule_at(
+    section: Any, epoch: int, groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[float]]:
+    """Our schedule's state after `epoch` steps, and the rates it then gives. Loads torch."""
+    import torch
+
+    from uni3d.schedules import make_scheduler
+
+    moves = [key for key in ("betas",) if key in groups[0]]
+    of_group = [
+        {"lr": group.get("initial_lr", group["lr"]), **{k: tuple(group[k]) for k in moves}}
+        for group in groups
+    ]
+
+    def made(rates: list[float]) -> Any:
+        parameters = [
+            {**g, "lr": lr, "params": [torch.zeros(1)]} for g, lr in zip(of_group, rates, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(parameters)
+        schedule = make_scheduler(section, optimizer)
+        if epoch > 0:
+            optimizer.step()
+            schedule.last_epoch, schedule._step_count = epoch - 1, epoch
+            schedule.step()
+        return schedule
+
+    rates = [group["lr"] for group in of_group]
+    schedule = made(rates)
+    fixed = isinstance(section.params, OneCycleParams | LRRangeTestParams) or getattr(
+        section.params, "warmup_max_lr", None
+    )
+    if not fixed and "initial_lr" not in groups[0]:  # shares of each group's own rate, which isn't stored
+        shares = [now / lr for now, lr in zip(schedule.get_last_lr(), rates, strict=True)]
+        if all(shares):
+            schedule = made([lr / share for lr, share in zip(rates, shares, strict=True)])
+    state: dict[str, Any] = schedule.state_dict()
+    return state, [float(lr) for lr in schedule.get_last_lr()]
+
+
+def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """fp16's, as the manifest has it; None where there is none."""
+    section = config.get("fp16") or {}
+    if not section.get("enabled"):
+        return None
+    scaler = optimizer.get("loss_scaler")
+    saved: Mapping[str, Any] = scaler.state if isinstance(scaler, StandIn) and scaler.state else optimizer
+    begun = saved.get("cur_iter", 0) - saved.get("last_overflow_iter", -1) - 1
+    return {
+        "scale": float(saved.get("cur_scale", 1.0)),
+        "terms": None,  # our own divisor, which the first batch fixes
+        "hysteresis": int(saved.get("cur_hysteresis", section.get("hysteresis", 2))),
+        "good_steps": int(begun),
+    }
+
+
+def client_state(model: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
+    """What the script put beside DeepSpeed's own; what JSON hasn't is added to `left_out`."""
+    found = {}
+    for key, value in model.items():
+        if key not in _OWN_KEYS:
+            try:
+                found[str(key)] = plain(value)
+            except TypeError as error:
+                left_out.append(f"client_state {key}: {error}")
+    for key in ("data_sampler", "random_ltd"):
+        if model.get(key) is not None:
+            left_out.append(f"{key}: has no place here")
+    return found
+
+
+def batch_size(config: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:
+    """Samples in a global batch, by the config."""
+    if isinstance(config.get("train_batch_size"), int):
+        return int(config["train_batch_size"])
+    micro, ranks = config.get("train_micro_batch_size_per_gpu"), model.get("dp_world_size")
+    if isinstance(micro, int) and isinstance(ranks, int):
+        accumulation = config.get("gradient_accumulation_steps", 1)
+        return micro * ranks * (accumulation if isinstance(accumulation, int) else 1)
+    return None
