@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.foreign import deepspeed_state as state
+from uni3d.foreign import deepspeed_state as texts
 from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder
 from uni3d.foreign.deepspeed_module import buffers, numbered_parts, untrained
 from uni3d.foreign.deepspeed_tensor import Rule, Rules, join
@@ -25,44 +25,70 @@ def read_deepspeed(path: Path, options: Options) -> Source:
     folder = checkpoint_folder(path, options.tag)
     if folder is None:
         raise CheckpointError(f"{path} has no checkpoint of DeepSpeed's")
-    ranks = Ranks(folder, options)
-    first, left_out = ranks.first, list[str]()
-    aliases: dict[str, str] = {str(k): str(v) for k, v in (first.get("shared_params") or {}).items()}
-    rules = Rules(_joining(ranks), options, str(folder))
-    by_tp = list(zip(*ranks.of_stage, strict=True))  # the stages of each tensor-parallel rank
+    ranks, left_out = Ranks(folder, options), list[str]()
+    rules = Rules(joining(ranks), options, str(folder))
+    by_tp = [_trained(stages, options, left_out) for stages in ranks.by_tp]
+    first = ranks.of_stage[0][0]
+    return assemble(
+        "deepspeed",
+        folder,
+        ranks,
+        trained=_joined(by_tp, rules),
+        trained_by_tp=by_tp,
+        rules=rules,
+        groups=_groups(first) if by_tp[0] else [],
+        optimizer=_optimizer_file(first) if by_tp[0] else {},
+        left_out=left_out,
+    )
 
-    trained_by_tp = [_trained(stages, options, left_out) for stages in by_tp]
-    frozen_by_tp = [
-        untrained(stages, known, aliases, left_out)
-        for stages, known in zip(by_tp, trained_by_tp, strict=True)
-    ]
-    trained, frozen = _joined(trained_by_tp, rules), _joined(frozen_by_tp, rules)
-    arrays = [
-        *_arrays(trained),
-        *_arrays(frozen),
-        *(_buffer(name, tensor, folder) for name, tensor in buffers(by_tp[0]).items()),
-    ]
-    config = first.get("ds_config")
-    config = config if isinstance(config, Mapping) else {}
-    optimizer = schedule = None
+
+def assemble(
+    kind: str,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    trained: Mapping[str, Part],
+    trained_by_tp: Sequence[Mapping[str, Part]],
+    rules: Rules,
+    groups: list[dict[str, Any]],
+    optimizer: Mapping[str, Any],
+    left_out: list[str],
+) -> Source:
+    """A source of trained parameters, and of what the model files hold beside them.
+
+    `groups` are the optimizer's parameter groups, `optimizer` a file that has the loss scale.
+    """
+    first = ranks.first
+    aliases = {str(k): str(v) for k, v in (first.get("shared_params") or {}).items()}
+    frozen = _joined(
+        [untrained(s, t, aliases, left_out) for s, t in zip(ranks.by_tp, trained_by_tp, strict=True)], rules
+    )
+    found_buffers = buffers(ranks.by_tp[0])
+    given = first.get("ds_config")
+    config: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    state = schedule = None
     if trained:
-        optimizer = state.optimizer_state(config, _groups(by_tp[0][0]), trained, left_out)
-        schedule = state.scheduler_state(config, first.get("lr_scheduler"), optimizer.groups, left_out)
+        state = texts.optimizer_state(config, groups, trained, left_out)
+        schedule = texts.scheduler_state(config, first.get("lr_scheduler"), state.groups, left_out)
     return Source(
-        kind="deepspeed",
+        kind=kind,
         where=str(folder),
-        arrays=arrays,
+        arrays=[
+            *_arrays(trained),
+            *_arrays(frozen),
+            *(_buffer(name, tensor, folder) for name, tensor in found_buffers.items()),
+        ],
         frozen=frozenset(frozen if trained else ()),
         aliases=aliases,
-        optimizer=optimizer,
+        optimizer=state,
         scheduler=schedule,
         step=int(first.get("global_steps") or 0),
         samples=int(first.get("global_samples") or 0),
         skipped=int(first.get("skipped_steps") or 0),
-        batch=state.batch_size(config, first),
-        loss_scale=state.loss_scale(config, _optimizer_file(by_tp[0][0])) if trained else None,
-        writer=_writer(ranks),
-        client_state=state.client_state(first, left_out),
+        batch=texts.batch_size(config, first),
+        loss_scale=texts.loss_scale(config, optimizer) if trained else None,
+        writer=_writer(ranks, optimizer),
+        client_state=texts.client_state(first, left_out),
         left_out=list(dict.fromkeys(left_out)),
     )
 
@@ -120,7 +146,7 @@ def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
     )
 
 
-def _joining(ranks: Ranks) -> Mapping[str, Any] | None:
+def joining(ranks: Ranks) -> Mapping[str, Any] | None:
     """What the checkpoint says of how tensor-parallel parts go together."""
     rank = ranks.of_stage[0][0]
     for file in (*rank.models, *rank.optimizers):
@@ -142,11 +168,11 @@ def _optimizer_file(rank: Rank) -> Mapping[str, Any]:
     return found
 
 
-def _writer(ranks: Ranks) -> dict[str, Any]:
-    rank = ranks.of_stage[0][0]
-    stage = zero_stage(rank.optimizers[0]) if rank.optimizers else 0
+def _writer(ranks: Ranks, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What wrote it, for information."""
+    dp = ranks.first.get("dp_world_size")
     return {
         "deepspeed": str(ranks.first.get("ds_version", "unknown")),
-        "topology": {"pp": len(ranks.of_stage), "dp": max(1, len(rank.optimizers)), "tp": ranks.tp},
-        "zero_stage": stage,
+        "topology": {"pp": len(ranks.of_stage), "dp": dp if isinstance(dp, int) else 1, "tp": ranks.tp},
+        "zero_stage": zero_stage(optimizer) if "zero_stage" in optimizer else 0,
     }

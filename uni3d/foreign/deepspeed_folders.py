@@ -57,6 +57,7 @@ class Ranks:
     Attributes:
         tp: the number of tensor-parallel ranks.
         of_stage: by pipeline stage, then by tensor-parallel rank.
+        by_tp: the other way round.
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
@@ -91,6 +92,8 @@ class Ranks:
             ]
             for stage in range(len(opened) // self.tp)
         ]
+
+        self.by_tp = list(zip(*self.of_stage, strict=True))
 
     @property
     def first(self) -> Mapping[str, Any]:

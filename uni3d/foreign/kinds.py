@@ -8,12 +8,14 @@ from pathlib import Path
 from ckpt import CheckpointError
 from uni3d.foreign.deepspeed import read_deepspeed
 from uni3d.foreign.deepspeed_folders import checkpoint_folder, is_universal
+from uni3d.foreign.deepspeed_universal import read_universal
 from uni3d.foreign.source import Options, Source
 from uni3d.foreign.state_dicts import read_safetensors, read_torch
 from uni3d.foreign.torch_files import is_archive
 
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "deepspeed": read_deepspeed,
+    "deepspeed-universal": read_universal,
     "safetensors": read_safetensors,
     "torch": read_torch,
 }
