@@ -1,10 +1,13 @@
-"""DeepSpeed's universal checkpoints: a folder for each parameter below `zero/`, as `ds_to_universal` makes them."""
+"""DeepSpeed's universal checkpoints: below `zero/` a folder for each parameter, as `ds_to_universal` has them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 from ckpt import CheckpointError
 from uni3d.foreign.deepspeed import assemble, joining
@@ -89,14 +92,36 @@ def _part(
             tensor = tensor.get("param")
         if not isinstance(tensor, StoredTensor):
             raise CheckpointError(f"{path} has no tensor under 'param'")
-        states[key] = tensor.read
-        shapes.add(tensor.shape)
+        shape = _shape(tensor, name, ranks)
+        states[key] = _Shaped(tensor, shape)
+        shapes.add(shape)
     if len(shapes) > 1:
         raise CheckpointError(f"{place} has tensors of several shapes: {sorted(shapes)}")
     weights = ranks.of_stage[0][0].module.get(name)
     if options.verify and ranks.tp == 1 and isinstance(weights, StoredTensor) and weights.shape in shapes:
         states[PARAMETER] = Checked(states[PARAMETER], weights, f"{folder.name}: {name}")
     return Part(shape=shapes.pop(), origin=f"{folder.name}/zero", states=states, group=group, scalars=scalars)
+
+
+class _Shaped:
+    """A tensor in the shape that its parameter has."""
+
+    def __init__(self, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+        self._tensor, self._shape = tensor, shape
+
+    def __call__(self) -> npt.NDArray[Any]:
+        return self._tensor.read().reshape(self._shape)
+
+
+def _shape(tensor: StoredTensor, name: str, ranks: Ranks) -> tuple[int, ...]:
+    """As the model files have it: of ZeRO-3's, the converter leaves the tensors flat."""
+    if ranks.tp > 1:  # there only the parts' shapes are known
+        return tensor.shape
+    for stages in ranks.of_stage:
+        for shapes in stages[0].models[0].get("param_shapes") or []:
+            if name in shapes and prod(shapes[name]) == tensor.size:
+                return tuple(shapes[name])
+    return tensor.shape
 
 
 def _load(path: Path, options: Options) -> Any:
