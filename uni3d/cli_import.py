@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,7 +203,12 @@ def _renamed(source: Source, name_map: Path | None) -> Source:
         return source
     from uni3d.name_map import NameMap
 
-    return source.renamed(NameMap.load(name_map).rename)
+    names = NameMap.load(name_map)
+    renamed = source.renamed(names.rename)
+    idle = [
+        f"nothing by {pattern!r}: no name matches this pattern of the name map" for pattern in names.unused
+    ]
+    return replace(renamed, left_out=[*renamed.left_out, *idle])
 
 
 def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: below `zero/` a folder for each parameter, as `ds_to_universal` has them."""
+"""DeepSpeed's universal checkpoints: a folder for each parameter below `zero/`, made by `ds_to_universal`."""
 
 from __future__ import annotations
 
