@@ -1,0 +1,101 @@
+"""What the tests of `uni3d import` share: the fixtures, and reading back what was made of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import zarr
+from safetensors.numpy import load_file
+
+from uni3d.cli import main
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def names(prefix: str) -> list[str]:
+    """Of the fixtures that begin so."""
+    return sorted(path.name for path in FIXTURES.iterdir() if path.name.startswith(prefix))
+
+
+def source(name: str) -> Path:
+    return FIXTURES / name / "checkpoint"
+
+
+def expected(name: str, folder: Path = FIXTURES) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The live run's tensors by state and name, and what it said of itself."""
+    arrays = load_file(folder / name / "expected.safetensors")
+    return arrays, json.loads((folder / name / "expected.json").read_text())
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def uni3d(*arguments: object) -> Done:
+    """The command, in this process: each one of its own would load torch anew."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["uni3d", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def imported(*arguments: object) -> dict[str, Any]:
+    """`uni3d import`, which must go well; what it says in JSON."""
+    done = uni3d("import", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(*arguments: object) -> str:
+    """`uni3d import`, which must end with one line and nothing left behind."""
+    done = uni3d("import", *arguments)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not done.stdout
+    return done.stderr
+
+
+def atoms(checkpoint: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by state and name, read by zarr-python."""
+    group = zarr.open_group(str(checkpoint), mode="r")
+    manifest = json.loads((Path(checkpoint) / "manifest.json").read_text())
+    found = {}
+    for path in manifest["chunks"]:
+        _, atom, state = path.split("/")
+        array = group[path]
+        values = np.asarray(array[...])
+        if array.attrs.get("dtype") == "bfloat16":
+            values = values.view(ml_dtypes.bfloat16)
+        found[f"{state}/{atom}"] = values
+    return found
+
+
+def manifest(checkpoint: str | Path) -> dict[str, Any]:
+    return json.loads((Path(checkpoint) / "manifest.json").read_text())
+
+
+def differing(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> list[str]:
+    """Names of what isn't the same bit for bit, or is only on one side."""
+    return sorted(
+        name
+        for name in found.keys() | wanted.keys()
+        if name not in found
+        or name not in wanted
+        or found[name].dtype != wanted[name].dtype
+        or found[name].shape != wanted[name].shape
+        or found[name].tobytes() != wanted[name].tobytes()
+    )
