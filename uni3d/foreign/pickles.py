@@ -238,6 +238,13 @@ def _numpy_scalar(dtype: _Dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype.dtype, count=1)[0].item()
 
 
+def _numpy_buffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _NumpyArray:
+    """As protocol 5 has it."""
+    made = _NumpyArray()
+    made.__setstate__((1, shape, dtype, order == "F", data))
+    return made
+
+
 def _numpy_plain(kind: Any, shape: Any = (0,), code: Any = b"b") -> _NumpyArray:
     return _NumpyArray()
 
@@ -255,6 +262,8 @@ _PLAIN: dict[str, Any] = {
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _PLAIN[f"{_module}.scalar"] = Function(_numpy_scalar)
     _PLAIN[f"{_module}._reconstruct"] = Function(_numpy_plain)
+for _module in ("numpy.core.numeric", "numpy._core.numeric"):
+    _PLAIN[f"{_module}._frombuffer"] = Function(_numpy_buffer)
 for _module in ("builtins", "__builtin__"):
     _PLAIN |= {f"{_module}.{kind.__name__}": kind for kind in (set, frozenset, complex, slice, range)}
     _PLAIN |= {
@@ -262,6 +271,7 @@ for _module in ("builtins", "__builtin__"):
         for name in ("list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "object")
     }
     _PLAIN[f"{_module}.bytearray"] = Function(_bytearray)
+    _PLAIN[f"{_module}.xrange"] = range
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,6 +28,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module")
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 """The buffers of torch's normalisation layers."""
 
+_PART = re.compile(r"-\d+-of-(\d+)\.")
 INDEX = ".index.json"
 
 
@@ -152,19 +154,27 @@ def _files(path: Path, suffix: str) -> tuple[list[Path], dict[Path, set[str]]]:
     With what the index says is in each of them.
     """
     if path.is_file():
-        return [path], {}
+        return [_not_a_part(path)], {}
     indices = sorted(path.glob(f"*{suffix}{INDEX}"))
     files = sorted(path.glob(f"*{suffix}"))
     if len(indices) == 1:
         placed = _indexed(indices[0], suffix)
         return list(placed), placed
     if len(files) == 1 and not indices:
-        return files, {}
+        return [_not_a_part(files[0])], {}
     found = ", ".join(each.name for each in indices or files) or "none"
     raise CheckpointError(
         f"{path} has {len(indices)} files *{suffix}{INDEX} and {len(files)} files *{suffix} ({found}); "
         "give one file, or a folder with one index"
     )
+
+
+def _not_a_part(path: Path) -> Path:
+    """The file; refused if its name says that it is one of several."""
+    found = _PART.search(path.name)
+    if found and int(found[1]) > 1:
+        raise CheckpointError(f"{path} is one of {int(found[1])} files; give the folder, with their index")
+    return path
 
 
 def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
@@ -207,10 +217,11 @@ def _in_safetensors(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
                 tensors[name] = _Tensor(
                     dtype=dtype, shape=tuple(part.get_shape()), read=_reader(file, name), file=file
                 )
-        aliases = json.loads(metadata.get("aliases", "{}"))  # as our own export has them
+        aliases = json.loads(metadata.pop("aliases", "{}"))  # as our own export has them
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} isn't a whole safetensors file: {error}") from None
-    return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors}
+    aliases = metadata | aliases  # safetensors' own `save_model` names one weight by another
+    return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}
 
 
 def _reader(file: Path, name: str) -> Callable[[], npt.NDArray[Any]]:
