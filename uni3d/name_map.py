@@ -1,11 +1,13 @@
-"""Other names for a model's tensors: a JSON object, regular expression -> replacement.
+"""Other names for tensors: patterns, and what replaces the names that they match.
 
-    {"model\\.layers\\.(\\d+)\\.self_attn\\.([qkvo])_proj\\.(.*)": "layers.\\1.attn.\\2.\\3",
-     "lm_head\\.weight": "head.weight",
-     ".*\\.rotary_emb\\.inv_freq": null}
+A name map is a JSON object, regular expression -> replacement. Of its patterns the first one applies that
+matches the whole name. The replacement may refer to the pattern's groups (`\\1`, `\\g<layer>`); `null` leaves
+the tensor out. A name that no pattern matches stays as it is.
 
-The first pattern that matches the whole name counts. Its replacement may refer to groups, as `\\1` or
-`\\g<name>`; null leaves the tensor out. A name that no pattern matches stays as it is.
+    {
+        "layers\\\\.(\\\\d+)\\\\.attn\\\\.q\\\\.(.*)": "model.layers.\\\\1.self_attn.q_proj.\\\\2",
+        "rope\\\\..*": null
+    }
 """
 
 from __future__ import annotations
@@ -16,67 +18,56 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+Rules = Mapping[str, str | None]
+"""Pattern -> replacement, in the order in which they are tried."""
+
 
 class NameMap:
-    """Patterns of names, each with what becomes of them, in order."""
+    """What a name map makes of a tensor's name; `source` is what errors call the map.
 
-    def __init__(self, patterns: Mapping[Any, Any], where: str = "the name map") -> None:
-        """`where` it is from, for messages.
+    Raises:
+        ValueError: a pattern isn't a regular expression, or its replacement isn't one for it.
+    """
 
-        Raises:
-            ValueError: a pattern is no regular expression, or a replacement refers to a group that it lacks.
-        """
-        self._rules: list[tuple[re.Pattern[str], str | None]] = []
+    def __init__(self, rules: Rules, source: str = "the name map") -> None:
+        self.source = source
+        self._rules = [(_compiled(pattern, to, source), to) for pattern, to in rules.items()]
         self._used: set[str] = set()
-        for pattern, replacement in patterns.items():
-            if not isinstance(replacement, str | None):
-                raise ValueError(
-                    f"{where}: {pattern!r} -> {replacement!r} should be a string, or null to leave out"
-                )
-            try:
-                compiled = re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from None
-            try:
-                re.sub(compiled, replacement or "", "")  # reads the replacement, though nothing may match
-            except (re.error, IndexError) as error:
-                raise ValueError(f"{where}: {pattern!r} -> {replacement!r}: {error}") from None
-            self._rules.append((compiled, replacement))
 
     @classmethod
-    def load(cls, path: Path) -> NameMap:
-        """Read a file.
+    def load(cls, path: str | Path) -> NameMap:
+        """The map in a JSON file.
 
         Raises:
-            ValueError: it isn't what this module describes.
+            ValueError: it isn't a JSON object of strings and nulls, or as above.
+            OSError: it can't be read.
         """
+        source = f"the name map {path}"
         try:
-            content = json.loads(path.read_text())
-        except OSError as error:
-            raise ValueError(f"--name-map {path} can't be read: {error.strerror}") from None
+            rules = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
         except ValueError as error:
-            raise ValueError(f"--name-map {path} is not JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"--name-map {path} must be an object, pattern -> replacement")
-        return cls(content, str(path))
+            raise ValueError(f"{source} can't be read as JSON: {error}") from None
+        if not isinstance(rules, dict):
+            raise ValueError(f"{source} must be a JSON object, pattern -> replacement, not {_kind(rules)}")
+        return cls(rules, source)
 
     def rename(self, name: str) -> str | None:
-        """The new name; None if it is to be left out.
+        """The other name of a tensor; None if it is left out.
 
         Raises:
-            ValueError: a replacement comes out empty.
+            ValueError: the replacement leaves nothing of the name.
         """
         for pattern, replacement in self._rules:
             if match := pattern.fullmatch(name):
                 self._used.add(pattern.pattern)
                 if replacement is None:
                     return None
-                renamed = match.expand(replacement)
-                if not renamed:
+                if not (new := match.expand(replacement)):
                     raise ValueError(
-                        f"the name map makes an empty name of {name}; write null to leave it out"
+                        f"{self.source} leaves nothing of the name {name} (pattern {pattern.pattern!r}); "
+                        "to leave the tensor out, give null"
                     )
-                return renamed
+                return new
         return name
 
     @property
@@ -85,18 +76,54 @@ class NameMap:
         return [pattern.pattern for pattern, _ in self._rules if pattern.pattern not in self._used]
 
     def rename_all(self, names: Iterable[str]) -> dict[str, str]:
-        """Old name -> new one, of those that aren't left out.
+        """Name -> other name, in this order, without the tensors that are left out.
 
         Raises:
-            ValueError: two names become one.
+            ValueError: two names become the same one, or as above.
         """
-        new: dict[str, str] = {}
-        old: dict[str, str] = {}
+        renamed: dict[str, str] = {}
+        taken: dict[str, str] = {}
         for name in names:
-            renamed = self.rename(name)
-            if renamed is None:
+            if (new := self.rename(name)) is None:
                 continue
-            if renamed in old:
-                raise ValueError(f"the name map makes {renamed} of both {old[renamed]} and {name}")
-            new[name], old[renamed] = renamed, name
-        return new
+            if (first := taken.setdefault(new, name)) != name:
+                raise ValueError(f"{self.source} makes one name of {first} and {name}: {new}")
+            renamed[name] = new
+        return renamed
+
+
+def _compiled(pattern: str, replacement: object, source: str) -> re.Pattern[str]:
+    """The pattern, which the replacement is found to fit before any name is at hand."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{source}: the pattern {pattern!r} isn't a regular expression: {error}") from None
+    if replacement is None:
+        return compiled
+    if not isinstance(replacement, str):
+        raise ValueError(
+            f"{source}: the pattern {pattern!r} must have a string or null, not {_kind(replacement)}"
+        )
+    try:
+        compiled.sub(replacement, "")  # parses the replacement, whether or not anything matches
+    except (re.error, IndexError) as error:
+        raise ValueError(
+            f"{source}: the replacement {replacement!r} doesn't fit the pattern {pattern!r}: {error}"
+        ) from None
+    return compiled
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a key that comes twice would silently lose the first one's value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _kind(value: object) -> str:
+    """What JSON calls a value of this type."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
