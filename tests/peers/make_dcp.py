@@ -173,8 +173,6 @@ def main() -> None:
         on_ranks(2, nested, new_folder(out, "dcp_fsdp"), (2,), ("shard",))
     if wanted("dcp_fsdp_tp"):
         on_ranks(4, nested, new_folder(out, "dcp_fsdp_tp"), (2, 2), ("shard", "tp"))
-    if wanted("dcp_hsdp"):
-        on_ranks(4, nested, new_folder(out, "dcp_hsdp"), (2, 2), ("replicate", "shard"))
     if wanted("dcp_torchtitan"):
         on_ranks(2, titan, new_folder(out, "dcp_torchtitan"))
     if wanted("dcp_weights"):
