@@ -56,7 +56,8 @@ def import_(
         list[str] | None,
         typer.Option(
             help="How tensor-parallel parts go together, where SRC doesn't say: 'PATTERN=RULE', with the "
-            "RULE 0 or 1 (along that dim), replicated or average."
+            "RULE 0 or 1 (along that dim), 0x2 or 0x3 (several in one, each cut along dim 0), replicated or "
+            "average."
         ),
     ] = None,
     in_model_order: Annotated[

@@ -9,9 +9,9 @@ from typing import Any
 from ckpt import CheckpointError
 from uni3d.foreign import deepspeed_state as texts
 from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder
-from uni3d.foreign.deepspeed_module import buffers, numbered_parts, untrained
+from uni3d.foreign.deepspeed_module import buffer_names, buffers, numbered_parts, untrained
 from uni3d.foreign.deepspeed_tensor import Rule, Rules, join
-from uni3d.foreign.deepspeed_zero import Part, Rank, groups_of, parts, zero_stage
+from uni3d.foreign.deepspeed_zero import Part, Rank, groups_of, parts
 from uni3d.foreign.source import BUFFER, ForeignArray, Options, Source
 from uni3d.foreign.torch_files import StoredTensor
 
@@ -33,7 +33,7 @@ def read_deepspeed(path: Path, options: Options) -> Source:
         "deepspeed",
         folder,
         ranks,
-        trained=_joined(by_tp, rules),
+        trained=_joined(by_tp, rules, trained=True),
         trained_by_tp=by_tp,
         rules=rules,
         groups=_groups(first) if by_tp[0] else [],
@@ -61,9 +61,13 @@ def assemble(
     first = ranks.first
     aliases = {str(k): str(v) for k, v in (first.get("shared_params") or {}).items()}
     frozen = _joined(
-        [untrained(s, t, aliases, left_out) for s, t in zip(ranks.by_tp, trained_by_tp, strict=True)], rules
+        [untrained(s, t, aliases, left_out) for s, t in zip(ranks.by_tp, trained_by_tp, strict=True)],
+        rules,
+        trained=False,
     )
     found_buffers = buffers(ranks.by_tp[0])
+    if lost := sorted(buffer_names(ranks.by_tp[0]) - found_buffers.keys()):
+        left_out.append(f"the buffers {', '.join(lost)}: the files of their layers aren't there")
     given = first.get("ds_config")
     config: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     state = schedule = None
@@ -87,7 +91,7 @@ def assemble(
         skipped=int(first.get("skipped_steps") or 0),
         batch=texts.batch_size(config, first),
         loss_scale=texts.loss_scale(config, optimizer) if trained else None,
-        writer=_writer(ranks, optimizer),
+        writer=_writer(ranks, config),
         client_state=texts.client_state(first, left_out),
         left_out=list(dict.fromkeys(left_out)),
     )
@@ -108,16 +112,17 @@ def _trained(stages: Sequence[Rank], options: Options, left_out: list[str]) -> d
     return found
 
 
-def _joined(by_tp: Sequence[Mapping[str, Part]], rules: Rules) -> dict[str, Part]:
+def _joined(by_tp: Sequence[Mapping[str, Part]], rules: Rules, *, trained: bool) -> dict[str, Part]:
     """Whole parameters from those of the tensor-parallel ranks."""
     tp = len(by_tp)
-    if tp == 1:
-        return dict(by_tp[0])
     for other in by_tp[1:]:
         if other.keys() != by_tp[0].keys():
             missing = sorted(other.keys() ^ by_tp[0].keys())[:4]
             raise CheckpointError(f"only some tensor-parallel ranks have {', '.join(missing)}")
-    return {name: join([held[name] for held in by_tp], rules.of(name, tp), name) for name in by_tp[0]}
+    return {
+        name: join([held[name] for held in by_tp], rules.of(name, tp, trained=trained), name)
+        for name in by_tp[0]
+    }
 
 
 def _arrays(found: Mapping[str, Part]) -> list[ForeignArray]:
@@ -168,11 +173,12 @@ def _optimizer_file(rank: Rank) -> Mapping[str, Any]:
     return found
 
 
-def _writer(ranks: Ranks, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+def _writer(ranks: Ranks, config: Mapping[str, Any]) -> dict[str, Any]:
     """What wrote it, for information."""
-    dp = ranks.first.get("dp_world_size")
+    dp, zero = ranks.first.get("dp_world_size"), config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else 0
     return {
         "deepspeed": str(ranks.first.get("ds_version", "unknown")),
         "topology": {"pp": len(ranks.of_stage), "dp": dp if isinstance(dp, int) else 1, "tp": ranks.tp},
-        "zero_stage": zero_stage(optimizer) if "zero_stage" in optimizer else 0,
+        "zero_stage": stage if isinstance(stage, int) else 0,
     }

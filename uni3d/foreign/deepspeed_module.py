@@ -18,9 +18,13 @@ TIED = "tied_modules."
 """How the names of parameters begin that several layers of a pipeline share."""
 
 
+def buffer_names(stages: Sequence[Rank]) -> set[str]:
+    return {str(name) for rank in stages for name in rank.models[0].get("buffer_names") or []}
+
+
 def buffers(stages: Sequence[Rank]) -> dict[str, StoredTensor]:
     """The persistent buffers of a tensor-parallel rank."""
-    names = {name for rank in stages for name in rank.models[0].get("buffer_names") or []}
+    names = buffer_names(stages)
     return {n: t for n, t in stages[0].module.items() if n in names and isinstance(t, StoredTensor)}
 
 

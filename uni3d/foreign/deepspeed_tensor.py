@@ -22,8 +22,9 @@ from uni3d.foreign.source import Options
 
 Array = npt.NDArray[Any]
 
-RULES = ("0", "1", "replicated", "average")
-"""What `--split` may say: the dim along which the parts lie; that they are the same; that the mean counts."""
+RULES = ("0", "1", "0x2", "0x3", "replicated", "average")
+"""What `--split` may say: the dim along which the parts lie; that each is of two matrices (a gate and its
+values), or three (q, k and v), which were cut along dim 0; that they are the same; that their mean counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class Rule:
     dim: int = 0
     widths: tuple[tuple[int, ...], ...] = ()
     """Where a parameter is several in one (q, k and v): of each, its width along `dim` on each rank."""
-    halves: bool = False
-    """Whether it is two in one, of the same width."""
+    several: int = 1
+    """How many of the same width it is in one."""
     rows: int | None = None
     """Rows of the whole, the others being padding of the vocabulary."""
 
@@ -47,34 +48,48 @@ class Rules:
     def __init__(self, info: Mapping[str, Any] | None, options: Options, where: str) -> None:
         self._info, self._split, self._where = info, options.split, where
 
-    def of(self, name: str, tp: int) -> Rule:
+    def of(self, name: str, tp: int, *, trained: bool) -> Rule:
         """How the parts of `name` on `tp` ranks go together.
+
+        What no pattern matches lies along dim 0, if it was trained; the patterns aren't made for others.
 
         Raises:
             CheckpointError: nobody says it.
         """
+        if tp == 1:
+            return Rule(kind="cat", rows=self._rows(name))
         for pattern, rule in self._split:
             if fnmatchcase(name, pattern):
-                return Rule(kind="cat", dim=int(rule)) if rule.isdigit() else Rule(kind=rule)
-        if self._info is None:
+                return _told(rule)
+        found = None if self._info is None else self._by_info(name, tp, self._info)
+        if found is None and self._info is not None and trained:
+            found = Rule(kind="cat")
+        if found is None:
             raise CheckpointError(
                 f"{self._where} doesn't say how the {tp} tensor-parallel parts of {name} go together; say it "
                 f"by --split 'PATTERN=RULE', where RULE is one of {', '.join(RULES)}"
             )
-        return self._by_info(name, tp, self._info)
+        return found
 
-    def _by_info(self, name: str, tp: int, info: Mapping[str, Any]) -> Rule:
+    def _rows(self, name: str) -> int | None:
+        """Of a parameter that has a row for each word of a padded vocabulary, how many are of words."""
+        info = self._info or {}
+        if any(re.match(pattern, name) for pattern in info.get("vocabulary_parameter_patterns") or []):
+            return int(info["original_vocab_size"])
+        return None
+
+    def _by_info(self, name: str, tp: int, info: Mapping[str, Any]) -> Rule | None:
         def matches(key: str) -> bool:
             return any(re.match(pattern, name) for pattern in info.get(key) or [])
 
         _check_scales(name, info, self._where)
-        rows = info.get("original_vocab_size") if matches("vocabulary_parameter_patterns") else None
+        rows = self._rows(name)
         if matches("tp_replicated_parameter_patterns"):
             return Rule(kind="replicated")
         if matches("parameter_to_average_patterns"):
             return Rule(kind="average")
         if matches("parameter_with_2_sub_params_cat_dim_0"):
-            return Rule(kind="cat", halves=True)
+            return Rule(kind="cat", several=2)
         for sub in info.get("parameter_with_sub_params") or []:
             fields = sub if isinstance(sub, Mapping) else _fields(sub)
             for pattern in fields["patterns"]:
@@ -83,8 +98,9 @@ class Rules:
                     return Rule(
                         kind="cat", dim=dim, widths=self._widths(fields, pattern, dim, tp, info, name)
                     )
-        dim = 1 if matches("parameter_with_row_parallelism_patterns") else 0
-        return Rule(kind="cat", dim=dim, rows=rows)
+        if matches("parameter_with_row_parallelism_patterns"):
+            return Rule(kind="cat", dim=1, rows=rows)
+        return None if rows is None else Rule(kind="cat", rows=rows)
 
     def _widths(
         self, fields: Mapping[str, Any], pattern: str, dim: int, tp: int, info: Mapping[str, Any], name: str
@@ -99,6 +115,14 @@ class Rules:
                 "newer DeepSpeed"
             )
         return tuple((size // tp,) * tp for size in sizes)
+
+
+def _told(rule: str) -> Rule:
+    """One of `RULES`."""
+    if not rule[0].isdigit():
+        return Rule(kind=rule)
+    dim, _, several = rule.partition("x")
+    return Rule(kind="cat", dim=int(dim), several=int(several or 1))
 
 
 def _check_scales(name: str, info: Mapping[str, Any], where: str) -> None:
@@ -129,7 +153,7 @@ def _fields(value: Any) -> Mapping[str, Any]:
 def join(parts: Sequence[Part], rule: Rule, name: str) -> Part:
     """One part of the parts of all tensor-parallel ranks."""
     first = parts[0]
-    if len(parts) == 1:
+    if len(parts) == 1 and rule.rows is None:
         return first
     for part in parts[1:]:
         if part.states.keys() != first.states.keys() or part.group != first.group:
@@ -156,6 +180,8 @@ def _whole_shape(shapes: Sequence[tuple[int, ...]], rule: Rule, what: str) -> tu
         raise CheckpointError(
             f"{what} can't be joined along dim {rule.dim}: its parts have the shapes {list(shapes)}"
         )
+    if any(shape[rule.dim] % rule.several for shape in shapes):
+        raise CheckpointError(f"{what} isn't {rule.several} in one: its parts have the shapes {list(shapes)}")
     length = sum(shape[rule.dim] for shape in shapes)
     if rule.rows is not None:
         if rule.rows > length:
@@ -183,11 +209,9 @@ class _Joined:
         if rule.kind == "average":
             mean: Array = np.mean(parts, axis=0, dtype=parts[0].dtype)
             return mean
-        if rule.halves:
-            pairs = [np.array_split(part, 2, axis=rule.dim) for part in parts]
-            return np.concatenate(
-                [half for i in range(2) for half in (pair[i] for pair in pairs)], axis=rule.dim
-            )
+        if rule.several > 1:
+            cut = [np.split(part, rule.several, axis=rule.dim) for part in parts]
+            return np.concatenate([c[i] for i in range(rule.several) for c in cut], axis=rule.dim)
         if rule.widths:
             return self._by_widths(parts)
         whole = np.concatenate(parts, axis=rule.dim)
