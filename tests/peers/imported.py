@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import zarr
+from commands import run
 from safetensors.numpy import load_file
-
-from uni3d.cli import main
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -35,34 +30,16 @@ def expected(name: str, folder: Path = FIXTURES) -> tuple[dict[str, np.ndarray],
     return arrays, json.loads((folder / name / "expected.json").read_text())
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def uni3d(*arguments: object) -> Done:
-    """The command, in this process: each one of its own would load torch anew."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = ["uni3d", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
-
-
 def imported(*arguments: object) -> dict[str, Any]:
     """`uni3d import`, which must go well; what it says in JSON."""
-    done = uni3d("import", *arguments, "--json")
+    done = run("import", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def refused(*arguments: object) -> str:
     """`uni3d import`, which must end with one line and nothing left behind."""
-    done = uni3d("import", *arguments)
+    done = run("import", *arguments)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert not done.stdout

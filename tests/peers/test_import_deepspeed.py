@@ -12,7 +12,8 @@ from typing import Any
 import continues_model
 import numpy as np
 import pytest
-from imported import atoms, differing, expected, imported, manifest, names, refused, source, uni3d
+from commands import run
+from imported import atoms, differing, expected, imported, manifest, names, refused, source
 from ranks import Ranks
 
 import uni3d as package
@@ -76,7 +77,7 @@ def test_it_is_what_the_live_run_held(tmp_path: Path, name: str) -> None:
     check(name, said["url"], source(name).parents[1])
     assert said["from"] == "deepspeed"
     assert said["scheduler"]
-    assert uni3d("verify", tmp_path).returncode == 0
+    assert run("verify", tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("name", PARALLEL)
@@ -245,14 +246,14 @@ def test_where_it_goes(folder: Path, tmp_path: Path) -> None:
     imported(folder, tmp_path / "run")
     assert "exists" in refused(folder, tmp_path / "run")
     imported(folder, tmp_path / "run", "--as", "again")
-    assert uni3d("verify", tmp_path / "run", "--all").returncode == 0
-    assert uni3d("diff", tmp_path / "run", tmp_path / "run", "--first-tag", "global_step5").returncode == 0
+    assert run("verify", tmp_path / "run", "--all").returncode == 0
+    assert run("diff", tmp_path / "run", tmp_path / "run", "--first-tag", "global_step5").returncode == 0
 
 
 def test_a_dry_run_says_what_becomes_of_what(folder: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.json"
     names.write_text('{"hidden\\\\.(.*)": "mlp.\\\\1", "scale": null, "nothing": "x"}')
-    done = uni3d("import", folder, tmp_path / "run", "--name-map", names, "--dry-run")
+    done = run("import", folder, tmp_path / "run", "--name-map", names, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
     lines = done.stdout.splitlines()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run
 from imported import atoms, differing, expected, imported, manifest, refused, source
 from safetensors.torch import save_file
 
@@ -68,10 +69,8 @@ def test_what_is_imported_loads_into_an_engine(tmp_path: Path) -> None:
 def test_the_way_out_and_back_in(tmp_path: Path) -> None:
     first = imported(source("deepspeed_zero1_bf16"), tmp_path / "run")
     weights = {k: v for k, v in atoms(first["url"]).items() if k.startswith(("fp32/", "value/"))}
-    from imported import uni3d as command
-
     for name in ("model.safetensors", "model.bin"):
-        assert command("export", tmp_path / "run", tmp_path / name).returncode == 0
+        assert run("export", tmp_path / "run", tmp_path / name).returncode == 0
         said = imported(
             tmp_path / name, tmp_path / f"from-{name}", "--buffers", "scale", "--buffers", "*.running_mean"
         )

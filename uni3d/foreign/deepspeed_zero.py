@@ -202,7 +202,8 @@ class Checked:
         if not ((rounded == weights) | (np.isnan(rounded) & np.isnan(weights))).all():
             raise CheckpointError(
                 f"{self._origin}: the fp32 master isn't that of the weights in the model file; the files are "
-                "not of the same save (--no-checksums takes the master all the same)"
+                "not of the same save, or were put together wrongly (docs/importing.md says how that can be; "
+                "--no-checksums takes the master all the same)"
             )
         return masters
 
