@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,6 +16,9 @@ from uni3d.resharding import Cut, Source
 
 NEARBY = 3
 """How many numbers of ranks are named on either side of one that fits nothing."""
+
+LOOKED_AT = 20
+"""And how many are tried for it."""
 
 
 class Batch(NamedTuple):
@@ -134,10 +137,17 @@ class Fitter:
         )
 
     def nearby(self, asked: Asked) -> list[int]:
-        """Numbers of ranks around the one that was asked for, with a topology that fits."""
-        below = (n for n in range(asked.world - 1, 0, -1) if self._fits(asked.of(n)))
-        above = (n for n in range(asked.world + 1, 2 * asked.world + 1) if self._fits(asked.of(n)))
-        return sorted([*islice(below, NEARBY), *islice(above, NEARBY)])
+        """Numbers of ranks around the one that was asked for, with a topology that fits in the memory.
+
+        Of those that the model and the batch can be split by, so many on either side are looked at.
+        """
+        anything = replace(asked, memory=None)
+        sides = range(asked.world - 1, 0, -1), range(asked.world + 1, 2 * asked.world + 1)
+        found: list[int] = []
+        for numbers in sides:
+            possible = islice((n for n in numbers if self._fits(anything.of(n))), LOOKED_AT)
+            found += islice((n for n in possible if self._fits(asked.of(n))), NEARBY)
+        return sorted(found)
 
     def _fits(self, asked: Asked) -> bool:
         possible = (split for split in _splits(asked) if not any(self._refused(*split)))
