@@ -10,6 +10,7 @@ and names every object with its checksum; nothing is pickled. `docs/format.md` i
     open_checkpoint(run, tag=None)                 -> Checkpoint: atoms by name, read whole or by box
     load(checkpoint, targets, comm=...)            fill existing arrays, after all ranks agreed on the report
     verify(checkpoint)                             read and check every object, and name what is wrong
+    absent(checkpoint)                             which are missing or cut short, by their sizes alone
     export_safetensors(checkpoint, path)           one fp32 state_dict file, streamed
     compare(first, second), statistics(...)        what differs; what the numbers are like
     prune(run, retention)                          delete old checkpoints, each in one step
@@ -28,6 +29,7 @@ from ckpt.export import export_safetensors, exported_bytes, weights
 from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
+from ckpt.presence import absent
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
 from ckpt.save import SaveReport, Shard, UnreadShard, save
 from ckpt.stats import Statistics, statistics
@@ -56,6 +58,7 @@ __all__ = [
     "Solo",
     "Statistics",
     "UnreadShard",
+    "absent",
     "check_json",
     "check_tag",
     "committed_tags",

@@ -185,9 +185,8 @@ class Checkpoint:
 
     def _read_strided(self, piece: Piece, place: Array, first: int, last: int) -> int:
         """Read the blocks around elements `first` to `last` of the chunk; pick the piece's out of them."""
-        blocks, payload = self._blocks(piece), _payload(piece)
-        begin = first * place.itemsize // blocks.size * blocks.size
-        end = min(-(-last * place.itemsize // blocks.size) * blocks.size, payload)
+        blocks = self._blocks(piece)
+        begin, end = self._around(piece, blocks, first, last)
         buffer = self._buffer(end - begin)
         step = self._window(blocks)
         for at in range(0, len(buffer), step):
@@ -197,6 +196,17 @@ class Checkpoint:
         steps = [place.itemsize * Box.whole(piece.info.chunk_shape[d + 1 :]).size for d in range(place.ndim)]
         place[...] = np.lib.stride_tricks.as_strided(elements, piece.inside.shape, steps, writeable=False)
         return end - begin
+
+    def cost(self, piece: Piece) -> int:
+        """How many bytes `read_piece` reads for a piece: the blocks that it lies in. Nothing is read here."""
+        begin, end = self._around(piece, self._blocks(piece), *piece.inside.span(piece.info.chunk_shape))
+        return end - begin
+
+    def _around(self, piece: Piece, blocks: Blocks, first: int, last: int) -> tuple[int, int]:
+        """Bytes of the chunk from the first to the last block that holds elements `first` to `last`."""
+        size = itemsize(piece.info.dtype)
+        end = min(-(-last * size // blocks.size) * blocks.size, _payload(piece))
+        return first * size // blocks.size * blocks.size, end
 
     def _window(self, blocks: Blocks) -> int:
         """How much to read at a time: whole blocks."""

@@ -121,11 +121,7 @@ class _Verifier:
                 yield partial(self._problem, f"{info.path}/{key}", what, at=MANIFEST)
 
     def _problem(self, path: str, what: str, at: str | None = None) -> Problem:
-        """One with the object at `path`, or with what the document `at` says of it."""
-        parts = [*path.split("/")[1:], "", "", ""][:3]
-        atom, state, chunk = ("" if part == ZARR else unquote(part) for part in parts)
-        where = self._checkpoint.where(path if at is None else at)
-        return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
+        return problem_at(self._checkpoint, path, what, at)
 
     def _progress(self, n: int) -> None:
         with self._lock:
@@ -152,10 +148,10 @@ class _Verifier:
         try:
             data = self._store.read(self._checkpoint.path(path))
         except OSError as error:
-            return None, self._problem(path, _unreadable(error))
+            return None, self._problem(path, unreadable(error))
         self._progress(len(data))
         if len(data) != record["size"]:
-            return None, self._problem(path, _other_size(len(data), record["size"]))
+            return None, self._problem(path, other_size(len(data), record["size"]))
         if crc32c(data) != int(record["crc32c"], 16):
             return None, self._problem(path, "is damaged: its checksum isn't the manifest's")
         return data, None
@@ -193,7 +189,7 @@ class _Verifier:
             try:
                 got = self._store.read_into(self._checkpoint.path(path), buffer, begin)
             except OSError as error:
-                faults.append(_unreadable(error))
+                faults.append(unreadable(error))
                 break
             self._progress(min(got, length + tail))
             data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
@@ -215,7 +211,7 @@ class _Verifier:
 
     def _too_long(self, path: str, size: int) -> str:
         try:
-            return _other_size(self._store.size(self._checkpoint.path(path)), size)
+            return other_size(self._store.size(self._checkpoint.path(path)), size)
         except OSError:
             return f"goes on after its {size} bytes"
 
@@ -239,11 +235,19 @@ def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
         begin = (index + 1 - first) * blocks.size
 
 
-def _unreadable(error: OSError) -> str:
+def problem_at(checkpoint: Checkpoint, path: str, what: str, at: str | None = None) -> Problem:
+    """One with the object at `path`, or with what the document `at` says of it."""
+    parts = [*path.split("/")[1:], "", "", ""][:3]
+    atom, state, chunk = ("" if part == ZARR else unquote(part) for part in parts)
+    where = checkpoint.where(path if at is None else at)
+    return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
+
+
+def unreadable(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
     return f"can't be read ({' '.join(str(error.strerror or error).split())})"
 
 
-def _other_size(found: int, expected: int) -> str:
+def other_size(found: int, expected: int) -> str:
     return f"has {found} bytes instead of {expected}"

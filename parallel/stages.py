@@ -85,10 +85,15 @@ def split_layers(
         )
     costs: Sequence[int] | None = getattr(model, "pipeline_costs", None)
     if costs is None:
-        costs = [_COSTS[balance](model.get_submodule(name)) for name in layers]
+        costs = layer_costs(model, layers, balance)
     if len(costs) != len(layers):
         raise ValueError(f"pipeline_costs has {len(costs)} numbers for {len(layers)} pipeline_layers")
     return [list(layers[a:b]) for a, b in balanced_cuts(costs, stages)]
+
+
+def layer_costs(model: nn.Module, layers: Sequence[str], balance: Balance) -> list[int]:
+    """What each of the layers counts for, by `balance`; see `split_layers`."""
+    return [_COSTS[balance](model.get_submodule(name)) for name in layers]
 
 
 def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:

@@ -62,6 +62,9 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 """Which modules torch's styles know how to split."""
 
+_EVENLY = ("colwise", "rowwise", "rowwise_split_input")
+"""Styles of linear layers between others, whose parts must all be of one size."""
+
 
 def expand_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     """Name -> style, for every module, or parameter of experts, that a pattern of the plan names.
@@ -112,7 +115,7 @@ def check_plan(
                 f"{name} is a {type(module).__name__}, which the style {style!r} can't split; "
                 f"it needs {expected}"
             )
-        if style not in ("colwise", "rowwise", "rowwise_split_input") or not isinstance(module, nn.Linear):
+        if style not in _EVENLY or not isinstance(module, nn.Linear):
             continue
         size = module.out_features if style == "colwise" else module.in_features
         parts = next((n for pattern, n in units.items() if fnmatchcase(name, pattern)), None)
@@ -129,6 +132,22 @@ def check_plan(
             "for the embeddings and 'sequence_parallel' for the norms, which "
             f"{type(model).__name__}'s doesn't"
         )
+
+
+def units_by_head(model: nn.Module, plan: Mapping[str, str], units: Mapping[str, int]) -> dict[str, int]:
+    """Name -> number of parts, for layers of an expanded plan of which not `units` but a `head_dim` says it.
+
+    See `check_plan`.
+    """
+    found: dict[str, int] = {}
+    for name, style in plan.items():
+        if style not in _EVENLY or not _has(model, name) or any(fnmatchcase(name, p) for p in units):
+            continue
+        head = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", 1)
+        module = model.get_submodule(name)
+        if head != 1 and isinstance(module, nn.Linear):
+            found[name] = (module.out_features if style == "colwise" else module.in_features) // head
+    return found
 
 
 def check_sequence(shape: Sequence[int], degree: int) -> None:

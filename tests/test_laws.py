@@ -181,6 +181,13 @@ COMMANDS = {
     "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
     'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
     "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
+    "uni3d doctor": "import ckpt, numpy, tempfile, uni3d.cli\n"
+    "shard = ckpt.Shard(ckpt.ShardSpec(ckpt.ArrayKey('w', 'fp32'), 'float32', (4,), ckpt.Box((0,), (4,))),"
+    " numpy.ones(4, 'float32'))\n"
+    "run, plan = tempfile.mkdtemp(), ckpt.make_plan({0: [shard.spec]})\n"
+    "ckpt.save(run, 't', [shard], plan=plan, comm=ckpt.Solo(), document={'step': 1})\n"
+    "try: uni3d.cli.app(['doctor', run, '--world-size', '2'])\n"
+    "except SystemExit as done: assert done.code == 1",
     "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
 }
 

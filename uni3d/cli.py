@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from uni3d import __version__, cli_config, cli_diff, cli_export, cli_import, cli_inspect, cli_plan, cli_upkeep
+from uni3d import (
+    __version__,
+    cli_config,
+    cli_diff,
+    cli_doctor,
+    cli_export,
+    cli_import,
+    cli_inspect,
+    cli_plan,
+    cli_upkeep,
+)
 from uni3d.terminal import complain, say
 
 app = typer.Typer(
@@ -52,6 +62,7 @@ for command in (
     cli_upkeep.verify,
     cli_upkeep.clean,
     cli_upkeep.prune,
+    cli_doctor.doctor,
     cli_plan.plan,
     cli_config.config,
 ):

@@ -35,6 +35,9 @@ def describe(
     }
     buffers = [name for name, _ in persistent_buffers(model.module)]
     description: dict[str, Any] = {"model": {"parameters": parameters, "buffers": buffers}, "optimizer": None}
+    if not frozen:
+        here = (model.first_name(name) for name, _ in named_parameters(model.module))
+        description["model"]["left_out"] = [name for name in here if name not in parameters]
     if optimizer is not None:
         description["optimizer"] = {
             "type": type(optimizer).__name__,
@@ -54,6 +57,8 @@ def merge(descriptions: list[dict[str, Any]]) -> dict[str, Any]:
     for other in descriptions[1:]:
         whole["model"]["parameters"] |= other["model"]["parameters"]
         whole["model"]["buffers"] += other["model"]["buffers"]
+        if left_out := other["model"].get("left_out"):
+            whole["model"]["left_out"] += [n for n in left_out if n not in whole["model"]["left_out"]]
         if whole["optimizer"] is None:
             continue
         whole["optimizer"]["scalars"] |= other["optimizer"]["scalars"]

@@ -23,7 +23,7 @@ from ckpt.checksum import block_bytes
 from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
 from ckpt.gather import Gathering, rounds
 from ckpt.plan import ArrayPlan
-from uni3d.shape import GPTShape, Link, Weight
+from uni3d.shape import GPTShape, Link
 
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -183,7 +183,9 @@ def stage_layout(
             alike = (weight.shape, weight.tp_dim)
             if alike not in boxes:
                 first = stage * ranks.of_a_stage
-                boxes[alike] = {first + i: box for i, box in enumerate(_boxes(weight, ranks))}
+                shards = 1 if ranks.zero == 0 else ranks.dp
+                parts = part_boxes(*alike, dp=ranks.dp, tp=ranks.tp, shards=shards)
+                boxes[alike] = {first + i: box for i, box in enumerate(parts)}
             fine_dim = 1 if weight.tp_dim == 1 else None
             for state in states:
                 key = ArrayKey(f"{link.name}.{weight.name}", state)
@@ -191,17 +193,21 @@ def stage_layout(
     return arrays
 
 
-def _boxes(weight: Weight, ranks: Ranks) -> list[Box]:
-    """By rank of a stage: data-parallel ranks apart, tensor-parallel ones side by side."""
-    shards = 1 if ranks.zero == 0 else ranks.dp
+def part_boxes(shape: tuple[int, ...], tp_dim: int | None, *, dp: int, tp: int, shards: int) -> list[Box]:
+    """Parts of a tensor by rank of a stage, data-parallel ranks apart and tensor-parallel ones side by side.
+
+    It is cut by `tp` along `tp_dim`, if that isn't None, and then along the first dim by `shards`, which
+    divides dp. A tensor without dims is whole everywhere.
+    """
     boxes = []
-    for d in range(ranks.dp):
-        for t in range(ranks.tp):
-            spans = [(0, n) for n in weight.shape]
-            if weight.tp_dim is not None:
-                spans[weight.tp_dim] = _part(spans[weight.tp_dim], ranks.tp, t)
-            spans[0] = _part(spans[0], shards, d % shards)
-            offset, length = zip(*spans, strict=True)
+    for d in range(dp):
+        for t in range(tp):
+            spans = [(0, n) for n in shape]
+            if tp_dim is not None:
+                spans[tp_dim] = _part(spans[tp_dim], tp, t)
+            if spans:
+                spans[0] = _part(spans[0], shards, d % shards)
+            offset, length = tuple(o for o, _ in spans), tuple(n for _, n in spans)
             boxes.append(Box(offset if prod(length) else (0,) * len(length), length))
     return boxes
 

@@ -89,10 +89,36 @@ def held(
     """
     s, _ = _groups(stage, dp, shard_group)
     shard = MASTER_BYTES * parameters // s
-    in_place = s == 1 and compute_bytes == MASTER_BYTES
+    copies, sums = beside_shards(
+        parameters,
+        parameters,
+        stage=stage,
+        shards=s,
+        compute_bytes=compute_bytes,
+        reduce_bytes=reduce_bytes,
+        accumulation=accumulation,
+    )
+    return Held(shard + copies, max(sums, shard), state_bytes * parameters // s)
+
+
+def beside_shards(
+    parameters: int,
+    trained: int,
+    *,
+    stage: int,
+    shards: int,
+    compute_bytes: int,
+    reduce_bytes: int,
+    accumulation: int,
+    offload: bool = False,
+) -> tuple[int, int]:
+    """Bytes of what a rank holds whole: copies of parameters to compute with, and gradients that accumulate.
+
+    `parameters` and `trained` are elements before ZeRO cuts them in `shards`: all, and those with gradients.
+    """
+    in_place = shards == 1 and compute_bytes == MASTER_BYTES and not offload
     copies = 0 if stage == 3 or in_place else compute_bytes * parameters
-    whole = reduce_bytes * parameters if stage <= 1 and accumulation > 1 else 0
-    return Held(shard + copies, max(whole, shard), state_bytes * parameters // s)
+    return copies, reduce_bytes * trained if stage <= 1 and accumulation > 1 else 0
 
 
 def sent(

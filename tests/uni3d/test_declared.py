@@ -7,8 +7,14 @@ from model import GPT, GPTConfig
 from ranks import Ranks
 from small_models import OwnLoss, make_engine
 from tied_gpt import TIED, gpt_engine
+from torch import nn
 
 import ckpt
+from uni3d.declared import declared
+
+LAYER = 4 * TIED["hidden_size"] ** 2 + 3 * TIED["hidden_size"] * TIED["ffn_size"]
+HEAD = TIED["vocab_size"] * TIED["hidden_size"]
+"""Elements of their matrices."""
 
 
 def save_case(place: tuple[int, int, int, int], folder: str) -> None:
@@ -24,9 +30,61 @@ def test_how_it_may_be_split(ranks: Ranks, tmp_path, place):
     assert ckpt.open_checkpoint(tmp_path).manifest["model"]["declared"] == {
         "class": "GPT",
         "pipeline_layers": model.pipeline_layers,
+        "layer_flops": [1, *[1 + LAYER] * TIED["num_layers"], 1, 1 + HEAD],
+        "loss_fn": True,
         "tp_plan": model.tp_plan,
         "tp_units": model.tp_units,
     }
+
+
+class Heads(nn.Module):
+    head_dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(12, 6), nn.Linear(6, 12)
+
+
+class Said(nn.Module):
+    """What Hugging Face's models and pipelines written as lists say."""
+
+    tp_plan = {"attn.q": "colwise", "attn.o": "rowwise", "up": "colwise"}  # noqa: RUF012 - as models declare it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.up = Heads(), nn.Linear(12, 12)
+        self.embed = nn.Embedding(5, 12)
+        self.pipeline_layers, self.pipeline_costs, self.num_stages = ["embed", "attn", "up"], [3, 1, 1], 2
+
+
+def test_what_only_the_modules_tell():
+    model = Said()
+    said = declared(model)
+    assert said == {
+        "class": "Said",
+        "pipeline_layers": ["embed", "attn", "up"],
+        "layer_flops": [1, 145, 145],
+        "loss_fn": False,
+        "pipeline_costs": [3, 1, 1],
+        "num_stages": 2,
+        "tp_plan": Said.tp_plan,
+        "tp_units": {"attn.q": 2, "attn.o": 2},
+    }
+    model.tp_units = {"attn.*": 6}
+    assert declared(model)["tp_units"] == {"attn.*": 6}
+    model.attn.q = nn.Bilinear(12, 12, 6)
+    assert declared(model)["tp_refused"].startswith("attn.q is a Bilinear, which the style 'colwise' can't")
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_was_left_out_is_named(tmp_path):
+    engine = make_engine(OwnLoss())
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    engine.wait_for_checkpoint()
+    assert ckpt.open_checkpoint(tmp_path).manifest["model"]["left_out"] == ["fixed.weight", "fixed.bias"]
+    engine.save_checkpoint(tmp_path, "all")
+    engine.wait_for_checkpoint()
+    assert "left_out" not in ckpt.open_checkpoint(tmp_path).manifest["model"]
 
 
 @pytest.mark.usefixtures("alone")

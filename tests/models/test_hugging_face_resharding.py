@@ -1,0 +1,44 @@
+"""What the checkpoint of a Hugging Face model says of its splitting is what real ranks hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+
+sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
+
+import hf_models
+
+import ckpt
+from uni3d import paper
+from uni3d.resharding import Cut, Source
+
+
+def case(kind: str, zero: int, run: str) -> list[Any]:
+    engine = hf_models.make_engine(hf_models.make(kind), zero, dp=2, tp=2)
+    hf_models.train(engine, kind)
+    engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
+    arrays = engine.checkpointer._inventory.arrays(engine.optimizer)
+    return sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays)
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("llama", 3), ("qwen3", 0), ("mixtral", 1)])
+def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: str, zero: int) -> None:
+    found = hf_ranks.run(4, case, kind, zero, str(tmp_path))
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    source = Source(checkpoint.arrays, checkpoint.manifest)
+    assert source.refuses_tp(2) is None
+    assert "heads of model.layers.0.self_attn" in (source.refuses_tp(3) or "")
+    assert source.refuses_pp(2) is not None
+    ranks = paper.Ranks(pp=1, dp=2, tp=2, zero=zero)
+    told: list[list[Any]] = [[] for _ in range(4)]
+    for part in source.places(1, Cut())[0]:
+        for rank, box in enumerate(part.boxes(ranks, Cut().shards(ranks))):
+            told[rank].append((tuple(part.info.key), tuple(box)))
+    assert found == [sorted(boxes) for boxes in told]
+    assert any(part.tp_dim is not None for part in source.places(1, Cut())[0])

@@ -1,0 +1,227 @@
+"""Whether a checkpoint would resume on so many ranks: what `uni3d doctor` finds out.
+
+resharding         what each rank of a topology would hold of the checkpoint's arrays
+planned_reads      what it would read for that
+doctor_memory      what that takes of its memory
+doctor_fit         which topologies there are, and why not others
+doctor_config      what the manifest and a config make a resume refuse, or warn of
+doctor_rules       what a config refuses by itself
+doctor_text        how it is told
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ckpt
+from uni3d import doctor_config
+from uni3d.config import load_config
+from uni3d.doctor_fit import Answer, Asked, Fitter, Topology
+from uni3d.doctor_memory import Known
+from uni3d.planned_reads import reads
+from uni3d.resharding import Source
+from uni3d.terminal import in_bytes
+
+FEW = 3
+"""Reasons that fit into a sentence."""
+
+
+def examine(
+    run: str, tag: str | None, asked: Asked, config_path: Path | None, model: Path | None
+) -> dict[str, Any]:
+    """All that is found out, as JSON has it; only `would_resume` decides.
+
+    Raises:
+        CheckpointError: the checkpoint can't be opened.
+        ValueError: a file can't be read, or the ZeRO stage that was asked for can't be.
+    """
+    checkpoint = ckpt.open_checkpoint(run, tag)
+    manifest = checkpoint.manifest
+    source = Source(checkpoint.arrays, manifest)
+    known = None if model is None else Known(model, source)
+    values = _values(config_path, known)
+    config = None if values is None else load_config(values)
+    whole = _whole(run, checkpoint)
+    engine = manifest.get("engine") or {}
+    zero = (manifest.get("writer") or {}).get("zero_stage", 0)
+    if config is not None and "stage" in config.zero_optimization.model_fields_set:
+        zero = config.zero_optimization.stage
+    fitter = Fitter(
+        source=source,
+        batch=engine.get("train_batch_size", None if config is None else config.train_batch_size),
+        zero=zero,
+        config=config,
+        values=values or {},
+        known=known,
+    )
+    refusals = [*([_damage(whole)] if whole["problems"] else []), *doctor_config.unfit(manifest)]
+    if config is not None:
+        refusals += doctor_config.refusals(config, manifest)
+    report = {
+        "checkpoint": checkpoint.url.rstrip("/"),
+        "world_size": asked.world,
+        **_about(manifest, source.declared.get("class"), checkpoint),
+        **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
+        "warnings": [] if config is None else list(doctor_config.warnings(config, manifest)),
+        "notes": list(doctor_config.notes(config, manifest)) + _own_shapes(source),
+        "whole": whole,
+        "config_given": config is not None,
+        "activations_counted": known is not None,
+    }
+    if config is not None:
+        degrees, why = doctor_config.as_it_is(config, asked.world)
+        report["config_as_it_is"] = {"starts_as": degrees, "refused": why}
+    return report
+
+
+def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
+    """The config's content; without a config, that of the model's file."""
+    if path is None:
+        return None if known is None else dict(known.document["uni3d"])
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path} is not JSON: {error}") from None
+    if isinstance(values, dict) and isinstance(values.get("uni3d"), dict):
+        return dict(values["uni3d"])  # an example's file, which has the config in a section
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} holds a {type(values).__name__}; expected an object")
+    return values
+
+
+def _about(manifest: dict[str, Any], kind: str | None, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
+    writer, engine = manifest.get("writer") or {}, manifest.get("engine") or {}
+    return {
+        "tag": checkpoint.tag,
+        "step": manifest.get("step"),
+        "samples": engine.get("global_samples"),
+        "train_batch_size": engine.get("train_batch_size"),
+        "created": manifest.get("created"),
+        "class": kind,
+        "written_on": {**writer.get("topology", {}), "zero": writer.get("zero_stage")},
+        "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
+    }
+
+
+def _topologies(
+    fitter: Fitter, asked: Asked, refusals: list[str], checkpoint: ckpt.Checkpoint, *, readable: bool
+) -> dict[str, Any]:
+    """The topologies, and the verdict."""
+    answer = fitter.answer(asked)
+    fitting = answer.fitting
+    best = next(iter(fitting), None)
+    reasons = list(refusals)
+    nearby: list[int] = []
+    if best is None:
+        nearby = fitter.nearby(asked)
+        reasons.append(_nothing(answer, asked))
+        if others := fitter.answer(Asked(world=asked.world, memory=asked.memory)).fitting:
+            reasons.append(f"without these degrees it would do, as {others[0]}")
+        if answer.topologies:
+            best = min(answer.topologies, key=lambda topology: topology.need.total)
+    return {
+        "would_resume": not reasons,
+        "reasons": reasons,
+        "recommended": None if best is None else _recommended(best, fitter, checkpoint, readable),
+        "memory_limit": asked.memory,
+        "fitting": len(fitting),
+        "topologies": [_row(topology) for topology in answer.topologies],
+        "refused": [vars(reason) for reason in answer.reasons],
+        "nearby_world_sizes": nearby,
+    }
+
+
+def _nothing(answer: Answer, asked: Asked) -> str:
+    """Why there is no topology."""
+    if answer.topologies and asked.memory is not None:
+        least = min(answer.topologies, key=lambda topology: topology.need.total)
+        need = in_bytes(least.need.total)
+        return f"nothing fits {in_bytes(asked.memory)} a rank: the least is {need}, as {least}"
+    given = ", ".join(f"{axis} {n}" for axis in ("pp", "dp", "tp") if (n := getattr(asked, axis)) is not None)
+    reasons = [f"{r.axis} {', '.join(map(str, r.degrees))} {r.why}" for r in answer.reasons]
+    why = f": {'; '.join(reasons)}" if len(reasons) <= FEW else ""
+    return f"there is no topology of {asked.world} ranks{f' with {given}' if given else ''}{why}"
+
+
+def _row(topology: Topology) -> dict[str, Any]:
+    batch = topology.batch
+    return {
+        **{axis: getattr(topology, axis) for axis in ("pp", "dp", "tp")},
+        "zero": topology.zero,
+        "samples_per_rank": batch.share,
+        "micro_batch": batch.micro,
+        "accumulation": batch.accumulation,
+        "memory_by_zero_stage": {
+            str(zero): {**need._asdict(), "total": need.total}
+            for zero, need in sorted(topology.needs.items())
+        },
+    }
+
+
+def _recommended(
+    topology: Topology, fitter: Fitter, checkpoint: ckpt.Checkpoint, readable: bool
+) -> dict[str, Any]:
+    """A topology with its place in a config, its memory, and what its ranks would read."""
+    ranks, batch = topology.ranks, topology.batch
+    config: dict[str, Any] = {} if fitter.batch is None else {"train_batch_size": fitter.batch}
+    if batch.micro is not None:
+        config |= {
+            "train_micro_batch_size_per_gpu": batch.micro,
+            "gradient_accumulation_steps": batch.accumulation,
+        }
+    config |= {
+        "parallel": {"pp": ranks.pp, "dp": ranks.dp, "tp": ranks.tp},
+        "zero_optimization": {"stage": ranks.zero},
+    }
+    return {
+        **vars(ranks),
+        "config": config,
+        "samples_per_rank": batch.share,
+        "memory": {**topology.need._asdict(), "total": topology.need.total},
+        "reads": reads(checkpoint, fitter.source, ranks, fitter.cut)._asdict() if readable else None,
+    }
+
+
+def _own_shapes(source: Any) -> list[str]:
+    """That the memory of some states is a guess."""
+    names = source.states_of_their_own_shape
+    if not names:
+        return []
+    return [
+        f"{len(names)} optimizer states have another shape than their parameter ({names[0]}, ...): how they "
+        "are split is the optimizer's business; they count as whole on every rank"
+    ]
+
+
+def _whole(run: str, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
+    """Whether what the manifest names is there, and what lies beside it in the run's folder."""
+    objects, size = ckpt.extent(checkpoint)
+    found: dict[str, Any] = {
+        "files": objects,
+        "bytes": size,
+        "problems": [str(problem) for problem in ckpt.absent(checkpoint)],
+        "latest": None,
+        "other_tags": [],
+        "leftovers": [],
+    }
+    if not checkpoint.folder:  # `run` is the checkpoint's own folder
+        return found
+    store = ckpt.open_store(run)
+    try:
+        found["latest"] = ckpt.read_latest(store)
+    except ckpt.CheckpointError as error:
+        found["latest_problem"] = str(error)
+    found["other_tags"] = [tag for tag in ckpt.committed_tags(store) if tag != checkpoint.tag]
+    found["leftovers"] = store.leftovers()
+    return found
+
+
+def _damage(whole: dict[str, Any]) -> str:
+    problems = whole["problems"]
+    others = f"; other tags: {', '.join(reversed(whole['other_tags']))}" if whole["other_tags"] else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"the checkpoint isn't whole: {problems[0]}{more}{others}"

@@ -1,0 +1,123 @@
+"""What a rank of any topology needs of memory to go on from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from uni3d.paper import Ranks
+from uni3d.resharding import Cut, Kind, Source
+from uni3d.zero_formulas import MASTER_BYTES, beside_shards
+
+
+class Need(NamedTuple):
+    """Bytes on the rank that needs most, each at the fullest moment of a step."""
+
+    parameters: int
+    """Shards in fp32, and whole copies to compute with where they stay from layer to layer."""
+    gradients: int
+    optimizer: int
+    buffers: int
+    other: int = 0
+    """Activations and all else of a step's fullest moment, where the model is known."""
+    host: int = 0
+    """Of the host's memory, with offload: the shards of all three."""
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Bytes of an element, and where shards lie."""
+
+    compute: int = 4
+    reduce: int = 4
+    offload: bool = False
+
+
+def needs(source: Source, ranks: Ranks, cut: Cut, precision: Precision, accumulation: int) -> list[Need]:
+    """What the states take at each place of the pipeline, exactly by the checkpoint's arrays."""
+    kinds = source.kinds(ranks.pp, cut)
+    return [_of_place(counts, ranks, cut, precision, accumulation) for counts in kinds]
+
+
+def most(needs: list[Need]) -> Need:
+    return max(needs, key=lambda need: (need.total, need.host))
+
+
+def _of_place(
+    counts: Mapping[Kind, int], ranks: Ranks, cut: Cut, precision: Precision, accumulation: int
+) -> Need:
+    """Of the place's first rank: of what is cut, nobody has more."""
+    shards = cut.shards(ranks)
+    shard = trained_shard = optimizer = buffers = whole = trained = 0
+    for kind, n in counts.items():
+        size = n * kind.largest(ranks.tp, shards)
+        if kind.role == "buffer":
+            buffers += size * kind.itemsize
+        elif kind.role == "state":
+            optimizer += size * kind.itemsize
+        else:
+            shard += size * kind.itemsize
+            whole += n * kind.largest(ranks.tp, 1)
+            if kind.role == "trained":
+                trained_shard += MASTER_BYTES * size
+                trained += n * kind.largest(ranks.tp, 1)
+    copies, sums = beside_shards(
+        whole,
+        trained,
+        stage=ranks.zero,
+        shards=shards,
+        compute_bytes=precision.compute,
+        reduce_bytes=precision.reduce,
+        accumulation=accumulation,
+        offload=precision.offload,
+    )
+    if precision.offload:
+        return Need(copies, sums, 0, buffers, host=shard + trained_shard + optimizer)
+    return Need(shard + copies, max(sums, trained_shard), optimizer, buffers)
+
+
+# --- with activations, of a model that is known --------------------------------------------------------
+
+
+class Known:
+    """An example's GPT, whose whole memory `uni3d plan` can tell."""
+
+    def __init__(self, path: Path, source: Source) -> None:
+        """Raises ValueError if the file isn't an example's, or not of the checkpoint's model."""
+        from uni3d.plan_job import model_of, read_document
+
+        self.document: Mapping[str, Any] = read_document(path)
+        self._shape = model_of(self.document)
+        links = [(link.name, weight) for link in self._shape.links for weight in link.weights]
+        expected = {f"{link}.{w.name}": w.shape for link, w in links if not w.same_as}
+        stored = {name: source.shape(name) for name in source.parameters}
+        if wrong := sorted(expected.items() ^ stored.items()):
+            name = wrong[0][0]
+            here, there = (list(of.get(name, ())) or "missing" for of in (expected, stored))
+            raise ValueError(
+                f"--model {path} isn't the checkpoint's: {name} is {here}, and {there} in the checkpoint"
+            )
+
+    def need(self, held: Need, ranks: Ranks, settings: Mapping[str, Any]) -> Need:
+        """What is held from step to step, and what `uni3d plan` says of a step's fullest moment.
+
+        Raises:
+            ValueError: such a job can't be.
+        """
+        from uni3d.plan_job import Job
+        from uni3d.plan_memory import memory, worst
+
+        job = Job(shape=self._shape, ranks=ranks, seq_len=self.document["seq_len"], **settings)
+        stage = worst(memory(replace(job, device="cuda")))
+        peak = stage.peak
+        rest = peak.activations + peak.loss + peak.communication + peak.pipeline
+        return Need(
+            peak.parameters + peak.gathered, peak.gradients, peak.optimizer, held.buffers, rest, stage.host
+        )
