@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import CheckpointError
+from uni3d.foreign.dcp import read_dcp
 from uni3d.foreign.source import Options, Source
 from uni3d.foreign.state_dicts import read_safetensors, read_torch
 from uni3d.foreign.torch_files import is_archive
 
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
+    "dcp": read_dcp,
     "safetensors": read_safetensors,
     "torch": read_torch,
 }
