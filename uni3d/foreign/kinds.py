@@ -7,12 +7,14 @@ from pathlib import Path
 
 from ckpt import CheckpointError
 from uni3d.foreign.dcp import read_dcp
+from uni3d.foreign.megatron import read_megatron
 from uni3d.foreign.source import Options, Source
 from uni3d.foreign.state_dicts import read_safetensors, read_torch
 from uni3d.foreign.torch_files import is_archive
 
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "dcp": read_dcp,
+    "megatron": read_megatron,
     "safetensors": read_safetensors,
     "torch": read_torch,
 }
@@ -49,6 +51,11 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         raise CheckpointError(f"{path} is neither a safetensors file nor one of torch.save")
     if (path / ".metadata").is_file():
         return "megatron" if (path / "metadata.json").is_file() else "dcp"
+    newest = path / "latest_checkpointed_iteration.txt"
+    if newest.is_file():
+        content = newest.read_text().strip()
+        name = f"iter_{int(content):07d}" if content.isdecimal() else content
+        raise CheckpointError(f"{path} is a run's folder of Megatron's; give a checkpoint: {path / name}")
     folder = deepspeed_folder(path, tag, missing_ok=True)
     if folder is not None:
         return "deepspeed-universal" if (folder / "zero").is_dir() else "deepspeed"
