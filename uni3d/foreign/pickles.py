@@ -23,6 +23,7 @@ _FRAMEWORKS = ("apex", "deepspeed", "megatron", "torch.distributed", "torch.opti
 
 _STAND_INS = frozenset(
     {
+        "_io.BytesIO",
         "argparse.Namespace",
         "datetime.date",
         "datetime.datetime",
@@ -34,6 +35,7 @@ _STAND_INS = frozenset(
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
         "pathlib._local.PosixPath",
+        "signal.Signals",
         "torch.device",
         "torch.torch_version.TorchVersion",
         "types.SimpleNamespace",

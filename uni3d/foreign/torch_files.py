@@ -161,7 +161,7 @@ class TorchFile:
         if self.verify and zlib.crc32(data) != entry.CRC:
             raise CheckpointError(f"{self.path} is damaged: its data.pkl isn't what was written")
         return read_pickle(
-            data, str(self.path), stand_ins=self._stand_ins, names=_NAMES, persistent=self._storage
+            data, str(self.path), stand_ins=self._stand_ins, names=NAMES, persistent=self._storage
         )
 
     def _storage(self, pid: Any) -> tuple[Storage, str]:
@@ -305,7 +305,7 @@ def _with_attributes(function: Any, kind: Any, args: tuple[Any, ...], state: Any
     return function(*args)
 
 
-_NAMES: dict[str, Any] = {
+NAMES: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": Function(_with_attributes),
     "torch._utils._rebuild_parameter": Function(_parameter),
     "torch._utils._rebuild_parameter_with_state": Function(_parameter),
