@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -55,6 +57,12 @@ def _options(
     pass
 
 
+def _paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring with no line breaks but between paragraphs: the terminal breaks lines itself."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 for command in (
     cli_inspect.inspect,
     cli_diff.diff,
@@ -66,5 +74,5 @@ for command in (
     cli_plan.plan,
     cli_config.config,
 ):
-    app.command()(command)
-app.command("import")(cli_import.import_)
+    app.command(help=_paragraphs(command))(command)
+app.command("import", help=_paragraphs(cli_import.import_))(cli_import.import_)

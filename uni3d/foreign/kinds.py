@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ckpt import CheckpointError
+from ckpt import CheckpointError, committed_tags
+from ckpt.format import MANIFEST
 from uni3d.foreign.dcp import read_dcp
 from uni3d.foreign.deepspeed import read_deepspeed
 from uni3d.foreign.deepspeed_folders import checkpoint_folder, is_universal
@@ -52,6 +53,8 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         if is_archive(path) or path.suffix in (".pt", ".pth", ".bin"):
             return "torch"
         raise CheckpointError(f"{path} is neither a safetensors file nor one of torch.save")
+    if (path / MANIFEST).is_file() or committed_tags(path):
+        raise CheckpointError(f"{path} holds checkpoints of uni3d's own, which need no import")
     if (path / ".metadata").is_file():
         return "megatron" if (path / "metadata.json").is_file() else "dcp"
     newest = path / "latest_checkpointed_iteration.txt"
