@@ -56,7 +56,9 @@ def test_what_megatron_wrote(name: str) -> None:
     assert_bits(values(source), arrays)
     assert source.optimizer is not None
     assert source.optimizer.type == "AdamW"
-    assert {numbers["step"] for numbers in source.optimizer.scalars.values()} == set(facts["adam_steps"])
+    assert {numbers["step"] for numbers in source.optimizer.scalars.values()} == set(
+        facts["parameter_steps"].values()
+    )
     for group, fact in zip(source.optimizer.groups, facts["groups"], strict=True):
         for key in ("lr", "betas", "eps", "weight_decay"):
             assert group[key] == fact[key]
