@@ -57,7 +57,13 @@ def find(checkpoint: ckpt.Checkpoint, config: Path | None, names: Path | None) -
         ValueError: neither says what the model is, or a file isn't what it should be.
         OSError: a file can't be read.
     """
-    declared = checkpoint.manifest.get("model", {}).get("declared", {})
+    model = checkpoint.manifest.get("model", {})
+    if left_out := model.get("left_out"):
+        raise ValueError(
+            f"{checkpoint.url} was saved without frozen parameters ({', '.join(left_out[:4])}"
+            f"{', ...' if len(left_out) > 4 else ''}): a model that lacks weights doesn't load"
+        )
+    declared = model.get("declared", {})
     said = parse(declared["hugging_face"]) if "hugging_face" in declared else None
     if config is None and said is None:
         raise ValueError(

@@ -227,6 +227,15 @@ def test_a_model_that_says_nothing(alone: None, tmp_path: Path, export: Cli) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_without_frozen_parameters(alone: None, tmp_path: Path, export: Cli) -> None:
+    engine = make_engine(OwnLoss())
+    engine.save_checkpoint(tmp_path / "run", exclude_frozen_parameters=True)
+    engine.wait_for_checkpoint()
+    code, _, error = export(tmp_path / "run", tmp_path / "out", "--format", "hf")
+    assert code == 1
+    assert "was saved without frozen parameters (fixed.weight, fixed.bias)" in error
+
+
 def test_settings_that_llama_has_not() -> None:
     for other in ({"norm": "layernorm"}, {"positions": "learned"}, {"activation": "gelu"}):
         assert GPT(GPTConfig(**(SIZES | other))).hugging_face is None  # type: ignore[arg-type]
