@@ -44,11 +44,11 @@ MODEL = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
 USES: dict[str, list[str]] = {
     "inspect": [
         "inspect runs/tiny",
-        "inspect runs/tiny --atoms 'layers.0.ffn*' --stats",
+        "inspect runs/bf16 --atoms 'norm*' --stats",
         "inspect runs/tiny --tag global_step4 --json",
     ],
     "verify": ["verify runs/tiny --all", "verify runs/damaged"],
-    "diff": ["diff runs/tiny runs/tiny", "diff runs/tiny runs/tiny --first-tag global_step2"],
+    "diff": ["diff runs/tiny runs/copy", "diff runs/bf16 runs/fp32"],
     "doctor": ["doctor runs/tiny --world-size 3", "doctor runs/tiny --world-size 5"],
     "export": [
         "export runs/tiny weights.safetensors",
@@ -134,6 +134,10 @@ def prepare(ranks: Ranks) -> None:
     shutil.copytree("runs/tiny", "runs/damaged")
     (chunk,) = Path("runs/damaged/global_step4/atoms/norm.weight/fp32").glob("c*")
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    shutil.copytree("runs/tiny", "runs/copy")
+    for dtype in ("bf16", "fp32"):
+        theirs = FIXTURES / f"deepspeed_zero1_{dtype}" / "checkpoint"
+        assert run("import", theirs, f"runs/{dtype}").returncode == 0
     shutil.copytree(FIXTURES / "deepspeed_zero1_bf16" / "checkpoint", "theirs")
     Path("ds_config.json").write_text(json.dumps(CONFIG, indent=1))
     _malicious(Path("malicious.pt"))
@@ -171,7 +175,8 @@ on stderr); 2 where the question couldn't be put: an option that doesn't exist, 
 a checkpoint that can't be read.
 
 `runs/tiny` was trained for two steps on one process and for two more on two (dp 2, ZeRO 3). `runs/damaged`
-is a copy with one bit of a chunk turned over, `runs/half` has a save that was cut short, `theirs` is a
+is a copy with one bit of a chunk turned over, `runs/copy` one without, `runs/bf16` and `runs/fp32` were
+imported from DeepSpeed, `runs/half` has a save that was cut short, `theirs` is a
 checkpoint of DeepSpeed's, and `malicious.pt` a file of `torch.save` that would run a shell command. The
 terminal is {WIDTH} columns wide."""
 
