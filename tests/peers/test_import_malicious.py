@@ -92,6 +92,11 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
     assert "TorchScript" in refused(tmp_path / "x.pt", tmp_path / "run")
 
 
+def test_a_tensor_may_not_be_larger_than_what_it_is_stored_in(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(2**40)}, tmp_path / "x.pt")
+    assert "repeats what is in its storage" in refused(tmp_path / "x.pt", tmp_path / "run")
+
+
 # --- the unpickler by itself ----------------------------------------------------------------------------
 
 

@@ -287,8 +287,14 @@ def _checked(
         raise ValueError(f"a tensor of the shape {shape} with the strides {strides} at {offset}")
     tensor = StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), requires_grad)
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if tensor.size and (last + 1) * numpy_dtype(dtype).itemsize > storage.size:
+    itemsize = numpy_dtype(dtype).itemsize
+    if tensor.size and (last + 1) * itemsize > storage.size:
         raise ValueError(f"a tensor of the shape {shape} reaches beyond its storage data/{storage.key}")
+    if tensor.size * itemsize > storage.size:  # expanded along a dim: a few bytes may say to be terabytes
+        raise ValueError(
+            f"a tensor of the shape {shape} with the strides {strides}, which repeats what is in its "
+            "storage; save it after contiguous()"
+        )
     return tensor
 
 
