@@ -203,6 +203,6 @@ def _writer(
     rounded = None if dtype is None else getattr(torch, dtype)
 
     def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
-        write_torch_file(weights, path, names, aliases, dtype=rounded)
+        write_torch_file(weights, path, names, aliases, dtype=rounded, progress=progress)
 
     return write
