@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -33,6 +34,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command; what is the user's to mend is one line and exit code 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know a letter of a name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (RuntimeError, ValueError, OSError) as error:

@@ -66,6 +66,12 @@ def import_(
             "--in-model-order", help="Take an optimizer's numbered states in the order of parameters."
         ),
     ] = False,
+    frozen: Annotated[
+        list[str] | None, typer.Option(help="With --in-model-order: parameters that weren't trained.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Store tensors that share memory, or look tied, each by itself.")
+    ] = False,
     stand_in: Annotated[
         list[str] | None, typer.Option(help="A class of your own that is pickled in SRC, to be left out.")
     ] = None,
@@ -92,21 +98,20 @@ def import_(
         buffers=tuple(buffers or ()),
         split=_rules(split or []),
         in_model_order=in_model_order,
+        frozen=tuple(frozen or ()),
+        untie=untie,
         stand_ins=tuple(stand_in or ()),
         weights_only=weights_only,
         verify=not no_checksums,
     )
+    _check_place(src, dst)
     found = read(src, kind, options)
     _check_used(options, found)
     mapped = _renamed(found, name_map)
     if weights_only:
         mapped = mapped.weights_alone()
-    elif mapped.optimizer is not None and mapped.optimizer.type is None and optimizer is None:
-        raise ValueError(
-            f"{src} doesn't say which optimizer its states are of; say it, e.g. by --optimizer AdamW, or "
-            "leave them by --weights-only"
-        )
-    name = check_tag(as_tag or f"global_step{mapped.step}")
+    _check_optimizer(mapped, optimizer)
+    name = check_tag(f"global_step{mapped.step}" if as_tag is None else as_tag)
     if dry_run:
         _tell(found, mapped, name, as_json=as_json)
         return
@@ -115,8 +120,10 @@ def import_(
 
 
 def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json: bool) -> None:
+    import ckpt
     from uni3d.foreign.write import write
 
+    before = ckpt.committed_tags(dst)
     with progress_bar("importing", sum(_size(array) for array in source.arrays)) as progress:
         report = write(source, dst, tag, optimizer=optimizer, progress=progress)
     if as_json:
@@ -126,6 +133,8 @@ def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json
     for line in source.left_out:
         say(f"left out: {line}")
     say(f"{report.url}: {len(source.arrays)} arrays, {in_bytes(report.bytes_written)}, from {_what(source)}")
+    if before:
+        say(f"{dst} had {', '.join(before)} already; its latest is now {tag}")
     say(_resumes(source))
 
 
@@ -213,6 +222,36 @@ def _renamed(source: Source, name_map: Path | None) -> Source:
     return replace(renamed, left_out=[*renamed.left_out, *idle])
 
 
+def _check_place(src: Path, dst: str | None) -> None:
+    """Refuse a DST among SRC's own files."""
+    if dst is not None and "://" not in dst and src.is_dir() and src.resolve() in Path(dst).resolve().parents:
+        raise ValueError(f"DST {dst} lies in SRC {src}; import into a folder elsewhere")
+
+
+def _check_optimizer(source: Source, given: str | None) -> None:
+    """The class of the optimizer must be known, said once, and one that there is."""
+    said = None if source.optimizer is None else source.optimizer.type
+    if source.optimizer is None:
+        if given is not None:
+            raise ValueError(f"--optimizer {given}: there are no states of an optimizer to take over")
+    elif given is None and said is None:
+        raise ValueError(
+            f"{source.where} doesn't say which optimizer its states are of; say it, e.g. by --optimizer "
+            "AdamW, or leave them by --weights-only"
+        )
+    elif given is not None and said not in (None, given):
+        raise ValueError(f"--optimizer {given}: {source.where} says that its states are of {said}")
+    elif given is not None and given not in _optimizers():
+        raise ValueError(f"--optimizer {given} isn't one of {', '.join(_optimizers())}")
+
+
+def _optimizers() -> list[str]:
+    """Classes whose states can be taken up."""
+    from uni3d import torch_optim
+
+    return sorted({*torch_optim.names(), "Adam", "AdamW", "Lion", "MuonWithAdam"})
+
+
 def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
     from uni3d.foreign.deepspeed_tensor import RULES
 
@@ -226,9 +265,21 @@ def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _check_used(options: Options, found: Source) -> None:
-    """Refuse patterns that match nothing: a mistyped one must not go unseen."""
+    """Refuse options that decide nothing: a mistyped one must not go unseen."""
     from fnmatch import fnmatchcase
 
+    deepspeed = found.kind.startswith("deepspeed")
+    for option, given in (("--split", options.split), ("--in-model-order", options.in_model_order)):
+        if given and not deepspeed:
+            raise ValueError(
+                f"{option} is for DeepSpeed's checkpoints; {found.where} is of the kind {found.kind}"
+            )
+    if options.frozen and not options.in_model_order:
+        raise ValueError("--frozen is for --in-model-order; elsewhere the source says what was trained")
+    if options.untie and found.kind not in ("dcp", "torch"):
+        raise ValueError(f"--untie is for state_dicts and DCP; {found.where} is of the kind {found.kind}")
+    if options.buffers and deepspeed:
+        raise ValueError("--buffers isn't for DeepSpeed's checkpoints, which say what is a buffer")
     names = {array.name for array in found.arrays}
     for option, patterns in (("--buffers", options.buffers), ("--split", [p for p, _ in options.split])):
         for pattern in patterns:

@@ -113,9 +113,10 @@ def test_how_parts_are_joined_is_never_guessed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NUMBERED)
 def test_numbered_states_are_taken_in_order_if_asked(tmp_path: Path, name: str) -> None:
-    check(
-        name, imported(source(name), tmp_path / "asked", "--in-model-order")["url"], source(name).parents[1]
-    )
+    asked = ["--in-model-order", "--frozen", "frozen.*"]
+    check(name, imported(source(name), tmp_path / "asked", *asked)["url"], source(name).parents[1])
+    told = refused(source(name), tmp_path / "guessed", "--in-model-order")
+    assert "of 3 parameters of the shape [7] only 2 have states" in told
     said = imported(source(name), tmp_path / "not")
     assert not any("exp_avg" in key for key in atoms(said["url"]))
     assert manifest(said["url"])["optimizer"] is None

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt import DTYPES, CheckpointError, numpy_dtype
+from ckpt import DTYPES, CheckpointError
 from uni3d.foreign.dcp_layout import Layout, Steps
 from uni3d.foreign.dcp_optimizer import read_optimizer
 from uni3d.foreign.pickles import plain
@@ -71,9 +71,13 @@ def read_dcp(path: Path, options: Options) -> Source:
             arrays.append(_weight(layout, name, key, options, trained=name in grouped))
         else:
             left_out.append(f"{key}: its type, {layout.tensors[key].dtype}, can't be stored")
-    aliases = _tied(layout, parts.weights, [a for a in arrays if a.state == PARAMETER], grouped)
+    weights = [a for a in arrays if a.state == PARAMETER]
+    aliases = {} if options.untie else _tied(layout, parts.weights, weights, grouped)
     for alias, first in aliases.items():
-        left_out.append(f"{parts.weights[alias]}: the same numbers as {first}, and so taken to be tied to it")
+        left_out.append(
+            f"{parts.weights[alias]}: the same numbers as {first}, and so taken to be tied to it (--untie, "
+            "if it isn't)"
+        )
     arrays = [array for array in arrays if array.name not in aliases]
     client_state, others = _beside(layout, parts.beside)
     parameters = {array.name for array in arrays if array.state == PARAMETER}
@@ -86,8 +90,17 @@ def read_dcp(path: Path, options: Options) -> Source:
         optimizer=optimizer,
         step=_step(client_state, optimizer),
         client_state=client_state,
-        left_out=[*left_out, *others],
+        left_out=[*left_out, *_guessed(optimizer), *others],
     )
+
+
+def _guessed(optimizer: OptimizerState | None) -> list[str]:
+    if optimizer is None or not optimizer.equal_groups:
+        return []
+    return [
+        "how the parameters were divided into groups: it isn't stored; those of the same hyperparameters are "
+        f"taken for one group, which makes {len(optimizer.groups)}"
+    ]
 
 
 def _weight(layout: Layout, name: str, key: str, options: Options, *, trained: bool) -> ForeignArray:
@@ -104,32 +117,32 @@ def _tied(
 ) -> dict[str, str]:
     """Names of tied weights, each with the name of the one that is kept.
 
-    A state_dict has them under each of their names, and DCP stores each. They are told by their numbers, if
-    these aren't all the same; of two that are trained, none is the other.
+    A state_dict has them under each of their names, and DCP stores each, but the optimizer's states under one
+    alone. So what has no states is taken for another name of what has, if the numbers are the same, and
+    aren't all one number. Where there is no optimizer, nothing tells a tied weight from a copy.
     """
     alike: dict[Any, list[str]] = {}
     for array in parameters:
         tensor = layout.tensors[keys[array.name]]
         alike.setdefault((tensor.dtype, tensor.shape), []).append(array.name)
     aliases: dict[str, str] = {}
-    for (dtype, _), names in alike.items():
-        by_sample: dict[bytes, list[str]] = {}
-        for name in names if len(names) > 1 else []:
-            by_sample.setdefault(layout.sample(keys[name]), []).append(name)
-        for sample, same in by_sample.items():
-            item = numpy_dtype(dtype).itemsize
-            if len(same) == 1 or sample == sample[:item] * (len(sample) // item):
-                continue
-            first = next((name for name in same if name in trained), same[0])
-            for name in same:
-                if name not in trained | {first} and _equal(layout, keys[first], keys[name]):
-                    aliases[name] = first
+    for names in alike.values():
+        owners = [name for name in names if name in trained]
+        for name in (each for each in names if each not in trained and owners):
+            sample = layout.sample(keys[name])
+            for owner in owners:
+                if layout.sample(keys[owner]) == sample and _equal(layout, keys[owner], keys[name]):
+                    aliases[name] = owner
+                    break
     return aliases
 
 
 def _equal(layout: Layout, one: str, other: str) -> bool:
-    mine, theirs = (np.ascontiguousarray(layout.read(key)).view(np.uint8) for key in (one, other))
-    return np.array_equal(mine, theirs)
+    """Whether two tensors have the same bits, and not one number alone, as many that nothing ties do."""
+    mine, theirs = (np.ascontiguousarray(layout.read(key)).reshape(-1) for key in (one, other))
+    if mine.size and (mine == mine[0]).all():
+        return False
+    return np.array_equal(mine.view(np.uint8), theirs.view(np.uint8))
 
 
 # --- which names are of what -----------------------------------------------------------------------------
@@ -158,6 +171,9 @@ def _parts(layout: Layout) -> _Parts:
     else:
         found = _below(rest, model)
     named = {".".join(map(str, steps)): key for key, steps in found.items()}
+    if len(named) < len(found):
+        twice = sorted(key for key, steps in found.items() if named[".".join(map(str, steps))] != key)
+        raise CheckpointError(f"{layout.path} has the name of {twice[0]} twice in its planner_data")
     weights = {name: key for name, key in named.items() if key in layout.tensors}
     if not weights:
         raise CheckpointError(_no_weights(layout, set()))
@@ -211,7 +227,7 @@ def _no_weights(layout: Layout, heads: set[Any]) -> str:
 
 def _beside(layout: Layout, keys: list[str]) -> tuple[dict[str, Any], list[str]]:
     """What is plain of the rest, nested as it was, and what isn't."""
-    client_state: dict[str, Any] = {}
+    client_state: dict[Any, Any] = {}
     left_out = []
     for key in keys:
         if key in layout.tensors and layout.tensors[key].shape not in ((), (1,)):
@@ -222,11 +238,12 @@ def _beside(layout: Layout, keys: list[str]) -> tuple[dict[str, Any], list[str]]
         except TypeError as error:
             left_out.append(f"{key}: beside the model and the optimizer, {error}")
             continue
-        steps = [str(step) for step in layout.steps[key]]
+        steps = layout.steps[key]
         place = client_state
         for step in steps[:-1]:
             place = place.setdefault(step, {})
         place[steps[-1]] = value
+    client_state = {str(name): _lists(value) for name, value in client_state.items()}
     for name in client_state:
         if "sched" in name:
             left_out.append(
@@ -236,11 +253,22 @@ def _beside(layout: Layout, keys: list[str]) -> tuple[dict[str, Any], list[str]]
     return client_state, left_out
 
 
+def _lists(value: Any) -> Any:
+    """A value whose lists were taken apart, as dicts by place."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _lists(each) for key, each in value.items()}
+    if inner and sorted(inner, key=str) == sorted(range(len(inner)), key=str):
+        return [inner[place] for place in range(len(inner))]
+    return {str(key): each for key, each in inner.items()}
+
+
 def _step(client_state: dict[str, Any], optimizer: OptimizerState | None) -> int:
     """The steps taken: as the script counted them, or else as the optimizer did."""
     for holder in (client_state.get("train_state"), client_state):
         for name in _STEP:
-            if isinstance(holder, dict) and isinstance(holder.get(name), int):
-                return int(holder[name])
+            counted = holder.get(name) if isinstance(holder, dict) else None
+            if isinstance(counted, int | float) and counted == int(counted):
+                return int(counted)
     numbers = [each["step"] for each in optimizer.scalars.values() if "step" in each] if optimizer else []
     return int(max(numbers, default=0))

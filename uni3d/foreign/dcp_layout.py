@@ -21,7 +21,8 @@ import numpy.typing as npt
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.foreign.pickles import Function, StandIn, TypeName, read_pickle
 from uni3d.foreign.source import Options
-from uni3d.foreign.torch_files import NAMES, StoredTensor, TorchFile
+from uni3d.foreign.torch_files import TorchFile
+from uni3d.foreign.torch_tensors import NAMES, StoredTensor
 
 METADATA = ".metadata"
 _SAMPLE = 64
@@ -198,6 +199,8 @@ class Layout:
             )
         file = info.field("relative_path")
         offset, length = info.field("offset"), info.field("length")
+        if not (isinstance(file, str) and type(offset) is int and type(length) is int):
+            raise CheckpointError(f"{self.path / METADATA} places {name} at {file!r}, {offset!r}, {length!r}")
         parts = PurePosixPath(file).parts
         if not parts or PurePosixPath(file).is_absolute() or {"..", ""} & set(parts) or "\\" in file:
             raise CheckpointError(f"{self.path / METADATA} names the file {file!r}, outside of its folder")

@@ -19,7 +19,7 @@ from ckpt import DTYPES, CheckpointError
 from uni3d.foreign.dcp_layout import Layout, Steps
 from uni3d.foreign.pickles import plain
 from uni3d.foreign.source import ForeignArray, OptimizerState
-from uni3d.foreign.torch_files import StoredTensor
+from uni3d.foreign.torch_tensors import StoredTensor
 
 HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Hyperparameters that say how a step is computed, not what it computes."""
@@ -72,7 +72,9 @@ def read_optimizer(
                 f"{layout.path} has the optimizer's state of {name}, but no parameter group that it is in; "
                 "flatten_optimizer_state_dict=True keeps them apart where there are pipeline stages"
             )
-    return arrays, OptimizerState(type=kind_of(groups), groups=groups, scalars=scalars)
+    return arrays, OptimizerState(
+        type=kind_of(groups), groups=groups, scalars=scalars, equal_groups=not listed
+    )
 
 
 def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:

@@ -13,7 +13,7 @@ from uni3d.foreign.deepspeed_module import buffer_names, buffers, numbered_parts
 from uni3d.foreign.deepspeed_tensor import Rule, Rules, join
 from uni3d.foreign.deepspeed_zero import Part, Rank, groups_of, parts
 from uni3d.foreign.source import BUFFER, ForeignArray, Options, Source
-from uni3d.foreign.torch_files import StoredTensor
+from uni3d.foreign.torch_tensors import StoredTensor
 
 
 def read_deepspeed(path: Path, options: Options) -> Source:
@@ -65,6 +65,7 @@ def assemble(
         rules,
         trained=False,
     )
+    rules.check_used()
     found_buffers = buffers(ranks.by_tp[0])
     if lost := sorted(buffer_names(ranks.by_tp[0]) - found_buffers.keys()):
         left_out.append(f"the buffers {', '.join(lost)}: the files of their layers aren't there")
@@ -101,11 +102,7 @@ def _trained(stages: Sequence[Rank], options: Options, left_out: list[str]) -> d
     """The trained parameters of a tensor-parallel rank; what several stages have, they have alike."""
     found: dict[str, Part] = {}
     for rank in stages:
-        held = (
-            parts(rank)
-            if rank.optimizers
-            else numbered_parts(rank, left_out, in_model_order=options.in_model_order)
-        )
+        held = parts(rank) if rank.optimizers else numbered_parts(rank, left_out, options)
         for name, part in held.items():
             alike = Rule(kind="replicated")
             found[name] = join([found[name], part], alike, name) if name in found else part

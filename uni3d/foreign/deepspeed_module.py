@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -11,8 +14,8 @@ import numpy.typing as npt
 
 from ckpt import CheckpointError
 from uni3d.foreign.deepspeed_zero import Checked, Part, Rank, Read
-from uni3d.foreign.source import PARAMETER
-from uni3d.foreign.torch_files import StoredTensor
+from uni3d.foreign.source import PARAMETER, Options
+from uni3d.foreign.torch_tensors import StoredTensor
 
 TIED = "tied_modules."
 """How the names of parameters begin that several layers of a pipeline share."""
@@ -70,7 +73,9 @@ def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, Part]) -> 
         return None
     for tied, part in trained.items():
         if tied.startswith(TIED) and tied.split(".", 2)[2] == inner and part.shape == tensor.shape:
-            return tied
+            with suppress(CheckpointError):  # it is another parameter that looks like it
+                Checked(part.states[PARAMETER], tensor, name)()
+                return tied
     return None
 
 
@@ -92,7 +97,7 @@ def _frozen(rank: Rank, name: str, shape: tuple[int, ...]) -> Part:
 # --- without ZeRO -----------------------------------------------------------------------------------------
 
 
-def numbered_parts(rank: Rank, left_out: list[str], *, in_model_order: bool) -> dict[str, Part]:
+def numbered_parts(rank: Rank, left_out: list[str], options: Options) -> dict[str, Part]:
     """Without ZeRO: the parameters with the optimizer's states, which are only numbered.
 
     They are given to the parameters in the model's order, if that is asked for: each group has those of
@@ -104,16 +109,23 @@ def numbered_parts(rank: Rank, left_out: list[str], *, in_model_order: bool) -> 
     wrapped = rank.models[0].get("optimizer")
     if not isinstance(wrapped, Mapping):
         return {}
-    if not in_model_order:
+    if not options.in_model_order:
         left_out.append(
-            "the optimizer: without ZeRO its states are only numbered; --in-model-order takes them in the "
-            "order of the model's parameters"
+            "the optimizer, and fp32 masters where it keeps them: without ZeRO they are only numbered; "
+            "--in-model-order takes them in the order of the model's parameters"
         )
         return {}
     inner = wrapped.get("optimizer_state_dict", wrapped)  # as fp16 and bf16 keep it
     queues = [list(group["params"]) for group in inner["param_groups"]]
     masters = _masters(wrapped, inner)
-    names = _parameter_names(rank)
+    names = {
+        name: tensor
+        for name, tensor in _parameter_names(rank).items()
+        if not any(fnmatchcase(name, pattern) for pattern in options.frozen)
+    }
+    _check_none_is_frozen(
+        rank, names, [_shape(inner["state"], masters, n) for queue in queues for n in queue]
+    )
     found: dict[str, Part] = {}
     for name, tensor in names.items():
         homes = [
@@ -135,6 +147,20 @@ def numbered_parts(rank: Rank, left_out: list[str], *, in_model_order: bool) -> 
             "model's order; import with --weights-only"
         )
     return found
+
+
+def _check_none_is_frozen(
+    rank: Rank, names: Mapping[str, StoredTensor], shapes: Sequence[tuple[int, ...] | None]
+) -> None:
+    """Refuse parameters without states that have the shape of others with them: nothing tells them apart."""
+    parameters, states = Counter(tensor.shape for tensor in names.values()), Counter(shapes)
+    for shape, number in states.items():
+        if shape is not None and parameters[shape] > number:
+            raise CheckpointError(
+                f"{rank.where}: of {parameters[shape]} parameters of the shape {list(shape)} only {number} "
+                "have states, and without ZeRO DeepSpeed doesn't say which; name the others by --frozen, or "
+                "import with --weights-only"
+            )
 
 
 def _numbered(

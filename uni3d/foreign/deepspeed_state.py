@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from uni3d.foreign.deepspeed_zero import Part
 from uni3d.foreign.pickles import StandIn, plain
-from uni3d.foreign.source import OptimizerState
+from uni3d.foreign.source import PARAMETER, OptimizerState
 from uni3d.optim_config import read_optimizer
-from uni3d.schedule_config import LRRangeTestParams, OneCycleParams, read_scheduler
+from uni3d.schedule_config import read_scheduler
 from uni3d.strict import ConfigError
 
 _OWN_KEYS = frozenset(
@@ -56,10 +56,13 @@ def optimizer_state(
     for name, part in trained.items():
         if part.group is not None:
             cleaned[part.group]["params"].append(name)
+    for i, group in enumerate(cleaned):
+        if not group["params"]:
+            left_out.append(f"the parameters of group {i}: it has only frozen ones, of which none is named")
     return OptimizerState(
-        type=_class_of(config.get("optimizer"), groups),
+        type=_class_of(config.get("optimizer"), groups, trained),
         groups=cleaned,
-        scalars={name: dict(part.scalars) for name, part in trained.items()},
+        scalars={name: dict(part.scalars) for name, part in trained.items() if part.scalars},
     )
 
 
@@ -76,15 +79,25 @@ def hyperparameters(group: Mapping[str, Any], where: str, left_out: list[str]) -
     return found
 
 
-def _class_of(section: Any, groups: list[dict[str, Any]]) -> str | None:
-    """The class of torch's, or of ours, that the config's optimizer is here; None if it isn't known."""
+def _class_of(section: Any, groups: list[dict[str, Any]], trained: Mapping[str, Part]) -> str | None:
+    """The class of torch's, or of ours, that the optimizer is here; None if it isn't known.
+
+    A script may have given DeepSpeed another one than the config names; the groups and states are the one's
+    that ran.
+    """
+    decoupled = {group["decoupled_weight_decay"] for group in groups if "decoupled_weight_decay" in group}
+    if len(decoupled) == 1:  # torch's Adam and AdamW say it
+        return "AdamW" if decoupled.pop() else "Adam"
     try:
         config = read_optimizer(section)
     except ConfigError:
         return None
-    if config is not None:
-        return config.implementation.rpartition(".")[2]
-    return "AdamW" if all(group.get("decoupled_weight_decay") for group in groups) else None
+    if config is None:
+        return None
+    kind = config.implementation.rpartition(".")[2]
+    states = {state for part in trained.values() for state in part.states} - {PARAMETER}
+    adam = kind.startswith("Adam") and kind in ("Adam", "AdamW")
+    return None if states and adam != ({"exp_avg", "exp_avg_sq"} <= states) else kind
 
 
 def scheduler_state(
@@ -107,54 +120,53 @@ def scheduler_state(
     if section is None or not isinstance(iteration, int):
         left_out.append(f"the learning rate schedule: {reason}")
         return None
-    state, rates = _schedule_at(section, iteration + 1, groups)
-    wanted = [group["lr"] for group in groups]
-    if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(rates, wanted, strict=True)):
-        left_out.append(
-            f"the learning rate schedule: {section.type} gives {rates} at iteration {iteration}, and the "
-            f"groups have {wanted}"
-        )
-        return None
-    return state
+    wanted = [float(group["lr"]) for group in groups]
+    params = (config.get("optimizer") or {}).get("params") or {}
+    for base in _possible_rates(section, iteration + 1, groups, params.get("lr")):
+        schedule = _schedule_at(section, iteration + 1, base, groups)
+        rates = [float(lr) for lr in schedule.get_last_lr()]
+        if all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-15) for a, b in zip(rates, wanted, strict=True)):
+            state: dict[str, Any] = schedule.state_dict()
+            return state
+    left_out.append(
+        f"the learning rate schedule: {section.type} doesn't give the rates {wanted}, which the groups have, "
+        f"at iteration {iteration}"
+    )
+    return None
 
 
-def _schedule_at(
-    section: Any, epoch: int, groups: list[dict[str, Any]]
-) -> tuple[dict[str, Any], list[float]]:
-    """Our schedule's state after `epoch` steps, and the rates it then gives. Loads torch."""
+def _possible_rates(
+    section: Any, epoch: int, groups: list[dict[str, Any]], configured: Any
+) -> Iterator[list[float]]:
+    """What each group's own rate may have been, of which a schedule gives shares: it isn't stored."""
+    now = [float(group["lr"]) for group in groups]
+    if all("initial_lr" in group for group in groups):
+        yield [float(group["initial_lr"]) for group in groups]
+    if isinstance(configured, int | float) and configured > 0:
+        yield [float(configured)] * len(groups)
+    shares = _schedule_at(section, epoch, [1.0] * len(groups), groups).get_last_lr()
+    if all(shares):
+        yield [lr / share for lr, share in zip(now, shares, strict=True)]
+
+
+def _schedule_at(section: Any, epoch: int, rates: list[float], groups: list[dict[str, Any]]) -> Any:
+    """Our schedule over groups of these rates, after `epoch` steps. Loads torch."""
     import torch
 
     from uni3d.schedules import make_scheduler
 
-    moves = [key for key in ("betas",) if key in groups[0]]
-    of_group = [
-        {"lr": group.get("initial_lr", group["lr"]), **{k: tuple(group[k]) for k in moves}}
-        for group in groups
-    ]
-
-    def made(rates: list[float]) -> Any:
-        parameters = [
-            {**g, "lr": lr, "params": [torch.zeros(1)]} for g, lr in zip(of_group, rates, strict=True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [torch.zeros(1)], "lr": lr, **({"betas": tuple(g["betas"])} if "betas" in g else {})}
+            for lr, g in zip(rates, groups, strict=True)
         ]
-        optimizer = torch.optim.AdamW(parameters)
-        schedule = make_scheduler(section, optimizer)
-        if epoch > 0:
-            optimizer.step()
-            schedule.last_epoch, schedule._step_count = epoch - 1, epoch
-            schedule.step()
-        return schedule
-
-    rates = [group["lr"] for group in of_group]
-    schedule = made(rates)
-    fixed = isinstance(section.params, OneCycleParams | LRRangeTestParams) or getattr(
-        section.params, "warmup_max_lr", None
     )
-    if not fixed and "initial_lr" not in groups[0]:  # shares of each group's own rate, which isn't stored
-        shares = [now / lr for now, lr in zip(schedule.get_last_lr(), rates, strict=True)]
-        if all(shares):
-            schedule = made([lr / share for lr, share in zip(rates, shares, strict=True)])
-    state: dict[str, Any] = schedule.state_dict()
-    return state, [float(lr) for lr in schedule.get_last_lr()]
+    schedule = make_scheduler(section, optimizer)
+    if epoch > 0:
+        optimizer.step()
+        schedule.last_epoch, schedule._step_count = epoch - 1, epoch
+        schedule.step()
+    return schedule
 
 
 def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -47,6 +47,7 @@ class Rules:
 
     def __init__(self, info: Mapping[str, Any] | None, options: Options, where: str) -> None:
         self._info, self._split, self._where = info, options.split, where
+        self._used: set[str] = set()
 
     def of(self, name: str, tp: int, *, trained: bool) -> Rule:
         """How the parts of `name` on `tp` ranks go together.
@@ -58,9 +59,15 @@ class Rules:
         """
         if tp == 1:
             return Rule(kind="cat", rows=self._rows(name))
-        for pattern, rule in self._split:
-            if fnmatchcase(name, pattern):
-                return _told(rule)
+        told = [(pattern, rule) for pattern, rule in self._split if fnmatchcase(name, pattern)]
+        if len({rule for _, rule in told}) > 1:
+            raise CheckpointError(
+                f"--split says of {name} both {' and '.join('='.join(each) for each in told)}; give patterns "
+                "of which one matches it"
+            )
+        if told:
+            self._used |= {pattern for pattern, _ in told}
+            return _told(told[0][1])
         found = None if self._info is None else self._by_info(name, tp, self._info)
         if found is None and self._info is not None and trained:
             found = Rule(kind="cat")
@@ -70,6 +77,14 @@ class Rules:
                 f"by --split 'PATTERN=RULE', where RULE is one of {', '.join(RULES)}"
             )
         return found
+
+    def check_used(self) -> None:
+        """Refuse what the user said and nothing was decided by."""
+        for pattern, rule in self._split:
+            if pattern not in self._used:
+                raise CheckpointError(
+                    f"--split {pattern}={rule} is of no parameter with tensor-parallel parts in {self._where}"
+                )
 
     def _rows(self, name: str) -> int | None:
         """Of a parameter that has a row for each word of a padded vocabulary, how many are of words."""

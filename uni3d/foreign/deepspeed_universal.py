@@ -15,7 +15,8 @@ from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder, is_univers
 from uni3d.foreign.deepspeed_tensor import Rules
 from uni3d.foreign.deepspeed_zero import Checked, Part, Read
 from uni3d.foreign.source import PARAMETER, Options, Source
-from uni3d.foreign.torch_files import StoredTensor, TorchFile
+from uni3d.foreign.torch_files import TorchFile
+from uni3d.foreign.torch_tensors import StoredTensor
 
 _STEP = "step"
 

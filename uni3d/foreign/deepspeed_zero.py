@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.foreign.pickles import StandIn
 from uni3d.foreign.source import PARAMETER
-from uni3d.foreign.torch_files import StoredTensor
+from uni3d.foreign.torch_tensors import StoredTensor
 
 Array = npt.NDArray[Any]
 Read = Callable[[], Array]

@@ -20,7 +20,8 @@ from ckpt import CheckpointError
 from uni3d.foreign.dcp_optimizer import HOW_NOT_WHAT, kind_of
 from uni3d.foreign.pickles import StandIn, plain
 from uni3d.foreign.source import OptimizerState, Options
-from uni3d.foreign.torch_files import StoredTensor, TorchFile
+from uni3d.foreign.torch_files import TorchFile
+from uni3d.foreign.torch_tensors import StoredTensor
 
 _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),

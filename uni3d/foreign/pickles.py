@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -99,6 +98,13 @@ class _Fixed:
         raise ValueError("a state for something that has none")
 
 
+class Ordered(dict[Any, Any]):
+    """An OrderedDict, without the attributes that were stored of it (torch's state_dicts have some)."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class TypeName(_Fixed):
     """A type that is named but not called: a dtype of torch, what a defaultdict makes."""
 
@@ -172,7 +178,7 @@ class _Unpickler(pickle.Unpickler):
             if full not in self._made:
                 self._made[full] = type(name.rpartition(".")[2], (StandIn,), {"name": full})
             return self._made[full]
-        own = module.partition(".")[0] not in sys.stdlib_module_names
+        own = module.partition(".")[0] not in sys.stdlib_module_names | {"numpy", "torch"}
         remedy = f"; if it is a class of your own that may be left out, add --stand-in {full}" if own else ""
         raise CheckpointError(
             f"{self._where} has {full} pickled in it, which is refused: a pickle can run whatever it names"
@@ -256,7 +262,7 @@ def _numpy_plain(kind: Any, shape: Any = (0,), code: Any = b"b") -> _NumpyArray:
 
 _PLAIN: dict[str, Any] = {
     "_codecs.encode": Function(_encode),
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": Ordered,
     "collections.defaultdict": Function(_default_dict),
     "copyreg._reconstructor": Function(_object),
     "copy_reg._reconstructor": Function(_object),
@@ -285,12 +291,19 @@ def plain(value: Any) -> Any:
     Raises:
         TypeError: it is, or has in it, something that JSON hasn't.
     """
+    try:
+        return _plain(value)
+    except RecursionError:
+        raise TypeError("nested without end") from None
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str | int) for key in value):
             raise TypeError("a dict whose keys are neither strings nor numbers")
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [_plain(each) for each in value]
     if isinstance(value, _NumpyArray) and value.array is not None:
         return value.array.tolist()
     if isinstance(value, TypeName):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ class OptimizerState:
     """Hyperparameters of each group, with the names of its parameters under `params`."""
     scalars: dict[str, dict[str, Any]]
     """Parameter -> state -> number."""
+    equal_groups: bool = False
+    """Whether groups were put together from equal hyperparameters, as the source doesn't say which it had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +91,19 @@ class Source:
                 )
 
     def renamed(self, rename: Callable[[str], str | None]) -> Source:
-        """The same with other names; what is renamed to None is left out."""
-        names = {array.name for array in self.arrays} | self.aliases.keys()
-        new = {name: rename(name) for name in names}
+        """The same with other names; what is renamed to None is left out.
+
+        Of a tied weight whose first name is left out, another that is kept takes the place.
+
+        Raises:
+            CheckpointError: two names become one.
+        """
+        new = {name: rename(name) for name in dict.fromkeys([*(a.name for a in self.arrays), *self.aliases])}
+        _check_apart(new)
+        dropped = _dropped(new)
+        for alias, target in self.aliases.items():
+            if new[target] is None:
+                new[target], new[alias] = new[alias], None
 
         def each(old: Iterable[str]) -> list[str]:
             return [name for name in (new.get(n, n) for n in old) if name is not None]
@@ -107,15 +119,11 @@ class Source:
             )
         return replace(
             self,
-            arrays=[replace(a, name=name) for a in self.arrays if (name := new[a.name]) is not None],
+            arrays=[replace(a, name=called) for a in self.arrays if (called := new[a.name]) is not None],
             frozen=frozenset(each(self.frozen)),
-            aliases={
-                alias: first
-                for old, target in self.aliases.items()
-                if (alias := new[old]) is not None and (first := new[target]) is not None and alias != first
-            },
+            aliases=_both(self.aliases, new),
             optimizer=optimizer,
-            left_out=[*self.left_out, *(f"{name}: the name map leaves it out" for name in _dropped(new))],
+            left_out=[*self.left_out, *(f"{name}: the name map leaves it out" for name in dropped)],
         )
 
     def weights_alone(self) -> Source:
@@ -129,7 +137,20 @@ class Source:
         )
 
 
-def _dropped(new: dict[str, str | None]) -> list[str]:
+def _both(aliases: Mapping[str, str], new: Mapping[str, str | None]) -> dict[str, str]:
+    """The aliases of which both names are kept."""
+    pairs = ((new[alias], new[first]) for alias, first in aliases.items())
+    return {alias: first for alias, first in pairs if alias is not None and first is not None}
+
+
+def _check_apart(new: Mapping[str, str | None]) -> None:
+    seen: dict[str, str] = {}
+    for old, name in new.items():
+        if name is not None and seen.setdefault(name, old) != old:
+            raise CheckpointError(f"the name map makes {name} twice, of {seen[name]} and of {old}")
+
+
+def _dropped(new: Mapping[str, str | None]) -> list[str]:
     return sorted(name for name, renamed in new.items() if renamed is None)
 
 
@@ -146,6 +167,10 @@ class Options:
     `deepspeed_tensor.RULES`."""
     in_model_order: bool = False
     """Whether an optimizer's states that are only numbered are those of the parameters in their order."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of names of parameters that weren't trained, where states are only numbered."""
+    untie: bool = False
+    """Whether tensors that share their memory, or look tied, are each taken for one of its own."""
     stand_ins: tuple[str, ...] = ()
     """More classes that may be pickled in it, and are left out."""
     weights_only: bool = False

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ckpt import DTYPES, CheckpointError, numpy_dtype
 from uni3d.foreign.source import BUFFER, PARAMETER, ForeignArray, Options, Source
-from uni3d.foreign.torch_files import StoredTensor, TorchFile
+from uni3d.foreign.torch_files import TorchFile
+from uni3d.foreign.torch_tensors import StoredTensor
 
 _SAFETENSORS = {
     "BF16": "bfloat16",
@@ -242,10 +243,14 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list
     """The tensors by name, and what else there was."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a state_dict")
+    nested = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
     if any(isinstance(value, StoredTensor) for value in content.values()):
         chosen, where, outside = content, "", []
+        if nested:
+            raise CheckpointError(
+                f"{file} holds tensors beside a state_dict under {', '.join(nested)}; save one of them alone"
+            )
     else:
-        nested = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
         if len(nested) != 1:
             keys = ", ".join(str(key) for key in list(content)[:12]) or "none"
             raise CheckpointError(

@@ -8,12 +8,9 @@ checked against the archive's CRC-32 when a tensor of it is first read.
 from __future__ import annotations
 
 import struct
-import threading
 import zipfile
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,93 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
-from uni3d.foreign.pickles import Function, TypeName, read_pickle
+from uni3d.foreign.pickles import TypeName, read_pickle
+from uni3d.foreign.torch_tensors import NAMES, STORAGES, Storage
 
-_STORAGES = {
-    "BFloat16Storage": "bfloat16",
-    "BoolStorage": "bool",
-    "ByteStorage": "uint8",
-    "CharStorage": "int8",
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "ShortStorage": "int16",
-    "UntypedStorage": "uint8",
-}
-_DTYPES = {
-    **{name: name for name in _STORAGES.values()},
-    **{name: name for name in ("uint16", "uint32", "uint64")},
-}
-_CHECK_BYTES = 16 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # its signature; the lengths of the name and of the extra field
-
-
-class Storage:
-    """The bytes of one or more tensors, in an archive."""
-
-    def __init__(self, file: TorchFile, key: str, begin: int, size: int, checksum: int) -> None:
-        self.file, self.key = file, key
-        self._begin, self.size, self._checksum = begin, size, checksum
-        self._checked = False
-        self._lock = threading.Lock()
-
-    def read(self) -> npt.NDArray[np.uint8]:
-        """All of it, in the file's memory, verified.
-
-        Raises:
-            CheckpointError: it isn't what was written.
-        """
-        data = self.file.bytes[self._begin : self._begin + self.size]
-        with self._lock:
-            if not self._checked and self.file.verify:
-                found = 0
-                for start in range(0, self.size, _CHECK_BYTES):
-                    found = zlib.crc32(data[start : start + _CHECK_BYTES].data, found)
-                if found != self._checksum:
-                    raise CheckpointError(
-                        f"{self.file.path} is damaged: data/{self.key} has the CRC-32 {found:08x}, and was "
-                        f"written with {self._checksum:08x} (if torch was told not to compute it, by "
-                        "torch.serialization.set_crc32_options(False), add --no-checksums)"
-                    )
-            self._checked = True
-        return data
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A tensor in a file of torch's, not read yet."""
-
-    storage: Storage
-    dtype: str
-    offset: int
-    """In elements."""
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """In elements."""
-    requires_grad: bool = False
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """The same for two that are the same part of the same memory: tied weights."""
-        where = (str(self.storage.file.path), self.storage.key)
-        return (*where, self.dtype, self.offset, self.shape, self.strides)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    def read(self) -> npt.NDArray[Any]:
-        """Its values, verified: a view of the file's memory, which can't be written to."""
-        dtype = numpy_dtype(self.dtype)
-        data = self.storage.read()[self.offset * dtype.itemsize :]
-        if self.size == 0:
-            return np.empty(self.shape, dtype)
-        extent = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        flat = np.frombuffer(data, dtype, count=extent)
-        strides = [step * dtype.itemsize for step in self.strides]
-        return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
 
 class TorchFile:
@@ -167,9 +81,9 @@ class TorchFile:
     def _storage(self, pid: Any) -> tuple[Storage, str]:
         """A storage that the pickle refers to, and the type of its elements."""
         kind, dtype, key, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, TypeName) or dtype.name not in _STORAGES:
+        if kind != "storage" or not isinstance(dtype, TypeName) or dtype.name not in STORAGES:
             raise CheckpointError(f"{self.path} has a storage of an unknown kind: {dtype}")
-        name = _STORAGES[dtype.name]
+        name = STORAGES[dtype.name]
         entry = self._entries.get(f"{self._root}data/{key}")
         size = numel * numpy_dtype(name).itemsize
         if entry is None or entry.file_size != size:
@@ -204,7 +118,7 @@ def _directory(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, zipfile.Zip
     try:
         with zipfile.ZipFile(_Reader(data)) as archive:
             return {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path} is damaged, or was cut short: {error}") from None
 
 
@@ -246,94 +160,3 @@ class _Reader:
         data = bytes(self._data[self._at : end])
         self._at += len(data)
         return data
-
-
-# --- the functions by which torch's pickles put tensors together ------------------------------------------
-
-
-def _tensor(
-    storage: tuple[Storage, str], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any
-) -> StoredTensor:
-    """`torch._utils._rebuild_tensor_v2`."""
-    where, dtype = storage
-    return _checked(where, dtype, offset, shape, strides, requires_grad=bool(rest and rest[0] is True))
-
-
-def _typed_tensor(
-    storage: tuple[Storage, str],
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    requires_grad: bool,
-    hooks: Any,
-    dtype: TypeName,
-    *rest: Any,
-) -> StoredTensor:
-    """`torch._utils._rebuild_tensor_v3`: of types for which there are no storages."""
-    return _checked(storage[0], _DTYPES[dtype.name], offset, shape, strides, requires_grad=requires_grad)
-
-
-def _checked(
-    storage: Storage,
-    dtype: str,
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    *,
-    requires_grad: bool,
-) -> StoredTensor:
-    numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(f"a tensor of the shape {shape} with the strides {strides} at {offset}")
-    tensor = StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), requires_grad)
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    itemsize = numpy_dtype(dtype).itemsize
-    if tensor.size and (last + 1) * itemsize > storage.size:
-        raise ValueError(f"a tensor of the shape {shape} reaches beyond its storage data/{storage.key}")
-    if tensor.size * itemsize > storage.size:  # expanded along a dim: a few bytes may say to be terabytes
-        raise ValueError(
-            f"a tensor of the shape {shape} with the strides {strides}, which repeats what is in its "
-            "storage; save it after contiguous()"
-        )
-    return tensor
-
-
-def _parameter(data: StoredTensor, requires_grad: bool = True, *rest: Any) -> StoredTensor:
-    return StoredTensor(data.storage, data.dtype, data.offset, data.shape, data.strides, bool(requires_grad))
-
-
-def _with_attributes(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor with attributes of its own, which are left out."""
-    if not isinstance(kind, TypeName):
-        raise ValueError(
-            f"a tensor of the class {getattr(kind, 'name', kind)}; save plain tensors, whole ones"
-        )
-    return function(*args)
-
-
-NAMES: dict[str, Any] = {
-    "torch._tensor._rebuild_from_type_v2": Function(_with_attributes),
-    "torch._utils._rebuild_parameter": Function(_parameter),
-    "torch._utils._rebuild_parameter_with_state": Function(_parameter),
-    "torch._utils._rebuild_tensor": Function(_tensor),
-    "torch._utils._rebuild_tensor_v2": Function(_tensor),
-    "torch._utils._rebuild_tensor_v3": Function(_typed_tensor),
-    "torch._tensor.Tensor": TypeName("torch.Tensor"),
-    "torch.Tensor": TypeName("torch.Tensor"),
-    "torch.nn.parameter.Parameter": TypeName("torch.nn.Parameter"),
-    "torch.storage.UntypedStorage": TypeName("UntypedStorage"),
-    **{f"torch.{name}": TypeName(name) for name in _STORAGES},
-    **{f"torch.{name}": TypeName(name) for name in _DTYPES},
-    **{
-        f"torch.{name}": TypeName(f"torch.{name}")
-        for name in (
-            "complex64",
-            "complex128",
-            "float8_e4m3fn",
-            "float8_e5m2",
-            "strided",
-            "contiguous_format",
-        )
-    },
-}
-"""What a file of `torch.save` may name beside what every pickle may."""

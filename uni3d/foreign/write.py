@@ -38,14 +38,17 @@ def write(
     Raises:
         CheckpointError: the source is damaged, or what is asked for can't be; nothing is committed then.
     """
+    if str(run).startswith("memory:"):
+        raise CheckpointError(f"{run} would be gone with this process; import into a folder")
     target = ckpt.open_store(run)
-    if target.names() and not ckpt.committed_tags(target):
+    if set(target.names()) - set(target.leftovers()) and not ckpt.committed_tags(target):
         raise CheckpointError(
             f"{target.where('')} holds other things than checkpoints; import into a new folder"
         )
     if tag in ckpt.committed_tags(target):
         raise CheckpointError(f"{target.where(tag)} exists; delete it, or import into another run")
-    recent = _Recent(cores() + 1)
+    threads = min(cores(), 8)  # each holds an array that is read whole
+    recent = _Recent(threads + 1)
     shards = [
         UnreadShard(
             ShardSpec(ArrayKey(*array.key), array.dtype, array.shape, Box.whole(array.shape)),
@@ -62,6 +65,7 @@ def write(
         document=document(source, optimizer),
         files={SCRIPT.name: SCRIPT.read_bytes()},
         incremental=False,
+        threads=threads,
     )
 
 
