@@ -72,10 +72,6 @@ def split_layers(
 ) -> list[list[str]]:
     """The layers of each stage: adjoining, and as even as can be by `balance`.
 
-    "flops" counts multiplications per token, which is the elements of a layer's matrices (looking up an
-    embedding costs none); "parameters" all parameters' elements; "uniform" layers. What a layer costs may
-    also be said by the model itself, in `pipeline_costs`: a number for each of the layers; that comes first.
-
     Raises:
         ValueError: there are fewer layers than stages, or not as many costs as layers.
     """
@@ -83,12 +79,26 @@ def split_layers(
         raise ValueError(
             f"a pipeline of {stages} stages needs at least {stages} layers, but the model has {len(layers)}"
         )
+    costs = layer_costs(model, layers, balance)
+    return [list(layers[a:b]) for a, b in balanced_cuts(costs, stages)]
+
+
+def layer_costs(model: nn.Module, layers: Sequence[str], balance: Balance = "flops") -> list[int]:
+    """What each layer counts for when stages are cut.
+
+    "flops" counts multiplications per token, which is the elements of a layer's matrices (looking up an
+    embedding costs none); "parameters" all parameters' elements; "uniform" layers. What a layer costs may
+    also be said by the model itself, in `pipeline_costs`: a number for each of the layers; that comes first.
+
+    Raises:
+        ValueError: there are not as many costs as layers.
+    """
     costs: Sequence[int] | None = getattr(model, "pipeline_costs", None)
     if costs is None:
-        costs = [_COSTS[balance](model.get_submodule(name)) for name in layers]
+        return [_COSTS[balance](model.get_submodule(name)) for name in layers]
     if len(costs) != len(layers):
         raise ValueError(f"pipeline_costs has {len(costs)} numbers for {len(layers)} pipeline_layers")
-    return [list(layers[a:b]) for a, b in balanced_cuts(costs, stages)]
+    return list(costs)
 
 
 def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:

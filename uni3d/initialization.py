@@ -87,7 +87,7 @@ def initialize(
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
         groups = split_groups(settings.optimizer, model, groups)
-    said = declared(model)
+    said = declared(model, how.balance)
     built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
