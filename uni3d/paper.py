@@ -23,7 +23,7 @@ from ckpt.checksum import block_bytes
 from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
 from ckpt.gather import Gathering, rounds
 from ckpt.plan import ArrayPlan
-from uni3d.shape import GPTShape, Link, Weight
+from uni3d.shape import GPTShape, Link
 
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -50,6 +50,9 @@ class Ranks:
                 raise ValueError(f"{axis}({degree}) must be at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO stage {self.zero} doesn't exist; expected 0, 1, 2 or 3")
+
+    def __str__(self) -> str:
+        return f"pp{self.pp} dp{self.dp} tp{self.tp} zero{self.zero}"
 
     @property
     def of_a_stage(self) -> int:
@@ -183,7 +186,7 @@ def stage_layout(
             alike = (weight.shape, weight.tp_dim)
             if alike not in boxes:
                 first = stage * ranks.of_a_stage
-                boxes[alike] = {first + i: box for i, box in enumerate(_boxes(weight, ranks))}
+                boxes[alike] = {first + i: box for i, box in enumerate(stage_boxes(*alike, ranks))}
             fine_dim = 1 if weight.tp_dim == 1 else None
             for state in states:
                 key = ArrayKey(f"{link.name}.{weight.name}", state)
@@ -191,15 +194,24 @@ def stage_layout(
     return arrays
 
 
-def _boxes(weight: Weight, ranks: Ranks) -> list[Box]:
-    """By rank of a stage: data-parallel ranks apart, tensor-parallel ones side by side."""
-    shards = 1 if ranks.zero == 0 else ranks.dp
+def stage_boxes(
+    shape: tuple[int, ...], tp_dim: int | None, ranks: Ranks, shard_group: int | None = None
+) -> list[Box]:
+    """What each rank of a stage holds of a tensor: data-parallel ranks apart, tensor-parallel side by side.
+
+    `tp_dim` is the dim that tensor parallelism cuts, None for none. ZeRO shares each part out to
+    `shard_group` neighbouring data-parallel ranks, by default to all, and at stage 0 to none.
+    """
+    shards = 1 if ranks.zero == 0 else shard_group or ranks.dp
     boxes = []
     for d in range(ranks.dp):
         for t in range(ranks.tp):
-            spans = [(0, n) for n in weight.shape]
-            if weight.tp_dim is not None:
-                spans[weight.tp_dim] = _part(spans[weight.tp_dim], ranks.tp, t)
+            spans = [(0, n) for n in shape]
+            if not spans:  # a single number isn't cut
+                boxes.append(Box((), ()))
+                continue
+            if tp_dim is not None:
+                spans[tp_dim] = _part(spans[tp_dim], ranks.tp, t)
             spans[0] = _part(spans[0], shards, d % shards)
             offset, length = zip(*spans, strict=True)
             boxes.append(Box(offset if prod(length) else (0,) * len(length), length))
