@@ -176,6 +176,11 @@ COMMANDS = {
     "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
     'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
     "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
+    "uni3d plot": "import uni3d.cli, pathlib, tempfile\n"
+    "run = pathlib.Path(tempfile.mkdtemp())\n"
+    'run.joinpath("metrics.jsonl").write_text(\'{"step": 1, "loss": 2.5}\\n\')\n'
+    "try: uni3d.cli.app(['plot', str(run), str(run / 'plot.png')])\n"
+    "except SystemExit as done: assert not done.code",
     "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from uni3d import __version__, cli_config, cli_diff, cli_export, cli_inspect, cli_plan, cli_upkeep
+from uni3d import __version__, cli_config, cli_diff, cli_export, cli_inspect, cli_plan, cli_plot, cli_upkeep
 from uni3d.terminal import complain, say
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ for command in (
     cli_inspect.inspect,
     cli_diff.diff,
     cli_export.export,
+    cli_plot.plot,
     cli_upkeep.verify,
     cli_upkeep.clean,
     cli_upkeep.prune,
