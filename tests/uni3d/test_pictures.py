@@ -100,6 +100,9 @@ def test_labels_of_resizes_do_not_overlap(tmp_path: Path, number: int, labelled:
     known = {resize_label(resize) for resize in resizes}
     assert {text.get_text() for text in texts} <= known
     assert_apart(figure, texts)
+    renderer = renderer_of(figure)
+    right = figure.axes[0].get_window_extent(renderer).x1
+    assert all(Text.get_window_extent(text, renderer).x1 < right + 5 for text in texts), "above the curves"
 
 
 def assert_apart(figure: Figure, texts: list[Any]) -> None:
@@ -148,6 +151,7 @@ def test_boxes_are_rectangles_with_their_ranks() -> None:
         x, y = text.get_position()
         assert (x < 4, y < 3) == (text.get_text()[6] in "02", text.get_text()[6] in "01")
     assert [text.get_text() for text in right.texts] == ["rank 0\n5 x 8"]
+    assert len(right.patches) == 1
     assert list(left.get_yticks()) == [0, 3, 5]
     assert left.get_ylim() == (5, 0), "downwards, as matrices are written"
     colours = [to_hex(patch.get_facecolor()) for patch in left.patches]
