@@ -16,6 +16,7 @@ from uni3d import (
     cli_import,
     cli_inspect,
     cli_plan,
+    cli_plot,
     cli_upkeep,
 )
 from uni3d.terminal import complain, say
@@ -59,6 +60,7 @@ for command in (
     cli_inspect.inspect,
     cli_diff.diff,
     cli_export.export,
+    cli_plot.plot,
     cli_upkeep.verify,
     cli_upkeep.clean,
     cli_upkeep.prune,

@@ -1,7 +1,7 @@
 """What a model says of itself, as the manifest keeps it: how it may be split.
 
 Whoever has the checkpoint and not the code can then tell which topologies the run could go on with
-(`uni3d doctor`), and what each rank would hold.
+(`uni3d doctor`), and what each rank would hold (`uni3d plot --layout`).
 """
 
 from __future__ import annotations

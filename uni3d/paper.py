@@ -51,6 +51,9 @@ class Ranks:
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO stage {self.zero} doesn't exist; expected 0, 1, 2 or 3")
 
+    def __str__(self) -> str:
+        return f"pp{self.pp} dp{self.dp} tp{self.tp} zero{self.zero}"
+
     @property
     def of_a_stage(self) -> int:
         return self.dp * self.tp

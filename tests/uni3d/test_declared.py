@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from model import GPT, GPTConfig
 from ranks import Ranks
@@ -85,6 +87,44 @@ def test_what_was_left_out_is_named(tmp_path):
     engine.save_checkpoint(tmp_path, "all")
     engine.wait_for_checkpoint()
     assert "left_out" not in ckpt.open_checkpoint(tmp_path).manifest["model"]
+
+
+def writer_case(place: tuple[int, int, int, int], folder: str, config: dict[str, Any]) -> None:
+    engine = gpt_engine(*place, **config)
+    engine.save_checkpoint(folder)
+    engine.wait_for_checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "layers", "shard_group"),
+    [
+        ((1, 2, 1, 0), {}, [["embed", "layers.0", "layers.1", "layers.2", "norm", "head"]], 1),
+        ((2, 1, 1, 1), {}, [["embed", "layers.0", "layers.1"], ["layers.2", "norm", "head"]], 1),
+        (
+            (2, 2, 1, 3),
+            {
+                "parallel": {
+                    "pp": 2,
+                    "dp": 2,
+                    "device": "cpu",
+                    "schedule": "zero_bubble_v",
+                    "virtual_stages": 2,
+                    "balance": "uniform",
+                },
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 6,
+            },
+            [["embed", "norm", "head"], ["layers.0", "layers.1", "layers.2"]],
+            2,
+        ),
+    ],
+    ids=["copies", "stages", "V"],
+)
+def test_who_wrote_it(ranks: Ranks, tmp_path, place, config, layers, shard_group):
+    ranks.run(place[0] * place[1] * place[2], writer_case, place, str(tmp_path), config)
+    writer = ckpt.open_checkpoint(tmp_path).manifest["writer"]
+    assert writer["layers"] == layers
+    assert writer["shard_group"] == shard_group
 
 
 @pytest.mark.usefixtures("alone")
