@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from uni3d.holders import Holders, Split, topology
-from uni3d.paper import Ranks
+from uni3d.holders import Holders, imported_from, resumed, writers, written_on, zero_so_far
+from uni3d.paper import Ranks, check_world_size
 from uni3d.plot_layout import Side, name_ranks
+from uni3d.resharding import Source
 
 if TYPE_CHECKING:
     from ckpt import Checkpoint
@@ -21,10 +22,13 @@ class Place:
 
     when: str
     """"before" or "after"."""
+    source: Source
+    """The checkpoint that is spoken of."""
     holders: Holders
-    split: Split
-    tag: str | None
+    tag: str | None = None
     """Of the checkpoint that was written there, if one was."""
+    imported: str | None = None
+    """Or what that was imported from."""
 
 
 def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None]) -> tuple[Place, Place]:
@@ -32,42 +36,39 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        ValueError: the model can't be on one of them, a manifest doesn't say how, or there was no resize.
+        ValueError: the run can't be on one of them, a manifest doesn't say how, or there was no resize.
     """
     import ckpt
 
-    asked = any(value is not None for value in degrees.values())
-    if asked:
-        holders = Holders(checkpoint := ckpt.open_checkpoint(run, tag))
-        split = holders.writers()
-        later = Place(when="after", holders=holders, split=holders.on(_ranks(split.ranks, degrees)), tag=None)
-        return Place(when="before", holders=holders, split=split, tag=checkpoint.tag), later
+    if any(value is not None for value in degrees.values()):
+        before = _written("before", checkpoint := ckpt.open_checkpoint(run, tag))
+        so_far = replace(before.holders.ranks, zero=zero_so_far(checkpoint.manifest))
+        ranks = _ranks(so_far, degrees)
+        return before, Place(when="after", source=before.source, holders=resumed(before.source, ranks))
     first, second = _resize(run, tag)
-    places = []
-    for when, checkpoint in (("before", first), ("after", second)):
-        holders = Holders(checkpoint)
-        places.append(Place(when=when, holders=holders, split=holders.writers(), tag=checkpoint.tag))
-    return places[0], places[1]
+    return _written("before", first), _written("after", second)
 
 
-def _ranks(writers: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
+def _written(when: str, checkpoint: Checkpoint) -> Place:
+    source = Source(checkpoint.arrays, checkpoint.manifest)
+    try:
+        holders = writers(source)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.url}: {error}") from None
+    imported = imported_from(checkpoint.manifest)
+    return Place(when=when, source=source, holders=holders, tag=checkpoint.tag, imported=imported)
+
+
+def _ranks(so_far: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
     """What isn't asked for is as it was; of the world size, dp takes what is left."""
-    wanted = {
-        axis: getattr(writers, axis) if n is None else n
-        for axis, n in degrees.items()
-        if axis != "world-size"
-    }
+    asked = {axis: n for axis, n in degrees.items() if axis != "world-size" and n is not None}
+    ranks = replace(so_far, **asked)
     world = degrees["world-size"]
     if world is None:
-        return Ranks(**wanted)
-    rest = wanted["pp"] * wanted["tp"]
-    if degrees["dp"] is None and rest > 0 and world % rest == 0:
-        wanted["dp"] = world // rest
-    ranks = Ranks(**wanted)
-    if ranks.total != world:
-        equation = f"pp({ranks.pp}) * dp({ranks.dp}) * tp({ranks.tp})"
-        raise ValueError(f"{equation} = {ranks.total}, but --world-size is {world}; give other degrees")
-    return ranks
+        return ranks
+    fixed = ("pp", "tp") if degrees["dp"] is None else ("pp", "dp", "tp")
+    check_world_size(world, {axis: getattr(ranks, axis) for axis in fixed})
+    return replace(ranks, dp=world // (ranks.pp * ranks.tp))
 
 
 def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
@@ -95,7 +96,7 @@ def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _differ(first: Checkpoint, second: Checkpoint) -> bool:
-    return topology(first.manifest) != topology(second.manifest)
+    return written_on(first.manifest) != written_on(second.manifest)
 
 
 def choose_atom(before: Place, after: Place, wanted: str | None) -> str:
@@ -104,17 +105,17 @@ def choose_atom(before: Place, after: Place, wanted: str | None) -> str:
     Raises:
         ValueError: there is none, or its shape isn't the same on both sides.
     """
-    shapes = before.holders.shapes
+    shapes = before.source.shapes
     if wanted is not None:
-        name = before.holders.first_name(wanted)
+        name = before.source.aliases.get(wanted, wanted)
         if name not in shapes:
             raise ValueError(f"there is no atom {wanted!r}; `uni3d inspect RUN --atoms` lists them")
-        if after.holders.shapes.get(name) != shapes[name]:
+        if after.source.shapes.get(name) != shapes[name]:
             raise ValueError(
-                f"{name} is {list(shapes[name])} before, and {after.holders.shapes.get(name)} after"
+                f"{name} is {list(shapes[name])} before, and {after.source.shapes.get(name)} after"
             )
         return name
-    both = [name for name, shape in shapes.items() if after.holders.shapes.get(name) == shape]
+    both = [name for name, shape in shapes.items() if after.source.shapes.get(name) == shape]
     if not both:
         raise ValueError("the two checkpoints have no atom in common")
     by_size = sorted(both, key=lambda name: (len(shapes[name]) == 2, prod(shapes[name])), reverse=True)
@@ -122,29 +123,30 @@ def choose_atom(before: Place, after: Place, wanted: str | None) -> str:
 
 
 def _is_cut(atom: str, place: Place) -> bool:
-    shape = place.holders.shapes[atom]
-    return any(length != shape for _, length in place.holders.parts(atom, place.split).values())
+    return any(box.shape != place.source.shapes[atom] for box in place.holders.boxes(atom).values())
 
 
 def side_of(atom: str, place: Place) -> Side:
     """What is drawn and said of a side."""
-    ranks, parts = place.split.ranks, place.holders.parts(atom, place.split)
+    ranks, boxes = place.holders.ranks, place.holders.boxes(atom)
+    on = f"{ranks} ({ranks.total} rank{'s' * (ranks.total != 1)})"
     said = f", as {place.tag} was written" if place.tag else ""
-    count = f"{ranks.total} rank{'s' * (ranks.total != 1)}"
+    if place.imported is not None:
+        on, said = f"imported from {place.imported}", f" as {place.tag}"
     return Side(
-        title=f"{place.when.capitalize()}: {ranks} ({count}){said}",
+        title=f"{place.when.capitalize()}: {on}{said}",
         ranks=ranks,
-        parts=parts,
-        notes=_notes(atom, place, sorted(rank for rank, (_, length) in parts.items() if 0 in length)),
+        parts=boxes,
+        notes=_notes(atom, place, sorted(rank for rank, box in boxes.items() if 0 in box.shape)),
     )
 
 
 def _notes(atom: str, place: Place, empty: list[int]) -> list[str]:
-    """Who has the atom under which name, and who nothing of it."""
-    ranks, notes, without = place.split.ranks, list[str](), list[int]()
+    """Who has the atom under which name, and who nothing of it; what isn't known for sure."""
+    ranks, notes, without = place.holders.ranks, list[str](), list[int]()
     for stage in range(ranks.pp):
         members = range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage)
-        name = place.holders.name_at(atom, place.split, stage)
+        name = place.holders.name_at(atom, stage)
         if name is None:
             without += members
         elif ranks.pp > 1:
@@ -154,4 +156,8 @@ def _notes(atom: str, place: Place, empty: list[int]) -> list[str]:
         notes.append(f"{name_ranks(without)} {'has' if len(without) == 1 else 'have'} other layers instead")
     if empty:
         notes.append(f"nothing was left of it for {name_ranks(empty)}")
+    if place.imported is not None:
+        notes.append("one process imported it, and stands here as rank 0")
+    elif place.tag and ranks.zero and ranks.dp > 1 and "shard_group" not in place.source.writer:
+        notes.append(f"its manifest has no shard_group: drawn as if ZeRO sharded over all {ranks.dp} of dp")
     return notes

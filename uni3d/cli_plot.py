@@ -178,7 +178,7 @@ def _layout(
     before, after = before_and_after(run, tag, degrees)
     name = choose_atom(before, after, atom)
     sides = [side_of(name, place) for place in (before, after)]
-    shape = before.holders.shapes[name]
+    shape = before.source.shapes[name]
     size = " x ".join(f"{n:,}" for n in shape) or "a single number"
     dims = drawn_dims(shape, sides)
     save(draw_layout(f"Which rank holds which part of {name} ({size})", shape, sides), path, force)
@@ -191,7 +191,8 @@ def _layout(
         **{
             key: {
                 "tag": place.tag,
-                "topology": vars(place.split.ranks),
+                "topology": None if place.imported else vars(place.holders.ranks),
+                "imported_from": place.imported,
                 "boxes": {
                     rank: {"offset": list(offset), "shape": list(length)}
                     for rank, (offset, length) in side.parts.items()
@@ -212,5 +213,9 @@ def _layout_lines(row: Mapping[str, Any]) -> list[str]:
         boxes = {(*box["offset"], *box["shape"]) for box in side["boxes"].values() if 0 not in box["shape"]}
         on = len(side["boxes"])
         parts = f"{len(boxes)} part{'s' * (len(boxes) != 1)} on {on} rank{'s' * (on != 1)}"
-        lines.append(f"{key}: {_topology(side['topology'])}{written}: {parts}")
+        if source := side["imported_from"]:
+            place, written = f"imported from {source}", f" as {side['tag']}"
+        else:
+            place = _topology(side["topology"])
+        lines.append(f"{key}: {place}{written}: {parts}")
     return lines

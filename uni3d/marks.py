@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from uni3d.curves import Resize, split_at
-from uni3d.holders import topology
+from uni3d.holders import written_on
 
 if TYPE_CHECKING:
     from ckpt.store import Store
@@ -23,7 +23,7 @@ class Mark:
     at: float
     """Its step, or its samples, whichever the x axis counts."""
     ranks: Ranks | None
-    """That wrote it, if its manifest says so."""
+    """That wrote it, if its manifest says so and it wasn't imported."""
 
 
 def read_marks(run: Store, x: str) -> tuple[list[Mark], list[str]]:
@@ -46,7 +46,7 @@ def read_marks(run: Store, x: str) -> tuple[list[Mark], list[str]]:
         if at is None:
             problems.append(f"{tag} isn't marked: {where} doesn't say its {x}")
         else:
-            marks.append(Mark(tag, at, topology(manifest)))
+            marks.append(Mark(tag, at, written_on(manifest)))
     return marks, problems
 
 

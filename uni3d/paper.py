@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -61,6 +61,19 @@ class Ranks:
     @property
     def total(self) -> int:
         return self.pp * self.of_a_stage
+
+
+def check_world_size(world: int, degrees: Mapping[str, int]) -> None:
+    """Check that some degrees, or all three, go with a number of ranks.
+
+    Raises:
+        ValueError: they don't; shows the equation.
+    """
+    product, equation = prod(degrees.values()), " * ".join(f"{axis}({n})" for axis, n in degrees.items())
+    if world % product:
+        raise ValueError(f"{equation} doesn't divide --world-size {world}; change one of them")
+    if len(degrees) == 3 and product != world:
+        raise ValueError(f"{equation} = {product} isn't --world-size {world}; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from uni3d.holders import Part
 from uni3d.pictures import COLOURS, GREY, make_figure, renderer_of, size_of
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
+    import ckpt
     from uni3d.paper import Ranks
 
 Rectangle = tuple[int, int, int, int]
@@ -40,7 +40,7 @@ class Side:
 
     title: str
     ranks: Ranks
-    parts: Mapping[int, Part]
+    parts: Mapping[int, ckpt.Box]
     """By rank; of those that have the atom at all."""
     notes: Sequence[str]
 
@@ -63,7 +63,7 @@ def describe_dims(shape: Sequence[int], dims: Sequence[int]) -> str | None:
     return f"{len(shape)}-D: drawn by dims {' and '.join(map(str, dims))}; {whole}"
 
 
-def group_ranks(parts: Mapping[int, Part], dims: Sequence[int]) -> dict[Rectangle, list[int]]:
+def group_ranks(parts: Mapping[int, ckpt.Box], dims: Sequence[int]) -> dict[Rectangle, list[int]]:
     """The ranks that hold each rectangle; those that hold nothing are left out."""
     groups: dict[Rectangle, list[int]] = defaultdict(list)
     for rank, (offset, length) in sorted(parts.items()):

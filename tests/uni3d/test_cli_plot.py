@@ -164,10 +164,9 @@ def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) 
         ),
         (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
         (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
-        (["--layout", "--tp", "3"], "tp(3) doesn't divide the 2 heads of layers.0.attn.k (colwise)"),
-        (["--layout", "--tp", "1", "--pp", "7"], "pp(7) needs at least 7 layers, but the model has 6"),
-        (["--layout", "--dp", "2", "--world-size", "6"], "pp(1) * dp(2) * tp(2) = 4, but --world-size is 6"),
-        (["--layout", "--world-size", "3"], "pp(1) * dp(1) * tp(2) = 2, but --world-size is 3"),
+        (["--layout", "--dp", "2", "--world-size", "6"], "pp(1) * dp(2) * tp(2) doesn't divide --world-size"),
+        (["--layout", "--dp", "2", "--world-size", "8"], "pp(1) * dp(2) * tp(2) = 4 isn't --world-size 8"),
+        (["--layout", "--world-size", "3"], "pp(1) * tp(2) doesn't divide --world-size 3; change one of"),
         (["--layout", "--zero", "4"], "ZeRO stage 4 doesn't exist"),
         (["--layout", "--dp", "0"], "dp(0) must be at least 1"),
     ],
@@ -175,6 +174,21 @@ def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) 
 def test_mistakes(trained: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
     output = tmp_path / "p.png"
     assert message in refused(trained[0], output, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 3), (7, 1, 1), (1, 5, 1), (7, 5, 3)])
+def test_what_the_doctor_refuses(
+    trained: Any, capsys: Any, tmp_path: Path, degrees: tuple[int, int, int]
+) -> None:
+    """In the same words."""
+    pp, dp, tp = degrees
+    asked = ["--pp", f"{pp}", "--dp", f"{dp}", "--tp", f"{tp}", "--world-size", f"{pp * dp * tp}"]
+    assert cli.app(["doctor", str(trained[0]), *asked, "--json"], standalone_mode=False) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["refused"]) == sum(degree > 1 for degree in degrees)
+    message = refused(trained[0], tmp_path / "p.png", "--layout", *asked)
+    assert report["reasons"][0].endswith(f": {message}")
     assert not list(tmp_path.iterdir())
 
 
@@ -216,13 +230,19 @@ def save_by_hand(run: Path, writer: dict[str, Any], model: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("writer", "model", "arguments", "message"),
     [
-        ((1, 1, 2), {}, ["--tp", "1"], "nobody knows what tp(2) cuts"),
-        ((1, 1, 1), {}, ["--tp", "2"], "nobody knows what tp(2) cuts"),
-        ((1, 1, 1), {"declared": {"class": "Net"}}, ["--tp", "2"], "tp_plan, which Net hasn't; use tp 1"),
-        ((1, 1, 1), {"declared": {"class": "Net"}}, ["--pp", "2"], "has no pipeline_layers of Net"),
+        ((1, 1, 2), {}, ["--tp", "1"], "nobody knows what the 2 tensor-parallel ranks held"),
+        ((1, 1, 1), {}, ["--tp", "2"], "tp 2 the manifest doesn't say how the model may be split"),
+        (
+            (1, 1, 1),
+            {"declared": {"class": "Net"}},
+            ["--tp", "2"],
+            "Net has no tp_plan, so that tp must",
+        ),
+        ((1, 1, 1), {"declared": {"class": "Net"}}, ["--pp", "2"], "Net has no pipeline_layers, so that pp"),
         ((2, 1, 1), {}, ["--pp", "1"], "which layers lay on which of the 2 pipeline ranks"),
         (None, {}, ["--dp", "2"], "doesn't say on which topology it was written"),
-        ((1, 1, 1), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "2"], "the style 'odd' for a.weight"),
+        ((1, 1, 1), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "2"], "the style 'odd' for a, which"),
+        ((1, 1, 2), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "1"], "the style 'odd' for a, which"),
     ],
 )
 def test_a_manifest_that_does_not_say_it(
@@ -239,7 +259,10 @@ def test_an_old_manifest_says_enough_without_tensor_parallelism(tmp_path: Path, 
     save_by_hand(run, {"topology": {"pp": 1, "dp": 3, "tp": 1}, "zero_stage": 2}, {})
     row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", "--dp", "2")
     assert [box["shape"] for box in row["before"]["boxes"].values()] == [[2, 4], [2, 4], [0, 4]]
-    assert row["before"]["notes"] == ["nothing was left of it for rank 2"]
+    assert row["before"]["notes"] == [
+        "nothing was left of it for rank 2",
+        "its manifest has no shard_group: drawn as if ZeRO sharded over all 3 of dp",
+    ]
     assert [box["shape"] for box in row["after"]["boxes"].values()] == [[2, 4], [2, 4]]
 
 
