@@ -58,15 +58,15 @@ def _options(
 
 for command in (
     cli_inspect.inspect,
-    cli_diff.diff,
-    cli_export.export,
-    cli_plot.plot,
     cli_upkeep.verify,
-    cli_upkeep.clean,
-    cli_upkeep.prune,
+    cli_diff.diff,
     cli_doctor.doctor,
+    cli_export.export,
+    cli_import.import_,
+    cli_plot.plot,
     cli_plan.plan,
     cli_config.config,
+    cli_upkeep.clean,
+    cli_upkeep.prune,
 ):
-    app.command()(command)
-app.command("import")(cli_import.import_)
+    app.command(command.__name__.rstrip("_"))(command)
