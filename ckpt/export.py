@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def export_safetensors(
     checkpoint: Checkpoint,
     path: str | Path,
     *,
-    names: Collection[str] | None = None,
+    names: Collection[str] | Mapping[str, str] | None = None,
     dtype: str | None = None,
     durable: bool = True,
     progress: Callable[[int], None] = lambda n: None,
@@ -52,9 +52,10 @@ def export_safetensors(
     """Write the model's `state_dict`, or what it has under `names`, to the file `path`; returns its bytes.
 
     Parameters are rounded to `dtype` ("bfloat16" or "float16"), if one is given; buffers stay as they are. A
-    tied weight is stored once, under its first name; the file's metadata lists the other names. The file
-    appears under its name when it is whole and, with `durable`, on the disk. `progress` is told the bytes
-    written.
+    tied weight is stored once, under its first name; the file's metadata lists the other names. A mapping as
+    `names`, name in the file -> tensor of the checkpoint, says what there is by which names, whether tied or
+    not. The file appears under its name when it is whole and, with `durable`, on the disk. `progress` is told
+    the bytes written.
 
     Raises:
         CheckpointError: `path` exists, a chunk is damaged, or a number is too large for `dtype`.
@@ -62,9 +63,14 @@ def export_safetensors(
     target = Path(path)
     if target.exists():
         raise CheckpointError(f"{target} exists; delete it, or export to another name")
-    arrays = {n: info for n, info in weights(checkpoint).items() if names is None or n in names}
+    infos = weights(checkpoint)
+    if isinstance(names, Mapping):
+        arrays, aliases = {name: infos[atom] for name, atom in names.items()}, {}
+    else:
+        arrays = {n: info for n, info in infos.items() if names is None or n in names}
+        aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in arrays}
     types = {name: exported_type(info, dtype) for name, info in arrays.items()}
-    header, places = _header(checkpoint, arrays, types)
+    header, places = _header(checkpoint.tag, arrays, types, aliases)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -104,12 +110,11 @@ def exported_bytes(info: ArrayInfo, dtype: str | None) -> int:
 
 
 def _header(
-    checkpoint: Checkpoint, arrays: dict[str, ArrayInfo], types: dict[str, str]
+    tag: str, arrays: dict[str, ArrayInfo], types: dict[str, str], aliases: dict[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """The file's head, and where each tensor begins behind it."""
     places: dict[str, int] = {}
-    metadata = {"format": "pt", "tag": checkpoint.tag}
-    aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in arrays}
+    metadata = {"format": "pt", "tag": tag}
     if aliases:
         metadata["aliases"] = json.dumps(aliases)
     content: dict[str, Any] = {"__metadata__": metadata}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -56,6 +58,12 @@ def _options(
     pass
 
 
+def _paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring with no line breaks but between paragraphs: the terminal breaks lines itself."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 for command in (
     cli_inspect.inspect,
     cli_upkeep.verify,
@@ -69,4 +77,4 @@ for command in (
     cli_upkeep.clean,
     cli_upkeep.prune,
 ):
-    app.command(command.__name__.rstrip("_"))(command)
+    app.command(command.__name__.rstrip("_"), help=_paragraphs(command))(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,22 +25,39 @@ Write = Callable[[Path, list[str], dict[str, str]], object]
 def export(
     run: Run,
     output: Annotated[
-        Path, typer.Argument(help="File to write, or with --max-shard-size a folder; nothing is replaced.")
+        Path,
+        typer.Argument(
+            help="File to write, or with --max-shard-size or --format hf a folder; nothing is replaced."
+        ),
     ],
     tag: Tag = None,
     file_format: Annotated[
         str | None,
-        typer.Option("--format", help="safetensors or torch.", show_default="what the file's name says"),
+        typer.Option(
+            "--format",
+            help="safetensors, torch, or hf: a folder that Hugging Face's transformers loads.",
+            show_default="what the file's name says",
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of parameters: fp32, bf16 or fp16.")] = "fp32",
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help="E.g. 5GB: files of at most so much, with an index, by Hugging Face's names."),
+        typer.Option(
+            help="Files of at most so much, with an index, by Hugging Face's names; 5GB with --format hf."
+        ),
     ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Only tensors whose names match, e.g. 'layers.0.*'.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No tensors whose names match.")] = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(help="The model's config.json, with --format hf, if the checkpoint has none."),
+    ] = None,
+    name_map: Annotated[
+        Path | None,
+        typer.Option(help="JSON, regex -> name there or null, with --format hf, if the checkpoint has none."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the weights as one state_dict, in fp32 unless asked otherwise, whatever topology saved them."""
@@ -47,9 +65,52 @@ def export(
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype} isn't one of {', '.join(_DTYPES)}")
-    kind = _format(output, file_format, whole=max_shard_size is None)
-    checkpoint = ckpt.open_checkpoint(run, tag)
-    names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
+    if file_format == "hf":
+        if include or exclude:
+            raise ValueError("--format hf writes a whole model: one that lacks weights doesn't load")
+        checkpoint = ckpt.open_checkpoint(run, tag)
+        done = _hugging_face(checkpoint, output, dtype, max_shard_size or "5GB", hf_config, name_map)
+    else:
+        if hf_config is not None or name_map is not None:
+            raise ValueError("--hf-config and --name-map are for --format hf")
+        kind = _format(output, file_format, whole=max_shard_size is None)
+        checkpoint = ckpt.open_checkpoint(run, tag)
+        names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
+        done = _plain(checkpoint, output, kind, dtype, max_shard_size, names)
+    size = sum(file.stat().st_size for file in done.files)
+    if as_json:
+        row = {"output": str(output), "tag": checkpoint.tag, "tensors": done.tensors, "bytes": size}
+        say_json({**row, "files": [str(file) for file in done.files], "left_out": done.left_out})
+        return
+    several = f" in {len(done.files)} files" if len(done.files) > 1 else ""
+    say(f"{output}: {done.tensors} tensors, {in_bytes(size)}{several}, from {checkpoint.tag}")
+    if done.left_out and file_format == "hf":
+        say(f"left out by the name map: {', '.join(done.left_out)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """What has been written."""
+
+    files: list[Path]
+    tensors: int
+    left_out: list[str]
+    """Tensors of the checkpoint that are in none of the files."""
+
+
+def _plain(
+    checkpoint: ckpt.Checkpoint,
+    output: Path,
+    kind: str,
+    dtype: str,
+    max_shard_size: str | None,
+    names: list[str],
+) -> _Done:
+    """One file, or a folder of several, with tensors by the checkpoint's names."""
+    import ckpt
+    from uni3d.new_folder import new_folder
+    from uni3d.zero_to_fp32 import write_files
+
     infos = ckpt.weights(checkpoint)
     sizes = {name: ckpt.exported_bytes(infos[name], _DTYPES[dtype]) for name in names}
     aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in sizes}
@@ -61,24 +122,47 @@ def export(
             write(output, names, aliases)
             files = [output]
         else:
-            from uni3d.zero_to_fp32 import write_files
-
             safe = kind == "safetensors"
-            made = write_files(output, sizes, aliases, max_shard_size, safe, write)
+            with new_folder(output) as folder:
+                made = write_files(folder, sizes, aliases, max_shard_size, safe, write)
             files = [output / name for name in made]
-    size = sum(file.stat().st_size for file in files)
-    if as_json:
-        row = {"output": str(output), "tag": checkpoint.tag, "tensors": len(names), "bytes": size}
-        say_json({**row, "files": [str(file) for file in files]})
-        return
-    several = f" in {len(files)} files" if len(files) > 1 else ""
-    say(f"{output}: {len(names)} tensors, {in_bytes(size)}{several}, from {checkpoint.tag}")
+    return _Done(files=files, tensors=len(names), left_out=[name for name in infos if name not in sizes])
+
+
+def _hugging_face(
+    checkpoint: ckpt.Checkpoint,
+    output: Path,
+    dtype: str,
+    max_shard_size: str,
+    hf_config: Path | None,
+    name_map: Path | None,
+) -> _Done:
+    """A folder that transformers loads."""
+    import ckpt
+    from uni3d import hugging_face
+
+    model = hugging_face.find(checkpoint, hf_config, name_map)
+    tensors = hugging_face.renamed(checkpoint, model.names)
+    infos, of = ckpt.weights(checkpoint), _DTYPES[dtype]
+    total = sum(ckpt.exported_bytes(infos[held], of) for held in tensors.values())
+    with progress_bar("exporting", total) as progress:
+        files = hugging_face.write_folder(
+            checkpoint,
+            output,
+            model.config,
+            tensors,
+            dtype=of or "float32",
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+    kept = set(tensors.values())
+    return _Done(files=files, tensors=len(tensors), left_out=[name for name in infos if name not in kept])
 
 
 def _format(output: Path, asked: str | None, *, whole: bool) -> str:
     """The format: as asked, or as the name of the file says; a folder's is safetensors by default."""
     if asked not in (None, "safetensors", "torch"):
-        raise ValueError(f"--format {asked} isn't safetensors or torch")
+        raise ValueError(f"--format {asked} isn't safetensors, torch or hf")
     named = _SUFFIXES.get(output.suffix) if whole else None
     if whole and named is None:
         raise ValueError(
@@ -119,6 +203,6 @@ def _writer(
     rounded = None if dtype is None else getattr(torch, dtype)
 
     def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
-        write_torch_file(weights, path, names, aliases, dtype=rounded)
+        write_torch_file(weights, path, names, aliases, dtype=rounded, progress=progress)
 
     return write

@@ -93,6 +93,7 @@ def import_(
         split=_rules(split or []),
         in_model_order=in_model_order,
         stand_ins=tuple(stand_in or ()),
+        weights_only=weights_only,
         verify=not no_checksums,
     )
     found = read(src, kind, options)

@@ -45,9 +45,10 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
 
     newest = ckpt.open_checkpoint(run, tag)
     alone = tag is not None or not newest.folder  # `run` is a checkpoint's own folder
-    checkpoints = [newest] if alone else [ckpt.open_checkpoint(run, t) for t in ckpt.committed_tags(run)]
+    tags = [newest.tag] if alone else ckpt.committed_tags(run)
     rows = []
-    for checkpoint in checkpoints:
+    for each in tags:
+        checkpoint = newest if each == newest.tag else ckpt.open_checkpoint(run, each)
         manifest = checkpoint.manifest
         rows.append(
             {

@@ -1,7 +1,8 @@
-"""What a model says of itself, as the manifest keeps it: how it may be split.
+"""What a model says of itself, as the manifest keeps it: how it may be split, and what it is to Hugging Face.
 
 Whoever has the checkpoint and not the code can then tell which topologies the run could go on with
-(`uni3d doctor`), and what each rank would hold (`uni3d plot --layout`).
+(`uni3d doctor`), what each rank would hold (`uni3d plot --layout`), and make a folder that `transformers`
+loads (`uni3d export --format hf`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import nn
 
 from parallel.stages import layer_costs
 from parallel.tensor import check_plan, expand_plan, units_by_head
+from uni3d import hugging_face
 
 
 def declared(model: nn.Module) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def declared(model: nn.Module) -> dict[str, Any]:
     `tp_units` (pattern -> number) are what `parallel.build` reads; so is `num_stages`. Beside them stands
     what only the modules tell: `loss_fn`, whether there is one; `layer_flops`, what each layer counts for
     where stages are cut by flops; in `tp_units`, by name, layers whose heads have a `head_dim`; and
-    `tp_refused`, why the plan suits the model under no degree.
+    `tp_refused`, why the plan suits the model under no degree. `hugging_face` is for `uni3d.hugging_face`.
     """
     said: dict[str, Any] = {"class": type(model).__name__}
     if (layers := getattr(model, "pipeline_layers", None)) is not None:
@@ -37,6 +39,8 @@ def declared(model: nn.Module) -> dict[str, Any]:
     if plan := getattr(model, "tp_plan", None):
         said["tp_plan"] = {str(pattern): str(style) for pattern, style in plan.items()}
         said |= _tensor_parallel(model, said["tp_plan"], getattr(model, "tp_units", {}))
+    if (form := hugging_face.declared(model)) is not None:
+        said["hugging_face"] = form
     return said
 
 

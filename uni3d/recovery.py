@@ -7,7 +7,7 @@ here for every topology and ZeRO stage, and with frozen parameters, buffers and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -182,10 +182,12 @@ def write_torch_file(
     aliases: Mapping[str, str],
     *,
     dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Write tensors by `torch.save`, which takes the memory of all of them; `aliases` name some once more.
 
-    Parameters are rounded to `dtype`, if one is given.
+    Parameters are rounded to `dtype`, if one is given. `progress` is told the bytes that are ready to be
+    written.
 
     Raises:
         ckpt.CheckpointError: one is damaged, or has a number that is too large for `dtype`.
@@ -194,8 +196,10 @@ def write_torch_file(
     def read(name: str) -> Tensor:
         tensor = weights[name]
         if dtype is None or weights.infos[name].key.state != state.PARAMETER:
+            progress(tensor.nbytes)
             return tensor
         rounded = tensor.to(dtype)
+        progress(rounded.nbytes)
         if (rounded.isinf() & tensor.isfinite()).any():
             raise ckpt.CheckpointError(
                 f"{name} has numbers that are too large for {dtype}; export it as fp32"

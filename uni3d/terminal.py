@@ -6,8 +6,10 @@ The commands import `ckpt` when they run, and not before: `uni3d --help` waits n
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,8 +39,23 @@ def say(line: object) -> None:
 
 def complain(error: object) -> None:
     """Print one line to stderr, whatever the error's text is."""
-    text = " ".join(str(error).splitlines())
+    text = " ".join(str(error).splitlines()) + _whose()
     err.print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
+
+
+def _whose() -> str:
+    """A hint, where a command was given a folder that another framework wrote; "" otherwise."""
+    given = [Path(word) for word in sys.argv[2:] if not word.startswith("-")]
+    if sys.argv[1:2] == ["import"] or not any(path.is_dir() for path in given):
+        return ""
+    from ckpt import CheckpointError
+    from uni3d.foreign.kinds import kind_of
+
+    for path in given:
+        with suppress(CheckpointError, OSError):
+            if path.is_dir():
+                return f" ({path} looks like another framework's, {kind_of(path)}: `uni3d import` reads it)"
+    return ""
 
 
 def say_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +227,49 @@ class GPT(nn.Module):
             "layers.*.attn.v": kv_heads,
             "layers.*.attn.o": heads,
         }
+
+    @property
+    def hugging_face(self) -> dict[str, Any] | None:
+        """What this model is to Hugging Face's `transformers`: the `config.json` and the names of a Llama.
+
+        Names are regular expressions -> replacements, None for what is left out. In settings that Llama
+        doesn't have, there is no such model.
+        """
+        c = self.config
+        if (c.norm, c.positions, c.activation) != ("rmsnorm", "rotary", "swiglu"):
+            return None
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.ffn,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.kv_heads,
+            "head_dim": c.head_size,
+            "max_position_embeddings": c.max_seq_len,
+            "hidden_act": "silu",
+            "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope_base,  # where transformers 4 looks for it, and below where 5 does
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+            "attention_bias": False,
+            "mlp_bias": False,
+            "initializer_range": c.init_std,
+            "tie_word_embeddings": c.tied_head,
+            "bos_token_id": None,  # tokens are bytes: none begins or ends a text
+            "eos_token_id": None,
+        }
+        names = {
+            r"embed\.tokens\.weight": "model.embed_tokens.weight",
+            r"layers\.(\d+)\.attn_norm\.weight": r"model.layers.\1.input_layernorm.weight",
+            r"layers\.(\d+)\.attn\.([qkvo])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
+            r"layers\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+            r"layers\.(\d+)\.ffn\.(gate|up|down)\.weight": r"model.layers.\1.mlp.\2_proj.weight",
+            r"norm\.weight": "model.norm.weight",
+            r"head\.weight": None if c.tied_head else "lm_head.weight",
+        }
+        return {"config": config, "names": names}
 
     def loss_fn(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return next_token_loss(logits, targets)

@@ -30,9 +30,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(7)
+        self.norm = nn.LayerNorm(7, bias=False)
         self.up = nn.Linear(7, 10)
-        self.down = nn.Linear(10, 7)
+        self.down = nn.Linear(10, 7, bias=False)
         self.register_buffer("running_mean", torch.zeros(7))
 
     def forward(self, x: Tensor) -> Tensor:

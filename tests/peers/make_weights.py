@@ -52,8 +52,8 @@ def llama(folder: Path, dtype: torch.dtype, tied: bool, size: str) -> None:
     torch.manual_seed(3)
     config = transformers.LlamaConfig(
         vocab_size=33,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=8,
+        intermediate_size=12,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -108,7 +108,7 @@ def saved_model(folder: Path) -> None:
 def main() -> None:
     out = destination()
     if wanted("weights_llama_sharded"):
-        llama(new_folder(out, "weights_llama_sharded"), torch.bfloat16, True, "4KB")
+        llama(new_folder(out, "weights_llama_sharded"), torch.bfloat16, True, "1KB")
     if wanted("weights_llama"):
         llama(new_folder(out, "weights_llama"), torch.float32, False, "1GB")
     if wanted("weights_bin"):

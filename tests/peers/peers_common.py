@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(os.path.relpath(Path(__file__).parent / "fixtures"))
+"""Relative, as DCP writes into its metadata where it was told to save."""
 
 
 def destination() -> Path:

@@ -270,3 +270,15 @@ def test_a_dry_run_says_what_becomes_of_what(folder: Path, tmp_path: Path) -> No
 
 def test_kinds_are_told_apart(folder: Path) -> None:
     assert kind_of(folder) == kind_of(folder / "global_step5") == "deepspeed"
+
+
+def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    command = (
+        f"ulimit -f 1; exec {Path(sys.executable).with_name('uni3d')} import {folder} {tmp_path / 'run'}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert not any((tmp_path / "run").iterdir())
+    check("deepspeed_zero1_bf16", imported(folder, tmp_path / "run")["url"], source("x").parents[1])

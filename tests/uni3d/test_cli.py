@@ -92,7 +92,7 @@ def test_export_writes_the_weights_and_nothing_else(folder: Path, tmp_path: Path
         (["export", "{empty}", "{empty}/m.safetensors"], "holds no committed checkpoint"),
         (["export", "{run}", "{run}/model.xyz"], "must end in one of .safetensors, .bin, .pt, .pth"),
         (["export", "{run}", "{run}/model.bin", "--format", "safetensors"], "the suffix of another format"),
-        (["export", "{run}", "{run}/m.bin", "--format", "gguf"], "--format gguf isn't safetensors or torch"),
+        (["export", "{run}", "{run}/m.bin", "--format", "gguf"], "--format gguf isn't safetensors, torch"),
         (["export", "{run}", "{run}/m.bin", "--dtype", "fp8"], "--dtype fp8 isn't one of fp32, bf16, fp16"),
         (["export", "{run}", "{run}/m.bin", "--include", "x.*"], "--include x.* matches none of the"),
         (["export", "{run}", "{run}/m.bin", "--exclude", "*"], "leave no tensors"),

@@ -100,9 +100,13 @@ def test_several_files(folder: Path, tmp_path: Path) -> None:
     again = export(folder, out, "--max-shard-size", "24KB")
     assert again.returncode == 1
     assert "exists; delete it" in again.stderr
-    as_torch = export(folder, out, "--max-shard-size", "1GB", "--format", "torch")
+    as_torch = export(folder, tmp_path / "bin", "--max-shard-size", "1GB", "--format", "torch")
     assert as_torch.returncode == 0, as_torch.stderr
-    assert torch.load(out / "pytorch_model.bin", weights_only=True).keys() == {*VALUES, "count", "head"}
+    assert torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True).keys() == {
+        *VALUES,
+        "count",
+        "head",
+    }
 
 
 def test_a_choice_of_tensors(folder: Path, tmp_path: Path) -> None:

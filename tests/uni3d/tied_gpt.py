@@ -1,4 +1,4 @@
-"""The example's GPT with a tied head, as an engine on any topology."""
+"""The example's GPT, with a tied head unless asked otherwise, as an engine on any topology."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import uni3d
 TIED = oracle.MODEL | {"tied_head": True}
 
 
-def gpt_engine(pp: int, dp: int, tp: int, zero: int, **config: Any) -> uni3d.Engine:
+def gpt_engine(
+    pp: int, dp: int, tp: int, zero: int, *, sizes: dict[str, Any] = TIED, **config: Any
+) -> uni3d.Engine:
     with torch.device("meta"):
-        model = GPT(GPTConfig(**TIED))
+        model = GPT(GPTConfig(**sizes))
     settings = oracle.SETTINGS | {
         "parallel": {"pp": pp, "dp": dp, "tp": tp, "device": "cpu"},
         "zero_optimization": {"stage": zero},

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ckpt import CheckpointError
+from ckpt import CheckpointError, committed_tags
+from ckpt.format import MANIFEST
+from uni3d.foreign.dcp import read_dcp
 from uni3d.foreign.deepspeed import read_deepspeed
 from uni3d.foreign.deepspeed_folders import checkpoint_folder, is_universal
 from uni3d.foreign.deepspeed_universal import read_universal
+from uni3d.foreign.megatron import read_megatron
 from uni3d.foreign.source import Options, Source
 from uni3d.foreign.state_dicts import read_safetensors, read_torch
 from uni3d.foreign.torch_files import is_archive
@@ -16,6 +19,8 @@ from uni3d.foreign.torch_files import is_archive
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "deepspeed": read_deepspeed,
     "deepspeed-universal": read_universal,
+    "dcp": read_dcp,
+    "megatron": read_megatron,
     "safetensors": read_safetensors,
     "torch": read_torch,
 }
@@ -48,8 +53,15 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         if is_archive(path) or path.suffix in (".pt", ".pth", ".bin"):
             return "torch"
         raise CheckpointError(f"{path} is neither a safetensors file nor one of torch.save")
+    if (path / MANIFEST).is_file() or committed_tags(path):
+        raise CheckpointError(f"{path} holds checkpoints of uni3d's own, which need no import")
     if (path / ".metadata").is_file():
         return "megatron" if (path / "metadata.json").is_file() else "dcp"
+    newest = path / "latest_checkpointed_iteration.txt"
+    if newest.is_file():
+        content = newest.read_text().strip()
+        name = f"iter_{int(content):07d}" if content.isdecimal() else content
+        raise CheckpointError(f"{path} is a run's folder of Megatron's; give a checkpoint: {path / name}")
     folder = checkpoint_folder(path, tag)
     if folder is not None:
         return "deepspeed-universal" if is_universal(folder) else "deepspeed"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ _FRAMEWORKS = ("apex", "deepspeed", "megatron", "torch.distributed", "torch.opti
 
 _STAND_INS = frozenset(
     {
+        "_io.BytesIO",
         "argparse.Namespace",
         "datetime.date",
         "datetime.datetime",
@@ -34,6 +36,7 @@ _STAND_INS = frozenset(
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
         "pathlib._local.PosixPath",
+        "signal.Signals",
         "torch.device",
         "torch.torch_version.TorchVersion",
         "types.SimpleNamespace",
@@ -169,9 +172,11 @@ class _Unpickler(pickle.Unpickler):
             if full not in self._made:
                 self._made[full] = type(name.rpartition(".")[2], (StandIn,), {"name": full})
             return self._made[full]
+        own = module.partition(".")[0] not in sys.stdlib_module_names
+        remedy = f"; if it is a class of your own that may be left out, add --stand-in {full}" if own else ""
         raise CheckpointError(
-            f"{self._where} has {full} pickled in it, which isn't read, as a pickle can run whatever it "
-            f"names; if it is a class of your own that may be left out, add --stand-in {full}"
+            f"{self._where} has {full} pickled in it, which is refused: a pickle can run whatever it names"
+            f"{remedy}"
         )
 
     def persistent_load(self, pid: Any, /) -> Any:

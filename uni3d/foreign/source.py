@@ -148,5 +148,7 @@ class Options:
     """Whether an optimizer's states that are only numbered are those of the parameters in their order."""
     stand_ins: tuple[str, ...] = ()
     """More classes that may be pickled in it, and are left out."""
+    weights_only: bool = False
+    """Whether the optimizer's state is left where it is, which may be in a form that can't be read."""
     verify: bool = True
     """Whether the checksums are checked that the source has."""

@@ -161,7 +161,7 @@ class TorchFile:
         if self.verify and zlib.crc32(data) != entry.CRC:
             raise CheckpointError(f"{self.path} is damaged: its data.pkl isn't what was written")
         return read_pickle(
-            data, str(self.path), stand_ins=self._stand_ins, names=_NAMES, persistent=self._storage
+            data, str(self.path), stand_ins=self._stand_ins, names=NAMES, persistent=self._storage
         )
 
     def _storage(self, pid: Any) -> tuple[Storage, str]:
@@ -287,8 +287,14 @@ def _checked(
         raise ValueError(f"a tensor of the shape {shape} with the strides {strides} at {offset}")
     tensor = StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), requires_grad)
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if tensor.size and (last + 1) * numpy_dtype(dtype).itemsize > storage.size:
+    itemsize = numpy_dtype(dtype).itemsize
+    if tensor.size and (last + 1) * itemsize > storage.size:
         raise ValueError(f"a tensor of the shape {shape} reaches beyond its storage data/{storage.key}")
+    if tensor.size * itemsize > storage.size:  # expanded along a dim: a few bytes may say to be terabytes
+        raise ValueError(
+            f"a tensor of the shape {shape} with the strides {strides}, which repeats what is in its "
+            "storage; save it after contiguous()"
+        )
     return tensor
 
 
@@ -305,7 +311,7 @@ def _with_attributes(function: Any, kind: Any, args: tuple[Any, ...], state: Any
     return function(*args)
 
 
-_NAMES: dict[str, Any] = {
+NAMES: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": Function(_with_attributes),
     "torch._utils._rebuild_parameter": Function(_parameter),
     "torch._utils._rebuild_parameter_with_state": Function(_parameter),

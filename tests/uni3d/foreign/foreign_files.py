@@ -1,0 +1,72 @@
+"""What the tests of imports share: checkpoints of peers, and pickles that would run something."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed.checkpoint as dcp
+from safetensors.numpy import load_file
+from torch.distributed.checkpoint import FileSystemWriter
+
+from uni3d.foreign.kinds import read
+from uni3d.foreign.source import Options, Source
+
+FIXTURES = Path(__file__).parents[2] / "peers" / "fixtures"
+
+
+class Runs:
+    """Unpickling it would make the file `path`, by the function that `how` names."""
+
+    def __init__(self, how: str, path: Path) -> None:
+        self.how, self.path = how, path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        if self.how == "os.system":
+            return os.system, (f"touch {self.path}",)
+        if self.how == "builtins.eval":
+            return eval, (f"open({str(self.path)!r}, 'w')",)
+        return Path.touch, (self.path,)
+
+
+RUNS = {
+    "os.system": r"posix\.system",
+    "builtins.eval": r"(builtins|__builtin__)\.eval",
+    "Path.touch": r"((builtins|__builtin__)\.getattr|pathlib\.Path\.touch)",
+}
+"""Each way with the global that its pickle names, by its protocol."""
+
+
+def source_of(path: Path, **options: Any) -> Source:
+    return read(path, "auto", Options(**options))
+
+
+def values(source: Source) -> dict[str, npt.NDArray[Any]]:
+    """All arrays, as `expected.safetensors` names them, in the type that they are stored in."""
+    return {f"{a.state}/{a.name}": a.read().astype(a.dtype) for a in source.arrays}
+
+
+def expected(name: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    folder = FIXTURES / name
+    return load_file(folder / "expected.safetensors"), json.loads((folder / "expected.json").read_text())
+
+
+def assert_bits(found: dict[str, npt.NDArray[Any]], wanted: dict[str, npt.NDArray[Any]]) -> None:
+    """The same names, and the same bits under each."""
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
+
+
+def saved(folder: Path, state: dict[str, Any], **settings: Any) -> Path:
+    """`state` as a distributed checkpoint, by one process."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
+        dcp.save(state, storage_writer=FileSystemWriter(folder, **settings), no_dist=True)
+    return folder

@@ -1,0 +1,281 @@
+"""Megatron-core's `torch_dist`, read without Megatron: folders laid out as it lays them out."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_files import FIXTURES, RUNS, Runs, assert_bits, expected, source_of, values
+from megatron_folders import (
+    DECAYED,
+    LAYERS,
+    SPARED,
+    WIDTH,
+    Chunks,
+    Run,
+    common,
+    cut,
+    numbers,
+    stack,
+    write_dist,
+)
+
+from ckpt import CheckpointError
+
+
+@pytest.mark.parametrize("by_number", [False, True], ids=["stacked", "by number"])
+def test_every_array_is_the_live_runs(tmp_path: Path, by_number: bool) -> None:
+    run = Run()
+    extra = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_3"
+    source = source_of(write_dist(tmp_path / "it", run.tensors(by_number=by_number), common(), extra))
+    assert source.kind == "megatron"
+    assert_bits(values(source), run.held())
+    assert (source.step, source.samples, source.batch) == (3, 48, 16)
+    assert source.writer == {"tensor_model_parallel_size": 2}
+    assert "_extra_state: 1 objects of Megatron's, not tensors" in source.left_out
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in FIXTURES.glob("megatron_*")))
+def test_what_megatron_wrote(name: str) -> None:
+    arrays, facts = expected(name)
+    tied = facts["aliases"]  # which the last pipeline stage holds, but which isn't saved twice
+    arrays = {in_checkpoint(k): a for k, a in arrays.items() if k.partition("/")[2] not in tied}
+    folder = FIXTURES / name / "checkpoint" / f"iter_{facts['step']:07d}"
+    if facts["sharding"] == "dp_reshardable":
+        with pytest.raises(CheckpointError, match="format dp_reshardable"):
+            source_of(folder)
+        weights = {key: torch.from_numpy(a) for key, a in arrays.items() if key.startswith("fp32/")}
+        arrays = {key: tensor.bfloat16().float().numpy() for key, tensor in weights.items()}
+        assert_bits(values(source_of(folder, weights_only=True)), arrays)
+        return
+    source = source_of(folder)
+    assert_bits(values(source), arrays)
+    assert source.optimizer is not None
+    assert source.optimizer.type == "AdamW"
+    assert {numbers["step"] for numbers in source.optimizer.scalars.values()} == set(
+        facts["parameter_steps"].values()
+    )
+    for group, fact in zip(source.optimizer.groups, facts["groups"], strict=True):
+        for key in ("lr", "betas", "eps", "weight_decay"):
+            assert group[key] == fact[key]
+    assert source.step == facts["step"]
+
+
+def in_checkpoint(key: str) -> str:
+    """A layer norm's name as Megatron saves it: as a part of the linear layer behind it."""
+    for norm, linear in (("input", "self_attention.linear_qkv"), ("pre_mlp", "mlp.linear_fc1")):
+        key = key.replace(f"{norm}_layernorm.", f"{linear}.layer_norm_")
+    return key
+
+
+def test_a_layer_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from uni3d.foreign.dcp_layout import Layout
+
+    source = source_of(write_dist(tmp_path / "it", Run().tensors(), common()))
+    opened = []
+    original = Layout._open
+    monkeypatch.setattr(Layout, "_open", lambda *args, **kw: opened.append(args[1]) or original(*args, **kw))
+    next(a for a in source.arrays if a.name == "decoder.layers.1.mlp.linear_fc1.weight").read()
+    assert len(opened) == 2, "one for each tensor-parallel rank"
+
+
+def test_groups_are_megatrons_default_ones(tmp_path: Path) -> None:
+    source = source_of(write_dist(tmp_path / "it", Run().tensors(), common()))
+    assert source.optimizer is not None
+    assert source.optimizer.type == "AdamW"
+    decayed, spared = source.optimizer.groups
+    assert decayed == {
+        "params": decayed["params"],
+        "lr": 1e-3,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
+    assert spared["weight_decay"] == 0
+    assert {name.rpartition(".")[2] for name in decayed["params"]} == {"weight"}
+    assert sorted(spared["params"]) == [
+        "decoder.final_layernorm.weight",
+        *(f"decoder.layers.{i}.mlp.linear_fc1.bias" for i in range(LAYERS)),
+    ]
+    names = {*decayed["params"], *spared["params"]}
+    assert source.optimizer.scalars == {name: {"step": 3.0} for name in names}
+    assert any("which parameters are in which isn't stored" in line for line in source.left_out)
+
+
+def test_one_group_has_all_and_a_step_of_its_own(tmp_path: Path) -> None:
+    content = common(optimizer={"param_groups": [{**DECAYED, "step": 3}]})
+    source = source_of(write_dist(tmp_path / "it", Run().tensors(), content))
+    assert source.optimizer is not None
+    (group,) = source.optimizer.groups
+    assert set(group["params"]) == {array.name for array in source.arrays}
+    assert not any("isn't stored" in line for line in source.left_out)
+
+
+def test_the_order_of_the_groups_is_that_of_the_file(tmp_path: Path) -> None:
+    content = common(optimizer={"param_groups": [{**SPARED, "step": 3}, {**DECAYED, "step": 3}]})
+    source = source_of(write_dist(tmp_path / "it", Run().tensors(), content))
+    assert source.optimizer is not None
+    assert "decoder.final_layernorm.weight" in source.optimizer.groups[0]["params"]
+
+
+def test_halves_of_a_gated_layer_are_put_together(tmp_path: Path) -> None:
+    gate, value = torch.randn(6, WIDTH), torch.randn(6, WIDTH)
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    tensors = {f"{name}_w": cut(gate, 0, 2), f"{name}_v": cut(value, 0, 2)}
+    source = source_of(write_dist(tmp_path / "it", tensors, {}))
+    assert_bits(values(source), {f"fp32/{name}": torch.cat([gate, value]).numpy()})
+    with pytest.raises(CheckpointError, match="no other half"):
+        source_of(write_dist(tmp_path / "half", {f"{name}_w": cut(gate, 0, 2)}, {}))
+
+
+def test_moments_that_are_flat_in_each_part(tmp_path: Path) -> None:
+    """As in `fully_sharded_model_space` of Megatron before 0.14: parts flattened, and cut by data ranks."""
+    weights, moments = numbers(4, 6, n=2), numbers(4, 6, n=2)
+    chunks: Chunks = []
+    for row, moment in enumerate(moments):
+        for i, part in enumerate(moment.chunk(2, 1)):  # two tensor-parallel ranks by columns
+            flat = part.flatten()
+            chunks += [
+                ((row, 0, i, 0), flat[:5].view(1, 1, 1, 5)),
+                ((row, 0, i, 5), flat[5:].view(1, 1, 1, 7)),
+            ]
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    tensors = {name: stack(weights, 1, 2), f"optimizer.state.exp_avg.{name}": chunks}
+    source = source_of(
+        write_dist(tmp_path / "it", tensors, common(optimizer={"param_groups": [{"step": 1}]}))
+    )
+    held = {f"fp32/decoder.layers.{i}.mlp.linear_fc2.weight": w.numpy() for i, w in enumerate(weights)}
+    held |= {f"exp_avg/decoder.layers.{i}.mlp.linear_fc2.weight": m.numpy() for i, m in enumerate(moments)}
+    assert_bits(values(source), held)
+
+
+def test_the_loss_scale(tmp_path: Path) -> None:
+    scaler = {"scale": torch.tensor([1024.0]), "growth_tracker": 7, "hysteresis_tracker": 0}
+    optimizer = {**common()["optimizer"], "grad_scaler": scaler}
+    source = source_of(write_dist(tmp_path / "it", Run().tensors(), common(optimizer=optimizer)))
+    assert source.loss_scale == {"scale": 1024.0, "terms": None, "hysteresis": 1, "good_steps": 7}
+
+
+def test_buckets_are_refused_by_name_and_the_weights_can_be_had(tmp_path: Path) -> None:
+    run = Run()
+    tensors = {name: chunks for name, chunks in run.tensors().items() if not name.startswith("optimizer.")}
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_x.bucket_idx_0.exp_avg"
+    tensors[bucket] = [((0,), torch.randn(11))]
+    content = common(optimizer={"param_state_sharding_type": "dp_reshardable"})
+    folder = write_dist(tmp_path / "it", tensors, content)
+    with pytest.raises(CheckpointError, match=r"format dp_reshardable: flat buckets.*--weights-only"):
+        source_of(folder)
+    source = source_of(folder, weights_only=True)
+    assert any("dp_reshardable" in line for line in source.left_out)
+    assert source.optimizer is None
+    held = {name: a for name, a in run.held().items() if name.startswith("fp32/")}
+    rounded = {n: torch.from_numpy(a).bfloat16().float().numpy() for n, a in held.items()}
+    assert_bits(values(source), rounded)
+
+
+def test_weights_alone_are_the_fp32_ones_where_they_can_be_read(tmp_path: Path) -> None:
+    run = Run()
+    source = source_of(write_dist(tmp_path / "it", run.tensors(), common()), weights_only=True)
+    assert source.optimizer is None
+    assert_bits(values(source), {n: a for n, a in run.held().items() if n.startswith("fp32/")})
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "no parameter groups"),
+        ([DECAYED, SPARED, SPARED], "3 parameter groups that aren't Megatron's default ones"),
+        ([DECAYED, {**SPARED, "lr_mult": 0.5}], "2 parameter groups that aren't"),
+        ([DECAYED, DECAYED], "2 parameter groups that aren't"),
+        ([{**DECAYED, "is_expert_parallel": True}], "groups of experts"),
+        ([{**DECAYED, "bias_correction": False}], "without bias correction"),
+        ([DECAYED], "the optimizer has taken: nothing"),
+        ([{**DECAYED, "step": 3}, {**SPARED, "step": 4}], "has taken: 3.0, 4.0"),
+    ],
+)
+def test_groups_that_are_not_known_are_refused(tmp_path: Path, groups: list[Any], message: str) -> None:
+    folder = write_dist(tmp_path / "it", Run().tensors(), common(optimizer={"param_groups": groups}))
+    with pytest.raises(CheckpointError, match=message):
+        source_of(folder)
+
+
+def test_several_optimizers_are_refused(tmp_path: Path) -> None:
+    chain = {0: common()["optimizer"], 1: common()["optimizer"]}
+    with pytest.raises(CheckpointError, match="several optimizers in a chain"):
+        source_of(write_dist(tmp_path / "it", Run().tensors(), common(optimizer=chain)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"decoder.layers.mlp.experts.linear_fc1.weight": [((0, 0), torch.ones(1, 2))]},
+            "mixture of experts",
+        ),
+        ({"decoder.layers.mlp.weight": [((0, 0), torch.ones(2, 2))]}, "one layer above the other"),
+        ({"optimizer.state.exp_avg.w": [((0,), torch.ones(2))]}, "no weight w"),
+        (
+            {"w": [((0,), torch.ones(3))], "optimizer.state.exp_avg.w": [((0,), torch.ones(2))]},
+            r"has the shape \[2\], and the weight \[3\]",
+        ),
+        (
+            {"w": [((0,), torch.ones(2))], "optimizer.state.exp_avg.w": [((0,), torch.ones(2).int())]},
+            "of the type int32",
+        ),
+    ],
+)
+def test_tensors_that_are_not_understood_are_refused(
+    tmp_path: Path, tensors: dict[str, Chunks], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        source_of(write_dist(tmp_path / "it", tensors, common()))
+
+
+def test_other_formats_and_missing_files_are_named(tmp_path: Path) -> None:
+    folder = write_dist(tmp_path / "it", Run().tensors(), common())
+    (folder / "common.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"common.pt is missing"):
+        source_of(folder)
+    (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(CheckpointError, match=r"Megatron's format 'zarr'; torch_dist is read"):
+        source_of(folder)
+
+
+def test_a_runs_folder_is_told_from_its_checkpoints(tmp_path: Path) -> None:
+    write_dist(tmp_path / "iter_0000003", Run().tensors(), common())
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(CheckpointError, match=r"a run's folder of Megatron's; give .*/iter_0000003"):
+        source_of(tmp_path)
+
+
+# --- nothing runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_nothing_runs_that_common_names(tmp_path: Path, how: str) -> None:
+    content = common(note=Runs(how, tmp_path / "ran"))
+    folder = write_dist(tmp_path / "it", Run().tensors(), content)
+    with pytest.raises(CheckpointError, match=rf"common\.pt has {RUNS[how]} pickled in it"):
+        source_of(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_classes_of_megatrons_stand_in_and_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("megatron.core.enums")
+    backend = type("AttnBackend", (), {"__module__": module.__name__})
+    module.AttnBackend = backend  # type: ignore[attr-defined]
+    for name in ("megatron", "megatron.core"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    folder = write_dist(tmp_path / "it", Run().tensors(), common(backend=backend(), tokens=7))
+    for name in ("megatron", "megatron.core", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    source = source_of(folder)
+    assert source.client_state == {"tokens": 7}
+    assert "backend: a <stand-in for megatron.core.enums.AttnBackend>" in source.left_out

@@ -1,0 +1,246 @@
+"""Torch's distributed checkpoint (DCP): what the names in it mean.
+
+What is saved is a nested dict of the script's own making. Known are the ones that are usual:
+
+    {"model": ..., "optim": ...}            by `torch.distributed.checkpoint.state_dict.get_state_dict`, or by
+                                            FSDP's own functions; also below one more key, as it is where a
+                                            class gives them ("app")
+    {<parameter>: ..., "optimizer": ...}    torchtitan's, whose weights have no key of their own
+    {<parameter>: ...}                      weights alone, with or without a key
+
+What else there is becomes the client state, as far as it is plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckpt import DTYPES, CheckpointError, numpy_dtype
+from uni3d.foreign.dcp_layout import Layout, Steps
+from uni3d.foreign.dcp_optimizer import read_optimizer
+from uni3d.foreign.pickles import plain
+from uni3d.foreign.source import PARAMETER, ForeignArray, OptimizerState, Options, Source
+from uni3d.foreign.state_dicts import array_of
+
+_MODELS = frozenset({"model", "model_state_dict", "module", "state_dict"})
+_OPTIMIZERS = frozenset(
+    {"optim", "optimizer", "optimizers"}
+    | {f"{name}_state{end}" for name in ("optim", "optimizer") for end in ("", "_dict")}
+)
+_STEP = ("step", "global_step", "global_steps", "iteration")
+"""What scripts call the number of steps that were taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Which names are of what."""
+
+    weights: dict[str, str]
+    """The model's tensors: their names in the model, and in the checkpoint."""
+    optimizer: dict[str, Steps]
+    """By the names in the checkpoint, the rest of the path below the optimizer's own key."""
+    beside: list[str]
+    left_out: list[str] = field(default_factory=list)
+
+
+def read_dcp(path: Path, options: Options) -> Source:
+    """The model and its optimizer in a folder of DCP's.
+
+    Raises:
+        CheckpointError: something is missing or damaged, or it isn't known what is what.
+    """
+    layout = Layout(path, options)
+    parts = _parts(layout)
+    left_out = list(parts.left_out)
+    moments: list[ForeignArray] = []
+    optimizer: OptimizerState | None = None
+    if parts.optimizer and not options.weights_only:
+        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights)
+    elif parts.optimizer:
+        left_out.append("the optimizer's state: the weights alone were asked for")
+    grouped = {name for group in optimizer.groups for name in group["params"]} if optimizer else set()
+    arrays = []
+    for name, key in parts.weights.items():
+        if layout.tensors[key].dtype in DTYPES:
+            arrays.append(_weight(layout, name, key, options, trained=name in grouped))
+        else:
+            left_out.append(f"{key}: its type, {layout.tensors[key].dtype}, can't be stored")
+    aliases = _tied(layout, parts.weights, [a for a in arrays if a.state == PARAMETER], grouped)
+    for alias, first in aliases.items():
+        left_out.append(f"{parts.weights[alias]}: the same numbers as {first}, and so taken to be tied to it")
+    arrays = [array for array in arrays if array.name not in aliases]
+    client_state, others = _beside(layout, parts.beside)
+    parameters = {array.name for array in arrays if array.state == PARAMETER}
+    return Source(
+        kind="dcp",
+        where=str(path),
+        arrays=[*arrays, *moments],
+        frozen=frozenset(parameters - grouped) if optimizer else frozenset(),
+        aliases=aliases,
+        optimizer=optimizer,
+        step=_step(client_state, optimizer),
+        client_state=client_state,
+        left_out=[*left_out, *others],
+    )
+
+
+def _weight(layout: Layout, name: str, key: str, options: Options, *, trained: bool) -> ForeignArray:
+    tensor, read = layout.tensors[key], partial(layout.read, key)
+    if not trained:
+        return array_of(name, tensor.dtype, tensor.shape, read, options, key)
+    return ForeignArray(
+        name=name, state=PARAMETER, dtype="float32", shape=tensor.shape, read=read, origin=key
+    )
+
+
+def _tied(
+    layout: Layout, keys: Mapping[str, str], parameters: list[ForeignArray], trained: set[str]
+) -> dict[str, str]:
+    """Names of tied weights, each with the name of the one that is kept.
+
+    A state_dict has them under each of their names, and DCP stores each. They are told by their numbers, if
+    these aren't all the same; of two that are trained, none is the other.
+    """
+    alike: dict[Any, list[str]] = {}
+    for array in parameters:
+        tensor = layout.tensors[keys[array.name]]
+        alike.setdefault((tensor.dtype, tensor.shape), []).append(array.name)
+    aliases: dict[str, str] = {}
+    for (dtype, _), names in alike.items():
+        by_sample: dict[bytes, list[str]] = {}
+        for name in names if len(names) > 1 else []:
+            by_sample.setdefault(layout.sample(keys[name]), []).append(name)
+        for sample, same in by_sample.items():
+            item = numpy_dtype(dtype).itemsize
+            if len(same) == 1 or sample == sample[:item] * (len(sample) // item):
+                continue
+            first = next((name for name in same if name in trained), same[0])
+            for name in same:
+                if name not in trained | {first} and _equal(layout, keys[first], keys[name]):
+                    aliases[name] = first
+    return aliases
+
+
+def _equal(layout: Layout, one: str, other: str) -> bool:
+    mine, theirs = (np.ascontiguousarray(layout.read(key)).view(np.uint8) for key in (one, other))
+    return np.array_equal(mine, theirs)
+
+
+# --- which names are of what -----------------------------------------------------------------------------
+
+
+def _parts(layout: Layout) -> _Parts:
+    """What is the model's, what its optimizer's.
+
+    Raises:
+        CheckpointError: there are several models or optimizers, or no weights.
+    """
+    optimizer = _prefix(layout, _OPTIMIZERS, "optimizers")
+    of_optimizer = _below(layout.steps, optimizer) if optimizer else {}
+    rest = {key: steps for key, steps in layout.steps.items() if key not in of_optimizer}
+    model = _prefix(layout, _MODELS, "models")
+    found: dict[str, Steps]
+    if model is None:
+        model = optimizer[:-1] if optimizer else ()
+        found = {key: steps for key, steps in _below(rest, model).items() if len(steps) == 1}
+        if not found.keys() & layout.tensors.keys():
+            heads: set[str | int] = {steps[0] for key, steps in rest.items() if key in layout.tensors}
+            if len(heads) != 1:
+                raise CheckpointError(_no_weights(layout, heads))
+            model = tuple(heads)
+            found = _below(rest, model)
+    else:
+        found = _below(rest, model)
+    named = {".".join(map(str, steps)): key for key, steps in found.items()}
+    weights = {name: key for name, key in named.items() if key in layout.tensors}
+    if not weights:
+        raise CheckpointError(_no_weights(layout, set()))
+    if flat := next((name for name in weights if name.rpartition(".")[2].startswith("_flat_param")), None):
+        raise CheckpointError(
+            f"{layout.path} has {flat}, in which FSDP laid parameters end to end: it was saved from a local "
+            "state_dict, which doesn't say which they are; save the sharded one, or the whole one"
+        )
+    in_model = set(found) if model else set(weights.values())
+    not_tensors = sorted(in_model - set(weights.values()))
+    return _Parts(
+        weights=weights,
+        optimizer=of_optimizer,
+        beside=[key for key in rest if key not in in_model],
+        left_out=[f"{key}: of the model, but not a tensor" for key in not_tensors],
+    )
+
+
+def _prefix(layout: Layout, known: frozenset[str], what: str) -> Steps | None:
+    """The path, of one or two keys, whose last key is one of the `known`; None if there is none."""
+    found = {
+        steps[:depth]: None
+        for steps in layout.steps.values()
+        for depth in (1, 2)
+        if len(steps) > depth and steps[depth - 1] in known and not known & set(steps[: depth - 1])
+    }
+    if len(found) > 1:
+        names = ", ".join(".".join(map(str, steps)) for steps in found)
+        raise CheckpointError(
+            f"{layout.path} has several {what}: {names}; save the one that is to be imported"
+        )
+    return next(iter(found), None)
+
+
+def _below(steps: Mapping[str, Steps], prefix: Steps) -> dict[str, Steps]:
+    """The names whose paths begin with `prefix`, each with the rest of its path."""
+    n = len(prefix)
+    return {key: each[n:] for key, each in steps.items() if len(each) > n and each[:n] == prefix}
+
+
+def _no_weights(layout: Layout, heads: set[Any]) -> str:
+    keys = sorted({str(steps[0]) for steps in layout.steps.values()})
+    found = f"its keys are {', '.join(keys[:12])}"
+    if heads:
+        found = f"there are tensors under {', '.join(sorted(map(str, heads)))}"
+    return f"{layout.path} has no weights at the top, nor under {', '.join(sorted(_MODELS))}; {found}"
+
+
+# --- what is beside --------------------------------------------------------------------------------------
+
+
+def _beside(layout: Layout, keys: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What is plain of the rest, nested as it was, and what isn't."""
+    client_state: dict[str, Any] = {}
+    left_out = []
+    for key in keys:
+        if key in layout.tensors and layout.tensors[key].shape not in ((), (1,)):
+            left_out.append(f"{key}: a tensor beside the model and the optimizer")
+            continue
+        try:
+            value = plain(layout.number(key) if key in layout.tensors else layout.object(key))
+        except TypeError as error:
+            left_out.append(f"{key}: beside the model and the optimizer, {error}")
+            continue
+        steps = [str(step) for step in layout.steps[key]]
+        place = client_state
+        for step in steps[:-1]:
+            place = place.setdefault(step, {})
+        place[steps[-1]] = value
+    for name in client_state:
+        if "sched" in name:
+            left_out.append(
+                f"{name}: a schedule of torch's, which goes into the client state; the rate of the next step "
+                "is that of the optimizer's groups"
+            )
+    return client_state, left_out
+
+
+def _step(client_state: dict[str, Any], optimizer: OptimizerState | None) -> int:
+    """The steps taken: as the script counted them, or else as the optimizer did."""
+    for holder in (client_state.get("train_state"), client_state):
+        for name in _STEP:
+            if isinstance(holder, dict) and isinstance(holder.get(name), int):
+                return int(holder[name])
+    numbers = [each["step"] for each in optimizer.scalars.values() if "step" in each] if optimizer else []
+    return int(max(numbers, default=0))

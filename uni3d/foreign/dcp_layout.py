@@ -1,0 +1,297 @@
+"""A folder of torch's distributed checkpoint (DCP), without torch: what is in it, and where.
+
+`.metadata` is a pickle of the class `torch.distributed.checkpoint.metadata.Metadata`. It has the shape and
+the chunks of each tensor by name, for each chunk (and each object that isn't a tensor) the file and the bytes
+in it, and for each name the path that it had in the nested dict which was saved. What lies at such a place is
+a whole file of `torch.save`, so that each chunk has checksums of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt import CheckpointError, numpy_dtype
+from uni3d.foreign.pickles import Function, StandIn, TypeName, read_pickle
+from uni3d.foreign.source import Options
+from uni3d.foreign.torch_files import NAMES, StoredTensor, TorchFile
+
+METADATA = ".metadata"
+_SAMPLE = 64
+_METADATA_NAMES = {**NAMES, "torch.serialization._get_layout": Function(TypeName)}
+
+Steps = tuple[str | int, ...]
+"""The keys and indices that lead to a value in nested dicts and lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Bytes in a file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A box of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedTensor:
+    """A tensor by its chunks, which cover each element once."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class Layout:
+    """What is in the folder.
+
+    Attributes:
+        tensors: by their names.
+        objects: where each value lies that isn't a tensor.
+        steps: for each name, where it was in the nested dict; in that dict's order.
+    """
+
+    def __init__(self, path: Path, options: Options) -> None:
+        """Read `.metadata`, and check that every file is there, and long enough.
+
+        Raises:
+            CheckpointError: something is missing, damaged, or written in a way that isn't read.
+        """
+        self.path, self._options = path, options
+        self._sizes: dict[str, int] = {}
+        content = self._metadata()
+        self.tensors: dict[str, ChunkedTensor] = {}
+        self.objects: dict[str, Place] = {}
+        try:
+            self._take(content)
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            raise CheckpointError(
+                f"{path / METADATA} isn't a distributed checkpoint's metadata as torch writes it: "
+                f"{type(error).__name__}: {error}"
+            ) from None
+        found = content.field("planner_data")
+        paths: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+        names = {**self.tensors, **self.objects}
+        order = [*(name for name in paths if name in names), *(name for name in names if name not in paths)]
+        self.steps: dict[str, Steps] = {name: _steps(paths.get(name, (name,))) for name in order}
+
+    def read(self, name: str, first: int | None = None) -> npt.NDArray[Any]:
+        """A whole tensor, verified; or the one at `first` of those that it has along its first dim.
+
+        Raises:
+            CheckpointError: a chunk is damaged, or isn't what the metadata says of it.
+        """
+        tensor = self.tensors[name]
+        if first is not None:  # each of its chunks is of one alone
+            rows = [chunk for chunk in tensor.chunks if chunk.offsets[0] == first]
+            part = [replace(chunk, offsets=(0, *chunk.offsets[1:])) for chunk in rows]
+            row: npt.NDArray[Any] = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
+            return row
+        return self._read(tensor, tensor.shape, tensor.chunks)
+
+    def _read(
+        self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[Chunk]
+    ) -> npt.NDArray[Any]:
+        if len(chunks) == 1:
+            return self._chunk(tensor, chunks[0])
+        values = np.empty(shape, numpy_dtype(tensor.dtype))
+        for chunk in chunks:
+            values[_slices(chunk)] = self._chunk(tensor, chunk)
+        return values
+
+    def sample(self, name: str) -> bytes:
+        """The first values of a tensor, not verified: what tells most tensors of one shape apart."""
+        tensor = self.tensors[name]
+        first = next((c for c in tensor.chunks if not any(c.offsets)), None)
+        if first is None or not prod(first.sizes):
+            return b""
+        return self._chunk(tensor, first, verify=False).ravel()[:_SAMPLE].tobytes()
+
+    def number(self, name: str) -> Any:
+        """The value of a tensor of one element."""
+        return self.read(name).reshape(()).item()
+
+    def object(self, name: str) -> Any:
+        """A value that isn't a tensor; in it, nothing is run (`pickles`).
+
+        Raises:
+            CheckpointError: it is damaged, or has something in it that isn't read.
+        """
+        return self._open(self.objects[name], name).load()
+
+    def _metadata(self) -> StandIn:
+        file = self.path / METADATA
+        if not file.is_file():
+            ranks = sorted(each.name for each in self.path.glob(f"__*{METADATA}"))
+            raise CheckpointError(
+                f"{self.path} has no {METADATA}"
+                + (
+                    f" but one per rank ({ranks[0]}, ...), as written with use_collectives=False, which "
+                    "isn't read; load it and save it again by torch"
+                    if ranks
+                    else ": it is no distributed checkpoint, or its save was cut short"
+                )
+            )
+        found = read_pickle(
+            file.read_bytes(), str(file), stand_ins=self._options.stand_ins, names=_METADATA_NAMES
+        )
+        if not isinstance(found, StandIn) or not found.name.endswith(".Metadata"):
+            raise CheckpointError(f"{file} holds {found!r}, not a distributed checkpoint's Metadata")
+        return found
+
+    def _take(self, content: StandIn) -> None:
+        """Take over which tensors and objects there are."""
+        places: dict[tuple[str, Any], Place] = {}
+        for index, info in content.field("storage_data").items():
+            name, offset = index.field("fqn"), index.field("offset")
+            key = (str(name), None if offset is None else tuple(offset))
+            if key in places:
+                raise CheckpointError(f"{self.path} has {name} at {offset} in two places")
+            places[key] = self._place(str(name), info)
+        for name, entry in content.field("state_dict_metadata").items():
+            if not entry.name.endswith(".TensorStorageMetadata"):
+                self.objects[name] = self._found(places, name, None)
+                continue
+            shape = tuple(entry.field("size"))
+            chunks = [
+                Chunk(
+                    offsets=tuple(each.field("offsets")),
+                    sizes=tuple(each.field("sizes")),
+                    place=self._found(places, name, tuple(each.field("offsets"))),
+                )
+                for each in entry.field("chunks")
+                if prod(each.field("sizes")) or not prod(shape)
+            ]
+            dtype = _dtype(entry.field("properties"))
+            tensor = ChunkedTensor(name=name, dtype=dtype, shape=shape, chunks=tuple(chunks))
+            check_cover(f"{self.path}: {name}", tensor)
+            self.tensors[name] = tensor
+
+    def _found(self, places: Mapping[Any, Place], name: str, offset: Any) -> Place:
+        if (name, offset) not in places:
+            at = "" if offset is None else f" at {list(offset)}"
+            raise CheckpointError(f"{self.path / METADATA} doesn't say where {name}{at} is stored")
+        return places[name, offset]
+
+    def _place(self, name: str, info: StandIn) -> Place:
+        if transforms := info.field("transform_descriptors"):
+            raise CheckpointError(
+                f"{self.path}: {name} was written through {', '.join(map(str, transforms))}, which isn't "
+                "read; save it again without extensions of the writer"
+            )
+        file = info.field("relative_path")
+        offset, length = info.field("offset"), info.field("length")
+        parts = PurePosixPath(file).parts
+        if not parts or PurePosixPath(file).is_absolute() or {"..", ""} & set(parts) or "\\" in file:
+            raise CheckpointError(f"{self.path / METADATA} names the file {file!r}, outside of its folder")
+        if file not in self._sizes:
+            try:
+                self._sizes[file] = (self.path / file).stat().st_size
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.path / file} is missing, which {METADATA} names") from None
+        size = self._sizes[file]
+        if not 0 <= offset <= offset + length <= size:
+            raise CheckpointError(
+                f"{self.path / file} has {size} bytes, and {name} should be at {offset} to "
+                f"{offset + length}: it was cut short"
+            )
+        return Place(file=file, offset=offset, length=length)
+
+    def _chunk(self, tensor: ChunkedTensor, chunk: Chunk, *, verify: bool = True) -> npt.NDArray[Any]:
+        stored = self._open(chunk.place, tensor.name, verify=verify).load()
+        what = f"{self.path / chunk.place.file}: {tensor.name} at {list(chunk.offsets)}"
+        if not isinstance(stored, StoredTensor):
+            raise CheckpointError(f"{what} is a {type(stored).__name__}, not a tensor")
+        if (stored.dtype, stored.shape) != (tensor.dtype, chunk.sizes):
+            raise CheckpointError(
+                f"{what} is {stored.dtype}{list(stored.shape)}, and {METADATA} says "
+                f"{tensor.dtype}{list(chunk.sizes)}"
+            )
+        return stored.read()
+
+    def _open(self, place: Place, name: str, *, verify: bool = True) -> TorchFile:
+        with (self.path / place.file).open("rb") as file:  # mapped for as long as an array of it is in use
+            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        data = whole[place.offset : place.offset + place.length]
+        # A file of safetensors begins with eight bytes for the length of the JSON that follows.
+        if bytes(data[:2]) != b"PK" and bytes(whole[8:9]) == b"{":
+            raise CheckpointError(
+                f"{self.path / place.file} holds {name} in the format of safetensors, as of torch's "
+                "HuggingFaceStorageWriter, which isn't read in parts; consolidate it, and import that"
+            )
+        return TorchFile(
+            self.path / place.file,
+            data=data,
+            verify=verify and self._options.verify,
+            stand_ins=self._options.stand_ins,
+        )
+
+
+def check_cover(what: str, tensor: ChunkedTensor) -> None:
+    """Check that the chunks cover every element once.
+
+    The tensor is cut wherever any chunk begins or ends, so each chunk is a whole number of the pieces.
+
+    Raises:
+        CheckpointError: they leave a gap, overlap, or reach beyond it.
+    """
+    for chunk in tensor.chunks:
+        box = list(zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True))
+        if not all(0 <= begin <= begin + size <= whole for begin, size, whole in box):
+            raise CheckpointError(f"{what} has a chunk {_box(chunk)} beyond its shape {list(tensor.shape)}")
+    cuts = [{0, whole} for whole in tensor.shape]
+    for chunk in tensor.chunks:
+        for edges, begin, size in zip(cuts, chunk.offsets, chunk.sizes, strict=True):
+            edges |= {begin, begin + size}
+    places = [sorted(edges) for edges in cuts]
+    count = np.zeros([len(each) - 1 for each in places], np.uint8)
+    index = [{edge: i for i, edge in enumerate(each)} for each in places]
+    for chunk in tensor.chunks:
+        part = tuple(
+            slice(at[begin], at[begin + size])
+            for at, begin, size in zip(index, chunk.offsets, chunk.sizes, strict=True)
+        )
+        if count[part].any():
+            raise CheckpointError(f"{what} has a chunk {_box(chunk)} that overlaps another one")
+        count[part] = 1
+    if not count.all():
+        gap = [each[i] for each, i in zip(places, np.argwhere(count == 0)[0], strict=True)]
+        raise CheckpointError(f"{what} has no chunk at {gap}: the checkpoint has a gap")
+
+
+def _steps(path: Any) -> Steps:
+    steps = tuple(path) if isinstance(path, tuple | list) else ()
+    if not steps or not all(isinstance(step, str | int) for step in steps):
+        raise CheckpointError(f"{METADATA} has {path!r} for a path")
+    return steps
+
+
+def _slices(chunk: Chunk) -> tuple[slice, ...]:
+    return tuple(map(slice, chunk.offsets, map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
+
+
+def _box(chunk: Chunk) -> str:
+    return f"{list(chunk.sizes)} at {list(chunk.offsets)}"
+
+
+def _dtype(properties: StandIn) -> str:
+    state = properties.state
+    found = state[0] if isinstance(state, tuple) else properties.field("dtype")
+    return str(found.name).removeprefix("torch.")

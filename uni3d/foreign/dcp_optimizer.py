@@ -1,0 +1,169 @@
+"""An optimizer's state in torch's distributed checkpoint.
+
+Its parts go by parameter names, as `get_state_dict` has them, in one of two forms:
+
+    state.<parameter>.exp_avg, param_groups.0.lr, param_groups.0.params
+    state.<parameter>.exp_avg, param_groups.<parameter>.lr      with `flatten_optimizer_state_dict`
+
+In the second one each parameter has hyperparameters of its own, and those with the same ones are a group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from ckpt import DTYPES, CheckpointError
+from uni3d.foreign.dcp_layout import Layout, Steps
+from uni3d.foreign.pickles import plain
+from uni3d.foreign.source import ForeignArray, OptimizerState
+from uni3d.foreign.torch_files import StoredTensor
+
+HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Hyperparameters that say how a step is computed, not what it computes."""
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def read_optimizer(
+    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any]
+) -> tuple[list[ForeignArray], OptimizerState]:
+    """The moments, and what there is beside.
+
+    Args:
+        layout: the checkpoint.
+        keys: the optimizer's names in it, each with the path below the optimizer's own.
+        names: of the model's tensors.
+
+    Raises:
+        CheckpointError: it isn't known of which parameters something is.
+    """
+    arrays: list[ForeignArray] = []
+    scalars: dict[str, dict[str, Any]] = {}
+    listed: dict[int, dict[str, Any]] = {}  # group by its number
+    own: dict[str, dict[str, Any]] = {}  # hyperparameters by parameter
+    for key, path in keys.items():
+        joined = ".".join(map(str, path))
+        tensor = layout.tensors.get(key)
+        if joined.startswith("state.") and tensor is not None and tensor.shape:
+            name, state = _split(layout, key, joined.removeprefix("state."), names)
+            arrays.append(moment(layout, key, name, state))
+            continue
+        value = layout.number(key) if tensor is not None else layout.object(key)
+        for steps, each in _leaves(path, value):
+            text = ".".join(map(str, steps))
+            kind, _, rest = text.partition(".")
+            if kind == "state":
+                name, state = _split(layout, key, rest, names)
+                scalars.setdefault(name, {})[state] = _number(layout, key, each)
+            elif kind == "param_groups" and len(steps) > 2 and isinstance(steps[1], int):
+                listed.setdefault(steps[1], {})[".".join(map(str, steps[2:]))] = _number(layout, key, each)
+            elif kind == "param_groups" and rest:
+                name, hyperparameter = _split(layout, key, rest, names)
+                own.setdefault(name, {})[hyperparameter] = _number(layout, key, each)
+            elif not (kind in ("state", "param_groups") and each in ({}, [])):
+                raise CheckpointError(f"{layout.path} has {key}, which is neither a state nor in a group")
+    groups = _listed_groups(layout, listed, names) if listed else _equal_groups(own)
+    grouped = {name for group in groups for name in group["params"]}
+    for name in (*scalars, *(array.name for array in arrays)):
+        if name not in grouped:
+            raise CheckpointError(
+                f"{layout.path} has the optimizer's state of {name}, but no parameter group that it is in; "
+                "flatten_optimizer_state_dict=True keeps them apart where there are pipeline stages"
+            )
+    return arrays, OptimizerState(type=kind_of(groups), groups=groups, scalars=scalars)
+
+
+def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
+    """A state of a parameter's; in float32 where it is of real numbers, as uni3d's are."""
+    tensor = layout.tensors[key]
+    dtype = "float32" if tensor.dtype in FLOATS else tensor.dtype
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{layout.path}: {key} has the type {dtype}, which can't be stored")
+    return ForeignArray(
+        name=name, state=state, dtype=dtype, shape=tensor.shape, read=partial(layout.read, key), origin=key
+    )
+
+
+def kind_of(groups: list[dict[str, Any]]) -> str | None:
+    """The optimizer's class, where its hyperparameters tell: torch's Adam and AdamW since torch 2.6."""
+    decoupled = {group.get("decoupled_weight_decay") for group in groups if "amsgrad" in group}
+    if decoupled == {True}:
+        return "AdamW"
+    return "Adam" if decoupled == {False} else None
+
+
+def _leaves(steps: Steps, value: Any) -> Iterator[tuple[Steps, Any]]:
+    """The parts of a dict, or of the list of groups, that was stored as a whole, as older torch does."""
+    if isinstance(value, Mapping) and value:
+        for key, each in value.items():
+            yield from _leaves((*steps, str(key)), each)
+    elif isinstance(value, list | tuple) and value and steps == ("param_groups",):
+        for i, each in enumerate(value):
+            yield from _leaves((*steps, i), each)
+    else:
+        yield steps, value
+
+
+def _split(layout: Layout, key: str, text: str, names: Mapping[str, Any]) -> tuple[str, str]:
+    """A parameter's name and what follows it."""
+    name = text
+    while name:
+        name, _, _ = name.rpartition(".")
+        if name in names:
+            return name, text[len(name) + 1 :]
+    head = text.partition(".")[0]
+    why = f"{text.rpartition('.')[0]} isn't among the model's tensors"
+    if head.isdecimal():
+        why = (
+            f"it numbers its parameters, as Optimizer.state_dict() does ({head} isn't one of the model's "
+            "names): save what torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives"
+        )
+    raise CheckpointError(
+        f"{layout.path}: of which parameter the optimizer has {key} isn't known: {why}; or take the weights "
+        "alone, by --weights-only"
+    )
+
+
+def _number(layout: Layout, key: str, value: Any) -> Any:
+    if isinstance(value, StoredTensor) and value.size == 1:
+        value = value.read().reshape(()).item()
+    try:
+        return plain(value)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{layout.path}: the optimizer has {key}, {error}, which can't be stored"
+        ) from None
+
+
+def _listed_groups(
+    layout: Layout, listed: dict[int, dict[str, Any]], names: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    groups = []
+    for i, group in sorted(listed.items()):
+        params = group.get("params")
+        unknown = [p for p in params if p not in names] if isinstance(params, list) else ["its parameters"]
+        if unknown:
+            raise CheckpointError(
+                f"{layout.path}: the optimizer's group {i} has {unknown[0]!r}, which isn't among the model's "
+                "tensors; save what torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives, "
+                "or take the weights alone, by --weights-only"
+            )
+        groups.append({"params": params, **clean(group)})
+    return groups
+
+
+def _equal_groups(own: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameters with the same hyperparameters, in the order of the first of each."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, values in own.items():
+        values = clean(values)
+        group = groups.setdefault(json.dumps(values, sort_keys=True), {"params": [], **values})
+        group["params"].append(name)
+    return list(groups.values())
+
+
+def clean(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's hyperparameters."""
+    return {key: value for key, value in group.items() if key != "params" and key not in HOW_NOT_WHAT}

@@ -1,0 +1,240 @@
+"""Megatron-core's distributed checkpoint, `torch_dist`: DCP's folder, with `metadata.json` and `common.pt`.
+
+Its tensors are the whole model's, by names of their own:
+
+    decoder.layers.mlp.linear_fc2.weight       of every layer, one above the other: an atom for each
+    decoder.layers.3.mlp.linear_fc2.weight     of one layer, where layers aren't all alike
+    ...mlp.linear_fc1.weight_w, ..._v          the two halves of a gated one, where they are kept apart
+    ...mlp.linear_fc1.layer_norm_weight        of the norm before it, however the model calls that
+    optimizer.state.exp_avg.<name>             a moment; `fp32_param` or `param` is the fp32 weight itself
+
+`common.pt` has what isn't split: counters, the command line, the optimizer's groups, but not which parameters
+are in them. Where the optimizer is kept in flat buckets, the order of the parameters in them is known to the
+run alone, and only the weights can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt import DTYPES, CheckpointError
+from uni3d.foreign.dcp_layout import Layout
+from uni3d.foreign.dcp_optimizer import FLOATS
+from uni3d.foreign.megatron_common import Common, read_common
+from uni3d.foreign.source import PARAMETER, ForeignArray, Options, Source
+from uni3d.foreign.state_dicts import array_of
+
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
+_STACKED = re.compile(r"((?:.*?\.)?layers)\.(?!\d+\.)(.+)")
+_HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])")
+_MASTERS = ("fp32_param", "param")
+_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Atom:
+    """A tensor of one layer's, or of none."""
+
+    name: str
+    state: str
+    """As Megatron calls it; empty for the weight that the model computes with."""
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], npt.NDArray[Any]]
+    key: str
+    """Where it is."""
+
+
+def read_megatron(path: Path, options: Options) -> Source:
+    """The model and its optimizer.
+
+    Raises:
+        CheckpointError: something is missing or damaged, or can't be read without Megatron.
+    """
+    _check_backend(path)
+    layout = Layout(path, options)
+    common = read_common(path, options)
+    atoms = _joined([atom for key in layout.tensors for atom in _atoms(layout, key)])
+    left_out = [*common.left_out, *_objects(layout)]
+    why_not = _unreadable(layout, common)
+    if why_not and not options.weights_only:
+        raise CheckpointError(f"{path}: {why_not}; or take the weights alone, by --weights-only")
+    if why_not:
+        left_out.append(f"the optimizer's state, with the fp32 weights: {why_not}")
+    masters = {atom.name: atom for atom in atoms if atom.state in _MASTERS}
+    moments = [atom for atom in atoms if atom.state and atom.state not in _MASTERS]
+    trained = {atom.name: atom.shape for atom in (*masters.values(), *moments)}
+    arrays = []
+    for atom in (atom for atom in atoms if not atom.state):
+        if atom.dtype not in DTYPES:
+            left_out.append(f"{atom.key}: its type, {atom.dtype}, can't be stored")
+        elif atom.name in trained:
+            arrays.append(_array(masters.pop(atom.name, atom), PARAMETER))
+        else:
+            arrays.append(
+                array_of(atom.name, atom.dtype, atom.shape, atom.read, options, f"{path.name}: {atom.key}")
+            )
+    known = {array.name for array in arrays}
+    for atom in (*masters.values(), *moments):
+        if atom.name not in known:
+            raise CheckpointError(f"{path} has {atom.key}, but no weight {atom.name}")
+    has_optimizer = bool(trained) and not options.weights_only
+    if options.weights_only and moments:
+        left_out.append("the optimizer's state: the weights alone were asked for")
+    optimizer = common.optimizer(trained, {atom.state for atom in moments}) if has_optimizer else None
+    parameters = {array.name for array in arrays if array.state == PARAMETER}
+    return Source(
+        kind="megatron",
+        where=str(path),
+        arrays=[*arrays, *(_array(atom, atom.state) for atom in moments if has_optimizer)],
+        frozen=frozenset(parameters - trained.keys()) if has_optimizer else frozenset(),
+        optimizer=optimizer,
+        step=common.step,
+        samples=common.samples,
+        batch=common.batch,
+        loss_scale=common.loss_scale,
+        writer=common.writer,
+        client_state=common.client_state,
+        left_out=[*left_out, *(common.of_groups if has_optimizer else [])],
+    )
+
+
+def _array(atom: _Atom, state: str) -> ForeignArray:
+    if atom.dtype not in FLOATS:
+        raise CheckpointError(f"{atom.key} is of the type {atom.dtype}; {', '.join(FLOATS)} are read")
+    return ForeignArray(
+        name=atom.name, state=state, dtype="float32", shape=atom.shape, read=atom.read, origin=atom.key
+    )
+
+
+def _check_backend(path: Path) -> None:
+    file = path / "metadata.json"
+    try:
+        backend = json.loads(file.read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} isn't Megatron's: {type(error).__name__}: {error}") from None
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{path} is in Megatron's format {backend!r}; torch_dist is read: convert it by Megatron, with "
+            "--ckpt-convert-format torch_dist"
+        )
+
+
+def _objects(layout: Layout) -> list[str]:
+    """A line for each kind of object that isn't read: extra states, of which there are some in each layer."""
+    kinds: dict[str, int] = {}
+    for key in layout.objects:
+        name = key.partition("/shard_")[0]
+        kind = "_extra_state" if name.endswith("_extra_state") else name
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return [f"{kind}: {n} objects of Megatron's, not tensors" for kind, n in sorted(kinds.items())]
+
+
+def _unreadable(layout: Layout, common: Common) -> str | None:
+    """Why the optimizer's state can't be read, if it can't."""
+    if any(_BUCKETS.match(key) for key in (*layout.tensors, *layout.objects)):
+        return (
+            f"the optimizer's state is in Megatron's format {common.sharding or 'dp_reshardable'}: flat "
+            "buckets, for which the order of the parameters in them isn't stored; save it with "
+            "--dist-ckpt-optim-fully-reshardable"
+        )
+    states = any(_STATE.match(key) for key in layout.tensors)
+    return common.no_groups if states else None
+
+
+# --- atoms -----------------------------------------------------------------------------------------------
+
+
+def _atoms(layout: Layout, key: str) -> Iterator[_Atom]:
+    """The atoms in one of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: it is of experts, or of a shape that isn't understood.
+    """
+    if _BUCKETS.match(key):
+        return
+    match = _STATE.fullmatch(key)
+    state, name = match.groups() if match else ("", key)
+    if ".experts." in name:
+        raise CheckpointError(f"{layout.path} has {key}: a mixture of experts, which isn't read")
+    tensor = layout.tensors[key]
+    shape, grid = tensor.shape, None
+    if state and name in layout.tensors and shape != layout.tensors[name].shape:
+        shape = layout.tensors[name].shape
+        grid = _grid(f"{layout.path}: {key}", tensor.shape, shape)
+    stacked = _STACKED.fullmatch(name)
+    if stacked is None:
+        read = partial(_shaped, partial(layout.read, key), shape, grid)
+        yield _Atom(name=name, state=state, dtype=tensor.dtype, shape=shape, read=read, key=key)
+        return
+    if any(chunk.sizes[:1] != (1,) for chunk in tensor.chunks):
+        raise CheckpointError(f"{layout.path} has {key}, which should be of one layer above the other")
+    if grid and grid[0] != shape[0]:
+        raise CheckpointError(f"{layout.path} has {key} in the shape {list(tensor.shape)}, across layers")
+    for layer in range(shape[0]):
+        yield _Atom(
+            name=f"{stacked[1]}.{layer}.{stacked[2]}",
+            state=state,
+            dtype=tensor.dtype,
+            shape=shape[1:],
+            read=partial(_shaped, partial(layout.read, key, layer), shape[1:], grid and grid[1:]),
+            key=f"{key}[{layer}]",
+        )
+
+
+def _grid(what: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
+    """Into how many parts each dim is cut, where each part of the tensor is stored flat.
+
+    So does Megatron before 0.14, with `fully_sharded_model_space`: `[X / x, Y / y, x * y]` for `[X, Y]`.
+    """
+    grid = shape[:-1]
+    fits = len(grid) == len(whole) and all(n and not whole[i] % n for i, n in enumerate(grid))
+    if not fits or prod(shape) != prod(whole):
+        raise CheckpointError(f"{what} has the shape {list(shape)}, and the weight {list(whole)}")
+    return grid
+
+
+def _shaped(
+    read: Callable[[], npt.NDArray[Any]], shape: tuple[int, ...], grid: tuple[int, ...] | None
+) -> npt.NDArray[Any]:
+    values = read()
+    if grid is None:
+        return values
+    parts = [n // each for n, each in zip(shape, grid, strict=True)]
+    n = len(shape)
+    order = [axis for pair in zip(range(n), range(n, 2 * n), strict=True) for axis in pair]
+    return values.reshape([*grid, *parts]).transpose(order).reshape(shape)
+
+
+def _joined(atoms: list[_Atom]) -> list[_Atom]:
+    """The atoms with the halves of gated layers put together: gate above value, as the model has them."""
+    halves = {(atom.name, atom.state): atom for atom in atoms if _HALF.fullmatch(atom.name)}
+    out = []
+    for atom in atoms:
+        match = _HALF.fullmatch(atom.name)
+        if match is None:
+            out.append(atom)
+            continue
+        name, half = match.groups()
+        other = halves.get((f"{name}_{'v' if half == 'w' else 'w'}", atom.state))
+        if other is None or other.shape[1:] != atom.shape[1:] or other.dtype != atom.dtype:
+            raise CheckpointError(f"{atom.key} has no other half that fits")
+        if half == "w":
+            shape = (atom.shape[0] + other.shape[0], *atom.shape[1:])
+            read = partial(_stack, atom.read, other.read)
+            out.append(replace(atom, name=name, shape=shape, read=read, key=f"{atom.key} and {other.key}"))
+    return out
+
+
+def _stack(*parts: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate([read() for read in parts])
