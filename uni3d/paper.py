@@ -314,7 +314,7 @@ def _record(chunk_bytes: int) -> str:
 
 def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:
     """About how many bytes the manifest has beside what it says of chunks."""
-    size = 1000  # versions, topology, counters, an optimizer's hyperparameters, a schedule
+    size = 2450  # versions, topology, counters, hyperparameters, a schedule, what the model says of itself
     document = len(f'"/{ZARR}": {{"size":350,"crc32c":"{"0" * 8}"}},')
     for atom in atoms:
         size += len(f'"{atom}":{{"requires_grad":true}},"{atom}",')
