@@ -47,6 +47,8 @@ class ParallelModel:
     """Weights that tensor parallelism, of any degree, cuts along their second dim."""
     sequence_parallel: bool
     """Whether the tensor-parallel ranks split sequences."""
+    layers: list[list[str]] | None
+    """By place on the pipeline axis, the layers there; None for a model that isn't a chain."""
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter of this rank is known everywhere."""
@@ -75,10 +77,12 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
 
     module, placement, stage_names, repeating = model, Placement(ranks=(0,)), [_names(model)], blocks(model)
     stretches: Sequence[nn.Module] = [model]
+    kept: list[list[str]] | None = None
     if layers is not None:
         placement = Placement.of(settings, degrees.pp)
         stages = split_layers(model, layers, placement.stages, settings.balance)
-        stage_names = [_names(model, kept) for kept in stages]
+        stage_names = [_names(model, names) for names in stages]
+        kept = [[name for i in placement.on(place) for name in stages[i]] for place in range(degrees.pp)]
         repeating = blocks(model, layers)
         module = Chain(model, [stages[i] for i in placement.on(topology.pp_rank)])
         stretches = module.stretches()
@@ -113,6 +117,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         else Pipeline(zeros, placement, topology, loss_fn, settings.schedule),
         rowwise=rowwise,
         sequence_parallel=settings.sequence_parallel,
+        layers=kept,
     )
 
 

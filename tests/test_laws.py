@@ -188,6 +188,11 @@ COMMANDS = {
     "ckpt.save(run, 't', [shard], plan=plan, comm=ckpt.Solo(), document={'step': 1})\n"
     "try: uni3d.cli.app(['doctor', run, '--world-size', '2'])\n"
     "except SystemExit as done: assert done.code == 1",
+    "uni3d plot": "import uni3d.cli, pathlib, tempfile\n"
+    "run = pathlib.Path(tempfile.mkdtemp())\n"
+    'run.joinpath("metrics.jsonl").write_text(\'{"step": 1, "loss": 2.5}\\n\')\n'
+    "try: uni3d.cli.app(['plot', str(run), str(run / 'plot.png')])\n"
+    "except SystemExit as done: assert not done.code",
     "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
 }
 

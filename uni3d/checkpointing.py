@@ -164,7 +164,8 @@ class Checkpointer:
     def _document(self, client_state: dict[str, Any], frozen: bool) -> dict[str, Any]:
         """Everything in the manifest but the arrays, as this rank's stage has it. Local."""
         engine = self._engine
-        degrees, scheduler = engine.model.topology.degrees, engine.lr_scheduler
+        topology, scheduler = engine.model.topology, engine.lr_scheduler
+        degrees = topology.degrees
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         description = describe(engine.model, engine.optimizer, frozen=frozen)
         description["model"]["declared"] = self.declared
@@ -176,6 +177,8 @@ class Checkpointer:
                 "torch": str(torch.__version__),
                 "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
                 "zero_stage": engine.model.zero.stage,
+                "shard_group": topology.mesh["shard"].size(),
+                "layers": engine.model.layers,
             },
             **description,
             "aliases": engine.model.ties,

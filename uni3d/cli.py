@@ -19,6 +19,7 @@ from uni3d import (
     cli_import,
     cli_inspect,
     cli_plan,
+    cli_plot,
     cli_upkeep,
 )
 from uni3d.terminal import complain, say
@@ -69,14 +70,15 @@ def _paragraphs(command: Callable[..., None]) -> str:
 
 for command in (
     cli_inspect.inspect,
-    cli_diff.diff,
-    cli_export.export,
     cli_upkeep.verify,
-    cli_upkeep.clean,
-    cli_upkeep.prune,
+    cli_diff.diff,
     cli_doctor.doctor,
+    cli_export.export,
+    cli_import.import_,
+    cli_plot.plot,
     cli_plan.plan,
     cli_config.config,
+    cli_upkeep.clean,
+    cli_upkeep.prune,
 ):
-    app.command(help=_paragraphs(command))(command)
-app.command("import", help=_paragraphs(cli_import.import_))(cli_import.import_)
+    app.command(command.__name__.rstrip("_"), help=_paragraphs(command))(command)

@@ -88,15 +88,9 @@ def _asked(
 ) -> Asked:
     from uni3d.cli_plan import _BYTES, number
     from uni3d.doctor_fit import Asked
+    from uni3d.paper import check_world_size
 
     given = {axis: n for axis, n in {"pp": pp, "dp": dp, "tp": tp}.items() if n is not None}
-    product = 1
-    for n in given.values():
-        product *= n
-    equation = " * ".join(f"{axis}({n})" for axis, n in given.items())
-    if world % product:
-        raise ValueError(f"{equation} doesn't divide --world-size {world}; change one of them")
-    if len(given) == 3 and product != world:
-        raise ValueError(f"{equation} = {product} isn't --world-size {world}; leave one out")
+    check_world_size(world, given)
     limit = None if memory is None else number(memory, _BYTES, "--memory", "80GiB or 80GB")
     return Asked(world=world, pp=pp, dp=dp, tp=tp, zero=zero, memory=limit)

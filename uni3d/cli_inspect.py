@@ -56,7 +56,7 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
                 "latest": not alone and checkpoint.tag == newest.tag,
                 "step": manifest["step"],
                 "created": manifest["created"],
-                "written on": _topology(manifest["writer"]),
+                "written on": _written_on(manifest),
                 "atoms": len(checkpoint.atoms),
                 "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
             }
@@ -64,10 +64,11 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _topology(writer: dict[str, Any]) -> str:
-    if "imported" in writer:
-        return f"imported from {writer['imported']['from']}"
-    return " ".join(f"{axis}{n}" for axis, n in writer["topology"].items()) + f" zero{writer['zero_stage']}"
+def _written_on(manifest: dict[str, Any]) -> str:
+    from uni3d.holders import imported_from, written_on
+
+    imported = imported_from(manifest)
+    return str(written_on(manifest) or "unknown") if imported is None else f"imported from {imported}"
 
 
 def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def clean(run: RunOnly, dry_run: DryRun = False, as_json: AsJson = False) -> Non
 
     No save may be going on in the run meanwhile: it looks the same, and would lose what it has written.
     """
-    store = _store(run)
+    store = run_store(run)
     names = store.leftovers() if dry_run else store.clean()
     if as_json:
         say_json({"removed": names, "dry_run": dry_run})
@@ -150,7 +150,7 @@ def prune(
     import ckpt
 
     retention = ckpt.Retention(keep_last=keep_last, keep_every=keep_every)
-    store = _store(run)
+    store = run_store(run)
     tags = ckpt.committed_tags(store)
     if not tags:
         raise ckpt.CheckpointError(
@@ -166,7 +166,7 @@ def prune(
     say(f"{'would keep' if dry_run else 'kept'} {', '.join(kept)}")
 
 
-def _store(run: str) -> Store:
+def run_store(run: str) -> Store:
     """The place of a run that must be there: a mistyped name must not look like one with nothing to do."""
     import ckpt
     from ckpt.format import MANIFEST

@@ -1,8 +1,8 @@
 """What a model says of itself, as the manifest keeps it: how it may be split, and what it is to Hugging Face.
 
 Whoever has the checkpoint and not the code can then tell which topologies the run could go on with
-(`uni3d doctor`), what each rank would hold, and make a folder that `transformers` loads
-(`uni3d export --format hf`).
+(`uni3d doctor`), what each rank would hold (`uni3d plot --layout`), and make a folder that `transformers`
+loads (`uni3d export --format hf`).
 """
 
 from __future__ import annotations

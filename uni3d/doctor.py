@@ -1,6 +1,7 @@
 """Whether a checkpoint would resume on so many ranks: what `uni3d doctor` finds out.
 
 resharding         what each rank of a topology would hold of the checkpoint's arrays
+holders            where it comes from
 planned_reads      what it would read for that
 doctor_memory      what that takes of its memory
 doctor_fit         which topologies there are, and why not others
@@ -20,6 +21,7 @@ from uni3d import doctor_config
 from uni3d.config import load_config
 from uni3d.doctor_fit import Answer, Asked, Fitter, Topology
 from uni3d.doctor_memory import Known
+from uni3d.holders import imported_from, written_on, zero_so_far
 from uni3d.planned_reads import reads
 from uni3d.resharding import Source
 from uni3d.terminal import in_bytes
@@ -44,13 +46,12 @@ def examine(
     values = _values(config_path, known)
     config = None if values is None else load_config(values)
     whole = _whole(run, checkpoint)
-    engine = manifest.get("engine") or {}
-    zero = (manifest.get("writer") or {}).get("zero_stage", 0)
+    zero = zero_so_far(manifest)
     if config is not None and "stage" in config.zero_optimization.model_fields_set:
         zero = config.zero_optimization.stage
     fitter = Fitter(
         source=source,
-        batch=engine.get("train_batch_size", None if config is None else config.train_batch_size),
+        batch=source.batch if config is None or source.batch is not None else config.train_batch_size,
         zero=zero,
         config=config,
         values=values or {},
@@ -62,7 +63,7 @@ def examine(
     report = {
         "checkpoint": checkpoint.url.rstrip("/"),
         "world_size": asked.world,
-        **_about(manifest, source.declared.get("class"), checkpoint),
+        **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
         "warnings": [] if config is None else list(doctor_config.warnings(config, manifest)),
         "notes": list(doctor_config.notes(config, manifest)) + _own_shapes(source),
@@ -93,16 +94,17 @@ def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
     return values
 
 
-def _about(manifest: dict[str, Any], kind: str | None, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
-    writer, engine = manifest.get("writer") or {}, manifest.get("engine") or {}
+def _about(manifest: dict[str, Any], source: Source, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
+    ranks, engine = written_on(manifest), manifest.get("engine") or {}
     return {
         "tag": checkpoint.tag,
         "step": manifest.get("step"),
         "samples": engine.get("global_samples"),
-        "train_batch_size": engine.get("train_batch_size"),
+        "train_batch_size": source.batch,
         "created": manifest.get("created"),
-        "class": kind,
-        "written_on": {**writer.get("topology", {}), "zero": writer.get("zero_stage")},
+        "class": source.declared.get("class"),
+        "written_on": None if ranks is None else vars(ranks),
+        "imported_from": imported_from(manifest),
         "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
     }
 
@@ -142,8 +144,7 @@ def _nothing(answer: Answer, asked: Asked) -> str:
         need = in_bytes(least.need.total)
         return f"nothing fits {in_bytes(asked.memory)} a rank: the least is {need}, as {least}"
     given = ", ".join(f"{axis} {n}" for axis in ("pp", "dp", "tp") if (n := getattr(asked, axis)) is not None)
-    reasons = [f"{r.axis} {', '.join(map(str, r.degrees))} {r.why}" for r in answer.reasons]
-    why = f": {'; '.join(reasons)}" if len(reasons) <= FEW else ""
+    why = f": {'; '.join(map(str, answer.reasons))}" if len(answer.reasons) <= FEW else ""
     return f"there is no topology of {asked.world} ranks{f' with {given}' if given else ''}{why}"
 
 

@@ -12,7 +12,7 @@ from uni3d.config import Config
 from uni3d.doctor_memory import Known, Need, Precision, most, needs
 from uni3d.doctor_rules import nearest_batch, refused_zero
 from uni3d.paper import Ranks
-from uni3d.resharding import Cut, Source
+from uni3d.resharding import Cut, Refusal, Source
 
 NEARBY = 3
 """How many numbers of ranks are named on either side of one that fits nothing."""
@@ -81,6 +81,9 @@ class Reason:
     axis: str
     degrees: list[int]
     why: str
+
+    def __str__(self) -> str:
+        return f"{self.axis} {', '.join(map(str, self.degrees))} {self.why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,22 +175,16 @@ class Fitter:
     def _refused_stages(self) -> dict[int, str | None]:
         return {n: refused_zero(self.values, n) for n in range(4)}
 
-    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[tuple[str, int, str]]:
-        """The degrees that can't be: axis, degree, reason."""
+    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[Refusal]:
+        """The degrees that can't be."""
         cut = self.cut
         sequence = self.config is not None and self.config.parallel.sequence_parallel
-        if why := self.source.refuses_tp(tp, sequence_parallel=sequence):
-            yield "tp", tp, why
+        yield from self.source.refused(pp, dp, tp, cut, self.batch, sequence_parallel=sequence)
         if sequence and self.known is not None and self.known.document["seq_len"] % tp:
-            yield "tp", tp, f"doesn't divide the sequence of {self.known.document['seq_len']} tokens"
-        if why := self.source.refuses_pp(pp, cut.virtual_stages):
-            yield "pp", pp, why
-        if self.batch is not None and self.batch % dp:
-            yield "dp", dp, f"doesn't divide the global batch of {self.batch}"
-        elif self._batch(pp, dp) is None:
-            yield "dp", dp, f"leaves a share that schedule {cut.schedule} can't run on pp {pp}"
-        if cut.shard_group is not None and dp % cut.shard_group:
-            yield "dp", dp, f"isn't a multiple of the config's shard group of {cut.shard_group}"
+            length = self.known.document["seq_len"]
+            yield Refusal("tp", tp, f"doesn't divide the sequence of {length} tokens")
+        if (self.batch is None or self.batch % dp == 0) and self._batch(pp, dp) is None:
+            yield Refusal("dp", dp, f"leaves a share that schedule {cut.schedule} can't run on pp {pp}")
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
         """A rank's share, in micro batches as near as can be to the config's; None if there are no such."""

@@ -77,9 +77,10 @@ def _about(report: Mapping[str, Any]) -> str:
     if report["train_batch_size"] is not None:
         counts.append(f"global batch {report['train_batch_size']}")
     counts.append(f"{report['class'] or 'model'} of {in_bytes(report['bytes'])}")
-    written = " ".join(f"{axis}{n}" for axis, n in report["written_on"].items() if n is not None)
-    if written:
-        counts.append(f"from {written}")
+    if report["imported_from"]:
+        counts.append(f"imported from {report['imported_from']}")
+    elif report["written_on"]:
+        counts.append("from " + " ".join(f"{axis}{n}" for axis, n in report["written_on"].items()))
     if report["created"]:
         counts.append(str(report["created"])[:16].replace("T", " "))
     return ", ".join(counts)
@@ -162,7 +163,8 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"Topologies: {len(rows)}, {fits}. Memory of a rank by ZeRO stage{_without(report)}:"
     yield "    pp    dp    tp   micro x acc" + "".join(f"{f'ZeRO {stage}':>14}" for stage in stages)
     for row in rows[:SHOWN]:
-        batch = f"{row['samples_per_rank']} in all" if row["micro_batch"] is None else ""
+        share = row["samples_per_rank"]  # 0 where no global batch is known
+        batch = (f"{share} in all" if share else "-") if row["micro_batch"] is None else ""
         batch = batch or f"{row['micro_batch']} x {row['accumulation']}"
         needs = (row["memory_by_zero_stage"][stage]["total"] for stage in stages)
         cells = "".join(f"{in_bytes(n) + ('*' if limit and n > limit else ' '):>14}" for n in needs)

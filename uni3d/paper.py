@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -51,6 +51,9 @@ class Ranks:
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO stage {self.zero} doesn't exist; expected 0, 1, 2 or 3")
 
+    def __str__(self) -> str:
+        return f"pp{self.pp} dp{self.dp} tp{self.tp} zero{self.zero}"
+
     @property
     def of_a_stage(self) -> int:
         return self.dp * self.tp
@@ -58,6 +61,19 @@ class Ranks:
     @property
     def total(self) -> int:
         return self.pp * self.of_a_stage
+
+
+def check_world_size(world: int, degrees: Mapping[str, int]) -> None:
+    """Check that some degrees, or all three, go with a number of ranks.
+
+    Raises:
+        ValueError: they don't; shows the equation.
+    """
+    product, equation = prod(degrees.values()), " * ".join(f"{axis}({n})" for axis, n in degrees.items())
+    if world % product:
+        raise ValueError(f"{equation} doesn't divide --world-size {world}; change one of them")
+    if len(degrees) == 3 and product != world:
+        raise ValueError(f"{equation} = {product} isn't --world-size {world}; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +314,7 @@ def _record(chunk_bytes: int) -> str:
 
 def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:
     """About how many bytes the manifest has beside what it says of chunks."""
-    size = 1000  # versions, topology, counters, an optimizer's hyperparameters, a schedule
+    size = 2450  # versions, topology, counters, hyperparameters, a schedule, what the model says of itself
     document = len(f'"/{ZARR}": {{"size":350,"crc32c":"{"0" * 8}"}},')
     for atom in atoms:
         size += len(f'"{atom}":{{"requires_grad":true}},"{atom}",')

@@ -5,7 +5,7 @@ The manifest says which layers the model is a chain of, which modules tensor par
 load, by the rules by which training cuts a model: pipeline stages (`parallel.stages`), tensor parallelism
 along the dim that a style says (`parallel.tensor`), ZeRO along the first dim (`uni3d.paper.part_boxes`).
 Ranks at different places of the pipeline hold different arrays, those at the same place other boxes of the
-same ones.
+same ones. Who held what when a checkpoint was written is `uni3d.holders`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,25 @@ if TYPE_CHECKING:
     import ckpt
     from ckpt.read import ArrayInfo
 
-PARAMETER = "fp32"
-"""The state that is a parameter's own value."""
+PARAMETER, BUFFER = "fp32", "value"
+"""The states that are a parameter's and a buffer's own value."""
 
 _TP_DIMS = {
     **dict.fromkeys(("colwise", "colwise_gather_output", "colwise_logits", "embedding_rowwise"), 0),
     **dict.fromkeys(("rowwise", "rowwise_split_input"), 1),
 }
 """By style, the dim of a weight that is cut; a bias is cut along its only one, or not at all."""
+
+_WHOLE = (
+    "gather_input",
+    "sequence_parallel",
+    "replicated_with_grad_allreduce",
+    "moe_tp_experts",
+    "packed_colwise",
+)
+"""Styles that leave a module's weights whole, but for those of experts (`Source.tp_dim`)."""
+
+STYLES = (*_TP_DIMS, *_WHOLE)
 
 _EVENLY = ("colwise", "rowwise", "rowwise_split_input")
 """Styles that need a degree that divides."""
@@ -52,10 +63,23 @@ class Cut:
         return 1 if ranks.zero == 0 else self.shard_group or ranks.dp
 
 
+class Refusal(NamedTuple):
+    """A degree that can't be."""
+
+    axis: str
+    degree: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.axis} {self.degree} {self.why}"
+
+
 class Part(NamedTuple):
     """An array of which every rank at one place of the pipeline holds a box."""
 
     info: ArrayInfo
+    name: str
+    """Of its tensor there: of a tied one's names the first."""
     tp_dim: int | None
     whole: bool
     """Whether every rank has all of it, as of a buffer."""
@@ -99,13 +123,19 @@ class Source:
 
     def __init__(self, arrays: Mapping[ckpt.ArrayKey, ArrayInfo], manifest: Mapping[str, Any]) -> None:
         self._states: dict[str, list[ArrayInfo]] = defaultdict(list)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the parameters and buffers."""
         for key, info in arrays.items():
             self._states[key.atom].append(info)
+            if key.state in (PARAMETER, BUFFER):
+                self.shapes[key.atom] = info.shape
         model = manifest.get("model") or {}
         said = model.get("parameters", {})
         self._frozen = {name for name, of in said.items() if not of["requires_grad"]}
         self.declared: dict[str, Any] = model.get("declared") or {}
         self.aliases: dict[str, str] = manifest.get("aliases") or {}
+        self.writer: dict[str, Any] = manifest.get("writer") or {}
+        self.batch: int | None = (manifest.get("engine") or {}).get("train_batch_size")
         self.parameters = [
             name for name, infos in self._states.items() if any(i.key.state == PARAMETER for i in infos)
         ]
@@ -131,10 +161,22 @@ class Source:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Of a parameter, by any of its names."""
-        infos = self._states[self.aliases.get(parameter, parameter)]
-        return next(info.shape for info in infos if info.key.state == PARAMETER)
+        return self.shapes[self.aliases.get(parameter, parameter)]
 
     # --- what can't be -----------------------------------------------------------------------------------
+
+    def refused(
+        self, pp: int, dp: int, tp: int, cut: Cut, batch: int | None, *, sequence_parallel: bool = False
+    ) -> Iterator[Refusal]:
+        """The degrees that the model, or a global batch of so many samples, can't be split by."""
+        if why := self.refuses_tp(tp, sequence_parallel=sequence_parallel):
+            yield Refusal("tp", tp, why)
+        if why := self.refuses_pp(pp, cut.virtual_stages):
+            yield Refusal("pp", pp, why)
+        if batch is not None and batch % dp:
+            yield Refusal("dp", dp, f"doesn't divide the global batch of {batch}")
+        if cut.shard_group is not None and dp % cut.shard_group:
+            yield Refusal("dp", dp, f"isn't a multiple of the config's shard group of {cut.shard_group}")
 
     def refuses_pp(self, pp: int, virtual_stages: int = 1) -> str | None:
         """Why the model can't be cut into so many stages on so many ranks; None if it can."""
@@ -156,8 +198,8 @@ class Source:
         """Why the model's layers can't be split so many ways; None if they can. See `parallel.check_plan`."""
         if tp == 1:
             return None
-        if "tp_plan" not in self.declared:
-            return f"{self._unsaid('tp_plan')}, so that tp must be 1"
+        if why := self.untold_tp():
+            return f"{why}, so that tp must be 1"
         if "tp_refused" in self.declared:
             return f"{self.declared['tp_refused']}; tp must be 1"
         for name, (style, parts, size) in self._indivisible.items():
@@ -170,6 +212,13 @@ class Source:
                 "sequence_parallel needs 'embedding_rowwise' and 'sequence_parallel' in the model's tp_plan"
             )
         return None
+
+    def untold_tp(self) -> str | None:
+        """Why nobody knows here what tensor parallelism cuts; None if it is known."""
+        if "tp_plan" not in self.declared:
+            return self._unsaid("tp_plan")
+        odd = next(((name, style) for name, style in self.plan.items() if style not in STYLES), None)
+        return odd and f"the tp_plan has the style {odd[1]!r} for {odd[0]}, which isn't known here"
 
     def _unsaid(self, what: str) -> str:
         if not self.declared:
@@ -229,7 +278,7 @@ class Source:
         for stage, layers in enumerate(self._stretches(pp * cut.virtual_stages, cut.balance)):
             turn, rank = divmod(stage, pp)
             back = cut.schedule == "zero_bubble_v" and turn % 2
-            places[pp - 1 - rank if back else rank] += self._parts(layers)
+            places[pp - 1 - rank if back else rank] += self.parts(layers)
         self._places[pp, cut] = places
         return places
 
@@ -241,7 +290,7 @@ class Source:
             ]
         return self._kinds[pp, cut]
 
-    def _parts(self, layers: Collection[str] | None) -> list[Part]:
+    def parts(self, layers: Collection[str] | None) -> list[Part]:
         """The arrays of a stretch of layers, or of the model. Of a tied one's names the first here counts."""
         here: dict[str, str] = {}
         for name in self._of([*self.parameters, *self.aliases], layers):
@@ -252,9 +301,9 @@ class Source:
             for info in self._states[atom]:
                 alike = info.shape == self.shape(atom)
                 role: Any = own if info.key.state == PARAMETER else "state"
-                parts.append(Part(info, dim if alike else None, not alike, role))
+                parts.append(Part(info, name, dim if alike else None, not alike, role))
         for name in self._of(self.buffers, layers):
-            parts += [Part(info, None, True, "buffer") for info in self._states[name]]
+            parts += [Part(info, name, None, True, "buffer") for info in self._states[name]]
         return parts
 
     def _of(self, names: Sequence[str], layers: Collection[str] | None) -> list[str]:

@@ -7,26 +7,22 @@ import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from uni3d.pictures import COLOURS, make_figure, plain
 
 Row = dict[str, float]
 """One line of a metrics file: `step`, `loss`, `pp`, `dp`, `tp`, `zero` and others."""
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Told apart by colour-blind readers too (Okabe and Ito 2008)."""
-
 
 def draw(resized: list[Row], whole: list[Row], differences: list[float], limit: float, path: Path) -> None:
     """Both loss curves above, their relative difference by step below."""
-    figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
+    figure = make_figure(10, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
     figure.suptitle("One run on three topologies, and the same run never interrupted")
     draw_losses(top, resized, whole)
     draw_differences(bottom, [row["step"] for row in resized], differences, limit)
     for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.margins(x=0.01)
+        plain(axes)
     figure.savefig(path)
 
 

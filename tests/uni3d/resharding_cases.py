@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import oracle
 import torch
+from model import GPT, GPTConfig
 from small_models import OwnLoss, Stack, global_batches, make_engine, micro_batches, seeded
 from test_pipeline_module import tied_layers, token_loss
 from tied_gpt import gpt_engine
+from torch import Tensor, nn
 
 import uni3d
 from uni3d import paper
 from uni3d.pipe import PipelineModule
 from uni3d.resharding import Cut
 
-MODELS = ("gpt", "own", "stack", "list")
-"""With a plan and layers; with neither; with layers; a pipeline written as a list."""
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # on the ranks too
+
+UNTIED = oracle.MODEL | {"norm": "layernorm", "positions": "learned", "activation": "gelu"}
+
+
+class Biased(nn.Module):
+    """A chain of linear layers with biases, of sizes that 2 divides and 3 and 4 don't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pipeline_layers = ["inner", "last"]
+        self.tp_plan = {"inner.up": "colwise", "inner.down": "rowwise"}
+        self.inner = nn.Sequential()
+        self.inner.add_module("up", nn.Linear(5, 14))
+        self.inner.add_module("down", nn.Linear(14, 7))
+        self.inner.register_buffer("seen", torch.zeros(3))
+        self.last = nn.Linear(7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.inner(x))
+        return out
+
+    def loss_fn(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (outputs - targets).square().sum(), torch.tensor(outputs.numel())
+
+
+def untied() -> nn.Module:
+    with torch.device("meta"):
+        return GPT(GPTConfig(**UNTIED))
+
+
+def mixtral() -> nn.Module:
+    import hf_models
+
+    return hf_models.make("mixtral")
+
+
+MODELS: dict[str, Any] = {
+    "own": OwnLoss,  # with neither plan nor layers; the example's tied GPT has both, see `build`
+    "stack": Stack,  # with layers
+    "list": lambda: PipelineModule(tied_layers(), loss_fn=token_loss),
+    "untied": untied,
+    "biased": Biased,
+    "mixtral": mixtral,  # with a plan that splits experts
+}
 
 
 class Place(NamedTuple):
@@ -69,31 +117,35 @@ def build(place: Place) -> uni3d.Engine:
         return gpt_engine(
             place.pp, place.dp, place.tp, place.zero, parallel=parallel, zero_optimization=zero, **batch
         )
-    model: Any = {
-        "own": lambda: seeded(OwnLoss),
-        "stack": lambda: seeded(Stack),
-        "list": lambda: seeded(lambda: PipelineModule(tied_layers(), loss_fn=token_loss)),
-    }[place.model]()
-    return make_engine(model, micro=1, config={"parallel": parallel, "zero_optimization": zero})
+    config = {"parallel": parallel, "zero_optimization": zero}
+    return make_engine(seeded(MODELS[place.model]), micro=1, config=config)
 
 
 def save_case(model: str, run: str) -> None:
     engine = build(Place(model, 1, 1, 1, 0))
     if model == "gpt":
         engine.train_batch()
-    elif model == "list":
+    elif model != "mixtral":
         tokens = torch.arange(48).reshape(12, 4) % 11
-        engine.train_batch(micro_batches([(tokens, tokens)], engine))
-    else:
-        engine.train_batch(micro_batches(global_batches(1), engine))
+        data = {
+            "list": [(tokens, tokens)],
+            "untied": [(tokens, tokens)],
+            "biased": [(torch.ones(12, 5), torch.ones(12, 1))],
+        }
+        engine.train_batch(micro_batches(data.get(model) or global_batches(1), engine))
     engine.save_checkpoint(run)
     engine.wait_for_checkpoint()
 
 
-def held_case(place: Place, run: str) -> dict[str, Any]:
-    """What this rank has after a load, the bytes that it read, and how much memory its tensors take."""
+def held_case(place: Place, run: str, saved: str) -> dict[str, Any]:
+    """What this rank has after a load, the bytes that it read, and how much memory its tensors take.
+
+    It takes part in a save of the same.
+    """
     engine = build(place)
     engine.load_checkpoint(run)
+    engine.save_checkpoint(saved)
+    engine.wait_for_checkpoint()
     arrays = engine.checkpointer._inventory.arrays(engine.optimizer)
     sizes = {"fp32": 0, "value": 0, "states": 0}
     for spec, tensor, _ in arrays:

@@ -19,17 +19,40 @@ HEAD = TIED["vocab_size"] * TIED["hidden_size"]
 """Elements of their matrices."""
 
 
-def save_case(place: tuple[int, int, int, int], folder: str) -> None:
-    engine = gpt_engine(*place)
+def save_case(place: tuple[int, int, int, int], folder: str, config: dict[str, Any]) -> None:
+    engine = gpt_engine(*place, **config)
     engine.save_checkpoint(folder)
     engine.wait_for_checkpoint()
 
 
-@pytest.mark.parametrize("place", [(1, 1, 1, 0), (2, 1, 2, 1)])
-def test_how_it_may_be_split(ranks: Ranks, tmp_path, place):
-    ranks.run(place[0] * place[1] * place[2], save_case, place, str(tmp_path))
+V: dict[str, Any] = {
+    "parallel": {
+        "pp": 2,
+        "dp": 2,
+        "device": "cpu",
+        "schedule": "zero_bubble_v",
+        "virtual_stages": 2,
+        "balance": "uniform",
+    },
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "layers", "shard_group"),
+    [
+        ((1, 2, 1, 0), {}, [["embed", "layers.0", "layers.1", "layers.2", "norm", "head"]], 1),
+        ((2, 1, 2, 1), {}, [["embed", "layers.0", "layers.1"], ["layers.2", "norm", "head"]], 1),
+        ((2, 2, 1, 3), V, [["embed", "norm", "head"], ["layers.0", "layers.1", "layers.2"]], 2),
+    ],
+    ids=["copies", "stages", "V"],
+)
+def test_how_it_may_be_split_and_how_it_was(ranks: Ranks, tmp_path, place, config, layers, shard_group):
+    ranks.run(place[0] * place[1] * place[2], save_case, place, str(tmp_path), config)
     model = GPT(GPTConfig(**TIED))
-    assert ckpt.open_checkpoint(tmp_path).manifest["model"]["declared"] == {
+    manifest = ckpt.open_checkpoint(tmp_path).manifest
+    assert manifest["model"]["declared"] == {
         "class": "GPT",
         "pipeline_layers": model.pipeline_layers,
         "layer_flops": [1, *[1 + LAYER] * TIED["num_layers"], 1, 1 + HEAD],
@@ -37,7 +60,9 @@ def test_how_it_may_be_split(ranks: Ranks, tmp_path, place):
         "tp_plan": model.tp_plan,
         "tp_units": model.tp_units,
         "hugging_face": model.hugging_face,
-    }
+    }, "whatever the config's balance"
+    assert manifest["writer"]["layers"] == layers
+    assert manifest["writer"]["shard_group"] == shard_group
 
 
 class Heads(nn.Module):

@@ -17,9 +17,10 @@ from torch import nn
 
 import ckpt
 import parallel
+from parallel import tensor
 from parallel.combinations import check_combination
 from parallel.tensor import check_plan, expand_plan
-from uni3d import doctor_config
+from uni3d import doctor_config, resharding
 from uni3d.config import load_config
 from uni3d.declared import declared
 from uni3d.doctor import examine
@@ -176,6 +177,18 @@ def compare_degrees(model: Any) -> None:
     assert told.keys() == refused.keys()
     for degree, why in told.items():
         assert why in refused[degree] or "tp_refused" in said["declared"]
+
+
+def test_the_styles_that_are_known() -> None:
+    assert set(resharding.STYLES) == set(tensor._KNOWN)
+    arrays: Any = {
+        (key := ckpt.ArrayKey("a.weight", "fp32")): ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})
+    }
+    for style in (*tensor._KNOWN, "by a later release"):
+        source = Source(arrays, {"model": {"declared": {"tp_plan": {"a": style}}}})
+        assert (source.untold_tp() is None) == (style in tensor._KNOWN)
+    assert source.refuses_tp(1) is None
+    assert (source.refuses_tp(2) or "").startswith("the tp_plan has the style 'by a later release' for a")
 
 
 @pytest.mark.parametrize("virtual", [1, 2, 3])

@@ -1,16 +1,19 @@
-"""What a checkpoint says each rank of a topology would hold and read is what real ranks hold and read."""
+"""What a checkpoint says each rank of a topology held, would hold and would read is what real ranks do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Ranks
-from resharding_cases import MODELS, Place, held_case, save_case
+from resharding_cases import Place, held_case, save_case
 
 import ckpt
+from uni3d import paper
 from uni3d.doctor_memory import Precision, needs
+from uni3d.holders import Holders, resumed, writers
 from uni3d.planned_reads import reads
 from uni3d.resharding import Source
 
@@ -29,38 +32,94 @@ PLACES = [
     Place("stack", 3, 1, 1, 2),
     Place("list", 2, 2, 1, 1),
     Place("list", 3, 1, 1, 3),
+    Place("untied", 2, 1, 2, 0),
+    Place("biased", 1, 3, 1, 2),
+    Place("biased", 2, 1, 2, 3),
+    Place("mixtral", 1, 2, 2, 1),
 ]
+MORE = [
+    Place("gpt", 1, 2, 1, 0),
+    Place("gpt", 2, 1, 2, 1, "zero_bubble_v", 2, "parameters"),
+    Place("untied", 1, 3, 1, 2),
+    Place("untied", 1, 2, 2, 1),
+    Place("untied", 2, 2, 1, 3),
+    Place("untied", 4, 1, 1, 1),
+    Place("biased", 1, 1, 1, 0),
+    Place("biased", 1, 2, 2, 1),
+    Place("biased", 2, 2, 1, 3),
+]
+OWN = ("fp32", "value")
 
 
 @pytest.fixture(scope="module")
-def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A checkpoint of each model, written by one rank."""
     folder = tmp_path_factory.mktemp("runs")
-    for model in MODELS:
-        ranks.run(1, save_case, model, str(folder / model))
-    return {model: folder / model for model in MODELS}
+
+    def run_of(model: str) -> Path:
+        if not (folder / model).exists():
+            ranks.run(1, save_case, model, str(folder / model))
+        return folder / model
+
+    return run_of
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
-def test_what_is_told_is_what_real_ranks_do(ranks: Ranks, runs: dict[str, Path], place: Place) -> None:
-    checkpoint = ckpt.open_checkpoint(runs[place.model])
-    source = Source(checkpoint.arrays, checkpoint.manifest)
-    assert source.refuses_pp(place.pp, place.virtual) is None
-    assert source.refuses_tp(place.tp) is None
-    found = ranks.run(place.world, held_case, place, str(runs[place.model]))
+def source_of(run: Path) -> tuple[ckpt.Checkpoint, Source]:
+    checkpoint = ckpt.open_checkpoint(run)
+    return checkpoint, Source(checkpoint.arrays, checkpoint.manifest)
 
+
+@pytest.mark.parametrize(
+    "place", [*PLACES, *(pytest.param(place, marks=pytest.mark.slow) for place in MORE)], ids=str
+)
+def test_what_is_told_is_what_real_ranks_do(
+    ranks: Ranks, runs: Callable[[str], Path], tmp_path: Path, place: Place
+) -> None:
+    run = runs(place.model)
+    checkpoint, source = source_of(run)
+    assert not list(source.refused(place.pp, place.dp, place.tp, place.cut, 12))
+    found = ranks.run(place.world, held_case, place, str(run), str(tmp_path))
+    check_boxes(source, place, [rank["held"] for rank in found])
+    check_writers(source, place, tmp_path, [rank["held"] for rank in found])
+
+    read = [rank["read"] for rank in found]
+    planned = reads(checkpoint, source, place.ranks, place.cut)
+    assert (planned.most, planned.least, planned.total) == (max(read), min(read), sum(read))
+    check_memory(source, place, found)
+
+
+def check_boxes(source: Source, place: Place, held: list[Any]) -> None:
+    """The rules tell what the ranks hold of every array."""
     told: list[list[Any]] = [[] for _ in range(place.world)]
     of_stage = place.dp * place.tp
     for stage, parts in enumerate(source.places(place.pp, place.cut)):
         for part in parts:
             for i, box in enumerate(part.boxes(place.ranks, place.cut.shards(place.ranks))):
                 told[stage * of_stage + i].append((tuple(part.info.key), tuple(box)))
-    assert [rank["held"] for rank in found] == [sorted(boxes) for boxes in told]
+    assert held == [sorted(boxes) for boxes in told]
 
-    read = [rank["read"] for rank in found]
-    planned = reads(checkpoint, source, place.ranks, place.cut)
-    assert (planned.most, planned.least, planned.total) == (max(read), min(read), sum(read))
 
+def check_writers(source: Source, place: Place, saved: Path, held: list[Any]) -> None:
+    """The checkpoint that the ranks wrote tells what they held, and of other ranks what `source` tells."""
+    _, written = source_of(saved)
+    assert (written.declared, written.shapes) == (source.declared, source.shapes)
+    assert by_rank(writers(written)) == [
+        {atom: box for (atom, state), box in boxes if state in OWN} for boxes in held
+    ]
+    usual = by_rank(resumed(source, place.ranks))
+    assert (usual == by_rank(writers(written))) == (place.virtual == 1 and place.group is None)
+
+
+def by_rank(holders: Holders) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{} for _ in range(holders.ranks.total)]
+    for atom in {atom for parts in holders.places for atom in parts}:
+        for rank, box in holders.boxes(atom).items():
+            found[rank][atom] = tuple(box)
+    return found
+
+
+def check_memory(source: Source, place: Place, found: list[Any]) -> None:
+    of_stage = place.dp * place.tp
     for stage, need in enumerate(needs(source, place.ranks, place.cut, Precision(), 1)):
         most = {
             key: max(rank[key] for rank in found[stage * of_stage : (stage + 1) * of_stage])
@@ -73,3 +132,11 @@ def test_what_is_told_is_what_real_ranks_do(ranks: Ranks, runs: dict[str, Path],
             assert need.parameters == most["fp32"]
         elif "whole" in most:
             assert need.parameters == most["fp32"] + 4 * most["whole"]
+
+
+def test_the_cases_are_of_all_kinds(runs: Callable[[str], Path]) -> None:
+    """The test of the test above: ranks for which nothing is left, experts."""
+    biased = by_rank(resumed(source_of(runs("biased"))[1], paper.Ranks(pp=1, dp=3, tp=1, zero=2)))
+    assert any(0 in shape for held in biased for _, shape in held.values())
+    mixtral = source_of(runs("mixtral"))[1]
+    assert any(len(shape) == 3 and mixtral.tp_dim(name) == 2 for name, shape in mixtral.shapes.items())

@@ -1,0 +1,163 @@
+"""The two sides of a resize: a checkpoint's writers, and who went on with it, or could."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from uni3d.holders import Holders, imported_from, resumed, writers, written_on, zero_so_far
+from uni3d.paper import Ranks, check_world_size
+from uni3d.plot_layout import Side, name_ranks
+from uni3d.resharding import Source
+
+if TYPE_CHECKING:
+    from ckpt import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A topology, and what is where on it."""
+
+    when: str
+    """"before" or "after"."""
+    source: Source
+    """The checkpoint that is spoken of."""
+    holders: Holders
+    tag: str | None = None
+    """Of the checkpoint that was written there, if one was."""
+    imported: str | None = None
+    """Or what that was imported from."""
+
+
+def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None]) -> tuple[Place, Place]:
+    """The topology that wrote a checkpoint, and the one asked for, or else that of the run's next resize.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ValueError: the run can't be on one of them, a manifest doesn't say how, or there was no resize.
+    """
+    import ckpt
+
+    if any(value is not None for value in degrees.values()):
+        before = _written("before", checkpoint := ckpt.open_checkpoint(run, tag))
+        so_far = replace(before.holders.ranks, zero=zero_so_far(checkpoint.manifest))
+        ranks = _ranks(so_far, degrees)
+        return before, Place(when="after", source=before.source, holders=resumed(before.source, ranks))
+    first, second = _resize(run, tag)
+    return _written("before", first), _written("after", second)
+
+
+def _written(when: str, checkpoint: Checkpoint) -> Place:
+    source = Source(checkpoint.arrays, checkpoint.manifest)
+    try:
+        holders = writers(source)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.url}: {error}") from None
+    imported = imported_from(checkpoint.manifest)
+    return Place(when=when, source=source, holders=holders, tag=checkpoint.tag, imported=imported)
+
+
+def _ranks(so_far: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
+    """What isn't asked for is as it was; of the world size, dp takes what is left."""
+    asked = {axis: n for axis, n in degrees.items() if axis != "world-size" and n is not None}
+    ranks = replace(so_far, **asked)
+    world = degrees["world-size"]
+    if world is None:
+        return ranks
+    fixed = ("pp", "tp") if degrees["dp"] is None else ("pp", "dp", "tp")
+    check_world_size(world, {axis: getattr(ranks, axis) for axis in fixed})
+    return replace(ranks, dp=world // (ranks.pp * ranks.tp))
+
+
+def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """Two checkpoints of a run: `tag`, and the next one on another topology. Without a tag, the last such."""
+    import ckpt
+
+    advice = "give the topology after with --pp, --dp, --tp, --zero or --world-size"
+    newest = ckpt.open_checkpoint(run, tag)
+    if not newest.folder:
+        raise ValueError(f"{newest.url} is one checkpoint's own folder, so no other is known; {advice}")
+    tags = ckpt.committed_tags(run)
+    if tag is None:
+        after = newest
+        for earlier in reversed(tags[: tags.index(newest.tag)]):
+            before = ckpt.open_checkpoint(run, earlier)
+            if _differ(before, after):
+                return before, after
+            after = before
+        raise ValueError(f"{run} has no two checkpoints in a row on different topologies; {advice}")
+    for later in tags[tags.index(tag) + 1 :]:
+        after = ckpt.open_checkpoint(run, later)
+        if _differ(newest, after):
+            return newest, after
+    raise ValueError(f"{run} has no checkpoint after {tag} that was written on another topology; {advice}")
+
+
+def _differ(first: Checkpoint, second: Checkpoint) -> bool:
+    return written_on(first.manifest) != written_on(second.manifest)
+
+
+def choose_atom(before: Place, after: Place, wanted: str | None) -> str:
+    """The atom to draw; by default the largest matrix that is cut on one of the sides, else the largest.
+
+    Raises:
+        ValueError: there is none, or its shape isn't the same on both sides.
+    """
+    shapes = before.source.shapes
+    if wanted is not None:
+        name = before.source.aliases.get(wanted, wanted)
+        if name not in shapes:
+            raise ValueError(f"there is no atom {wanted!r}; `uni3d inspect RUN --atoms` lists them")
+        if after.source.shapes.get(name) != shapes[name]:
+            raise ValueError(
+                f"{name} is {list(shapes[name])} before, and {after.source.shapes.get(name)} after"
+            )
+        return name
+    both = [name for name, shape in shapes.items() if after.source.shapes.get(name) == shape]
+    if not both:
+        raise ValueError("the two checkpoints have no atom in common")
+    by_size = sorted(both, key=lambda name: (len(shapes[name]) == 2, prod(shapes[name])), reverse=True)
+    return next((name for name in by_size if _is_cut(name, before) or _is_cut(name, after)), by_size[0])
+
+
+def _is_cut(atom: str, place: Place) -> bool:
+    return any(box.shape != place.source.shapes[atom] for box in place.holders.boxes(atom).values())
+
+
+def side_of(atom: str, place: Place) -> Side:
+    """What is drawn and said of a side."""
+    ranks, boxes = place.holders.ranks, place.holders.boxes(atom)
+    on = f"{ranks} ({ranks.total} rank{'s' * (ranks.total != 1)})"
+    said = f", as {place.tag} was written" if place.tag else ""
+    if place.imported is not None:
+        on, said = f"imported from {place.imported}", f" as {place.tag}"
+    return Side(
+        title=f"{place.when.capitalize()}: {on}{said}",
+        ranks=ranks,
+        parts=boxes,
+        notes=_notes(atom, place, sorted(rank for rank, box in boxes.items() if 0 in box.shape)),
+    )
+
+
+def _notes(atom: str, place: Place, empty: list[int]) -> list[str]:
+    """Who has the atom under which name, and who nothing of it; what isn't known for sure."""
+    ranks, notes, without = place.holders.ranks, list[str](), list[int]()
+    for stage in range(ranks.pp):
+        members = range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage)
+        name = place.holders.name_at(atom, stage)
+        if name is None:
+            without += members
+        elif ranks.pp > 1:
+            under = "" if name == atom else f" a copy, tied to it, as {name}"
+            notes.append(f"pipeline rank {stage} ({name_ranks(members)}) has{under or ' it'}")
+    if without:
+        notes.append(f"{name_ranks(without)} {'has' if len(without) == 1 else 'have'} other layers instead")
+    if empty:
+        notes.append(f"nothing was left of it for {name_ranks(empty)}")
+    if place.imported is not None:
+        notes.append("one process imported it, and stands here as rank 0")
+    elif place.tag and ranks.zero and ranks.dp > 1 and "shard_group" not in place.source.writer:
+        notes.append(f"its manifest has no shard_group: drawn as if ZeRO sharded over all {ranks.dp} of dp")
+    return notes

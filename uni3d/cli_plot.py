@@ -1,0 +1,221 @@
+"""`uni3d plot`: a run's curves with its resizes, or which rank holds what of an atom before and after one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from uni3d.terminal import AsJson, Run, err, say, say_json
+
+if TYPE_CHECKING:
+    from uni3d.curves import Metrics, Resize
+    from uni3d.marks import Mark
+
+Degree = Annotated[int | None, typer.Option(show_default="as it was written")]
+
+
+def plot(
+    run: Run,
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="The .png to write.", show_default="in the current folder, named as the run is"),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File or URL with the curves: JSON lines, or a csv_monitor's CSV or folder. Several are "
+            "read in the order in which they are given.",
+            show_default="RUN/metrics.jsonl, RUN.jsonl or RUN/Train_Samples_*.csv",
+        ),
+    ] = None,
+    layout: Annotated[
+        bool,
+        typer.Option(
+            "--layout", help="Draw which rank holds which part of an atom, before and after a resize."
+        ),
+    ] = False,
+    atom: Annotated[
+        str | None,
+        typer.Option(help="With --layout: which one.", show_default="the largest matrix that is cut"),
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Option(
+            help="With --layout: the checkpoint before.",
+            show_default="the newest; without a topology after, the last one before a resize",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="With --layout, as the next four: ranks after; dp follows.")
+    ] = None,
+    pp: Degree = None,
+    dp: Degree = None,
+    tp: Degree = None,
+    zero: Degree = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the picture if there is one.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a run's loss, gradient norm and learning rate with its resizes; or, with --layout, who holds what.
+
+    With --layout, the topology before is that of the checkpoint --tag; the one after is what --pp, --dp,
+    --tp, --zero and --world-size say (one pipeline stage on each rank), or that of the next checkpoint that
+    was written on another one.
+    """
+    from uni3d.pictures import check_matplotlib, check_output
+
+    degrees = {"pp": pp, "dp": dp, "tp": tp, "zero": zero, "world-size": world_size}
+    only = {"atom": atom, "tag": tag, **degrees}
+    given = [f"--{name}" for name, value in only.items() if value is not None]
+    if given and not layout:
+        raise ValueError(f"{given[0]} is about what ranks hold; add --layout")
+    if metrics and layout:
+        raise ValueError("--metrics is about curves; leave out --layout, or it")
+    path = output or Path(f"{_name(run)}{'-layout' if layout else ''}.png")
+    check_output(path, force)
+    check_matplotlib()
+    row = (
+        _layout(run, path, force, atom, tag, degrees) if layout else _curves(run, path, force, metrics or [])
+    )
+    if as_json:
+        say_json(row)
+    else:
+        for line in (_layout_lines if layout else _curve_lines)(row):
+            say(line)
+
+
+def _name(run: str) -> str:
+    """Of a run, as one would call its picture."""
+    name = run.rstrip("/").rpartition("/")[2]
+    return Path(run).resolve().name or "run" if name in ("", ".", "..") else name
+
+
+# --- curves --------------------------------------------------------------------------------------------
+
+
+def _curves(run: str, path: Path, force: bool, given: list[str]) -> dict[str, Any]:
+    from uni3d.cli_upkeep import run_store
+    from uni3d.curves import find_metrics, read_metrics
+    from uni3d.marks import read_marks, resizes_between
+    from uni3d.pictures import save
+    from uni3d.plot_curves import draw_curves
+
+    store = run_store(run)
+    sources = given or find_metrics(store)
+    metrics = read_metrics(sources)
+    marks, problems = read_marks(store, metrics.x)
+    for name, n in metrics.left_out.items():
+        _note(f"{name}: {n} line{'s' * (n != 1)} left out, cut short or not a step's")
+    for problem in problems:
+        _note(problem)
+    resizes = metrics.resizes() if metrics.topologies else resizes_between(marks)
+    save(draw_curves(_name(run), metrics, resizes, marks), path, force)
+    return _curves_row(path, sources, metrics, resizes, marks)
+
+
+def _note(line: str) -> None:
+    err.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _curves_row(
+    path: Path, sources: list[str], metrics: Metrics, resizes: list[Resize], marks: list[Mark]
+) -> dict[str, Any]:
+    """What was drawn."""
+    return {
+        "output": str(path),
+        "sources": sources,
+        "x": metrics.x,
+        "curves": {
+            key: {
+                "points": len(curve.points),
+                "first": curve.points[0][0] if curve.points else None,
+                "last": curve.points[-1][0] if curve.points else None,
+                "not_finite": sum(not isfinite(y) for _, y in curve.points),
+                "abandoned": sum(map(len, curve.abandoned)),
+            }
+            for key, curve in metrics.curves.items()
+        },
+        "resizes": [
+            {"after": resize.at, "from": vars(resize.before), "to": vars(resize.after)} for resize in resizes
+        ],
+        "resizes_from": "metrics" if metrics.topologies else "checkpoints",
+        "checkpoints": [{"tag": mark.tag, "at": mark.at} for mark in marks],
+        "left_out": sum(metrics.left_out.values()),
+    }
+
+
+def _curve_lines(row: Mapping[str, Any]) -> list[str]:
+    counts = ", ".join(f"{curve['points']} of {key}" for key, curve in row["curves"].items())
+    lines = [f"{row['output']}: points: {counts}; from {', '.join(row['sources'])}"]
+    abandoned = max(curve["abandoned"] for curve in row["curves"].values())
+    if abandoned:
+        lines.append(f"{abandoned} points were abandoned: the run went on from an earlier checkpoint")
+    for resize in row["resizes"]:
+        before, after = (_topology(resize[key]) for key in ("from", "to"))
+        lines.append(f"after {row['x']} {resize['after']:g}: {before} → {after}")
+    if not row["resizes"]:
+        lines.append(f"no resizes, by what the {row['resizes_from']} say")
+    return lines
+
+
+def _topology(ranks: Mapping[str, int]) -> str:
+    return " ".join(f"{axis}{n}" for axis, n in ranks.items())
+
+
+# --- ranks ---------------------------------------------------------------------------------------------
+
+
+def _layout(
+    run: str, path: Path, force: bool, atom: str | None, tag: str | None, degrees: dict[str, int | None]
+) -> dict[str, Any]:
+    from uni3d.before_after import before_and_after, choose_atom, side_of
+    from uni3d.pictures import save
+    from uni3d.plot_layout import describe_dims, draw_layout, drawn_dims
+
+    before, after = before_and_after(run, tag, degrees)
+    name = choose_atom(before, after, atom)
+    sides = [side_of(name, place) for place in (before, after)]
+    shape = before.source.shapes[name]
+    size = " x ".join(f"{n:,}" for n in shape) or "a single number"
+    dims = drawn_dims(shape, sides)
+    save(draw_layout(f"Which rank holds which part of {name} ({size})", shape, sides), path, force)
+    return {
+        "output": str(path),
+        "atom": name,
+        "shape": list(shape),
+        "drawn_dims": list(dims),
+        "note": describe_dims(shape, dims),
+        **{
+            key: {
+                "tag": place.tag,
+                "topology": None if place.imported else vars(place.holders.ranks),
+                "imported_from": place.imported,
+                "boxes": {
+                    rank: {"offset": list(offset), "shape": list(length)}
+                    for rank, (offset, length) in side.parts.items()
+                },
+                "notes": list(side.notes),
+            }
+            for key, place, side in zip(("before", "after"), (before, after), sides, strict=True)
+        },
+    }
+
+
+def _layout_lines(row: Mapping[str, Any]) -> list[str]:
+    shape = "x".join(map(str, row["shape"])) or "scalar"
+    lines = [f"{row['output']}: {row['atom']} ({shape})"]
+    for key in ("before", "after"):
+        side = row[key]
+        written = f", as {side['tag']} was written" if side["tag"] else ""
+        boxes = {(*box["offset"], *box["shape"]) for box in side["boxes"].values() if 0 not in box["shape"]}
+        on = len(side["boxes"])
+        parts = f"{len(boxes)} part{'s' * (len(boxes) != 1)} on {on} rank{'s' * (on != 1)}"
+        if source := side["imported_from"]:
+            place, written = f"imported from {source}", f" as {side['tag']}"
+        else:
+            place = _topology(side["topology"])
+        lines.append(f"{key}: {place}{written}: {parts}")
+    return lines
