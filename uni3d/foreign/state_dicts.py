@@ -97,14 +97,15 @@ def _source(
     arrays: dict[Any, ForeignArray] = {}
     aliases = dict(aliases)
     for name, tensor in tensors.items():
-        first = arrays.get(tensor.identity)
-        if first is not None and tensor.identity is not None:
-            aliases[name] = first.name
-            continue
         array = array_of(
             name, tensor.dtype, tensor.shape, tensor.read, options, f"{tensor.file.name}: {name}"
         )
-        arrays[name if tensor.identity is None else tensor.identity] = array
+        tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
+        first = arrays.get(tensor.identity) if tied else None
+        if first is not None:
+            aliases[name] = first.name
+        else:
+            arrays[tensor.identity if tied else name] = array
     return Source(
         kind=kind,
         where=str(path),
