@@ -54,7 +54,7 @@ def _whose() -> str:
     for path in given:
         with suppress(CheckpointError, OSError):
             if path.is_dir():
-                return f" ({path} looks like another framework's, {kind_of(path)}: `uni3d import` reads it)"
+                return f" ({path} looks like another framework's, {kind_of(path)}: uni3d import reads it)"
     return ""
 
 

@@ -63,7 +63,7 @@ USES: dict[str, list[str]] = {
         "import theirs runs/imported",
         "import malicious.pt runs/never",
     ],
-    "plot": ["plot runs/tiny", "plot runs/tiny --layout layers.0.ffn.up.weight", "plot runs/tiny"],
+    "plot": ["plot runs/tiny", "plot runs/tiny --layout --atom layers.0.ffn.up.weight", "plot runs/tiny"],
     "plan": ["plan --params 1B --world-size 8 --zero 1"],
     "config": ["config ds_config.json --world-size 2"],
     "clean": ["clean runs/half --dry-run", "clean runs/half"],
