@@ -146,6 +146,11 @@ def notes(config: Config | None, manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"the config names no optimizer: the script's must be {saved['type']}"
     if groups > 1 and not muon:
         yield f"the optimizer has {groups} parameter groups: the script must make the same"
+    if (manifest.get("writer") or {}).get("imported") and saved:
+        yield (
+            "it was imported: parameter groups and tied weights are those that the import found, which said "
+            "where it had to guess"
+        )
     stages = ((manifest.get("model") or {}).get("declared") or {}).get("num_stages")
     if stages is not None:
         yield f"the script's PipelineModule says num_stages={stages}: it must say the pp that you choose"
