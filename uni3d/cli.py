@@ -39,7 +39,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="uni3d")
     except (RuntimeError, ValueError, OSError) as error:
         from ckpt import CheckpointError
 
