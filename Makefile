@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 test: lint
 	$(BIN)/python -m pytest -m "not matrix"
 
-# Every cell of the tables that docs/parallelism.md shows.
+# The widest tables: every cell of those that docs/parallelism.md shows, and more topologies elsewhere.
 matrix: .venv/dev.stamp
 	$(BIN)/python -m pytest -m matrix
 

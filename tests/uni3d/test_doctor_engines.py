@@ -67,7 +67,14 @@ def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str
     return found
 
 
-@pytest.mark.parametrize("model", ["gpt", "own", "short"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "own",
+        pytest.param("short", marks=pytest.mark.slow),
+        pytest.param("gpt", marks=pytest.mark.matrix),
+    ],
+)
 def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, model: str) -> None:
     """All of up to four ranks, with the doctor's config where it gives one."""
     ranks.run(1, save_case, model, str(tmp_path))

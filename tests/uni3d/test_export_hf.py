@@ -115,8 +115,8 @@ def hf_logits(model: Any) -> Tensor:
 PLACES = [
     ("tied", (1, 1, 1, 0)),
     ("tied", (2, 1, 2, 1)),
-    ("untied", (1, 1, 2, 2)),
-    ("grouped", (2, 2, 1, 3)),
+    pytest.param("untied", (1, 1, 2, 2), marks=pytest.mark.slow),
+    pytest.param("grouped", (2, 2, 1, 3), marks=pytest.mark.slow),
 ]
 
 

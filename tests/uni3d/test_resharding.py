@@ -48,7 +48,14 @@ MORE = [
     Place("biased", 1, 2, 2, 1),
     Place("biased", 2, 2, 1, 3),
 ]
+FEW = [PLACES.pop(PLACES.index(Place("gpt", *degrees))) for degrees in ((1, 3, 1, 2), (2, 1, 2, 3))]
+FEW.append(PLACES.pop(PLACES.index(Place("list", 2, 2, 1, 1))))
+"""What the quick run does: each kind of cut once."""
 OWN = ("fp32", "value")
+
+
+def marked(places: list[Place], mark: pytest.MarkDecorator) -> list[Any]:
+    return [pytest.param(place, marks=mark) for place in places]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def source_of(run: Path) -> tuple[ckpt.Checkpoint, Source]:
 
 
 @pytest.mark.parametrize(
-    "place", [*PLACES, *(pytest.param(place, marks=pytest.mark.slow) for place in MORE)], ids=str
+    "place", [*FEW, *marked(PLACES, pytest.mark.slow), *marked(MORE, pytest.mark.matrix)], ids=str
 )
 def test_what_is_told_is_what_real_ranks_do(
     ranks: Ranks, runs: Callable[[str], Path], tmp_path: Path, place: Place
