@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt.read import WEIGHT_STATES
 from uni3d.config import Config, batch_triad
 from uni3d.doctor_rules import refused_combination
 from uni3d.optim_config import OptimizerConfig
@@ -76,7 +77,7 @@ def _other_states(config: OptimizerConfig, saved: Mapping[str, Any]) -> Iterator
 def _has_states(manifest: Mapping[str, Any]) -> bool:
     """Whether the optimizer had any; without, a load leaves it as it is made."""
     states = {path.rpartition("/")[2] for path in manifest["chunks"]}
-    return bool(states - {"fp32", "value"}) or any(manifest["optimizer"]["scalars"].values())
+    return bool(states - {*WEIGHT_STATES}) or any(manifest["optimizer"]["scalars"].values())
 
 
 def warnings(config: Config, manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -18,13 +18,14 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ckpt.read import WEIGHT_STATES
 from uni3d.paper import Ranks, balanced_cuts, part_boxes
 
 if TYPE_CHECKING:
     import ckpt
     from ckpt.read import ArrayInfo
 
-PARAMETER, BUFFER = "fp32", "value"
+PARAMETER, BUFFER = WEIGHT_STATES
 """The states that are a parameter's and a buffer's own value."""
 
 _TP_DIMS = {

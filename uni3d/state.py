@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
+from ckpt.read import WEIGHT_STATES
 from parallel import ParallelModel
 from parallel.layout import Place, StageLayout, local_tensor
 from parallel.names import named_parameters, persistent_buffers
 
-PARAMETER, BUFFER = "fp32", "value"
+PARAMETER, BUFFER = WEIGHT_STATES
 """States under which an atom keeps a parameter's and a buffer's own value."""
 
 _NOBODY: Mapping[int, Place] = {}

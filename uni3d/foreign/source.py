@@ -9,9 +9,10 @@ from typing import Any
 import numpy.typing as npt
 
 from ckpt import CheckpointError
+from ckpt.read import WEIGHT_STATES
 
-PARAMETER, BUFFER = "fp32", "value"
-"""The states of an atom's own value, as `uni3d.state` has them."""
+PARAMETER, BUFFER = WEIGHT_STATES
+"""The states of an atom's own value."""
 
 Array = npt.NDArray[Any]
 
