@@ -88,6 +88,11 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("name", ["deepspeed_zero1_bf16", "deepspeed_zero2_fp16_universal"])
+def test_states_that_have_names_need_no_order(tmp_path: Path, name: str) -> None:
+    assert "leave --in-model-order out" in refused(source(name), tmp_path / "run", "--in-model-order")
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_that_decide_nothing_are_refused(tmp_path: Path, option: str) -> None:
     assert OPTIONS[option] in refused(source("weights_bin"), tmp_path / "run", option)

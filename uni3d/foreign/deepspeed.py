@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.foreign import deepspeed_state as texts
+from uni3d.foreign import deepspeed_state
 from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder
 from uni3d.foreign.deepspeed_module import buffer_names, buffers, numbered_parts, untrained
 from uni3d.foreign.deepspeed_tensor import Rule, Rules, join
@@ -27,6 +27,8 @@ def read_deepspeed(path: Path, options: Options) -> Source:
         raise CheckpointError(f"{path} has no checkpoint of DeepSpeed's")
     ranks, left_out = Ranks(folder, options), list[str]()
     rules = Rules(joining(ranks), options, str(folder))
+    if options.in_model_order and ranks.of_stage[0][0].optimizers:
+        raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
     by_tp = [_trained(stages, options, left_out) for stages in ranks.by_tp]
     first = ranks.of_stage[0][0]
     return assemble(
@@ -73,8 +75,8 @@ def assemble(
     config: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     state = schedule = None
     if trained:
-        state = texts.optimizer_state(config, groups, trained, left_out)
-        schedule = texts.scheduler_state(config, first.get("lr_scheduler"), state.groups, left_out)
+        state = deepspeed_state.optimizer_state(config, groups, trained, left_out)
+        schedule = deepspeed_state.scheduler_state(config, first.get("lr_scheduler"), state.groups, left_out)
     return Source(
         kind=kind,
         where=str(folder),
@@ -90,10 +92,10 @@ def assemble(
         step=int(first.get("global_steps") or 0),
         samples=int(first.get("global_samples") or 0),
         skipped=int(first.get("skipped_steps") or 0),
-        batch=texts.batch_size(config, first),
-        loss_scale=texts.loss_scale(config, optimizer) if trained else None,
+        batch=deepspeed_state.batch_size(config, first),
+        loss_scale=deepspeed_state.loss_scale(config, optimizer) if trained else None,
         writer=_writer(ranks, config),
-        client_state=texts.client_state(first, left_out),
+        client_state=deepspeed_state.client_state(first, left_out),
         left_out=list(dict.fromkeys(left_out)),
     )
 

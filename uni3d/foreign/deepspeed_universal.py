@@ -30,6 +30,8 @@ def read_universal(path: Path, options: Options) -> Source:
     folder = checkpoint_folder(path, options.tag)
     if folder is None or not is_universal(folder):
         raise CheckpointError(f"{folder or path} has no folder zero/, so it isn't a universal checkpoint")
+    if options.in_model_order:
+        raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
     ranks = Ranks(folder, options)
     common = _open(folder / "zero" / "optimizer_state.pt", options)
     inner = common.get("optimizer_state_dict", common)  # ZeRO-3's keeps what is below it
