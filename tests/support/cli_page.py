@@ -122,11 +122,16 @@ def train_case(steps: int, zero: int, folder: str) -> None:
     engine.wait_for_checkpoint()
 
 
-def prepare(ranks: Ranks) -> None:
-    """Fill the current folder."""
-    Path("runs/tiny").mkdir(parents=True)
-    ranks.run(1, train_case, 2, 0, str(Path("runs/tiny").absolute()))
-    ranks.run(2, train_case, 4, 3, str(Path("runs/tiny").absolute()))
+def train(ranks: Ranks, run: Path) -> None:
+    """Not from inside the temporary folder: ranks that are started here live on when it is gone, and torch's
+    libraries can't be loaded from a folder that isn't there."""
+    run.mkdir(parents=True)
+    ranks.run(1, train_case, 2, 0, str(run))
+    ranks.run(2, train_case, 4, 3, str(run))
+
+
+def prepare() -> None:
+    """Fill the current folder, in which there is a run."""
     Path("empty").mkdir()
     Path("notes.txt").write_text("not a checkpoint\n")
     shutil.copytree("runs/tiny/global_step4", "runs/half/.saving.global_step4")
@@ -155,8 +160,14 @@ def _malicious(path: Path) -> None:
 
 def page(ranks: Ranks) -> str:
     """The page's text."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _terminal():
-        prepare(ranks)
+    with tempfile.TemporaryDirectory() as folder, _terminal():
+        train(ranks, Path(folder, "runs", "tiny"))
+        return _page_of(folder)
+
+
+def _page_of(folder: str) -> str:
+    with contextlib.chdir(folder):
+        prepare()
         parts = [INTRODUCTION, _block("uni3d --help", show=False)]
         for command, uses in USES.items():
             parts += [f"## `uni3d {command}`", _block(f"{command} --help", show=False)]
