@@ -19,7 +19,7 @@ def config(
 ) -> None:
     """Print a config with every default, for a world size, and where DeepSpeed would do something else."""
     from uni3d.config import batch_triad, load_config
-    from uni3d.deepspeed_differences import differences
+    from uni3d.config.deepspeed_differences import differences
 
     settings = load_config(file)
     asked = settings.parallel

@@ -247,7 +247,7 @@ def _check_optimizer(source: Source, given: str | None) -> None:
 
 def _optimizers() -> list[str]:
     """Classes whose states can be taken up."""
-    from uni3d import torch_optim
+    from uni3d.config import torch_optimizers as torch_optim
 
     return sorted({*torch_optim.names(), "Adam", "AdamW", "Lion", "MuonWithAdam"})
 

@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from uni3d import deepspeed_keys, optim_config, torch_optim
-from uni3d.config import Config
-from uni3d.schedule_config import SCHEDULES
-from uni3d.strict import sections_of
+from uni3d.config import Config, deepspeed_keys
+from uni3d.config import optimizer as optim_config
+from uni3d.config import torch_optimizers as torch_optim
+from uni3d.config.scheduler import SCHEDULES
+from uni3d.config.strict import sections_of
 
 
 def tables() -> str:

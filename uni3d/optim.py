@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from uni3d import torch_optim
+from uni3d.config import torch_optimizers as torch_optim
+from uni3d.config.optimizer import AdamConfig, LionConfig, MuonConfig, OptimizerConfig
 from uni3d.lion import Lion
 from uni3d.muon import MuonWithAdam, muon_groups
-from uni3d.optim_config import AdamConfig, LionConfig, MuonConfig, OptimizerConfig
 
 Groups = list[dict[str, Any]]
 

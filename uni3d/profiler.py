@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallel import HostComm, ParallelModel
 from parallel.names import named_parameters
+from uni3d.config.observe_sections import FlopsProfilerConfig
 from uni3d.flops import TRAINING
-from uni3d.observe_config import FlopsProfilerConfig
 
 aten = torch.ops.aten
 

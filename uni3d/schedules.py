@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from uni3d.schedule_config import (
+from uni3d.config.scheduler import (
     LRRangeTestParams,
     OneCycleParams,
     SchedulerConfig,

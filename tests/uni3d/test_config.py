@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
-from uni3d.deepspeed_keys import REFUSED
+from uni3d.config.deepspeed_keys import REFUSED
 
 SIZES = st.integers(1, 12)
 

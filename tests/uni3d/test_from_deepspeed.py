@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from uni3d.config import Config
+from uni3d.config.deepspeed_keys import NO_MEANING, READ_AS, REFUSED
 from uni3d.config_table import tables
-from uni3d.deepspeed_keys import NO_MEANING, READ_AS, REFUSED
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "from-deepspeed.md").read_text()
 

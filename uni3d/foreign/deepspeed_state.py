@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from uni3d.config.optimizer import read_optimizer
+from uni3d.config.scheduler import read_scheduler
+from uni3d.config.strict import ConfigError
 from uni3d.foreign.deepspeed_zero import Part
 from uni3d.foreign.pickles import StandIn, plain
 from uni3d.foreign.source import PARAMETER, OptimizerState
-from uni3d.optim_config import read_optimizer
-from uni3d.schedule_config import read_scheduler
-from uni3d.strict import ConfigError
 
 _OWN_KEYS = frozenset(
     {

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from uni3d.strict import Strict
+from uni3d.config.strict import Strict
 
 
 class ParallelConfig(Strict):

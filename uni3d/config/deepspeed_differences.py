@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from uni3d.config import Config
-from uni3d.deepspeed_keys import by_reason
-from uni3d.optim_config import AdamConfig, MuonConfig
-from uni3d.schedule_config import OneCycleParams
+from uni3d.config.deepspeed_keys import by_reason
+from uni3d.config.optimizer import AdamConfig, MuonConfig
+from uni3d.config.scheduler import OneCycleParams
 
 
 def differences(config: Config, pp: int) -> list[tuple[str, str]]:

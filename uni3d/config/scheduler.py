@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from uni3d.strict import ConfigError, Strict, unknown, validate
+from uni3d.config.strict import ConfigError, Strict, unknown, validate
 
 
 class ScheduleParams(Strict):

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, create_model
 
-from uni3d.strict import Strict
+from uni3d.config.strict import Strict
 
 _NOT_HYPERPARAMETERS = {"self", "params", "differentiable"}
 REFUSED = {

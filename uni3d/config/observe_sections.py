@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from uni3d.strict import Strict
+from uni3d.config.strict import Strict
 
 
 class _Files(Strict):

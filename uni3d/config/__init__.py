@@ -20,7 +20,16 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
 
-from uni3d.config_sections import (
+from uni3d.config.deepspeed_keys import sift
+from uni3d.config.observe_sections import (
+    CsvMonitorConfig,
+    FlopsProfilerConfig,
+    TensorBoardConfig,
+    WandbConfig,
+)
+from uni3d.config.optimizer import OptimizerConfig, read_optimizer
+from uni3d.config.scheduler import SchedulerConfig, read_scheduler
+from uni3d.config.sections import (
     ActivationCheckpointingConfig,
     BF16Config,
     CheckpointConfig,
@@ -30,11 +39,7 @@ from uni3d.config_sections import (
     ParallelConfig,
     ZeroConfig,
 )
-from uni3d.deepspeed_keys import sift
-from uni3d.observe_config import CsvMonitorConfig, FlopsProfilerConfig, TensorBoardConfig, WandbConfig
-from uni3d.optim_config import OptimizerConfig, read_optimizer
-from uni3d.schedule_config import SchedulerConfig, read_scheduler
-from uni3d.strict import ConfigError, Strict, validate
+from uni3d.config.strict import ConfigError, Strict, validate
 
 __all__ = ["BatchTriad", "Config", "FP16Config", "batch_triad", "load_config"]
 

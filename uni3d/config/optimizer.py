@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from uni3d import torch_optim
-from uni3d.strict import ConfigError, Strict, unknown, validate
+from uni3d.config import torch_optimizers as torch_optim
+from uni3d.config.strict import ConfigError, Strict, unknown, validate
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
