@@ -18,13 +18,13 @@ from typing import Any
 
 import ckpt
 from uni3d import doctor_config
+from uni3d.cli.terminal import in_bytes
 from uni3d.config import load_config
 from uni3d.doctor_fit import Answer, Asked, Fitter, Topology
 from uni3d.doctor_memory import Known
 from uni3d.holders import imported_from, written_on, zero_so_far
 from uni3d.planned_reads import reads
 from uni3d.resharding import Source
-from uni3d.terminal import in_bytes
 
 FEW = 3
 """Reasons that fit into a sentence."""

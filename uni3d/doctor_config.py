@@ -159,7 +159,7 @@ def notes(config: Config | None, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def as_it_is(config: Config, world: int) -> tuple[dict[str, int] | None, str | None]:
     """The degrees and batches that a config, unchanged, makes of so many ranks; or why it refuses them."""
-    from uni3d.cli_config import degrees_of
+    from uni3d.cli.config import degrees_of
 
     p = config.parallel
     try:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from parallel import resolve_degrees
 from uni3d.cli import app
-from uni3d.cli_config import degrees_of
+from uni3d.cli.config import degrees_of
 
 FILE: dict[str, Any] = {
     "train_batch_size": 32,

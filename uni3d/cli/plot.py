@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, Run, err, say, say_json
+from uni3d.cli.terminal import AsJson, Run, err, say, say_json
 
 if TYPE_CHECKING:
     from uni3d.curves import Metrics, Resize
@@ -97,7 +97,7 @@ def _name(run: str) -> str:
 
 
 def _curves(run: str, path: Path, force: bool, given: list[str]) -> dict[str, Any]:
-    from uni3d.cli_upkeep import run_store
+    from uni3d.cli.prune import run_store
     from uni3d.curves import find_metrics, read_metrics
     from uni3d.marks import read_marks, resizes_between
     from uni3d.pictures import save

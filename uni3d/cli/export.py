@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from uni3d.terminal import AsJson, Run, Tag, in_bytes, progress_bar, say, say_json
+from uni3d.cli.terminal import AsJson, Run, Tag, in_bytes, progress_bar, say, say_json
 
 if TYPE_CHECKING:
     import ckpt

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
-from uni3d import (
-    __version__,
-    cli_config,
-    cli_diff,
-    cli_doctor,
-    cli_export,
-    cli_import,
-    cli_inspect,
-    cli_plan,
-    cli_plot,
-    cli_upkeep,
-)
-from uni3d.terminal import complain, say
+from uni3d import __version__
+from uni3d.cli import config, diff, doctor, export, import_, inspect, plan, plot, prune
+from uni3d.cli.terminal import complain, say
 
 app = typer.Typer(
     name="uni3d",
@@ -64,21 +54,21 @@ def _options(
 
 def _paragraphs(command: Callable[..., None]) -> str:
     """A command's docstring with no line breaks but between paragraphs: the terminal breaks lines itself."""
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 for command in (
-    cli_inspect.inspect,
-    cli_upkeep.verify,
-    cli_diff.diff,
-    cli_doctor.doctor,
-    cli_export.export,
-    cli_import.import_,
-    cli_plot.plot,
-    cli_plan.plan,
-    cli_config.config,
-    cli_upkeep.clean,
-    cli_upkeep.prune,
+    inspect.inspect,
+    prune.verify,
+    diff.diff,
+    doctor.doctor,
+    export.export,
+    import_.import_,
+    plot.plot,
+    plan.plan,
+    config.config,
+    prune.clean,
+    prune.prune,
 ):
     app.command(command.__name__.rstrip("_"), help=_paragraphs(command))(command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, complain, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import AsJson, complain, progress_bar, say, say_json, say_table
 
 if TYPE_CHECKING:
     import ckpt

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from uni3d.terminal import in_bytes, say
+from uni3d.cli.terminal import in_bytes, say
 
 FEW = 3
 """Reasons that the verdict has in it."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from uni3d.terminal import AsJson, Run, Tag, complain, say_json
+from uni3d.cli.terminal import AsJson, Run, Tag, complain, say_json
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
@@ -61,7 +61,7 @@ def doctor(
     if as_json:
         say_json(report)
     else:
-        from uni3d.doctor_text import print_report
+        from uni3d.cli.doctor_text import print_report
 
         print_report(report)
     if not report["would_resume"]:
@@ -86,7 +86,7 @@ def _beside(run: str, error: CheckpointError) -> str:
 def _asked(
     world: int, pp: int | None, dp: int | None, tp: int | None, zero: int | None, memory: str | None
 ) -> Asked:
-    from uni3d.cli_plan import _BYTES, number
+    from uni3d.cli.plan import _BYTES, number
     from uni3d.doctor_fit import Asked
     from uni3d.paper import check_world_size
 

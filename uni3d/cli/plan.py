@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, say, say_json
+from uni3d.cli.terminal import AsJson, say, say_json
 
 if TYPE_CHECKING:
     from uni3d.plan_job import Job
@@ -96,9 +96,9 @@ def plan(
     the config's; or, from --params or its sizes, a Llama-like GPT, by default with the proportions of Llama 2
     70B. With --memory, topologies for as many ranks that fit, quickest first.
     """
+    from uni3d.cli.plan_report import checkpoint_row, lines, proposal_row, proposal_table, training_row
     from uni3d.paper import on_paper
     from uni3d.plan_search import Machine, judge, propose
-    from uni3d.plan_text import checkpoint_row, lines, proposal_row, proposal_table, training_row
 
     rates = {
         "bandwidth_per_node": number(bandwidth, _RATES, "--bandwidth", "2GB/s or 500MiB/s"),

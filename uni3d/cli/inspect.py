@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, Run, Tag, progress_bar, say_json, say_table
+from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say_json, say_table
 
 if TYPE_CHECKING:
     import ckpt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, DryRun, Run, RunOnly, Tag, in_bytes, progress_bar, say, say_json
+from uni3d.cli.terminal import AsJson, DryRun, Run, RunOnly, Tag, in_bytes, progress_bar, say, say_json
 
 if TYPE_CHECKING:
     import ckpt

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, out, say_json
+from uni3d.cli.terminal import AsJson, out, say_json
 
 
 def config(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.terminal import AsJson, in_bytes, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import AsJson, in_bytes, progress_bar, say, say_json, say_table
 
 if TYPE_CHECKING:
     from uni3d.foreign.source import ForeignArray, Options, Source
