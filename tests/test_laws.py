@@ -4,7 +4,7 @@
 2. `ckpt` imports no torch; `import ckpt`, `import uni3d` and `uni3d --help` load none.
 3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
 4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
-   (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for `uni3d/paper.py`, whose
+   (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for `uni3d/estimate/save.py`, whose
    boxes are of no tensor, and `uni3d/foreign/write.py`, whose are of tensors in foreign files. The engine,
    its checkpointing and its description may know both packages (errors,
    reports, collectives); every other module at most one.
@@ -111,7 +111,7 @@ def test_one_joint() -> None:
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call) and called(node) in kinds
     }
-    assert makers == {"uni3d/state.py", "uni3d/paper.py", "uni3d/foreign/write.py"}
+    assert makers == {"uni3d/state.py", "uni3d/estimate/save.py", "uni3d/foreign/write.py"}
     importers = {relative(p) for p in of("uni3d") if {f"ckpt.{kind}" for kind in kinds} & set(imports(p))}
     assert importers == makers
 

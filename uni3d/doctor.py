@@ -22,9 +22,9 @@ from uni3d.cli.terminal import in_bytes
 from uni3d.config import load_config
 from uni3d.doctor_fit import Answer, Asked, Fitter, Topology
 from uni3d.doctor_memory import Known
-from uni3d.holders import imported_from, written_on, zero_so_far
-from uni3d.planned_reads import reads
-from uni3d.resharding import Source
+from uni3d.estimate.holders import imported_from, written_on, zero_so_far
+from uni3d.estimate.planned_reads import reads
+from uni3d.estimate.saved import Source
 
 FEW = 3
 """Reasons that fit into a sentence."""

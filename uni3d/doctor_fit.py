@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from uni3d.config import Config
 from uni3d.doctor_memory import Known, Need, Precision, most, needs
 from uni3d.doctor_rules import nearest_batch, refused_zero
-from uni3d.paper import Ranks
-from uni3d.resharding import Cut, Refusal, Source
+from uni3d.estimate.save import Ranks
+from uni3d.estimate.saved import Cut, Refusal, Source
 
 NEARBY = 3
 """How many numbers of ranks are named on either side of one that fits nothing."""
@@ -222,7 +222,7 @@ class Fitter:
         held = most(needs(self.source, ranks, self.cut, precision, steps))
         if self.known is None or config is None or batch.micro is None:
             return held
-        from uni3d.plan_job import settings_of
+        from uni3d.estimate.job import settings_of
 
         triad = {
             "train_batch_size": self.batch,

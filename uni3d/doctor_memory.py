@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uni3d.paper import Ranks
-from uni3d.resharding import Cut, Kind, Source
-from uni3d.zero_formulas import MASTER_BYTES, beside_shards
+from uni3d.estimate.save import Ranks
+from uni3d.estimate.saved import Cut, Kind, Source
+from uni3d.estimate.zero import MASTER_BYTES, beside_shards
 
 
 class Need(NamedTuple):
@@ -91,7 +91,7 @@ class Known:
 
     def __init__(self, path: Path, source: Source) -> None:
         """Raises ValueError if the file isn't an example's, or not of the checkpoint's model."""
-        from uni3d.plan_job import model_of, read_document
+        from uni3d.estimate.job import model_of, read_document
 
         self.document: Mapping[str, Any] = read_document(path)
         self._shape = model_of(self.document)
@@ -111,8 +111,8 @@ class Known:
         Raises:
             ValueError: such a job can't be.
         """
-        from uni3d.plan_job import Job
-        from uni3d.plan_memory import memory, worst
+        from uni3d.estimate.job import Job
+        from uni3d.estimate.memory import memory, worst
 
         job = Job(shape=self._shape, ranks=ranks, seq_len=self.document["seq_len"], **settings)
         stage = worst(memory(replace(job, device="cuda")))

@@ -8,11 +8,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from uni3d.curves import Resize, split_at
-from uni3d.holders import written_on
+from uni3d.estimate.holders import written_on
 
 if TYPE_CHECKING:
     from ckpt.store import Store
-    from uni3d.paper import Ranks
+    from uni3d.estimate.save import Ranks
 
 
 @dataclass(frozen=True)

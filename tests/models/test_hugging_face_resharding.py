@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
 import hf_models
 
 import ckpt
-from uni3d import paper
-from uni3d.resharding import Cut, Source
+from uni3d.estimate import save as paper
+from uni3d.estimate.saved import Cut, Source
 
 
 def case(kind: str, zero: int, run: str) -> list[Any]:

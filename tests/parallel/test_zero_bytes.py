@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parallel
-from uni3d.zero_formulas import Held, Sent, held, sent
+from uni3d.estimate.zero import Held, Sent, held, sent
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,9 @@ from tied_gpt import gpt_engine
 from torch import Tensor, nn
 
 import uni3d
-from uni3d import paper
+from uni3d.estimate import save as paper
+from uni3d.estimate.saved import Cut
 from uni3d.pipe import PipelineModule
-from uni3d.resharding import Cut
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # on the ranks too
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from uni3d import paper
 from uni3d.curves import Metrics, Resize, read_metrics
+from uni3d.estimate import save as paper
 from uni3d.marks import Mark
 from uni3d.pictures import renderer_of
 from uni3d.plot_curves import draw_curves, resize_label

@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 import uni3d
-from uni3d import paper
-from uni3d.plan_job import Job
-from uni3d.plan_memory import Memory, memory
-from uni3d.plan_traffic import traffic
-from uni3d.shape import from_model_config
-from uni3d.zero_formulas import held
+from uni3d.estimate import save as paper
+from uni3d.estimate.gpt import from_model_config
+from uni3d.estimate.job import Job
+from uni3d.estimate.memory import Memory, memory
+from uni3d.estimate.traffic import traffic
+from uni3d.estimate.zero import held
 
 pytestmark = pytest.mark.slow
 

@@ -25,9 +25,9 @@ import parallel
 import uni3d
 from ckpt import gather
 from parallel.stages import balanced_cuts, split_layers
-from uni3d import paper
-from uni3d.paper import on_paper, stage_layout
-from uni3d.shape import GPTShape, derive
+from uni3d.estimate import save as paper
+from uni3d.estimate.gpt import GPTShape, derive
+from uni3d.estimate.save import on_paper, stage_layout
 
 WIDE = GPTShape(layers=2, hidden=512, heads=8, kv_heads=2, ffn=1056, vocab=509)
 """With matrices large enough to be written in place, small ones, and a vocabulary that nothing divides."""

@@ -23,13 +23,13 @@ from torch.distributed.pipelining import schedules
 
 from parallel import blocks
 from parallel.stages import Chain, split_layers
-from uni3d import paper
-from uni3d.plan_activations import of_link, of_loss
-from uni3d.plan_job import Job
-from uni3d.plan_memory import in_flight, memory, worst
-from uni3d.plan_search import Machine, judge, propose
-from uni3d.plan_traffic import bubble
-from uni3d.shape import GPTShape, from_model_config
+from uni3d.estimate import save as paper
+from uni3d.estimate.activations import of_link, of_loss
+from uni3d.estimate.gpt import GPTShape, from_model_config
+from uni3d.estimate.job import Job
+from uni3d.estimate.memory import in_flight, memory, worst
+from uni3d.estimate.search import Machine, judge, propose
+from uni3d.estimate.traffic import bubble
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "megatron_gpt" / "configs"
 SMALL: dict[str, Any] = {"vocab_size": 500, "hidden_size": 64, "num_layers": 3, "num_heads": 4}

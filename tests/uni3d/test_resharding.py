@@ -11,11 +11,11 @@ from ranks import Ranks
 from resharding_cases import Place, held_case, save_case
 
 import ckpt
-from uni3d import paper
 from uni3d.doctor_memory import Precision, needs
-from uni3d.holders import Holders, resumed, writers
-from uni3d.planned_reads import reads
-from uni3d.resharding import Source
+from uni3d.estimate import save as paper
+from uni3d.estimate.holders import Holders, resumed, writers
+from uni3d.estimate.planned_reads import reads
+from uni3d.estimate.saved import Source
 
 FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1, 1)]
 """What the quick run does: each kind of cut once."""

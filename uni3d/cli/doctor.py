@@ -88,7 +88,7 @@ def _asked(
 ) -> Asked:
     from uni3d.cli.plan import _BYTES, number
     from uni3d.doctor_fit import Asked
-    from uni3d.paper import check_world_size
+    from uni3d.estimate.save import check_world_size
 
     given = {axis: n for axis, n in {"pp": pp, "dp": dp, "tp": tp}.items() if n is not None}
     check_world_size(world, given)

@@ -65,7 +65,7 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
 
 
 def _written_on(manifest: dict[str, Any]) -> str:
-    from uni3d.holders import imported_from, written_on
+    from uni3d.estimate.holders import imported_from, written_on
 
     imported = imported_from(manifest)
     return str(written_on(manifest) or "unknown") if imported is None else f"imported from {imported}"

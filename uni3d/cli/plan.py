@@ -12,8 +12,8 @@ import typer
 from uni3d.cli.terminal import AsJson, say, say_json
 
 if TYPE_CHECKING:
-    from uni3d.plan_job import Job
-    from uni3d.shape import GPTShape
+    from uni3d.estimate.gpt import GPTShape
+    from uni3d.estimate.job import Job
 
 _COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _BYTES = {"": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12} | {
@@ -97,8 +97,8 @@ def plan(
     70B. With --memory, topologies for as many ranks that fit, quickest first.
     """
     from uni3d.cli.plan_report import checkpoint_row, lines, proposal_row, proposal_table, training_row
-    from uni3d.paper import on_paper
-    from uni3d.plan_search import Machine, judge, propose
+    from uni3d.estimate.save import on_paper
+    from uni3d.estimate.search import Machine, judge, propose
 
     rates = {
         "bandwidth_per_node": number(bandwidth, _RATES, "--bandwidth", "2GB/s or 500MiB/s"),
@@ -166,9 +166,9 @@ def _job(
     given: Mapping[str, Any],
 ) -> Job:
     """The job that the options describe; what they leave out is the config's, if there is one."""
-    from uni3d.paper import Ranks
-    from uni3d.plan_job import Job, config_of, model_of, read_document, settings_of
-    from uni3d.shape import derive
+    from uni3d.estimate.gpt import derive
+    from uni3d.estimate.job import Job, config_of, model_of, read_document, settings_of
+    from uni3d.estimate.save import Ranks
 
     if path is None:
         shape: GPTShape = derive(asked, **sizes)

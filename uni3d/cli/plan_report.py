@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uni3d.cli.terminal import in_bytes, say
-from uni3d.paper import Figures
-from uni3d.plan_memory import Memory, memory
-from uni3d.plan_search import Proposal
+from uni3d.estimate.memory import Memory, memory
+from uni3d.estimate.save import Figures
+from uni3d.estimate.search import Proposal
 
 SHOWN = 10
 """Proposals that the table has; JSON has all."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from uni3d.paper import Ranks
-from uni3d.resharding import Cut, Part, Source
+from uni3d.estimate.save import Ranks
+from uni3d.estimate.saved import Cut, Part, Source
 
 if TYPE_CHECKING:
     import ckpt

@@ -23,7 +23,7 @@ from ckpt.checksum import block_bytes
 from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
 from ckpt.gather import Gathering, rounds
 from ckpt.plan import ArrayPlan
-from uni3d.shape import GPTShape, Link
+from uni3d.estimate.gpt import GPTShape, Link
 
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")

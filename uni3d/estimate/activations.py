@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from uni3d.plan_job import Job
-from uni3d.shape import Link
+from uni3d.estimate.gpt import Link
+from uni3d.estimate.job import Job
 
 
 class Activations(NamedTuple):

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from uni3d.paper import Ranks
-from uni3d.plan_job import Job, Recompute
-from uni3d.plan_memory import StageMemory, memory, worst
-from uni3d.plan_traffic import Traffic, bubble, traffic
-from uni3d.shape import GPTShape
+from uni3d.estimate.gpt import GPTShape
+from uni3d.estimate.job import Job, Recompute
+from uni3d.estimate.memory import StageMemory, memory, worst
+from uni3d.estimate.save import Ranks
+from uni3d.estimate.traffic import Traffic, bubble, traffic
 
 
 @dataclass(frozen=True, kw_only=True)

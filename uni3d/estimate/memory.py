@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from uni3d.plan_activations import Activations, of_link, of_loss, products
-from uni3d.plan_job import Job, Stage
-from uni3d.shape import Link
+from uni3d.estimate.activations import Activations, of_link, of_loss, products
+from uni3d.estimate.gpt import Link
+from uni3d.estimate.job import Job, Stage
 
 
 class Memory(NamedTuple):

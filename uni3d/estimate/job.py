@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from uni3d.config import Config, batch_triad, load_config
-from uni3d.paper import Ranks, balanced_cuts
-from uni3d.shape import GPTShape, Link, Weight, from_model_config
+from uni3d.estimate.gpt import GPTShape, Link, Weight, from_model_config
+from uni3d.estimate.save import Ranks, balanced_cuts
 
 Weights = tuple[Weight, ...]
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}

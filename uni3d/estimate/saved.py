@@ -3,9 +3,9 @@
 The manifest says which layers the model is a chain of, which modules tensor parallelism cuts and how
 (`uni3d.declared`); the arrays say their shapes. From these follow the boxes that the ranks of a run would
 load, by the rules by which training cuts a model: pipeline stages (`parallel.stages`), tensor parallelism
-along the dim that a style says (`parallel.tensor`), ZeRO along the first dim (`uni3d.paper.part_boxes`).
+along the dim that a style says (`parallel.tensor`), ZeRO along the first dim (`uni3d.estimate.save.part_boxes`).
 Ranks at different places of the pipeline hold different arrays, those at the same place other boxes of the
-same ones. Who held what when a checkpoint was written is `uni3d.holders`.
+same ones. Who held what when a checkpoint was written is `uni3d.estimate.holders`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ckpt.read import WEIGHT_STATES
-from uni3d.paper import Ranks, balanced_cuts, part_boxes
+from uni3d.estimate.save import Ranks, balanced_cuts, part_boxes
 
 if TYPE_CHECKING:
     import ckpt

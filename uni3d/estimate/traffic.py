@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from uni3d.plan_job import Job, Stage
-from uni3d.shape import EMBEDDING
-from uni3d.zero_formulas import sent
+from uni3d.estimate.gpt import EMBEDDING
+from uni3d.estimate.job import Job, Stage
+from uni3d.estimate.zero import sent
 
 
 class Traffic(NamedTuple):
@@ -94,7 +94,7 @@ def _pipeline(job: Job, stage: Stage) -> int:
 
 
 def _data(job: Job, stage: Stage) -> int:
-    """Parameters gathered and gradients summed, by `uni3d.zero_formulas`, padding included."""
+    """Parameters gathered and gradients summed, by `uni3d.estimate.zero`, padding included."""
     return sent(
         sum(job.shard(unit) for unit in [*stage.units, stage.root]) * job.shards,
         stage=job.ranks.zero,

@@ -1,6 +1,6 @@
 """Which rank holds which part of a tensor: as those had it that wrote a checkpoint, and as others would.
 
-What a run that resumes would hold follows from rules (`uni3d.resharding`). What the writers held is a fact,
+What a run that resumes would hold follows from rules (`uni3d.estimate.saved`). What the writers held is a fact,
 whatever their config was: the manifest's `writer` says which layers lay where, and over how many ranks ZeRO
 sharded (docs/format.md).
 """
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uni3d.paper import Ranks
-from uni3d.resharding import BUFFER, PARAMETER, Cut, Part, Source
+from uni3d.estimate.save import Ranks
+from uni3d.estimate.saved import BUFFER, PARAMETER, Cut, Part, Source
 
 if TYPE_CHECKING:
     import ckpt
