@@ -11,7 +11,7 @@ from ranks import Ranks
 from resharding_cases import Place, held_case, save_case
 
 import ckpt
-from uni3d.doctor_memory import Precision, needs
+from uni3d.doctor.memory import Precision, needs
 from uni3d.estimate import save as paper
 from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.planned_reads import reads

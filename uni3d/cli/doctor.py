@@ -12,7 +12,7 @@ from uni3d.cli.terminal import AsJson, Run, Tag, complain, say_json
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
-    from uni3d.doctor_fit import Asked
+    from uni3d.doctor.topologies import Asked
 
 Degree = Annotated[
     int | None, typer.Option(min=1, help="Only topologies with this degree.", show_default="any")
@@ -87,7 +87,7 @@ def _asked(
     world: int, pp: int | None, dp: int | None, tp: int | None, zero: int | None, memory: str | None
 ) -> Asked:
     from uni3d.cli.plan import _BYTES, number
-    from uni3d.doctor_fit import Asked
+    from uni3d.doctor.topologies import Asked
     from uni3d.estimate.save import check_world_size
 
     given = {axis: n for axis, n in {"pp": pp, "dp": dp, "tp": tp}.items() if n is not None}

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
-from uni3d import doctor_config
 from uni3d.cli.terminal import in_bytes
 from uni3d.config import load_config
-from uni3d.doctor_fit import Answer, Asked, Fitter, Topology
-from uni3d.doctor_memory import Known
+from uni3d.doctor import checks as doctor_config
+from uni3d.doctor.memory import Known
+from uni3d.doctor.topologies import Answer, Asked, Fitter, Topology
 from uni3d.estimate.holders import imported_from, written_on, zero_so_far
 from uni3d.estimate.planned_reads import reads
 from uni3d.estimate.saved import Source

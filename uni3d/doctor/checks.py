@@ -12,7 +12,7 @@ from typing import Any
 from ckpt.read import WEIGHT_STATES
 from uni3d.config import Config, batch_triad
 from uni3d.config.optimizer import OptimizerConfig
-from uni3d.doctor_rules import refused_combination
+from uni3d.doctor.rules import refused_combination
 
 _STATES = {"amsgrad": "another moment", "momentum": "a momentum", "centered": "a mean gradient"}
 """Hyperparameters without which an optimizer lacks a state, and what that is."""

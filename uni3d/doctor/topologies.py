@@ -9,8 +9,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from uni3d.config import Config
-from uni3d.doctor_memory import Known, Need, Precision, most, needs
-from uni3d.doctor_rules import nearest_batch, refused_zero
+from uni3d.doctor.memory import Known, Need, Precision, most, needs
+from uni3d.doctor.rules import nearest_batch, refused_zero
 from uni3d.estimate.save import Ranks
 from uni3d.estimate.saved import Cut, Refusal, Source
 
