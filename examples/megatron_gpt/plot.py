@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from uni3d.pictures import COLOURS, make_figure, plain
+from uni3d.plot.figure import COLOURS, make_figure, plain
 
 Row = dict[str, float]
 """One line of a metrics file: `step`, `loss`, `pp`, `dp`, `tp`, `zero` and others."""

@@ -13,10 +13,10 @@ import pytest
 
 import ckpt
 from uni3d.config.observe_sections import CsvMonitorConfig
-from uni3d.curves import CSV_NAMES, find_metrics, read_metrics
 from uni3d.estimate.save import Ranks
-from uni3d.marks import read_marks, resizes_between
 from uni3d.monitors import CsvMonitor
+from uni3d.plot.marks import read_marks, resizes_between
+from uni3d.plot.metrics import CSV_NAMES, find_metrics, read_metrics
 
 ONE, TWO, FOUR = (Ranks(pp=p, dp=d, tp=1, zero=1) for p, d in ((1, 1), (2, 1), (2, 2)))
 

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from uni3d.curves import Metrics, Resize, read_metrics
 from uni3d.estimate import save as paper
-from uni3d.marks import Mark
-from uni3d.pictures import renderer_of
-from uni3d.plot_curves import draw_curves, resize_label
-from uni3d.plot_layout import Side, describe_dims, draw_layout, drawn_dims, name_ranks
+from uni3d.plot.curves import draw_curves, resize_label
+from uni3d.plot.figure import renderer_of
+from uni3d.plot.layout import Side, describe_dims, draw_layout, drawn_dims, name_ranks
+from uni3d.plot.marks import Mark
+from uni3d.plot.metrics import Metrics, Resize, read_metrics
 
 
 def metrics_of(tmp_path: Path, rows: list[dict[str, Any]]) -> Metrics:

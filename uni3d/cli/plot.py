@@ -12,8 +12,8 @@ import typer
 from uni3d.cli.terminal import AsJson, Run, err, say, say_json
 
 if TYPE_CHECKING:
-    from uni3d.curves import Metrics, Resize
-    from uni3d.marks import Mark
+    from uni3d.plot.marks import Mark
+    from uni3d.plot.metrics import Metrics, Resize
 
 Degree = Annotated[int | None, typer.Option(show_default="as it was written")]
 
@@ -65,7 +65,7 @@ def plot(
     --tp, --zero and --world-size say (one pipeline stage on each rank), or that of the next checkpoint that
     was written on another one.
     """
-    from uni3d.pictures import check_matplotlib, check_output
+    from uni3d.plot.figure import check_matplotlib, check_output
 
     degrees = {"pp": pp, "dp": dp, "tp": tp, "zero": zero, "world-size": world_size}
     only = {"atom": atom, "tag": tag, **degrees}
@@ -98,10 +98,10 @@ def _name(run: str) -> str:
 
 def _curves(run: str, path: Path, force: bool, given: list[str]) -> dict[str, Any]:
     from uni3d.cli.prune import run_store
-    from uni3d.curves import find_metrics, read_metrics
-    from uni3d.marks import read_marks, resizes_between
-    from uni3d.pictures import save
-    from uni3d.plot_curves import draw_curves
+    from uni3d.plot.curves import draw_curves
+    from uni3d.plot.figure import save
+    from uni3d.plot.marks import read_marks, resizes_between
+    from uni3d.plot.metrics import find_metrics, read_metrics
 
     store = run_store(run)
     sources = given or find_metrics(store)
@@ -171,9 +171,9 @@ def _topology(ranks: Mapping[str, int]) -> str:
 def _layout(
     run: str, path: Path, force: bool, atom: str | None, tag: str | None, degrees: dict[str, int | None]
 ) -> dict[str, Any]:
-    from uni3d.before_after import before_and_after, choose_atom, side_of
-    from uni3d.pictures import save
-    from uni3d.plot_layout import describe_dims, draw_layout, drawn_dims
+    from uni3d.plot.figure import save
+    from uni3d.plot.layout import describe_dims, draw_layout, drawn_dims
+    from uni3d.plot.resize import before_and_after, choose_atom, side_of
 
     before, after = before_and_after(run, tag, degrees)
     name = choose_atom(before, after, atom)

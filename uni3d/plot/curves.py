@@ -8,9 +8,9 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from uni3d.curves import Curve, Metrics, Point, Resize
-from uni3d.marks import Mark
-from uni3d.pictures import COLOURS, GREY, make_figure, plain, renderer_of, size_of
+from uni3d.plot.figure import COLOURS, GREY, make_figure, plain, renderer_of, size_of
+from uni3d.plot.marks import Mark
+from uni3d.plot.metrics import Curve, Metrics, Point, Resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from uni3d.pictures import COLOURS, GREY, make_figure, renderer_of, size_of
+from uni3d.plot.figure import COLOURS, GREY, make_figure, renderer_of, size_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

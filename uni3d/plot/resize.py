@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from uni3d.estimate.holders import Holders, imported_from, resumed, writers, written_on, zero_so_far
 from uni3d.estimate.save import Ranks, check_world_size
 from uni3d.estimate.saved import Source
-from uni3d.plot_layout import Side, name_ranks
+from uni3d.plot.layout import Side, name_ranks
 
 if TYPE_CHECKING:
     from ckpt import Checkpoint

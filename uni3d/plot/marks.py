@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from uni3d.curves import Resize, split_at
 from uni3d.estimate.holders import written_on
+from uni3d.plot.metrics import Resize, split_at
 
 if TYPE_CHECKING:
     from ckpt.store import Store
