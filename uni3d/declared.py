@@ -13,7 +13,7 @@ from torch import nn
 
 from parallel.stages import layer_costs
 from parallel.tensor import check_plan, expand_plan, units_by_head
-from uni3d import hugging_face
+from uni3d.export import hugging_face
 
 
 def declared(model: nn.Module) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def declared(model: nn.Module) -> dict[str, Any]:
     `tp_units` (pattern -> number) are what `parallel.build` reads; so is `num_stages`. Beside them stands
     what only the modules tell: `loss_fn`, whether there is one; `layer_flops`, what each layer counts for
     where stages are cut by flops; in `tp_units`, by name, layers whose heads have a `head_dim`; and
-    `tp_refused`, why the plan suits the model under no degree. `hugging_face` is for `uni3d.hugging_face`.
+    `tp_refused`, why the plan suits the model under no degree. `hugging_face` is for `uni3d.export.hugging_face`.
     """
     said: dict[str, Any] = {"class": type(model).__name__}
     if (layers := getattr(model, "pipeline_layers", None)) is not None:

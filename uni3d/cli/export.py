@@ -108,7 +108,7 @@ def _plain(
 ) -> _Done:
     """One file, or a folder of several, with tensors by the checkpoint's names."""
     import ckpt
-    from uni3d.new_folder import new_folder
+    from uni3d.export.new_folder import new_folder
     from uni3d.zero_to_fp32 import write_files
 
     infos = ckpt.weights(checkpoint)
@@ -139,7 +139,7 @@ def _hugging_face(
 ) -> _Done:
     """A folder that transformers loads."""
     import ckpt
-    from uni3d import hugging_face
+    from uni3d.export import hugging_face
 
     model = hugging_face.find(checkpoint, hf_config, name_map)
     tensors = hugging_face.renamed(checkpoint, model.names)

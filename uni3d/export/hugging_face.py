@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ckpt
+from uni3d.export.new_folder import new_folder
 from uni3d.name_map import NameMap
-from uni3d.new_folder import new_folder
 from uni3d.zero_to_fp32 import write_files
 
 if TYPE_CHECKING:
