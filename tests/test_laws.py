@@ -5,7 +5,7 @@
 3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
 4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
    (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for `uni3d/estimate/save.py`, whose
-   boxes are of no tensor, and `uni3d/foreign/write.py`, whose are of tensors in foreign files. The engine,
+   boxes are of no tensor, and `uni3d/importers/write.py`, whose are of tensors in foreign files. The engine,
    its checkpointing and its description may know both packages (errors,
    reports, collectives); every other module at most one.
 5. Nothing pickles, but for `parallel/comm.py`, which carries values between ranks in memory, as torch's
@@ -32,7 +32,7 @@ PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "ma
 PICKLING = {("torch", "save"), ("torch", "load"), ("np", "save"), ("np", "load")}
 IN_MEMORY = {
     "parallel/comm.py": {("pickle", "dumps"), ("pickle", "loads")},
-    "uni3d/foreign/pickles.py": {("pickle", "Unpickler")},
+    "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
 }
 """Which file may pickle, and by what: never to or from a file. The unpickler of foreign checkpoints is
 one that refuses whatever isn't known to be inert."""
@@ -111,7 +111,7 @@ def test_one_joint() -> None:
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call) and called(node) in kinds
     }
-    assert makers == {"uni3d/state.py", "uni3d/estimate/save.py", "uni3d/foreign/write.py"}
+    assert makers == {"uni3d/state.py", "uni3d/estimate/save.py", "uni3d/importers/write.py"}
     importers = {relative(p) for p in of("uni3d") if {f"ckpt.{kind}" for kind in kinds} & set(imports(p))}
     assert importers == makers
 

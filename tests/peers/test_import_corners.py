@@ -16,12 +16,12 @@ from imported import atoms, imported, refused, source
 from safetensors.torch import save_file
 
 from ckpt import CheckpointError
-from uni3d.foreign import deepspeed_zero
-from uni3d.foreign.deepspeed_state import scheduler_state
-from uni3d.foreign.kinds import read
-from uni3d.foreign.pickles import plain, read_pickle
-from uni3d.foreign.source import Options
-from uni3d.foreign.torch_files import TorchFile
+from uni3d.importers.deepspeed import zero as deepspeed_zero
+from uni3d.importers.deepspeed.optimizer_state import scheduler_state
+from uni3d.importers.detect import read
+from uni3d.importers.pickles import plain, read_pickle
+from uni3d.importers.source import Options
+from uni3d.importers.torch_files import TorchFile
 
 SPLIT = ["*shift=replicated", "embed.weight=0", "*down=1", "*down_bias=replicated", "*norm.*=replicated"]
 

@@ -17,7 +17,7 @@ from imported import atoms, differing, expected, imported, manifest, names, refu
 from ranks import Ranks
 
 import uni3d as package
-from uni3d.foreign.kinds import kind_of
+from uni3d.importers.detect import kind_of
 
 NUMBERED = ["deepspeed_zero0_fp32", "deepspeed_zero0_fp16"]
 """Whose optimizer's states have no names."""

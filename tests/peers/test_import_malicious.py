@@ -19,7 +19,7 @@ import torch
 from imported import imported, refused, source
 
 from ckpt import CheckpointError
-from uni3d.foreign.pickles import StandIn, plain, read_pickle
+from uni3d.importers.pickles import StandIn, plain, read_pickle
 
 
 class Runs:

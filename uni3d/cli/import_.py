@@ -11,7 +11,7 @@ import typer
 from uni3d.cli.terminal import AsJson, in_bytes, progress_bar, say, say_json, say_table
 
 if TYPE_CHECKING:
-    from uni3d.foreign.source import ForeignArray, Options, Source
+    from uni3d.importers.source import ForeignArray, Options, Source
 
 
 def import_(
@@ -86,8 +86,8 @@ def import_(
     inert stand-ins, and everything else is refused by name.
     """
     from ckpt import check_tag
-    from uni3d.foreign.kinds import KINDS, read
-    from uni3d.foreign.source import Options
+    from uni3d.importers.detect import KINDS, read
+    from uni3d.importers.source import Options
 
     if kind not in ("auto", *KINDS):
         raise ValueError(f"--from {kind} isn't one of auto, {', '.join(KINDS)}")
@@ -121,7 +121,7 @@ def import_(
 
 def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json: bool) -> None:
     import ckpt
-    from uni3d.foreign.write import write
+    from uni3d.importers.write import write
 
     before = ckpt.committed_tags(dst)
     with progress_bar("importing", sum(_size(array) for array in source.arrays)) as progress:
@@ -253,7 +253,7 @@ def _optimizers() -> list[str]:
 
 
 def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
-    from uni3d.foreign.deepspeed_tensor import RULES
+    from uni3d.importers.deepspeed.tensor_parallel import RULES
 
     rules = []
     for each in split:

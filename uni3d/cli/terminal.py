@@ -49,7 +49,7 @@ def _whose() -> str:
     if sys.argv[1:2] == ["import"] or not any(path.is_dir() for path in given):
         return ""
     from ckpt import CheckpointError
-    from uni3d.foreign.kinds import kind_of
+    from uni3d.importers.detect import kind_of
 
     for path in given:
         with suppress(CheckpointError, OSError):

@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from uni3d.foreign.kinds import read
-from uni3d.foreign.source import Options, Source
+from uni3d.importers.detect import read
+from uni3d.importers.source import Options, Source
 
 FIXTURES = Path(__file__).parents[2] / "peers" / "fixtures"
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import uni3d
 from ckpt import CheckpointError
-from uni3d.foreign.write import write
+from uni3d.importers.write import write
 
 # --- what torch wrote on real ranks -----------------------------------------------------------------------
 

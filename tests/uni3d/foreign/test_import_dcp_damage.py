@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from ckpt import CheckpointError
-from uni3d.foreign.dcp import read_dcp
-from uni3d.foreign.dcp_layout import Chunk, ChunkedTensor, Place, check_cover
-from uni3d.foreign.source import Options
+from uni3d.importers.dcp import read_dcp
+from uni3d.importers.dcp.layout import Chunk, ChunkedTensor, Place, check_cover
+from uni3d.importers.source import Options
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def in_checkpoint(key: str) -> str:
 
 
 def test_a_layer_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from uni3d.foreign.dcp_layout import Layout
+    from uni3d.importers.dcp.layout import Layout
 
     source = source_of(write_dist(tmp_path / "it", Run().tensors(), common()))
     opened = []

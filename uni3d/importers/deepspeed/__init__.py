@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.foreign import deepspeed_state
-from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder
-from uni3d.foreign.deepspeed_module import buffer_names, buffers, numbered_parts, untrained
-from uni3d.foreign.deepspeed_tensor import Rule, Rules, join
-from uni3d.foreign.deepspeed_zero import Part, Rank, groups_of, parts
-from uni3d.foreign.source import BUFFER, ForeignArray, Options, Source
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.deepspeed import optimizer_state as deepspeed_state
+from uni3d.importers.deepspeed.folders import Ranks, checkpoint_folder
+from uni3d.importers.deepspeed.model_files import buffer_names, buffers, numbered_parts, untrained
+from uni3d.importers.deepspeed.tensor_parallel import Rule, Rules, join
+from uni3d.importers.deepspeed.zero import Part, Rank, groups_of, parts
+from uni3d.importers.source import BUFFER, ForeignArray, Options, Source
+from uni3d.importers.torch_tensors import StoredTensor
 
 
 def read_deepspeed(path: Path, options: Options) -> Source:

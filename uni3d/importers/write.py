@@ -16,7 +16,7 @@ import ckpt
 import uni3d
 from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
 from ckpt.threads import cores
-from uni3d.foreign.source import BUFFER, PARAMETER, ForeignArray, Source
+from uni3d.importers.source import BUFFER, PARAMETER, ForeignArray, Source
 
 SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
 

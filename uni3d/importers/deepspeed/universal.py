@@ -10,13 +10,13 @@ from typing import Any
 import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.foreign.deepspeed import assemble, joining
-from uni3d.foreign.deepspeed_folders import Ranks, checkpoint_folder, is_universal
-from uni3d.foreign.deepspeed_tensor import Rules
-from uni3d.foreign.deepspeed_zero import Checked, Part, Read
-from uni3d.foreign.source import PARAMETER, Options, Source
-from uni3d.foreign.torch_files import TorchFile
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.deepspeed import assemble, joining
+from uni3d.importers.deepspeed.folders import Ranks, checkpoint_folder, is_universal
+from uni3d.importers.deepspeed.tensor_parallel import Rules
+from uni3d.importers.deepspeed.zero import Checked, Part, Read
+from uni3d.importers.source import PARAMETER, Options, Source
+from uni3d.importers.torch_files import TorchFile
+from uni3d.importers.torch_tensors import StoredTensor
 
 _STEP = "step"
 

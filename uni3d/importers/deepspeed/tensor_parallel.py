@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.foreign.deepspeed_zero import Part, Read
-from uni3d.foreign.pickles import StandIn
-from uni3d.foreign.source import Options
+from uni3d.importers.deepspeed.zero import Part, Read
+from uni3d.importers.pickles import StandIn
+from uni3d.importers.source import Options
 
 Array = npt.NDArray[Any]
 

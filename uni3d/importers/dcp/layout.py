@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
-from uni3d.foreign.pickles import Function, StandIn, TypeName, read_pickle
-from uni3d.foreign.source import Options
-from uni3d.foreign.torch_files import TorchFile
-from uni3d.foreign.torch_tensors import NAMES, StoredTensor
+from uni3d.importers.pickles import Function, StandIn, TypeName, read_pickle
+from uni3d.importers.source import Options
+from uni3d.importers.torch_files import TorchFile
+from uni3d.importers.torch_tensors import NAMES, StoredTensor
 
 METADATA = ".metadata"
 _SAMPLE = 64

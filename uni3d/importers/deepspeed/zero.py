@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
-from uni3d.foreign.pickles import StandIn
-from uni3d.foreign.source import PARAMETER
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.pickles import StandIn
+from uni3d.importers.source import PARAMETER
+from uni3d.importers.torch_tensors import StoredTensor
 
 Array = npt.NDArray[Any]
 Read = Callable[[], Array]

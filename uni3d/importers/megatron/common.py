@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.foreign.dcp_optimizer import HOW_NOT_WHAT, kind_of
-from uni3d.foreign.pickles import StandIn, plain
-from uni3d.foreign.source import OptimizerState, Options
-from uni3d.foreign.torch_files import TorchFile
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.dcp.optimizer import HOW_NOT_WHAT, kind_of
+from uni3d.importers.pickles import StandIn, plain
+from uni3d.importers.source import OptimizerState, Options
+from uni3d.importers.torch_files import TorchFile
+from uni3d.importers.torch_tensors import StoredTensor
 
 _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),

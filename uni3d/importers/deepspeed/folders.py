@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.foreign.deepspeed_zero import Rank
-from uni3d.foreign.source import Options
-from uni3d.foreign.torch_files import TorchFile
+from uni3d.importers.deepspeed.zero import Rank
+from uni3d.importers.source import Options
+from uni3d.importers.torch_files import TorchFile
 
 _LATEST = ("latest", "latest_universal")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.foreign.deepspeed_zero import Checked, Part, Rank, Read
-from uni3d.foreign.source import PARAMETER, Options
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.deepspeed.zero import Checked, Part, Rank, Read
+from uni3d.importers.source import PARAMETER, Options
+from uni3d.importers.torch_tensors import StoredTensor
 
 TIED = "tied_modules."
 """How the names of parameters begin that several layers of a pipeline share."""

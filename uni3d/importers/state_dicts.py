@@ -13,9 +13,9 @@ from typing import Any
 import numpy.typing as npt
 
 from ckpt import DTYPES, CheckpointError, numpy_dtype
-from uni3d.foreign.source import BUFFER, PARAMETER, ForeignArray, Options, Source
-from uni3d.foreign.torch_files import TorchFile
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.source import BUFFER, PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.torch_files import TorchFile
+from uni3d.importers.torch_tensors import StoredTensor
 
 _SAFETENSORS = {
     "BF16": "bfloat16",

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
-from uni3d.foreign.pickles import TypeName, read_pickle
-from uni3d.foreign.torch_tensors import NAMES, STORAGES, Storage
+from uni3d.importers.pickles import TypeName, read_pickle
+from uni3d.importers.torch_tensors import NAMES, STORAGES, Storage
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # its signature; the lengths of the name and of the extra field
 

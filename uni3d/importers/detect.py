@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ckpt import CheckpointError, committed_tags
 from ckpt.format import MANIFEST
-from uni3d.foreign.dcp import read_dcp
-from uni3d.foreign.deepspeed import read_deepspeed
-from uni3d.foreign.deepspeed_folders import checkpoint_folder, is_universal
-from uni3d.foreign.deepspeed_universal import read_universal
-from uni3d.foreign.megatron import read_megatron
-from uni3d.foreign.source import Options, Source
-from uni3d.foreign.state_dicts import read_safetensors, read_torch
-from uni3d.foreign.torch_files import is_archive
+from uni3d.importers.dcp import read_dcp
+from uni3d.importers.deepspeed import read_deepspeed
+from uni3d.importers.deepspeed.folders import checkpoint_folder, is_universal
+from uni3d.importers.deepspeed.universal import read_universal
+from uni3d.importers.megatron import read_megatron
+from uni3d.importers.source import Options, Source
+from uni3d.importers.state_dicts import read_safetensors, read_torch
+from uni3d.importers.torch_files import is_archive
 
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "deepspeed": read_deepspeed,

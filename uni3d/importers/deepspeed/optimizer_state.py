@@ -9,9 +9,9 @@ from typing import Any
 from uni3d.config.optimizer import read_optimizer
 from uni3d.config.scheduler import read_scheduler
 from uni3d.config.strict import ConfigError
-from uni3d.foreign.deepspeed_zero import Part
-from uni3d.foreign.pickles import StandIn, plain
-from uni3d.foreign.source import PARAMETER, OptimizerState
+from uni3d.importers.deepspeed.zero import Part
+from uni3d.importers.pickles import StandIn, plain
+from uni3d.importers.source import PARAMETER, OptimizerState
 
 _OWN_KEYS = frozenset(
     {

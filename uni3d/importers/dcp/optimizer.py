@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 
 from ckpt import DTYPES, CheckpointError
-from uni3d.foreign.dcp_layout import Layout, Steps
-from uni3d.foreign.pickles import plain
-from uni3d.foreign.source import ForeignArray, OptimizerState
-from uni3d.foreign.torch_tensors import StoredTensor
+from uni3d.importers.dcp.layout import Layout, Steps
+from uni3d.importers.pickles import plain
+from uni3d.importers.source import ForeignArray, OptimizerState
+from uni3d.importers.torch_tensors import StoredTensor
 
 HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Hyperparameters that say how a step is computed, not what it computes."""

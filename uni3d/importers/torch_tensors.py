@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
-from uni3d.foreign.pickles import Function, TypeName
+from uni3d.importers.pickles import Function, TypeName
 
 if TYPE_CHECKING:
-    from uni3d.foreign.torch_files import TorchFile
+    from uni3d.importers.torch_files import TorchFile
 
 STORAGES = {
     "BFloat16Storage": "bfloat16",

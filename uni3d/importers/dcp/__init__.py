@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from ckpt import DTYPES, CheckpointError
-from uni3d.foreign.dcp_layout import Layout, Steps
-from uni3d.foreign.dcp_optimizer import read_optimizer
-from uni3d.foreign.pickles import plain
-from uni3d.foreign.source import PARAMETER, ForeignArray, OptimizerState, Options, Source
-from uni3d.foreign.state_dicts import array_of
+from uni3d.importers.dcp.layout import Layout, Steps
+from uni3d.importers.dcp.optimizer import read_optimizer
+from uni3d.importers.pickles import plain
+from uni3d.importers.source import PARAMETER, ForeignArray, OptimizerState, Options, Source
+from uni3d.importers.state_dicts import array_of
 
 _MODELS = frozenset({"model", "model_state_dict", "module", "state_dict"})
 _OPTIMIZERS = frozenset(

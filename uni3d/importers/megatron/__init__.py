@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import DTYPES, CheckpointError
-from uni3d.foreign.dcp_layout import Layout
-from uni3d.foreign.dcp_optimizer import FLOATS
-from uni3d.foreign.megatron_common import Common, read_common
-from uni3d.foreign.source import PARAMETER, ForeignArray, Options, Source
-from uni3d.foreign.state_dicts import array_of
+from uni3d.importers.dcp.layout import Layout
+from uni3d.importers.dcp.optimizer import FLOATS
+from uni3d.importers.megatron.common import Common, read_common
+from uni3d.importers.source import PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.state_dicts import array_of
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
 _STACKED = re.compile(r"((?:.*?\.)?layers)\.(?!\d+\.)(.+)")
