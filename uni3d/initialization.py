@@ -22,8 +22,8 @@ from uni3d.declared import declared
 from uni3d.engine import Engine
 from uni3d.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
+from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.pipe import PipelineModule
-from uni3d.schedules import make_scheduler
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]

@@ -19,7 +19,7 @@ from small_models import Stack, global_batches, make_engine, seeded, train
 
 from uni3d.config import load_config
 from uni3d.optim import make_optimizer
-from uni3d.schedules import make_scheduler
+from uni3d.optim.lr_schedules import make_scheduler
 
 LRS = (0.01, 0.003)
 """Of two parameter groups."""

@@ -104,7 +104,7 @@ class LionConfig(OptimizerConfig):
 
     @property
     def implementation(self) -> str:
-        return "uni3d.lion.Lion"
+        return "uni3d.optim.lion.Lion"
 
 
 class MuonParams(Strict):
@@ -134,7 +134,7 @@ class MuonConfig(OptimizerConfig):
 
     @property
     def implementation(self) -> str:
-        return "uni3d.muon.MuonWithAdam"
+        return "uni3d.optim.muon.MuonWithAdam"
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

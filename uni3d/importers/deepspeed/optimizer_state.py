@@ -153,7 +153,7 @@ def _schedule_at(section: Any, epoch: int, rates: list[float], groups: list[dict
     """Our schedule over groups of these rates, after `epoch` steps. Loads torch."""
     import torch
 
-    from uni3d.schedules import make_scheduler
+    from uni3d.optim.lr_schedules import make_scheduler
 
     optimizer = torch.optim.AdamW(
         [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from uni3d.lion import local
+from uni3d.optim.lion import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration; with these, singular values end between about 0.7 and 1.2."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from uni3d.config import torch_optimizers as torch_optim
 from uni3d.config.optimizer import AdamConfig, LionConfig, MuonConfig, OptimizerConfig
-from uni3d.lion import Lion
-from uni3d.muon import MuonWithAdam, muon_groups
+from uni3d.optim.lion import Lion
+from uni3d.optim.muon import MuonWithAdam, muon_groups
 
 Groups = list[dict[str, Any]]
 
