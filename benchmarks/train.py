@@ -6,7 +6,7 @@
 One process, so that there is nothing to communicate: what is compared is what the engine adds. The bare loop
 has the same model, casts, clipping and optimizer, written as one would by hand. Both are in one process and
 take steps in turns; printed are medians, and the median of the ratios by round. Memory is measured in another
-process for each. MFU is model FLOPs (`uni3d.flops`) / (seconds x the device's peak, `--peak-tflops`).
+process for each. MFU is model FLOPs (`uni3d.observe.flops`) / (seconds x the device's peak, `--peak-tflops`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "megatron_gpt")]
 from model import GPT, GPTConfig  # noqa: E402
 
 import uni3d  # noqa: E402
-from uni3d import flops  # noqa: E402
+from uni3d.observe import flops  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

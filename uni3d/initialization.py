@@ -20,7 +20,7 @@ from uni3d.config.deepspeed_keys import by_reason
 from uni3d.data import TrainingLoader, engine_loader
 from uni3d.declared import declared
 from uni3d.engine import Engine
-from uni3d.monitors import check_installed
+from uni3d.observe.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
 from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.pipe import PipelineModule

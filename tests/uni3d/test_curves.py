@@ -14,7 +14,7 @@ import pytest
 import ckpt
 from uni3d.config.observe_sections import CsvMonitorConfig
 from uni3d.estimate.save import Ranks
-from uni3d.monitors import CsvMonitor
+from uni3d.observe.monitors import CsvMonitor
 from uni3d.plot.marks import read_marks, resizes_between
 from uni3d.plot.metrics import CSV_NAMES, find_metrics, read_metrics
 

@@ -18,8 +18,7 @@ from ranks import Ranks
 from small_models import OwnLoss, Stack, global_batches, make_engine, seeded, train
 
 import uni3d
-from uni3d import flops
-from uni3d.observe import _Times
+from uni3d.observe import _Times, flops
 
 NAMES = ("train_loss", "lr", "grad_norm")
 

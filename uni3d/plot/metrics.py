@@ -1,7 +1,7 @@
 """What a run's metrics files say: its curves, and on which topology each step was taken. No torch, no numpy.
 
 Two kinds of files are read: JSON lines, one object for each step, as `examples/megatron_gpt/train.py` writes
-them; and the CSV files of DeepSpeed's monitor, one for each curve, as `uni3d.monitors` writes them.
+them; and the CSV files of DeepSpeed's monitor, one for each curve, as `uni3d.observe.monitors` writes them.
 
 A run that resumes from a checkpoint goes back, and takes again the steps after it. Files are appended to, so
 these are there twice: the later line counts, and what was written before from that step on is abandoned.

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from uni3d import profiler
-from uni3d.flops import peak_flops, utilisation
-from uni3d.monitors import Monitor, make_monitors
+from uni3d.observe import profiler
+from uni3d.observe.flops import peak_flops, utilisation
+from uni3d.observe.monitors import Monitor, make_monitors
 
 if TYPE_CHECKING:
     from uni3d.engine import Engine

@@ -1,4 +1,4 @@
-"""FLOPs of a model, counted in a forward pass of a global batch on any topology; see `uni3d.flops`."""
+"""FLOPs of a model, counted in a forward pass of a global batch on any topology; see `uni3d.observe.flops`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel import HostComm, ParallelModel
 from parallel.names import named_parameters
 from uni3d.config.observe_sections import FlopsProfilerConfig
-from uni3d.flops import TRAINING
+from uni3d.observe.flops import TRAINING
 
 aten = torch.ops.aten
 
