@@ -18,7 +18,7 @@ from parallel.gradients import sum_over_ranks
 from parallel.pipeline import Loss, split_logits
 from uni3d.accessors import Accessors
 from uni3d.batches import BatchError, on_device, run_batches
-from uni3d.checkpointing import Checkpointer
+from uni3d.checkpoint.save import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.data import TrainingLoader
 from uni3d.loss_scale import LossScale

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import ckpt
 from ckpt.threads import cores, for_each
-from uni3d import state, weights_out, zero_to_fp32
+from uni3d import state, zero_to_fp32
+from uni3d.checkpoint import live_weights as weights_out
 
 
 class StoredWeights(Mapping[str, Tensor]):

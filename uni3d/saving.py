@@ -1,4 +1,4 @@
-"""The engine's checkpoints: what a script calls. How they are made is in `uni3d.checkpointing`."""
+"""The engine's checkpoints: what a script calls. How they are made is in `uni3d.checkpoint.save`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 import ckpt
 from parallel import ParallelModel
-from uni3d import weights_out
-from uni3d.checkpointing import Checkpointer
+from uni3d.checkpoint import live_weights as weights_out
+from uni3d.checkpoint.restore import CustomLoad, Wanted
+from uni3d.checkpoint.save import Checkpointer
 from uni3d.data import TrainingLoader
-from uni3d.restoring import CustomLoad, Wanted
 from uni3d.step import Stepper
 
 

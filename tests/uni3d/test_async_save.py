@@ -19,7 +19,7 @@ from ranks import Ranks
 from small_models import OwnLoss, Stack, global_batches, make_engine, seeded, train, whole
 
 import ckpt
-from uni3d.checkpointing import Checkpointer
+from uni3d.checkpoint.save import Checkpointer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from tied_gpt import TIED, gpt_engine
 from torch import nn
 
 import ckpt
-from uni3d.declared import declared
+from uni3d.checkpoint.model_spec import declared
 
 LAYER = 4 * TIED["hidden_size"] ** 2 + 3 * TIED["hidden_size"] * TIED["ffn_size"]
 HEAD = TIED["vocab_size"] * TIED["hidden_size"]

@@ -20,8 +20,8 @@ import parallel
 from parallel import tensor
 from parallel.combinations import check_combination
 from parallel.tensor import check_plan, expand_plan
+from uni3d.checkpoint.model_spec import declared
 from uni3d.config import load_config
-from uni3d.declared import declared
 from uni3d.doctor import checks as doctor_config
 from uni3d.doctor import examine
 from uni3d.doctor.rules import fills_rounds, nearest_batch, refused_combination

@@ -1,6 +1,6 @@
 """What a config, and the manifest itself, say of a resume: what it would refuse, what it would warn of.
 
-The checks are those of `uni3d.restoring` and `uni3d.description`, as far as they can be made without the
+The checks are those of `uni3d.checkpoint.restore` and `uni3d.checkpoint.optimizer_groups`, as far as they can be made without the
 script, which may give an optimizer, groups or a schedule of its own.
 """
 

@@ -1,7 +1,7 @@
 """What each rank of any topology holds of a checkpoint's arrays: without ranks, torch or the model.
 
 The manifest says which layers the model is a chain of, which modules tensor parallelism cuts and how
-(`uni3d.declared`); the arrays say their shapes. From these follow the boxes that the ranks of a run would
+(`uni3d.checkpoint.model_spec`); the arrays say their shapes. From these follow the boxes that the ranks of a run would
 load, by the rules by which training cuts a model: pipeline stages (`parallel.stages`), tensor parallelism
 along the dim that a style says (`parallel.tensor`), ZeRO along the first dim (`uni3d.estimate.save.part_boxes`).
 Ranks at different places of the pipeline hold different arrays, those at the same place other boxes of the

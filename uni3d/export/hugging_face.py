@@ -1,6 +1,6 @@
 """A checkpoint as a folder that Hugging Face's `transformers` loads: config.json, and tensors by its names.
 
-A model says what it is there (`uni3d/declared.py`), and its checkpoints keep it; where one doesn't, files do.
+A model says what it is there (`uni3d/checkpoint/model_spec.py`), and its checkpoints keep it; where one doesn't, files do.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import uni3d
 from ckpt.threads import cores
 from parallel import HostComm
 from uni3d import state
-from uni3d.background import Background
-from uni3d.description import describe, merge
-from uni3d.restoring import Restorer, Wanted, what_fixes_the_order
-from uni3d.snapshot import Snapshot
+from uni3d.checkpoint.background import Background
+from uni3d.checkpoint.optimizer_groups import describe, merge
+from uni3d.checkpoint.restore import Restorer, Wanted, what_fixes_the_order
+from uni3d.checkpoint.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from uni3d.engine import Engine

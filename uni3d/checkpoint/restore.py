@@ -15,7 +15,7 @@ import ckpt
 from parallel import HostComm
 from parallel.whole import whole_module
 from uni3d import state
-from uni3d.description import check_optimizer, restore_optimizer
+from uni3d.checkpoint.optimizer_groups import check_optimizer, restore_optimizer
 from uni3d.recovery import StoredWeights
 
 if TYPE_CHECKING:
