@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
-    from uni3d.deepspeed_names import add_config_arguments, init_distributed
-    from uni3d.engine import Engine
-    from uni3d.initialization import initialize
+    from uni3d.deepspeed import add_config_arguments, init_distributed
+    from uni3d.engine.build import initialize
+    from uni3d.engine.engine import Engine
     from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from uni3d.recovery import (
         clone_tensors_for_torch_save,
@@ -46,16 +46,16 @@ __all__ = [
 
 _HOME = {
     "CheckpointError": "ckpt",
-    "Engine": "uni3d.engine",
+    "Engine": "uni3d.engine.engine",
     "LayerSpec": "uni3d.pipe",
     "PipelineModule": "uni3d.pipe",
     "TiedLayerSpec": "uni3d.pipe",
-    "add_config_arguments": "uni3d.deepspeed_names",
+    "add_config_arguments": "uni3d.deepspeed",
     "clone_tensors_for_torch_save": "uni3d.recovery",
     "convert_zero_checkpoint_to_fp32_state_dict": "uni3d.recovery",
     "get_fp32_state_dict_from_zero_checkpoint": "uni3d.recovery",
-    "init_distributed": "uni3d.deepspeed_names",
-    "initialize": "uni3d.initialization",
+    "init_distributed": "uni3d.deepspeed",
+    "initialize": "uni3d.engine.build",
     "load_state_dict_from_zero_checkpoint": "uni3d.recovery",
 }
 """Where each public name lives; looked up when it is first asked for."""

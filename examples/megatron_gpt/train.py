@@ -22,7 +22,7 @@ from data import TokenDataset, load_tokens
 from model import GPT, GPTConfig
 
 import uni3d
-from uni3d.data import engine_loader
+from uni3d.engine.data import engine_loader
 
 
 def parse_arguments() -> argparse.Namespace:

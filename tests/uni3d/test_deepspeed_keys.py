@@ -283,7 +283,7 @@ def test_what_the_keys_come_to() -> None:
 
 
 def test_what_zero_is_told_reaches_the_parallel_package() -> None:
-    from uni3d.initialization import _parallel_settings
+    from uni3d.engine.build import _parallel_settings
 
     on = load_config({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}})
     assert _parallel_settings(on).offload

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from uni3d.data import GlobalOrder, TrainingLoader
+from uni3d.engine.data import GlobalOrder, TrainingLoader
 
 
 class Position:

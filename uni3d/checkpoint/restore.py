@@ -19,7 +19,7 @@ from uni3d.checkpoint.optimizer_groups import check_optimizer, restore_optimizer
 from uni3d.recovery import StoredWeights
 
 if TYPE_CHECKING:
-    from uni3d.engine import Engine
+    from uni3d.engine.engine import Engine
 
 CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
 """A script's own way of loading the model's weights, called with the keywords `src` and `dst`."""

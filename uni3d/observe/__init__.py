@@ -19,7 +19,7 @@ from uni3d.observe.flops import peak_flops, utilisation
 from uni3d.observe.monitors import Monitor, make_monitors
 
 if TYPE_CHECKING:
-    from uni3d.engine import Engine
+    from uni3d.engine.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)

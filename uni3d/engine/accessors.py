@@ -10,8 +10,8 @@ from torch import nn
 
 from parallel import ParallelModel
 from uni3d.config import BatchTriad, Config
-from uni3d.loss_scale import LossScale
-from uni3d.step import Stepper
+from uni3d.engine.loss_scale import LossScale
+from uni3d.engine.step import Stepper
 
 
 class Accessors:

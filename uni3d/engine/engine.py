@@ -16,16 +16,16 @@ from ckpt import CheckpointError
 from parallel import Failures, ParallelModel
 from parallel.gradients import sum_over_ranks
 from parallel.pipeline import Loss, split_logits
-from uni3d.accessors import Accessors
-from uni3d.batches import BatchError, on_device, run_batches
 from uni3d.checkpoint.save import Checkpointer
 from uni3d.config import BatchTriad, Config
-from uni3d.data import TrainingLoader
-from uni3d.loss_scale import LossScale
+from uni3d.engine.accessors import Accessors
+from uni3d.engine.batches import BatchError, on_device, run_batches
+from uni3d.engine.data import TrainingLoader
+from uni3d.engine.loss_scale import LossScale
+from uni3d.engine.random_state import random_state
+from uni3d.engine.saving import Saving
+from uni3d.engine.step import Stepper
 from uni3d.observe import Observer
-from uni3d.random_state import random_state
-from uni3d.saving import Saving
-from uni3d.step import Stepper
 
 ALIKE = (FloatingPointError, CheckpointError)
 """Errors that all ranks raise at the same place."""

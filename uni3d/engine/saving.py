@@ -13,8 +13,8 @@ from parallel import ParallelModel
 from uni3d.checkpoint import live_weights as weights_out
 from uni3d.checkpoint.restore import CustomLoad, Wanted
 from uni3d.checkpoint.save import Checkpointer
-from uni3d.data import TrainingLoader
-from uni3d.step import Stepper
+from uni3d.engine.data import TrainingLoader
+from uni3d.engine.step import Stepper
 
 
 class Saving:

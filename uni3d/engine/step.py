@@ -14,7 +14,7 @@ from parallel.pipeline import Loss
 from uni3d.observe import StepRecord
 
 if TYPE_CHECKING:
-    from uni3d.engine import Engine
+    from uni3d.engine.engine import Engine
 
 
 class Numbers(NamedTuple):

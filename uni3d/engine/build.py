@@ -18,8 +18,8 @@ from parallel.masters import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
-from uni3d.data import TrainingLoader, engine_loader
-from uni3d.engine import Engine
+from uni3d.engine.data import TrainingLoader, engine_loader
+from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
 from uni3d.optim.lr_schedules import make_scheduler

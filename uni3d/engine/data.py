@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 if TYPE_CHECKING:
-    from uni3d.engine import Engine
+    from uni3d.engine.engine import Engine
 
 
 class GlobalOrder:
