@@ -21,10 +21,10 @@
 This package knows nothing of files, configs or engines.
 """
 
-from parallel.assemble import ParallelModel, build
 from parallel.combinations import check_micro_batches
-from parallel.comm import HostComm
 from parallel.failures import Failures, RankFailedError
+from parallel.host_comm import HostComm
+from parallel.parallelize import ParallelModel, build
 from parallel.settings import Compile, Precision, Recompute, Settings
 from parallel.topology import Degrees, Topology, resolve_degrees, start_process_group
 

@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from parallel.combinations import MANY_STAGES
+from parallel.pipeline_stage import TorchStage
 from parallel.placement import Placement
 from parallel.settings import Schedule
 from parallel.topology import Topology
-from parallel.torch_stage import TorchStage
 from parallel.zero import Zero
 
 LossFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]

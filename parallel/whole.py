@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.layout import copy_from_full
-from parallel.names import named_parameters, persistent_buffers
+from parallel.tensors import named_parameters, persistent_buffers
 
 
 def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from parallel.records import (
+from parallel.fsdp_internals import (
     adopt_gradient,
     check_records,
     compute_in_place,

@@ -8,7 +8,7 @@
    boxes are of no tensor, and `uni3d/importers/write.py`, whose are of tensors in foreign files. The engine,
    its checkpointing and its description may know both packages (errors,
    reports, collectives); every other module at most one.
-5. Nothing pickles, but for `parallel/comm.py`, which carries values between ranks in memory, as torch's
+5. Nothing pickles, but for `parallel/host_comm.py`, which carries values between ranks in memory, as torch's
    `all_gather_object` does; and files stay short.
 """
 
@@ -31,7 +31,7 @@ LONGEST = 350
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING = {("torch", "save"), ("torch", "load"), ("np", "save"), ("np", "load")}
 IN_MEMORY = {
-    "parallel/comm.py": {("pickle", "dumps"), ("pickle", "loads")},
+    "parallel/host_comm.py": {("pickle", "dumps"), ("pickle", "loads")},
     "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
 }
 """Which file may pickle, and by what: never to or from a file. The unpickler of foreign checkpoints is

@@ -21,7 +21,7 @@ from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
 from ckpt.read import WEIGHT_STATES
 from parallel import ParallelModel
 from parallel.layout import Place, StageLayout, local_tensor
-from parallel.names import named_parameters, persistent_buffers
+from parallel.tensors import named_parameters, persistent_buffers
 
 PARAMETER, BUFFER = WEIGHT_STATES
 """States under which an atom keeps a parameter's and a buffer's own value."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import uni3d
-from parallel.blocks import blocks, units
+from parallel.layers import blocks, units
 
 WIDTH, BATCH, STEPS = 6, 8, 3
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}

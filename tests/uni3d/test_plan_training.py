@@ -21,7 +21,7 @@ from model import GPT, GPTConfig, next_token_loss
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 
-from parallel import blocks
+from parallel import layers as blocks
 from parallel.stages import Chain, split_layers
 from uni3d.estimate import save as paper
 from uni3d.estimate.activations import of_link, of_loss

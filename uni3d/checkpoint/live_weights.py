@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel import HostComm, ParallelModel
-from parallel.comm import Bytes
-from parallel.names import named_parameters, persistent_buffers
+from parallel.host_comm import Bytes
+from parallel.tensors import named_parameters, persistent_buffers
 from parallel.whole import whole_tensors
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt import CheckpointError
 from parallel import ParallelModel
-from parallel.names import named_parameters, persistent_buffers
+from parallel.tensors import named_parameters, persistent_buffers
 
 _HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Entries of a parameter group that say how a step is computed, not what it computes."""

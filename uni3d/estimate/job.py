@@ -146,7 +146,7 @@ class Stage:
     units: tuple[Weights, ...]
     """By link, what ZeRO gathers for it alone; nothing if that lies with the root."""
     root: Weights
-    """What is gathered for all: of links without matrices, or that share one (`parallel.blocks.units`)."""
+    """What is gathered for all: of links without matrices, or that share one (`parallel.layers.units`)."""
     turns: bool = False
     """Whether its second stretch follows on its first, as the last rank's do where the order turns back."""
 

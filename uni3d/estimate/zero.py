@@ -11,7 +11,7 @@ accumulate and reduce gradients with, a rank holds at the fullest moment of a st
 | 3          | 4P/s             | 4P/s                                             | 8P/s            |
 
 `cP` are whole copies to compute with. There are none where the shard is the whole and in fp32. At stage 3
-they are transient: those of one layer, in general of one unit of `parallel.blocks.units`, and of the next.
+they are transient: those of one layer, in general of one unit of `parallel.layers.units`, and of the next.
 
 The ZeRO paper (Rajbhandari et al. 2020, section 5, with c = r = 2 and Adam) has 2P + 2P + KP, each term
 divided by dp from stage 3, 2 and 1 on; its K = 12 are the 4 bytes of fp32 parameters and the 8 of moments.

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel import HostComm, ParallelModel
-from parallel.names import named_parameters
+from parallel.tensors import named_parameters
 from uni3d.config.observe_sections import FlopsProfilerConfig
 from uni3d.observe.flops import TRAINING
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from parallel.blocks import blocks, change_forward, units
 from parallel.combinations import check_combination
 from parallel.gradients import ScalarGradients, TiedGradients
+from parallel.layers import blocks, change_forward, units
 from parallel.pipeline import LossFn, Pipeline
 from parallel.placement import Placement
-from parallel.replicas import Replicas
+from parallel.replica_check import Replicas
 from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
 from parallel.tensor import (
