@@ -33,7 +33,7 @@ from ckpt.presence import absent
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
 from ckpt.save import SaveReport, Shard, UnreadShard, save
 from ckpt.stats import Statistics, statistics
-from ckpt.store import open_store
+from ckpt.stores import open_store
 from ckpt.tags import Retention, committed_tags, prune, read_latest
 from ckpt.verify import Problem, extent, verify
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckpt import files
 from ckpt.bands import BandReader, bands
 from ckpt.box import Box
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize, numpy_dtype
 from ckpt.read import WEIGHT_STATES, ArrayInfo, Checkpoint
+from ckpt.stores import files
 from ckpt.threads import cores, for_each
 
 _SAFETENSORS_DTYPES = {

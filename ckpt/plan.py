@@ -22,7 +22,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ckpt.box import Box, Shape, around
-from ckpt.cuts import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
+from ckpt.chunking import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize
 

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 import numpy as np
 import numpy.typing as npt
 
-from ckpt.blocks import Blocks
 from ckpt.box import Box, Shape, grid
 from ckpt.checksum import crc32c
+from ckpt.checksums import Blocks
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     MANIFEST,
@@ -31,7 +31,7 @@ from ckpt.format import (
     numpy_dtype,
 )
 from ckpt.plan import ArrayKey
-from ckpt.store import Store, open_store
+from ckpt.stores import Store, open_store
 from ckpt.tags import committed_tags, read_latest
 
 WEIGHT_STATES = ("fp32", "value")
@@ -51,7 +51,7 @@ class ArrayInfo:
     path: str
     """Of its folder, below the checkpoint's."""
     chunks: Mapping[str, Json]
-    """What the manifest says of each chunk; see `ckpt.blocks`."""
+    """What the manifest says of each chunk; see `ckpt.checksums`."""
 
     @property
     def nbytes(self) -> int:

@@ -40,7 +40,7 @@ from ckpt.format import (
     object_record,
 )
 from ckpt.plan import Plan, ShardSpec
-from ckpt.store import Store, open_store
+from ckpt.stores import Store, open_store
 from ckpt.tags import KEEP_ALL, Retention, prune, read_latest
 from ckpt.threads import cores
 from ckpt.write import Write, Writer, Written

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ckpt.errors import CheckpointError
 from ckpt.format import LATEST, MANIFEST, check_tag, decode_manifest, is_tag
-from ckpt.store import Store, open_store
+from ckpt.stores import Store, open_store
 
 _HEAD_BYTES = 4 << 10
 """Of a manifest: its first lines say what it is of."""

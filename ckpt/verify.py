@@ -16,9 +16,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ckpt.blocks import Blocks
 from ckpt.box import Box, grid
 from ckpt.checksum import crc32c
+from ckpt.checksums import Blocks
 from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
 from ckpt.read import ArrayInfo, Checkpoint
 from ckpt.threads import cores, for_each

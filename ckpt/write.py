@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckpt.blocks import Summing
 from ckpt.box import Box
 from ckpt.checksum import crc32c
+from ckpt.checksums import Summing
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     FORMAT_VERSION,
@@ -29,7 +29,7 @@ from ckpt.format import (
 )
 from ckpt.plan import ArrayPlan, Chunk, Plan
 from ckpt.read import Checkpoint
-from ckpt.store import Store
+from ckpt.stores import Store
 from ckpt.threads import for_each
 
 Array = npt.NDArray[Any]

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from ckpt import files
+from ckpt.stores import files
 
 CALLS = ("open", "writev", "fsync", "mkdir", "link", "rename", "unlink", "rmdir")
 """Of `os`: all by which a save changes the disk, those of `pathlib` and `shutil` included."""
 
 NATIVE = ("exchange_folders", "sync_tree")
-"""Of `ckpt.files`: what it does by system calls that `os` doesn't have."""
+"""Of `ckpt.stores.files`: what it does by system calls that `os` doesn't have."""
 
 OWNERS = ((os, CALLS), (files, NATIVE))
 

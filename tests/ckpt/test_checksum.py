@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.blocks import Blocks, Summing
 from ckpt.checksum import BLOCKS, SMALLEST_BLOCK, block_bytes, crc32c, hexadecimal
+from ckpt.checksums import Blocks, Summing
 
 PAYLOADS = st.builds(
     lambda size, seed: np.random.default_rng(seed).bytes(size),

@@ -23,7 +23,7 @@ from ckpt import (
     read_latest,
     save,
 )
-from ckpt.files import sync_tree
+from ckpt.stores.files import sync_tree
 
 W, B, F = ("w", "fp32"), ("w", "exp_avg"), ("frozen", "fp32")
 
@@ -255,7 +255,7 @@ def test_a_file_system_that_cannot_exchange_keeps_the_old(tmp_path, monkeypatch)
         raise OSError(22, "Invalid argument")
 
     save_arrays(tmp_path, "t1", OLD)
-    monkeypatch.setattr("ckpt.files.exchange_folders", refuse)
+    monkeypatch.setattr("ckpt.stores.files.exchange_folders", refuse)
     with pytest.raises(CheckpointError, match=r"t1 exists and can't be replaced.*another tag"):
         save_arrays(tmp_path, "t1", NEW)
     assert holds(tmp_path, "t1") == "old"

@@ -242,7 +242,7 @@ def test_a_load_that_one_rank_cannot_finish_fails_on_all(run, monkeypatch):
     def read_into(fd, buffer, offset):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("ckpt.files.read_into", read_into)
+    monkeypatch.setattr("ckpt.stores.files.read_into", read_into)
     errors = load_on_two_ranks(run)
     assert all(isinstance(e, CheckpointError) for e in errors), errors
     assert len({str(e) for e in errors}) == 1

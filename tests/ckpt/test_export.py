@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("ckpt.files.write_at", full)
+    monkeypatch.setattr("ckpt.stores.files.write_at", full)
     with pytest.raises(OSError, match="No space left"):
         export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "out" / "model.safetensors")
     assert not [*(tmp_path / "out").iterdir()]

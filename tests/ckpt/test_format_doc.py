@@ -13,8 +13,8 @@ from ckpt_helpers import cut, random_array, same, save_arrays
 from crc32c import crc32c
 
 from ckpt import Box
-from ckpt.blocks import Blocks
 from ckpt.checksum import BLOCKS, SMALLEST_BLOCK
+from ckpt.checksums import Blocks
 from ckpt.format import FORMAT_VERSION, array_document, atom_path, decode_manifest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()

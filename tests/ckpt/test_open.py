@@ -11,7 +11,7 @@ import pytest
 from ckpt_helpers import same, save_arrays
 
 from ckpt import Box, CheckpointError, committed_tags, open_checkpoint
-from ckpt.local import LocalStore
+from ckpt.stores.local import LocalStore
 
 ARRAYS = {("w", "fp32"): np.arange(12.0).reshape(4, 3), ("w", "exp_avg"): np.ones(3)}
 

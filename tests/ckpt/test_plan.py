@@ -123,7 +123,7 @@ def check(layout: Ranks, plan: ArrayPlan) -> None:
 @given(layouts(), st.fixed_dictionaries(SIZES), st.sampled_from([4, 16, 1 << 20]))
 def test_every_chunk_has_one_writer_and_every_element_is_covered(layout, sizes, tile_bytes):
     with mock.patch.dict(
-        "ckpt.cuts.TILES", {8: 4 * tile_bytes, 4: tile_bytes, 2: tile_bytes}
+        "ckpt.chunking.TILES", {8: 4 * tile_bytes, 4: tile_bytes, 2: tile_bytes}
     ):  # so that small arrays have narrow chunks too
         whole = make_plan(layout, **sizes)
         shuffled = {r: random.Random(0).sample(layout[r], len(layout[r])) for r in sorted(layout)[::-1]}

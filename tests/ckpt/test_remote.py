@@ -25,7 +25,7 @@ from ckpt import (
     read_latest,
     save,
 )
-from ckpt.remote import RemoteStore
+from ckpt.stores.remote import RemoteStore
 
 W, B, S = ("w", "fp32"), ("w", "exp_avg"), ("step", "value")
 CHANGES = ("pipe_file", "rm", "rm_file")

@@ -248,7 +248,7 @@ def test_a_run_in_a_store_that_is_no_folder(alone: None) -> None:
 def test_synchronous_when_asked(alone: None, tmp_path: Path) -> None:
     engine = make_engine(seeded(OwnLoss), config={"checkpoint": {"async_save": False, "durable": False}})
     train(engine, global_batches(1))
-    with mock.patch("ckpt.files.sync_tree") as sync:
+    with mock.patch("ckpt.stores.files.sync_tree") as sync:
         engine.save_checkpoint(tmp_path)
         assert ckpt.read_latest(tmp_path) == "global_step1"
     assert not sync.called

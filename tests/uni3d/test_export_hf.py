@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ckpt
 import uni3d
-from ckpt import files
+from ckpt.stores import files
 from uni3d import cli
 
 # Weights so large, and numbers so far from any default, that each entry of the config shows in the logits.

@@ -13,7 +13,7 @@ from uni3d.cli.terminal import AsJson, DryRun, Run, RunOnly, Tag, in_bytes, prog
 
 if TYPE_CHECKING:
     import ckpt
-    from ckpt.store import Store
+    from ckpt.stores import Store
 
 
 @dataclass

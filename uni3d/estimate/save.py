@@ -304,7 +304,7 @@ def _brought(array: ArrayPlan) -> dict[int, int]:
 
 
 def _record(chunk_bytes: int) -> str:
-    """What the manifest says of a chunk (`ckpt.blocks`), but for the values of its checksums."""
+    """What the manifest says of a chunk (`ckpt.checksums`), but for the values of its checksums."""
     block = block_bytes(chunk_bytes)
     record: dict[str, Any] = {"size": chunk_bytes + CHECKSUM_BYTES, "crc32c": "0" * 8}
     if chunk_bytes > block:

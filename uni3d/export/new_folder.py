@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt import files
+from ckpt.stores import files
 
 
 @contextmanager

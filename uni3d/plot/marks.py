@@ -11,7 +11,7 @@ from uni3d.estimate.holders import written_on
 from uni3d.plot.metrics import Resize, split_at
 
 if TYPE_CHECKING:
-    from ckpt.store import Store
+    from ckpt.stores import Store
     from uni3d.estimate.save import Ranks
 
 

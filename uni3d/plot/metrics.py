@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt.store import Store
+    from ckpt.stores import Store
     from uni3d.estimate.save import Ranks
 
 JSON_LINES = "metrics.jsonl"

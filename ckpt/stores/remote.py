@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class RemoteStore:
-    """See `ckpt.store.Store`."""
+    """See `ckpt.stores.Store`."""
 
     threads: int | None = 16
     window = 64 << 20  # each call is a request: a whole chunk in one

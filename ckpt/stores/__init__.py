@@ -119,13 +119,13 @@ def open_store(url: str | Path) -> Store:
     Raises:
         CheckpointError: the protocol isn't known, or its package isn't installed.
     """
-    from ckpt.local import LocalStore
+    from ckpt.stores.local import LocalStore
 
     text = str(url)
     scheme, separator, rest = text.partition("://")
     if not separator or scheme in ("file", "local"):
         return LocalStore(text, Path(rest if separator else text))
-    from ckpt.remote import RemoteStore  # fsspec is imported only by those who need it
+    from ckpt.stores.remote import RemoteStore  # fsspec is imported only by those who need it
 
     try:
         return RemoteStore(text)

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt import files
 from ckpt.checksum import Buffer
 from ckpt.errors import CheckpointError
 from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
+from ckpt.stores import files
 
 
 class LocalStore:
-    """See `ckpt.store.Store`."""
+    """See `ckpt.stores.Store`."""
 
     threads: int | None = None
     window = 1 << 20  # enough to stream, little enough to be summed in the processor's cache
