@@ -4,8 +4,8 @@
 2. `ckpt` imports no torch; `import ckpt`, `import uni3d` and `uni3d --help` load none.
 3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
 4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
-   (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for `uni3d/estimate/save.py`, whose
-   boxes are of no tensor, and `uni3d/importers/write.py`, whose are of tensors in foreign files. The engine,
+   (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for
+   `uni3d/estimate/save.py`, whose boxes are of no tensor, and `uni3d/importers/write.py`, whose are of tensors in foreign files. The engine,
    its checkpointing and its description may know both packages (errors,
    reports, collectives); every other module at most one.
 5. Nothing pickles, but for `parallel/host_comm.py`, which carries values between ranks in memory, as torch's
@@ -100,7 +100,14 @@ def test_who_imports_whom(path: Path) -> None:
 
 def test_one_joint() -> None:
     users = {relative(p) for p in of("uni3d") if {"ckpt", "parallel"} <= packages(p)}
-    names = ("state", "engine", "saving", "checkpointing", "restoring", "description")
+    names = (
+        "state",
+        "engine/engine",
+        "engine/saving",
+        "checkpoint/save",
+        "checkpoint/restore",
+        "checkpoint/optimizer_groups",
+    )
     assert users == {f"uni3d/{name}.py" for name in names}
     layout = {relative(p) for p in of("uni3d") if any(n.startswith("parallel.layout") for n in imports(p))}
     assert layout == {"uni3d/state.py"}
@@ -142,7 +149,7 @@ def test_no_process_group_globals(path: Path) -> None:
     assert not any(isinstance(node, ast.Global) for node in ast.walk(parse(path))), "set later"
 
 
-ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("weights_out", "zero_to_fp32")}
+ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("checkpoint/live_weights", "zero_to_fp32")}
 """Where a user asks for torch's own file."""
 
 

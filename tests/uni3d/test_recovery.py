@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from model import GPT, GPTConfig
+from models import OwnLoss, global_batches, make_engine, seeded, train
 from ranks import Ranks
 from safetensors.torch import load_file
-from small_models import OwnLoss, global_batches, make_engine, seeded, train
 from tied_gpt import TIED, gpt_engine
 from torch import Tensor
 

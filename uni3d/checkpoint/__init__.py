@@ -1,0 +1,1 @@
+"""Saving an engine and restoring it."""

@@ -24,7 +24,7 @@ from uni3d.checkpoint.snapshot import Snapshot
 if TYPE_CHECKING:
     from uni3d.engine.engine import Engine
 
-SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
+SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
 """Lies in every checkpoint, and gets the weights out of it without this package."""
 
 

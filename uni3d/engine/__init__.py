@@ -1,0 +1,1 @@
+"""The engine: `build.initialize` makes one, `engine.Engine` trains."""

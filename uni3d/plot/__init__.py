@@ -1,0 +1,1 @@
+"""Figures of a run: curves from its metrics, and the layout of its shards."""

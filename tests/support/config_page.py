@@ -1,0 +1,100 @@
+"""Print the tables of config keys in `docs/from-deepspeed.md`.
+
+The page holds what `python tests/support/config_page.py` prints; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from uni3d.config import Config, deepspeed_keys
+from uni3d.config import optimizer as optim_config
+from uni3d.config import torch_optimizers as torch_optim
+from uni3d.config.scheduler import SCHEDULES
+from uni3d.config.strict import sections_of
+
+
+def tables() -> str:
+    """Markdown: keys that are honoured, read as others, without meaning, and refused."""
+    return "\n".join(
+        [
+            "**Honoured.**\n",
+            *_table(("key", "default", "meaning"), _honoured(Config)),
+            "\n**`optimizer.type`**, in any case; parameters go into `optimizer.params`. Any other class of",
+            f"`torch.optim` goes by its name, with its own parameters: {_others()}.\n",
+            *_table(("type", "parameters and their defaults"), _optimizers()),
+            "\n**`scheduler.type`**; parameters go into `scheduler.params`.\n",
+            *_table(("type", "parameters and their defaults"), _schedules()),
+            "\n**Read as another key.**\n",
+            *_table(("key", "read as"), ((f"`{k}`", f"`{v}`") for k, v in deepspeed_keys.READ_AS.items())),
+            "\n**Without meaning here**: accepted with any value, and named when training begins.\n",
+            *_table(("reason", "keys"), _by_reason(deepspeed_keys.NO_MEANING)),
+            '\n**Refused** unless the value says that it is off (`null`, `false`, `"enabled": false`).\n',
+            *_table(("reason", "keys"), _by_reason(deepspeed_keys.REFUSED)),
+            "\n**Optimizers that are refused.**\n",
+            *_table(("reason", "types"), _by_reason(optim_config.REFUSED)),
+        ]
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    lines = [head, ("---",) * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def _honoured(section: type[BaseModel], within: str = "") -> Iterator[tuple[str, str, str]]:
+    for name, field in section.model_fields.items():
+        inner = sections_of(field.annotation)
+        if name in ("optimizer", "scheduler"):
+            continue
+        if inner:
+            yield from _honoured(inner[0], f"{within}{name}.")
+            continue
+        text = (section.__doc__ if name == "enabled" else field.description) or ""
+        text = " ".join(text.split())
+        yield f"`{within}{name}`", _default(field.default), text
+
+
+def _others() -> str:
+    own = {"Adam", "AdamW", "Muon", *torch_optim.REFUSED}
+    return ", ".join(f"`{name}`" for name in torch_optim.names() if name not in own)
+
+
+def _optimizers() -> Iterator[tuple[str, str]]:
+    own: dict[str, type[BaseModel]] = {
+        "Adam`, `AdamW": optim_config.AdamParams,
+        "Lion": optim_config.LionParams,
+        "Muon": optim_config.MuonParams,
+    }
+    for name, section in own.items():
+        yield f"`{name}`", _parameters(section)
+
+
+def _schedules() -> Iterator[tuple[str, str]]:
+    for name, section in SCHEDULES.items():
+        yield f"`{name}`", _parameters(section)
+
+
+def _parameters(section: type[BaseModel]) -> str:
+    return ", ".join(f"`{name}` {_default(f.default)}".rstrip() for name, f in section.model_fields.items())
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "(needed)"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
+
+
+def _by_reason(keys: dict[str, str]) -> Iterator[tuple[str, str]]:
+    for reason, names in deepspeed_keys.by_reason(keys).items():
+        yield reason, ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    print(tables())

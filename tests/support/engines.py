@@ -1,0 +1,47 @@
+"""Engines over a topology and settings of the test's own, for what a config has no key for yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models import ADAM
+from torch import nn
+
+import parallel
+import uni3d
+from uni3d.config import batch_triad, load_config
+from uni3d.optim import make_optimizer
+
+CLIP = 0.5
+
+
+def build_engine(
+    model: nn.Module,
+    degrees: parallel.Degrees,
+    *,
+    zero: int,
+    group: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    config: dict[str, Any] | None = None,
+    **settings: Any,
+) -> uni3d.Engine:
+    """An engine with a global batch of 12 and micro batches of one sample: dp 4 accumulates 3 of them."""
+    values = {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": CLIP,
+        "optimizer": ADAM,
+    }
+    resolved = load_config(values | (config or {}))
+    topology = parallel.Topology(degrees, zero_stage=zero, shard_group=group, device_type=device)
+    built = parallel.build(model, topology, parallel.Settings(seed=seed, zero_stage=zero, **settings))
+    assert resolved.optimizer is not None
+    trained = [p for p in built.module.parameters() if p.requires_grad]
+    return uni3d.Engine(
+        config=resolved,
+        triad=batch_triad(resolved, degrees.dp),
+        model=built,
+        optimizer=make_optimizer(resolved.optimizer, [{"params": trained}]),
+        lr_scheduler=None,
+    )

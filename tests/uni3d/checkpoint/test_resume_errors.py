@@ -1,0 +1,236 @@
+"""What doesn't fit is refused on all ranks alike, by name, before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import OwnLoss, Stack, global_batches, make_engine, micro_batches, seeded, whole
+from ranks import Ranks
+from torch import nn
+
+import ckpt
+import uni3d
+
+STEPS = 2
+
+
+def train(engine: uni3d.Engine, steps: int = STEPS) -> list[float]:
+    batches = global_batches(steps)
+    data = micro_batches(batches, engine)
+    return [engine.train_batch(data).item() for _ in batches]
+
+
+def save(run: Path, **given: Any) -> uni3d.Engine:
+    engine = make_engine(seeded(Stack), **given)
+    train(engine)
+    engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
+    return engine
+
+
+def everything(engine: uni3d.Engine) -> list[Any]:
+    """All that a load can change, in a form that can be compared."""
+    assert engine.optimizer is not None
+    named = {id(p): name for name, p in engine.module.named_parameters()}
+    states = {
+        (named[id(p)], key): torch.as_tensor(value).tolist()
+        for p, state in engine.optimizer.state.items()
+        for key, value in ((k, v.full_tensor() if hasattr(v, "full_tensor") else v) for k, v in state.items())
+    }
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    tensors = {name: tensor.tolist() for name, tensor in whole(engine.module).items()}
+    return [tensors, states, groups, engine.global_steps, engine.global_samples, engine.last_load]
+
+
+def refused(engine: uni3d.Engine, run: Path, **how: Any) -> str:
+    """The error of a load that changes nothing, after which training goes on."""
+    before = everything(engine)
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        engine.load_checkpoint(run, **how)
+    assert everything(engine) == before
+    assert not isinstance(caught.value, ckpt.PartialLoadError)
+    train(engine, 1)
+    return str(caught.value)
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.05)
+
+
+def two_groups(model: nn.Module) -> Any:
+    return [{"params": model.layers.parameters()}, {"params": model.out.parameters()}]
+
+
+def swapped_groups(model: nn.Module) -> Any:
+    return two_groups(model)[::-1]
+
+
+MISFITS: dict[str, tuple[Callable[[], uni3d.Engine], str]] = {
+    "shape": (
+        lambda: make_engine(seeded(Stack, 4, 5), zero=3),
+        "layers.0.0.weight/fp32 is float32[6, 6] in {run}/global_step2, but the model's is float32[5, 5]",
+    ),
+    "fewer_layers": (
+        lambda: make_engine(seeded(Stack, 3)),
+        "{run}/global_step2 doesn't fit the model and optimizer; 6 that nothing wants: layers.3.0.bias/",
+    ),
+    "more_layers": (
+        lambda: make_engine(seeded(Stack, 5), config={"optimizer": {"type": "AdamW"}}),
+        "layers.4.0.weight is in parameter group 0, but in none of the checkpoint",
+    ),
+    "other_optimizer": (
+        lambda: make_engine(seeded(Stack), optimizer=sgd),
+        "the checkpoint's optimizer is AdamW, but this run's is SGD",
+    ),
+    "more_groups": (
+        lambda: make_engine(model := seeded(Stack), model_parameters=two_groups(model)),
+        "the checkpoint's optimizer has 1 parameter groups, but this run's has 2",
+    ),
+    "no_scheduler": (
+        lambda: make_engine(seeded(Stack), config={"scheduler": {"type": "WarmupLR"}}),
+        "the checkpoint has no scheduler; load it with load_lr_scheduler_states=False",
+    ),
+}
+
+
+def misfit_case(run: Path, names: list[str]) -> dict[str, list[str]]:
+    """For each misfit the error of a fresh engine, and of one that has trained."""
+    save(run)
+    errors = {}
+    for name in names:
+        engine = MISFITS[name][0]()
+        if name == "shape":  # its data has the wrong width, so it can't train
+            before = everything(engine)
+            with pytest.raises(ckpt.CheckpointError) as caught:
+                engine.load_checkpoint(run)
+            assert everything(engine) == before
+            errors[name] = [str(caught.value)]
+        else:
+            errors[name] = [refused(engine, run), refused(engine, run)]
+    return errors
+
+
+def test_what_does_not_fit(ranks: Ranks, tmp_path: Path) -> None:
+    one, other = ranks.run(2, misfit_case, tmp_path, list(MISFITS))
+    assert one == other, "all ranks raise the same"
+    for name, (_, expected) in MISFITS.items():
+        for message in one[name]:
+            assert message.startswith(expected.format(run=tmp_path)), name
+
+
+def test_groups_with_other_members(alone: None, tmp_path: Path) -> None:
+    model = seeded(Stack)
+    save(tmp_path)
+    first = make_engine(model, model_parameters=two_groups(model))
+    first.save_checkpoint(tmp_path, "two")
+    other = seeded(Stack)
+    engine = make_engine(other, model_parameters=swapped_groups(other))
+    text = refused(engine, tmp_path, tag="two")
+    assert text.startswith("out.weight is in parameter group 0, but in 1 of the checkpoint")
+
+
+def test_no_optimizer_in_the_checkpoint(alone: None, tmp_path: Path) -> None:
+    make_engine(seeded(Stack), config={"optimizer": None}).save_checkpoint(tmp_path)
+    text = refused(make_engine(seeded(Stack)), tmp_path)
+    assert text.startswith("the checkpoint has no optimizer; load it with load_optimizer_states=False")
+    make_engine(seeded(Stack)).load_checkpoint(tmp_path, load_optimizer_states=False)
+
+
+def test_tags_that_are_not_there(alone: None, tmp_path: Path) -> None:
+    engine = save(tmp_path)
+    engine.save_checkpoint(tmp_path, tag="best")
+    text = refused(engine, tmp_path, tag="worst")
+    assert text.startswith(
+        f"{tmp_path} has no committed checkpoint 'worst'; the tags there are: global_step2, best"
+    )
+    assert str(tmp_path / "elsewhere") in refused(engine, tmp_path / "elsewhere")
+    (tmp_path / "latest").write_text("gone\n")
+    with pytest.raises(ckpt.CheckpointError, match="gone"):
+        engine.resume(tmp_path)
+
+
+def damage(run: Path) -> str:
+    """Turn one byte of one chunk over; the name of its array."""
+    chunk = sorted((run / "global_step2" / "atoms" / "layers.2.0.weight" / "fp32").glob("c*"))[0]
+    data = bytearray(chunk.read_bytes())
+    data[1] ^= 0x10
+    chunk.write_bytes(data)
+    return "layers.2.0.weight/fp32"
+
+
+def damaged_case(run: Path) -> Any:
+    engine = make_engine(seeded(Stack), zero=3)
+    messages = []
+    with pytest.raises(ckpt.PartialLoadError) as caught:
+        engine.load_checkpoint(run)
+    messages.append(str(caught.value))
+    batches = global_batches(1)
+    for use in (
+        lambda: engine.train_batch(micro_batches(batches, engine)),
+        lambda: engine.eval_batch(micro_batches(batches, engine)),
+        lambda: engine(batches[0][0]),
+        lambda: engine.save_checkpoint(run),
+        lambda: engine.load_checkpoint(run),
+    ):
+        with pytest.raises(RuntimeError, match="this engine can't be used any more: a load failed half-way"):
+            use()
+    return messages
+
+
+def test_damaged_data_stops_all_ranks_for_good(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(1, save_case, tmp_path)
+    name = damage(tmp_path)
+    one, other = ranks.run(2, damaged_case, tmp_path)
+    assert one == other
+    assert name in one[0]
+    assert "is damaged" in one[0]
+
+
+def save_case(run: Path) -> None:
+    save(run)
+
+
+UNFIT = {
+    "tuple": ({"a": {"b": (1, 2)}}, "['client_state']['a']['b'] is a tuple; "),
+    "int_key": ({"a": [{1: 2}]}, "['client_state']['a'][0] has the key 1; keys must be strings"),
+    "nan": ({"loss": float("nan")}, "['client_state']['loss'] is nan; "),
+    "tensor": ({"w": torch.ones(1)}, "['client_state']['w'] is a Tensor; "),
+}
+
+
+def failing_save_case(run: Path) -> Any:
+    """Saves that fail, and then one that doesn't."""
+    rank = torch.distributed.get_rank()
+    engine = make_engine(seeded(OwnLoss), zero=1)
+    train(engine)
+    engine.save_checkpoint(run, tag="before")
+    errors: dict[str, str] = {}
+    for name, (client_state, _) in UNFIT.items():
+        with pytest.raises(ckpt.CheckpointError) as caught:
+            engine.save_checkpoint(run, tag="before", client_state=client_state)
+        errors[name] = str(caught.value)
+    for name, tag in (("tags", f"of-rank-{rank}"), ("tag", "../x")):
+        with pytest.raises(ckpt.CheckpointError) as caught:
+            engine.save_checkpoint(run, tag=tag)
+        errors[name] = str(caught.value)
+    assert sorted(path.name for path in Path(run).iterdir()) == ["before", "latest"], "nothing is left behind"
+    train(engine, 1)
+    engine.save_checkpoint(run, client_state={"fine": True})
+    other = make_engine(seeded(OwnLoss), zero=3)
+    assert other.load_checkpoint(run)[1] == {"fine": True}
+    assert everything(other)[:2] == everything(engine)[:2]
+    assert other.load_checkpoint(run, tag="before")[1] == {}
+    return errors
+
+
+def test_a_save_that_fails_leaves_everything_as_it_was(ranks: Ranks, tmp_path: Path) -> None:
+    one, other = ranks.run(2, failing_save_case, tmp_path)
+    assert one == other
+    for name, (_, expected) in UNFIT.items():
+        assert expected in one[name], name
+    assert one["tags"] == "the ranks were asked to save different tags: of-rank-0, of-rank-1; use one"
+    assert "'../x'" in one["tag"]

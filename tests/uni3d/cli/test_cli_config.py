@@ -1,0 +1,170 @@
+"""`uni3d config`: what a file comes to, and where DeepSpeed would do something else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from parallel import resolve_degrees
+from uni3d.cli import app
+from uni3d.cli.config import degrees_of
+
+FILE: dict[str, Any] = {
+    "train_batch_size": 32,
+    "train_micro_batch_size_per_gpu": 4,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 3, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
+    "optimizer": {"type": "adam", "params": {"lr": 3e-4, "torch_adam": True}},
+    "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1e-3}},
+    "parallel": {"pp": 2},
+}
+
+
+def run(tmp_path: Path, values: Any, *options: str) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["config", str(path), *options])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+def asked(tmp_path: Path, values: Any, *options: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    answer = json.loads(run(tmp_path, values, "--json", *options))
+    differences: dict[str, list[str]] = {}
+    for row in answer["differences"]:
+        differences.setdefault(row["key"], []).append(row["difference"])
+    return answer["config"], differences
+
+
+def test_everything_is_resolved_for_a_world_size(tmp_path: Path) -> None:
+    config, _ = asked(tmp_path, FILE, "--world-size", "8")
+    assert (config["pp"], config["dp"], config["tp"]) == (2, 4, 1)
+    assert (config["train_batch"], config["micro_batch"], config["accumulation"]) == (32, 4, 2)
+    assert (config["precision"], config["communication_data_type"]) == ("bf16", "fp32")
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "offload": True,
+        "shard_group": None,
+        "stage3_param_persistence_threshold": 0,
+    }
+    assert config["optimizer"] == {
+        "is": "torch.optim.AdamW",
+        "lr": 3e-4,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "amsgrad": False,
+    }
+    assert config["scheduler"]["params"]["cycle_first_step_size"] == 2000
+    assert "fp16" not in config
+    config, _ = asked(tmp_path, FILE, "--world-size", "8", "--pp", "1", "--tp", "2")
+    assert (config["pp"], config["dp"], config["tp"], config["accumulation"]) == (1, 4, 2, 2)
+
+
+def test_differences_from_deepspeed_are_those_of_this_file(tmp_path: Path) -> None:
+    _, found = asked(tmp_path, FILE, "--world-size", "8")
+    assert found["zero_optimization.stage"] == ["stage 3 under 2 pipeline stages; DeepSpeed refuses it"]
+    assert "one switch" in found["zero_optimization.offload_optimizer"][0]
+    assert "fp32 by default; DeepSpeed's is the type that is computed in (bf16)" in str(found)
+    assert found["zero_optimization.overlap_comm"][0].startswith("no meaning here: ")
+    assert "before June 2026 its default was 0" in found["gradient_clipping"][0]
+    assert any("skips the step" in text for text in found["bf16"])
+    _, plain = asked(tmp_path, {"train_batch_size": 8, "gradient_clipping": 0.0})
+    assert set(plain) == {"train_batch_size", "steps_per_print", "checkpoint"}
+    others = {
+        "train_batch_size": 8,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2},
+        "optimizer": {"type": "Muon"},
+        "scheduler": {"type": "WarmupLR"},
+        "activation_checkpointing": {"mode": "full"},
+    }
+    config, found = asked(tmp_path, others, "--world-size", "4")
+    assert config["fp16"]["initial_scale_power"] == 16
+    assert config["optimizer"]["muon_lr"] == 0.02
+    assert "second copy" in found["zero_optimization.zero_hpz_partition_size"][0]
+    assert {"fp16", "optimizer", "scheduler", "activation_checkpointing"} < set(found)
+
+
+def test_a_narrow_terminal_shows_all_of_it(tmp_path: Path) -> None:
+    text = run(tmp_path, FILE, "--world-size", "8")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "scheduler.params.cycle_first_step_size" in text
+    assert " ".join(text.split()).endswith("at every ZeRO stage")
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ({"zero_optimisation": {}}, [], "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage is 4: "),
+        ({}, [], "give train_batch_size or train_micro_batch_size_per_gpu"),
+        (
+            {"train_batch_size": 8},
+            ["--world-size", "3"],
+            r"train_batch_size(8) = train_micro_batch_size_per_gp",
+        ),
+        ({"train_batch_size": 8}, ["--world-size", "3", "--pp", "2"], "can't be 3: 3 processes were started"),
+        (
+            {"train_batch_size": 8, "zero_optimization": {"stage": 1, "mics_shard_size": 3}},
+            ["--world-size", "4"],
+            "the shard group of 3 ranks must divide dp(4)",
+        ),
+    ],
+)
+def test_mistakes(tmp_path: Path, values: Any, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (`main` makes it a line)
+        run(tmp_path, values, *options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "can't be read: No such file or directory"),
+        ('{"train_batch_size": 8,}', "is not JSON: Expecting property name"),
+        (
+            '{"train_batch_size": "auto", "seed": -1}',
+            "seed is -1: input should be greater than or equal to 0",
+        ),
+        ("[]", "config: the whole is []: expected an object"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    repository = str(Path(__file__).resolve().parents[3])
+    code = f"import sys; sys.path.insert(0, {repository!r}); from uni3d.cli import main; main()"
+    command = [sys.executable, "-c", code, "config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: config")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+DEGREE = st.just("auto") | st.integers(0, 4)
+
+
+@given(st.integers(1, 16), DEGREE, DEGREE, DEGREE)
+def test_degrees_without_torch_are_those_with_it(world_size: int, pp: Any, dp: Any, tp: Any) -> None:
+    def outcome(resolve: Callable[..., Any]) -> Any:
+        try:
+            degrees = resolve(world_size, pp=pp, dp=dp, tp=tp)
+        except ValueError as error:
+            return str(error)
+        return degrees if isinstance(degrees, dict) else vars(degrees)
+
+    assert outcome(degrees_of) == outcome(resolve_degrees)

@@ -1,0 +1,291 @@
+"""`uni3d plot`: what the command draws, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from ranks import Ranks
+from tied_gpt import gpt_engine
+
+import ckpt
+from uni3d import cli
+
+PLACES = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 3)]
+"""pp, dp, tp and ZeRO stage of the checkpoints global_step1 to 3."""
+
+
+def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
+    """A step more, a checkpoint, and what this rank holds."""
+    engine = gpt_engine(*place)
+    engine.resume(run)
+    loss = engine.train_batch().item()
+    engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
+    held = engine.checkpointer._inventory.arrays(engine.optimizer)
+    boxes = {
+        s.key.atom: {"offset": [*s.box[0]], "shape": [*s.box[1]]} for s, *_ in held if s.key.state == "fp32"
+    }
+    degrees = dict(zip(("pp", "dp", "tp", "zero"), place, strict=True))
+    row = {"step": engine.global_steps, "loss": loss, "lr": engine.get_lr()[0], **degrees}
+    return {"row": row, "boxes": boxes}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[list[dict[str, Any]]]]:
+    """A run that was resized twice, and by place and rank the boxes that were held."""
+    run = tmp_path_factory.mktemp("plot") / "run"
+    found = [ranks.run(place[0] * place[1] * place[2], train_case, place, str(run)) for place in PLACES]
+    lines = [json.dumps(ranks_of_place[0]["row"]) + "\n" for ranks_of_place in found]
+    (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
+    return run, [[rank["boxes"] for rank in ranks_of_place] for ranks_of_place in found]
+
+
+def plot(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Any, str]:
+    """What the command printed as JSON, and on stderr."""
+    capsys.readouterr()
+    cli.app(["plot", *map(str, arguments), "--json"], standalone_mode=False)
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises((ValueError, OSError, ckpt.CheckpointError)) as caught:
+        cli.app(["plot", *map(str, arguments)], standalone_mode=False)
+    return str(caught.value)
+
+
+def boxes_of(side: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {int(rank): box for rank, box in side["boxes"].items()}
+
+
+# --- curves --------------------------------------------------------------------------------------------
+
+
+def test_a_runs_curves(trained: Any, capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    run, _ = trained
+    monkeypatch.chdir(tmp_path)
+    row, complaints = plot(capsys, run)
+    assert row["output"] == "run.png"
+    assert imread("run.png").shape[2] == 4
+    assert row["sources"] == [str(run / "metrics.jsonl")]
+    assert {k: (c["points"], c["abandoned"]) for k, c in row["curves"].items()} == {
+        "loss": (3, 0),
+        "lr": (3, 0),
+    }
+    named = [dict(zip(("pp", "dp", "tp", "zero"), place, strict=True)) for place in PLACES]
+    assert row["resizes"] == [{"after": n, "from": named[n - 1], "to": named[n]} for n in (1, 2)]
+    assert row["checkpoints"] == [{"tag": f"global_step{n}", "at": n} for n in (1, 2, 3)]
+    assert row["left_out"] == 1
+    assert complaints == f"{run / 'metrics.jsonl'}: 1 line left out, cut short or not a step's\n"
+
+
+def test_tables_have_their_resizes_from_the_checkpoints(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    run, _ = trained
+    table = tmp_path / "Train_Samples_train_loss.csv"
+    table.write_text("step,train_loss\n12,3\n24,2.5\n36,2.25\n")
+    row, complaints = plot(capsys, run, tmp_path / "a.png", "--metrics", tmp_path)
+    assert row["x"] == "samples"
+    assert row["resizes_from"] == "checkpoints"
+    assert [(r["after"], r["from"]["dp"], r["to"]["pp"], r["to"]["tp"]) for r in row["resizes"]] == [
+        (12, 2, 2, 1),
+        (24, 1, 1, 2),
+    ]
+    assert not complaints
+    capsys.readouterr()
+    cli.app(["plot", str(run), str(tmp_path / "b.png"), "--metrics", str(table)], standalone_mode=False)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'b.png'}: points: 3 of loss; from {table}",
+        "after samples 12: pp1 dp2 tp1 zero1 → pp2 dp1 tp1 zero1",
+        "after samples 24: pp2 dp1 tp1 zero1 → pp1 dp1 tp2 zero3",
+    ]
+
+
+# --- ranks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first", "second"),
+    [([], 1, 2), (["--tag", "global_step1"], 0, 1), (["--tag", "global_step2"], 1, 2)],
+)
+@pytest.mark.parametrize("atom", ["embed.tokens.weight", "layers.2.ffn.down.weight", "norm.weight", None])
+def test_ranks_hold_what_they_held(
+    trained: Any, capsys: Any, tmp_path: Path, arguments: list[str], first: int, second: int, atom: str | None
+) -> None:
+    run, held = trained
+    of_atom = [] if atom is None else ["--atom", atom]
+    row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", *arguments, *of_atom)
+    assert row["atom"] == (atom or "embed.tokens.weight"), "the largest matrix, 61 x 20, is cut each time"
+    for key, place in (("before", first), ("after", second)):
+        real = {rank: boxes[row["atom"]] for rank, boxes in enumerate(held[place]) if row["atom"] in boxes}
+        assert boxes_of(row[key]) == real
+        assert row[key]["tag"] == f"global_step{place + 1}"
+    assert imread(tmp_path / "p.png").std() > 0.01
+
+
+def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    """What was trained on (2, 1, 1) is asked for from the checkpoint of (1, 2, 1), by degrees in turn."""
+    run, held = trained
+    asked = [["--pp", "2", "--dp", "1"], ["--pp", "2", "--world-size", "2"]]
+    for n, degrees in enumerate(asked):
+        arguments = ["--tag", "global_step1", "--atom", "head.weight", *degrees]
+        row, _ = plot(capsys, run, tmp_path / f"{n}.png", "--layout", *arguments)
+        assert row["atom"] == "embed.tokens.weight", "of which the head's is another name"
+        assert row["after"]["topology"] == {"pp": 2, "dp": 1, "tp": 1, "zero": 1}
+        assert row["after"]["tag"] is None
+        assert boxes_of(row["after"]) == dict(enumerate(boxes["embed.tokens.weight"] for boxes in held[1]))
+        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) has a copy, tied to it, as head.weight"
+    alone = plot(capsys, run / "global_step3", tmp_path / "c.png", "--layout", "--tp", "1", "--zero", "0")[0]
+    assert boxes_of(alone["after"])[0]["shape"] == alone["shape"]
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tag", "global_step1"], "--tag is about what ranks hold; add --layout"),
+        (["--pp", "2"], "--pp is about what ranks hold; add --layout"),
+        (["--layout", "--metrics", "x"], "--metrics is about curves"),
+        (["--metrics", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
+        (
+            ["--layout", "--tag", "global_step3"],
+            "no checkpoint after global_step3 that was written on another",
+        ),
+        (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
+        (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
+        (["--layout", "--dp", "2", "--world-size", "6"], "pp(1) * dp(2) * tp(2) doesn't divide --world-size"),
+        (["--layout", "--dp", "2", "--world-size", "8"], "pp(1) * dp(2) * tp(2) = 4 isn't --world-size 8"),
+        (["--layout", "--world-size", "3"], "pp(1) * tp(2) doesn't divide --world-size 3; change one of"),
+        (["--layout", "--zero", "4"], "ZeRO stage 4 doesn't exist"),
+        (["--layout", "--dp", "0"], "dp(0) must be at least 1"),
+    ],
+)
+def test_mistakes(trained: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    output = tmp_path / "p.png"
+    assert message in refused(trained[0], output, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 3), (7, 1, 1), (1, 5, 1), (7, 5, 3)])
+def test_what_the_doctor_refuses(
+    trained: Any, capsys: Any, tmp_path: Path, degrees: tuple[int, int, int]
+) -> None:
+    """In the same words."""
+    pp, dp, tp = degrees
+    asked = ["--pp", f"{pp}", "--dp", f"{dp}", "--tp", f"{tp}", "--world-size", f"{pp * dp * tp}"]
+    assert cli.app(["doctor", str(trained[0]), *asked, "--json"], standalone_mode=False) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["refused"]) == sum(degree > 1 for degree in degrees)
+    message = refused(trained[0], tmp_path / "p.png", "--layout", *asked)
+    assert report["reasons"][0].endswith(f": {message}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_are_no_runs(trained: Any, tmp_path: Path) -> None:
+    run, _ = trained
+    output = tmp_path / "p.png"
+    assert "is not a folder" in refused(tmp_path / "nowhere", output)
+    assert "is one checkpoint's own folder" in refused(run / "global_step1", output)
+    assert "so no other is known; give the topology after" in refused(
+        run / "global_step1", output, "--layout"
+    )
+    assert "has no metrics: looked for" in refused(tmp_path, output)
+    assert "holds no committed checkpoint" in refused(tmp_path, output, "--layout")
+    assert "must end in .png" in refused(run, tmp_path / "p.pdf")
+    assert "there is no folder" in refused(run, tmp_path / "no" / "p.png")
+
+
+def test_a_picture_is_replaced_only_by_force(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    run, _ = trained
+    output = tmp_path / "p.png"
+    output.write_text("precious")
+    assert refused(run, output) == f"{output} exists; give another name, or --force to replace it"
+    assert output.read_text() == "precious"
+    plot(capsys, run, output, "--force")
+    assert imread(output).ndim == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
+
+
+def save_by_hand(run: Path, writer: dict[str, Any], model: dict[str, Any]) -> None:
+    data = np.zeros((4, 4), np.float32)
+    spec = ckpt.ShardSpec(ckpt.ArrayKey("a.weight", "fp32"), "float32", (4, 4), ckpt.Box.whole((4, 4)))
+    document = {"step": 1, "created": "2026-01-02T03:04:05+00:00", "writer": writer, "model": model}
+    plan = ckpt.make_plan({0: [spec]})
+    ckpt.save(
+        run, "t", [ckpt.Shard(spec, data)], plan=plan, comm=ckpt.Solo(), document=document, durable=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("writer", "model", "arguments", "message"),
+    [
+        ((1, 1, 2), {}, ["--tp", "1"], "nobody knows what the 2 tensor-parallel ranks held"),
+        ((1, 1, 1), {}, ["--tp", "2"], "tp 2 the manifest doesn't say how the model may be split"),
+        (
+            (1, 1, 1),
+            {"declared": {"class": "Net"}},
+            ["--tp", "2"],
+            "Net has no tp_plan, so that tp must",
+        ),
+        ((1, 1, 1), {"declared": {"class": "Net"}}, ["--pp", "2"], "Net has no pipeline_layers, so that pp"),
+        ((2, 1, 1), {}, ["--pp", "1"], "which layers lay on which of the 2 pipeline ranks"),
+        (None, {}, ["--dp", "2"], "doesn't say on which topology it was written"),
+        ((1, 1, 1), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "2"], "the style 'odd' for a, which"),
+        ((1, 1, 2), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "1"], "the style 'odd' for a, which"),
+    ],
+)
+def test_a_manifest_that_does_not_say_it(
+    tmp_path: Path, writer: Any, model: dict[str, Any], arguments: list[str], message: str
+) -> None:
+    topology = dict(zip(("pp", "dp", "tp"), writer, strict=True)) if writer else None
+    run = tmp_path / "run"
+    save_by_hand(run, {"topology": topology, "zero_stage": 1} if writer else {}, model)
+    assert message in refused(run, tmp_path / "p.png", "--layout", *arguments)
+
+
+def test_an_old_manifest_says_enough_without_tensor_parallelism(tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    save_by_hand(run, {"topology": {"pp": 1, "dp": 3, "tp": 1}, "zero_stage": 2}, {})
+    row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", "--dp", "2")
+    assert [box["shape"] for box in row["before"]["boxes"].values()] == [[2, 4], [2, 4], [0, 4]]
+    assert row["before"]["notes"] == [
+        "nothing was left of it for rank 2",
+        "its manifest has no shard_group: drawn as if ZeRO sharded over all 3 of dp",
+    ]
+    assert [box["shape"] for box in row["after"]["boxes"].values()] == [[2, 4], [2, 4]]
+
+
+def test_without_matplotlib_it_says_what_to_install(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('No module named matplotlib')")
+    root = Path(__file__).resolve().parents[3]
+    command = [str(Path(sys.executable).parent / "uni3d"), "plot", str(trained[0]), str(tmp_path / "p.png")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    message = "drawing needs matplotlib (No module named matplotlib); pip install 'uni3d[plot]'"
+    assert done.stderr == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--layout"]])
+def test_no_torch_is_loaded(trained: Any, tmp_path: Path, flags: list[str]) -> None:
+    arguments = ["plot", str(trained[0]), str(tmp_path / "p.png"), *flags]
+    code = f"import sys, uni3d.cli\nuni3d.cli.app({arguments!r}, standalone_mode=False)\n"
+    code += "assert (tmp := {'torch', 'matplotlib.pyplot'} & set(sys.modules)) == set(), tmp"
+    root = Path(__file__).resolve().parents[3]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p.png").exists()

@@ -1,0 +1,326 @@
+"""What the doctor says would resume does, and what it says wouldn't is refused: by real engines."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model import GPT, GPTConfig
+from models import ADAM, OwnLoss, Stack, global_batches, make_engine, seeded, train
+from ranks import Ranks
+from tied_gpt import TIED, gpt_engine
+from torch import nn
+
+import ckpt
+import parallel
+from parallel import tensor
+from parallel.combinations import check_combination
+from parallel.tensor import check_plan, expand_plan
+from uni3d.checkpoint.model_spec import declared
+from uni3d.config import load_config
+from uni3d.doctor import checks as doctor_config
+from uni3d.doctor import examine
+from uni3d.doctor.rules import fills_rounds, nearest_batch, refused_combination
+from uni3d.doctor.topologies import Asked
+from uni3d.estimate import saved as resharding
+from uni3d.estimate.saved import Source
+
+# --- topologies ----------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 1}
+
+
+def build(model: str, config: dict[str, Any]) -> Any:
+    """An engine of a model on this rank; a global batch of 12, or of 6."""
+    if model == "gpt":
+        return gpt_engine(1, 1, 1, 0, **config)
+    kinds: dict[str, Any] = {"own": seeded(OwnLoss), "short": seeded(Stack, 2)}
+    return make_engine(kinds[model], config=SMALL | config)
+
+
+def save_case(model: str, run: str) -> None:
+    engine = build(model, {})
+    if model == "gpt":
+        engine.train_batch()
+    else:
+        train(engine, global_batches(1, 6))
+    engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
+
+
+def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str | None]:
+    """For each config, why an engine with it can't be made and resume the run; None if it can."""
+    found: list[str | None] = []
+    for config in configs:
+        parts = config | {"parallel": {**config["parallel"], "device": "cpu"}}
+        try:
+            engine = build(model, parts)
+            engine.resume(run)
+        except (ValueError, ckpt.CheckpointError) as error:
+            found.append(str(error))
+            continue
+        assert engine.global_steps == 1
+        found.append(None)
+    return found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "own",
+        pytest.param("short", marks=pytest.mark.slow),
+        pytest.param("gpt", marks=pytest.mark.matrix),
+    ],
+)
+def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, model: str) -> None:
+    """All of up to four ranks, with the doctor's config where it gives one."""
+    ranks.run(1, save_case, model, str(tmp_path))
+    reasons = []
+    for world in (1, 2, 3, 4):
+        splits = [s for s in product(range(1, 5), repeat=3) if s[0] * s[1] * s[2] == world]
+        configs, told = [], []
+        for i, (pp, dp, tp) in enumerate(splits):
+            asked = Asked(world=world, pp=pp, dp=dp, tp=tp, zero=i % 4)
+            report = examine(str(tmp_path), None, asked, None, None)
+            told.append(report["would_resume"])
+            reasons += [reason["why"] for reason in report["refused"]]
+            usual: dict[str, Any] = {"parallel": {"pp": pp, "dp": dp, "tp": tp}}
+            config = report["recommended"]["config"] if report["recommended"] else usual
+            share = max(1, report["train_batch_size"] // dp)
+            batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": share}
+            configs.append(config | batch)
+        for found in ranks.run(world, resume_case, model, str(tmp_path), configs):
+            assert [error is None for error in found] == told, list(zip(splits, found, strict=True))
+        everything = examine(str(tmp_path), None, Asked(world=world), None, None)
+        assert [(t["pp"], t["dp"], t["tp"]) for t in everything["topologies"]] == [
+            split for split in sorted(splits, key=lambda s: (s[2], s[0])) if told[splits.index(split)]
+        ]
+    expected = {
+        "gpt": "doesn't divide the 26 features of layers.0.ffn.gate (colwise)",
+        "own": "doesn't divide the global batch of 6",
+        "short": "has more stages than Stack has pipeline_layers, 3",
+    }[model]
+    assert expected in reasons
+
+
+# --- rules that are written down twice -------------------------------------------------------------------
+
+
+WIDE = {"hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "tied_head": False}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "learned", "num_kv_heads": 1}, {"ffn_size": 30}], ids=str
+)
+def test_which_tp_a_model_takes(options: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**(TIED | WIDE | options)))
+    compare_degrees(model)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.ones(2, 24, 8)),
+            nn.Parameter(torch.ones(2, 8, 12)),
+        )
+
+
+class Attention(nn.Module):
+    head_dim = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 12), nn.Linear(12, 8)
+
+
+class Mixture(nn.Module):
+    """As Hugging Face's have it: heads by `head_dim`, experts stacked."""
+
+    tp_plan = {  # noqa: RUF012 - as models declare it
+        "experts": "moe_tp_experts",
+        "experts.gate_up_proj": "packed_colwise",
+        "experts.down_proj": "rowwise",
+        "attn.q": "colwise",
+        "attn.o": "rowwise",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.attn = Experts(), Attention()
+
+
+class Odd(Mixture):
+    tp_plan = Mixture.tp_plan | {"attn": "colwise"}
+
+
+@pytest.mark.parametrize("kind", [Mixture, Odd])
+def test_which_tp_others_take(kind: type[nn.Module]) -> None:
+    compare_degrees(kind())
+
+
+def compare_degrees(model: Any) -> None:
+    """The degrees that the doctor takes, from names and shapes, are those that `parallel` takes."""
+    parameters = dict(model.named_parameters())
+    keys = {name: ckpt.ArrayKey(name, "fp32") for name in parameters}
+    arrays: Any = {
+        keys[name]: ckpt.read.ArrayInfo(keys[name], "float32", tuple(p.shape), tuple(p.shape), name, {})
+        for name, p in parameters.items()
+    }
+    said = {"declared": declared(model), "parameters": {n: {"requires_grad": True} for n in parameters}}
+    source = Source(arrays, {"model": said})
+    refused = {}
+    for degree in range(2, 14):
+        try:
+            plan = expand_plan(model, model.tp_plan)
+            check_plan(model, plan, getattr(model, "tp_units", {}), degree)
+        except ValueError as error:
+            refused[degree] = str(error)
+    told = {degree: why for degree in range(2, 14) if (why := source.refuses_tp(degree))}
+    assert told.keys() == refused.keys()
+    for degree, why in told.items():
+        assert why in refused[degree] or "tp_refused" in said["declared"]
+
+
+def test_the_styles_that_are_known() -> None:
+    assert set(resharding.STYLES) == set(tensor._KNOWN)
+    arrays: Any = {
+        (key := ckpt.ArrayKey("a.weight", "fp32")): ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})
+    }
+    for style in (*tensor._KNOWN, "by a later release"):
+        source = Source(arrays, {"model": {"declared": {"tp_plan": {"a": style}}}})
+        assert (source.untold_tp() is None) == (style in tensor._KNOWN)
+    assert source.refuses_tp(1) is None
+    assert (source.refuses_tp(2) or "").startswith("the tp_plan has the style 'by a later release' for a")
+
+
+@pytest.mark.parametrize("virtual", [1, 2, 3])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"])
+def test_which_schedules_go_with_what(schedule: Any, virtual: int) -> None:
+    for mode, compiled in product(("none", "full"), (False, True)):
+        config = load_config(
+            {
+                "parallel": {"schedule": schedule, "virtual_stages": virtual},
+                "activation_checkpointing": {"mode": mode},
+                "compile": {"enabled": compiled},
+            }
+        )
+        settings = parallel.Settings(
+            seed=0,
+            schedule=schedule,
+            virtual_stages=virtual,
+            recompute=None if mode == "none" else parallel.Recompute(),
+            compile=parallel.Compile() if compiled else None,
+        )
+        try:
+            check_combination(settings, parallel.Degrees(pp=2, dp=1, tp=1))
+            refused = False
+        except ValueError:
+            refused = True
+        assert (refused_combination(config) is not None) == refused, (mode, compiled)
+        for pp, batches in product(range(1, 6), range(1, 13)):
+            try:
+                parallel.check_micro_batches(settings, pp, batches)
+                runs = True
+            except ValueError:
+                runs = False
+            assert fills_rounds(schedule, pp, batches) == runs, (pp, batches)
+
+
+def test_micro_batches_are_the_nearest_that_multiply() -> None:
+    assert nearest_batch(12, micro=4) == (4, 3)
+    assert nearest_batch(12, micro=5) == (4, 3)
+    assert nearest_batch(10, micro=3.5) == (2, 5), "of two as near the smaller"
+    assert nearest_batch(7, micro=3) == (1, 7)
+    assert nearest_batch(10, micro=2, schedule="interleaved", pp=2) == (1, 10), "5 make no two rounds"
+    assert nearest_batch(5, micro=5, schedule="interleaved", pp=2) == (5, 1)
+
+
+# --- configs ---------------------------------------------------------------------------------------------
+
+SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 4}}
+SGD = {"type": "SGD", "params": {"lr": 0.02}}
+MOMENTUM = {"type": "SGD", "params": {"lr": 0.02, "momentum": 0.9}}
+
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
+    # what the checkpoint's run had, what this one has; whether it is refused, whether there is a warning
+    "same": ({}, {}, 0, 0),
+    "another optimizer": ({}, {"optimizer": SGD}, 1, 0),
+    "adam that decays apart": ({}, {"optimizer": {**ADAM, "type": "Adam"}}, 0, 0),
+    "adam that doesn't": (
+        {},
+        {"optimizer": {"type": "Adam", "params": {**ADAM["params"], "adam_w_mode": False}}},
+        1,
+        0,
+    ),
+    "another moment": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "amsgrad": True}}}, 1, 0),
+    "a moment less": ({"optimizer": {**ADAM, "params": {**ADAM["params"], "amsgrad": True}}}, {}, 1, 0),
+    "momentum": ({"optimizer": SGD}, {"optimizer": MOMENTUM}, 0, 1),
+    "no momentum": ({"optimizer": MOMENTUM}, {"optimizer": SGD}, 1, 0),
+    "lion": ({"optimizer": {"type": "Lion"}}, {"optimizer": {"type": "Lion"}}, 0, 0),
+    "muon": ({"optimizer": {"type": "Muon"}}, {"optimizer": {"type": "Muon"}}, 0, 0),
+    "another decay": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "weight_decay": 0.2}}}, 0, 1),
+    "betas": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "betas": [0.8, 0.9]}}}, 0, 1),
+    "another rate": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "lr": 0.5}}}, 0, 1),
+    "a schedule": ({}, {"scheduler": SCHEDULE}, 1, 0),
+    "no schedule": ({"scheduler": SCHEDULE}, {}, 0, 1),
+    "the same schedule": ({"scheduler": SCHEDULE}, {"scheduler": SCHEDULE}, 0, 0),
+    "a schedule of another rate": (
+        {"scheduler": SCHEDULE},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 4}}},
+        0,
+        1,
+    ),
+    "another seed": ({}, {"seed": 1}, 0, 1),
+    "another batch": ({}, {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 3}, 0, 1),
+    "fp16": ({}, {"fp16": {"enabled": True}}, 0, 1),
+    "no fp16 any more": ({"fp16": {"enabled": True}}, {}, 0, 1),
+}
+
+
+def outcome(run: Path, config: dict[str, Any]) -> tuple[str | None, list[str]]:
+    """Why a real engine refuses the checkpoint, or what it warns of."""
+    engine = make_engine(seeded(Stack), config=config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            engine.load_checkpoint(run)
+        except ckpt.CheckpointError as error:
+            return str(error), []
+    texts = [str(warning.message) for warning in caught if str(run) in str(warning.message)]
+    return None, [part for text in texts for part in text.split("; ")]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) -> None:
+    before, after, refusals, warned = CONFIGS[case]
+    engine = make_engine(seeded(Stack), config=before)
+    train(engine, global_batches(1))
+    engine.save_checkpoint(tmp_path)
+    engine.wait_for_checkpoint()
+    manifest = ckpt.open_checkpoint(tmp_path).manifest
+    values = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM} | after
+    config = load_config(values)
+    refused, told = outcome(tmp_path, after)
+    assert (refused is not None, bool(told)) == (refusals, warned), (refused, told)
+    assert len(list(doctor_config.refusals(config, manifest))) == refusals
+    if not refusals:
+        assert len(list(doctor_config.warnings(config, manifest))) == warned
+    assert list(doctor_config.unfit(manifest)) == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_frozen_parameters_that_were_left_out(tmp_path: Path) -> None:
+    engine = make_engine(seeded(OwnLoss))
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    engine.wait_for_checkpoint()
+    with pytest.raises(ckpt.CheckpointError, match="2 missing in the checkpoint"):
+        engine.load_checkpoint(tmp_path)
+    (why,) = doctor_config.unfit(ckpt.open_checkpoint(tmp_path).manifest)
+    assert why.startswith("2 frozen parameters were left out of it (fixed.weight, ...); load it with")

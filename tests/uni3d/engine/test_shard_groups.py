@@ -1,0 +1,153 @@
+"""Shard groups smaller than dp: the same steps, each gradient counted once, checkpoints for other groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import CLIP, build_engine
+from models import (
+    WIDTH,
+    Stack,
+    assert_same,
+    global_batches,
+    micro_batches,
+    seeded,
+    train_plainly,
+    whole,
+)
+from ranks import Ranks
+from torch import Tensor, nn
+
+from parallel import Degrees, Precision
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+
+
+def run_case(zero: int, pp: int, run: str) -> Any:
+    degrees = Degrees(pp=pp, dp=4 // pp, tp=1)
+    engine = build_engine(seeded(Stack), degrees, zero=zero, group=2 // pp)
+    data = micro_batches(global_batches(STEPS + 1), engine)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        losses.append(engine.train_batch(data).item())
+        norms.append(engine.get_global_grad_norm())
+    engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
+    local = {n: p.to_local().numel() for n, p in engine.named_parameters()}
+    return losses, norms, whole(engine.module), local
+
+
+def resume_case(zero: int, dp: int, group: int | None, run: str) -> Any:
+    engine = build_engine(seeded(Stack), Degrees(pp=1, dp=dp, tp=1), zero=zero, group=group)
+    engine.resume(run)
+    losses = [engine.train_batch(micro_batches(global_batches(STEPS + 1)[-1:], engine)).item()]
+    return losses, whole(engine.module)
+
+
+@pytest.mark.parametrize(
+    ("zero", "pp", "resumed"),
+    [(1, 1, (1, 3, None)), (2, 1, (3, 3, 1)), (3, 1, (3, 1, None)), (3, 2, (2, 4, 2))],
+    ids=str,
+)
+def test_training_is_the_oracles_and_resumes_in_other_groups(
+    ranks: Ranks, tmp_path: Path, zero: int, pp: int, resumed: tuple[int, int, int | None]
+) -> None:
+    batches = global_batches(STEPS + 1)
+    losses, norms, model = train_plainly(seeded(Stack), batches[:STEPS], clip=CLIP)
+    together: dict[str, Tensor] = {}
+    for found, found_norms, state, local in ranks.run(4, run_case, zero, pp, str(tmp_path)):
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert found_norms == pytest.approx(norms, rel=1e-5)
+        together |= state
+        for name, size in local.items():  # Stack's dimensions are even, but for the one output's
+            expected = model.get_parameter(name).numel() // (2 // pp)
+            assert size == expected or name.startswith("out"), "the group's part, whatever dp is"
+    assert_same(together, model)
+    losses, _, model = train_plainly(seeded(Stack), batches, clip=CLIP)
+    for found, state in ranks.run(resumed[1], resume_case, *resumed, str(tmp_path)):
+        assert found == pytest.approx(losses[-1:], rel=1e-5)
+        assert_same(state, model)
+
+
+class Taking(nn.Module):
+    """Two experts of one size; which of them learns depends on the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 1)
+        self.second = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        expert = self.second if y.sum() > 1 else self.first
+        return (expert(x) - y).square().mean()
+
+
+def taking_case(zero: int, group: int | None) -> Any:
+    engine = build_engine(seeded(Taking), Degrees(pp=1, dp=4, tp=1), zero=zero, group=group)
+    data = global_batches(1)
+    loss = engine.train_batch(micro_batches(data, engine)).item()
+    return loss, whole(engine.module)
+
+
+@pytest.mark.parametrize(
+    ("zero", "group"), [(0, None), (1, None), (2, None), (3, None), (1, 2), (2, 2), (3, 2)], ids=str
+)
+def test_ranks_and_micro_batches_that_use_other_parameters(
+    ranks: Ranks, zero: int, group: int | None
+) -> None:
+    model = seeded(Taking)
+    (x, y), optimizer = global_batches(1)[0], torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    taken = [int(one.sum() > 1) for one in y]
+    assert 0 < sum(taken[:3]) < 3, "one rank's own micro batches differ"
+    total = torch.stack([model(x[i : i + 1], y[i : i + 1]) for i in range(12)]).mean()
+    total.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    for loss, state in ranks.run(4, taking_case, zero, group):
+        assert loss == pytest.approx(total.item(), rel=1e-5)
+        assert_same(state, model)
+
+
+def dropped_case() -> Any:
+    engine = build_engine(seeded(Stack), Degrees(pp=1, dp=4, tp=1), zero=2, group=2)
+    data = list(micro_batches(global_batches(1), engine))
+    engine.backward(nn.MSELoss()(engine(data[0][0] + 5.0), data[0][1]))  # which is then given up
+    with pytest.warns(UserWarning, match="drops the gradients of 1 micro batches"):
+        engine.zero_grad()
+    loss = engine.train_batch(iter(data)).item()
+    return loss, whole(engine.module)
+
+
+def test_gradients_that_were_dropped_before_their_last_sum(ranks: Ranks) -> None:
+    losses, _, model = train_plainly(seeded(Stack), global_batches(1), clip=CLIP)
+    for loss, state in ranks.run(4, dropped_case):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        assert_same(state, model)
+
+
+def mixed_case(zero: int) -> list[float]:
+    degrees = Degrees(pp=1, dp=4, tp=1)
+    precision = Precision(compute=torch.bfloat16)
+    config = {"bf16": {"enabled": True}}
+    engine = build_engine(seeded(Taking), degrees, zero=zero, config=config, precision=precision)
+    loss = engine.train_batch(micro_batches(global_batches(1), engine)).item()
+    norm = engine.get_global_grad_norm()
+    assert norm is not None
+    return [loss, norm]
+
+
+@pytest.mark.parametrize("zero", [1, 2], ids="zero{}".format)
+def test_gradients_of_unused_parameters_have_the_type_of_the_others(ranks: Ranks, zero: int) -> None:
+    """In bf16 they are accumulated in fp32, where a zero in bf16 would be refused."""
+    model, (x, y) = seeded(Taking), global_batches(1)[0]
+    total = torch.stack([model(x[i : i + 1], y[i : i + 1]) for i in range(12)]).mean()
+    total.backward()
+    norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    for found in ranks.run(4, mixed_case, zero):
+        assert found == pytest.approx([total.item(), norm], rel=0.03)

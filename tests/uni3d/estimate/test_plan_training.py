@@ -1,0 +1,477 @@
+"""Planning a training job: its parts against the real model's, a pipeline played through, and the command.
+
+That it comes to what real ranks do is in `test_plan_measured.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from model import GPT, GPTConfig, next_token_loss
+from torch import Tensor, nn
+from torch.distributed.pipelining import schedules
+
+from parallel import layers as blocks
+from parallel.stages import Chain, split_layers
+from uni3d.estimate import save as paper
+from uni3d.estimate.activations import of_link, of_loss
+from uni3d.estimate.gpt import GPTShape, from_model_config
+from uni3d.estimate.job import Job
+from uni3d.estimate.memory import in_flight, memory, worst
+from uni3d.estimate.search import Machine, judge, propose
+from uni3d.estimate.traffic import bubble
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "megatron_gpt" / "configs"
+SMALL: dict[str, Any] = {"vocab_size": 500, "hidden_size": 64, "num_layers": 3, "num_heads": 4}
+KINDS: list[dict[str, Any]] = [
+    {"norm": norm, "positions": positions, "activation": activation, "tied_head": tied, "num_kv_heads": kv}
+    for norm, positions, activation, (tied, kv) in itertools.product(
+        ["rmsnorm", "layernorm"], ["rotary", "learned"], ["swiglu", "gelu"], [(True, 2), (False, None)]
+    )
+]
+
+
+def real_model(model: dict[str, Any]) -> GPT:
+    with torch.device("meta"):
+        return GPT(GPTConfig(**model))
+
+
+def make_job(shape: GPTShape, pp: int = 1, dp: int = 1, tp: int = 1, zero: int = 1, **settings: Any) -> Job:
+    defaults: dict[str, Any] = {"seq_len": 64, "micro_batch": 2, "accumulation": 4}
+    defaults |= {"precision": "fp32", "device": "cpu"}
+    return Job(shape=shape, ranks=paper.Ranks(pp=pp, dp=dp, tp=tp, zero=zero), **(defaults | settings))
+
+
+# --- the shape -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+def test_a_shape_has_the_real_models_parameters(kind: dict[str, Any]) -> None:
+    model, shape = real_model(SMALL | kind), from_model_config(SMALL | kind)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    named = {f"{link.name}.{w.name}": w for link in shape.links for w in link.weights}
+    assert {name: w.shape for name, w in named.items()} == {
+        name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    assert {name for name, w in named.items() if not w.same_as} == {
+        name for name, _ in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda p: p.stem)
+def test_the_examples_configs_are_counted(path: Path) -> None:
+    model = json.loads(path.read_text())["model"]
+    assert from_model_config(model).parameters == sum(p.numel() for p in real_model(model).parameters())
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) -> None:
+    job = make_job(from_model_config(SMALL | {"tied_head": tied}), pp=pp)
+    whole = real_model(SMALL | {"tied_head": tied})
+    for kept, stage in zip(split_layers(whole, whole.pipeline_layers, pp), job.stages, strict=True):
+        assert [link.name for link in stage.links] == kept
+        chain = Chain(real_model(SMALL | {"tied_head": tied}), [kept])
+        gathered = blocks.units(list(chain.stretches()[0]))
+        units = [{id(p) for p in unit.parameters()} for unit in gathered]
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in gathered]
+        assert [job.whole(unit) for unit in stage.units if unit] == sizes
+        rest = {id(p): p.numel() for p in chain.parameters() if not any(id(p) in unit for unit in units)}
+        assert job.whole(stage.root) == sum(rest.values())
+
+
+def test_a_tied_head_is_saved_once() -> None:
+    figures = paper.on_paper(
+        from_model_config(SMALL | {"tied_head": True}), paper.Ranks(pp=2, dp=2, tp=1, zero=1)
+    )
+    parameters = sum(p.numel() for p in real_model(SMALL | {"tied_head": True}).parameters())
+    assert figures.parameters == parameters
+    assert sum(figures.written) == 12 * parameters
+
+
+# --- activations ---------------------------------------------------------------------------------------
+
+
+def saved(module: nn.Module, function: Any, *inputs: Tensor) -> int:
+    """Bytes of all that autograd keeps of a call, each storage once, beside the module's parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            found[tensor.untyped_storage().data_ptr()] = tensor  # and so it can't be given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+def test_activations_are_what_autograd_keeps(kind: dict[str, Any], precision: str) -> None:
+    options = SMALL | kind | {"hidden_size": 128, "num_layers": 1}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = GPT(GPTConfig(**options)).to(dtype)
+    job = make_job(from_model_config(options), precision=precision)
+    tokens = torch.randint(0, 500, (2, 64))
+    wide = torch.randn(2, 64, 128, dtype=dtype, requires_grad=True)
+    links = {link.name: of_link(job, link, recomputed=False).kept for link in job.shape.links}
+    assert links["embed"] == saved(model.embed, model.embed, tokens)
+    assert links["norm"] == saved(model.norm, model.norm, wide)
+    assert links["head"] == saved(model.head, model.head, wide)
+    # A layer's also has the tables of rotary angles, which all layers share in fp32.
+    shared = 2 * 64 * 16 * 4 if kind["positions"] == "rotary" and precision == "fp32" else 0
+    assert links["layers.0"] == saved(model.layers[0], model.layers[0], wide) - shared
+    logits = torch.randn(2, 64, 500, requires_grad=True)
+    kept, _ = of_loss(job)
+    ids = tokens.nbytes + 4  # the targets, and the number of them
+    assert kept == saved(nn.Identity(), next_token_loss, logits, tokens) - ids + logits.nbytes
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_keeps_less(mode: str) -> None:
+    job = make_job(from_model_config(SMALL), recompute=mode)
+    layer = job.shape.links[1]
+    kept, whole = of_link(job, layer, recomputed=True), of_link(job, layer, recomputed=False)
+    assert kept.again == whole.kept
+    wide = 4 * job.tokens * 64
+    if mode == "full":
+        assert kept.kept == wide  # its input
+    else:  # input, q, k, v, attention, o; gate, up, down; logarithms of the softmax's sums
+        assert kept.kept == wide * 7 + 2 * 4 * job.tokens * job.shape.ffn + 4 * job.tokens * 4
+
+
+def test_every_other_layer_is_half_the_saving() -> None:
+    shape = from_model_config(SMALL | {"num_layers": 8, "vocab_size": 8})
+    job = make_job(shape, accumulation=1)
+    totals = [
+        memory(replace(job, recompute="full" if every else "none", every=every or 1))[0].peak.activations
+        for every in (0, 2, 1)
+    ]
+    assert totals[0] > totals[1] > totals[2]
+    assert totals[1] == pytest.approx((totals[0] + totals[2]) / 2, rel=0.2)
+
+
+def test_what_tensor_parallelism_splits() -> None:
+    """What is inside attention and feed-forward; with sequence parallelism, the norms' input too."""
+    shape = from_model_config(SMALL)
+    kept = [
+        of_link(make_job(shape, tp=tp, sequence_parallel=sequence), shape.links[1], recomputed=False).kept
+        for tp, sequence in [(1, False), (2, False), (2, True)]
+    ]
+    wide = 4 * 128 * 64
+    assert kept[0] - kept[1] == (5 * wide + 4 * 4 * 128 * shape.ffn + 4 * 128 * 4) // 2
+    assert kept[1] - kept[2] == 2 * (2 * wide + 4 * 128) // 2
+
+
+# --- a pipeline, played through --------------------------------------------------------------------------
+
+
+def play(pp: int, m: int, order: str) -> tuple[float, list[int]]:
+    """Run GPipe or 1F1B, a forward of 1 and a backward of 2: the time, and what each rank held at most."""
+    todo = []
+    for rank in range(pp):
+        warm = m if order == "gpipe" else min(pp - rank, m)
+        steps = [("F", i) for i in range(warm)]
+        for i in range(m):
+            steps += [("B", i)] + ([("F", warm + i)] if warm + i < m else [])
+        todo.append(steps)
+    done: dict[tuple[str, int, int], float] = {}
+    clock, held, most = [0.0] * pp, [0] * pp, [0] * pp
+    while any(todo):
+        for rank in range(pp):
+            while todo[rank]:
+                kind, i = todo[rank][0]
+                before = ("F", rank - 1, i) if kind == "F" else ("B", rank + 1, i)
+                needs = [before] if 0 <= before[1] < pp else []
+                if any(need not in done for need in needs):
+                    break
+                begin = max([clock[rank], *(done[need] for need in needs)])
+                clock[rank] = done[kind, rank, i] = begin + (1 if kind == "F" else 2)
+                held[rank] += 1 if kind == "F" else -1
+                most[rank] = max(most[rank], held[rank])
+                todo[rank].pop(0)
+    return max(clock), most
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("pp", "m"), [(1, 3), (2, 2), (4, 4), (4, 12), (3, 7)])
+def test_bubble_and_micro_batches_in_flight(schedule: str, pp: int, m: int) -> None:
+    shape = from_model_config(SMALL | {"num_layers": 8})
+    job = make_job(shape, pp=pp, accumulation=m, schedule=schedule)
+    time, most = play(pp, m, schedule)
+    assert bubble(job) == pytest.approx(1 - 3 * m / time)
+    if pp > 1:
+        assert [in_flight(job, rank) for rank in range(pp)] == most
+
+
+TORCHS = [
+    ("interleaved", schedules.ScheduleInterleaved1F1B, 2),
+    ("interleaved", schedules.ScheduleInterleaved1F1B, 3),
+    ("zero_bubble", schedules.ScheduleInterleavedZeroBubble, 1),
+    ("zero_bubble", schedules.ScheduleInterleavedZeroBubble, 2),
+    ("zero_bubble_v", schedules.ScheduleZBVZeroBubble, 2),
+]
+
+
+def torchs_orders(kind: Any, pp: int, v: int, m: int) -> dict[int, list[Any]]:
+    """What each rank does in one of torch's schedules: `(stage, F, B, I or W, micro batch)`."""
+    stages = [
+        SimpleNamespace(
+            stage_index=i * pp,
+            num_stages=pp * v,
+            group_size=pp,
+            group_rank=0,
+            group=None,
+            has_backward=True,
+            is_first=i == 0,
+            is_last=False,
+            device="cpu",
+            submod=None,
+            stage_index_to_group_rank=None,
+        )
+        for i in range(v)
+    ]
+    orders = kind(stages, m, loss_fn=lambda *_: None).pipeline_order
+    return {rank: [action for action in actions if action is not None] for rank, actions in orders.items()}
+
+
+def play_order(orders: dict[int, list[Any]], last_stage: int) -> tuple[float, list[int]]:
+    """As `play`, forward and both halves of a backward taking 1 each; held is what has a half to come."""
+    kinds = schedules._ComputationType
+    todo = {rank: list(actions) for rank, actions in orders.items()}
+    done: dict[tuple[str, int, int], float] = {}
+    clock, held, most = [0.0] * len(todo), [0] * len(todo), [0] * len(todo)
+    while any(todo.values()):
+        for rank, actions in todo.items():
+            while actions:
+                stage, kind, i = (
+                    actions[0].stage_index,
+                    actions[0].computation_type,
+                    actions[0].microbatch_index,
+                )
+                needs = []
+                if kind == kinds.FORWARD and stage > 0:
+                    needs = [("F", stage - 1, i)]
+                elif kind in (kinds.FULL_BACKWARD, kinds.BACKWARD_INPUT) and stage < last_stage:
+                    needs = [("B", stage + 1, i)]
+                if any(need not in done for need in needs):
+                    break
+                begin = max([clock[rank], *(done[need] for need in needs)])
+                clock[rank] = begin + (2 if kind == kinds.FULL_BACKWARD else 1)
+                if kind != kinds.BACKWARD_WEIGHT:
+                    done["F" if kind == kinds.FORWARD else "B", stage, i] = clock[rank]
+                held[rank] += (kind == kinds.FORWARD) - (kind in (kinds.FULL_BACKWARD, kinds.BACKWARD_WEIGHT))
+                most[rank] = max(most[rank], held[rank])
+                actions.pop(0)
+    return max(clock), most
+
+
+@pytest.mark.parametrize(("schedule", "kind", "v"), TORCHS)
+@pytest.mark.parametrize(("pp", "m"), [(2, 4), (4, 8), (4, 16)])
+def test_torchs_other_schedules(schedule: str, kind: Any, v: int, pp: int, m: int) -> None:
+    shape = from_model_config(SMALL | {"num_layers": 16})
+    job = make_job(shape, pp=pp, accumulation=m, schedule=schedule, virtual_stages=v)
+    time, most = play_order(torchs_orders(kind, pp, v, m), pp * v - 1)
+    assert bubble(job) == pytest.approx(1 - 3 * m * v / time)
+    assert [in_flight(job, rank) for rank in range(pp)] == most
+
+
+def test_other_schedules_wait_less() -> None:
+    shape = from_model_config(SMALL | {"num_layers": 16})
+    job = make_job(shape, pp=4, accumulation=8)
+    plain = bubble(job)
+    interleaved = bubble(replace(job, schedule="interleaved", virtual_stages=2))
+    assert plain == pytest.approx(3 / 11)
+    assert interleaved == pytest.approx(1.5 / 9.5)
+    assert bubble(replace(job, schedule="zero_bubble")) == pytest.approx(1 / 9)
+    assert bubble(replace(job, accumulation=2)) == pytest.approx(3 / 5)
+    assert replace(job, accumulation=2).order == "gpipe"
+
+
+# --- proposals -------------------------------------------------------------------------------------------
+
+MACHINE = Machine(flops=1e14, inside=3e11, between=5e10, ranks_per_node=8)
+BIG = from_model_config(
+    {"vocab_size": 50304, "hidden_size": 2048, "num_layers": 24, "num_heads": 16, "norm": "layernorm"}
+)
+
+
+def test_proposals_are_the_quickest_that_fit() -> None:
+    job = make_job(BIG, dp=16, seq_len=2048, micro_batch=2, accumulation=4, precision="bf16", device="cuda")
+    limit = 8 * 2**30
+    found = propose(job, 16, limit, MACHINE)
+    assert len(found) > 3
+    seconds = [proposal.cost.seconds for proposal in found]
+    assert seconds == sorted(seconds)
+    for proposal in found:
+        assert proposal.job.ranks.total == 16
+        assert proposal.job.batch == job.batch
+        assert proposal == judge(proposal.job, MACHINE)
+        assert worst(memory(proposal.job)).peak.total == proposal.need <= limit
+    # Nothing else that fits is quicker, looking at every setting of one split.
+    best = min(found, key=lambda proposal: proposal.cost.seconds)
+    ranks = best.job.ranks
+    for zero, mode, micro in itertools.product(range(4), ["none", "selective", "full"], [1, 2, 4, 8]):
+        share = job.batch // ranks.dp
+        if share % micro == 0:
+            other = judge(
+                replace(
+                    best.job,
+                    ranks=replace(ranks, zero=zero),
+                    recompute=mode,  # type: ignore[arg-type]
+                    micro_batch=micro,
+                    accumulation=share // micro,
+                ),
+                MACHINE,
+            )
+            assert other.need > limit or other.cost.seconds >= best.cost.seconds
+
+
+def test_less_memory_is_more_recomputation_or_more_ranks() -> None:
+    job = make_job(BIG, dp=16, seq_len=2048, micro_batch=2, accumulation=4, precision="bf16", device="cuda")
+    roomy, tight = (propose(job, 16, gib * 2**30, MACHINE)[0] for gib in (80, 6))
+    assert tight.need <= 6 * 2**30 < roomy.need
+    assert tight.cost.seconds > roomy.cost.seconds
+
+
+def test_if_nothing_fits_the_nearest_is_named() -> None:
+    job = make_job(BIG, dp=2, seq_len=2048, accumulation=4, precision="bf16")
+    (nearest,) = propose(job, 2, 2**30, MACHINE)
+    assert nearest.need > 2**30
+    assert nearest.need == min(proposal.need for proposal in propose(job, 2, nearest.need, MACHINE))
+
+
+def test_tensor_parallelism_stays_inside_a_node() -> None:
+    job = make_job(BIG, dp=16, seq_len=512, accumulation=2, precision="bf16")
+    found = propose(job, 16, 80 * 2**30, replace(MACHINE, ranks_per_node=2))
+    assert {proposal.job.ranks.tp for proposal in found} == {1, 2}
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    uni3d_command = [str(Path(sys.executable).parent / "uni3d"), "plan", *arguments]
+    return subprocess.run(uni3d_command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_takes_an_examples_config() -> None:
+    config = str(EXAMPLES / "1.3b.json")
+    row = json.loads(command(config, "--world-size", "16", "--pp", "2", "--zero", "1", "--json").stdout)
+    assert row["ranks"] | {"pp": 2, "dp": 8, "tp": 1, "zero": 1, "total": 16} == row["ranks"]
+    training = row["training"]
+    assert training["tokens_per_step"] == 512 * 2048
+    assert (training["micro_batch"], training["accumulation"]) == (2, 32)
+    assert training["bubble"] == pytest.approx(1 / 33)
+    stages = training["memory_by_stage"]
+    assert training["worst_stage"] == max(stages, key=lambda stage: stage["bytes"])["stage"]
+    parts = (
+        "parameters",
+        "optimizer",
+        "gradients",
+        "gathered",
+        "activations",
+        "loss",
+        "communication",
+        "pipeline",
+    )
+    assert all(sum(stage[part] for part in parts) == stage["bytes"] for stage in stages)
+    assert sum(stage["optimizer"] for stage in stages) * 8 == 8 * (
+        row["parameters"] + 50304 * 2048
+    )  # tied: twice
+
+
+def test_the_command_proposes_and_says_by_how_much_it_misses() -> None:
+    config = str(EXAMPLES / "1.3b.json")
+    shown = command(config, "--world-size", "8", "--memory", "40GiB").stdout
+    assert "fit 40.0 GiB a rank; quickest first:" in shown
+    row = json.loads(command(config, "--world-size", "8", "--memory", "40GiB", "--json").stdout)
+    assert row["fits"]
+    first = row["proposals"][0]
+    assert f"{first['pp']:>4} {first['dp']:>5} {first['tp']:>3}" in shown
+    missed = command(config, "--world-size", "2", "--memory", "1GB")
+    assert missed.returncode == 0
+    assert "nothing fits 953.7 MiB a rank." in missed.stdout
+
+
+def test_the_command_needs_no_torch() -> None:
+    arguments = ["plan", str(EXAMPLES / "1.3b.json"), "--world-size", "8", "--memory", "40GiB"]
+    code = f"import sys, uni3d.cli\ntry: uni3d.cli.app({arguments})\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("CONFIG --params 1e9", "--params and"),
+        ("CONFIG --world-size 6 --pp 4", "pp(4) * dp(auto) * tp(1) can't be --world-size 6"),
+        ("CONFIG --world-size 8 --tp 3 --dp 1 --pp 1", "can't be --world-size 8"),
+        ("CONFIG --world-size 24 --tp 3", "tp(3) doesn't divide the 16 heads"),
+        ("CONFIG --seq-len 4096", "seq_len 4096 is more than the 2048 learned positions"),
+        ("CONFIG --precision fp8", "--precision fp8 is unknown; give one of fp32, bf16, fp16"),
+        ("CONFIG --recompute some", "--recompute some is unknown; give one of none, full, selective"),
+        ("CONFIG --device tpu", "--device tpu is unknown; give one of cuda, cpu"),
+        ("CONFIG --memory 80", None),
+        ("CONFIG --memory lots", "--memory lots isn't a number above 0 with a known unit"),
+        ("CONFIG --micro-batch 0", "micro-batch 0 must be at least 1"),
+        ("nowhere.json", "nowhere.json can't be read"),
+        (__file__, "is not JSON"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: str, message: str | None) -> None:
+    result = command(*arguments.replace("CONFIG", str(EXAMPLES / "1.3b.json")).split())
+    if message is None:
+        assert "nothing fits 80 B" in result.stdout
+        return
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_config_that_isnt_one_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for document, message in [
+        ({"model": {}, "uni3d": {}}, "seq_len is missing"),
+        (
+            {"model": {"hiden_size": 3}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
+            "model.hiden_size isn't",
+        ),
+        (
+            {"model": {"norm": "batchnorm"}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
+            "model.norm is 'batchnorm'",
+        ),
+        (
+            {"model": {"hidden_size": "a"}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
+            "expected a whole number",
+        ),
+        ({"model": {}, "seq_len": 8, "uni3d": {"train_batch_sise": 1}}, "did you mean"),
+    ]:
+        path.write_text(json.dumps(document))
+        result = command(str(path))
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_size_of_a_part_is_the_largest_ranks() -> None:
+    """Rows are cut by `ceil`; what a rank is short of is padded."""
+    shape = from_model_config(SMALL)
+    job = make_job(shape, dp=3)
+    weights = [w for link in shape.links for w in link.weights]
+    expected = sum(-(-w.shape[0] // 3) * prod(w.shape[1:]) for w in weights)
+    stage = job.stages[0]
+    assert sum(job.shard(unit) for unit in [*stage.units, stage.root]) == expected
