@@ -231,7 +231,7 @@ def test_nothing_is_printed_or_measured_by_default(alone: None, capsys: pytest.C
     engine = make_engine(seeded(Stack))
     train(engine, global_batches(1))
     assert capsys.readouterr() == ("", "")
-    assert not engine.observer.wanted
+    assert not engine._observer.wanted
 
 
 # --- FLOPs ---------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def profile_case(pp: int, dp: int, tp: int, file: str, recompute: str) -> Any:
     data = torch.utils.data.TensorDataset(*(t % VOCAB for t in oracle.samples()))
     engine = uni3d.initialize(model=model, training_data=data, config=settings)[0]
     losses = [engine.train_batch().item() for _ in range(3)]
-    profile = engine.observer._profile
+    profile = engine._observer._profile
     assert profile is not None
     return losses, profile.forward, profile.flops, profile.parameters
 
