@@ -37,6 +37,11 @@ class Background(Generic[T]):
         """Whether the work has failed and `wait` hasn't said so yet."""
         return self._error is not None
 
+    @property
+    def result(self) -> T | None:
+        """What the work returned, if it has ended and `wait` hasn't given it yet."""
+        return self._result
+
     def start(self, work: Callable[[], T]) -> None:
         """Begin; there must be no other work that hasn't been waited for."""
         assert self._thread is None, "one at a time"

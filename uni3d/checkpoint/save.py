@@ -118,6 +118,11 @@ class Saver:
         if report is not None:
             self.report = report
 
+    def committed(self) -> str | None:
+        """Return the tag of the last save that has ended well, waited for or not. Local."""
+        report = self._background.result or self.report
+        return None if report is None else report.tag
+
     @property
     def failed(self) -> bool:
         """Whether the save in the background has failed, as far as this rank knows. Local."""

@@ -79,7 +79,7 @@ class Engine:
         self._restorer = Restorer(
             state, seed=config.seed, comm=self._comm, inventory=inventory, threads=threads
         )
-        self._observer = Observer(config, triad, state, self._comm)
+        self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
         self._stepper = Stepper(
             state, clip=config.gradient_clipping, saver=self._saver, observer=self._observer
         )

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: lines, curves, times, FLOPs. Nothing unless it is enabled."""
+"""A run's own account while it trains: lines on the terminal, and, where enabled, curves, times and FLOPs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from uni3d.observe.monitors import Monitor, make_monitors
 from uni3d.train_state import TrainState
 
 T = TypeVar("T")
+
+LINE_STEPS, LINE_SECONDS = 10, 30.0
+"""A line is printed after so many steps, or at the first step after so many seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,15 @@ class StepRecord:
 class Observer:
     """Prints lines, feeds monitors, times phases and counts FLOPs; `profile` is collective, all else local."""
 
-    def __init__(self, config: Config, batch: BatchTriad, state: TrainState, comm: HostComm) -> None:
+    def __init__(
+        self,
+        config: Config,
+        batch: BatchTriad,
+        state: TrainState,
+        comm: HostComm,
+        committed: Callable[[], str | None],
+    ) -> None:
+        """`committed` gives the tag of the last checkpoint that this process committed, None before the first."""
         self._config = config
         self._batch = batch
         self._state = state
@@ -52,7 +64,12 @@ class Observer:
         self._device = state.model.topology.device
         self._speaks = state.model.topology.rank == 0
         self._monitors: list[Monitor] = make_monitors(config) if self._speaks else []
-        self._every = config.steps_per_print or (10 if config.wall_clock_breakdown else None)
+        self._committed = committed
+        self._every = config.steps_per_print or (LINE_STEPS if config.wall_clock_breakdown else None)
+        # A script that names a number of steps gets that; the default also speaks when steps are slow.
+        self._patience = math.inf if "steps_per_print" in config.model_fields_set else LINE_SECONDS
+        self._total = getattr(getattr(config.scheduler, "params", None), "total_num_steps", None)
+        self._last_line = time.perf_counter()
         self._times = _Times(self._device) if config.wall_clock_breakdown and self._speaks else None
         self._profile: profiler.Profile | None = None
         self._begun: float | None = None  # when the last line was printed
@@ -78,8 +95,10 @@ class Observer:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # of a skipped step
         for monitor in self._monitors:
             monitor.write(values, record.samples)
-        if self._every and record.step % self._every == 0:
-            self._due = record
+        if self._every:
+            waited = time.perf_counter() - self._last_line
+            if record.step % self._every == 0 or waited >= self._patience:
+                self._due = record
 
     def tell(self) -> None:
         """Print what is due: at the end of a step, when its times are known."""
@@ -90,7 +109,8 @@ class Observer:
             print(f"uni3d: {self._line(record)}", flush=True)
             if self._times is not None:
                 print(f"uni3d: {self._times.line()}", flush=True)
-        self._begun, self._steps, self._terms = time.perf_counter(), 0, 0.0
+        self._begun = self._last_line = time.perf_counter()
+        self._steps, self._terms = 0, 0.0
 
     def profiles_next(self) -> bool:
         """Whether FLOPs are to be counted before the step to come."""
@@ -136,6 +156,10 @@ class Observer:
             if self._terms > micro_batches * steps:  # the loss is a sum over tokens, not a mean
                 parts.append(f"{self._terms / steps / seconds:,.0f} tokens/s")
             parts += self._mfu(seconds)
+            if self._total is not None and self._total > record.step:
+                parts.append(f"{timedelta(seconds=round(seconds * (self._total - record.step)))} left")
+        if (tag := self._committed()) is not None:
+            parts.append(f"saved {tag}")
         if self._device.type == "cuda":
             parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         return " | ".join(parts)
