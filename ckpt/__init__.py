@@ -22,7 +22,7 @@ imports no torch.
 """
 
 from ckpt.box import Box
-from ckpt.comm import Comm, Solo, from_first, gathered, together
+from ckpt.comm import Comm, Solo, agreed, agreed_by_all, from_rank_0
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
@@ -59,6 +59,8 @@ __all__ = [
     "Statistics",
     "UnreadShard",
     "absent",
+    "agreed",
+    "agreed_by_all",
     "check_json",
     "check_tag",
     "committed_tags",
@@ -68,8 +70,7 @@ __all__ = [
     "exported_bytes",
     "extent",
     "find_checkpoint",
-    "from_first",
-    "gathered",
+    "from_rank_0",
     "load",
     "make_plan",
     "numpy_dtype",
@@ -80,7 +81,6 @@ __all__ = [
     "read_latest",
     "save",
     "statistics",
-    "together",
     "verify",
     "weights",
 ]

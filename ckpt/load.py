@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from ckpt.comm import Comm, together
+from ckpt.comm import Comm, agreed
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.plan import ArrayKey
 from ckpt.read import Checkpoint, pieces
@@ -63,10 +63,10 @@ def load(
     """
     everyone = _wanted_by_all({t.spec.key for t in targets}, comm)
     report = LoadReport(tag=checkpoint.tag)
-    together(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
+    agreed(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
     there = [t for t in targets if t.spec.key in checkpoint.arrays]
     try:
-        report.bytes_read = together(comm, lambda: _read_all(checkpoint, there, threads))
+        report.bytes_read = agreed(comm, lambda: _read_all(checkpoint, there, threads))
     except CheckpointError as error:
         raise PartialLoadError(str(error)) from error
     return report

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import gather
-from ckpt.comm import Comm, from_first, gathered, together
+from ckpt.comm import Comm, agreed, agreed_by_all, from_rank_0
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     DTYPES,
@@ -131,26 +131,26 @@ def save(
         raise CheckpointError(  # on all ranks, which are given the same
             "a save that isn't durable can't delete older checkpoints: a power cut could leave none"
         )
-    checks = gathered(comm, lambda: (*_check(tag, held, plan, comm.rank, document), len(rounds)))
+    checks = agreed_by_all(comm, lambda: (*_check(tag, held, plan, comm.rank, document), len(rounds)))
     _check_agreed([check[0] for check in checks], [check[1] for check in checks])
-    store = together(comm, lambda: open_store(run))
+    store = agreed(comm, lambda: open_store(run))
     workers = store.threads or threads or cores()
     own = uuid.uuid4().hex
     try:
-        token, base = from_first(comm, lambda: _begin(store, tag, own, incremental))
-        writer = together(comm, lambda: _writer(store, tag, token, base, durable, workers))
+        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental))
+        writer = agreed(comm, lambda: _writer(store, tag, token, base, durable, workers))
 
         def write_in_place() -> Written:
             written = writer.write_chunks(_in_place(plan, held, comm.rank))
             written.add(writer.write_documents(plan, comm.rank))
             return written
 
-        written = together(comm, write_in_place)
+        written = agreed(comm, write_in_place)
         written.add(_write_gathered(rounds, max(check[2] for check in checks), writer, held, comm))
         if durable:
-            together(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
+            agreed(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
         everything = comm.gather(written)
-        return from_first(
+        return from_rank_0(
             comm,
             lambda: _finish(
                 store, tag, token, everything, document, files, durable, update_latest, retention
@@ -248,10 +248,10 @@ def _write_gathered(
     written = Written()
     for i in range(most):
         batch = rounds[i] if i < len(rounds) else []
-        pieces = together(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
+        pieces = agreed(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
         received = comm.exchange(*pieces)
         writes = gather.arrived(batch, received, comm.rank)
-        written.add(together(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
+        written.add(agreed(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
     return written
 
 

@@ -89,7 +89,7 @@ class Checkpointer:
             taken.append((plan, parts, self._document(client_state, frozen)))
             return tag
 
-        tags = set(ckpt.gathered(self.comm, take))
+        tags = set(ckpt.agreed_by_all(self.comm, take))
         if len(tags) > 1:
             raise ckpt.CheckpointError(
                 f"the ranks were asked to save different tags: {', '.join(sorted(tags))}; use one"
@@ -142,11 +142,11 @@ class Checkpointer:
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._engine.config.checkpoint
-        ckpt.together(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
+        ckpt.agreed(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
         described = self._writing.gather(document if self._engine.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
-        whole = ckpt.together(self._writing, lambda: merge(stages) if stages else {})
-        shards = ckpt.together(self._writing, lambda: [state.on_host(*part) for part in parts])
+        whole = ckpt.agreed(self._writing, lambda: merge(stages) if stages else {})
+        shards = ckpt.agreed(self._writing, lambda: [state.on_host(*part) for part in parts])
         return ckpt.save(
             run,
             tag,
@@ -211,12 +211,12 @@ class Checkpointer:
         """The newest committed tag, the same on all ranks whatever their file systems show them yet."""
         self.wait()
         Background.join_all()
-        return ckpt.from_first(self.comm, lambda: ckpt.read_latest(run))
+        return ckpt.from_rank_0(self.comm, lambda: ckpt.read_latest(run))
 
     def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
         def find() -> str:
             store, folder = ckpt.find_checkpoint(run, tag)
             return store.where(folder)
 
-        chosen = ckpt.from_first(self.comm, find)
-        return ckpt.together(self.comm, lambda: ckpt.open_checkpoint(chosen))
+        chosen = ckpt.from_rank_0(self.comm, find)
+        return ckpt.agreed(self.comm, lambda: ckpt.open_checkpoint(chosen))

@@ -167,7 +167,7 @@ class Saving:
         weights = weights_out.whole_on_first_rank(
             self.model, comm, dtype, frozen=not exclude_frozen_parameters
         )
-        ckpt.together(comm, lambda: weights_out.write(path, weights) if comm.rank == 0 else None)
+        ckpt.agreed(comm, lambda: weights_out.write(path, weights) if comm.rank == 0 else None)
         return True
 
     def _check_ready(self, call: str) -> None:
