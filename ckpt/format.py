@@ -12,12 +12,11 @@ from urllib.parse import quote
 import numpy as np
 
 from ckpt.box import Shape
-from ckpt.checksum import crc32c, hexadecimal
+from ckpt.checksums import crc32c, hexadecimal
 from ckpt.errors import CheckpointError
 
 FORMAT_NAME = "uni3d"
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 ZARR = "zarr.json"
@@ -189,13 +188,12 @@ def decode_manifest(data: bytes, source: str) -> Json:
     if manifest.get("format") != FORMAT_NAME:
         raise CheckpointError(f"{source} has format {manifest.get('format')!r}, expected {FORMAT_NAME!r}")
     version = manifest.get("version")
-    if version not in READABLE_VERSIONS:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{source} has format version {version!r}; this release reads up to version "
-            f"{FORMAT_VERSION}, so read it with the release that wrote it, or a newer one"
+            f"{source} has format version {version!r}, expected {FORMAT_VERSION}; "
+            "read it with the release that wrote it, or a newer one"
         )
-    needed = ("tag", "documents", "chunks", *(("block_bytes",) if version == 1 else ()))
-    missing = [key for key in needed if key not in manifest]
+    missing = [key for key in ("tag", "documents", "chunks") if key not in manifest]
     if missing:
         raise CheckpointError(f"{source} has no {' and no '.join(map(repr, missing))}; use another tag")
     return manifest

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ckpt.box import Box
 from ckpt.comm import Bytes, Comm
 from ckpt.format import itemsize, numpy_dtype
-from ckpt.plan import ArrayKey, ArrayPlan, Chunk, Plan
+from ckpt.plan import ArrayPlan, Chunk, Plan
+from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.write import Write
-
-if TYPE_CHECKING:
-    from ckpt.save import Shard, UnreadShard
 
 ROUND_BYTES = 16 << 20
 """The most that a rank gets in one exchange, but for a single chunk; it bounds what gathering takes."""

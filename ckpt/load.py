@@ -13,9 +13,8 @@ from hashlib import blake2b
 
 from ckpt.comm import Comm, agreed
 from ckpt.errors import CheckpointError, PartialLoadError
-from ckpt.plan import ArrayKey
 from ckpt.read import Checkpoint, pieces
-from ckpt.save import Shard
+from ckpt.shards import ArrayKey, Shard
 from ckpt.threads import cores, for_each
 
 Target = Shard

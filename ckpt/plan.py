@@ -25,30 +25,7 @@ from ckpt.box import Box, Shape, around
 from ckpt.chunking import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize
-
-
-class ArrayKey(NamedTuple):
-    """One array of a checkpoint: a state (`fp32`, `exp_avg`, ...) of an atom."""
-
-    atom: str
-    state: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSpec:
-    """What one rank holds of one array."""
-
-    key: ArrayKey
-    dtype: str
-    """A numpy name: `float32`, `int64`, ..."""
-    shape: Shape
-    """Of the whole array."""
-    box: Box
-    """The rank's part; empty where it holds nothing of it."""
-    fine_dim: int | None = None
-    """A dim after the first along which other topologies cut the array: chunks are kept narrow along it, so
-    that a part can be read without the rest of its rows. (Along the first dim any part is a range of bytes.)
-    """
+from ckpt.shards import ArrayKey, ShardSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.box import Box, Shape, grid
-from ckpt.checksum import crc32c
-from ckpt.checksums import Blocks
+from ckpt.checksums import Blocks, crc32c
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     MANIFEST,
@@ -30,7 +29,7 @@ from ckpt.format import (
     itemsize,
     numpy_dtype,
 )
-from ckpt.plan import ArrayKey
+from ckpt.shards import ArrayKey
 from ckpt.stores import Store, open_store
 from ckpt.tags import committed_tags, read_latest
 
@@ -81,9 +80,6 @@ class Checkpoint:
         with _uncollected():
             self.manifest = decode_manifest(self._read_document(MANIFEST), self.where(MANIFEST))
             self.tag: str = folder or self.manifest["tag"]
-            self._version_1_block: int | None = (
-                self.manifest["block_bytes"] if self.manifest["version"] == 1 else None
-            )
             self.arrays: dict[ArrayKey, ArrayInfo] = {a.key: a for a in self._arrays()}
         self._scratch = threading.local()
 
@@ -218,11 +214,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.where(MANIFEST)} has no record of {piece.name}; the tag can't be trusted"
             )
-        return self.blocks(record)
-
-    def blocks(self, record: Json) -> Blocks:
-        """The checksums in the manifest's record of a chunk."""
-        return Blocks.of_record(record, self._version_1_block)
+        return Blocks.of_record(record)
 
     def _read_verified(self, piece: Piece, blocks: Blocks, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` from `begin` of the chunk's file, whole blocks, and compare their checksums."""

@@ -16,10 +16,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from ckpt import gather
 from ckpt.comm import Comm, agreed, agreed_by_all, from_rank_0
@@ -39,45 +36,14 @@ from ckpt.format import (
     numpy_dtype,
     object_record,
 )
-from ckpt.plan import Plan, ShardSpec
+from ckpt.plan import Plan
+from ckpt.shards import Shard, UnreadShard
 from ckpt.stores import Store, open_store
 from ckpt.tags import KEEP_ALL, Retention, prune, read_latest
 from ckpt.threads import cores
 from ckpt.write import Write, Writer, Written
 
-Array = npt.NDArray[Any]
-
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
-
-
-class Unread(Protocol):
-    """An array that is read part by part, when each is written."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-    def __getitem__(self, part: tuple[slice, ...], /) -> Array: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A rank's part of an array, with its data."""
-
-    spec: ShardSpec
-    data: Array
-    """Of `spec.box.shape`."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnreadShard:
-    """A rank's part of an array, which is yet to be read."""
-
-    spec: ShardSpec
-    data: Unread
-    """Of `spec.box.shape`."""
 
 
 @dataclass(frozen=True, kw_only=True)

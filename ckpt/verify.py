@@ -17,8 +17,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from ckpt.box import Box, grid
-from ckpt.checksum import crc32c
-from ckpt.checksums import Blocks
+from ckpt.checksums import Blocks, crc32c
 from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
 from ckpt.read import ArrayInfo, Checkpoint
 from ckpt.threads import cores, for_each
@@ -58,6 +57,25 @@ def verify(
     jobs = [*verifier.documents(), *verifier.files(), *verifier.chunks()]
     found = for_each(lambda job: job(), jobs, threads or checkpoint.store.threads or cores())
     return [problem for problem in (root, *found) if problem is not None]
+
+
+def absent(checkpoint: Checkpoint, *, threads: int | None = None) -> list[Problem]:
+    """What of a checkpoint's files is missing or has another size; nothing where all are there.
+
+    Chunks that the manifest should know of, and doesn't, are among them.
+    """
+    expected = dict(_sizes(checkpoint))
+
+    def look(path: str) -> Problem | None:
+        try:
+            size = checkpoint.store.size(checkpoint.path(path))
+        except OSError as error:
+            return problem_at(checkpoint, path, unreadable(error))
+        wanted = expected[path]
+        return None if size == wanted else problem_at(checkpoint, path, other_size(size, wanted))
+
+    found = for_each(look, expected, threads or checkpoint.store.threads or cores())
+    return [*_unknown(checkpoint), *(problem for problem in found if problem is not None)]
 
 
 def extent(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -169,18 +187,17 @@ class _Verifier:
     def _blocks(self, record: Json, size: int) -> Blocks | None:
         """The chunk's checksums, if its record is what a chunk of `size` bytes has."""
         try:
-            blocks, checksum = self._checkpoint.blocks(record), int(record["crc32c"], 16)
+            blocks, checksum = Blocks.of_record(record), int(record["crc32c"], 16)
             fits = record["size"] == size + _CHECKSUM and blocks.count == -(-size // blocks.size)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
-        return blocks if fits and (blocks.sum(blocks.count - 1) == checksum or not blocks.run_on) else None
+        return blocks if fits and blocks.sum(blocks.count - 1) == checksum else None
 
     def _faults(self, path: str, blocks: Blocks, size: int, checksum: int) -> list[str]:
         """Read a chunk's file through a window that stays in the processor's cache."""
         window = max(self._store.window // blocks.size, 1) * blocks.size
         faults: list[str] = []
         damaged: list[int] = []
-        whole = 0
         for begin in range(0, size, window):
             length = min(window, size - begin)
             tail = _CHECKSUM if begin + length == size else 0
@@ -194,7 +211,6 @@ class _Verifier:
             self._progress(min(got, length + tail))
             data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
             damaged += _damaged(blocks, data, begin // blocks.size)
-            whole = whole if blocks.run_on else crc32c(data, whole)
             if got < length + tail:
                 faults.append(f"is cut short at {begin + got} of {size + _CHECKSUM} bytes")
                 break
@@ -205,8 +221,6 @@ class _Verifier:
         if damaged:
             first = f"the first at byte {damaged[0] * blocks.size}"
             faults.insert(0, f"is damaged in {len(damaged)} of {blocks.count} blocks, {first}")
-        elif not faults and not blocks.run_on and whole != checksum:  # version 1 has the two side by side
-            faults.append("has sound blocks, but as a whole another checksum than the manifest's")
         return faults
 
     def _too_long(self, path: str, size: int) -> str:
@@ -233,6 +247,26 @@ def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
             return
         yield index
         begin = (index + 1 - first) * blocks.size
+
+
+def _sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """Every file that the manifest names, with its size."""
+    manifest = checkpoint.manifest
+    for kind in ("documents", "files"):
+        for path, record in manifest.get(kind, {}).items():
+            yield path, record["size"]
+    for array, chunks in manifest["chunks"].items():
+        for key, record in chunks.items():
+            yield f"{array}/{key}", record["size"]
+
+
+def _unknown(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Chunks of the arrays' grids of which the manifest says nothing."""
+    for info in checkpoint.arrays.values():
+        for index, _ in grid(info.shape, info.chunk_shape):
+            if chunk_key(index) not in info.chunks:
+                path = f"{info.path}/{chunk_key(index)}"
+                yield problem_at(checkpoint, path, "has no record of it", at=MANIFEST)
 
 
 def problem_at(checkpoint: Checkpoint, path: str, what: str, at: str | None = None) -> Problem:

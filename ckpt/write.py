@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.box import Box
-from ckpt.checksum import crc32c
-from ckpt.checksums import Summing
+from ckpt.checksums import Summing, crc32c
 from ckpt.errors import CheckpointError
 from ckpt.format import (
-    FORMAT_VERSION,
     ZARR,
     Json,
     array_document,
@@ -77,9 +75,7 @@ class Writer:
         self._base: Checkpoint | None = None
         if base is not None:
             with contextlib.suppress(CheckpointError):  # one that is damaged is no use; all is written anew
-                checkpoint = Checkpoint(store, base)
-                if checkpoint.manifest["version"] == FORMAT_VERSION:
-                    self._base = checkpoint
+                self._base = Checkpoint(store, base)
 
     def write_chunks(self, writes: Iterable[Write]) -> Written:
         """Write chunks with a few threads (system calls and checksums release the interpreter's lock)."""

@@ -158,7 +158,7 @@ def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[st
     if head != b'{"crc32c": "%08x",' % crc32c(rest):
         raise UnreadableError(f"{folder / 'manifest.json'} is damaged: it hasn't the checksum it names")
     manifest = json.loads(head + rest)
-    if manifest["format"] != "uni3d" or manifest["version"] not in (1, 2):
+    if manifest["format"] != "uni3d" or manifest["version"] != 2:
         raise UnreadableError(f"{folder} is of format version {manifest['version']}; use its own script")
     data = (folder / "zarr.json").read_bytes()
     if crc32c(data) != int(manifest["documents"]["zarr.json"]["crc32c"], 16):

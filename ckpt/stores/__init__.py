@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

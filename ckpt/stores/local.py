@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
 from ckpt.stores import files

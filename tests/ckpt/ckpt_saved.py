@@ -1,4 +1,4 @@
-"""A checkpoint anywhere, whose objects can be damaged, and one as the first version of the format has it."""
+"""A checkpoint in any store, whose objects can be damaged and restored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from ckpt import Problem, open_checkpoint, verify
-from ckpt.checksum import crc32c
 from ckpt.format import encode_manifest
-
-VERSION_1_BLOCK = 40_000
 
 
 @dataclass
@@ -62,9 +59,8 @@ class Saved:
     def block(self, path: str) -> int:
         """The size of a chunk's blocks."""
         array, _, key = path.rpartition("/")
-        manifest = self.manifest
-        record = manifest["chunks"][array][key]
-        return manifest.get("block_bytes") or record.get("block", record["size"])
+        record = self.manifest["chunks"][array][key]
+        return int(record.get("block", record["size"]))
 
     @contextmanager
     def changed(self, *changes: tuple[str, bytes | None]) -> Iterator[None]:
@@ -94,22 +90,6 @@ class Saved:
         atom = "a/größe" if atom == "a%2Fgr%C3%B6%C3%9Fe" else atom
         where = f"{self.run}/t1/{path}"
         return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
-
-
-def make_version_1(saved: Saved) -> None:
-    """Say of the same files what a release that wrote version 1 would have said."""
-    manifest = saved.manifest
-    del manifest["crc32c"]
-    manifest |= {"version": 1, "block_bytes": VERSION_1_BLOCK}
-    for path, records in manifest["chunks"].items():
-        for key, record in records.items():
-            data = saved.get(f"{path}/{key}")[:-4]
-            records[key] = {"size": record["size"], "crc32c": f"{crc32c(data):08x}"}
-            if len(data) > VERSION_1_BLOCK:
-                starts = range(0, len(data), VERSION_1_BLOCK)
-                sums = [f"{crc32c(data[i : i + VERSION_1_BLOCK]):08x}" for i in starts]
-                records[key]["blocks"] = sums
-    saved.put("manifest.json", encode_manifest(manifest))
 
 
 def flipped(data: bytes, *places: int) -> bytes:

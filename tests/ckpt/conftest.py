@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("store_contract")
+
 
 @pytest.fixture(scope="session")
 def memory_path() -> Iterator[Path]:

@@ -19,7 +19,6 @@ from ckpt import (
     committed_tags,
     make_plan,
     open_checkpoint,
-    open_store,
     read_latest,
     save,
 )
@@ -244,12 +243,6 @@ def test_without_durable_nothing_is_synced(tmp_path):
     assert {name for name, _, _ in calls} == {"write", "move", "remove"}
 
 
-def test_latest_moves_only_when_it_is_told_to(tmp_path):
-    save_arrays(tmp_path, "t1", OLD)
-    save_arrays(tmp_path, "t2", NEW, update_latest=False)
-    assert (read_latest(tmp_path), committed_tags(tmp_path)) == ("t1", ["t1", "t2"])
-
-
 def test_a_file_system_that_cannot_exchange_keeps_the_old(tmp_path, monkeypatch):
     def refuse(a, b):
         raise OSError(22, "Invalid argument")
@@ -277,18 +270,3 @@ def test_tags_that_cannot_be_folders_are_refused(tmp_path, tag):
     with pytest.raises(CheckpointError, match="can't name a checkpoint"):
         save_arrays(tmp_path / "run", tag, NEW)
     assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("where", ["folder", "memory"])
-def test_a_save_that_another_one_has_overtaken(tmp_path, where):
-    """An old job that still writes when the resumed one saves the same tag commits and deletes nothing."""
-    store = open_store(tmp_path / "run" if where == "folder" else f"memory://{tmp_path.name}")
-    store.begin("t1", "old")
-    store.begin("t1", "new")
-    store.make_folders([f"{store.staging('t1')}/atoms"])
-    store.write(f"{store.staging('t1')}/atoms/c", [b"of the new one"], durable=False)
-    with pytest.raises(CheckpointError, match=r"another save of .*t1 has begun since"):
-        store.commit("t1", "old", {"manifest.json": b"{}"}, durable=False, update_latest=True)
-    store.abandon("t1", "old")
-    assert committed_tags(store) == []
-    assert store.read(f"{store.staging('t1')}/atoms/c") == b"of the new one"

@@ -245,17 +245,6 @@ def test_a_committed_tag_is_never_overwritten(run: str) -> None:
     assert holds(run, "t1") == "old"
 
 
-def test_what_is_the_user_s_is_never_touched(run: str) -> None:
-    fs = fsspec.filesystem("memory")
-    fs.pipe_file(f"{run}/notes/todo.txt", b"mine")
-    for result in saving(run, "notes")():
-        assert "exists and is not a checkpoint" in str(result)
-    saving(run, "t1")()
-    open_store(run).clean()
-    assert fs.cat_file(f"{run}/notes/todo.txt") == b"mine"
-    assert committed_tags(run) == ["t1"]
-
-
 def test_ranks_that_do_not_share_the_store(run: str) -> None:
     """As processes don't share fsspec's `memory://`."""
     with mock.patch.object(RemoteStore, "begun", return_value=False):
