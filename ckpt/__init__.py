@@ -26,7 +26,7 @@ from ckpt.comm import Comm, Solo, agreed, agreed_by_all, from_rank_0
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
-from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
+from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
 from ckpt.plan import ArrayLayout, Layout, Plan, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
@@ -62,6 +62,7 @@ __all__ = [
     "agreed",
     "agreed_by_all",
     "check_json",
+    "check_same_tag",
     "check_tag",
     "committed_tags",
     "common_bytes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -41,6 +41,22 @@ def check_tag(tag: str) -> str:
             f"not '.' or '-' first, and not {LATEST!r}"
         )
     return tag
+
+
+def check_same_tag(tags: Sequence[str]) -> None:
+    """Check that all ranks were given the same tag, and that it can name a checkpoint.
+
+    Raises:
+        CheckpointError: it can't, or the tags differ.
+    """
+    if len(set(tags)) > 1:
+        raise CheckpointError(
+            f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
+        )
+    try:
+        check_tag(tags[0])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def leftover_tag(name: str) -> str | None:

@@ -109,7 +109,7 @@ def test_ranks_that_do_not_hold_what_the_plan_wants_are_refused(tmp_path):
     full = [shards_of(arrays, specs) for specs in layout.values()]
     (spec,) = layout[1]
     less = shards_of(arrays, [replace(spec, box=Box((3, 0), (1, 4)))])
-    message = "the plan wants [2, 0]+[2, 4] of w/fp32 from this rank, which doesn't hold it (rank 1)"
+    message = "the plan expects [2, 0]+[2, 4] of w/fp32 from this rank, which doesn't hold it (rank 1)"
     assert refused(tmp_path, plans, [full[0], []]) == message
     assert refused(tmp_path, plans, [full[0], less]) == message
     wrong = [Shard(spec, full[1][0].data.astype(np.float64))]

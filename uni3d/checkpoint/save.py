@@ -81,7 +81,6 @@ class Checkpointer:
         taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
 
         def take() -> str:
-            ckpt.check_tag(tag)
             plan, parts = self._parts(frozen)
             if asynchronous:  # the one thing that training waits for
                 copies = self._snapshot.take([tensor for _, tensor in parts])
@@ -89,11 +88,7 @@ class Checkpointer:
             taken.append((plan, parts, self._document(client_state, frozen)))
             return tag
 
-        tags = set(ckpt.agreed_by_all(self.comm, take))
-        if len(tags) > 1:
-            raise ckpt.CheckpointError(
-                f"the ranks were asked to save different tags: {', '.join(sorted(tags))}; use one"
-            )
+        ckpt.check_same_tag(ckpt.agreed_by_all(self.comm, take))
         if asynchronous:
             self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))
         else:
@@ -142,7 +137,6 @@ class Checkpointer:
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._engine.config.checkpoint
-        ckpt.agreed(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
         described = self._writing.gather(document if self._engine.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
         whole = ckpt.agreed(self._writing, lambda: merge(stages) if stages else {})
@@ -166,10 +160,9 @@ class Checkpointer:
         engine = self._engine
         topology, scheduler = engine.model.topology, engine.lr_scheduler
         degrees = topology.degrees
-        ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         description = describe(engine.model, engine.optimizer, frozen=frozen)
         description["model"]["declared"] = self.declared
-        return {
+        document = {
             "step": engine.global_steps,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "writer": {
@@ -182,7 +175,7 @@ class Checkpointer:
             },
             **description,
             "aliases": engine.model.ties,
-            "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
             "engine": {
                 "global_steps": engine.global_steps,
                 "global_samples": engine.global_samples,
@@ -190,8 +183,11 @@ class Checkpointer:
                 "loss_scale": None if engine.scaler is None else engine.scaler.state_dict(),
                 **what_fixes_the_order(engine),
             },
-            "client_state": copy.deepcopy(client_state),
+            "client_state": client_state,
         }
+        ckpt.check_json(document, "the checkpoint's document")
+        changing = ("scheduler", "client_state")  # by the script, while a background save goes on
+        return document | {key: copy.deepcopy(document[key]) for key in changing}
 
     # --- loading ---------------------------------------------------------------------------------------
 
