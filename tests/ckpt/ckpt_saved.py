@@ -16,7 +16,7 @@ from ckpt.format import encode_manifest
 
 @dataclass
 class Saved:
-    """A checkpoint, and its files, wherever they are."""
+    """A checkpoint and its files, in any store."""
 
     run: str
 
@@ -41,7 +41,7 @@ class Saved:
 
     @property
     def kinds(self) -> list[str]:
-        """A chunk of each kind: of many blocks in three windows, of a few, of one."""
+        """One chunk of each kind: many blocks in three windows, a few blocks, one block."""
         return ["atoms/big/fp32/c.0.0", "atoms/w/fp32/c.1.0", "atoms/count/value/c", "atoms/half/value/c.0"]
 
     @property
@@ -57,14 +57,14 @@ class Saved:
         return json.loads(self.get("manifest.json"))
 
     def block(self, path: str) -> int:
-        """The size of a chunk's blocks."""
+        """Return the size of a chunk's blocks."""
         array, _, key = path.rpartition("/")
         record = self.manifest["chunks"][array][key]
         return int(record.get("block", record["size"]))
 
     @contextmanager
     def changed(self, *changes: tuple[str, bytes | None]) -> Iterator[None]:
-        """Objects with other content, or None for without them."""
+        """Change the content of objects, or remove them (None), for a while."""
         before = [(path, self.get(path)) for path, _ in changes]
         for path, content in changes:
             self.put(path, content)
@@ -75,7 +75,7 @@ class Saved:
                 self.put(path, content)
 
     def with_manifest(self, change: Callable[[dict[str, Any]], object], *more: tuple[str, bytes]) -> Any:
-        """With a manifest that is sound, but says something else."""
+        """Change the manifest for a while, with a valid checksum."""
         manifest = self.manifest
         del manifest["crc32c"]
         change(manifest)
@@ -85,7 +85,7 @@ class Saved:
         return verify(open_checkpoint(self.run), **options)
 
     def found(self, path: str, what: str) -> Problem:
-        """The problem that is expected to be told of an object."""
+        """Return the problem that is expected for an object."""
         _, atom, state, chunk = (*path.removesuffix("zarr.json").strip("/").split("/"), "", "", "")[:4]
         atom = "a/größe" if atom == "a%2Fgr%C3%B6%C3%9Fe" else atom
         where = f"{self.run}/t1/{path}"

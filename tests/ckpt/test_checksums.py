@@ -1,4 +1,4 @@
-"""Checksums: the library's against the definition, and what the manifest keeps of a chunk's blocks."""
+"""Checksums against their definition, and the manifest's records of a chunk's blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAYLOADS = st.builds(
 
 
 def by_the_definition(data: bytes) -> int:
-    """crc32c bit by bit: Castagnoli's polynomial, reflected, all ones before and after."""
+    """Compute crc32c bit by bit: Castagnoli's polynomial, reflected, all ones before and after."""
     value = 0xFFFFFFFF
     for byte in data:
         value ^= byte
@@ -29,7 +29,7 @@ def by_the_definition(data: bytes) -> int:
 
 
 def summed(data: bytes) -> tuple[dict, bytes]:
-    """The record of a chunk, and its file."""
+    """Return the record of a chunk, and its file."""
     summing = Summing(memoryview(data))
     file = b"".join(summing.blocks())
     return summing.record(), file
@@ -84,7 +84,7 @@ def test_the_record_of_a_chunk_is_what_the_format_says(data):
 
 
 def test_a_chunk_that_is_summed_twice_has_the_same_record():
-    """As when it turned out not to be the one that was there, and is then written."""
+    """This happens when a chunk that might have been linked turns out to have changed."""
     summing = Summing(memoryview(bytes(range(256)) * 300))
     first = b"".join(summing.blocks()), summing.record()
     assert (b"".join(summing.blocks()), summing.record()) == first

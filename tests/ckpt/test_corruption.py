@@ -26,7 +26,7 @@ PARTS = {W: (256, 512), M: (5, 3), N: (6,), S: (), BIG: (6, BLOCK // 4)}
 
 
 def arrays_of(seed: int) -> dict[tuple[str, str], np.ndarray]:
-    """Two chunks in place, gathered ones, a scalar, and one chunk of which each row is a block."""
+    """Make arrays of two chunks in place, gathered ones, a scalar, and a chunk whose rows are blocks."""
     rng = np.random.default_rng(seed)
     return {key: random_array(rng, "float32", shape) for key, shape in PARTS.items()}
 
@@ -44,7 +44,7 @@ def encoded(manifest: dict[str, object]) -> bytes:
 
 @pytest.fixture(scope="module")
 def run(memory_path) -> Iterator[Path]:
-    """A run with two tags; `latest` names the one with the other numbers' replacement."""
+    """A run with two tags, of which `latest` names the second."""
     folder = memory_path / "corrupt"
     save_arrays(folder, "others", OTHERS, BOXES)
     save_arrays(folder, "numbers-1", ARRAYS, BOXES)
@@ -57,13 +57,13 @@ def objects(run: Path) -> list[Path]:
 
 
 def never_read(path: Path) -> bool:
-    """Other readers' documents: ours has the consolidated ones."""
+    """Return whether only other readers read this document; ours uses the consolidated one."""
     return path.name == "zarr.json" and "atoms" in path.parts
 
 
 @contextmanager
 def changed(*changes: tuple[Path, bytes | None]) -> Iterator[None]:
-    """Files with other content, or None for without them."""
+    """Change the content of files, or remove them (None), for a while."""
     before = [(path, path.read_bytes()) for path, _ in changes]
     for path, content in changes:
         path.unlink()
@@ -75,7 +75,7 @@ def changed(*changes: tuple[Path, bytes | None]) -> Iterator[None]:
 
 
 def read_everything(run: Path) -> str | None:
-    """None where all numbers are right, or the error's text."""
+    """Return the error's text, or None if all numbers were read and are right."""
     try:
         checkpoint = open_checkpoint(run)
         found = {tuple(key): checkpoint.read(*key) for key in checkpoint.arrays}
@@ -87,7 +87,7 @@ def read_everything(run: Path) -> str | None:
 
 
 def check(run: Path, *paths: Path, harmless: bool = False) -> bool:
-    """Read all; is there an error? It must name one of `paths`, and be there unless `harmless`."""
+    """Read everything and return whether that failed: it must unless `harmless`, naming one of `paths`."""
     error = read_everything(run)
     if error is None:
         assert harmless or all(never_read(path) for path in paths), f"damage to {paths} was not noticed"
@@ -156,7 +156,7 @@ def test_files_that_took_each_other_s_place(run):
 
 
 def test_files_of_another_checkpoint(run):
-    """The same names, sizes and valid checksums, but another tag's numbers."""
+    """They have the same names and sizes and valid checksums, but other numbers."""
     for path in objects(run)[1:]:
         other = (run / "others" / path.relative_to(run / "numbers-1")).read_bytes()
         with changed((path, other)):

@@ -1,4 +1,4 @@
-"""What `docs/format.md` shows is run and checked: its programs, its examples, its tables."""
+"""The programs, examples and tables of `docs/format.md`, run and checked."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ EXAMPLE_ARRAYS = {
     ("rope.base", "value"): np.array(10000.0),
     **SCALE,
 }
-"""What the page's manifest is of."""
+"""Arrays of the page's example manifest."""
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    """A checkpoint where the page's programs look for it, one array in uneven chunks."""
+    """A checkpoint in the place that the page's programs read, with one array in uneven chunks."""
     arrays = ARRAYS | SCALE
     boxes = {key: [Box.whole(a.shape)] * 3 for key, a in arrays.items()}
     boxes["embed.weight", "fp32"] = cut((1023, 257), (3, 1))

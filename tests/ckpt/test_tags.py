@@ -1,4 +1,4 @@
-"""Which checkpoints there are, in which order, and which of them a retention deletes."""
+"""Listing checkpoints in their order, and deleting them by a retention."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_without_a_latest_nothing_is_deleted(tmp_path):
 
 @pytest.mark.parametrize("forever", [False, True], ids=["one-call-fails", "all-fail-from-then-on"])
 def test_a_deletion_in_which_a_call_fails(tmp_path, forever):
-    """Each checkpoint is whole or gone, and what is left of it is cleaned."""
+    """Each checkpoint is whole or gone, and leftovers are cleaned up."""
     k, gone = 0, []
     while True:
         k += 1

@@ -1,4 +1,4 @@
-"""`verify` names every kind of damage to every kind of object, and finds nothing where there is none."""
+"""`verify` names every kind of damage to every kind of object, and nothing in a sound checkpoint."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_what_the_manifest_says(
 
 
 def test_a_checksum_of_the_whole_that_isn_t_the_blocks(saved: Saved) -> None:
-    """Both are in a record: one is what part reads go by, the other what the file ends with."""
+    """A record has both: `running` verifies partial reads, `crc32c` is the end of the file."""
     with saved.with_manifest(lambda m: m["chunks"][W_PATH]["c.0.0"].update(crc32c="00000000")):
         (problem,) = saved.problems()
     assert (problem.atom, problem.state, problem.chunk) == (*AN_ARRAY, "c.0.0")
