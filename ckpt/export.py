@@ -55,10 +55,8 @@ def export_safetensors(
         names: tensors to write (default: all), or a mapping, name in the file -> tensor of the checkpoint.
             Without a mapping, a tied weight is stored once, and the file's metadata lists its other names.
         dtype: "bfloat16" or "float16" to round parameters to; buffers stay as they are.
-        durable: sync the file and its folder before returning.
+        durable: sync the file before it gets its name, which it does once it is whole, and then its folder.
         progress: gets the bytes written.
-
-    The file appears under its name only when it is whole.
 
     Raises:
         CheckpointError: `path` exists, a chunk is damaged, or a number is too large for `dtype`.
