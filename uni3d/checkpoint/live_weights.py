@@ -58,7 +58,7 @@ def save_16bit(
         raise ckpt.CheckpointError(f"save_16bit_model writes into folders, not to {folder}")
     path = Path(folder) / filename
     weights = whole_on_first_rank(model, comm, model.zero.precision.compute, frozen=frozen)
-    ckpt.together(comm, lambda: write(path, weights) if comm.rank == 0 else None)
+    ckpt.agreed(comm, lambda: write(path, weights) if comm.rank == 0 else None)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

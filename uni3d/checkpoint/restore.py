@@ -68,28 +68,26 @@ class Restorer:
     def latest(self, run: str | Path) -> str | None:
         """Return the newest committed tag, the same on all ranks whatever their file systems show yet."""
         Background.join_all()
-        return ckpt.from_first(self._comm, lambda: ckpt.read_latest(run))
+        return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
 
     def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
         def find() -> str:
             store, folder = ckpt.find_checkpoint(run, tag)
             return store.where(folder)
 
-        chosen = ckpt.from_first(self._comm, find)
-        return ckpt.together(self._comm, lambda: ckpt.open_checkpoint(chosen))
+        chosen = ckpt.from_rank_0(self._comm, find)
+        return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
     def _fill(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
         manifest, progress = checkpoint.manifest, self._state.progress
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
-        ckpt.together(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
+        ckpt.agreed(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
         report = self._load_arrays(checkpoint, optimizer, wanted)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
-            differences = ckpt.together(
-                self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler)
-            )
+            differences = ckpt.agreed(self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler))
         except ckpt.CheckpointError as error:  # the arrays have been loaded
             raise ckpt.PartialLoadError(str(error)) from error
         if wanted.counters:
@@ -106,7 +104,7 @@ class Restorer:
         """Let the script fill whole parameters; each rank keeps its part of them."""
         with whole_module(self._state.model.module) as module:
             src = StoredWeights(checkpoint)
-            ckpt.together(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
+            ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 
     def _restore_rest(
         self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
@@ -165,9 +163,9 @@ class Restorer:
             stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
         try:
             if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
-                ckpt.together(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
+                ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
             model_too = wanted.custom is None
-            held, targets = ckpt.together(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
                 targets,

@@ -93,7 +93,6 @@ class Saver:
         taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
 
         def take() -> str:
-            ckpt.check_tag(tag)
             plan, parts = self._parts(frozen)
             if asynchronous:  # the one thing that training waits for
                 copies = self._snapshot.take([tensor for _, tensor in parts])
@@ -101,11 +100,7 @@ class Saver:
             taken.append((plan, parts, self._document(client_state, frozen)))
             return tag
 
-        tags = set(ckpt.gathered(self._comm, take))
-        if len(tags) > 1:
-            raise ckpt.CheckpointError(
-                f"the ranks were asked to save different tags: {', '.join(sorted(tags))}; use one"
-            )
+        ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
         if asynchronous:
             self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))
         else:
@@ -163,11 +158,10 @@ class Saver:
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._config.checkpoint
-        ckpt.together(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
         described = self._writing.gather(document if self._state.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
-        whole = ckpt.together(self._writing, lambda: merge(stages) if stages else {})
-        shards = ckpt.together(self._writing, lambda: [on_host(*part) for part in parts])
+        whole = ckpt.agreed(self._writing, lambda: merge(stages) if stages else {})
+        shards = ckpt.agreed(self._writing, lambda: [on_host(*part) for part in parts])
         return ckpt.save(
             run,
             tag,
@@ -187,9 +181,10 @@ class Saver:
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, topology = self._state.scaler, model.topology
         degrees = topology.degrees
-        ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         description = describe(model, self._state.optimizer, frozen=frozen)
         description["model"]["declared"] = self._model_spec
+        # Now, so that the script's mistake is raised by its call; the rest is checked while it is written.
+        ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         return {
             "step": progress.global_steps,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
