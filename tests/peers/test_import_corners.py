@@ -163,7 +163,7 @@ def test_places_that_are_no_place(tmp_path: Path) -> None:
     (tmp_path / "run" / ".saving.global_step5").mkdir(parents=True)  # an import that was interrupted
     imported(theirs, tmp_path / "run")
     done = run("import", theirs, tmp_path / "run", "--as", "older")
-    assert f"{tmp_path / 'run'} had global_step5 already; its latest is now older" in done.stdout.splitlines()
+    assert f"{tmp_path / 'run'} already had global_step5; its latest is now older" in done.stdout.splitlines()
     assert "tag" in refused(theirs, tmp_path / "run", "--as", "")
 
 
