@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ckpt
-from uni3d.config.observe_sections import CsvMonitorConfig
+from uni3d.config.sections import CsvMonitorConfig
 from uni3d.estimate.save import Ranks
 from uni3d.observe.monitors import CsvMonitor
 from uni3d.plot.marks import read_marks, resizes_between
