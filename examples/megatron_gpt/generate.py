@@ -32,7 +32,7 @@ def load_model(config_path: Path, weights_path: Path) -> tuple[GPT, int]:
         document = json.loads(config_path.read_text())
         config, seq_len = GPTConfig(**document["model"]), int(document["seq_len"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--config {config_path}: expected JSON with model and seq_len ({error!r})") from error
+        raise ValueError(f"--config {config_path}: expected model and seq_len ({error!r})") from error
     if config.vocab_size != 256:
         raise ValueError(
             f"--config {config_path}: vocab_size({config.vocab_size}), but generate.py supports only models "
@@ -71,9 +71,7 @@ def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], prefix: str) 
 
 
 @torch.inference_mode()
-def generate(
-    model: GPT, prompt: bytes, count: int, *, seq_len: int, temperature: float, seed: int
-) -> bytes:
+def generate(model: GPT, prompt: bytes, count: int, *, seq_len: int, temperature: float, seed: int) -> bytes:
     """Return `prompt` and `count` more bytes.
 
     `temperature` 0 takes the most likely byte each time. The model reads at most the last `seq_len` bytes,

@@ -7,7 +7,7 @@
 It resumes from the newest checkpoint in `--run`, whatever topology wrote it.
 """
 
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -53,23 +53,25 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pp", type=degree, default=1, metavar="N", help="pipeline stages")
     parser.add_argument("--dp", type=degree, default="auto", metavar="N|auto", help="data-parallel degree")
-    parser.add_argument(
-        "--tp", type=degree, default=1, metavar="N", help="tensor-parallel degree"
-    )
+    parser.add_argument("--tp", type=degree, default=1, metavar="N", help="tensor-parallel degree")
     parser.add_argument("--zero", type=int, default=1, choices=[0, 1, 2, 3], help="ZeRO stage")
     parser.add_argument(
         "--steps", type=int, required=True, metavar="N", help="last step, counted over all resumes"
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the checkpoints")
     parser.add_argument(
-        "--save-every", type=int, default=0, metavar="N", help="steps between checkpoints; 0 saves at the end only"
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps between checkpoints; 0: at the end only",
     )
     parser.add_argument(
         "--eval-batches", type=int, default=2, metavar="N", help="validation batches after each checkpoint"
     )
     parser.add_argument("--data", default="builtin", help="builtin, FILE.txt or FILE.bin")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial weights and the data order")
-    parser.add_argument("--metrics", type=Path, metavar="FILE.jsonl", help="file to append one line per step to")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and data order")
+    parser.add_argument("--metrics", type=Path, metavar="FILE.jsonl", help="append one line per step")
     return parser.parse_args()
 
 
@@ -97,7 +99,7 @@ def read_config(path: str) -> dict[str, Any]:
 def start(
     args: argparse.Namespace, config: dict[str, Any], start_up: StartUp
 ) -> tuple[uni3d.Engine, TokenDataset]:
-    """Return the engine, resumed from the run's newest checkpoint if there is one, and the validation data."""
+    """Return the engine, resumed from the run's newest checkpoint if any, and the validation data."""
     uni3d.init_distributed()
     start_up.done("process group")
     settings = config["uni3d"] | {
