@@ -39,7 +39,7 @@ FALL = 0.75
 """The mean of the last ten losses must be below this fraction of the first."""
 PROMPT = "At noon the "
 MARKER = ".uni3d-demo"
-MADE = ("run", "run-uninterrupted", "logs", "model.safetensors", "loss.png", MARKER)
+MADE = ("tiny", "tiny-uninterrupted", "logs", "model.safetensors", "loss.png", MARKER)
 """Everything that the demo writes into its folder, and that `--force` deletes."""
 
 console = Console(highlight=False)
@@ -84,7 +84,7 @@ class Phase:
 
 def plan(out: Path, steps: int) -> list[Phase]:
     half, three_quarters = steps // 2, steps * 3 // 4
-    run, whole = out / "run", out / "run-uninterrupted"
+    run, whole = out / "tiny", out / "tiny-uninterrupted"
     return [
         Phase(title="train", run=run, pp=2, dp=2, tp=1, zero=1, start=0, until=half),
         Phase(title="shrink", run=run, pp=1, dp=1, tp=2, zero=3, start=half, until=three_quarters),
@@ -110,9 +110,7 @@ def check(resized: list[Row], differences: list[float]) -> None:
     step = differences.index(largest) + 1
     console.print(f"largest relative difference of the loss: {largest:.1e}, at step {step}")
     if not largest < LIMIT:
-        raise DemoError(
-            f"the losses differ by {largest:.1e} at step {step}; expected less than {LIMIT:.0e}"
-        )
+        raise DemoError(f"the losses differ by {largest:.1e} at step {step}; expected less than {LIMIT:.0e}")
     first, last = resized[0]["loss"], sum(row["loss"] for row in resized[-10:]) / 10
     if not last < FALL * first:
         raise DemoError(
@@ -169,7 +167,7 @@ def prepare(out: Path, force: bool) -> None:
                 (out / name).unlink(missing_ok=True)
     (out / "logs").mkdir(parents=True)
     (out / MARKER).touch()
-    for name in ("run", "run-uninterrupted"):
+    for name in ("tiny", "tiny-uninterrupted"):
         (out / name).mkdir()
 
 
@@ -204,9 +202,7 @@ def demo(out: Path, steps: int, force: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train, resize, compare, export and generate.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-run"), help="folder to write (%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder to write (%(default)s)")
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of each run (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an earlier demo in that folder")
     args = parser.parse_args()

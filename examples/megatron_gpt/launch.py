@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-
 Row = dict[str, float]
 """One line of a metrics file: `step`, `loss`, `pp`, `dp`, `tp`, `zero` and others."""
 

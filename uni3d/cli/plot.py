@@ -119,7 +119,7 @@ def _curves(run: str, path: Path, force: bool, given: list[str], compare: str | 
     if compared and (compared[1].x != metrics.x or "loss" not in compared[1].curves):
         raise ValueError(f"--compare {compare}: expected a loss by {metrics.x}, as in {sources[0]}")
     save(draw_curves(_name(run), metrics, resizes, marks, compared), path, force)
-    return _curves_row(path, sources, metrics, resizes, marks)
+    return _curves_row(path, sources, metrics, resizes, marks) | {"compare": compare}
 
 
 def _note(line: str) -> None:

@@ -65,6 +65,7 @@ def draw_curves(
     if compared is not None and "loss" in shown:
         _draw_compared(panels[shown.index("loss")], *compared, legend)
     _mark_checkpoints(panels[-1], marks, xs, legend)
+    figure.align_ylabels(list(panels))
     panels[-1].set_xlabel(X_LABELS[metrics.x])
     figure.suptitle(_title(name, shown, resizes))
     for ranks in _label_topologies(figure, panels[0], stretches):
@@ -76,7 +77,7 @@ def draw_curves(
 
 def _title(name: str, shown: Sequence[str], resizes: Sequence[Resize]) -> str:
     curves = ", ".join(PANELS[key] for key in shown)
-    times = "once" if len(resizes) == 1 else f"{len(resizes)} times"
+    times = {1: "once", 2: "twice"}.get(len(resizes), f"{len(resizes)} times")
     return f"Run {name}: {curves}{f', resized {times}' if resizes else ''}"
 
 

@@ -131,12 +131,11 @@ def _is_cut(atom: str, place: Place) -> bool:
 def side_of(atom: str, place: Place) -> Side:
     """Return what the picture shows of one side."""
     ranks, boxes = place.holders.ranks, place.holders.boxes(atom)
-    on = f"{ranks} ({ranks.total} rank{'s' * (ranks.total != 1)})"
-    said = f", as {place.tag} was written" if place.tag else ""
+    on = f"{ranks}, {ranks.total} rank{'s' * (ranks.total != 1)}"
     if place.imported is not None:
-        on, said = f"imported from {place.imported}", f" as {place.tag}"
+        on = f"imported from {place.imported}"
     return Side(
-        title=f"{place.when.capitalize()}: {on}{said}",
+        title=f"{place.when.capitalize()}{f' ({place.tag})' if place.tag else ''}: {on}",
         ranks=ranks,
         parts=boxes,
         notes=_notes(atom, place, sorted(rank for rank, box in boxes.items() if 0 in box.shape)),

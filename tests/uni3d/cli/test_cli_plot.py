@@ -1,4 +1,4 @@
-"""`uni3d plot`: what the command draws, says and refuses."""
+"""`uni3d plot`: pictures, output and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLACES = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 3)]
 
 
 def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
-    """A step more, a checkpoint, and what this rank holds."""
+    """Take one step, save, and return the metrics row and the boxes of this rank."""
     engine = gpt_engine(*place)
     engine.resume(run)
     loss = engine.train_batch().item()
@@ -42,7 +42,7 @@ def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
 def trained(
     ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[list[dict[str, Any]]]]:
-    """A run that was resized twice, and by place and rank the boxes that were held."""
+    """A run that was resized twice, and the boxes held, by place and rank."""
     run = tmp_path_factory.mktemp("plot") / "run"
     found = [ranks.run(place[0] * place[1] * place[2], train_case, place, str(run)) for place in PLACES]
     lines = [json.dumps(ranks_of_place[0]["row"]) + "\n" for ranks_of_place in found]
@@ -51,7 +51,7 @@ def trained(
 
 
 def plot(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Any, str]:
-    """What the command printed as JSON, and on stderr."""
+    """Return the JSON that the command printed, and its stderr."""
     capsys.readouterr()
     cli.app(["plot", *map(str, arguments), "--json"], standalone_mode=False)
     printed = capsys.readouterr()
@@ -110,6 +110,20 @@ def test_tables_have_their_resizes_from_the_checkpoints(trained: Any, capsys: An
     ]
 
 
+def test_another_run_is_compared(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    run, _ = trained
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    plot(capsys, run, tmp_path / "alone.png")
+    row, _ = plot(capsys, run, tmp_path / "both.png", "--compare", other)
+    assert row["compare"] == str(other)
+    assert not np.array_equal(imread(tmp_path / "alone.png"), imread(tmp_path / "both.png"))
+    (other / "metrics.jsonl").write_text('{"step": 1, "lr": 0.5}\n')
+    message = refused(run, tmp_path / "c.png", "--compare", other)
+    assert message == f"--compare {other}: expected a loss by step, as in {run / 'metrics.jsonl'}"
+
+
 # --- ranks ---------------------------------------------------------------------------------------------
 
 
@@ -133,7 +147,7 @@ def test_ranks_hold_what_they_held(
 
 
 def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) -> None:
-    """What was trained on (2, 1, 1) is asked for from the checkpoint of (1, 2, 1), by degrees in turn."""
+    """Asking for (2, 1, 1) from the checkpoint of (1, 2, 1) gives the boxes that were trained there."""
     run, held = trained
     asked = [["--pp", "2", "--dp", "1"], ["--pp", "2", "--world-size", "2"]]
     for n, degrees in enumerate(asked):
@@ -143,7 +157,7 @@ def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) 
         assert row["after"]["topology"] == {"pp": 2, "dp": 1, "tp": 1, "zero": 1}
         assert row["after"]["tag"] is None
         assert boxes_of(row["after"]) == dict(enumerate(boxes["embed.tokens.weight"] for boxes in held[1]))
-        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) has a copy, tied to it, as head.weight"
+        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) holds a tied copy, head.weight"
     alone = plot(capsys, run / "global_step3", tmp_path / "c.png", "--layout", "--tp", "1", "--zero", "0")[0]
     assert boxes_of(alone["after"])[0]["shape"] == alone["shape"]
 
@@ -157,10 +171,11 @@ def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) 
         (["--tag", "global_step1"], "--tag is about what ranks hold; add --layout"),
         (["--pp", "2"], "--pp is about what ranks hold; add --layout"),
         (["--layout", "--metrics", "x"], "--metrics is about curves"),
+        (["--layout", "--compare", "x"], "--compare is about curves"),
         (["--metrics", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
         (
             ["--layout", "--tag", "global_step3"],
-            "no checkpoint after global_step3 that was written on another",
+            "no checkpoint after global_step3 on another topology",
         ),
         (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
         (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
@@ -181,7 +196,7 @@ def test_mistakes(trained: Any, tmp_path: Path, arguments: list[str], message: s
 def test_what_the_doctor_refuses(
     trained: Any, capsys: Any, tmp_path: Path, degrees: tuple[int, int, int]
 ) -> None:
-    """In the same words."""
+    """The two commands give the same reasons."""
     pp, dp, tp = degrees
     asked = ["--pp", f"{pp}", "--dp", f"{dp}", "--tp", f"{tp}", "--world-size", f"{pp * dp * tp}"]
     assert cli.app(["doctor", str(trained[0]), *asked, "--json"], standalone_mode=False) == 1
@@ -197,13 +212,13 @@ def test_places_that_are_no_runs(trained: Any, tmp_path: Path) -> None:
     output = tmp_path / "p.png"
     assert "is not a folder" in refused(tmp_path / "nowhere", output)
     assert "is one checkpoint's own folder" in refused(run / "global_step1", output)
-    assert "so no other is known; give the topology after" in refused(
+    assert "is the folder of one checkpoint, not of a run; give the topology after" in refused(
         run / "global_step1", output, "--layout"
     )
     assert "has no metrics: looked for" in refused(tmp_path, output)
     assert "holds no committed checkpoint" in refused(tmp_path, output, "--layout")
-    assert "must end in .png" in refused(run, tmp_path / "p.pdf")
-    assert "there is no folder" in refused(run, tmp_path / "no" / "p.png")
+    assert "expected a name that ends in .png" in refused(run, tmp_path / "p.pdf")
+    assert "no such folder" in refused(run, tmp_path / "no" / "p.png")
 
 
 def test_a_picture_is_replaced_only_by_force(trained: Any, capsys: Any, tmp_path: Path) -> None:
@@ -260,8 +275,8 @@ def test_an_old_manifest_says_enough_without_tensor_parallelism(tmp_path: Path, 
     row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", "--dp", "2")
     assert [box["shape"] for box in row["before"]["boxes"].values()] == [[2, 4], [2, 4], [0, 4]]
     assert row["before"]["notes"] == [
-        "nothing was left of it for rank 2",
-        "its manifest has no shard_group: drawn as if ZeRO sharded over all 3 of dp",
+        "rank 2 holds an empty part",
+        "the manifest has no shard_group; drawn as sharded over all of dp(3)",
     ]
     assert [box["shape"] for box in row["after"]["boxes"].values()] == [[2, 4], [2, 4]]
 
