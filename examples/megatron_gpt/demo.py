@@ -190,10 +190,10 @@ def demo(out: Path, steps: int, force: bool) -> None:
     launch(console, [str(BIN / "uni3d"), "export", str(phases[0].run), str(weights)], logs / "6-export.log")
     command = [str(BIN / "python"), str(HERE / "generate.py"), "--config", str(CONFIG)]
     command += ["--weights", str(weights), "--prompt", PROMPT, "--tokens", "400"]
-    command += ["--temperature", "0.5", "--seed", "0"]
+    command += ["--temperature", "0.3", "--seed", "0"]
     launch(console, command, logs / "6-generate.log")
     lines = (logs / "6-generate.log").read_text(errors="replace").splitlines()
-    console.print("\n".join(lines[:-1]), style="green", markup=False)  # the last sentence is cut short
+    console.print("\n".join(lines[:-1] or lines), style="green", markup=False)  # the last sentence is cut short
 
     console.print(summary(phases, [resized, resized, resized, whole], seconds))
     console.print(f"largest relative difference of the loss: {max(differences):.1e} (allowed: {LIMIT:.0e})")
