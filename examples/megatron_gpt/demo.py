@@ -193,7 +193,8 @@ def demo(out: Path, steps: int, force: bool) -> None:
     command += ["--temperature", "0.3", "--seed", "0"]
     launch(console, command, logs / "6-generate.log")
     lines = (logs / "6-generate.log").read_text(errors="replace").splitlines()
-    console.print("\n".join(lines[:-1] or lines), style="green", markup=False)  # the last sentence is cut short
+    whole_lines = lines[:-1] or lines  # the last sentence is cut short
+    console.print("\n".join(whole_lines), style="green", markup=False)
 
     console.print(summary(phases, [resized, resized, resized, whole], seconds))
     console.print(f"largest relative difference of the loss: {max(differences):.1e} (allowed: {LIMIT:.0e})")
