@@ -89,7 +89,7 @@ def test_a_gradient_norm_that_explodes_is_on_a_log_scale(tmp_path: Path) -> None
 def test_topologies_are_labelled_where_there_is_room(
     tmp_path: Path, resized: list[int], labelled: int
 ) -> None:
-    """Those that find no room are in the legend, and no label overlaps another."""
+    """Topologies without room are in the legend, and no label overlaps another."""
     metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0} for n in range(1000)])
     places = [paper.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(len(resized) + 1)]
     resizes = [Resize(at, *pair) for at, pair in zip(resized, pairwise(places), strict=True)]
