@@ -12,8 +12,7 @@ import typer
 from uni3d.cli.terminal import AsJson, Run, err, open_run, plural, say, say_json
 
 if TYPE_CHECKING:
-    from uni3d.plot.marks import Mark
-    from uni3d.plot.metrics import Metrics, Resize
+    from uni3d.plot.metrics import Mark, Metrics, Resize
 
 Degree = Annotated[
     int | None, typer.Option(help="With --layout: degree after the resize.", show_default="as before")
@@ -33,6 +32,10 @@ def plot(
             "repeated; files are read in the order given.",
             show_default="RUN/metrics.jsonl, RUN.jsonl or RUN/Train_Samples_*.csv",
         ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Another run, whose loss is drawn as a dashed line."),
     ] = None,
     layout: Annotated[
         bool,
@@ -79,14 +82,15 @@ def plot(
     given = [f"--{name}" for name, value in only.items() if value is not None]
     if given and not layout:
         raise ValueError(f"{given[0]} needs --layout")
-    if metrics and layout:
-        raise ValueError("--metrics and --layout are mutually exclusive")
+    if layout and (other := "--metrics" if metrics else "--compare" if compare else None):
+        raise ValueError(f"{other} and --layout are mutually exclusive")
     path = output or Path(f"{_name(run)}{'-layout' if layout else ''}.png")
     check_output(path, force)
     check_matplotlib()
-    row = (
-        _layout(run, path, force, atom, tag, degrees) if layout else _curves(run, path, force, metrics or [])
-    )
+    if layout:
+        row = _layout(run, path, force, atom, tag, degrees)
+    else:
+        row = _curves(run, path, force, metrics or [], compare)
     if as_json:
         say_json(row)
     else:
@@ -103,11 +107,10 @@ def _name(run: str) -> str:
 # --- curves --------------------------------------------------------------------------------------------
 
 
-def _curves(run: str, path: Path, force: bool, given: list[str]) -> dict[str, Any]:
+def _curves(run: str, path: Path, force: bool, given: list[str], compare: str | None) -> dict[str, Any]:
     from uni3d.plot.curves import draw_curves
     from uni3d.plot.figure import save
-    from uni3d.plot.marks import read_marks, resizes_between
-    from uni3d.plot.metrics import find_metrics, read_metrics
+    from uni3d.plot.metrics import find_metrics, read_marks, read_metrics, resizes_between
 
     store = open_run(run)
     sources = given or find_metrics(store)
@@ -118,8 +121,11 @@ def _curves(run: str, path: Path, force: bool, given: list[str]) -> dict[str, An
     for problem in problems:
         _note(problem)
     resizes = metrics.resizes() if metrics.topologies else resizes_between(marks)
-    save(draw_curves(_name(run), metrics, resizes, marks), path, force)
-    return _curves_row(path, sources, metrics, resizes, marks)
+    compared = (_name(compare), read_metrics(find_metrics(run_store(compare)))) if compare else None
+    if compared and (compared[1].x != metrics.x or "loss" not in compared[1].curves):
+        raise ValueError(f"--compare {compare}: expected a loss by {metrics.x}, as in {sources[0]}")
+    save(draw_curves(_name(run), metrics, resizes, marks, compared), path, force)
+    return _curves_row(path, sources, metrics, resizes, marks) | {"compare": compare}
 
 
 def _note(line: str) -> None:
@@ -180,7 +186,7 @@ def _layout(
     run: str, path: Path, force: bool, atom: str | None, tag: str | None, degrees: dict[str, int | None]
 ) -> dict[str, Any]:
     from uni3d.plot.figure import save
-    from uni3d.plot.layout import describe_dims, draw_layout, drawn_dims
+    from uni3d.plot.layout import draw_layout, drawn_dims
     from uni3d.plot.resize import before_and_after, choose_atom, side_of
 
     before, after = before_and_after(run, tag, degrees)
@@ -188,14 +194,12 @@ def _layout(
     sides = [side_of(name, place) for place in (before, after)]
     shape = before.source.shapes[name]
     size = " x ".join(f"{n:,}" for n in shape) or "a single number"
-    dims = drawn_dims(shape, sides)
     save(draw_layout(f"Which rank holds which part of {name} ({size})", shape, sides), path, force)
     return {
         "output": str(path),
         "atom": name,
         "shape": list(shape),
-        "drawn_dims": list(dims),
-        "note": describe_dims(shape, dims),
+        "drawn_dims": list(drawn_dims(shape, sides)),
         **{
             key: {
                 "tag": place.tag,

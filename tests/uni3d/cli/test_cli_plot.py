@@ -113,6 +113,20 @@ def test_csv_curves_take_their_resizes_from_the_checkpoints(
     ]
 
 
+def test_another_run_is_compared(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    run, _ = trained
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    plot(capsys, run, tmp_path / "alone.png")
+    row, _ = plot(capsys, run, tmp_path / "both.png", "--compare", other)
+    assert row["compare"] == str(other)
+    assert not np.array_equal(imread(tmp_path / "alone.png"), imread(tmp_path / "both.png"))
+    (other / "metrics.jsonl").write_text('{"step": 1, "lr": 0.5}\n')
+    message = refused(run, tmp_path / "c.png", "--compare", other)
+    assert message == f"--compare {other}: expected a loss by step, as in {run / 'metrics.jsonl'}"
+
+
 # --- ranks ---------------------------------------------------------------------------------------------
 
 
@@ -146,7 +160,7 @@ def test_hypothetical_topologies(trained: Any, capsys: Any, tmp_path: Path) -> N
         assert row["after"]["topology"] == {"pp": 2, "dp": 1, "tp": 1, "zero": 1}
         assert row["after"]["tag"] is None
         assert boxes_of(row["after"]) == dict(enumerate(boxes["embed.tokens.weight"] for boxes in held[1]))
-        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) has a copy, tied to it, as head.weight"
+        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) holds a tied copy, head.weight"
     alone = plot(capsys, run / "global_step3", tmp_path / "c.png", "--layout", "--tp", "1", "--zero", "0")[0]
     assert boxes_of(alone["after"])[0]["shape"] == alone["shape"]
 
@@ -160,10 +174,11 @@ def test_hypothetical_topologies(trained: Any, capsys: Any, tmp_path: Path) -> N
         (["--tag", "global_step1"], "--tag needs --layout"),
         (["--pp", "2"], "--pp needs --layout"),
         (["--layout", "--metrics", "x"], "--metrics and --layout are mutually exclusive"),
+        (["--layout", "--compare", "x"], "--compare and --layout are mutually exclusive"),
         (["--metrics", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
         (
             ["--layout", "--tag", "global_step3"],
-            "no checkpoint after global_step3 that was written on another",
+            "no checkpoint after global_step3 on another topology",
         ),
         (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
         (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
@@ -205,8 +220,8 @@ def test_bad_paths(trained: Any, tmp_path: Path) -> None:
     )
     assert "has no metrics: looked for" in refused(tmp_path, output)
     assert "holds no committed checkpoint" in refused(tmp_path, output, "--layout")
-    assert "must end in .png" in refused(run, tmp_path / "p.pdf")
-    assert "there is no folder" in refused(run, tmp_path / "no" / "p.png")
+    assert "expected a name that ends in .png" in refused(run, tmp_path / "p.pdf")
+    assert "no such folder" in refused(run, tmp_path / "no" / "p.png")
 
 
 def test_a_picture_is_only_overwritten_with_force(trained: Any, capsys: Any, tmp_path: Path) -> None:
@@ -263,8 +278,8 @@ def test_an_old_manifest_says_enough_without_tensor_parallelism(tmp_path: Path, 
     row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", "--dp", "2")
     assert [box["shape"] for box in row["before"]["boxes"].values()] == [[2, 4], [2, 4], [0, 4]]
     assert row["before"]["notes"] == [
-        "nothing was left of it for rank 2",
-        "its manifest has no shard_group: drawn as if ZeRO sharded over all 3 of dp",
+        "rank 2 holds an empty part",
+        "the manifest has no shard_group; drawn as sharded over all of dp(3)",
     ]
     assert [box["shape"] for box in row["after"]["boxes"].values()] == [[2, 4], [2, 4]]
 
