@@ -121,7 +121,7 @@ def _curves(run: str, path: Path, force: bool, given: list[str], compare: str | 
     for problem in problems:
         _note(problem)
     resizes = metrics.resizes() if metrics.topologies else resizes_between(marks)
-    compared = (_name(compare), read_metrics(find_metrics(run_store(compare)))) if compare else None
+    compared = (_name(compare), read_metrics(find_metrics(open_run(compare)))) if compare else None
     if compared and (compared[1].x != metrics.x or "loss" not in compared[1].curves):
         raise ValueError(f"--compare {compare}: expected a loss by {metrics.x}, as in {sources[0]}")
     save(draw_curves(_name(run), metrics, resizes, marks, compared), path, force)

@@ -215,7 +215,7 @@ def test_bad_paths(trained: Any, tmp_path: Path) -> None:
     output = tmp_path / "p.png"
     assert "is not a folder" in refused(tmp_path / "nowhere", output)
     assert "is the folder of a single checkpoint" in refused(run / "global_step1", output)
-    assert "so no other is known; give the topology after" in refused(
+    assert "is the folder of one checkpoint, not of a run; give the topology after" in refused(
         run / "global_step1", output, "--layout"
     )
     assert "has no metrics: looked for" in refused(tmp_path, output)
