@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from checkpoint_figures import dcp, subject, yardsticks
-from checkpoint_figures.bench import Bench, one_folder, take_turns
-from checkpoint_figures.ranks import Group, Pool, Rank
-from checkpoint_figures.subject import Place
-from checkpoint_figures.table import Bar, Row, Sample
-from checkpoint_figures.workspace import settle_disk
+from benchmarks.checkpoint import dcp, subject, yardsticks
+from benchmarks.checkpoint.bench import Bench, one_folder, take_turns
+from benchmarks.checkpoint.ranks import Group, Pool, Rank
+from benchmarks.checkpoint.subject import Place
+from benchmarks.checkpoint.table import Bar, Row, Sample
+from benchmarks.checkpoint.workspace import settle_disk
 
 PLACE = Place(1, 2, 1, 1)
 

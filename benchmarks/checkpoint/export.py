@@ -8,17 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint_figures import resize, save, subject
-from checkpoint_figures.bench import Bench, one_folder
-from checkpoint_figures.ranks import Pool
-from checkpoint_figures.table import Bar, Row, Sample
-from checkpoint_figures.workspace import settle_disk
+from benchmarks.checkpoint import resize, save, subject
+from benchmarks.checkpoint.bench import Bench, one_folder
+from benchmarks.checkpoint.ranks import Pool
+from benchmarks.checkpoint.table import Bar, Row, Sample
+from benchmarks.checkpoint.workspace import settle_disk
 
 PUBLISHED_S, PUBLISHED_MIB = (4.7, 5.8), (1.27 * 1024,)
 """What DeepSpeed 0.19.8's `zero_to_fp32` took of ZeRO-1's checkpoint (`benchmarks/RESULTS.md`). It isn't said
 whether that is with the process's start-up; it stands in for both."""
 
-WORK = [sys.executable, "-m", "checkpoint_figures.export_once"]
+WORK = [sys.executable, "-m", "benchmarks.checkpoint.export_once"]
 COMMAND = [sys.executable, "-c", "from uni3d.cli import main; main()", "export"]
 
 

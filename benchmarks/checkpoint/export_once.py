@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import ckpt
-from checkpoint_figures.procfs import MIB, peak_over_start
+from benchmarks.checkpoint.procfs import MIB, peak_over_start
 
 
 def measure(run: Path, path: Path) -> dict[str, float]:

@@ -19,8 +19,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 import ckpt
-from checkpoint_figures.bench import Bench
-from checkpoint_figures.table import Bar, Row, Sample
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.table import Bar, Row, Sample
 
 SHAPE = (16,)
 ATOMS = 10_000
@@ -30,7 +30,7 @@ ZARR_ATOMS = 1_000
 def figures(bench: Bench) -> list[Row]:
     """Milliseconds for each atom, one process."""
     folder = bench.workspace.fresh("tiny")
-    command = [sys.executable, "-m", "checkpoint_figures.tiny", str(folder), str(bench.repeats)]
+    command = [sys.executable, "-m", "benchmarks.checkpoint.tiny", str(folder), str(bench.repeats)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = {name: Sample(tuple(values), "ms") for name, values in json.loads(done.stdout).items()}
     yardstick = f"zarr-python, {ZARR_ATOMS:,} atoms"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import uni3d
-from checkpoint_figures.ranks import Rank
+from benchmarks.checkpoint.ranks import Rank
 from uni3d.config import load_config
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "megatron_gpt"))

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/checkpoint.py`, a module for each kind of figure and for each yardstick.
+"""Parts of `python -m benchmarks.checkpoint`: a module for each kind of figure and each yardstick.
 
     save, load, topologies, resize, export, tiny, memory   the figures: each has functions that return rows
     subject                                                the model that is saved, as uni3d's engine holds it

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoint_figures import save, subject
-from checkpoint_figures.bench import Bench
-from checkpoint_figures.procfs import MIB, peak_over_start
-from checkpoint_figures.ranks import Pool, Rank
-from checkpoint_figures.table import Bar, Row, Sample
+from benchmarks.checkpoint import save, subject
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.procfs import MIB, peak_over_start
+from benchmarks.checkpoint.ranks import Pool, Rank
+from benchmarks.checkpoint.table import Bar, Row, Sample
 
 NOTHING_MIB = 16.0
 """A second save may take this much, for plans and checksums; a shard is 50 times as much."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from checkpoint_figures import dcp, save, subject, yardsticks
-from checkpoint_figures.bench import Arm, Bench, one_folder, take_turns
-from checkpoint_figures.procfs import bytes_read
-from checkpoint_figures.ranks import Group, Pool, Rank
-from checkpoint_figures.subject import Place
-from checkpoint_figures.table import Bar, Row, Sample
+from benchmarks.checkpoint import dcp, save, subject, yardsticks
+from benchmarks.checkpoint.bench import Arm, Bench, one_folder, take_turns
+from benchmarks.checkpoint.procfs import bytes_read
+from benchmarks.checkpoint.ranks import Group, Pool, Rank
+from benchmarks.checkpoint.subject import Place
+from benchmarks.checkpoint.table import Bar, Row, Sample
 
 TIMED = (
     Place(1, 1, 1, 0),

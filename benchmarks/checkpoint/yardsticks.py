@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint_figures.ranks import Rank
-from checkpoint_figures.workspace import files_below
+from benchmarks.checkpoint.ranks import Rank
+from benchmarks.checkpoint.workspace import files_below
 
 SPARE = 128 << 20
 """By how much a rank's buffer is larger than its shard, as files don't divide evenly over ranks."""

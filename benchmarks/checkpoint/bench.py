@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_figures.ranks import Group
-from checkpoint_figures.table import Sample
-from checkpoint_figures.workspace import Workspace, settle_disk
+from benchmarks.checkpoint.ranks import Group
+from benchmarks.checkpoint.table import Sample
+from benchmarks.checkpoint.workspace import Workspace, settle_disk
 
 Work = Callable[..., Any]
 """What all ranks run: `work(rank, ...)`."""

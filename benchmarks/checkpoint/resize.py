@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from checkpoint_figures import save, subject
-from checkpoint_figures.bench import Bench
-from checkpoint_figures.ranks import Group, Pool
-from checkpoint_figures.subject import Place
-from checkpoint_figures.table import Bar, Row, Sample
-from checkpoint_figures.workspace import settle_disk
+from benchmarks.checkpoint import save, subject
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.ranks import Group, Pool
+from benchmarks.checkpoint.subject import Place
+from benchmarks.checkpoint.table import Bar, Row, Sample
+from benchmarks.checkpoint.workspace import settle_disk
 
 TARGETS = (Place(1, 4, 1, 1), Place(1, 1, 1, 1))
 """Where it is loaded: what DeepSpeed's data-parallel ZeRO-1 can be resized to."""

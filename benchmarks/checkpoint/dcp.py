@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from checkpoint_figures import subject
-from checkpoint_figures.ranks import Rank
+from benchmarks.checkpoint import subject
+from benchmarks.checkpoint.ranks import Rank
 
 THREADS = 4
 """That each rank writes with. The fastest of 1, 2 and 4 on two cores."""
