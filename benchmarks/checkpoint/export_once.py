@@ -1,4 +1,7 @@
-"""A program that imports nothing but `ckpt`, exports, and prints JSON: `export_once.py RUN FILE`."""
+"""Program that imports only `ckpt`, exports, and prints JSON.
+
+python -m benchmarks.checkpoint.export_once RUN FILE
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from benchmarks.checkpoint.procfs import MIB, peak_over_start
 
 
 def measure(run: Path, path: Path) -> dict[str, float]:
-    """Seconds, the MiB of memory that it took, and the bytes that came out."""
+    """Return the seconds, the MiB of memory and the bytes of an export."""
     with peak_over_start() as peak:
         start = time.perf_counter()
         size = ckpt.export_safetensors(ckpt.open_checkpoint(run), path)
