@@ -22,7 +22,6 @@ from data import TokenDataset, load_tokens
 from model import GPT, GPTConfig
 
 import uni3d
-from uni3d.engine.data import engine_loader
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,7 +119,7 @@ def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) 
     """Print the mean loss of the first global batches of the validation text."""
     if n_batches == 0:
         return
-    batches = iter(engine_loader(engine, data))
+    batches = iter(engine.loader(data))
     loss = sum(engine.eval_batch(batches).item() for _ in range(n_batches)) / n_batches
     engine.wait_for_checkpoint()
     if engine.model.topology.rank == 0:

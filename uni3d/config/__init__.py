@@ -67,10 +67,10 @@ class Config(Strict):
     data_types: DataTypesConfig = DataTypesConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: CompileConfig = CompileConfig()
-    steps_per_print: int | None = Field(default=None, gt=0)
-    """Print a line every so many steps; null prints none."""
+    steps_per_print: int | None = Field(default=10, gt=0)
+    """Print a line every so many steps; null prints none. By default also after 30 s without one."""
     wall_clock_breakdown: bool = False
-    """Whether that line is followed by one of where the time went; every 10 steps if nothing else is said."""
+    """Print a second line with the time spent in each phase; every 10 steps if `steps_per_print` is null."""
     tensorboard: TensorBoardConfig = TensorBoardConfig()
     wandb: WandbConfig = WandbConfig()
     csv_monitor: CsvMonitorConfig = CsvMonitorConfig()

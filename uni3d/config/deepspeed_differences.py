@@ -117,8 +117,6 @@ def _optimizer(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _rest(config: Config) -> Iterator[tuple[str, str]]:
-    if "steps_per_print" not in config.model_fields_set and not config.wall_clock_breakdown:
-        yield "steps_per_print", "nothing is printed by default; DeepSpeed prints a line every 10 steps"
     if config.activation_checkpointing.mode != "none":
         yield (
             "activation_checkpointing",

@@ -125,7 +125,7 @@ class CheckpointConfig(Strict):
 
 
 class FP16Config(Strict):
-    """Compute in fp16, with a loss scale (see `uni3d.engine.loss_scale`). Parameters and their states stay fp32."""
+    """Compute in fp16, with a loss scale (`uni3d.optim.loss_scale`). Parameters and their states stay fp32."""
 
     enabled: bool = False
     """Whether to."""

@@ -17,6 +17,7 @@ from tied_gpt import gpt_engine
 
 import ckpt
 from uni3d import cli
+from uni3d.state import Inventory
 
 PLACES = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 3)]
 """pp, dp, tp and ZeRO stage of the checkpoints global_step1 to 3."""
@@ -29,7 +30,7 @@ def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
     loss = engine.train_batch().item()
     engine.save_checkpoint(run)
     engine.wait_for_checkpoint()
-    held = engine.checkpointer._inventory.arrays(engine.optimizer)
+    held = Inventory(engine.model).arrays(engine.optimizer)
     boxes = {
         s.key.atom: {"offset": [*s.box[0]], "shape": [*s.box[1]]} for s, *_ in held if s.key.state == "fp32"
     }

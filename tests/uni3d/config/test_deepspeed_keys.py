@@ -46,7 +46,7 @@ HONOURED: dict[str, Any] = {
     "optimizer.params": {"lr": 0.5},
     "scheduler": {"type": "WarmupLR"},
     "tensor_parallel.autotp_size": 2,
-    "steps_per_print": 10,
+    "steps_per_print": 20,
     "wall_clock_breakdown": True,
     "tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"},
     "csv_monitor": {"enabled": True, "output_path": "x", "job_name": "y"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from uni3d.config import FP16Config
-from uni3d.engine.loss_scale import LossScale
+from uni3d.optim.loss_scale import LossScale
 
 FP16 = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}
 
