@@ -16,8 +16,9 @@ import ckpt
 from parallel import HostComm
 from parallel.whole import whole_module
 from uni3d import state
-from uni3d.checkpoint.background import Background
+from uni3d.checkpoint.background import Background, threads_per_rank
 from uni3d.checkpoint.optimizer_groups import check_optimizer, restore_optimizer
+from uni3d.config import Config
 from uni3d.recovery import StoredWeights
 from uni3d.state import Inventory
 from uni3d.train_state import Progress, TrainState
@@ -43,14 +44,12 @@ class Wanted:
 class Restorer:
     """Loads checkpoints into one engine. Every call is collective."""
 
-    def __init__(
-        self, state: TrainState, *, seed: int, comm: HostComm, inventory: Inventory, threads: int
-    ) -> None:
+    def __init__(self, state: TrainState, config: Config, *, comm: HostComm, inventory: Inventory) -> None:
         self._state = state
-        self._seed = seed
+        self._seed = config.seed
         self._comm = comm
         self._inventory = inventory
-        self._threads = threads
+        self._threads = threads_per_rank(comm.size)
 
     def load(
         self, run: str | Path, tag: str | None, wanted: Wanted

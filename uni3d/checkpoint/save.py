@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from torch import Tensor
 
 import ckpt
 import uni3d
-from ckpt.threads import cores
 from parallel import HostComm
-from uni3d.checkpoint.background import Background, Snapshot
+from uni3d.checkpoint.background import Background, Snapshot, threads_per_rank
 from uni3d.checkpoint.optimizer_groups import describe, merge
 from uni3d.checkpoint.restore import what_fixes_the_order
 from uni3d.config import Config
@@ -24,11 +22,6 @@ from uni3d.train_state import TrainState
 
 SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
 """Lies in every checkpoint, and gets the weights out of it without this package."""
-
-
-def threads_per_rank(ranks: int) -> int:
-    """Threads that each rank of this machine may use for files; `ranks` is used where torchrun is not."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
 class Saver:
