@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +11,17 @@ import torch
 from torch import Tensor
 
 import ckpt
-import uni3d
 from ckpt.threads import cores
 from parallel import HostComm
 from uni3d import state
 from uni3d.checkpoint.background import Background
-from uni3d.checkpoint.optimizer_groups import describe, merge
-from uni3d.checkpoint.restore import Restorer, Wanted, what_fixes_the_order
+from uni3d.checkpoint.optimizer_groups import describe
+from uni3d.checkpoint.restore import Restorer, Wanted
 from uni3d.checkpoint.snapshot import Snapshot
+from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
 
 if TYPE_CHECKING:
     from uni3d.engine.engine import Engine
-
-SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
-"""Lies in every checkpoint, and gets the weights out of it without this package."""
 
 
 class Checkpointer:
@@ -78,7 +74,7 @@ class Checkpointer:
         asynchronous = self._engine.config.checkpoint.async_save
         if "://" not in str(run):
             run = Path(run).absolute()  # the script may change its folder meanwhile
-        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
+        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], RunManifest]] = []
 
         def take() -> str:
             ckpt.check_tag(tag)
@@ -86,7 +82,7 @@ class Checkpointer:
             if asynchronous:  # the one thing that training waits for
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append((plan, parts, self._document(client_state, frozen)))
+            taken.append((plan, parts, self._manifest(client_state, frozen)))
             return tag
 
         tags = set(ckpt.gathered(self.comm, take))
@@ -137,15 +133,19 @@ class Checkpointer:
         tag: str,
         plan: ckpt.Plan,
         parts: list[tuple[ckpt.ShardSpec, Tensor]],
-        document: dict[str, Any],
+        manifest: RunManifest,
         update_latest: bool,
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._engine.config.checkpoint
-        ckpt.together(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
-        described = self._writing.gather(document if self._engine.model.topology.speaks_for_stage else None)
+        ckpt.together(
+            self._writing, lambda: ckpt.check_json(manifest.document(), "the checkpoint's document")
+        )
+        described = self._writing.gather(manifest if self._engine.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
-        whole = ckpt.together(self._writing, lambda: merge(stages) if stages else {})
+        whole = ckpt.together(
+            self._writing, lambda: stages[0].merged(stages[1:]).document() if stages else {}
+        )
         shards = ckpt.together(self._writing, lambda: [state.on_host(*part) for part in parts])
         return ckpt.save(
             run,
@@ -161,37 +161,39 @@ class Checkpointer:
             threads=self._threads,
         )
 
-    def _document(self, client_state: dict[str, Any], frozen: bool) -> dict[str, Any]:
-        """Everything in the manifest but the arrays, as this rank's stage has it. Local."""
+    def _manifest(self, client_state: dict[str, Any], frozen: bool) -> RunManifest:
+        """Return the manifest as this rank's stage has it. Local.
+
+        Copies what training may change before it is written.
+        """
         engine = self._engine
         topology, scheduler = engine.model.topology, engine.lr_scheduler
         degrees = topology.degrees
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
-        description = describe(engine.model, engine.optimizer, frozen=frozen)
-        description["model"]["declared"] = self.declared
-        return {
-            "step": engine.global_steps,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "writer": {
-                "uni3d": uni3d.__version__,
-                "torch": str(torch.__version__),
-                "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
-                "zero_stage": engine.model.zero.stage,
-                "shard_group": topology.mesh["shard"].size(),
-                "layers": engine.model.layers,
-            },
-            **description,
-            "aliases": engine.model.ties,
-            "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
-            "engine": {
-                "global_steps": engine.global_steps,
-                "global_samples": engine.global_samples,
-                "skipped_steps": engine.skipped_steps,
-                "loss_scale": None if engine.scaler is None else engine.scaler.state_dict(),
-                **what_fixes_the_order(engine),
-            },
-            "client_state": copy.deepcopy(client_state),
-        }
+        model, optimizer = describe(engine.model, engine.optimizer, self.declared, frozen=frozen)
+        return RunManifest(
+            step=engine.global_steps,
+            writer=WriterRecord(
+                torch=str(torch.__version__),
+                topology={"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
+                zero_stage=engine.model.zero.stage,
+                shard_group=topology.mesh["shard"].size(),
+                layers=engine.model.layers,
+            ),
+            model=model,
+            optimizer=optimizer,
+            aliases=engine.model.ties,
+            scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+            engine=EngineRecord(
+                global_steps=engine.global_steps,
+                global_samples=engine.global_samples,
+                skipped_steps=engine.skipped_steps,
+                loss_scale=None if engine.scaler is None else engine.scaler.state_dict(),
+                seed=engine.config.seed,
+                train_batch_size=engine.triad.train_batch,
+            ),
+            client_state=copy.deepcopy(client_state),
+        )
 
     # --- loading ---------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from uni3d.checkpoint.restore import CustomLoad, Wanted
 from uni3d.checkpoint.save import Checkpointer
 from uni3d.engine.data import TrainingLoader
 from uni3d.engine.step import Stepper
+from uni3d.manifest import RunManifest
 
 
 class Saving:
@@ -127,7 +128,7 @@ class Saving:
         self.last_load = report
         if self.model.topology.rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
-        return checkpoint.url, checkpoint.manifest["client_state"]
+        return checkpoint.url, RunManifest.of(checkpoint).client_state
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
