@@ -255,34 +255,35 @@ class _Section:
     """One object of the manifest. Checks the type of each value as it is read; None if the key is missing."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self._where = values, where
+        self._values, self.where = values, where
 
     def get(self, key: str, kind: type) -> Any:
         value = self._values.get(key)
         if value is not None:
-            _check(value, kind, f"{self._where}: {key}")
+            _check(value, kind, f"{self.where}: {key}")
         return value
 
     def section(self, key: str) -> _Section | None:
         values = self.get(key, dict)
-        return None if values is None else _Section(values, f"{self._where}: {key}")
+        return None if values is None else _Section(values, f"{self.where}: {key}")
 
     def list_of(self, key: str, kind: type) -> list[Any] | None:
         values = self.get(key, list)
         for i, value in enumerate(values or []):
-            _check(value, kind, f"{self._where}: {key}[{i}]")
+            _check(value, kind, f"{self.where}: {key}[{i}]")
         return values  # type: ignore[no-any-return]
 
     def map_of(self, key: str, kind: type) -> dict[str, Any]:
         values = self.get(key, dict) or {}
         for name, value in values.items():
             if not isinstance(value, kind):  # before the text is made: there may be tens of thousands
-                _check(value, kind, f"{self._where}: {key}[{name!r}]")
+                _check(value, kind, f"{self.where}: {key}[{name!r}]")
         return values
 
-    def needed(self, key: str, value: Any) -> Any:
+    def needed(self, key: str, kind: type) -> Any:
+        value = self.get(key, kind)
         if value is None:
-            raise CheckpointError(f"{self._where} has no {key!r}; use another tag")
+            raise CheckpointError(f"{self.where} has no {key!r}; use another tag")
         return value
 
 
@@ -311,21 +312,28 @@ def _read_model(section: _Section | None) -> ModelRecord:
         return ModelRecord()
     parameters = section.map_of("parameters", dict)
     return ModelRecord(
-        requires_grad={name: bool(said.get("requires_grad", True)) for name, said in parameters.items()},
+        requires_grad={name: _trains(name, values, section.where) for name, values in parameters.items()},
         buffers=section.list_of("buffers", str) or [],
         left_out=section.list_of("left_out", str),
         declared=section.get("declared", dict) or {},
     )
 
 
+def _trains(name: str, values: Json, where: str) -> bool:
+    trains = values.get("requires_grad", True)
+    if not isinstance(trains, bool):
+        _check(trains, bool, f"{where}: parameters[{name!r}]: requires_grad")
+    return bool(trains)
+
+
 def _read_optimizer(section: _Section) -> OptimizerRecord:
-    groups = section.needed("groups", section.list_of("groups", dict))
+    groups = section.needed("groups", list)
     for i, group in enumerate(groups):
-        _check(group.get("params"), list, f"the manifest's optimizer group {i}: params")
+        where = f"{section.where}: groups[{i}]"
+        _check(group, dict, where)
+        _Section(group, where).needed("params", list)
     return OptimizerRecord(
-        type=section.needed("type", section.get("type", str)),
-        groups=groups,
-        scalars=section.map_of("scalars", dict),
+        type=section.needed("type", str), groups=groups, scalars=section.map_of("scalars", dict)
     )
 
 
