@@ -173,7 +173,7 @@ MANIFEST_KEYS = {
     *("requires_grad", "left_out", "declared", "aliases", "scalars"),
     *("engine", "global_steps", "global_samples", "skipped_steps", "client_state"),
 }
-"""Keys that mean nothing else. `step`, `model`, `optimizer` and the like are also keys of configs, reports and
+"""Keys that mean nothing else. `step`, `model`, `optimizer` and so on are also keys of configs, reports and
 torch's state_dicts, so they are forbidden only where the mapping is called `manifest`."""
 LOOKED_UP = {
     # DeepSpeed's keys of the same name.
