@@ -124,6 +124,25 @@ def test_one_joint() -> None:
     assert importers == makers
 
 
+def test_one_file_for_each_command() -> None:
+    from uni3d.cli import app
+
+    helpers = {"__init__", "terminal", "plan_report"}
+    files = {path.stem for path in (REPOSITORY / "uni3d" / "cli").glob("*.py")} - helpers
+    commands = {command.name: command.callback for command in app.registered_commands}
+    assert commands.keys() == {stem.rstrip("_") for stem in files}, "a file is named as the command is typed"
+    for name, function in commands.items():
+        assert function is not None
+        assert function.__module__.rstrip("_") == f"uni3d.cli.{name}"
+
+
+def test_only_the_command_line_imports_its_own_files() -> None:
+    others = [path for path in SOURCES if path.parent != REPOSITORY / "uni3d" / "cli"]
+    users = {relative(p) for p in others if any(name.startswith("uni3d.cli") for name in imports(p))}
+    # doctor/checks.py takes degrees_of from there as long as parallel's own rule loads torch
+    assert users <= {"uni3d/doctor/checks.py"}
+
+
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes that run when a module is imported: all but the bodies of functions."""
     for child in ast.iter_child_nodes(node):

@@ -60,7 +60,6 @@ class Given:
     """Seed and global batch size, on which the order of samples depends; None if not known."""
     loss_scale: float | None = None
     """Initial loss scale; None if the run isn't in fp16."""
-    precision: str = "fp32"
 
 
 class Comparison(NamedTuple):
@@ -187,8 +186,7 @@ def _schedule(saved: Mapping[str, Any], given: GivenScheduler, whose: str) -> It
 def _loss_scale(saved: RunManifest, given: Given) -> Iterator[str]:
     scale = saved.engine.loss_scale
     if scale is not None and given.loss_scale is None:
-        unused = f"the checkpoint's loss scale ({scale['scale']:g}) isn't used"
-        yield f"{unused}: {given.whose} is in {given.precision}, not in fp16"
+        yield f"the checkpoint's loss scale ({scale['scale']:g}) isn't used: {given.whose} isn't in fp16"
     if scale is None and given.loss_scale is not None:
         yield (
             f"the checkpoint has no loss scale, as its run wasn't in fp16: it starts at {given.loss_scale:g}"

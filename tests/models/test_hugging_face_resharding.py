@@ -17,6 +17,7 @@ import ckpt
 from uni3d.estimate import save as paper
 from uni3d.estimate.saved import Cut, Source
 from uni3d.manifest import RunManifest
+from uni3d.state import Inventory
 
 
 def case(kind: str, zero: int, run: str) -> list[Any]:
@@ -24,7 +25,7 @@ def case(kind: str, zero: int, run: str) -> list[Any]:
     hf_models.train(engine, kind)
     engine.save_checkpoint(run)
     engine.wait_for_checkpoint()
-    arrays = engine.checkpointer._inventory.arrays(engine.optimizer)
+    arrays = Inventory(engine.model).arrays(engine.optimizer)
     return sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays)
 
 

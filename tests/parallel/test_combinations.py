@@ -76,7 +76,7 @@ def gradients_case(settings: list[parallel.Settings], tp: int = 1) -> list[dict[
                 how.compile is not None
             ):  # dynamo looks at .grad of tensors that have none, and warns of itself
                 warnings.simplefilter("ignore")
-            loss = built.pipeline.run(inputs, targets, MICRO_BATCHES, train=True)
+            loss = built.pipeline.run(list(zip(inputs.split(1), targets.split(1), strict=True)), train=True)
         built.zero.reshard()
         built.tied.sum()
         found = {built.first_name(n): p.grad.full_tensor() for n, p in built.module.named_parameters()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,13 +16,13 @@ import ckpt
 from parallel import HostComm
 from parallel.whole import whole_module
 from uni3d import state
+from uni3d.checkpoint.background import Background
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.manifest import EngineRecord, RunManifest
 from uni3d.recovery import StoredWeights
 from uni3d.resume_rules import Given, GivenScheduler, compare
-
-if TYPE_CHECKING:
-    from uni3d.engine.engine import Engine
+from uni3d.state import Inventory
+from uni3d.train_state import TrainState
 
 CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
 """A script's own way of loading the model's weights, called with the keywords `src` and `dst`."""
@@ -44,32 +45,54 @@ class Wanted:
 class Restorer:
     """Loads checkpoints into one engine. Every call is collective."""
 
-    def __init__(self, engine: Engine, comm: HostComm, inventory: state.Inventory, threads: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, state: TrainState, *, seed: int, comm: HostComm, inventory: Inventory, threads: int
+    ) -> None:
+        self._state = state
+        self._seed = seed
         self._comm = comm
         self._inventory = inventory
         self._threads = threads
 
-    def load(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
-        """Fill the engine.
+    def load(
+        self, run: str | Path, tag: str | None, wanted: Wanted
+    ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
+        """Fill the model, the optimizer, the schedule and the counters; see `Engine.load_checkpoint`.
 
         Raises:
-            ckpt.CheckpointError: something doesn't fit; the engine is as it was.
+            ckpt.CheckpointError: something doesn't fit; nothing has changed.
             ckpt.PartialLoadError: it failed half-way.
         """
-        engine = self._engine
-        optimizer = engine.optimizer if wanted.optimizer else None
-        scheduler = engine.lr_scheduler if wanted.scheduler else None
-        saved = ckpt.together(self._comm, lambda: RunManifest.of(checkpoint))
+        Background.join_all()  # another engine of this process may be writing what this one looks for
+        checkpoint = self._open(run, tag)
+        return self._fill(checkpoint, wanted), checkpoint
+
+    def latest(self, run: str | Path) -> str | None:
+        """Return the newest committed tag, the same on all ranks whatever their file systems show yet."""
+        Background.join_all()
+        return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
+
+    def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
+        def find() -> str:
+            store, folder = ckpt.find_checkpoint(run, tag)
+            return store.where(folder)
+
+        chosen = ckpt.from_rank_0(self._comm, find)
+        return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
+
+    def _fill(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
+        optimizer = self._state.optimizer if wanted.optimizer else None
+        scheduler = self._state.lr_scheduler if wanted.scheduler else None
+        saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         # Before anything changes, and by all ranks or none.
-        changes = ckpt.together(
+        changes = ckpt.agreed(
             self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
         )
         report = self._load_arrays(checkpoint, saved, optimizer, wanted)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
-            ckpt.together(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
+            ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
         except ckpt.CheckpointError as error:  # the arrays have been loaded
             raise ckpt.PartialLoadError(str(error)) from error
         if wanted.counters:
@@ -80,16 +103,16 @@ class Restorer:
 
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
         """Let the script fill whole parameters; each rank keeps its part of them."""
-        with whole_module(self._engine.module) as module:
+        with whole_module(self._state.model.module) as module:
             src = StoredWeights(checkpoint)
-            ckpt.together(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
+            ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 
     def _restore_rest(
         self, saved: RunManifest, optimizer: Optimizer | None, scheduler: LRScheduler | None
     ) -> None:
         """Restore the optimizer's hyperparameters and scalars, and the scheduler."""
         if optimizer is not None and saved.optimizer is not None:
-            restore_optimizer(self._engine.model, optimizer, saved.optimizer)
+            restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
             scheduler.load_state_dict(saved.scheduler)
             if optimizer is None:  # its groups, which hold the rate of the next step, were left as they are
@@ -97,15 +120,15 @@ class Restorer:
                     group["lr"] = lr
 
     def _restore_counters(self, saved: EngineRecord) -> None:
-        """Take up the counters and, if both runs are in fp16, the loss scale."""
-        engine = self._engine
+        """Restore the counters and, if both runs are in fp16, the loss scale."""
+        progress, scaler = self._state.progress, self._state.scaler
         assert saved.global_steps is not None, "compared before"
         assert saved.global_samples is not None, "compared before"
-        engine.global_steps = saved.global_steps
-        engine.global_samples = saved.global_samples
-        engine.skipped_steps = saved.skipped_steps
-        if engine.scaler is not None and saved.loss_scale is not None:
-            engine.scaler.load_state_dict(saved.loss_scale)
+        progress.global_steps = saved.global_steps
+        progress.global_samples = saved.global_samples
+        progress.skipped_steps = saved.skipped_steps
+        if scaler is not None and saved.loss_scale is not None:
+            scaler.load_state_dict(saved.loss_scale)
 
     def _check_fits(
         self,
@@ -120,17 +143,14 @@ class Restorer:
         Raises:
             ckpt.CheckpointError: with every reason why the checkpoint can't be loaded.
         """
-        engine = self._engine
+        model, scaler = self._state.model, self._state.scaler
         given = Given(
             whose="this run",
-            optimizer=None
-            if optimizer is None
-            else given_optimizer(engine.model, optimizer, saved.optimizer),
+            optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
             scheduler=None if scheduler is None else _given(scheduler),
             counters=counters,
-            order={"seed": engine.config.seed, "train_batch_size": engine.triad.train_batch},
-            loss_scale=None if engine.scaler is None else engine.scaler.scale,
-            precision=engine.config.precision,
+            order={"seed": self._seed, "train_batch_size": self._state.progress.train_batch},
+            loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
         if refusals:
@@ -149,16 +169,16 @@ class Restorer:
                 return None if wanted.custom is None else "custom_load_fn loads the model"
             return "optimizer states were not asked for" if optimizer is None else None
 
-        model = self._engine.model
+        model = self._state.model
         fresh = optimizer is not None and not optimizer.state
         stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # parameters that have states
         if optimizer is not None and saved.optimizer is not None:
             stored |= saved.optimizer.scalars.keys()
         try:
             if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
-                ckpt.together(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
+                ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
             model_too = wanted.custom is None
-            held, targets = ckpt.together(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
                 targets,

@@ -52,7 +52,6 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
         scheduler=_scheduler(config, saved.scheduler or {}),
         order={"seed": config.seed, "train_batch_size": config.train_batch_size},
         loss_scale=None if fp16 is None else fp16.loss_scale or 2.0**fp16.initial_scale_power,
-        precision=config.precision,
     )
 
 

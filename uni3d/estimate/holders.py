@@ -58,8 +58,8 @@ def writers(source: Source) -> Holders:
     places: list[list[str]] | list[None] = layers or [None]
     if len(places) != ranks.pp:
         raise ValueError(
-            f"the manifest doesn't say which layers lay on which of the {ranks.pp} pipeline ranks "
-            "(an older release wrote it), so nobody knows what they held"
+            f"the manifest doesn't say which layers lay on which of the {ranks.pp} pipeline ranks, "
+            "so nobody knows what they held"
         )
     if ranks.tp > 1 and (why := source.untold_tp()):
         raise ValueError(f"{why}, so nobody knows what the {ranks.tp} tensor-parallel ranks held")

@@ -312,11 +312,11 @@ def test_what_is_wrong_with_a_file(
 
 
 BAD_OPTIONS = [
-    (["--format", "hf", "--include", "layers.*"], "writes a whole model"),
-    (["--format", "hf", "--exclude", "layers.*"], "writes a whole model"),
+    (["--format", "hf", "--include", "layers.*"], "writes whole models"),
+    (["--format", "hf", "--exclude", "layers.*"], "writes whole models"),
     (["--format", "hf", "--max-shard-size", "5 parsecs"], "'5 parsecs' isn't a number"),
-    (["--max-shard-size", "5GB", "--hf-config", "c.json"], "are for --format hf"),
-    (["--max-shard-size", "5GB", "--name-map", "n.json"], "are for --format hf"),
+    (["--max-shard-size", "5GB", "--hf-config", "c.json"], "need --format hf"),
+    (["--max-shard-size", "5GB", "--name-map", "n.json"], "need --format hf"),
 ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from uni3d.config import FP16Config
-from uni3d.engine.loss_scale import LossScale
+from uni3d.optim.loss_scale import LossScale
 
 FP16 = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}
 
@@ -127,7 +127,7 @@ def test_the_scale_is_part_of_a_checkpoint(alone: None, tmp_path: Path) -> None:
     assert resumed.get_loss_scale() == 512.0
     assert resumed.scaler is not None
     assert resumed.scaler.state_dict() == engine.scaler.state_dict()
-    with pytest.warns(UserWarning, match=r"loss scale \(512\) isn't used: this run is in bf16"):
+    with pytest.warns(UserWarning, match=r"loss scale \(512\) isn't used: this run isn't in fp16"):
         make_engine(seeded(Stack), config={"bf16": {"enabled": True}}).load_checkpoint(tmp_path)
     plain = make_engine(seeded(Stack))
     train(plain, global_batches(1))
