@@ -271,20 +271,3 @@ def test_no_torch_is_loaded(command: str) -> None:
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert "torch" not in loaded
     assert {"ckpt", "uni3d"} & loaded
-
-
-@pytest.mark.parametrize("file", ["parallel.py", "ckpt.py", "parallel/__init__.py", "ckpt/__init__.py"])
-def test_a_stranger_of_the_same_name_is_named(tmp_path: Path, file: str) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("")
-    done = run("import uni3d", tmp_path)
-    assert done.returncode == 1
-    name = Path(file).parts[0].removesuffix(".py")
-    assert f"ImportError: uni3d needs its own package {name!r} at {REPOSITORY / name}" in done.stderr
-    assert f"Python finds {tmp_path.resolve() / file}; rename that file" in done.stderr
-
-
-def test_a_folder_without_code_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / "ckpt").mkdir()  # where many a script keeps its checkpoints
-    done = run("import uni3d", tmp_path)
-    assert done.returncode == 0, done.stderr

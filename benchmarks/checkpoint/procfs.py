@@ -1,4 +1,4 @@
-"""What Linux counts for this process: its memory and the bytes it read."""
+"""Linux's counters of this process: its memory and the bytes it read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB = 1 << 20
 
 
 def memory(entry: str) -> int:
-    """`VmRSS` (bytes that this process has in memory) or `VmHWM` (the most that it ever had)."""
+    """Return `VmRSS` (bytes that this process has in memory) or `VmHWM` (their peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{entry}:"):
             return int(line.split()[1]) << 10
@@ -18,16 +18,16 @@ def memory(entry: str) -> int:
 
 
 def bytes_read() -> int:
-    """Bytes that all threads of this process got from read calls on files (proc(5), `rchar`)."""
+    """Return the bytes that all threads of this process got from read calls (proc(5), `rchar`)."""
     counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counters["rchar"])
 
 
 @contextmanager
 def peak_over_start() -> Iterator[list[int]]:
-    """Appends to the list how far the memory of this process rose above what it was at the start, in bytes.
+    """Append to the list how far the memory of this process rose above that at the start, in bytes.
 
-    Writing 5 to `clear_refs` makes VmHWM begin anew at what the process has now (proc(5)).
+    Writing 5 to `clear_refs` resets VmHWM to the current VmRSS (proc(5)).
     """
     result: list[int] = []
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Processes that are measured together: a gloo group over some of them, and functions that all run."""
+"""Processes that are measured together: functions run on all ranks of a gloo group."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TIMEOUT_S = 900
 
 @dataclass
 class Rank:
-    """What a function that runs on a rank is given first."""
+    """First argument of a function that runs on a rank."""
 
     rank: int
     world: int
     kept: dict[str, Any] = field(default_factory=dict)
-    """What one call leaves for later ones, until the group ends."""
+    """Values that calls leave for later ones, until the group ends."""
 
 
 class Timing(NamedTuple):
     seconds: float
-    """From when the first rank began to when the last one ended."""
+    """Time from the first rank's start to the last one's end."""
     each: list[float]
-    """What it took each rank."""
+    """Seconds of each rank."""
     results: list[Any]
 
 
@@ -45,11 +45,11 @@ class Group:
         self.world = world
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """`function(rank, ...)` on every rank; what each returned, by rank."""
+        """Run `function(rank, ...)` on every rank; return the results by rank."""
         return self._pool.ask(self.world, [("call", partial(function, **options), args)] * self.world)
 
     def time(self, function: Callable[..., Any], *args: Any, **options: Any) -> Timing:
-        """The same, timed: all ranks begin together, after a barrier."""
+        """Run and time it. All ranks begin together, after a barrier."""
         replies = self._pool.ask(self.world, [("time", partial(function, **options), args)] * self.world)
         starts, ends, results = zip(*replies, strict=True)
         each = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -57,10 +57,10 @@ class Group:
 
 
 class Pool:
-    """Up to `size` processes, which live from group to group, with one thread each for computing."""
+    """`size` processes that outlive their groups, with one compute thread each."""
 
     def __init__(self, size: int) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # inherited
+        os.environ["OMP_NUM_THREADS"] = "1"  # the processes inherit it
         context = mp.get_context("spawn")
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
         for _ in range(size):
@@ -80,7 +80,7 @@ class Pool:
 
     @contextmanager
     def group(self, world: int) -> Iterator[Group]:
-        """A process group over the first `world` processes."""
+        """Make a process group over the first `world` processes."""
         with tempfile.TemporaryDirectory(prefix="rendezvous-") as folder:
             meet = f"file://{folder}/meet"
             self.ask(world, [("join", rank, world, meet) for rank in range(world)])
@@ -88,7 +88,7 @@ class Pool:
             self.ask(world, [("leave",)] * world)
 
     def ask(self, world: int, messages: list[tuple[Any, ...]]) -> list[Any]:
-        """Send a message to each of the first `world` processes; their answers."""
+        """Send a message to each of the first `world` processes; return their answers."""
         pipes = [pipe for _, pipe in self._workers[:world]]
         for pipe, message in zip(pipes, messages, strict=True):
             pipe.send(message)
@@ -106,7 +106,7 @@ class Pool:
 
 
 def _work(pipe: Connection) -> None:
-    """A process's life: answer messages until the pipe closes."""
+    """Answer messages until the pipe closes."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,16 +1,16 @@
-"""Loading into tensors that exist: on the topology that saved, and on any other."""
+"""Load into existing tensors, on the topology that saved and on others."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
 
-from checkpoint_figures import dcp, save, subject, yardsticks
-from checkpoint_figures.bench import Arm, Bench, one_folder, take_turns
-from checkpoint_figures.procfs import bytes_read
-from checkpoint_figures.ranks import Group, Pool, Rank
-from checkpoint_figures.subject import Place
-from checkpoint_figures.table import Bar, Row, Sample
+from benchmarks.checkpoint import dcp, save, subject, yardsticks
+from benchmarks.checkpoint.bench import Arm, Bench, one_folder, take_turns
+from benchmarks.checkpoint.procfs import bytes_read
+from benchmarks.checkpoint.ranks import Group, Pool, Rank
+from benchmarks.checkpoint.subject import Place
+from benchmarks.checkpoint.table import Bar, Row, Sample
 
 TIMED = (
     Place(1, 1, 1, 0),
@@ -20,7 +20,7 @@ TIMED = (
     Place(2, 2, 1, 1),
     Place(1, 4, 1, 1),
 )
-"""Topologies between all ordered pairs of which loads are timed."""
+"""Topologies of the timed loads, which go between all ordered pairs."""
 
 PAIRS = (
     Place(1, 1, 1, 0),
@@ -36,12 +36,12 @@ PAIRS = (
     Place(4, 1, 1, 0),
     Place(1, 1, 4, 1),
 )
-"""Topologies between all ordered pairs of which the bytes of a load are counted: every ZeRO stage, pp and
-tp to 4, dp to 4; 3 divides neither the vocabulary nor what the others cut."""
+"""Topologies of the loads whose bytes are counted, between all ordered pairs. They have every ZeRO stage, and
+pp, tp and dp up to 4. dp = 3 divides neither the vocabulary nor the dims that the others split."""
 
 
 def figures(bench: Bench) -> list[Row]:
-    """The same topology, on two ranks, everything in the page cache."""
+    """Load on the topology that saved: two ranks, everything in the page cache."""
     with Pool(2) as pool, pool.group(2) as ranks:
         save.prepare(bench, ranks)
         ranks.call(dcp.prepare, bench.options)
@@ -71,7 +71,7 @@ def figures(bench: Bench) -> list[Row]:
 
 
 def _check_that_it_loads(ranks: Group, run: Path) -> None:
-    """A load that restored nothing would be fast."""
+    """Check that a load restores the state: one that does not would be fast."""
     before = ranks.call(subject.digest)
     ranks.call(subject.erase)
     assert ranks.call(subject.digest) != before, "the state was not erased"
@@ -80,7 +80,7 @@ def _check_that_it_loads(ranks: Group, run: Path) -> None:
 
 
 def topology_figures(bench: Bench) -> list[Row]:
-    """Each topology loads what each of `TIMED` has saved; compared with what it has saved itself."""
+    """Load on each topology the saves of all others in `TIMED`, and compare with a load of its own save."""
     rows = []
     with Pool(4) as pool:
         runs = {place: _saved(bench, pool, place, bench.options) for place in TIMED}
@@ -92,7 +92,7 @@ def topology_figures(bench: Bench) -> list[Row]:
                     return lambda: ranks.time(subject.load, run).seconds
 
                 arms = {str(source): arm(run) for source, run in runs.items()}
-                for one in arms.values():  # the first makes the moments, and all fill the cache
+                for one in arms.values():  # the first creates the moments, and all fill the cache
                     one()
                 times = take_turns(arms, bench.repeats)
             same = times.pop(str(place))
@@ -113,16 +113,16 @@ def _topology_row(place: Place, same: Sample, others: dict[str, Sample]) -> Row:
 
 
 def _saved(bench: Bench, pool: Pool, place: Place, options: dict[str, object]) -> Path:
-    """A checkpoint that this topology wrote."""
+    """Write a checkpoint on this topology; return its run."""
     with pool.group(place.world) as ranks:
         ranks.call(subject.make_engine, place, options, step=True)
         return one_folder(bench.workspace, ranks, "source", subject.save, durable=False)
 
 
 def byte_figures(bench: Bench) -> list[Row]:
-    """Bytes read over bytes wanted, on the worst rank of the worst ordered pair of `PAIRS`.
+    """Compute bytes read / bytes wanted, on the worst rank of the worst ordered pair of `PAIRS`.
 
-    Read is what uni3d says, or what Linux counted of the process's read calls, whichever is more.
+    Bytes read are uni3d's own count or Linux's count of the process's read calls, whichever is larger.
     """
     ratios: dict[str, float] = {}
     with Pool(4) as pool:
@@ -130,7 +130,7 @@ def byte_figures(bench: Bench) -> list[Row]:
         for place in PAIRS:
             with pool.group(place.world) as ranks:
                 ranks.call(subject.make_engine, place, bench.pair_options, step=False)
-                ranks.call(subject.load, runs[place])  # makes the moments, imports what it needs
+                ranks.call(subject.load, runs[place])  # creates the moments, and imports modules
                 for source, run in runs.items():
                     ratios[f"{source} -> {place}"] = max(ranks.call(_amplification, run))
     pair, worst = max(ratios.items(), key=lambda item: item[1])

@@ -1,4 +1,4 @@
-"""What every figure is given, and how its arms take turns."""
+"""State shared by all figures, and the order in which their arms run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_figures.ranks import Group
-from checkpoint_figures.table import Sample
-from checkpoint_figures.workspace import Workspace, settle_disk
+from benchmarks.checkpoint.ranks import Group
+from benchmarks.checkpoint.table import Sample
+from benchmarks.checkpoint.workspace import Workspace, settle_disk
 
 Work = Callable[..., Any]
-"""What all ranks run: `work(rank, ...)`."""
+"""Function that all ranks run: `work(rank, ...)`."""
 
 Arm = Callable[[], float]
-"""Does the work once; returns its seconds."""
+"""Do the work once and return its seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,14 @@ class Bench:
     workspace: Workspace
     repeats: int
     options: dict[str, Any]
-    """Of the model."""
+    """Options of the model."""
     pair_options: dict[str, Any]
-    """Of the smaller model of the same width whose checkpoint is read between all pairs of topologies."""
+    """Options of a smaller model of the same width, which is loaded between all pairs of topologies."""
     deepspeed: str | None
-    """A Python interpreter that has DeepSpeed."""
+    """Path of a Python interpreter that has DeepSpeed, or None."""
 
     def save_arm(self, ranks: Group, name: str, function: Work, *args: Any, **options: Any) -> Arm:
-        """`function(rank, a fresh folder, ...)` on all ranks, as an arm whose files then leave the cache."""
+        """Make an arm: `function(rank, fresh folder, ...)` on all ranks, and its files leave the cache."""
 
         def arm() -> float:
             folder = self.workspace.fresh(name)
@@ -45,7 +45,7 @@ class Bench:
 
 
 def take_turns(arms: Mapping[str, Arm], repeats: int) -> dict[str, Sample]:
-    """Each arm once a round, in an order that moves on by one from round to round."""
+    """Run each arm once a round. The order rotates by one from round to round."""
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
@@ -56,7 +56,7 @@ def take_turns(arms: Mapping[str, Arm], repeats: int) -> dict[str, Sample]:
 
 
 def one_folder(workspace: Workspace, ranks: Group, name: str, function: Work, **options: Any) -> Path:
-    """`function(rank, a fresh folder)` on all ranks, untimed; the folder, on the disk and in the cache."""
+    """Run `function(rank, fresh folder)` on all ranks, untimed; return the folder, synced and cached."""
     folder = workspace.fresh(name)
     ranks.call(function, folder, **options)
     settle_disk()

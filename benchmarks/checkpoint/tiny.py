@@ -1,6 +1,7 @@
-"""Ten thousand atoms of 16 numbers, by `ckpt` alone, beside zarr-python's array path on a tenth of them.
+"""Write and read ten thousand atoms of 16 numbers by `ckpt` alone; zarr-python does a tenth of them.
 
-Run as a program it measures, in a process without torch, and prints JSON: `tiny.py FOLDER REPEATS`.
+Run as a program it measures, in a process without torch, and prints JSON:
+`python -m benchmarks.checkpoint.tiny FOLDER REPEATS`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 import ckpt
-from checkpoint_figures.bench import Bench
-from checkpoint_figures.table import Bar, Row, Sample
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.table import Bar, Row, Sample
 
 SHAPE = (16,)
 ATOMS = 10_000
@@ -28,9 +29,9 @@ ZARR_ATOMS = 1_000
 
 
 def figures(bench: Bench) -> list[Row]:
-    """Milliseconds for each atom, one process."""
+    """Measure milliseconds for each atom, in one process."""
     folder = bench.workspace.fresh("tiny")
-    command = [sys.executable, "-m", "checkpoint_figures.tiny", str(folder), str(bench.repeats)]
+    command = [sys.executable, "-m", "benchmarks.checkpoint.tiny", str(folder), str(bench.repeats)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = {name: Sample(tuple(values), "ms") for name, values in json.loads(done.stdout).items()}
     yardstick = f"zarr-python, {ZARR_ATOMS:,} atoms"
@@ -53,7 +54,7 @@ def figures(bench: Bench) -> list[Row]:
 
 
 def measure(folder: Path, repeats: int) -> dict[str, list[float]]:
-    """`{what: milliseconds an atom, once for each round}`."""
+    """Return `{arm: milliseconds for each atom, one for each round}`."""
     written, read = _shards(1.0), _shards(0.0)
     arms: dict[str, tuple[Callable[[Path], None], int]] = {
         "write": (partial(_write, written), ATOMS),
@@ -68,7 +69,7 @@ def measure(folder: Path, repeats: int) -> dict[str, list[float]]:
             start = time.perf_counter()
             work(place)
             seconds = time.perf_counter() - start
-            if turn:  # the first round imports what it needs
+            if turn:  # the first round imports modules
                 found[name].append(seconds * 1e3 / count)
             os.sync()
     return found

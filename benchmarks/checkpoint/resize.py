@@ -1,4 +1,4 @@
-"""A resize as a whole: what is there on two ranks is saved, and loaded on another number of them."""
+"""Resize: save on two ranks and load on another number of ranks."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from checkpoint_figures import save, subject
-from checkpoint_figures.bench import Bench
-from checkpoint_figures.ranks import Group, Pool
-from checkpoint_figures.subject import Place
-from checkpoint_figures.table import Bar, Row, Sample
-from checkpoint_figures.workspace import settle_disk
+from benchmarks.checkpoint import save, subject
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.ranks import Group, Pool
+from benchmarks.checkpoint.subject import Place
+from benchmarks.checkpoint.table import Bar, Row, Sample
+from benchmarks.checkpoint.workspace import settle_disk
 
 TARGETS = (Place(1, 4, 1, 1), Place(1, 1, 1, 1))
-"""Where it is loaded: what DeepSpeed's data-parallel ZeRO-1 can be resized to."""
+"""Topologies that load; those to which DeepSpeed's data-parallel ZeRO-1 can be resized."""
 
 PUBLISHED = {
     4: (0.66 + 12 + 2.7, 0.90 + 15 + 2.9),
     1: (0.66 + 12 + 2.2, 0.90 + 15 + 2.7),
 }
-"""Seconds that DeepSpeed 0.19.8 took for save, ds_to_universal and load, by ranks that load; least and most
-of 3, on another machine of this shape, the same model but for its norms (`benchmarks/RESULTS.md`)."""
+"""Seconds of DeepSpeed 0.19.8's save, ds_to_universal and load, by number of loading ranks: least and most of
+3, on another machine of this shape, with the same model except for its norms (`benchmarks/RESULTS.md`)."""
 
 
 Steps = dict[str, float]
@@ -31,7 +31,7 @@ Steps = dict[str, float]
 
 
 def figures(bench: Bench) -> list[Row]:
-    """Saves without fsync, as DeepSpeed's; and beside them durable ones."""
+    """Measure saves without fsync, as DeepSpeed's are, and durable ones."""
     rows = []
     with Pool(2) as savers, savers.group(2) as saving, Pool(4) as loaders:
         saving.call(subject.make_engine, save.PLACE, bench.options, step=True)
@@ -39,7 +39,7 @@ def figures(bench: Bench) -> list[Row]:
             bench.workspace.make_room()
             with loaders.group(target.world) as loading:
                 loading.call(subject.make_engine, target, bench.options, step=False)
-                _resize(bench, saving, loading, durable=False)  # makes the moments
+                _resize(bench, saving, loading, durable=False)  # creates the moments
                 arms: dict[str, Callable[[], Steps]] = {
                     "no fsync": partial(_resize, bench, saving, loading, durable=False),
                     "durable": partial(_resize, bench, saving, loading, durable=True),
@@ -95,7 +95,7 @@ def _deepspeed(bench: Bench, ranks: int) -> Steps:
 
 
 def deepspeed_figures(bench: Bench, *what: str) -> dict[str, float]:
-    """One run of `deepspeed_arm.py`: its seconds, and MiB, by name."""
+    """Run `deepspeed_arm.py` once; return its seconds and MiB by name."""
     assert bench.deepspeed is not None, "only with an interpreter that has it"
     folder = bench.workspace.fresh("deepspeed")
     settle_disk()

@@ -1,4 +1,4 @@
-"""The weights as one fp32 safetensors file: the work, its memory, and the whole command."""
+"""Export the weights as one fp32 safetensors file: the work alone, its memory, and the whole command."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint_figures import resize, save, subject
-from checkpoint_figures.bench import Bench, one_folder
-from checkpoint_figures.ranks import Pool
-from checkpoint_figures.table import Bar, Row, Sample
-from checkpoint_figures.workspace import settle_disk
+from benchmarks.checkpoint import resize, save, subject
+from benchmarks.checkpoint.bench import Bench, one_folder
+from benchmarks.checkpoint.ranks import Pool
+from benchmarks.checkpoint.table import Bar, Row, Sample
+from benchmarks.checkpoint.workspace import settle_disk
 
 PUBLISHED_S, PUBLISHED_MIB = (4.7, 5.8), (1.27 * 1024,)
-"""What DeepSpeed 0.19.8's `zero_to_fp32` took of ZeRO-1's checkpoint (`benchmarks/RESULTS.md`). It isn't said
-whether that is with the process's start-up; it stands in for both."""
+"""Published seconds and MiB of DeepSpeed 0.19.8's `zero_to_fp32` on a ZeRO-1 checkpoint
+(`benchmarks/RESULTS.md`). The source does not say if start-up is included, so they are used both with and
+without it."""
 
-WORK = [sys.executable, "-m", "checkpoint_figures.export_once"]
+WORK = [sys.executable, "-m", "benchmarks.checkpoint.export_once"]
 COMMAND = [sys.executable, "-c", "from uni3d.cli import main; main()", "export"]
 
 
 def figures(bench: Bench) -> list[Row]:
-    """In new processes; page cache warm, the file fsynced."""
+    """Measure in new processes, with a warm page cache; the file is fsynced."""
     with Pool(2) as pool, pool.group(2) as ranks:
         ranks.call(subject.make_engine, save.PLACE, bench.options, step=True)
         run = one_folder(bench.workspace, ranks, "source", subject.save, durable=False)
@@ -46,7 +47,7 @@ def _measure(bench: Bench, run: Path) -> dict[str, float]:
 
 
 def _export(bench: Bench, run: Path, program: list[str]) -> tuple[str, float]:
-    """`program run file`: what it printed, and its seconds."""
+    """Run `program run file`; return its output and its seconds."""
     folder = bench.workspace.fresh("export")
     folder.mkdir()
     settle_disk()

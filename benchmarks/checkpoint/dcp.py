@@ -1,4 +1,4 @@
-"""The peer: torch's distributed checkpoint (DCP) over FSDP2, of the same model and AdamW states."""
+"""The peer: torch's distributed checkpoint (DCP) over FSDP2, with the same model and AdamW states."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from checkpoint_figures import subject
-from checkpoint_figures.ranks import Rank
+from benchmarks.checkpoint import subject
+from benchmarks.checkpoint.ranks import Rank
 
 THREADS = 4
-"""That each rank writes with. The fastest of 1, 2 and 4 on two cores."""
+"""Threads that each rank writes with; the fastest of 1, 2 and 4 on two cores."""
 
 
 def prepare(rank: Rank, options: dict[str, Any]) -> None:
-    """Collective: a state dict of the model and its moments, filled with random numbers."""
+    """Collective: make a state dict of the model and its moments, filled with random numbers."""
     mesh = init_device_mesh("cpu", (rank.world,))
     model = subject.unfilled_model(options)
     for module in [*model.layers, model]:
@@ -53,10 +53,10 @@ def load(rank: Rank, folder: Path) -> None:
 
 
 def begin_save(rank: Rank, folder: Path, *, kept_stager: bool) -> None:
-    """Start an asynchronous save; returns when training may go on.
+    """Start an asynchronous save; return when training may go on.
 
-    As its documentation has it, staging allocates its buffers each time. With `kept_stager`, one stager
-    serves all saves and keeps its buffers.
+    By default staging allocates its buffers each time, as in DCP's documentation. With `kept_stager`, one
+    stager serves all saves and keeps its buffers.
     """
     stager = _stager(rank) if kept_stager else None
     with warnings.catch_warnings(action="ignore"):
@@ -69,7 +69,7 @@ def begin_save(rank: Rank, folder: Path, *, kept_stager: bool) -> None:
 
 
 def wait(rank: Rank) -> None:
-    """Until the asynchronous save is on the disk."""
+    """Wait until the asynchronous save is on the disk."""
     rank.kept.pop("dcp future").result()
 
 

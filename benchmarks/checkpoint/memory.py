@@ -1,4 +1,4 @@
-"""Memory that saving and loading take beside the state itself, on two ranks."""
+"""Memory of saving and loading beyond the state itself, on two ranks."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoint_figures import save, subject
-from checkpoint_figures.bench import Bench
-from checkpoint_figures.procfs import MIB, peak_over_start
-from checkpoint_figures.ranks import Pool, Rank
-from checkpoint_figures.table import Bar, Row, Sample
+from benchmarks.checkpoint import save, subject
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.procfs import MIB, peak_over_start
+from benchmarks.checkpoint.ranks import Pool, Rank
+from benchmarks.checkpoint.table import Bar, Row, Sample
 
 NOTHING_MIB = 16.0
-"""A second save may take this much, for plans and checksums; a shard is 50 times as much."""
+"""Limit of a second save's extra memory, for plans and checksums; a shard is 50 times as large."""
 
 
 def figures(bench: Bench) -> list[Row]:
-    """Peaks of resident memory over what each rank had before; in new processes, so that nothing is at hand.
+    """Measure the peak of resident memory over that at the start, as the maximum of the two ranks.
 
-    The maximum of the two ranks. Each of `--repeats` rounds has new processes.
+    Each of `--repeats` rounds has new processes, which hold no buffers of an earlier one.
     """
     peaks: dict[str, list[float]] = {}
     shard = 0.0

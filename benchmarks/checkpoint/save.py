@@ -1,19 +1,19 @@
-"""Saving on two ranks: durable, without fsync, and the stall of an asynchronous save."""
+"""Save on two ranks: durable, without fsync, and the stall of an asynchronous save."""
 
 from __future__ import annotations
 
-from checkpoint_figures import dcp, subject, yardsticks
-from checkpoint_figures.bench import Bench, one_folder, take_turns
-from checkpoint_figures.ranks import Group, Pool, Rank
-from checkpoint_figures.subject import Place
-from checkpoint_figures.table import Bar, Row, Sample
-from checkpoint_figures.workspace import settle_disk
+from benchmarks.checkpoint import dcp, subject, yardsticks
+from benchmarks.checkpoint.bench import Bench, one_folder, take_turns
+from benchmarks.checkpoint.ranks import Group, Pool, Rank
+from benchmarks.checkpoint.subject import Place
+from benchmarks.checkpoint.table import Bar, Row, Sample
+from benchmarks.checkpoint.workspace import settle_disk
 
 PLACE = Place(1, 2, 1, 1)
 
 
 def figures(bench: Bench) -> list[Row]:
-    """Durable and buffered saves."""
+    """Measure durable saves and saves without fsync."""
     with Pool(2) as pool, pool.group(2) as ranks:
         prepare(bench, ranks)
         ranks.call(dcp.prepare, bench.options)
@@ -26,7 +26,7 @@ def figures(bench: Bench) -> list[Row]:
 
 
 def prepare(bench: Bench, ranks: Group) -> None:
-    """An engine with moments, and a buffer of its shard's size, on each of two ranks."""
+    """Make an engine with moments, and a buffer of its shard's size, on each of two ranks."""
     ranks.call(subject.make_engine, PLACE, bench.options, step=True)
     ranks.call(yardsticks.prepare, max(ranks.call(subject.bytes_held)))
 
@@ -86,7 +86,7 @@ def _buffered(bench: Bench, ranks: Group, sizes: list[int], specs: list[yardstic
 
 
 def stall_figures(bench: Bench) -> list[Row]:
-    """How long `save_checkpoint` takes to return when it saves in the background, buffers being there."""
+    """Measure how long a background `save_checkpoint` takes to return, once its buffers exist."""
     with Pool(2) as pool, pool.group(2) as ranks:
         prepare(bench, ranks)
         ranks.call(dcp.prepare, bench.options)
@@ -110,7 +110,7 @@ def stall_figures(bench: Bench) -> list[Row]:
             "dcp": lambda: theirs(kept_stager=False),
             "dcp, kept stager": lambda: theirs(kept_stager=True),
         }
-        for arm in arms.values():  # the first of each makes its buffers
+        for arm in arms.values():  # the first of each allocates its buffers
             arm()
         times = take_turns(arms, bench.repeats)
         shard = max(ranks.call(subject.bytes_held))

@@ -1,4 +1,4 @@
-"""What is saved and loaded: a GPT and its AdamW states, held by uni3d's engine on some topology."""
+"""The state that is saved and loaded: a GPT and its AdamW states, in uni3d's engine on some topology."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import uni3d
-from checkpoint_figures.ranks import Rank
+from benchmarks.checkpoint.ranks import Rank
 from uni3d.config import load_config
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "megatron_gpt"))
@@ -35,9 +35,9 @@ FULL: dict[str, Any] = {
 }
 """134M parameters, untied head: with fp32 moments 1.5 GiB in 408 arrays."""
 SMALL: dict[str, Any] = FULL | {"vocab_size": 4_000, "hidden_size": 384, "num_layers": 2}
-"""For smoke runs: 80 MiB."""
+"""80 MiB, for smoke tests."""
 
-BATCH, SEQ_LEN = 12, 4  # a step is only taken to have moments: 48 tokens
+BATCH, SEQ_LEN = 12, 4  # steps are taken only to have moments: 48 tokens
 
 
 class Place(NamedTuple):
@@ -57,13 +57,13 @@ class Place(NamedTuple):
 
 
 def unfilled_model(options: dict[str, Any]) -> GPT:
-    """The GPT without memory, on the meta device."""
+    """Make the GPT on the meta device."""
     with torch.device("meta"):
         return GPT(GPTConfig(**options))
 
 
 def make_engine(rank: Rank, place: Place, options: dict[str, Any], *, step: bool) -> None:
-    """Collective: this rank's engine from now on; with `step` it has taken one, and so has moments."""
+    """Collective: make this rank's engine. With `step` it takes one step, and so has moments."""
     settings = _settings(place, durable=True, background=False)
     with _quiet():
         engine = uni3d.initialize(model=unfilled_model(options), config=settings)[0]
@@ -74,9 +74,9 @@ def make_engine(rank: Rank, place: Place, options: dict[str, Any], *, step: bool
 
 
 def face(rank: Rank, *, durable: bool, background: bool) -> Any:
-    """The engine of this rank as it would be with these settings of `checkpoint`.
+    """Return this rank's engine with these settings of `checkpoint`.
 
-    Engines over the same model and optimizer, so that arms which differ in settings save the same memory.
+    All such engines share one model and optimizer, so arms that differ in settings save the same memory.
     """
     name = f"engine {durable=} {background=}"
     if name not in rank.kept:
@@ -92,39 +92,39 @@ def face(rank: Rank, *, durable: bool, background: bool) -> Any:
 
 
 def save(rank: Rank, run: Path, *, durable: bool) -> None:
-    """A synchronous save."""
+    """Save, and return when it is committed."""
     face(rank, durable=durable, background=False).save_checkpoint(run, "bench")
 
 
 def begin_save(rank: Rank, run: Path) -> None:
-    """Start an asynchronous, durable save; returns when training may go on."""
+    """Start an asynchronous, durable save; return when training may go on."""
     face(rank, durable=True, background=True).save_checkpoint(run, "bench")
 
 
 def wait(rank: Rank) -> None:
-    """Until the asynchronous save is committed."""
+    """Wait until the asynchronous save is committed."""
     face(rank, durable=True, background=True).wait_for_checkpoint()
 
 
 def load(rank: Rank, run: Path) -> None:
-    with _quiet():  # it says what it loaded, in a line
+    with _quiet():  # it prints a line about each load
         rank.kept["engine"].load_checkpoint(run, "bench")
 
 
 def bytes_read(rank: Rank) -> int:
-    """By this rank, in its last load, as uni3d counts them."""
+    """Return the bytes that this rank read in its last load, by uni3d's count."""
     return int(rank.kept["engine"].last_load.bytes_read)
 
 
 def bytes_held(rank: Rank) -> int:
-    """What this rank has of the state, and so what it wants of a checkpoint."""
+    """Return the bytes of this rank's part of the state, which are those it wants of a checkpoint."""
     return sum(array.nbytes for array in local_arrays(rank))
 
 
 def local_arrays(rank: Rank) -> list[npt.NDArray[Any]]:
-    """This rank's parts of all parameters and moments: the memory that the engine trains with.
+    """Return this rank's parts of all parameters and moments: the memory that the engine trains with.
 
-    Read off torch's own objects, without the code that is measured.
+    They come from torch's own objects, without the code that is measured.
     """
     engine = rank.kept["engine"]
     engine.model.zero.reshard()
@@ -139,12 +139,12 @@ def _local_tensors(engine: Any) -> Iterator[Tensor]:
 
 
 def digest(rank: Rank) -> int:
-    """One number for all of this rank's state."""
+    """Return one number that depends on all of this rank's state."""
     return hash(tuple(crc32c(np.ascontiguousarray(array)) for array in local_arrays(rank)))
 
 
 def erase(rank: Rank) -> None:
-    """Make the state wrong, so that only a load makes it right again."""
+    """Overwrite the state, so that only a load brings it back."""
     for array in local_arrays(rank):
         array.fill(np.nan)
 

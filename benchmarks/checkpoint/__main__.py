@@ -1,15 +1,17 @@
-"""Checkpoints beside what the machine can do and what others do: what is claimed, measured.
+"""Measure how fast checkpoints are saved, loaded, resized and exported, beside raw I/O and other frameworks.
 
-    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py                    # everything; half an hour or so
-    python benchmarks/checkpoint.py --only save stall --repeats 3        # some figures
-    python benchmarks/checkpoint.py --small --repeats 1                  # whether it runs at all
+    OMP_NUM_THREADS=1 python -m benchmarks.checkpoint               # every figure; about half an hour
+    python -m benchmarks.checkpoint --only save stall --repeats 3   # some of them
+    python -m benchmarks.checkpoint --small --repeats 1             # a smoke test
 
-Run it on a machine that does nothing else, with 50 GB free below `--folder` and 20 GiB of memory. Arms take
-turns within a figure, and each cell gives the median of `--repeats` rounds (least to most). The state is that
-of a GPT with 134M parameters and AdamW's fp32 moments, 1.5 GiB in 408 arrays, on gloo ranks with one thread
-each. Every save goes into a fresh folder; before each arm the disk is synced, and what earlier ones wrote
-leaves the page cache. With `--deepspeed PYTHON`, an interpreter with DeepSpeed, that is run too; without, its
-published figures (`benchmarks/RESULTS.md`) stand in. To make one:
+Run it from the root of the repository, on an idle machine with 50 GB free below `--folder` and 20 GiB of
+memory. The arms of a figure take turns; each cell is the median of `--repeats` rounds (least to most). The
+model is a GPT with 134M parameters and AdamW's fp32 moments: 1.5 GiB in 408 arrays, on gloo ranks with one
+thread each. Every save goes to a fresh folder. Before each arm the disk is synced, and the files of earlier
+arms leave the page cache.
+
+`--deepspeed PYTHON` names an interpreter that has DeepSpeed, and measures it too. Without it, its published
+figures (`benchmarks/RESULTS.md`) are used. To make such an interpreter:
 
     python3 -m venv .venv-deepspeed
     .venv-deepspeed/bin/pip install torch==2.13.0 numpy safetensors setuptools wheel
@@ -27,15 +29,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-PATHS = [str(HERE), str(HERE.parent)]
-sys.path[:0] = PATHS  # and those of the processes that it starts
-os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-from checkpoint_figures import export, load, memory, resize, save, subject, tiny  # noqa: E402
-from checkpoint_figures.bench import Bench  # noqa: E402
-from checkpoint_figures.table import Row, render  # noqa: E402
-from checkpoint_figures.workspace import Workspace  # noqa: E402
+from benchmarks.checkpoint import export, load, memory, resize, save, subject, tiny
+from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.table import Row, render
+from benchmarks.checkpoint.workspace import Workspace
 
 FIGURES: dict[str, Callable[[Bench], list[Row]]] = {
     "save": save.figures,
@@ -49,7 +46,7 @@ FIGURES: dict[str, Callable[[Bench], list[Row]]] = {
     "memory": memory.figures,
 }
 ROOM_BYTES = 50e9
-"""The most that a figure writes, with DeepSpeed."""
+"""Most bytes that one figure writes, DeepSpeed's included."""
 
 
 def main() -> int:
@@ -80,13 +77,15 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE",
                         help=f"some of {', '.join(FIGURES)}")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; the medians are printed")
-    parser.add_argument("--small", action="store_true", help="a model that is only good for a smoke run")
-    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where to write; cleaned up")
-    parser.add_argument("--json", type=Path, help="write every figure of every round to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5); medians are printed")
+    parser.add_argument("--small", action="store_true", help="a tiny model, for a smoke test")
+    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where to write; emptied at the end")
+    parser.add_argument("--json", type=Path, help="write the figures of every round to this file")
     parser.add_argument("--deepspeed", metavar="PYTHON", help="an interpreter that has DeepSpeed installed")
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""Where the arms write: a fresh folder for each save, and nothing deleted while anything is timed.
+"""Folders that the arms write to: a fresh one for each save, and none deleted while anything is timed.
 
-An ext4 file system without a journal passes over inodes that were freed within the last half minute or so,
-and until then creates files up to 30 times slower. So everything stays until the disk would run full; then
-all goes at once, and the next figure begins when the inodes can be used again.
+An ext4 file system without a journal skips inodes that were freed within the last half minute or so, and
+creates files up to 30 times slower until then. So everything stays until the disk would run full. Then all is
+deleted at once, and the next figure begins when the inodes can be used again.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ class Workspace:
     """A folder for one run of the benchmark."""
 
     def __init__(self, parent: Path, *, room: float, settle: bool) -> None:
-        """`room` bytes shall be free before each figure; `settle` False leaves out the waiting, for runs
-        whose times nobody reads."""
+        """Require `room` free bytes before each figure.
+
+        `settle=False` skips the waiting, for runs whose times do not matter.
+        """
         parent.mkdir(parents=True, exist_ok=True)
         self.root = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=parent))
         self._room = room
         self._settle = settle
         self._count = 0
-        self._deleted_at = time.monotonic()  # or whoever was here before may have deleted just now
+        self._deleted_at = time.monotonic()  # an earlier run may have deleted files just now
 
     def fresh(self, name: str) -> Path:
-        """A path that isn't there yet."""
+        """Return a path that does not exist yet."""
         self._count += 1
         return self.root / f"{self._count:04}-{name}"
 
     def make_room(self) -> None:
-        """Before a figure, when nothing that was written is needed any more: delete it if the disk is filling
-        up, and wait until no deletion can slow down what comes.
+        """Delete old folders if the disk is filling up, and wait until that slows nothing down any more.
+
+        Call it before a figure, when no folder is needed any more.
 
         Raises:
-            RuntimeError: there isn't enough room even so.
+            RuntimeError: if there is still not enough room.
         """
         if self._free() < self._room:
             for path in self.root.iterdir():
@@ -60,10 +63,10 @@ class Workspace:
 
 
 def settle_disk(written: Path | None = None) -> None:
-    """Untimed, before an arm: nothing is left to be written back, and what was `written` leaves the cache.
+    """Sync the disk, and drop the files below `written` from the page cache. Untimed, before or after an arm.
 
-    Without the second, the page cache would be full of earlier arms' files after a few rounds, and later
-    arms would pay for making room.
+    If they stayed, the page cache would be full of earlier arms' files after a few rounds, and later arms
+    would pay for making room.
     """
     os.sync()
     if written is None:
@@ -77,5 +80,5 @@ def settle_disk(written: Path | None = None) -> None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted."""
+    """Return every file below a folder, sorted."""
     return sorted(Path(top) / name for top, _, names in os.walk(folder) for name in names)

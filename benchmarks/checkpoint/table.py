@@ -1,4 +1,4 @@
-"""Figures as rows of a table: ours, the yardstick, their ratio, the bar, and whether it holds."""
+"""Figures as rows of a table: ours, the yardstick, their ratio, the bar, and if it holds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HEADINGS = ("figure", "ours", "the yardstick", "ratio", "the bar", "holds?")
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured, once for each round; or a published range."""
+    """Measurements, one for each round, or a published range."""
 
     values: tuple[float, ...]
     unit: str = "s"
     published: str = ""
-    """Where the figure was taken from, if it wasn't measured in this run."""
+    """Source of a figure that was not measured in this run."""
 
     @property
     def median(self) -> float:
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a row must reach.
+    """Target of a row.
 
     `times_as_fast`: the yardstick's time over ours is at least `limit`. `times_as_much`: ours over the
     yardstick's is at most `limit`. `at_most`: ours is at most `limit`, in its own unit.
@@ -58,7 +58,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. Without a bar it is there to be read beside the others."""
+    """One figure. A row without a bar is only for comparison."""
 
     figure: str
     ours: Sample
@@ -66,11 +66,11 @@ class Row:
     theirs: Sample | None = None
     bar: Bar | None = None
     parts: Mapping[str, Sample] = field(default_factory=dict)
-    """What it is made of, or was chosen from; not in the table, but in the JSON."""
+    """Samples that it is made of or was chosen from; in the JSON, not in the table."""
 
     @property
     def ratio(self) -> float | None:
-        """Of the medians; how many times as fast as the yardstick, unless the bar counts it the other way."""
+        """Ratio of the medians: times as fast as the yardstick, or as much if the bar is `times_as_much`."""
         if self.theirs is None:
             return None
         as_much = self.bar is not None and self.bar.kind == "times_as_much"
@@ -113,12 +113,12 @@ class Row:
 
 
 def number(x: float) -> str:
-    """Three digits that mean something."""
+    """Format with three significant digits."""
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table that can also be read as it is."""
+    """Render the rows as an aligned Markdown table."""
     table = [HEADINGS, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(HEADINGS))]
     lines = [

@@ -1,4 +1,4 @@
-"""What the machine can do with the same bytes, by bare system calls; and zarr-python's own path."""
+"""The same bytes by bare system calls, and by zarr-python's own array path."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint_figures.ranks import Rank
-from checkpoint_figures.workspace import files_below
+from benchmarks.checkpoint.ranks import Rank
+from benchmarks.checkpoint.workspace import files_below
 
 SPARE = 128 << 20
-"""By how much a rank's buffer is larger than its shard, as files don't divide evenly over ranks."""
+"""Excess of a rank's buffer over its shard, as files do not divide evenly over ranks."""
 PAGE = 4096
 
 
 class ArraySpec(NamedTuple):
-    """An array of a checkpoint, as its zarr document has it."""
+    """An array of a checkpoint, from its zarr document."""
 
     path: str
     dtype: str
@@ -32,13 +32,13 @@ class ArraySpec(NamedTuple):
 
 
 def prepare(rank: Rank, nbytes: int) -> None:
-    """A buffer of random bytes for this rank, every page of it touched."""
+    """Make a buffer of random bytes for this rank, with every page touched."""
     generator = np.random.default_rng(rank.rank)
     rank.kept["buffer"] = generator.integers(1 << 62, size=(nbytes + SPARE) // 8).view(np.uint8)
 
 
 def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
-    """Which items each rank takes: the largest first, to whoever has the fewest bytes."""
+    """Assign items to ranks: the largest first, each to the rank with the fewest bytes."""
     shares: list[list[int]] = [[] for _ in range(world)]
     load = [0] * world
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -49,10 +49,10 @@ def deal(sizes: Sequence[int], world: int) -> list[list[int]]:
 
 
 def write_files(rank: Rank, folder: Path, sizes: Sequence[int], *, durable: bool) -> None:
-    """This rank's share of files of these sizes, into a folder of its own.
+    """Write this rank's share of files of these sizes, into a folder of its own.
 
-    With `durable`, each is fsynced after the last was written, and then the folder: that is faster than to
-    sync each before the next is begun.
+    With `durable`, the files are fsynced after the last one is written, and then the folder. That is faster
+    than syncing each before the next.
     """
     mine = folder / f"rank{rank.rank}"
     mine.mkdir(parents=True)
@@ -74,7 +74,7 @@ def write_files(rank: Rank, folder: Path, sizes: Sequence[int], *, durable: bool
 
 
 def read_files(rank: Rank, paths: Sequence[Path], sizes: Sequence[int]) -> None:
-    """This rank's share of these files, into its buffer."""
+    """Read this rank's share of these files into its buffer."""
     buffer, start = memoryview(rank.kept["buffer"]), 0
     for item in deal(sizes, rank.world)[rank.rank]:
         fd = os.open(paths[item], os.O_RDONLY)
@@ -89,7 +89,7 @@ def read_files(rank: Rank, paths: Sequence[Path], sizes: Sequence[int]) -> None:
 
 
 def copy_memory(rank: Rank, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
-    """These arrays, one by one, into this rank's buffer."""
+    """Copy these arrays, one by one, into this rank's buffer."""
     buffer, start = rank.kept["buffer"], 0
     for array in arrays:
         np.copyto(buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
@@ -97,7 +97,7 @@ def copy_memory(rank: Rank, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
 
 
 def zarr_write(rank: Rank, folder: Path, arrays: Sequence[ArraySpec]) -> None:
-    """This rank's share of whole arrays by zarr-python: created, and assigned to."""
+    """Create and assign this rank's share of whole arrays with zarr-python."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
@@ -122,7 +122,7 @@ def zarr_write(rank: Rank, folder: Path, arrays: Sequence[ArraySpec]) -> None:
 
 
 def array_specs(checkpoint: Path) -> list[ArraySpec]:
-    """The arrays of a checkpoint, from its own documents."""
+    """Return the arrays of a checkpoint, from its own documents."""
     members = json.loads((checkpoint / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
     return [
         ArraySpec(
@@ -137,16 +137,16 @@ def array_specs(checkpoint: Path) -> list[ArraySpec]:
 
 
 def is_chunk(path: Path) -> bool:
-    """Whether a file of a checkpoint holds elements, and isn't one of its documents."""
+    """Return whether a file of a checkpoint holds elements and is not a document."""
     return path.name == "c" or path.name.startswith("c.")
 
 
 def chunk_files(checkpoint: Path) -> tuple[list[Path], list[int]]:
-    """The files with elements, and their sizes."""
+    """Return the files with elements, and their sizes."""
     paths = [path for path in files_below(checkpoint) if is_chunk(path)]
     return paths, [path.stat().st_size for path in paths]
 
 
 def file_sizes(checkpoint: Path) -> list[int]:
-    """Of every file, documents included."""
+    """Return the size of every file, documents included."""
     return [path.stat().st_size for path in files_below(checkpoint)]

@@ -1,4 +1,7 @@
-"""A program that imports nothing but `ckpt`, exports, and prints JSON: `export_once.py RUN FILE`."""
+"""Program that imports only `ckpt`, exports, and prints JSON.
+
+python -m benchmarks.checkpoint.export_once RUN FILE
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import time
 from pathlib import Path
 
 import ckpt
-from checkpoint_figures.procfs import MIB, peak_over_start
+from benchmarks.checkpoint.procfs import MIB, peak_over_start
 
 
 def measure(run: Path, path: Path) -> dict[str, float]:
-    """Seconds, the MiB of memory that it took, and the bytes that came out."""
+    """Return the seconds, the MiB of memory and the bytes of an export."""
     with peak_over_start() as peak:
         start = time.perf_counter()
         size = ckpt.export_safetensors(ckpt.open_checkpoint(run), path)

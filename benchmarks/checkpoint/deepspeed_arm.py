@@ -1,16 +1,16 @@
-"""The peer: DeepSpeed's ZeRO checkpoint, made universal, loaded on other ranks, and turned into fp32 weights.
+"""The peer: DeepSpeed's ZeRO checkpoint, made universal, loaded on other ranks, and exported to fp32.
 
-A program of its own, for an interpreter that has torch and DeepSpeed (and needn't have uni3d); `resize.py`
-and `export.py` run it. `python deepspeed_arm.py FOLDER OPTIONS resize RANKS`, or `FOLDER OPTIONS export`,
-prints a line of JSON with the seconds of each step. FOLDER doesn't exist yet, OPTIONS are the GPT's as JSON,
-RANKS is how many processes load. Nothing is synced to the disk.
+A separate program, for an interpreter that has torch and DeepSpeed but not uni3d. `resize.py` and `export.py`
+run it: `python deepspeed_arm.py FOLDER OPTIONS resize RANKS` or `... FOLDER OPTIONS export` prints
+the seconds of each step as a line of JSON. FOLDER must not exist yet, OPTIONS are the GPT's as JSON, RANKS is
+the number of processes that load. Nothing is synced to the disk.
 
     save      two ranks, ZeRO stage 1: `engine.save_checkpoint`
     convert   `ds_to_universal`, with two workers, its temporary files left in place
     load      `engine.load_checkpoint` with `load_universal`
-    export    `zero_to_fp32` into one safetensors file, and by how many MiB its memory rose
+    export    `zero_to_fp32` into one safetensors file, and the rise of its memory in MiB
 
-Imports and start-up aren't timed, but for `export command`, the same `export` as a whole process.
+Imports and start-up are not timed, except in `export command`, which is `export` as a whole process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BATCH, SEQ_LEN, TAG = 12, 4, "bench"
 
 
 def resize(folder: Path, options: dict[str, Any], ranks: int) -> dict[str, float]:
-    """Seconds of each step."""
+    """Return the seconds of each step."""
     return {
         "save": run_ranks(2, folder, options, "save"),
         "convert": alone("convert", folder)["seconds"],
@@ -48,7 +48,7 @@ def resize(folder: Path, options: dict[str, Any], ranks: int) -> dict[str, float
 
 
 def save_and_export(folder: Path, options: dict[str, Any]) -> dict[str, float]:
-    """Seconds, and MiB, of the export."""
+    """Return the seconds and MiB of the export."""
     run_ranks(2, folder, options, "save")
     start = time.perf_counter()
     exported = alone("export", folder)
@@ -57,14 +57,14 @@ def save_and_export(folder: Path, options: dict[str, Any]) -> dict[str, float]:
 
 
 def run_ranks(world: int, folder: Path, options: dict[str, Any], step: str) -> float:
-    """`step` on `world` processes, from when the first began to when the last ended."""
+    """Run `step` on `world` processes; return the seconds from the first start to the last end."""
     mp.spawn(work, args=(world, folder, options, step), nprocs=world)
     times = [json.loads((folder / f"{step}-{rank}.json").read_text()) for rank in range(world)]
     return float(max(t["end"] for t in times) - min(t["start"] for t in times))
 
 
 def work(rank: int, world: int, folder: Path, options: dict[str, Any], step: str) -> None:
-    """A rank's life."""
+    """Body of one rank's process."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{step}", rank=rank, world_size=world)
@@ -84,7 +84,7 @@ def work(rank: int, world: int, folder: Path, options: dict[str, Any], step: str
 
 
 def make_engine(world: int, options: dict[str, Any], *, universal: bool) -> Any:
-    """The GPT with AdamW under ZeRO stage 1."""
+    """Make an engine for the GPT with AdamW, under ZeRO stage 1."""
     import deepspeed
     from model import GPT, GPTConfig
 
@@ -103,7 +103,7 @@ def make_engine(world: int, options: dict[str, Any], *, universal: bool) -> Any:
 
 
 def take_step(engine: Any, vocabulary: int, samples: int) -> None:
-    """One optimizer step, so that there are moments."""
+    """Take one optimizer step, so that there are moments."""
     tokens = torch.randint(vocabulary, (samples, SEQ_LEN + 1))
     total, count = engine.module.loss_fn(engine(tokens[:, :-1]), tokens[:, 1:])
     engine.backward(total / count)
@@ -111,8 +111,8 @@ def take_step(engine: Any, vocabulary: int, samples: int) -> None:
 
 
 def alone(step: str, folder: Path) -> dict[str, float]:
-    """`convert` or `export` in a new process, as a user would run it."""
-    # Not by multiprocessing, whose children start their own workers anew instead of forking them: DeepSpeed's
+    """Run `convert` or `export` in a new process, as a user would."""
+    # Not by multiprocessing: its children would spawn DeepSpeed's workers instead of forking them, and each
     # would import everything again.
     subprocess.run([sys.executable, __file__, str(folder), step], check=True, stdout=subprocess.DEVNULL)
     figures: dict[str, float] = json.loads((folder / f"{step}.json").read_text())
@@ -120,7 +120,7 @@ def alone(step: str, folder: Path) -> dict[str, float]:
 
 
 def convert(folder: Path) -> dict[str, float]:
-    """`ds_to_universal`."""
+    """Time `ds_to_universal`."""
     from deepspeed.checkpoint import ds_to_universal
 
     run = folder / "run"
@@ -129,7 +129,7 @@ def convert(folder: Path) -> dict[str, float]:
         output_folder=str(run / f"{TAG}_universal"),
         num_extract_workers=2,
         num_merge_workers=2,
-        keep_temp_folder=True,  # deleting would slow down whatever creates files next
+        keep_temp_folder=True,  # deleting slows down the creation of files after it
         strict=True,
         inject_missing_state=True,
     )
@@ -139,10 +139,10 @@ def convert(folder: Path) -> dict[str, float]:
 
 
 def export(folder: Path) -> dict[str, float]:
-    """`zero_to_fp32`."""
+    """Time `zero_to_fp32`, and measure its memory."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, start = status("VmRSS"), time.perf_counter()
     convert_zero_checkpoint_to_fp32_state_dict(
         str(folder / "run"), str(folder / "fp32"), max_shard_size=None, safe_serialization=True, tag=TAG
@@ -151,17 +151,17 @@ def export(folder: Path) -> dict[str, float]:
 
 
 def status(entry: str) -> int:
-    """An entry of /proc/self/status, in KiB."""
+    """Return an entry of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
 
 
 def main(target: Path, what: str, *rest: str) -> None:
-    if what in ("convert", "export"):  # this program's own child, see `alone`
+    if what in ("convert", "export"):  # a child of this program, see `alone`
         result = convert(target) if what == "convert" else export(target)
         (target / f"{what}.json").write_text(json.dumps(result))
         return
-    said, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed prints; the answer has the output to itself
+    said, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed prints to stdout; keep it for the answer
     target.mkdir(parents=True)
     options = json.loads(what)
     figures = (
