@@ -27,6 +27,7 @@ from uni3d.engine.data import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper
+from uni3d.manifest import RunManifest
 from uni3d.observe import Observer
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
@@ -314,7 +315,7 @@ class Engine:
         self.last_load = report
         if self.global_rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
-        return checkpoint.url, checkpoint.manifest["client_state"]
+        return checkpoint.url, RunManifest.of(checkpoint).client_state
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""

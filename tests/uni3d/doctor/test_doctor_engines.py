@@ -22,12 +22,13 @@ from parallel.combinations import check_combination
 from parallel.tensor import check_plan, expand_plan
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import load_config
-from uni3d.doctor import checks as doctor_config
 from uni3d.doctor import examine
+from uni3d.doctor.checks import judged
 from uni3d.doctor.rules import fills_rounds, nearest_batch, refused_combination
 from uni3d.doctor.topologies import Asked
 from uni3d.estimate import saved as resharding
 from uni3d.estimate.saved import Source
+from uni3d.manifest import ModelRecord, RunManifest
 
 # --- topologies ----------------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ def compare_degrees(model: Any) -> None:
         for name, p in parameters.items()
     }
     said = {"declared": declared(model), "parameters": {n: {"requires_grad": True} for n in parameters}}
-    source = Source(arrays, {"model": said})
+    source = Source(arrays, RunManifest.read({"model": said}))
     refused = {}
     for degree in range(2, 14):
         try:
@@ -193,7 +194,8 @@ def test_the_styles_that_are_known() -> None:
         (key := ckpt.ArrayKey("a.weight", "fp32")): ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})
     }
     for style in (*tensor._KNOWN, "by a later release"):
-        source = Source(arrays, {"model": {"declared": {"tp_plan": {"a": style}}}})
+        declares = ModelRecord(declared={"tp_plan": {"a": style}})
+        source = Source(arrays, RunManifest(model=declares))
         assert (source.untold_tp() is None) == (style in tensor._KNOWN)
     assert source.refuses_tp(1) is None
     assert (source.refuses_tp(2) or "").startswith("the tp_plan has the style 'by a later release' for a")
@@ -304,15 +306,17 @@ def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) 
     train(engine, global_batches(1))
     engine.save_checkpoint(tmp_path)
     engine.wait_for_checkpoint()
-    manifest = ckpt.open_checkpoint(tmp_path).manifest
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    manifest = RunManifest.of(checkpoint)
     values = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM} | after
     config = load_config(values)
     refused, told = outcome(tmp_path, after)
     assert (refused is not None, bool(told)) == (refusals, warned), (refused, told)
-    assert len(list(doctor_config.refusals(config, manifest))) == refusals
+    judgement = judged(manifest, config, checkpoint)
+    assert len(judgement.refusals) == refusals
     if not refusals:
-        assert len(list(doctor_config.warnings(config, manifest))) == warned
-    assert list(doctor_config.unfit(manifest)) == []
+        assert len(judgement.changes) == warned
+    assert judged(manifest, None, checkpoint) == ([], [])
 
 
 @pytest.mark.usefixtures("alone")
@@ -322,5 +326,6 @@ def test_frozen_parameters_that_were_left_out(tmp_path: Path) -> None:
     engine.wait_for_checkpoint()
     with pytest.raises(ckpt.CheckpointError, match="2 missing in the checkpoint"):
         engine.load_checkpoint(tmp_path)
-    (why,) = doctor_config.unfit(ckpt.open_checkpoint(tmp_path).manifest)
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    (why,), _ = judged(RunManifest.of(checkpoint), None, checkpoint)
     assert why.startswith("2 frozen parameters were left out of it (fixed.weight, ...); load it with")
