@@ -1,7 +1,7 @@
-"""Running a pipeline: torch's stages and schedules, with ZeRO told when each backward pass comes.
+"""Pipeline parallelism with torch's stages and schedules. ZeRO is told of each backward pass.
 
-One stage is a pipeline too: the same schedule with nobody to talk to. A step takes this rank's whole share
-of the global batch and cuts it into micro batches.
+A model in one stage is run by the same class, without a schedule. A step takes this rank's whole share of the
+global batch and splits it into micro batches.
 
 The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al. 2021a), interleaved 1F1B
 (Narayanan et al. 2021b), ZB1P and ZB-V (Zero bubble pipeline parallelism, Qi et al. 2024).
@@ -10,8 +10,7 @@ The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,79 +22,17 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from parallel.combinations import MANY_STAGES
+from parallel.loss import Loss, LossFn, split_logits
 from parallel.pipeline_stage import TorchStage
 from parallel.placement import Placement
 from parallel.settings import Schedule
 from parallel.topology import Topology
 from parallel.zero import Zero
 
-LossFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-"""`(outputs, targets)` of a micro batch -> its loss summed and the number it was summed over, or its mean."""
-
-
 KEPT_SCHEDULES = 4
-"""Schedules that are kept: training's, evaluation's, and some for batches of another shape."""
-
-
-class Loss(NamedTuple):
-    """A loss that can be added up over micro batches and ranks before the division."""
-
-    total: Tensor
-    tokens: Tensor
-    """How many values `total` is the sum of."""
-
-    @classmethod
-    def of(cls, value: Tensor | tuple[Tensor, Tensor]) -> Loss:
-        """What a loss function gave; a single value is a mean, and weighs as one.
-
-        Raises:
-            ValueError: it is neither; a model's loss beside its logits, say.
-        """
-        if isinstance(value, tuple) and not _is_sum_and_count(value):
-            raise ValueError(
-                "a loss is one value, or a tuple of its sum and the number of its terms; got a tuple of "
-                f"{', '.join(map(_described, value))}; return the loss alone, or an object with a .loss"
-            )
-        total, count = value if isinstance(value, tuple) else (value, torch.ones((), device=value.device))
-        if isinstance(total, DTensor):  # computed on logits that were split by vocabulary
-            total = total.full_tensor()
-        if isinstance(count, DTensor):
-            count = count.full_tensor()
-        return cls(total, torch.as_tensor(count, device=total.device))
-
-    def lifted(self, factor: float) -> Tensor:
-        """What a backward pass begins with: the total, multiplied by a loss scale in fp32."""
-        return self.total if factor == 1.0 else self.total.float() * factor
-
-    @classmethod
-    def sum(cls, losses: Sequence[Loss]) -> Loss:
-        # Not in a type of 16 bits, which ends at 65,504 or counts to 256.
-        return cls(
-            torch.stack([loss.total.float() for loss in losses]).sum(),
-            torch.stack([loss.tokens.double() for loss in losses]).sum(),
-        )
-
-
-def _is_sum_and_count(value: tuple[Any, ...]) -> bool:
-    if len(value) != 2 or not isinstance(value[0], Tensor) or value[0].numel() != 1:
-        return False
-    count = value[1]
-    if isinstance(count, Tensor):
-        return count.numel() == 1 and not count.requires_grad
-    return isinstance(count, int | float)
-
-
-def _described(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def split_logits(topology: Topology) -> AbstractContextManager[None]:
-    """Makes cross-entropy work on logits that are split by vocabulary; forward and backward run inside."""
-    return loss_parallel() if topology.degrees.tp > 1 else nullcontext()
+"""Number of schedules that are kept: training's, evaluation's, and some for batches of another shape."""
 
 
 class Pipeline:
@@ -109,7 +46,7 @@ class Pipeline:
         loss_fn: LossFn,
         schedule: Schedule,
     ) -> None:
-        """`zeros` are this rank's stages."""
+        """Take `zeros`, this rank's stages in the placement's order."""
         self._stages = dict(zip(placement.on(topology.pp_rank), zeros, strict=True))
         self._placement = placement
         self._topology = topology
@@ -122,10 +59,11 @@ class Pipeline:
     def run(
         self, inputs: Tensor, targets: Tensor, micro_batches: int, *, train: bool, factor: float = 1.0
     ) -> Loss | None:
-        """Collective over the pipeline: forward, and with `train` backward, of each micro batch.
+        """Run the forward pass of each micro batch and, with `train`, the backward pass.
 
-        `inputs` and `targets` are this rank's samples of the batch, in dim 0, the same on every stage; the
-        first stage uses the inputs, the last the targets. Gradients are of the summed loss times `factor`.
+        Collective over the pipeline. `inputs` and `targets` are this rank's samples of the batch, in dim 0,
+        the same on every stage; the first stage uses the inputs, the last the targets. Gradients are those of
+        the summed loss times `factor`.
 
         Returns the summed loss on the rank of the last stage, None on the others.
         """
@@ -142,10 +80,11 @@ class Pipeline:
                 run(*args, target=targets if ends_here else None, return_outputs=False)
         if not ends_here:
             return None
-        return Loss.sum(self._losses[-micro_batches:])  # a schedule's first run also tries one for its shapes
+        # The last ones, since a new schedule first runs a micro batch to infer shapes.
+        return Loss.sum(self._losses[-micro_batches:])
 
     def _run_alone(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> None:
-        """What a schedule of one stage would do, but that one holds the logits through the backward pass."""
+        """Run the only stage without a schedule, which would keep the logits through the backward pass."""
         (zero,) = self._stages.values()
         module = cast(nn.Module, zero.root)
         parts = zip(inputs.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True)
@@ -156,21 +95,21 @@ class Pipeline:
                 loss.backward()  # type: ignore[no-untyped-call]
 
     def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Any:
-        """torch's schedules are made for one shape; keep one for each that comes along.
+        """Return the schedule for these shapes; torch makes a schedule for one shape.
 
-        A new one tries the stages out, with ZeRO's collectives in it. Data-parallel ranks may have other
-        shapes than this one, so if one of them needs a new schedule, all make one.
+        A new schedule runs the stages once to infer shapes, ZeRO's collectives included. Data-parallel ranks
+        may differ in shapes, so if one of them needs a new schedule, all make one.
         """
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, micro_batches, train)
         if self._topology.degrees.dp > 1:
-            # On the host where there is a way: to read it there, nobody waits for a GPU.
+            # On the CPU where there is a backend for it: reading the result then waits for no GPU.
             device = "cpu" if "cpu" in dist.get_backend_config() else self._topology.device
             missing = torch.tensor(float(key not in self._schedules), device=device)
             dist.all_reduce(missing, dist.ReduceOp.MAX)
             if missing > 0:
                 self._schedules.pop(key, None)
         if key not in self._schedules:
-            if len(self._schedules) == KEPT_SCHEDULES:  # each has buffers of its own
+            if len(self._schedules) == KEPT_SCHEDULES:  # each has its own buffers
                 del self._schedules[next(iter(self._schedules))]
             self._schedules[key] = self._make_schedule(micro_batches)
         return self._schedules[key]
@@ -178,7 +117,7 @@ class Pipeline:
     def _make_schedule(self, micro_batches: int) -> Any:
         stages = [TorchStage(zero, i, self._placement, self._topology) for i, zero in self._stages.items()]
         kind = self._kind
-        # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.
+        # With fewer micro batches than stages 1F1B has no steady state, and torch refuses it.
         if kind == "1f1b" and micro_batches < self._placement.stages:
             kind = "gpipe"
         given = stages if kind in MANY_STAGES else stages[0]
@@ -188,9 +127,7 @@ class Pipeline:
         loss = Loss.of(self._loss_fn(outputs, targets))
         self._losses.append(Loss(loss.total.detach(), loss.tokens))
         lifted = loss.lifted(self._factor)
-        return (
-            lifted.clone() if lifted._is_view() else lifted
-        )  # split backward passes detach it where it lies
+        return lifted.clone() if lifted._is_view() else lifted  # split backward passes detach it in place
 
 
 _SCHEDULES: dict[Schedule, Callable[..., Any]] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel
-from parallel.pipeline import Loss, split_logits
+from parallel.loss import Loss, split_logits
 from parallel.tensor import check_plan, expand_plan, tied_names
 
 GPT_OPTIONS: dict[str, Any] = {

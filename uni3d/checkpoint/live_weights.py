@@ -13,8 +13,7 @@ from torch import Tensor
 
 from parallel import HostComm, ParallelModel
 from parallel.host_comm import Bytes
-from parallel.tensors import named_parameters, persistent_buffers
-from parallel.whole import whole_tensors
+from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
 
 
 def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Tensor]:

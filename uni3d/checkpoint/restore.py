@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 from parallel import HostComm
-from parallel.whole import whole_module
+from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.optimizer_groups import check_optimizer, restore_optimizer
 from uni3d.recovery import StoredWeights

@@ -1,7 +1,7 @@
 """What a config, and the manifest itself, say of a resume: what it would refuse, what it would warn of.
 
-The checks are those of `uni3d.checkpoint.restore` and `uni3d.checkpoint.optimizer_groups`, as far as they can be made without the
-script, which may give an optimizer, groups or a schedule of its own.
+The checks are those of `uni3d.checkpoint.restore` and `uni3d.checkpoint.optimizer_groups`, as far as they can
+be made without the script, which may give an optimizer, groups or a schedule of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt.read import WEIGHT_STATES
+from parallel.combinations import combination_refusal
+from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
 from uni3d.config.optimizer import OptimizerConfig
-from uni3d.doctor.rules import refused_combination
+from uni3d.config.settings import parallel_settings
 
 _STATES = {"amsgrad": "another moment", "momentum": "a momentum", "centered": "a mean gradient"}
 """Hyperparameters without which an optimizer lacks a state, and what that is."""
@@ -42,7 +44,7 @@ def unfit(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def refusals(config: Config, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Why an engine with this config would refuse the checkpoint."""
-    if (why := refused_combination(config)) is not None:
+    if (why := combination_refusal(parallel_settings(config))) is not None:
         yield why
     saved = manifest.get("optimizer")
     if config.optimizer is not None and saved:
@@ -159,15 +161,13 @@ def notes(config: Config | None, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def as_it_is(config: Config, world: int) -> tuple[dict[str, int] | None, str | None]:
     """The degrees and batches that a config, unchanged, makes of so many ranks; or why it refuses them."""
-    from uni3d.cli.config import degrees_of
-
     p = config.parallel
     try:
-        degrees = degrees_of(world, pp=p.pp, dp=p.dp, tp=p.tp)
-        triad = batch_triad(config, degrees["dp"])
+        degrees = resolve_degrees(world, pp=p.pp, dp=p.dp, tp=p.tp)
+        triad = batch_triad(config, degrees.dp)
     except ValueError as error:
         return None, str(error)
-    return {**degrees, **triad.model_dump()}, None
+    return {**vars(degrees), **triad.model_dump()}, None
 
 
 def _class(config: OptimizerConfig) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from parallel import ParallelModel
-from parallel.pipeline import Loss, split_logits
+from parallel.loss import Loss, split_logits
 from parallel.tensor import check_sequence
 from uni3d.config import BatchTriad
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from ckpt import CheckpointError
 from parallel import Failures, ParallelModel
 from parallel.gradients import sum_over_ranks
-from parallel.pipeline import Loss, split_logits
+from parallel.loss import Loss, split_logits
 from uni3d.checkpoint.save import Checkpointer
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.accessors import Accessors

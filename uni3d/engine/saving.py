@@ -162,7 +162,7 @@ class Saving:
         self._check_ready("save_16bit_model")
         if "://" in str(save_dir):
             raise ckpt.CheckpointError(f"save_16bit_model writes into folders, not to {save_dir}")
-        dtype = self.model.zero.precision.compute
+        dtype = self.model.zero.compute_dtype
         comm, path = self.checkpointer.comm, Path(save_dir) / save_filename
         weights = weights_out.whole_on_first_rank(
             self.model, comm, dtype, frozen=not exclude_frozen_parameters

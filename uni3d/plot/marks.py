@@ -12,7 +12,7 @@ from uni3d.plot.metrics import Resize, split_at
 
 if TYPE_CHECKING:
     from ckpt.stores import Store
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt.stores import Store
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
 JSON_LINES = "metrics.jsonl"
 """In a run's folder; or beside it, with the run's name."""
@@ -213,7 +213,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _ranks(row: Mapping[str, Any]) -> Ranks | None:
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
     try:
         return Ranks(**{axis: int(row[axis]) for axis in ("pp", "dp", "tp", "zero")})

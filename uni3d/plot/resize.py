@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from parallel.degrees import Ranks, check_world_size
 from uni3d.estimate.holders import Holders, imported_from, resumed, writers, written_on, zero_so_far
-from uni3d.estimate.save import Ranks, check_world_size
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.plot.layout import Side, name_ranks
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Place:
 
     when: str
     """"before" or "after"."""
-    source: Source
+    source: SavedModel
     """The checkpoint that is spoken of."""
     holders: Holders
     tag: str | None = None
@@ -50,7 +50,7 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
 
 
 def _written(when: str, checkpoint: Checkpoint) -> Place:
-    source = Source(checkpoint.arrays, checkpoint.manifest)
+    source = SavedModel(checkpoint.arrays, checkpoint.manifest)
     try:
         holders = writers(source)
     except ValueError as error:

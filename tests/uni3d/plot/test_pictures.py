@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+import parallel
 from uni3d.estimate import save as paper
 from uni3d.plot.curves import draw_curves, resize_label
 from uni3d.plot.figure import renderer_of
@@ -31,7 +32,7 @@ def metrics_of(tmp_path: Path, rows: list[dict[str, Any]]) -> Metrics:
 
 def test_what_is_drawn(tmp_path: Path) -> None:
     """Curves in pieces, abandoned ones, gaps, what isn't finite, resizes through all panels, checkpoints."""
-    a, b = paper.Ranks(pp=1, dp=2, tp=1, zero=1), paper.Ranks(pp=2, dp=2, tp=1, zero=1)
+    a, b = parallel.Ranks(pp=1, dp=2, tp=1, zero=1), parallel.Ranks(pp=2, dp=2, tp=1, zero=1)
     rows = [{"step": n, "loss": 9.0 - n, "grad_norm": 1.0, "lr": 0.1, **vars(a)} for n in range(1, 7)]
     rows += [{"step": n, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, **vars(b)} for n in (5, 6, 7, 60)]
     rows[7]["loss"] = math.nan
@@ -91,7 +92,7 @@ def test_a_gradient_norm_that_explodes_is_on_a_log_scale(tmp_path: Path) -> None
 def test_labels_of_resizes_do_not_overlap(tmp_path: Path, number: int, labelled: int) -> None:
     """At the end of a run, close to each other; what finds no room is said to."""
     metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0} for n in range(1000)])
-    places = [paper.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(number + 1)]
+    places = [parallel.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(number + 1)]
     resizes = [Resize(950 + n, *pair) for n, pair in enumerate(pairwise(places))]
     figure = draw_curves("x", metrics, resizes, [])
     texts = figure.axes[0].texts
@@ -121,7 +122,7 @@ def assert_apart(figure: Figure, texts: list[Any]) -> None:
 
 
 def side(parts: dict[int, Any], **degrees: int) -> Side:
-    ranks = paper.Ranks(**{"pp": 1, "dp": 1, "tp": 1, "zero": 1, **degrees})
+    ranks = parallel.Ranks(**{"pp": 1, "dp": 1, "tp": 1, "zero": 1, **degrees})
     return Side(title="", ranks=ranks, parts=parts, notes=[])
 
 
