@@ -1,11 +1,11 @@
-"""How long the commands take as a user waits for them, start-up included, and the memory they take.
+"""Measure the commands as a user waits for them, start-up included, and their memory.
 
     OMP_NUM_THREADS=1 python benchmarks/commands.py [--repeats 5] [--mib 1024] [--folder DIR]
 
-In turns, beside a raw limit that does the same reading or writing: `inspect` of 10,000 atoms with two moments
-each (30,000 arrays) beside the parsing of its two documents; `import` of a file of `torch.save`, and exports
-in each format, beside `cp` and a sync of as many bytes. Printed are medians, and the median of the ratios;
-the memory is the most that a process had of its own, without pages of mapped files.
+Each command runs in turns with a raw limit that does the same reading or writing. For `inspect` of 10,000
+atoms with two moments each (30,000 arrays), the limit is parsing its two documents. For `import` of a file
+of `torch.save`, and for exports in each format, it is `cp` and a sync of as many bytes. Medians and the
+median of the ratios are printed. The memory is the peak of a process's own pages, without mapped files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ATOMS, STATES = 10_000, ("fp32", "exp_avg", "exp_avg_sq")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--mib", type=int, default=1024, help="of the weights that are imported and exported")
+    parser.add_argument("--mib", type=int, default=1024, help="size of the weights to import and export")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -102,7 +102,7 @@ def seconds(command: list[object]) -> float:
 
 
 def memory(command: list[str]) -> float:
-    """The most anonymous memory that the process had, in MiB, looked at every few milliseconds."""
+    """Return the peak of the process's anonymous memory in MiB, sampled every few milliseconds."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:

@@ -1,9 +1,9 @@
-"""What it would cost to run tensor parallelism's wrappers on one rank, where they have nothing to do.
+"""Measure the cost of tensor parallelism's wrappers on one rank, where they have nothing to do.
 
     OMP_NUM_THREADS=1 python benchmarks/tensor_parallel_of_one.py
 
-Two copies of the tiny GPT in one process, one of them with its plan applied over a mesh of one rank. Their
-forward and backward passes are timed in turns; printed are the medians and the median of the ratios.
+There are two copies of the tiny GPT in one process, one with its plan applied over a mesh of one rank. Their
+forward and backward passes are timed in turns. The medians and the median of the ratios are printed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The engine beside a bare PyTorch loop of the same model: tokens/s, MFU, memory, and its own Python.
+"""Compare the engine with a bare PyTorch loop of the same model: tokens/s, MFU, memory, time in Python.
 
     OMP_NUM_THREADS=2 python benchmarks/train.py                          # a small GPT, on the CPU
-    python benchmarks/train.py --device cuda --config gpt-1.3b.json --precision bf16 --compile
+    python benchmarks/train.py --device cuda --config 1.3b.json --precision bf16 --compile
 
-One process, so that there is nothing to communicate: what is compared is what the engine adds. The bare loop
-has the same model, casts, clipping and optimizer, written as one would by hand. Both are in one process and
-take steps in turns; printed are medians, and the median of the ratios by round. Memory is measured in another
-process for each. MFU is model FLOPs (`uni3d.observe.flops`) / (seconds x the device's peak, `--peak-tflops`).
+There is one process and nothing to communicate, so the difference is the engine's own cost. The bare loop
+has the same model, casts, clipping and optimizer, as one would write them by hand. Both take steps in
+turns. Medians are printed, and the median of the ratios by round. Memory is measured in a separate process
+for each. MFU is model FLOPs (`uni3d.observe.flops`) / (seconds x the device's peak, `--peak-tflops`).
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--config", help="a file of examples/megatron_gpt/configs; a small GPT by default")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--compile", action="store_true", help="each layer, in both")
+    parser.add_argument("--compile", action="store_true", help="compile each layer, in both")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=2, help="of each in a round")
-    parser.add_argument("--peak-tflops", type=float, help="of the device; 989 for an H100 SXM in bf16")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each in a round")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device; 989 for an H100 SXM in bf16")
     parser.add_argument("--memory-of", choices=["engine", "bare"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def shape(args: argparse.Namespace) -> tuple[GPTConfig, int]:
-    """The model and the length of its sequences."""
+    """Return the model's config and the length of its sequences."""
     if args.config is None:
         return GPTConfig(vocab_size=8192, hidden_size=384, num_layers=6, num_heads=6), 128
     path = ROOT / "examples" / "megatron_gpt" / "configs" / args.config
@@ -90,7 +90,7 @@ def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> tuple[Step
 
 
 def bare_step(args: argparse.Namespace) -> Step:
-    """fp32 masters; in bf16 a copy of them is computed with, and its gradients are added up in fp32."""
+    """Make the bare loop: fp32 masters, and in bf16 a copy to compute with, its gradients summed in fp32."""
     config, _ = shape(args)
     masters = GPT(config).to(args.device)
     dtype = DTYPES[args.precision]
@@ -157,10 +157,10 @@ def synchronize(args: argparse.Namespace) -> None:
 
 
 def own_milliseconds(args: argparse.Namespace) -> float:
-    """Time of a step in this project's own functions: an upper bound, as the profiler slows them.
+    """Milliseconds of a step in uni3d's own functions: an upper bound, as the profiler slows them.
 
-    With as many layers and parameters as the model has, but tiny ones: what is left is Python. By wall time,
-    as reading the clock of CPU time takes longer than many of these functions.
+    The model has as many layers and parameters, but tiny ones, so that only Python's time is left. It is wall
+    time: reading the CPU clock takes longer than many of these functions.
     """
     config, _ = shape(args)
     tiny = dataclasses.replace(
@@ -181,7 +181,7 @@ def own_milliseconds(args: argparse.Namespace) -> float:
 
 
 def peak_bytes(args: argparse.Namespace) -> int:
-    """In this process, which does nothing else: what a few steps take at most, beyond the imports."""
+    """Return the peak memory of a few steps beyond the imports. Run it in a process of its own."""
     before = resident("VmRSS")
     step = engine_step(args, shape(args)[0])[0] if args.memory_of == "engine" else bare_step(args)
     source = batches(args)
@@ -246,7 +246,7 @@ def report(
 
 
 def mfu(args: argparse.Namespace, config: GPTConfig, seq_len: int, rate: float) -> str:
-    """Of `rate` tokens/s, if the device's peak is known."""
+    """Format the MFU at `rate` tokens/s, or nothing if the device's peak is unknown."""
     peak = args.peak_tflops and args.peak_tflops * 1e12
     if peak is None and args.device == "cuda" and args.precision == "bf16":
         peak = flops.peak_flops(torch.cuda.get_device_name())

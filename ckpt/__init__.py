@@ -1,41 +1,49 @@
 """Universal checkpoints: one zarr array ("atom") per tensor, in its own logical shape.
 
-A checkpoint says nothing about the ranks that wrote it, so any number of ranks, split in any way, reads
-the boxes that it needs. Chunks are plain bytes with a crc32c behind them; `manifest.json` is written last
-and names every object with its checksum; nothing is pickled. `docs/format.md` is the specification.
+A checkpoint doesn't depend on the ranks that wrote it: any number of ranks, split in any way, reads the boxes
+that it needs. Chunks are plain bytes followed by a crc32c. `manifest.json` is written last and names every
+object with its checksum. Nothing is pickled. `docs/format.md` is the specification.
 
-    make_plan(layout)                              who writes what, a pure function of what each rank holds
-    save(run, tag, shards, plan=..., comm=...)     every rank writes the chunks it was planned to write,
-                                                   of arrays in memory, or read as they are written
-    open_checkpoint(run, tag=None)                 -> Checkpoint: atoms by name, read whole or by box
-    load(checkpoint, targets, comm=...)            fill existing arrays, after all ranks agreed on the report
-    verify(checkpoint)                             read and check every object, and name what is wrong
-    absent(checkpoint)                             which are missing or cut short, by their sizes alone
-    export_safetensors(checkpoint, path)           one fp32 state_dict file, streamed
-    compare(first, second), statistics(...)        what differs; what the numbers are like
-    prune(run, retention)                          delete old checkpoints, each in one step
+    make_plan(layout)                            plan who writes what, a pure function of what each rank holds
+    save(run, tag, shards, plan=..., comm=...)   write and commit a checkpoint, from arrays in memory or ones
+                                                 that are read part by part
+    open_checkpoint(run, tag=None)               open a Checkpoint: atoms by name, read whole or by box
+    load(checkpoint, targets, comm=...)          fill existing arrays, after all ranks agreed on the report
+    verify(checkpoint)                           read and check every object; list the problems
+    absent(checkpoint)                           list missing and truncated objects, by their sizes alone
+    export_safetensors(checkpoint, path)         write one fp32 state_dict file, streamed
+    compare(first, second), statistics(...)      list differences; summarize the numbers
+    committed_tags(run), read_latest(run)        list the checkpoints of a run, oldest first; find the newest
+    prune(run, retention)                        delete old checkpoints, each in one step
+    agreed, agreed_by_all, from_rank_0           do work on the ranks of a Comm, and fail on all or on none
 
-A run lies in a folder, or at any URL that fsspec knows.
+    box, chunking, plan, shards                  who holds and who writes which part of an array
+    gather, write, save                          writing
+    read, load, verify, tags                     reading, checking, listing and deleting
+    bands, export, compare, stats                streaming over whole arrays
+    format, checksums, stores                    documents, checksums, and the places where objects lie
+    comm, threads, errors                        the rest
 
-This package speaks numpy and boxes. It knows neither what a rank means nor what is trained, and it
-imports no torch.
+A run is a folder, or any URL that fsspec knows. This package knows numpy and boxes, but neither the meaning
+of ranks nor training, and it imports no torch. The imports below are eager: `save`, `load` and `verify` are
+also names of submodules, and importing one of these later would replace the function of that name.
 """
 
 from ckpt.box import Box
-from ckpt.comm import Comm, Solo, from_first, gathered, together
+from ckpt.comm import Comm, Solo, agreed, agreed_by_all, from_rank_0
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
-from ckpt.format import DTYPES, check_json, check_tag, numpy_dtype
+from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
-from ckpt.plan import ArrayKey, ArrayLayout, Layout, Plan, ShardSpec, make_plan, plan_arrays
-from ckpt.presence import absent
+from ckpt.plan import ArrayLayout, Layout, Plan, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
-from ckpt.save import SaveReport, Shard, UnreadShard, save
+from ckpt.save import SaveReport, save
+from ckpt.shards import ArrayKey, Shard, ShardSpec, UnreadShard
 from ckpt.stats import Statistics, statistics
 from ckpt.stores import open_store
 from ckpt.tags import Retention, committed_tags, prune, read_latest
-from ckpt.verify import Problem, extent, verify
+from ckpt.verify import Problem, absent, extent, verify
 
 __all__ = [
     "DTYPES",
@@ -59,7 +67,10 @@ __all__ = [
     "Statistics",
     "UnreadShard",
     "absent",
+    "agreed",
+    "agreed_by_all",
     "check_json",
+    "check_same_tag",
     "check_tag",
     "committed_tags",
     "common_bytes",
@@ -68,8 +79,7 @@ __all__ = [
     "exported_bytes",
     "extent",
     "find_checkpoint",
-    "from_first",
-    "gathered",
+    "from_rank_0",
     "load",
     "make_plan",
     "numpy_dtype",
@@ -80,7 +90,6 @@ __all__ = [
     "read_latest",
     "save",
     "statistics",
-    "together",
     "verify",
     "weights",
 ]

@@ -1,4 +1,4 @@
-"""Going through arrays band by band, so that the memory taken is some bands', whatever the arrays' size."""
+"""Streaming over arrays in bands, in bounded memory whatever the size of the arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ckpt.format import itemsize, numpy_dtype
 from ckpt.read import ArrayInfo, Checkpoint, pieces
 
 BAND_BYTES = 8 << 20
-"""About how much is read at a time by each thread."""
+"""Approximate number of bytes that each thread reads at a time."""
 
 
 def bands(info: ArrayInfo) -> Iterator[Box]:
-    """Cut an array into boxes of about `BAND_BYTES`, each one stretch of its bytes in C order."""
+    """Cut an array into boxes of about `BAND_BYTES`, each contiguous in C order."""
     shape, size = info.shape, itemsize(info.dtype)
     dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) * size <= BAND_BYTES), len(shape))
     if dim == len(shape):
@@ -28,7 +28,7 @@ def bands(info: ArrayInfo) -> Iterator[Box]:
     step = max(1, BAND_BYTES // max(1, math.prod(shape[dim + 1 :]) * size))
     chunk = info.chunk_shape[dim]
     if step > chunk:
-        step = step // chunk * chunk  # whole chunks, so that no block is read twice
+        step = step // chunk * chunk  # whole chunks, so that no checksum block is read twice
     rest = shape[dim + 1 :]
     for index in np.ndindex(*shape[:dim]):
         for start in range(0, shape[dim], step):
@@ -37,14 +37,14 @@ def bands(info: ArrayInfo) -> Iterator[Box]:
 
 
 class BandReader:
-    """Reads boxes of a checkpoint's arrays, verified, into memory that is used again."""
+    """Reads verified boxes of a checkpoint's arrays into buffers that are reused, one per thread."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._memory = threading.local()
 
     def read(self, info: ArrayInfo, box: Box) -> npt.NDArray[Any]:
-        """What is in `box`; it is there until this thread reads the next one."""
+        """Return the content of `box`, valid until this thread's next read."""
         nbytes = box.size * itemsize(info.dtype)
         held: npt.NDArray[np.uint8] | None = getattr(self._memory, "bytes", None)
         if held is None or len(held) < nbytes:

@@ -1,4 +1,4 @@
-"""Axis-aligned parts of arrays, in elements."""
+"""Axis-aligned boxes of arrays, in elements."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Shape = tuple[int, ...]
 
 
 class Box(NamedTuple):
-    """The part of an array that begins at `offset` and has `shape`; both have one entry per dim.
+    """Part of an array that begins at `offset` and has `shape`, each with one entry per dim.
 
-    A named tuple, as plans and reads make hundreds of thousands.
+    A named tuple rather than a dataclass, because plans and reads make hundreds of thousands.
     """
 
     offset: Shape
@@ -24,7 +24,7 @@ class Box(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of elements; a box of no dims (a scalar) has one."""
+        """Number of elements; 1 for a box without dims (a scalar)."""
         return math.prod(self.shape)
 
     @property
@@ -33,14 +33,14 @@ class Box(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Index of the box in the array that it is a part of."""
+        """Index that selects the box in its array."""
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
     def within(self, other: Box) -> bool:
         return self.size == 0 or self.intersect(other) == self
 
     def intersect(self, other: Box) -> Box | None:
-        """The common part, or None where there is none."""
+        """Return the common part, or None if there is none."""
         offset, shape = [], []
         for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
             low, high = max(a, b), min(a + n, b + m)
@@ -51,11 +51,11 @@ class Box(NamedTuple):
         return Box(tuple(offset), tuple(shape))
 
     def relative_to(self, other: Box) -> Box:
-        """The same box, counted from the beginning of `other`."""
+        """Return the same box with offsets counted from the beginning of `other`."""
         return Box(tuple(a - b for a, b in zip(self.offset, other.offset, strict=True)), self.shape)
 
     def span(self, shape: Shape) -> tuple[int, int]:
-        """First and one past the last element of the box in a C-ordered array of `shape`."""
+        """Return the indices of its first and one past its last element in a C-ordered array of `shape`."""
         assert self.size > 0, "an empty box has no span"
         first = last = 0
         for offset, length, dim in zip(self.offset, self.shape, shape, strict=True):
@@ -65,16 +65,16 @@ class Box(NamedTuple):
 
 
 def around(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds all of `boxes`."""
+    """Return the smallest box that contains all of `boxes`."""
     low = tuple(map(min, zip(*(b.offset for b in boxes), strict=True)))
     high = tuple(map(max, zip(*(b.end for b in boxes), strict=True)))
     return Box(low, tuple(b - a for a, b in zip(low, high, strict=True)))
 
 
 def grid(shape: Shape, chunk: Shape, box: Box | None = None) -> Iterator[tuple[Shape, Box]]:
-    """Chunks of a regular grid over an array of `shape` that meet `box`: `(index, box of the chunk)`.
+    """Yield `(index, box)` of each chunk of a regular grid over an array of `shape` that intersects `box`.
 
-    Boxes of chunks at the end are cut off at the array's bounds.
+    Boxes of chunks at the end are clipped to the array's bounds.
     """
     target = Box.whole(shape) if box is None else box
     if target.size == 0:

@@ -1,43 +1,64 @@
-"""What the manifest keeps of a chunk, so that a part of it can be verified: checksums by block."""
+"""crc32c of buffers, of whole chunks and of their blocks.
+
+A chunk's file ends with the crc32c of the whole chunk, as zarr's codec wants it. The manifest also keeps the
+running checksum after each block. Continuing from the checksum before a block over the block's bytes must
+give the checksum after it, so a reader that needs a part of a chunk can verify just that part. The last
+running checksum is the whole chunk's, so each byte is summed once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ckpt.checksum import Buffer, block_bytes, crc32c, hexadecimal
-from ckpt.format import Json
+import crc32c as _crc32c
+
+Buffer = bytes | memoryview
+
+BLOCKS = 48
+"""Most blocks per chunk. A multiple of 2 and 3, so that halves, thirds, ... of a chunk are whole blocks."""
+SMALLEST_BLOCK = 16 << 10
+
+
+def crc32c(data: Buffer, value: int = 0) -> int:
+    """Return the checksum of `data`, continuing from the checksum `value` of the bytes before it."""
+    return int(_crc32c.crc32c(data, value))
+
+
+def block_bytes(chunk_bytes: int) -> int:
+    """Return the block size for a chunk: a multiple of 8, and so of every element's size."""
+    if chunk_bytes <= SMALLEST_BLOCK:
+        return max(chunk_bytes, 8)
+    return max(SMALLEST_BLOCK, -(-chunk_bytes // (BLOCKS * 8)) * 8)
+
+
+def hexadecimal(checksum: int) -> str:
+    """Return the checksum as the manifest stores it, as eight hexadecimal digits."""
+    return f"{checksum:08x}"
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The checksums of one chunk's blocks.
-
-    In version 2 of the format they run on: the one of a block is the chunk's up to its end. In version 1
-    each is of its block alone.
-    """
+    """Running checksums of one chunk: after each block, the checksum of the chunk up to there."""
 
     size: int
-    """Of a block, in bytes; the last one may be shorter."""
+    """Block size in bytes; the last block may be shorter."""
     sums: str
-    """Eight hexadecimal digits of each."""
-    run_on: bool = True
+    """Eight hexadecimal digits per block."""
 
     @classmethod
-    def of_record(cls, record: Json, version_1_block: int | None) -> Blocks:
-        """Those that a manifest's record of a chunk holds."""
-        if version_1_block is not None:
-            sums = record["blocks"] if "blocks" in record else [record["crc32c"]]
-            return cls(version_1_block, "".join(sums), run_on=False)
+    def of_record(cls, record: Mapping[str, Any]) -> Blocks:
+        """Parse a manifest's record of a chunk; without `running`, the chunk is one block."""
         if "running" in record:
             return cls(record["block"], record["running"])
         return cls(record["size"], record["crc32c"])
 
     def first_damaged(self, data: memoryview, first: int) -> int | None:
-        """Index of the first block that isn't what was saved; `data` begins with block `first`."""
+        """Return the index of the first damaged block in `data`, which begins with block `first`."""
         count = -(-len(data) // self.size)
-        if self.run_on and crc32c(data, self._before(first)) == self.sum(first + count - 1):
-            return None  # all at once; block by block only to tell which one
+        if crc32c(data, self._before(first)) == self.sum(first + count - 1):
+            return None  # one pass over everything; block by block only to find the damaged one
         for i, begin in enumerate(range(0, len(data), self.size), start=first):
             if crc32c(data[begin : begin + self.size], self._before(i)) != self.sum(i):
                 return i
@@ -47,15 +68,16 @@ class Blocks:
     def count(self) -> int:
         return len(self.sums) // 8
 
-    def _before(self, i: int) -> int:
-        return self.sum(i - 1) if self.run_on and i else 0
-
     def sum(self, i: int) -> int:
+        """Return the checksum of the chunk up to the end of block `i`."""
         return int(self.sums[8 * i : 8 * i + 8], 16)
+
+    def _before(self, i: int) -> int:
+        return self.sum(i - 1) if i else 0
 
 
 class Summing:
-    """Sums a chunk block by block, while it is written."""
+    """Sums a chunk block by block while it is written."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
@@ -63,8 +85,11 @@ class Summing:
         self.sums: list[int] = []
 
     def blocks(self) -> Iterator[Buffer]:
-        """The chunk's blocks, each summed just before it is given, while it is in the processor's cache;
-        then the checksum of all, as it stands in the file."""
+        """Yield the chunk's blocks, then the checksum as it stands at the end of the file.
+
+        Each block is summed just before it is yielded, so that the write that follows finds it in the
+        processor's cache.
+        """
         checksum = 0
         self.sums.clear()
         for begin in range(0, len(self._data), self.block):
@@ -74,9 +99,9 @@ class Summing:
             yield block
         yield checksum.to_bytes(4, "little")
 
-    def record(self) -> Json:
-        """For the manifest, when all blocks have been summed."""
-        record: Json = {"size": len(self._data) + 4, "crc32c": hexadecimal(self.sums[-1])}
+    def record(self) -> dict[str, Any]:
+        """Return the manifest's record of the chunk, once all blocks have been summed."""
+        record: dict[str, Any] = {"size": len(self._data) + 4, "crc32c": hexadecimal(self.sums[-1])}
         if len(self.sums) > 1:
             record["block"] = self.block
             record["running"] = "".join(map(hexadecimal, self.sums))

@@ -1,7 +1,7 @@
-"""How an array is cut into chunks, given how it is cut between the ranks.
+"""Choice of an array's chunks, given the boxes that ranks hold.
 
-zarr's chunks are a regular grid, cut off at the array's end. Where the ends of the ranks' boxes lie on such a
-grid, a rank's box is a number of whole chunks, which it can write by itself.
+zarr's chunks are a regular grid, clipped at the array's end. If the ranks' boxes end on such a grid, each box
+is a number of whole chunks, which its rank can write without the others.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ckpt.box import Box, Shape, grid
 from ckpt.errors import CheckpointError
 
 GATHER_BELOW_BYTES = 256 << 10
-"""A rank's part of an array that is smaller than this isn't worth a file of its own."""
+"""Smallest part of an array that is worth a file of its own."""
 
 CHUNK_BYTES = 16 << 20
-"""Chunks are cut to about this size: large enough to stream, small enough to share and to read in part."""
+"""Approximate chunk size: large enough to stream, small enough to share out and to read in part."""
 
 TILES = {8: 1 << 20, 4: 256 << 10, 2: 256 << 10}
-"""Chunks are kept narrow along `ShardSpec.fine_dim`: into so many of them if they have these bytes, so that
-large arrays can be read in eighths, and small ones don't become too many files."""
+"""Number of tiles along `ShardSpec.fine_dim` -> smallest tile in bytes. Large arrays can then be read in
+eighths, while small ones don't become too many files."""
 MOST_TILES = 64
-"""Of all ranks together: of an array that many ranks share, a rank's part is a file as it is."""
+"""Most tiles of an array, over all ranks. The parts of an array that many ranks share are small already."""
 
 
 _Chunks = list[tuple[Shape, Box]]
@@ -33,28 +33,28 @@ _Chunks = list[tuple[Shape, Box]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring chunks, which have one writer."""
+    """Adjacent chunks with one writer."""
 
     nbytes: int
     chunks: tuple[tuple[Shape, Box], ...]
-    """Of each its index on the grid and its box."""
+    """Grid index and box of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """All of an array's plan but who writes it."""
+    """An array's plan except for its writers."""
 
     holders: Mapping[Box, tuple[int, ...]]
-    """The ranks' boxes, without empty ones, in order; and who holds each."""
+    """Non-empty box -> the ranks that hold it, in the order of the boxes."""
     ranks: tuple[int, ...]
-    """All of these, in order."""
+    """All ranks that hold a non-empty box, in order."""
     gathered: bool
-    """Whether chunks must be brought together, as the boxes aren't whole ones, or too small to be files."""
+    """True if chunks must be gathered, because boxes aren't whole chunks or are too small to be files."""
     chunk_shape: Shape
     runs: tuple[tuple[Run, ...], ...]
-    """All chunks: of each box in as many runs as its holders can share out; gathered, one by one."""
+    """All chunks. In place: for each box, up to one run per holder. Gathered: one entry, a run per chunk."""
     candidates: tuple[tuple[int, ...], ...] = ()
-    """Of a gathered array, for each chunk the ranks that hold a part of it."""
+    """Gathered arrays only: for each chunk, the ranks that hold a part of it."""
 
 
 def cut_array(
@@ -66,7 +66,7 @@ def cut_array(
     chunk_bytes: int,
     gather_below: int,
 ) -> Cut:
-    """Cut the array of which each rank holds its box. The other arguments are those of `ckpt.plan`.
+    """Choose the chunks of one array; `boxes` maps each rank to its box. See `ckpt.plan` for the rest.
 
     Raises:
         CheckpointError: the boxes leave gaps or overlap.
@@ -79,7 +79,7 @@ def cut_array(
     ends = _cut_points(name, shape, list(holders))
     pitch = tuple(math.gcd(*cut) if cut else max(n, 1) for cut, n in zip(ends, shape, strict=True))
     gathered = not holders or (len(holders) > 1 and math.prod(pitch) * itemsize < gather_below)
-    if gathered:  # as if one rank held it
+    if gathered:  # chunk it as if one rank held all of it
         pitch, ends = tuple(max(n, 1) for n in shape), [[] for _ in shape]
     pitch = _narrowed(pitch, shape, fine_dim, itemsize, 1 if gathered else len(holders))
     chunk_shape = _cut_down(pitch, [bool(cut) for cut in ends], itemsize, chunk_bytes)
@@ -101,11 +101,11 @@ def _touching(holders: Mapping[Box, tuple[int, ...]], chunk: Box) -> tuple[int, 
 
 
 def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
-    """Where the boxes end in each dim, the array's own end left out; proves that they tile the array."""
+    """Return the inner bounds of the boxes in each dim, after proving that the boxes tile the array."""
     intervals = [sorted({(b.offset[d], b.shape[d]) for b in boxes}) for d in range(len(shape))]
     within = all(o >= 0 and o + n <= size for dim, size in zip(intervals, shape, strict=True) for o, n in dim)
     fits = within and sum(b.size for b in boxes) == math.prod(shape)
-    # Boxes that are all combinations of adjoining intervals are disjoint; otherwise compare them in pairs.
+    # A product of adjoining intervals is disjoint. Other boxes are compared in pairs, which is quadratic.
     product = len(boxes) == math.prod(len(dim) for dim in intervals) and all(
         a[0] + a[1] == b[0] for dim in intervals for a, b in pairwise(dim)
     )
@@ -123,11 +123,11 @@ def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
 
 
 def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes: int) -> Shape:
-    """Cut a chunk along `dim`, the array's `fine_dim`, into a number of parts that divides it."""
+    """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles if they are large enough."""
     if dim is None:
         return pitch
     nbytes = math.prod(pitch) * itemsize
-    cut = max(1, -(-shape[dim] // pitch[dim]))  # so many parts there are already
+    cut = max(1, -(-shape[dim] // pitch[dim]))  # tiles that the ranks' cut already makes
     for tiles, least in TILES.items():
         parts = tiles // cut
         if parts and pitch[dim] % parts == 0 and nbytes >= parts * least and boxes * parts <= MOST_TILES:
@@ -136,29 +136,29 @@ def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes:
 
 
 def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int) -> Shape:
-    """Shrink a chunk to about `chunk_bytes`, first dims first, still meeting the cuts between boxes."""
+    """Shrink a chunk to about `chunk_bytes`, first dims first, keeping the boxes whole chunks."""
     shape = list(pitch)
     for dim, length in enumerate(pitch):
         size = math.prod(shape) * itemsize
         if size <= chunk_bytes:
             break
         parts = min(-(-size // chunk_bytes), length)
-        if is_cut[dim]:  # boxes end at multiples of `length`, so only its divisors keep to them
+        if is_cut[dim]:  # boxes end at multiples of `length`, so only divisors fit
             parts = _nearest_divisor(length, parts)
         shape[dim] = -(-length // parts)
-        if shape[dim] > 1:  # a chunk that is still too large is better than one that isn't whole rows
+        if shape[dim] > 1:  # rather too large a chunk than one that isn't whole rows
             break
     return tuple(shape)
 
 
 def _nearest_divisor(length: int, wanted: int) -> int:
-    """The divisor of `length` nearest to `wanted` by ratio, within a factor of 8; 1 if there is none."""
+    """Return the divisor of `length` nearest to `wanted` by ratio, within a factor of 8; 1 if none is."""
     near = [p for p in range(max(1, wanted // 8), min(length, 8 * wanted) + 1) if length % p == 0]
     return min(near, key=lambda p: max(p / wanted, wanted / p), default=1)
 
 
 def _shares(chunks: _Chunks, n: int) -> Iterator[_Chunks]:
-    """Up to `n` runs of neighbouring chunks, so that each of `n` ranks that hold copies writes one range."""
+    """Split chunks into up to `n` runs of adjacent ones, so that each of `n` replicas writes one range."""
     n = min(n, len(chunks))
     ends = [round(i * len(chunks) / n) for i in range(n + 1)]
     return (chunks[a:b] for a, b in pairwise(ends))

@@ -1,4 +1,4 @@
-"""What this package needs of the ranks that save and load together."""
+"""Communication between the ranks that save or load: an interface, and agreement on success or failure."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Comm(Protocol):
     def size(self) -> int: ...
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's small Python value, by rank."""
+        """Return every rank's value, a small Python object, by rank."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on rank 0; on the others an empty list."""
+        """Return every rank's value, by rank, on rank 0, and an empty list on the others."""
         ...
 
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
-        """Send `outgoing[r]` to rank r; get what each rank sent here, of the sizes announced."""
+        """Send `outgoing[r]` to rank r; return the bytes from each rank, of sizes known beforehand."""
         ...
 
 
 class Solo:
-    """A group of one."""
+    """A group of one rank."""
 
     rank = 0
     size = 1
@@ -52,19 +52,23 @@ class Solo:
         return list(outgoing)
 
 
-def gathered(comm: Comm, work: Callable[[], T]) -> list[T]:
-    """Collective: do `work` and return what it gave on each rank; small values, as they travel.
+def agreed_by_all(comm: Comm, work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank and return every rank's result, by rank. Collective.
 
-    If it fails on any rank, every rank raises the same error, that of the lowest rank. Errors of this package
-    keep their text; others are named by their type, so that what is not the user's doing can be told
-    apart. Interrupts are passed on after the others have been told.
+    Results travel between ranks, so they must be small; use `agreed` where each rank needs only its own.
+    If `work` fails on any rank, every rank raises the error of the lowest such rank. An error of this package
+    keeps its text; any other is prefixed with its type, so that a bug doesn't read like a user's mistake.
+
+    Raises:
+        CheckpointError: `work` failed on some rank.
+        BaseException: an interrupt of this rank itself, once the other ranks know of it.
     """
     error: BaseException | None = None
     text: str | None = None
     value: T | None = None
     try:
         value = work()
-    except BaseException as caught:  # whatever it is: the other ranks wait in the gathering below
+    except BaseException as caught:  # even an interrupt: the other ranks wait in the all_gather below
         error = caught
         text = str(caught) if isinstance(caught, CheckpointError) else f"{type(caught).__name__}: {caught}"
     everyone = comm.all_gather((text, value))
@@ -78,13 +82,19 @@ def gathered(comm: Comm, work: Callable[[], T]) -> list[T]:
     raise CheckpointError(f"{text}{where}") from error
 
 
-def together(comm: Comm, work: Callable[[], T]) -> T:
-    """Collective: do `work`, as `gathered` does, and return what it gave here, which stays here."""
+def agreed(comm: Comm, work: Callable[[], T]) -> T:
+    """Do `work` on every rank and return this rank's own result, of any kind and size. Collective.
+
+    Errors are those of `agreed_by_all`: no rank goes on unless all succeeded.
+    """
     results: list[T] = []
-    gathered(comm, lambda: results.append(work()))
+    agreed_by_all(comm, lambda: results.append(work()))
     return results[0]
 
 
-def from_first(comm: Comm, work: Callable[[], T]) -> T:
-    """Collective: what `work` gives on rank 0, the only rank that does it."""
-    return gathered(comm, lambda: work() if comm.rank == 0 else None)[0]  # type: ignore[return-value]
+def from_rank_0(comm: Comm, work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 alone and return its result, a small value, on every rank. Collective.
+
+    Errors are those of `agreed_by_all`.
+    """
+    return agreed_by_all(comm, lambda: work() if comm.rank == 0 else None)[0]  # type: ignore[return-value]

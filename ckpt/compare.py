@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, streamed."""
+"""Differences between two checkpoints, streamed."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.bands import BandReader, bands
-from ckpt.plan import ArrayKey
 from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.shards import ArrayKey
 from ckpt.threads import cores, for_each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of one array in two checkpoints; values are compared only where there is one in both, of one shape."""
+    """Difference of one array; values are compared only if shape and dtype are the same."""
 
     key: ArrayKey
     what: str
     """"values", "shape", "dtype", "only in the first" or "only in the second"."""
     elements: int = 0
-    """How many aren't equal; NaNs are equal to each other."""
+    """Number of elements that differ; NaNs are equal to each other."""
     absolute: float = 0.0
-    """The largest difference; infinite if one is infinite or NaN and the other isn't the same."""
+    """Largest absolute difference; infinite if one is infinite or NaN and the other isn't the same."""
     relative: float = 0.0
-    """The largest difference relative to the larger of the two."""
+    """Largest difference relative to the larger of the two."""
 
 
 def compare(
     first: Checkpoint, second: Checkpoint, *, progress: Callable[[int], None] = lambda n: None
 ) -> list[Difference]:
-    """All arrays that differ, in the order of their names. `progress` is told the bytes read of the first.
+    """Return the arrays that differ, sorted by name. `progress` gets the bytes read of `first`.
 
     Raises:
-        CheckpointError: one is damaged.
+        CheckpointError: either checkpoint is damaged.
     """
     found: dict[ArrayKey, Difference] = {}
     same: list[tuple[ArrayInfo, ArrayInfo]] = []
@@ -74,12 +74,12 @@ def compare(
 
 
 def common_bytes(first: Checkpoint, second: Checkpoint) -> int:
-    """What `compare` reads of the first, at most."""
+    """Return the most bytes of `first` that `compare` reads."""
     return sum(info.nbytes for key, info in first.arrays.items() if key in second.arrays)
 
 
 def _apart(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> tuple[int, float, float]:
-    """How many elements differ, and by how much at most."""
+    """Return how many elements differ, and the largest absolute and relative differences."""
     if a.tobytes() == b.tobytes():
         return 0, 0.0, 0.0
     both = np.isnan(a) & np.isnan(b) if a.dtype.kind not in "biu" else np.zeros(a.shape, bool)

@@ -1,9 +1,9 @@
-"""What this package raises for what a user can meet."""
+"""Errors that users can meet. A mistake in this package's own code is an AssertionError instead."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, found, read or trusted. The message says what to do."""
+    """A checkpoint can't be written, found, read or trusted. The message says what to do."""
 
 
 class PartialLoadError(CheckpointError):
-    """Data turned out to be damaged while it was read: the targets may have changed, and can't be used."""
+    """Data was found damaged while it was loaded: targets may be partly overwritten and can't be used."""

@@ -1,8 +1,8 @@
-"""Weights out: the atoms as one fp32 `state_dict` file in the safetensors format, streamed.
+"""Export of the weights as one fp32 `state_dict` file in the safetensors format, streamed.
 
-Copied band by band, a few at a time, so the memory taken is some bands', whatever the model's size.
-Moments are not read. The format (https://github.com/huggingface/safetensors, "Format"): the header's length
-as 8 bytes, a JSON header with each tensor's dtype, shape and place, then the tensors' bytes.
+Arrays are copied a few bands at a time, in bounded memory whatever the model's size. Optimizer states are
+not read. The format (https://github.com/huggingface/safetensors, "Format"): the header's length as 8 bytes, a
+JSON header with each tensor's dtype, shape and place, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, ArrayInfo]:
-    """The arrays that make up the model's `state_dict`, by name: parameters in fp32, buffers as they are."""
+    """Return the arrays of the model's `state_dict` by name: parameters in fp32, buffers as they are."""
     return {key.atom: info for key, info in checkpoint.arrays.items() if key.state in WEIGHT_STATES}
 
 
@@ -49,13 +49,14 @@ def export_safetensors(
     durable: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> int:
-    """Write the model's `state_dict`, or what it has under `names`, to the file `path`; returns its bytes.
+    """Write the model's `state_dict` to the file `path`; return its size in bytes.
 
-    Parameters are rounded to `dtype` ("bfloat16" or "float16"), if one is given; buffers stay as they are. A
-    tied weight is stored once, under its first name; the file's metadata lists the other names. A mapping as
-    `names`, name in the file -> tensor of the checkpoint, says what there is by which names, whether tied or
-    not. The file appears under its name when it is whole and, with `durable`, on the disk. `progress` is told
-    the bytes written.
+    Args:
+        names: tensors to write (default: all), or a mapping, name in the file -> tensor of the checkpoint.
+            Without a mapping, a tied weight is stored once, and the file's metadata lists its other names.
+        dtype: "bfloat16" or "float16" to round parameters to; buffers stay as they are.
+        durable: sync the file before it gets its name, which it does once it is whole, and then its folder.
+        progress: gets the bytes written.
 
     Raises:
         CheckpointError: `path` exists, a chunk is damaged, or a number is too large for `dtype`.
@@ -91,7 +92,7 @@ def export_safetensors(
                 os.fsync(fd)
         finally:
             os.close(fd)
-        os.rename(temporary, target)
+        os.rename(temporary, target)  # only now, so that a crash leaves no file that looks whole
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -101,18 +102,19 @@ def export_safetensors(
 
 
 def exported_type(info: ArrayInfo, dtype: str | None) -> str:
-    """The type that an array is exported in: only parameters are rounded to `dtype`."""
+    """Return the dtype that an array is exported in; only parameters are rounded to `dtype`."""
     return info.dtype if dtype is None or info.key.state != WEIGHT_STATES[0] else dtype
 
 
 def exported_bytes(info: ArrayInfo, dtype: str | None) -> int:
+    """Return the size of an array in the exported file."""
     return Box.whole(info.shape).size * itemsize(exported_type(info, dtype))
 
 
 def _header(
     tag: str, arrays: dict[str, ArrayInfo], types: dict[str, str], aliases: dict[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The file's head, and where each tensor begins behind it."""
+    """Return the file's head and the offset of each tensor after it."""
     places: dict[str, int] = {}
     metadata = {"format": "pt", "tag": tag}
     if aliases:
@@ -133,7 +135,7 @@ def _header(
 
 
 class _Copier:
-    """Copies bands of arrays to where they lie in the file."""
+    """Copies bands of arrays to their places in the file."""
 
     def __init__(self, checkpoint: Checkpoint, fd: int, progress: Callable[[int], None]) -> None:
         self._reader = BandReader(checkpoint)
@@ -141,7 +143,7 @@ class _Copier:
         self._progress = progress
 
     def copy(self, band: tuple[ArrayInfo, Box, str, int]) -> None:
-        """Copy one band of an array, as the type that it gets, to the file's part that begins at a place."""
+        """Copy one band: its array, the box, the exported dtype, and the array's offset in the file."""
         info, box, dtype, start = band
         if box.size == 0:
             return
@@ -152,10 +154,10 @@ class _Copier:
 
 
 def _rounded(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
-    """`values` in a smaller type, to the nearest, ties to even.
+    """Round `values` to a smaller dtype, to nearest with ties to even.
 
     Raises:
-        CheckpointError: one would become infinite.
+        CheckpointError: a finite value would become infinite.
     """
     with np.errstate(over="ignore"):
         rounded = values.astype(numpy_dtype(dtype))

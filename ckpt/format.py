@@ -1,10 +1,10 @@
-"""The documents of a checkpoint: names, zarr metadata, the manifest; specified in `docs/format.md`."""
+"""Documents of a checkpoint: names, zarr metadata, the manifest. Specified in `docs/format.md`."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -12,12 +12,11 @@ from urllib.parse import quote
 import numpy as np
 
 from ckpt.box import Shape
-from ckpt.checksum import crc32c, hexadecimal
+from ckpt.checksums import crc32c, hexadecimal
 from ckpt.errors import CheckpointError
 
 FORMAT_NAME = "uni3d"
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 ZARR = "zarr.json"
@@ -27,7 +26,7 @@ _WIDTHS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64
 DTYPES = frozenset(
     {"bool", "bfloat16"} | {f"{kind}{bits}" for kind, widths in _WIDTHS.items() for bits in widths}
 )
-"""What an array can hold: the types that zarr v3's core specification names, and bfloat16."""
+"""Element types of arrays: those of zarr v3's core specification, and bfloat16."""
 
 _BFLOAT16_NAN = 0x7FC0
 
@@ -35,7 +34,11 @@ Json = dict[str, Any]
 
 
 def check_tag(tag: str) -> str:
-    """The tag as a string, or a ValueError when it can't be a folder's name."""
+    """Return the tag.
+
+    Raises:
+        ValueError: it can't be a folder's name.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", tag) or tag == LATEST:
         raise ValueError(
             f"tag {tag!r} can't name a checkpoint: use up to 200 letters, digits, '_', '-' and '.', "
@@ -44,8 +47,24 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+def check_same_tag(tags: Sequence[str]) -> None:
+    """Check that all ranks were given the same tag, and that it can name a checkpoint.
+
+    Raises:
+        CheckpointError: it can't, or the tags differ.
+    """
+    if len(set(tags)) > 1:
+        raise CheckpointError(
+            f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
+        )
+    try:
+        check_tag(tags[0])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def leftover_tag(name: str) -> str | None:
-    """The tag that a save or a deletion with this name in the run's folder was of; None for other names."""
+    """Return the tag of an unfinished save or deletion, given its name; None for other names."""
     for prefix in (SAVING, DELETING):
         if name.startswith(prefix) and is_tag(name.removeprefix(prefix)):
             return name.removeprefix(prefix)
@@ -61,17 +80,17 @@ def is_tag(name: str) -> bool:
 
 
 def atom_path(atom: str) -> str:
-    """Folder of an atom below its checkpoint."""
+    """Return the folder of an atom, relative to its checkpoint."""
     return f"atoms/{_file_name(atom)}"
 
 
 def array_path(atom: str, state: str) -> str:
-    """Folder of a state of an atom below its checkpoint."""
+    """Return the folder of an array, relative to its checkpoint."""
     return f"{atom_path(atom)}/{_file_name(state)}"
 
 
 def _file_name(name: str) -> str:
-    """The name with the characters that a file name, or a zarr node, can't have percent-encoded."""
+    """Percent-encode the characters that a file name or a zarr node can't have."""
     quoted = quote(name, safe="")
     if quoted.startswith((".", "__")) or quoted == ZARR:
         quoted = f"%{ord(quoted[0]):02X}{quoted[1:]}"
@@ -83,14 +102,14 @@ def _file_name(name: str) -> str:
 
 
 def chunk_key(index: Shape) -> str:
-    """zarr's default chunk key with '.' between the indices: `c.0.1`, and `c` for a scalar."""
+    """Return zarr's default chunk key with '.' between the indices: `c.0.1`, and `c` for a scalar."""
     return ".".join(["c", *map(str, index)])
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type of one of `DTYPES`."""
+    """Return the numpy dtype of one of `DTYPES`."""
     if dtype == "bfloat16":
-        from ml_dtypes import bfloat16  # registered nowhere: numpy has no such type of its own
+        from ml_dtypes import bfloat16  # numpy has no such type of its own
 
         return np.dtype(bfloat16)  # type: ignore[no-any-return]
     return np.dtype(dtype)
@@ -102,7 +121,7 @@ def itemsize(dtype: str) -> int:
 
 @lru_cache
 def _array_template(dtype: str) -> Json:
-    """zarr's own metadata document for an array of `dtype`; zarr is imported only by those who write."""
+    """Return zarr's own metadata document for an array of `dtype`. Only writers import zarr: it is slow."""
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.core.dtype import get_data_type_from_native_dtype
     from zarr.core.metadata.v3 import ArrayV3Metadata
@@ -123,19 +142,19 @@ def _array_template(dtype: str) -> Json:
 
 
 def fill_value(dtype: str) -> float | int | bool:
-    """NaN where there is one: a chunk that got lost must never read as zeros."""
+    """Return the fill value, NaN for floats: a lost chunk must never read as zeros."""
     kind = "f" if dtype == "bfloat16" else np.dtype(dtype).kind
     return float("nan") if kind == "f" else False if kind == "b" else 0
 
 
 def array_document(dtype: str, shape: Shape, chunk_shape: Shape) -> Json:
-    """The `zarr.json` of one array."""
+    """Return the `zarr.json` of one array."""
     grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}}
     return {**_array_template(dtype), "shape": list(shape), "chunk_grid": grid}
 
 
 def document_dtype(document: Json) -> str:
-    """The type of an array's elements, by its `zarr.json`."""
+    """Return the element type of an array, given its `zarr.json`."""
     stored: str = document["data_type"]
     if stored == "uint16" and document.get("attributes", {}).get("dtype") == "bfloat16":
         return "bfloat16"
@@ -143,7 +162,7 @@ def document_dtype(document: Json) -> str:
 
 
 def group_document(members: Mapping[str, Json] | None = None) -> Json:
-    """The `zarr.json` of a group; with `members` (path -> document), consolidated."""
+    """Return the `zarr.json` of a group; with `members` (path -> document), consolidated."""
     document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     if members is not None:
         document["consolidated_metadata"] = {
@@ -159,7 +178,7 @@ def encode_document(document: Json) -> bytes:
 
 
 def encode_manifest(manifest: Json) -> bytes:
-    """One JSON object, a line for each key; the first line holds the checksum of every byte after it."""
+    """Encode as one JSON object, a line per key; the first line holds the checksum of all bytes after it."""
     lines = [
         f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'), allow_nan=False)}"
         for key, value in manifest.items()
@@ -169,7 +188,7 @@ def encode_manifest(manifest: Json) -> bytes:
 
 
 def object_record(data: bytes) -> Json:
-    """What the manifest says of a whole object."""
+    """Return the manifest's record of a whole object."""
     return {"size": len(data), "crc32c": hexadecimal(crc32c(data))}
 
 
@@ -177,7 +196,7 @@ def decode_manifest(data: bytes, source: str) -> Json:
     """Parse and verify a manifest. `source` names it in errors.
 
     Raises:
-        CheckpointError: it is damaged, not one of ours, or of a newer version.
+        CheckpointError: it is damaged, or of another format or version.
     """
     head, _, rest = data.partition(b"\n")
     match = re.fullmatch(rb'\{"crc32c": "([0-9a-f]{8})",', head)
@@ -189,23 +208,22 @@ def decode_manifest(data: bytes, source: str) -> Json:
     if manifest.get("format") != FORMAT_NAME:
         raise CheckpointError(f"{source} has format {manifest.get('format')!r}, expected {FORMAT_NAME!r}")
     version = manifest.get("version")
-    if version not in READABLE_VERSIONS:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{source} has format version {version!r}; this release reads up to version "
-            f"{FORMAT_VERSION}, so read it with the release that wrote it, or a newer one"
+            f"{source} has format version {version!r}, expected {FORMAT_VERSION}; "
+            "read it with the release that wrote it, or a newer one"
         )
-    needed = ("tag", "documents", "chunks", *(("block_bytes",) if version == 1 else ()))
-    missing = [key for key in needed if key not in manifest]
+    missing = [key for key in ("tag", "documents", "chunks") if key not in manifest]
     if missing:
         raise CheckpointError(f"{source} has no {' and no '.join(map(repr, missing))}; use another tag")
     return manifest
 
 
 def check_json(value: Any, where: str) -> None:
-    """Refuse what JSON wouldn't give back as it was: silently changed types are how resumes go wrong.
+    """Check that JSON would return `value` unchanged: a type that changes silently breaks a resume.
 
     Raises:
-        CheckpointError: naming the place of the first such value.
+        CheckpointError: it wouldn't; the message names the place of the first such value.
     """
     if isinstance(value, dict):
         for key, item in value.items():

@@ -1,43 +1,41 @@
-"""Bringing ragged and small arrays together on the ranks that write them, in a few flat exchanges."""
+"""Gathering ragged and small arrays on the ranks that write them, in a few flat exchanges."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ckpt.box import Box
 from ckpt.comm import Bytes, Comm
 from ckpt.format import itemsize, numpy_dtype
-from ckpt.plan import ArrayKey, ArrayPlan, Chunk, Plan
+from ckpt.plan import ArrayPlan, Chunk, Plan
+from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.write import Write
 
-if TYPE_CHECKING:
-    from ckpt.save import Shard, UnreadShard
-
 ROUND_BYTES = 16 << 20
-"""The most that a rank gets in one exchange, but for a single chunk; it bounds what gathering takes."""
+"""Most bytes that a rank receives per exchange, except for a single larger chunk; bounds the memory."""
 
 
 Pieces = tuple[tuple[int, Box], ...]
 
 
 class Gathering(NamedTuple):
-    """One chunk to bring together."""
+    """One chunk to gather."""
 
     array: ArrayPlan
     chunk: Chunk
     pieces: Pieces
-    """What each rank sends of it, in the order in which it is sent."""
+    """Source rank and box of each piece, in the order of sending."""
 
 
 def rounds(plan: Plan) -> Iterator[list[Gathering]]:
-    """The chunks of gathered arrays in batches, so that no rank gets more than `ROUND_BYTES`."""
+    """Yield the chunks of gathered arrays in batches in which no rank receives more than `ROUND_BYTES`."""
     batch: list[Gathering] = []
     load: dict[int, int] = defaultdict(int)
-    known: dict[object, list[Pieces]] = {}  # the planner shares the sources of arrays that are cut alike
+    known: dict[object, list[Pieces]] = {}  # arrays that are cut alike share their `sources`
     for array in plan.arrays:
         if not array.sources:
             continue
@@ -64,7 +62,7 @@ def _pieces(chunk: Chunk, sources: Pieces) -> Pieces:
 def outgoing(
     batch: Sequence[Gathering], held: Mapping[ArrayKey, Shard | UnreadShard], comm: Comm
 ) -> tuple[list[Bytes], list[int]]:
-    """This rank's bytes for each writer, in the plan's order, and how many it gets from each rank."""
+    """Return this rank's bytes for each writer, in plan order, and the number of bytes from each rank."""
     parts: list[list[Bytes]] = [[] for _ in range(comm.size)]
     incoming = [0] * comm.size
     for array, chunk, pieces in batch:
@@ -79,7 +77,7 @@ def outgoing(
 
 
 def arrived(batch: Sequence[Gathering], received: Sequence[Bytes], rank: int) -> Iterator[Write]:
-    """Put the pieces that arrived together, in the order in which the plan made their ranks send them."""
+    """Assemble this rank's chunks from the received pieces, which come in plan order from each rank."""
     cursor = [0] * len(received)
     for array, chunk, pieces in batch:
         if chunk.writer != rank:

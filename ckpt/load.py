@@ -1,8 +1,8 @@
-"""Loading into arrays that exist: compare first, agree, then read.
+"""Loading into existing arrays: compare, agree, then read.
 
-The targets say what is wanted; the checkpoint says what there is. All ranks agree on the difference before
-any target changes, so that a load either goes ahead everywhere or fails everywhere, and what it did is
-reported: nothing is restored, defaulted or dropped in silence.
+All ranks agree on the difference between their targets and the checkpoint before any target changes, so a
+load goes ahead on all ranks or fails on all. Its report lists every array that was restored, defaulted or
+dropped.
 """
 
 from __future__ import annotations
@@ -11,29 +11,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from ckpt.comm import Comm, together
+from ckpt.comm import Comm, agreed
 from ckpt.errors import CheckpointError, PartialLoadError
-from ckpt.plan import ArrayKey
 from ckpt.read import Checkpoint, pieces
-from ckpt.save import Shard
+from ckpt.shards import ArrayKey, Shard
 from ckpt.threads import cores, for_each
 
 Target = Shard
-"""A rank's part of an array, with the memory to fill."""
+"""A rank's part of an array, whose memory a load fills."""
 
 
 @dataclass(kw_only=True)
 class LoadReport:
-    """What a load did with each array, over all ranks; names are `atom/state`."""
+    """Outcome of a load for each array, over all ranks; names are `atom/state`."""
 
     tag: str
     restored: list[str] = field(default_factory=list)
     defaulted: dict[str, str] = field(default_factory=dict)
-    """Wanted but not in the checkpoint: left as it was, and why."""
+    """Arrays that were expected but not in the checkpoint, and so left as they were -> the reason."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """In the checkpoint but not wanted, and why."""
+    """Arrays of the checkpoint that were not loaded -> the reason."""
     bytes_read: int = 0
-    """By this rank."""
+    """Bytes that this rank read."""
 
     def __str__(self) -> str:
         parts = [f"{self.tag}: {len(self.restored)} arrays restored"]
@@ -51,22 +50,24 @@ def load(
     leave: Callable[[ArrayKey], str | None] = lambda key: None,
     threads: int | None = None,
 ) -> LoadReport:
-    """Collective: fill this rank's `targets` from the checkpoint.
+    """Fill this rank's `targets` from the checkpoint. Collective.
 
-    `leave` gives the reason why an array of the checkpoint is deliberately not loaded, or None. With
-    `strict`, any other array that is wanted and missing, or there and unwanted, is an error; without,
-    it is reported. A different shape or dtype is always an error.
+    Args:
+        strict: raise on missing and unexpected arrays, rather than only report them. A different shape or
+            dtype is always an error.
+        leave: returns the reason why an array of the checkpoint is deliberately not loaded, or None. Arrays
+            with a reason aren't unexpected.
 
     Raises:
-        CheckpointError: something doesn't fit; the same on all ranks, and no target has changed.
+        CheckpointError: the targets don't fit; the same on all ranks, and no target has changed.
         PartialLoadError: data is damaged; the same on all ranks, and targets may have changed.
     """
     everyone = _wanted_by_all({t.spec.key for t in targets}, comm)
     report = LoadReport(tag=checkpoint.tag)
-    together(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
+    agreed(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
     there = [t for t in targets if t.spec.key in checkpoint.arrays]
     try:
-        report.bytes_read = together(comm, lambda: _read_all(checkpoint, there, threads))
+        report.bytes_read = agreed(comm, lambda: _read_all(checkpoint, there, threads))
     except CheckpointError as error:
         raise PartialLoadError(str(error)) from error
     return report
@@ -80,7 +81,7 @@ def _compare(
     leave: Callable[[ArrayKey], str | None],
     report: LoadReport,
 ) -> None:
-    """Fill the report; raise if the load can't go ahead. `everyone` holds what any rank wants."""
+    """Fill the report; raise if the load can't go ahead. `everyone` holds the targets' keys of all ranks."""
     there = checkpoint.arrays
     for target in targets:
         info = there.get(target.spec.key)
@@ -102,19 +103,19 @@ def _compare(
         if missing:
             problems.append(f"{len(missing)} missing in the checkpoint: {_some(missing)}")
         if unexpected:
-            problems.append(f"{len(unexpected)} that nothing wants: {_some(unexpected)}")
+            problems.append(f"{len(unexpected)} unexpected in the checkpoint: {_some(unexpected)}")
         raise CheckpointError("; ".join(problems))
 
 
 def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
-    """What any rank wants. Most ranks want what another one does too, and then say no more than that."""
+    """Return the union of all ranks' keys. Among ranks with equal keys, only the first sends them."""
     digest = blake2b(repr(sorted(wanted)).encode(), digest_size=16).digest()
     speaks = comm.all_gather(digest).index(digest) == comm.rank
     return set().union(*comm.all_gather(wanted if speaks else set()))
 
 
 def _read_all(checkpoint: Checkpoint, targets: Sequence[Target], threads: int | None) -> int:
-    """Read every piece of every target, with a few threads; returns the bytes read."""
+    """Read every piece of every target, with a few threads; return the bytes read."""
     jobs = [
         (piece, target.data)
         for target in targets

@@ -1,14 +1,13 @@
-"""Who writes what: a pure function of what each rank holds.
+"""Planning of a save: which rank writes which chunk, a pure function of the parts that ranks hold.
 
-Every rank computes the same plan from the same layout, so that nothing is negotiated. The plan proves
-three things before a byte moves: all ranks agree on each array's shape and type, their boxes cover it
-exactly once (or are copies of each other), and each chunk has one writer. Ranks that share no array (those
-of different pipeline stages) need know nothing of each other: each plans for the ranks that it shares with.
+Every rank computes the same plan from the same layout, so nothing is negotiated. Before a byte moves, the
+plan proves that all ranks agree on each array's shape and dtype, that their boxes cover it exactly once (or
+are replicas), and that each chunk has one writer. Ranks that share no array, as those of different pipeline
+stages, plan separately.
 
-An array is written in one of two ways. *In place*: the cuts between the ranks' boxes are a regular grid,
-which is what zarr's chunks are; each rank writes its own chunks, and ranks that hold copies share them.
-*Gathered*: the cut is ragged, or the parts are too small to be files; one rank gets all of a chunk and
-writes it.
+An array is written in one of two ways. *In place*: the boxes are whole chunks of a regular grid, as zarr
+needs it; each rank writes its own chunks, and replicas share them out. *Gathered*: the boxes are ragged, or
+too small to be files; one rank receives all of a chunk and writes it.
 """
 
 from __future__ import annotations
@@ -25,34 +24,13 @@ from ckpt.box import Box, Shape, around
 from ckpt.chunking import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize
-
-
-class ArrayKey(NamedTuple):
-    """One array of a checkpoint: a state (`fp32`, `exp_avg`, ...) of an atom."""
-
-    atom: str
-    state: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSpec:
-    """What one rank holds of one array."""
-
-    key: ArrayKey
-    dtype: str
-    """A numpy name: `float32`, `int64`, ..."""
-    shape: Shape
-    """Of the whole array."""
-    box: Box
-    """The rank's part; empty where it holds nothing of it."""
-    fine_dim: int | None = None
-    """A dim after the first along which other topologies cut the array: chunks are kept narrow along it, so
-    that a part can be read without the rest of its rows. (Along the first dim any part is a range of bytes.)
-    """
+from ckpt.shards import ArrayKey, ShardSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
+    """One chunk of an array, and the rank that writes it."""
+
     index: Shape
     box: Box
     writer: int
@@ -60,7 +38,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ArrayPlan:
-    """How one array is written."""
+    """Plan of one array."""
 
     key: ArrayKey
     dtype: str
@@ -68,7 +46,7 @@ class ArrayPlan:
     chunk_shape: Shape
     chunks: tuple[Chunk, ...]
     sources: tuple[tuple[int, Box], ...]
-    """For a gathered array, which rank sends which box to those who write its chunks; otherwise empty."""
+    """Gathered arrays only: the rank that sends each box to the writers of its chunks."""
     owner: int
     """The rank that writes the array's metadata."""
 
@@ -79,20 +57,20 @@ class ArrayPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the arrays of a layout are written; the same on all ranks of that layout."""
+    """Plan of all arrays of a layout; the same on all of the layout's ranks."""
 
     arrays: tuple[ArrayPlan, ...]
-    """By key."""
+    """Sorted by key."""
     ranks: tuple[int, ...]
-    """Those that the plan was made for."""
+    """Ranks that the plan was made for."""
 
     @cached_property
     def digest(self) -> str:
-        """Equal where the plans are."""
+        """Digest of the plan: equal for equal plans, in any process."""
         return blake2b(repr((self.ranks, self.arrays)).encode(), digest_size=16).hexdigest()
 
     def parts(self, rank: int) -> dict[ArrayKey, Box]:
-        """What `rank` must bring: of each array the smallest box with all that it writes or sends."""
+        """Return, for each array, the smallest box that holds everything that `rank` writes or sends."""
         parts: dict[ArrayKey, Box] = {}
         for plan in self.arrays:
             if plan.sources:
@@ -104,7 +82,7 @@ class Plan:
         return parts
 
     def bytes_written(self) -> dict[int, int]:
-        """By each rank."""
+        """Return the bytes that each rank writes."""
         written = dict.fromkeys(self.ranks, 0)
         for plan in self.arrays:
             for chunk in plan.chunks:
@@ -113,17 +91,17 @@ class Plan:
 
 
 Layout = Mapping[int, Sequence[ShardSpec]]
-"""What each rank holds; at least all ranks that hold a part of any array in it."""
+"""Rank -> the parts that it holds; must include all ranks that hold a part of any array in it."""
 
 
 class ArrayLayout(NamedTuple):
-    """One array, and what each rank holds of it: a `Layout` the other way round."""
+    """One array and the boxes that ranks hold of it: a `Layout`, seen by array."""
 
     key: ArrayKey
     dtype: str
     shape: Shape
     boxes: Mapping[int, Box]
-    """By rank. Arrays that are cut alike may share the mapping, which makes planning fast."""
+    """Rank -> its box. Arrays that are cut alike may share the mapping, which makes planning fast."""
     fine_dim: int | None = None
 
 
@@ -145,7 +123,7 @@ def plan_arrays(
     chunk_bytes: int = CHUNK_BYTES,
     gather_below: int = GATHER_BELOW_BYTES,
 ) -> Plan:
-    """`make_plan` for those who know the layout array by array; `ranks` are all that there are."""
+    """Plan as `make_plan` does, given the layout by array; `ranks` are all the ranks."""
     arrays = sorted(arrays, key=lambda array: array.key)
     load = dict.fromkeys(sorted(ranks), 0)  # bytes given to each rank so far
     plans: dict[ArrayKey, ArrayPlan] = {}
@@ -155,14 +133,14 @@ def plan_arrays(
             ragged.append((array, alike))
         else:
             plans[array.key] = _in_place(array, alike, load)
-    for array, alike in ragged:  # after the others, as any holder can write these, and so even out the load
+    for array, alike in ragged:  # last, as any holder can write these: they even out the load
         plans[array.key] = _gathered(array, alike, load)
-    assert len(plans) == len(arrays), "an array is there once"
+    assert len(plans) == len(arrays), "each array is listed once"
     return Plan(tuple(plans[array.key] for array in arrays), tuple(load))
 
 
 def _by_array(layout: Layout) -> list[ArrayLayout]:
-    """Turn the layout round, checking that ranks mean the same array."""
+    """Regroup a layout by array, checking that ranks agree on each array."""
     arrays: dict[ArrayKey, tuple[ShardSpec, dict[int, Box]]] = {}
     for rank, specs in sorted(layout.items()):
         for spec in specs:
@@ -182,13 +160,13 @@ def _by_array(layout: Layout) -> list[ArrayLayout]:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """What arrays of one type and shape have in common that ranks hold alike; a model has few such kinds."""
+    """Plan shared by arrays of one dtype and shape that ranks hold alike; a model has few such kinds."""
 
     cut: Cut
     chunks: dict[tuple[int, ...], tuple[Chunk, ...]] = field(default_factory=dict)
-    """By the writers of the runs."""
+    """Writers of the runs -> the chunks."""
     sources: dict[tuple[int, ...], tuple[tuple[int, Box], ...]] = field(default_factory=dict)
-    """By the writers; by none where no rank has a copy of another's part, and so there is no choice."""
+    """Writers of the runs -> the sources; the key is empty if there are no replicas and so no choice."""
 
     def written_by(self, writers: tuple[int, ...]) -> tuple[Chunk, ...]:
         if writers not in self.chunks:
@@ -201,7 +179,7 @@ class _Alike:
         return self.chunks[writers]
 
     def sent_to(self, writers: tuple[int, ...]) -> tuple[tuple[int, Box], ...]:
-        """Of each box the rank that sends it: a writer, which then has it already, or else the first."""
+        """Return the rank that sends each box: a writer that holds it anyway, or else the first."""
         holders = self.cut.holders
         key = writers if len(self.cut.ranks) > len(holders) else ()
         if key not in self.sources:
@@ -216,7 +194,7 @@ def _cut_all(
 ) -> Iterator[tuple[ArrayLayout, _Alike]]:
     kinds: dict[Any, _Alike] = {}
     contents: dict[Any, int] = {}
-    known: dict[int, int] = {}  # by the mapping's identity, as comparing thousands of boxes takes its time
+    known: dict[int, int] = {}  # by identity of the mapping, as comparing thousands of boxes is slow
     for array in arrays:
         if id(array.boxes) not in known:
             known[id(array.boxes)] = contents.setdefault(tuple(array.boxes.items()), len(contents))
@@ -231,10 +209,10 @@ def _cut_all(
 
 
 def _in_place(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayPlan:
-    """Each run of chunks goes to the least loaded of the ranks that hold copies of it."""
+    """Give each run of chunks to the least loaded of its replicas."""
     cut, writers = alike.cut, []
     for runs, ranks in zip(cut.runs, cut.holders.values(), strict=True):
-        if len(ranks) == 1:  # most are, of a large model; they have one run
+        if len(ranks) == 1:  # most boxes of a large model; they have one run
             writers.append(ranks[0])
             load[ranks[0]] += runs[0].nbytes
             continue
@@ -250,10 +228,10 @@ def _in_place(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayP
 
 
 def _gathered(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayPlan:
-    """Each chunk goes to the least loaded of those that hold a part of it."""
+    """Give each chunk to the least loaded of the ranks that hold a part of it."""
     cut, writers = alike.cut, []
     for run, candidates in zip(cut.runs[0], cut.candidates, strict=True):
-        writers.append(min(candidates, key=load.__getitem__))  # of equals the first
+        writers.append(min(candidates, key=load.__getitem__))  # on a tie, the first
         load[writers[-1]] += run.nbytes
     owner = writers[0] if writers else min(array.boxes)
     chunks, sources = alike.written_by(tuple(writers)), alike.sent_to(tuple(writers))

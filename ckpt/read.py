@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.box import Box, Shape, grid
-from ckpt.checksum import crc32c
-from ckpt.checksums import Blocks
+from ckpt.checksums import Blocks, crc32c
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     MANIFEST,
@@ -30,28 +29,28 @@ from ckpt.format import (
     itemsize,
     numpy_dtype,
 )
-from ckpt.plan import ArrayKey
+from ckpt.shards import ArrayKey
 from ckpt.stores import Store, open_store
 from ckpt.tags import committed_tags, read_latest
 
 WEIGHT_STATES = ("fp32", "value")
-"""The states that are a tensor's own value: fp32 weights, and buffers in their own type."""
+"""States that are a tensor's own value: a parameter in fp32, a buffer in its own type."""
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayInfo:
-    """One array of a checkpoint, as its documents describe it."""
+    """One array of a checkpoint, as described by its documents."""
 
     key: ArrayKey
     dtype: str
     shape: Shape
     chunk_shape: Shape
     path: str
-    """Of its folder, below the checkpoint's."""
+    """Folder of the array, relative to the checkpoint."""
     chunks: Mapping[str, Json]
-    """What the manifest says of each chunk; see `ckpt.checksums`."""
+    """Chunk key -> the manifest's record; see `ckpt.checksums`."""
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +59,11 @@ class ArrayInfo:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: of the hundreds of thousands of objects that large documents become none
-    is garbage, and it would look through them again and again (30,000 arrays: 1.0 s, without it 0.3 s)."""
+    """Disable the garbage collector while large documents are parsed.
+
+    None of their hundreds of thousands of objects is garbage, but the collector would traverse them again and
+    again (30,000 arrays: 1.0 s with it, 0.3 s without).
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -72,32 +74,29 @@ def _uncollected() -> Iterator[None]:
 
 
 class Checkpoint:
-    """A committed checkpoint, opened for reading. Nothing but its two documents has been read yet."""
+    """A committed checkpoint, opened for reading. Opening reads its two documents and nothing else."""
 
     def __init__(self, store: Store, folder: str) -> None:
-        """Open the checkpoint in `folder` of the store ("" where the store is the checkpoint's own)."""
+        """Open the checkpoint in `folder` of the store ("" if the store is the checkpoint's own folder)."""
         self.store = store
         self.folder = folder
         with _uncollected():
             self.manifest = decode_manifest(self._read_document(MANIFEST), self.where(MANIFEST))
             self.tag: str = folder or self.manifest["tag"]
-            self._version_1_block: int | None = (
-                self.manifest["block_bytes"] if self.manifest["version"] == 1 else None
-            )
             self.arrays: dict[ArrayKey, ArrayInfo] = {a.key: a for a in self._arrays()}
         self._scratch = threading.local()
 
     @property
     def url(self) -> str:
-        """Of the checkpoint's own folder."""
+        """URL of the checkpoint's own folder."""
         return self.where("")
 
     def path(self, path: str) -> str:
-        """A path below the checkpoint as one below its store."""
+        """Convert a path relative to the checkpoint to one relative to its store."""
         return f"{self.folder}/{path}" if self.folder and path else self.folder or path
 
     def where(self, path: str) -> str:
-        """The full name of an object of the checkpoint, for messages."""
+        """Return the full name of an object of the checkpoint, for messages."""
         return self.store.where(self.path(path))
 
     def _read_document(self, path: str) -> bytes:
@@ -125,14 +124,18 @@ class Checkpoint:
 
     @property
     def atoms(self) -> dict[str, list[str]]:
-        """Names of the atoms, each with its states."""
+        """Name of each atom -> its states."""
         names: dict[str, list[str]] = {}
         for key in self.arrays:
             names.setdefault(key.atom, []).append(key.state)
         return names
 
     def info(self, atom: str, state: str) -> ArrayInfo:
-        """The array of a state of an atom; `atom` may be another name of a tied weight."""
+        """Return the array of a state of an atom; `atom` may be another name of a tied weight.
+
+        Raises:
+            CheckpointError: there is none; the message lists the states of the atom.
+        """
         atom = self.manifest.get("aliases", {}).get(atom, atom)
         try:
             return self.arrays[ArrayKey(atom, state)]
@@ -142,7 +145,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.url} has no {state!r} of {atom!r}: {known}") from None
 
     def read(self, atom: str, state: str = "fp32", box: Box | None = None) -> Array:
-        """The array, or the part of it in `box`. Every byte that is returned has been verified."""
+        """Read the array, or the part of it in `box`. Every byte that is returned has been verified.
+
+        Raises:
+            CheckpointError: there is no such array or box, or a chunk is missing or damaged.
+        """
         info = self.info(atom, state)
         target = Box.whole(info.shape) if box is None else box
         out = np.empty(target.shape, numpy_dtype(info.dtype))
@@ -151,9 +158,9 @@ class Checkpoint:
         return out
 
     def read_piece(self, piece: Piece, out: Array) -> int:
-        """Copy one piece of a box into its place in `out` (of the box's shape); returns the bytes read.
+        """Copy one piece of a box into its place in `out`, of the box's shape; return the bytes read.
 
-        Whole blocks that lie in one stretch of `out` are read straight into it.
+        Whole blocks that are contiguous in `out` are read straight into it.
         """
         place = out[piece.target.slices or ...]  # `...` is a view of a scalar, where `()` is a copy
         first, last = piece.inside.span(piece.info.chunk_shape)
@@ -162,7 +169,7 @@ class Checkpoint:
         return self._read_strided(piece, place, first, last)
 
     def _read_stretch(self, piece: Piece, begin: int, place: npt.NDArray[np.uint8]) -> int:
-        """Fill `place` from byte `begin` of the chunk; blocks of which it needs a part go through scratch."""
+        """Fill `place` from byte `begin` of the chunk; partly needed blocks go through scratch memory."""
         blocks, payload = self._blocks(piece), _payload(piece)
         done = read = 0
         while done < len(place):
@@ -184,7 +191,7 @@ class Checkpoint:
         return read
 
     def _read_strided(self, piece: Piece, place: Array, first: int, last: int) -> int:
-        """Read the blocks around elements `first` to `last` of the chunk; pick the piece's out of them."""
+        """Read the blocks around elements `first` to `last` of the chunk, and pick the piece's elements."""
         blocks = self._blocks(piece)
         begin, end = self._around(piece, blocks, first, last)
         buffer = self._buffer(end - begin)
@@ -198,18 +205,18 @@ class Checkpoint:
         return end - begin
 
     def cost(self, piece: Piece) -> int:
-        """How many bytes `read_piece` reads for a piece: the blocks that it lies in. Nothing is read here."""
+        """Return the bytes that `read_piece` reads: the blocks that the piece lies in. Reads nothing."""
         begin, end = self._around(piece, self._blocks(piece), *piece.inside.span(piece.info.chunk_shape))
         return end - begin
 
     def _around(self, piece: Piece, blocks: Blocks, first: int, last: int) -> tuple[int, int]:
-        """Bytes of the chunk from the first to the last block that holds elements `first` to `last`."""
+        """Return the byte range of the blocks that hold elements `first` to `last` of the chunk."""
         size = itemsize(piece.info.dtype)
         end = min(-(-last * size // blocks.size) * blocks.size, _payload(piece))
         return first * size // blocks.size * blocks.size, end
 
     def _window(self, blocks: Blocks) -> int:
-        """How much to read at a time: whole blocks."""
+        """Return how many bytes to read at a time, a multiple of the block size."""
         return max(self.store.window // blocks.size, 1) * blocks.size
 
     def _blocks(self, piece: Piece) -> Blocks:
@@ -218,14 +225,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.where(MANIFEST)} has no record of {piece.name}; the tag can't be trusted"
             )
-        return self.blocks(record)
-
-    def blocks(self, record: Json) -> Blocks:
-        """The checksums in the manifest's record of a chunk."""
-        return Blocks.of_record(record, self._version_1_block)
+        return Blocks.of_record(record)
 
     def _read_verified(self, piece: Piece, blocks: Blocks, begin: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `begin` of the chunk's file, whole blocks, and compare their checksums."""
+        """Fill `buffer` with whole blocks from `begin` of the chunk's file, and verify their checksums."""
         path = f"{piece.info.path}/{piece.chunk}"
         try:
             got = self.store.read_into(self.path(path), buffer, begin)
@@ -244,7 +247,7 @@ class Checkpoint:
             )
 
     def _buffer(self, size: int) -> npt.NDArray[np.uint8]:
-        """Memory of this thread's own that is used again, until the checkpoint is closed."""
+        """Return scratch memory of this thread, which its next call reuses."""
         held = getattr(self._scratch, "memory", None)
         if held is None or len(held) < size:
             held = self._scratch.memory = np.empty(size, np.uint8)
@@ -253,28 +256,32 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a wanted box that lies in one chunk."""
+    """Part of a requested box that lies in one chunk."""
 
     info: ArrayInfo
     chunk: str
     inside: Box
-    """The part, counted from the chunk's beginning."""
+    """The part, with offsets from the chunk's beginning."""
     target: Box
-    """The part, counted from the wanted box's beginning."""
+    """The part, with offsets from the requested box's beginning."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return f"{'/'.join(self.info.key)} chunk {self.chunk}"
 
 
 def _payload(piece: Piece) -> int:
-    """Bytes of a chunk's elements, without its checksum."""
+    """Return the bytes of a chunk's elements, without its checksum."""
     return Box.whole(piece.info.chunk_shape).size * itemsize(piece.info.dtype)
 
 
 def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
-    """The chunks of an array that meet `box`, and what of each is wanted."""
+    """Yield the part of `box` in each chunk that it intersects.
+
+    Raises:
+        CheckpointError: the box reaches beyond the array.
+    """
     if len(box.shape) != len(info.shape) or not box.within(Box.whole(info.shape)):
         raise CheckpointError(
             f"{'/'.join(info.key)} has shape {list(info.shape)}; "
@@ -287,22 +294,22 @@ def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
 
 
 def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
-    """Open checkpoint `tag` of the run at `run` (a folder or any URL of fsspec), or the one `latest` names.
+    """Open checkpoint `tag` of the run at `run`, a folder or any fsspec URL, or the one that `latest` names.
 
     `run` may also be a checkpoint's own folder.
 
     Raises:
-        CheckpointError: nothing is committed there, no such tag (the ones there are, are listed), or the
+        CheckpointError: nothing is committed there, there is no such tag (the message lists the tags), or the
             documents are damaged.
     """
     return Checkpoint(*find_checkpoint(run, tag))
 
 
 def find_checkpoint(run: str | Path, tag: str | None = None) -> tuple[Store, str]:
-    """The store and the folder in it of the checkpoint that `open_checkpoint` opens; nothing is read of it.
+    """Return the store and the folder of the checkpoint that `open_checkpoint` would open.
 
     Raises:
-        CheckpointError: as there, but for damage.
+        CheckpointError: nothing is committed there, or there is no such tag.
     """
     store = open_store(run)
     if tag is None and store.exists(MANIFEST):

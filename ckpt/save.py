@@ -1,13 +1,14 @@
 """Writing a checkpoint: agree, write, agree, commit.
 
-Each rank writes the chunks that the plan gave it, straight from the memory they lie in; ragged and small
-arrays are first gathered to their writers in a few flat exchanges. Then all ranks agree that everything
-is on the disk, and rank 0 adds the metadata, the manifest last, and commits. Whatever fails, on whichever
-rank and in whichever phase, every rank raises the same error, nothing is committed, and no rank waits.
+Each rank writes the chunks that the plan gave it, straight from the memory they lie in. Ragged and small
+arrays are first gathered to their writers in a few flat exchanges. Then all ranks agree that everything is on
+the disk, and rank 0 adds the metadata, the manifest last, and commits. If anything fails, on whichever rank
+and in whichever phase, every rank raises the same error, nothing is committed, and no rank is left waiting.
 """
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,9 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from ckpt import gather
-from ckpt.comm import Comm, from_first, gathered, together
+from ckpt.comm import Comm, agreed, agreed_by_all, from_rank_0
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     DTYPES,
@@ -32,67 +29,38 @@ from ckpt.format import (
     ZARR,
     Json,
     check_json,
-    check_tag,
+    check_same_tag,
     encode_document,
     encode_manifest,
     group_document,
     numpy_dtype,
     object_record,
 )
-from ckpt.plan import Plan, ShardSpec
+from ckpt.plan import Plan
+from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.stores import Store, open_store
 from ckpt.tags import KEEP_ALL, Retention, prune, read_latest
 from ckpt.threads import cores
 from ckpt.write import Write, Writer, Written
 
-Array = npt.NDArray[Any]
-
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
-
-class Unread(Protocol):
-    """An array that is read part by part, when each is written."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-    def __getitem__(self, part: tuple[slice, ...], /) -> Array: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A rank's part of an array, with its data."""
-
-    spec: ShardSpec
-    data: Array
-    """Of `spec.box.shape`."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnreadShard:
-    """A rank's part of an array, which is yet to be read."""
-
-    spec: ShardSpec
-    data: Unread
-    """Of `spec.box.shape`."""
+Held = Mapping[ArrayKey, Shard | UnreadShard]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveReport:
-    """What a save did, over all ranks."""
+    """Summary of a save, over all ranks."""
 
     tag: str
     url: str
-    """Of the checkpoint."""
+    """Folder or URL of the checkpoint."""
     bytes_written: int
-    """In chunks."""
+    """Bytes of the chunks that were written."""
     bytes_linked: int
-    """In chunks that were the same in the checkpoint before, and so were not written again."""
+    """Bytes of the chunks that were linked to those of the latest checkpoint instead of being written."""
     pruned: tuple[str, ...] = ()
-    """Tags that were deleted, as the retention asked."""
+    """Tags of checkpoints that the retention deleted."""
 
 
 def save(
@@ -110,63 +78,53 @@ def save(
     retention: Retention = KEEP_ALL,
     threads: int | None = None,
 ) -> SaveReport:
-    """Collective: write and commit checkpoint `tag` of the run at `run`, a folder or any URL of fsspec.
+    """Write and commit checkpoint `tag` of the run at `run`, a folder or any fsspec URL. Collective.
 
-    `shards` hold at least `plan.parts(comm.rank)`; `document` is what the manifest says beside the arrays,
-    `files` the contents of what else shall lie there, by name (rank 0's count of both). With `durable`, every
-    file and folder is synced to the disk before the commit. With `incremental`, chunks that are byte for byte
-    those of the checkpoint that `latest` names are linked to these, where the store can. Replacing a
-    committed tag leaves it readable until the new one is committed; where that can't be (any store but a
-    file system), it is refused. Then the checkpoints that `retention` doesn't keep are deleted, if `latest`
-    is updated.
+    Args:
+        shards: at least the parts in `plan.parts(comm.rank)`.
+        document: the manifest's content besides the arrays; rank 0's is written.
+        files: name -> content of further files in the checkpoint's folder; rank 0's are written.
+        durable: sync every file and folder to the disk before the commit.
+        incremental: hard-link chunks that are byte for byte those of the latest checkpoint, if the store can.
+        retention: checkpoints to keep; the others are deleted after the commit, if `latest` is updated.
+
+    A committed tag stays readable until its replacement is committed. Stores that can't replace it in one
+    step (all but file systems) refuse to.
 
     Raises:
-        CheckpointError: the same on all ranks; the checkpoint does not exist then, and an older one of
-            the same tag is untouched. The one exception says so: the checkpoint is committed, but
-            `latest` could not be made to name it, or older ones could not be deleted.
+        CheckpointError: the same on all ranks. The checkpoint then doesn't exist, and an older one of the
+            same tag is untouched; or the message says that it is committed, but that `latest` could not be
+            updated or older checkpoints could not be deleted.
     """
     held = {shard.spec.key: shard for shard in shards}
     rounds = list(gather.rounds(plan))
+    checks = agreed_by_all(comm, lambda: (tag, *_check(held, plan, comm.rank, document), len(rounds)))
+    check_same_tag([check[0] for check in checks])
+    _check_same_plans([check[1:3] for check in checks])
     if retention.keep_last is not None and not durable:
-        raise CheckpointError(  # on all ranks, which are given the same
-            "a save that isn't durable can't delete older checkpoints: a power cut could leave none"
+        raise CheckpointError(
+            "a save that isn't durable can't delete older checkpoints; save with durable=True"
         )
-    checks = gathered(comm, lambda: (*_check(tag, held, plan, comm.rank, document), len(rounds)))
-    _check_agreed([check[0] for check in checks], [check[1] for check in checks])
-    store = together(comm, lambda: open_store(run))
-    workers = store.threads or threads or cores()
-    own = uuid.uuid4().hex
+    store = agreed(comm, lambda: open_store(run))
+    workers, own = store.threads or threads or cores(), uuid.uuid4().hex
     try:
-        token, base = from_first(comm, lambda: _begin(store, tag, own, incremental))
-        writer = together(comm, lambda: _writer(store, tag, token, base, durable, workers))
-
-        def write_in_place() -> Written:
-            written = writer.write_chunks(_in_place(plan, held, comm.rank))
-            written.add(writer.write_documents(plan, comm.rank))
-            return written
-
-        written = together(comm, write_in_place)
-        written.add(_write_gathered(rounds, max(check[2] for check in checks), writer, held, comm))
+        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental))
+        writer = agreed(comm, lambda: _writer(store, tag, token, base, durable, workers))
+        written = agreed(comm, lambda: _write_own(writer, plan, held, comm.rank))
+        written.add(_write_gathered(rounds, max(check[3] for check in checks), writer, held, comm))
         if durable:
-            together(comm, lambda: store.sync(tag))  # every rank: each machine has its own cache
+            agreed(comm, lambda: store.sync(tag))  # on every rank, as each machine has its own page cache
         everything = comm.gather(written)
-        return from_first(
-            comm,
-            lambda: _finish(
-                store, tag, token, everything, document, files, durable, update_latest, retention
-            ),
-        )
+        finish = partial(_finish, store, tag, token, everything, document, files)
+        return from_rank_0(comm, lambda: finish(durable, update_latest, retention))
     except CheckpointError:
         if comm.rank == 0:
             store.abandon(tag, own)
         raise
 
 
-def _check(
-    tag: str, held: dict[Any, Shard | UnreadShard], plan: Plan, rank: int, document: Json
-) -> tuple[str, tuple[tuple[int, ...], str]]:
-    """Check what this rank was given; returns what all ranks, or all of one plan, must have alike."""
-    check_tag(tag)
+def _check(held: Held, plan: Plan, rank: int, document: Json) -> tuple[tuple[int, ...], str]:
+    """Check this rank's arguments; return the plan's ranks and digest, to be compared with the others'."""
     check_json(document, "the checkpoint's document")
     for array in plan.arrays:
         if array.dtype not in DTYPES:
@@ -178,20 +136,16 @@ def _check(
         shard = held.get(key)
         if shard is None or not box.within(shard.spec.box):
             raise CheckpointError(
-                f"the plan wants {list(box.offset)}+{list(box.shape)} of {'/'.join(key)} from this rank, "
+                f"the plan expects {list(box.offset)}+{list(box.shape)} of {'/'.join(key)} from this rank, "
                 "which doesn't hold it"
             )
         found = (shard.data.shape, shard.data.dtype)
         assert found == (shard.spec.box.shape, numpy_dtype(shard.spec.dtype)), f"{shard.spec} has {found}"
-    return tag, (plan.ranks, plan.digest)
+    return plan.ranks, plan.digest
 
 
-def _check_agreed(tags: list[str], plans: list[tuple[tuple[int, ...], str]]) -> None:
-    """The same values on all ranks, so all raise or none."""
-    if len(set(tags)) > 1:
-        raise CheckpointError(
-            f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
-        )
+def _check_same_plans(plans: list[tuple[tuple[int, ...], str]]) -> None:
+    """Check that ranks that share arrays have the same plan for them, given each rank's `(ranks, digest)`."""
     for rank, (peers, digest) in enumerate(plans):
         for peer in peers:
             if plans[peer] != (peers, digest):
@@ -202,20 +156,20 @@ def _check_agreed(tags: list[str], plans: list[tuple[tuple[int, ...], str]]) -> 
 
 
 def _begin(store: Store, tag: str, token: str, incremental: bool) -> tuple[str, str | None]:
-    """On rank 0: prepare the store; returns the token by which others know it, and the tag to link to."""
+    """Prepare the store, on rank 0; return the save's token and the tag whose chunks may be linked to."""
     base = None
     if incremental:
-        try:
+        with contextlib.suppress(CheckpointError):  # `latest` is damaged: write everything
             base = read_latest(store)
-        except CheckpointError:  # there is no telling which; all is written anew
-            base = None
     store.begin(tag, token)
     return token, base
 
 
 def _writer(store: Store, tag: str, token: str, base: str | None, durable: bool, threads: int) -> Writer:
-    """Check that all ranks write into the same folder: with a folder of its own on each machine, a
-    checkpoint would be committed without the other machines' chunks."""
+    """Make this rank's writer, after checking that it sees the folder that rank 0 made.
+
+    If each machine had a folder of its own, a checkpoint would be committed without the others' chunks.
+    """
     if not store.begun(tag, token):
         raise CheckpointError(
             f"{store.where('')} is not the same folder as rank 0's; save to a shared file system"
@@ -223,7 +177,14 @@ def _writer(store: Store, tag: str, token: str, base: str | None, durable: bool,
     return Writer(store, tag, durable=durable, base=base, threads=threads)
 
 
-def _in_place(plan: Plan, held: dict[Any, Shard | UnreadShard], rank: int) -> Iterator[Write]:
+def _write_own(writer: Writer, plan: Plan, held: Held, rank: int) -> Written:
+    """Write the chunks that this rank holds whole, and the metadata of the arrays that it owns."""
+    written = writer.write_chunks(_in_place(plan, held, rank))
+    written.add(writer.write_documents(plan, rank))
+    return written
+
+
+def _in_place(plan: Plan, held: Held, rank: int) -> Iterator[Write]:
     for array in plan.arrays:
         if array.sources:
             continue
@@ -241,17 +202,21 @@ def _write_gathered(
     rounds: list[list[gather.Gathering]],
     most: int,
     writer: Writer,
-    held: dict[Any, Shard | UnreadShard],
+    held: Held,
     comm: Comm,
 ) -> Written:
-    """Bring gathered chunks to their writers; all ranks take part in as many rounds as any plan has."""
+    """Gather chunks to their writers and write them. Collective.
+
+    Plans may differ between pipeline stages, but an exchange is collective: every rank takes part in `most`
+    rounds, as many as any plan has.
+    """
     written = Written()
     for i in range(most):
         batch = rounds[i] if i < len(rounds) else []
-        pieces = together(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
+        pieces = agreed(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
         received = comm.exchange(*pieces)
         writes = gather.arrived(batch, received, comm.rank)
-        written.add(together(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
+        written.add(agreed(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
     return written
 
 
@@ -266,7 +231,7 @@ def _finish(
     update_latest: bool,
     retention: Retention,
 ) -> SaveReport:
-    """Rank 0: the consolidated metadata, the manifest, the commit; then what retention asks."""
+    """Write the consolidated metadata and the manifest, commit, and delete old checkpoints. Rank 0 only."""
     whole = Written()
     for written in everything:
         whole.add(written)
@@ -305,7 +270,10 @@ def _finish(
 
 
 def _check_complete(everything: list[Written], documents: dict[str, Json]) -> None:
-    """Each plan proves it of itself; this is the last look before the commit, at all of them together."""
+    """Check that every chunk of every array was written exactly once.
+
+    Each plan proves this for its own arrays; this is the last check before the commit, over all plans.
+    """
     chunks: Counter[str] = Counter()
     for written in everything:
         chunks.update({path: len(records) for path, records in written.chunks.items()})

@@ -1,4 +1,4 @@
-"""What the numbers in a checkpoint's arrays are like, streamed."""
+"""Statistics of a checkpoint's arrays, streamed."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckpt.bands import BandReader, bands
-from ckpt.plan import ArrayKey
 from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.shards import ArrayKey
 from ckpt.threads import cores, for_each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of the numbers in one array; NaNs are counted and left out of the rest. None where there are none."""
+    """Statistics of one array without its NaNs, which are counted; None if there are no numbers."""
 
     mean: float | None
     std: float | None
-    """Of all elements, not of a sample."""
+    """Population standard deviation."""
     least: float | None
     most: float | None
     nan: int
 
 
 class _Part(NamedTuple):
-    """Of one band."""
+    """Statistics of one band."""
 
     size: int
     numbers: int
-    """Without NaNs."""
+    """Elements that aren't NaN."""
     mean: float
     spread: float
-    """Summed squares of the distances from the mean."""
+    """Sum of squared distances from the mean."""
     least: float
     most: float
 
@@ -46,10 +46,10 @@ def statistics(
     *,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[ArrayKey, Statistics]:
-    """Statistics of arrays, summed up in float64. `progress` is told the bytes that were read.
+    """Compute statistics of arrays, in float64. `progress` gets the bytes that were read.
 
     Raises:
-        CheckpointError: one is damaged.
+        CheckpointError: an array is damaged.
     """
     reader = BandReader(checkpoint)
 
@@ -76,7 +76,7 @@ def statistics(
 
 
 def _together(parts: list[_Part]) -> Statistics:
-    """Of parts of an array, that of all (Chan, Golub, LeVeque 1983: means and squares of parts, combined)."""
+    """Combine the statistics of an array's bands (Chan, Golub and LeVeque 1983, for means and squares)."""
     count, mean, spread = 0, 0.0, 0.0
     for part in (part for part in parts if part.numbers):
         away, total = part.mean - mean, count + part.numbers

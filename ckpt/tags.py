@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which one is the newest, and which ones are kept."""
+"""Tags of a run: listing checkpoints, finding the newest, deleting old ones."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ckpt.format import LATEST, MANIFEST, check_tag, decode_manifest, is_tag
 from ckpt.stores import Store, open_store
 
 _HEAD_BYTES = 4 << 10
-"""Of a manifest: its first lines say what it is of."""
+"""Bytes to read of a manifest: its first lines hold the tag, the step and the time."""
 
 
 def committed_tags(run: str | Path | Store) -> list[str]:
-    """Tags that can be read, oldest first by what their manifests say."""
+    """Return the tags of all committed checkpoints, oldest first by their manifests."""
     store = open_store(run) if isinstance(run, str | Path) else run
     return [head.tag for head in sorted(_heads(store), key=lambda head: head.age)]
 
 
 def read_latest(run: str | Path | Store) -> str | None:
-    """The tag that `latest` names; None where nothing was ever committed.
+    """Return the tag that `latest` names; None if nothing was ever committed.
 
     Raises:
-        CheckpointError: there are checkpoints but no `latest`, or it names one that isn't there.
+        CheckpointError: there are checkpoints but no `latest`, or it names one that doesn't exist.
     """
     store = open_store(run) if isinstance(run, str | Path) else run
     tag = _named_by_latest(store)
     if tag is None or store.exists(f"{tag}/{MANIFEST}"):
         return tag
-    newer = _named_by_latest(store)  # a save beside us may have replaced it, and retention deleted that one
+    newer = _named_by_latest(store)  # a concurrent save may have moved `latest` and deleted the old tag
     if newer != tag:
         return newer
     problem = f"{store.where(LATEST)} names {tag!r}, which isn't a committed checkpoint"
@@ -64,19 +64,19 @@ def _there(store: Store) -> str:
 
 
 class _Head(NamedTuple):
-    """What the first lines of a manifest say; whether they are true is seen when it is opened."""
+    """First lines of a manifest, unverified: they are checked when the checkpoint is opened."""
 
     tag: str
-    """The folder's name."""
+    """Name of the folder."""
     own: bool
-    """Whether it was saved under this name, and isn't somebody's copy."""
+    """True if it was saved under this name, and isn't a user's copy."""
     step: int
     created: str
     committed_at: float
 
     @property
     def age(self) -> tuple[str, int, float, str]:
-        """Orders checkpoints: steps can go back, and copying a run changes its files' times."""
+        """Sort key. Time first, as steps can go back; file times last, as copying a run changes them."""
         return self.created, self.step if self.created else 0, self.committed_at, self.tag
 
 
@@ -100,12 +100,12 @@ def _heads(store: Store) -> Iterator[_Head]:
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints are kept when a new one has been committed; by default all."""
+    """Rule for which checkpoints to keep after a commit; by default all."""
 
     keep_last: int | None = None
-    """This many of the newest."""
+    """Number of newest checkpoints to keep; None for all."""
     keep_every: int | None = None
-    """And those whose step is a multiple of this."""
+    """Also keep checkpoints whose step is a multiple of this."""
 
     def __post_init__(self) -> None:
         for name in ("keep_last", "keep_every"):
@@ -113,10 +113,10 @@ class Retention:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more, or None to keep all")
         if self.keep_every is not None and self.keep_last is None:
-            raise ValueError("keep_every says what is kept beside the last ones; give keep_last too")
+            raise ValueError("keep_every keeps checkpoints in addition to the last ones; give keep_last too")
 
     def dropped(self, tags: Sequence[str], steps: Sequence[int]) -> list[str]:
-        """The tags to delete, of all `tags`, oldest first, that have these `steps`."""
+        """Return the tags to delete, given all `tags`, oldest first, and their `steps`."""
         if self.keep_last is None:
             return []
         old = list(zip(tags, steps, strict=True))[: -self.keep_last]
@@ -127,11 +127,10 @@ KEEP_ALL = Retention()
 
 
 def prune(run: str | Path | Store, retention: Retention, *, dry_run: bool = False) -> list[str]:
-    """Delete the checkpoints that `retention` doesn't keep; returns their tags.
+    """Delete the checkpoints that `retention` doesn't keep; return their tags.
 
-    What `latest` names is kept in any case, and so is what doesn't look like a checkpoint that was saved
-    here under its name. One with a damaged manifest is neither deleted nor counted among those that are
-    kept. A crash leaves each checkpoint whole or gone.
+    The checkpoint that `latest` names is always kept, and so are copies under other names. A checkpoint with
+    a damaged manifest is neither deleted nor counted as kept. A crash leaves each checkpoint whole or gone.
 
     Raises:
         CheckpointError: `latest` is damaged (then nothing is deleted), or a deletion failed.
@@ -141,7 +140,7 @@ def prune(run: str | Path | Store, retention: Retention, *, dry_run: bool = Fals
     heads = [head for head in sorted(_heads(store), key=lambda head: head.age) if head.own]
     kept = 0
     readable: list[_Head] = []
-    for head in reversed(heads):  # those that count must be good for something
+    for head in reversed(heads):  # a damaged checkpoint must not push out a good one
         if retention.keep_last is not None and kept < retention.keep_last and not _is_whole(store, head.tag):
             continue
         kept += 1
@@ -157,7 +156,7 @@ def prune(run: str | Path | Store, retention: Retention, *, dry_run: bool = Fals
 
 
 def _is_whole(store: Store, tag: str) -> bool:
-    """Whether the manifest is; the chunks are not read."""
+    """Return whether the manifest is whole; chunks are not read."""
     try:
         decode_manifest(store.read(f"{tag}/{MANIFEST}"), tag)
     except (OSError, CheckpointError, ValueError):

@@ -1,7 +1,7 @@
-"""Doing many small things with a few threads.
+"""Many small jobs on a few threads.
 
-Not an executor: a save may still be going on in the background while the interpreter shuts down, when
-executors take no more work; and one future for each of 10,000 small files costs more than the file.
+Not `concurrent.futures`: a background save may still run while the interpreter shuts down, when executors
+refuse new work; and a future per job costs more than writing one of 10,000 small files.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ R = TypeVar("R")
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def for_each(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
-    """`[work(item) for item in items]`, with up to `threads` at a time, the caller's own among them.
+    """Return `[work(item) for item in items]`, computed on up to `threads` threads including the caller's.
 
     Raises:
-        Exception: the first that `work` raised; what was not begun by then is left out.
+        BaseException: the first that `work` raised; items not begun by then are skipped.
     """
     todo: Sequence[T] = list(items)
     results: list[R | None] = [None] * len(todo)

@@ -1,8 +1,9 @@
-"""Checking a whole checkpoint: that every object is there, and that every byte is the one that was saved.
+"""Checking a whole checkpoint: that every object exists, and that every byte is the one that was saved.
 
-A load verifies what it reads, and reads what its ranks want. This reads all there is: chunks to the last byte
-of their files, and the documents that are there for zarr's readers. It goes on where it finds damage, and
-each thread takes the memory of one window, whatever the size.
+A load verifies only the parts that its ranks read. `verify` reads everything: chunks to the last byte of
+their files, and also the documents that only zarr's readers use. It continues after damage, and each thread
+takes the memory of one window, whatever the size. `absent` compares only the sizes of the objects, and reads
+nothing.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from urllib.parse import unquote
 import numpy as np
 
 from ckpt.box import Box, grid
-from ckpt.checksum import crc32c
-from ckpt.checksums import Blocks
+from ckpt.checksums import Blocks, crc32c
 from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
 from ckpt.read import ArrayInfo, Checkpoint
 from ckpt.threads import cores, for_each
 
 _CHECKSUM = 4
-"""Bytes at the end of a chunk's file."""
+"""Size of the checksum at the end of a chunk's file, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with one object of a checkpoint."""
+    """A problem with one object of a checkpoint."""
 
     atom: str = ""
-    """Empty, as the next two, where the object is not a part of one."""
+    """Empty, as are the next two, if the object isn't part of one."""
     state: str = ""
     chunk: str = ""
     path: str
-    """The object's full name: a file, or a URL."""
+    """Full name of the object: a file or a URL."""
     what: str
+    """Description of the problem, such as "is missing"."""
 
     def __str__(self) -> str:
         name = "/".join(filter(None, (self.atom, self.state)))
@@ -48,10 +49,10 @@ class Problem:
 def verify(
     checkpoint: Checkpoint, *, progress: Callable[[int], None] = lambda n: None, threads: int | None = None
 ) -> list[Problem]:
-    """Read and check every object of a checkpoint; returns what is wrong, nothing where it is whole.
+    """Read and check every object of a checkpoint; return the problems.
 
-    `progress` is told the bytes that were read, by one thread at a time. (The manifest was checked when the
-    checkpoint was opened; all else is checked against it.)
+    `progress` gets the bytes that were read, from one thread at a time. The manifest was checked when the
+    checkpoint was opened; everything else is checked against it.
     """
     verifier = _Verifier(checkpoint, progress)
     root = verifier.root()
@@ -60,8 +61,28 @@ def verify(
     return [problem for problem in (root, *found) if problem is not None]
 
 
+def absent(checkpoint: Checkpoint, *, threads: int | None = None) -> list[Problem]:
+    """Return the objects that are missing or have another size, and chunks that the manifest doesn't list.
+
+    Nothing is read, so this finds files that were deleted, left out of a copy, or cut short, but not bytes
+    that changed.
+    """
+    expected = dict(_sizes(checkpoint))
+
+    def look(path: str) -> Problem | None:
+        try:
+            size = checkpoint.store.size(checkpoint.path(path))
+        except OSError as error:
+            return problem_at(checkpoint, path, unreadable(error))
+        wanted = expected[path]
+        return None if size == wanted else problem_at(checkpoint, path, other_size(size, wanted))
+
+    found = for_each(look, expected, threads or checkpoint.store.threads or cores())
+    return [*_unknown(checkpoint), *(problem for problem in found if problem is not None)]
+
+
 def extent(checkpoint: Checkpoint) -> tuple[int, int]:
-    """How many objects the manifest names, and how many bytes they have."""
+    """Return the number and the total bytes of the objects that the manifest names."""
     records = [*checkpoint.manifest["documents"].values(), *checkpoint.manifest.get("files", {}).values()]
     for chunks in checkpoint.manifest["chunks"].values():
         records += chunks.values()
@@ -72,6 +93,8 @@ _Job = Callable[[], Problem | None]
 
 
 class _Verifier:
+    """Makes one job per object, to be run by a few threads."""
+
     def __init__(self, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint
         self._store = checkpoint.store
@@ -80,17 +103,17 @@ class _Verifier:
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._nodes: dict[str, Json] | None = None
-        """Path of a group or an array -> its document, in the consolidated one; None if that is gone."""
+        """Path of a group or an array -> its document in the consolidated one; None if that is damaged."""
 
     def root(self) -> Problem | None:
-        """Check the group's own `zarr.json`, again, as the others are compared with what it says of them."""
+        """Read the consolidated `zarr.json` again and check it: the other documents are compared with it."""
         data, problem = self._document(ZARR)
         if data is not None:
             self._nodes = json.loads(data)["consolidated_metadata"]["metadata"]
         return problem
 
     def documents(self) -> Iterator[_Job]:
-        """The check of each other `zarr.json`, those included that should be there."""
+        """Yield the check of each other `zarr.json`, including any that should exist but have no record."""
         recorded = self._manifest["documents"].keys() - {ZARR}
         for path in sorted(recorded | {f"{node}/{ZARR}" for node in self._nodes or ()}):
             if path in recorded:
@@ -99,12 +122,12 @@ class _Verifier:
                 yield partial(self._problem, path, f"has no record of {path}", at=MANIFEST)
 
     def files(self) -> Iterator[_Job]:
-        """The check of what lies there beside arrays and their documents."""
+        """Yield the check of each further file."""
         for path in sorted(self._manifest.get("files", {})):
             yield partial(self._check_file, path)
 
     def chunks(self) -> Iterator[_Job]:
-        """The check of each chunk that is recorded, or should be."""
+        """Yield the check of each chunk that is recorded or should be."""
         records, arrays = self._manifest["chunks"], {a.path: a for a in self._checkpoint.arrays.values()}
         for path in sorted(records.keys() - arrays.keys()):
             what = f"has records of chunks in {path}, which is no array of the checkpoint"
@@ -143,7 +166,7 @@ class _Verifier:
         return self._document(path, "files")[1]
 
     def _document(self, path: str, kind: str = "documents") -> tuple[bytes | None, Problem | None]:
-        """A document that has its checksum, or what is wrong with it."""
+        """Return a document that has its recorded checksum, or None and the problem."""
         record = self._manifest[kind][path]
         try:
             data = self._store.read(self._checkpoint.path(path))
@@ -167,24 +190,23 @@ class _Verifier:
         return self._problem(path, ", and ".join(faults)) if faults else None
 
     def _blocks(self, record: Json, size: int) -> Blocks | None:
-        """The chunk's checksums, if its record is what a chunk of `size` bytes has."""
+        """Return the chunk's checksums; None if its record doesn't fit a chunk of `size` bytes."""
         try:
-            blocks, checksum = self._checkpoint.blocks(record), int(record["crc32c"], 16)
+            blocks, checksum = Blocks.of_record(record), int(record["crc32c"], 16)
             fits = record["size"] == size + _CHECKSUM and blocks.count == -(-size // blocks.size)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
-        return blocks if fits and (blocks.sum(blocks.count - 1) == checksum or not blocks.run_on) else None
+        return blocks if fits and blocks.sum(blocks.count - 1) == checksum else None
 
     def _faults(self, path: str, blocks: Blocks, size: int, checksum: int) -> list[str]:
-        """Read a chunk's file through a window that stays in the processor's cache."""
+        """Read a chunk's file, in windows that fit the processor's cache, and describe its faults."""
         window = max(self._store.window // blocks.size, 1) * blocks.size
         faults: list[str] = []
         damaged: list[int] = []
-        whole = 0
         for begin in range(0, size, window):
             length = min(window, size - begin)
             tail = _CHECKSUM if begin + length == size else 0
-            # A byte more than there should be is asked for at the end: no other call is needed for the size.
+            # Ask for one byte too many at the end, which finds a file that is too long without another call.
             buffer = self._buffer(length + tail + bool(tail))
             try:
                 got = self._store.read_into(self._checkpoint.path(path), buffer, begin)
@@ -194,7 +216,6 @@ class _Verifier:
             self._progress(min(got, length + tail))
             data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
             damaged += _damaged(blocks, data, begin // blocks.size)
-            whole = whole if blocks.run_on else crc32c(data, whole)
             if got < length + tail:
                 faults.append(f"is cut short at {begin + got} of {size + _CHECKSUM} bytes")
                 break
@@ -205,18 +226,17 @@ class _Verifier:
         if damaged:
             first = f"the first at byte {damaged[0] * blocks.size}"
             faults.insert(0, f"is damaged in {len(damaged)} of {blocks.count} blocks, {first}")
-        elif not faults and not blocks.run_on and whole != checksum:  # version 1 has the two side by side
-            faults.append("has sound blocks, but as a whole another checksum than the manifest's")
         return faults
 
     def _too_long(self, path: str, size: int) -> str:
+        """Describe a file that has more than `size` bytes."""
         try:
             return other_size(self._store.size(self._checkpoint.path(path)), size)
         except OSError:
             return f"goes on after its {size} bytes"
 
     def _buffer(self, size: int) -> memoryview:
-        """Memory of this thread's own, used again for each window."""
+        """Return scratch memory of this thread, reused for each window."""
         held = getattr(self._scratch, "memory", None)
         if held is None or len(held) < size:
             held = self._scratch.memory = np.empty(size, np.uint8)
@@ -225,7 +245,7 @@ class _Verifier:
 
 
 def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
-    """Indices of all blocks in `data`, which begins with block `first`, that aren't what was saved."""
+    """Yield the indices of all damaged blocks in `data`, which begins with block `first`."""
     begin = 0
     while begin < len(data):
         index = blocks.first_damaged(data[begin:], first + begin // blocks.size)
@@ -235,8 +255,28 @@ def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
         begin = (index + 1 - first) * blocks.size
 
 
+def _sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """Yield every object that the manifest names, with its size."""
+    manifest = checkpoint.manifest
+    for kind in ("documents", "files"):
+        for path, record in manifest.get(kind, {}).items():
+            yield path, record["size"]
+    for array, chunks in manifest["chunks"].items():
+        for key, record in chunks.items():
+            yield f"{array}/{key}", record["size"]
+
+
+def _unknown(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Yield the chunks of the arrays' grids that have no record."""
+    for info in checkpoint.arrays.values():
+        for index, _ in grid(info.shape, info.chunk_shape):
+            if chunk_key(index) not in info.chunks:
+                path = f"{info.path}/{chunk_key(index)}"
+                yield problem_at(checkpoint, path, "has no record of it", at=MANIFEST)
+
+
 def problem_at(checkpoint: Checkpoint, path: str, what: str, at: str | None = None) -> Problem:
-    """One with the object at `path`, or with what the document `at` says of it."""
+    """Make a problem with the object at `path`, or with the record of it in the document `at`."""
     parts = [*path.split("/")[1:], "", "", ""][:3]
     atom, state, chunk = ("" if part == ZARR else unquote(part) for part in parts)
     where = checkpoint.where(path if at is None else at)
@@ -244,10 +284,12 @@ def problem_at(checkpoint: Checkpoint, path: str, what: str, at: str | None = No
 
 
 def unreadable(error: OSError) -> str:
+    """Describe an object that can't be read."""
     if isinstance(error, FileNotFoundError):
         return "is missing"
     return f"can't be read ({' '.join(str(error.strerror or error).split())})"
 
 
 def other_size(found: int, expected: int) -> str:
+    """Describe an object of another size than recorded."""
     return f"has {found} bytes instead of {expected}"

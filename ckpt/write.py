@@ -1,4 +1,4 @@
-"""Writing the chunks that a rank was planned to write, and the metadata beside them."""
+"""Writing one rank's chunks and metadata documents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.box import Box
-from ckpt.checksum import crc32c
-from ckpt.checksums import Summing
+from ckpt.checksums import Summing, crc32c
 from ckpt.errors import CheckpointError
 from ckpt.format import (
-    FORMAT_VERSION,
     ZARR,
     Json,
     array_document,
@@ -42,12 +40,12 @@ class Write:
     plan: ArrayPlan
     chunk: Chunk
     data: Array | Callable[[], Array]
-    """The part of the array inside `chunk.box`, or what gives it when it is written."""
+    """Part of the array inside `chunk.box`, or a function that reads it when it is written."""
 
 
 @dataclass
 class Written:
-    """What one rank has written."""
+    """Records of everything that one rank has written."""
 
     chunks: dict[str, dict[str, Json]] = field(default_factory=dict)
     """Path of an array -> chunk key -> the manifest's record."""
@@ -57,6 +55,7 @@ class Written:
     bytes_linked: int = 0
 
     def add(self, other: Written) -> None:
+        """Add another rank's, or a later, record."""
         for path, records in other.chunks.items():
             self.chunks.setdefault(path, {}).update(records)
         self.documents |= other.documents
@@ -65,10 +64,10 @@ class Written:
 
 
 class Writer:
-    """Writes one rank's chunks of one save."""
+    """Writes one rank's part of one save."""
 
     def __init__(self, store: Store, tag: str, *, durable: bool, base: str | None, threads: int) -> None:
-        """`base` is a committed tag whose chunks are linked to, where they hold the same bytes."""
+        """Prepare to write; chunks that the committed tag `base` has too are linked to it."""
         self._store = store
         self._staging = store.staging(tag)
         self._durable = durable
@@ -76,13 +75,11 @@ class Writer:
         self._made: set[str] = set()
         self._base: Checkpoint | None = None
         if base is not None:
-            with contextlib.suppress(CheckpointError):  # one that is damaged is no use; all is written anew
-                checkpoint = Checkpoint(store, base)
-                if checkpoint.manifest["version"] == FORMAT_VERSION:
-                    self._base = checkpoint
+            with contextlib.suppress(CheckpointError):  # a damaged base is of no use: write everything
+                self._base = Checkpoint(store, base)
 
     def write_chunks(self, writes: Iterable[Write]) -> Written:
-        """Write chunks with a few threads (system calls and checksums release the interpreter's lock)."""
+        """Write chunks on a few threads; system calls and checksums release the interpreter's lock."""
         todo = list(writes)
         written = Written()
         self._make_folders(array_path(*w.plan.key) for w in todo)
@@ -96,7 +93,7 @@ class Writer:
         return written
 
     def write_documents(self, plan: Plan, rank: int) -> Written:
-        """A `zarr.json` in the folder of each array that this rank owns, and in those of their atoms."""
+        """Write the `zarr.json` of each array that this rank owns, and of atoms whose first array it owns."""
         documents: dict[str, Json] = {} if rank else {"atoms": group_document()}
         first: dict[str, int] = {}
         for array in plan.arrays:
@@ -121,13 +118,13 @@ class Writer:
         self._made.update(new)
 
     def _write_chunk(self, write: Write) -> tuple[Json, bool]:
-        """One object: the chunk's elements, C order, little endian, then their crc32c.
+        """Write one object: the chunk's elements in C order, little endian, then their crc32c.
 
-        Returns its record, and whether it was linked to one that has the same bytes.
+        Returns its record, and whether it was linked to the base's instead of being written.
         """
         plan, given = write.plan, write.data
         payload = part = given() if callable(given) else given
-        if part.shape != plan.chunk_shape:  # at the array's end zarr stores whole chunks all the same
+        if part.shape != plan.chunk_shape:  # zarr stores whole chunks even at the array's end
             payload = np.full(plan.chunk_shape, fill_value(plan.dtype), numpy_dtype(plan.dtype))
             payload[Box.whole(part.shape).slices] = part
         data = np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
@@ -140,7 +137,10 @@ class Writer:
         return summing.record(), False
 
     def _unchanged(self, write: Write, summing: Summing, data: memoryview) -> Json | None:
-        """The base's record of the chunk, if by the checksum of its first block it may be the same."""
+        """Return the base's record of the chunk if it may be the same, by the checksum of its first block.
+
+        Most changed chunks differ in their first block, so they are summed once, while they are written.
+        """
         if self._base is None:
             return None
         plan, info = write.plan, self._base.arrays.get(write.plan.key)
@@ -157,9 +157,12 @@ class Writer:
         return record if crc32c(data[: summing.block]) == int(first, 16) else None
 
     def _link(self, path: str, summing: Summing, data: memoryview, old: Json) -> bool:
-        """Give the base's object this chunk's name too, if it has the same bytes, all of them compared:
-        equal checksums are not proof enough, and the disk may have lost what was once written."""
-        assert self._base is not None, "there is a record of it"
+        """Link the base's object to this chunk's name if it has the same bytes; return whether it did.
+
+        All bytes are compared: equal checksums are no proof, and the disk may have lost what was once
+        written.
+        """
+        assert self._base is not None, "a record exists only with a base"
         *_, checksum = summing.blocks()
         if summing.record() != old:
             return False

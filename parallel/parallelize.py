@@ -43,8 +43,10 @@ class ParallelModel:
     tied: TiedGradients
     scalars: ScalarGradients
     replicas: Replicas
+    loss_fn: LossFn | None
+    """`loss_fn(outputs, targets)`; None for a model that computes its own loss."""
     pipeline: Pipeline | None
-    """Pipeline that runs whole batches; None for a model that computes its own loss."""
+    """Pipeline that runs whole batches; None for a single stage, which needs no schedule."""
     rowwise: set[str]
     """Weights that tensor parallelism, of any degree, cuts along their second dim."""
     sequence_parallel: bool
@@ -116,9 +118,10 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         tied=TiedGradients(module, ties, stage_names, placement, topology),
         scalars=ScalarGradients(module, topology),
         replicas=Replicas(module, topology),
-        pipeline=None
-        if loss_fn is None
-        else Pipeline(zeros, placement, topology, loss_fn, settings.schedule),
+        loss_fn=loss_fn,
+        pipeline=Pipeline(zeros, placement, topology, loss_fn, settings.schedule)
+        if loss_fn is not None and placement.stages > 1
+        else None,
         rowwise=rowwise,
         sequence_parallel=settings.sequence_parallel,
         layers=kept,

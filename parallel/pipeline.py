@@ -1,7 +1,6 @@
 """Pipeline parallelism with torch's stages and schedules. ZeRO is told of each backward pass.
 
-A model in one stage is run by the same class, without a schedule. A step takes this rank's whole share of the
-global batch and splits it into micro batches.
+A model of one stage needs no schedule: see `ParallelModel.pipeline`.
 
 The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al. 2021a), interleaved 1F1B
 (Narayanan et al. 2021b), ZB1P and ZB-V (Zero bubble pipeline parallelism, Qi et al. 2024).
@@ -10,11 +9,11 @@ The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
@@ -36,7 +35,7 @@ KEPT_SCHEDULES = 4
 
 
 class Pipeline:
-    """The stages of one model, and this rank's part in them."""
+    """The stages of one model, at least two, and this rank's part in them."""
 
     def __init__(
         self,
@@ -57,42 +56,30 @@ class Pipeline:
         self._schedules: dict[tuple[Any, ...], Any] = {}
 
     def run(
-        self, inputs: Tensor, targets: Tensor, micro_batches: int, *, train: bool, factor: float = 1.0
+        self, batches: Sequence[tuple[Tensor, Tensor]], *, train: bool, factor: float = 1.0
     ) -> Loss | None:
         """Run the forward pass of each micro batch and, with `train`, the backward pass.
 
-        Collective over the pipeline. `inputs` and `targets` are this rank's samples of the batch, in dim 0,
-        the same on every stage; the first stage uses the inputs, the last the targets. Gradients are those of
-        the summed loss times `factor`.
+        Collective over the pipeline. `batches` are this rank's micro batches `(inputs, targets)`, of equal
+        size and the same on every stage. The first stage uses the inputs, the last the targets. Gradients are
+        those of the summed loss times `factor`.
 
         Returns the summed loss on the rank of the last stage, None on the others.
         """
+        # torch's schedules take whole batches, and cut them into micro batches along dim 0.
+        inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         ends_here = any(map(self._placement.is_last, self._stages))
         self._losses.clear()
         self._factor = factor
         with split_logits(self._topology), torch.set_grad_enabled(train):
-            if self._placement.stages == 1:
-                self._run_alone(inputs, targets, micro_batches, train)
-            else:
-                schedule = self._schedule(inputs, targets, micro_batches, train)
-                args = (inputs,) if 0 in self._stages else ()
-                run = schedule.step if train else schedule.eval
-                run(*args, target=targets if ends_here else None, return_outputs=False)
+            schedule = self._schedule(inputs, targets, len(batches), train)
+            args = (inputs,) if 0 in self._stages else ()
+            run = schedule.step if train else schedule.eval
+            run(*args, target=targets if ends_here else None, return_outputs=False)
         if not ends_here:
             return None
         # The last ones, since a new schedule first runs a micro batch to infer shapes.
-        return Loss.sum(self._losses[-micro_batches:])
-
-    def _run_alone(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> None:
-        """Run the only stage without a schedule, which would keep the logits through the backward pass."""
-        (zero,) = self._stages.values()
-        module = cast(nn.Module, zero.root)
-        parts = zip(inputs.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True)
-        for i, (part, target) in enumerate(parts, start=1):
-            loss = self._collect_loss(module(part), target)
-            if train:
-                zero.before_backward(last=i == micro_batches)
-                loss.backward()  # type: ignore[no-untyped-call]
+        return Loss.sum(self._losses[-len(batches) :])
 
     def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Any:
         """Return the schedule for these shapes; torch makes a schedule for one shape.

@@ -5,8 +5,8 @@
 3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
 4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
    (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for
-   `uni3d/estimate/save.py`, whose boxes are of no tensor, and `uni3d/importers/write.py`, whose are of tensors
-   in foreign files. The engine, its checkpointing and its description may know both packages (errors,
+   `uni3d/estimate/save.py`, whose boxes are of no tensor, and `uni3d/importers/write.py`, whose are of
+   tensors in foreign files. The engine, its checkpointing and its description may know both packages (errors,
    reports, collectives); every other module at most one. `parallel`'s rules (`RULES`) load no torch and are
    open to all.
 5. Nothing pickles, but for `parallel/host_comm.py`, which carries values between ranks in memory, as torch's
@@ -120,7 +120,6 @@ def test_one_joint() -> None:
     names = (
         "state",
         "engine/engine",
-        "engine/saving",
         "checkpoint/save",
         "checkpoint/restore",
         "checkpoint/optimizer_groups",
@@ -138,6 +137,24 @@ def test_one_joint() -> None:
     assert makers == {"uni3d/state.py", "uni3d/estimate/save.py", "uni3d/importers/write.py"}
     importers = {relative(p) for p in of("uni3d") if {f"ckpt.{kind}" for kind in kinds} & set(imports(p))}
     assert importers == makers
+
+
+def test_one_file_for_each_command() -> None:
+    from uni3d.cli import app
+
+    helpers = {"__init__", "terminal", "plan_report"}
+    files = {path.stem for path in (REPOSITORY / "uni3d" / "cli").glob("*.py")} - helpers
+    commands = {command.name: command.callback for command in app.registered_commands}
+    assert commands.keys() == {stem.rstrip("_") for stem in files}, "a file is named as the command is typed"
+    for name, function in commands.items():
+        assert function is not None
+        assert function.__module__.rstrip("_") == f"uni3d.cli.{name}"
+
+
+def test_only_the_command_line_imports_its_own_files() -> None:
+    others = [path for path in SOURCES if path.parent != REPOSITORY / "uni3d" / "cli"]
+    users = {relative(p) for p in others if any(name.startswith("uni3d.cli") for name in imports(p))}
+    assert not users
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -229,20 +246,3 @@ def test_no_torch_is_loaded(command: str) -> None:
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert "torch" not in loaded
     assert {"ckpt", "uni3d"} & loaded
-
-
-@pytest.mark.parametrize("file", ["parallel.py", "ckpt.py", "parallel/__init__.py", "ckpt/__init__.py"])
-def test_a_stranger_of_the_same_name_is_named(tmp_path: Path, file: str) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("")
-    done = run("import uni3d", tmp_path)
-    assert done.returncode == 1
-    name = Path(file).parts[0].removesuffix(".py")
-    assert f"ImportError: uni3d needs its own package {name!r} at {REPOSITORY / name}" in done.stderr
-    assert f"Python finds {tmp_path.resolve() / file}; rename that file" in done.stderr
-
-
-def test_a_folder_without_code_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / "ckpt").mkdir()  # where many a script keeps its checkpoints
-    done = run("import uni3d", tmp_path)
-    assert done.returncode == 0, done.stderr

@@ -5,15 +5,16 @@
     engine.save_checkpoint("run")        # any later run, on any number of GPUs:
     engine.load_checkpoint("run")
 
-Importing this package loads no torch; `initialize` and `Engine` do when they are first asked for.
+Importing this package loads no torch; `initialize` and `Engine` do when they are first asked for. From then
+on, `import ckpt` and `import parallel` find uni3d's own packages, whatever else is named so.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
@@ -61,24 +62,7 @@ _HOME = {
 """Where each public name lives; looked up when it is first asked for."""
 
 
-def _check_siblings() -> None:
-    """`parallel` and `ckpt` are common names: make sure that the ones found are ours.
-
-    Raises:
-        ImportError: naming the file that stands in the way.
-    """
-    here = Path(__file__).resolve().parent.parent
-    for name in ("parallel", "ckpt"):
-        spec = find_spec(name)
-        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
-        if origin != here / name / "__init__.py":
-            raise ImportError(
-                f"uni3d needs its own package {name!r} at {here / name}, but Python finds "
-                f"{origin or 'none'}; rename that file, or take its folder off sys.path"
-            )
-
-
-_check_siblings()
+claim_names()
 
 
 def __getattr__(name: str) -> Any:

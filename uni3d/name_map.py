@@ -16,7 +16,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+from uni3d.config.strict import unique_keys
 
 Rules = Mapping[str, str | None]
 """Pattern -> replacement, in the order in which they are tried."""
@@ -44,7 +45,7 @@ class NameMap:
         """
         source = f"the name map {path}"
         try:
-            rules = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+            rules = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
         except ValueError as error:
             raise ValueError(f"{source} can't be read as JSON: {error}") from None
         if not isinstance(rules, dict):
@@ -111,16 +112,6 @@ def _compiled(pattern: str, replacement: object, source: str) -> re.Pattern[str]
             f"{source}: the replacement {replacement!r} doesn't fit the pattern {pattern!r}: {error}"
         ) from None
     return compiled
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, in which a key that comes twice would silently lose the first one's value."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} comes twice")
-        found[key] = value
-    return found
 
 
 def _kind(value: object) -> str:

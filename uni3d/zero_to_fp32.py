@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Makes one fp32 state_dict of a checkpoint, without the package, the model or the cluster it comes from.
+"""Make one fp32 state_dict from a checkpoint, without the package, the model or the cluster behind it.
 
     python zero_to_fp32.py . out --safe_serialization      safetensors files; needs numpy alone
     python zero_to_fp32.py . out                           pytorch_model.bin; needs torch too
 
-A copy of this file lies in every checkpoint. Its arguments are those of DeepSpeed's script of this name. All
-that is read is checked against the checkpoint's checksums, quickly if the package crc32c or google_crc32c
-(which zarr brings along) is there. Of a safetensors file a chunk is in memory at a time, of a .bin file all.
+A copy of this file lies in every checkpoint. Its arguments are those of DeepSpeed's script of the same name.
+Everything that is read is checked against the checkpoint's checksums, which is fast if the package crc32c or
+google_crc32c (a dependency of zarr) is installed. A safetensors file is written chunk by chunk; a .bin file
+is built in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 
 Json = dict[str, Any]
 
-BITS = {"BF16": np.uint16}  # numpy has no bfloat16: its bits
+BITS = {"BF16": np.uint16}  # numpy has no bfloat16, so its bits are copied
 NAMES = {
     "bfloat16": "BF16",
     "bool": "BOOL",
@@ -43,14 +44,14 @@ UNITS.update({f"{unit}iB": 1 << 10 * (i + 1) for i, unit in enumerate("KMGT")})
 
 
 class UnreadableError(Exception):
-    """The checkpoint isn't whole, or isn't there."""
+    """The checkpoint is damaged, or doesn't exist."""
 
 
 # --- checksums ---------------------------------------------------------------------------------------------
 
 
 def crc32c(data: Any) -> int:
-    """Of Castagnoli's polynomial, with whatever is quickest here."""
+    """Return the CRC-32C (Castagnoli) of `data`, with the fastest implementation installed."""
     try:
         import crc32c as package
 
@@ -71,7 +72,7 @@ for _ in range(8):
 
 
 def crc32c_by_numpy(data: Any, lanes: int = 4096) -> int:
-    """Many stretches of equal length side by side, whose checksums are then combined."""
+    """Return the CRC-32C of `data`: many equal stretches at once, then their checksums combined."""
     data = np.frombuffer(data, np.uint8)
     each = len(data) // lanes
     crc = np.uint32(0xFFFFFFFF)
@@ -80,11 +81,11 @@ def crc32c_by_numpy(data: Any, lanes: int = 4096) -> int:
         sums = np.zeros(lanes, np.uint32)
         for column in columns:
             sums = TABLE[(sums ^ column) & 0xFF] ^ (sums >> 8)
-        # To put `each` zero bytes behind something multiplies its checksum by a 32 x 32 matrix of bits.
+        # Appending `each` zero bytes multiplies a checksum by a 32 x 32 matrix of bits.
         step = np.uint32(1) << np.arange(32, dtype=np.uint32)  # its columns: the identity
         for _ in range(each):
             step = TABLE[step & 0xFF] ^ (step >> 8)
-        while len(sums) > 1:  # and so does `each` twice as many, squared
+        while len(sums) > 1:  # twice as many zero bytes: the matrix squared
             sums = _times(step, sums[::2]) ^ sums[1::2]
             step = _times(step, step)
         crc = _times(step, np.full(1, crc))[0] ^ sums[0]
@@ -94,6 +95,7 @@ def crc32c_by_numpy(data: Any, lanes: int = 4096) -> int:
 
 
 def _times(matrix: Any, vectors: Any) -> Any:
+    """Multiply a 32 x 32 matrix of bits, given by its columns, by vectors of 32 bits."""
     result = np.zeros_like(vectors)
     for bit in range(32):
         result ^= np.where((vectors >> np.uint32(bit)) & np.uint32(1), matrix[bit], np.uint32(0))
@@ -104,7 +106,7 @@ def _times(matrix: Any, vectors: Any) -> Any:
 
 
 class Array:
-    """One tensor's own value in a checkpoint's folder."""
+    """The value of one tensor in a checkpoint's folder."""
 
     def __init__(self, folder: Path, path: str, document: Json, records: Json) -> None:
         self.folder, self.path, self.records = folder, path, records
@@ -116,7 +118,7 @@ class Array:
         self.nbytes = math.prod(self.shape) * self.bits.itemsize
 
     def fill(self, out: Any) -> None:
-        """Copy all chunks, verified, into `out`, an array of this shape."""
+        """Verify all chunks and copy them into `out`, an array of this shape."""
         grid = [range(-(-n // c)) for n, c in zip(self.shape, self.chunk, strict=True)]
         for index in product(*grid):
             box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.chunk, strict=True))
@@ -125,6 +127,7 @@ class Array:
             place[...] = data[tuple(slice(n) for n in place.shape) or ...]
 
     def _verified(self, key: str) -> Any:
+        """Return the bytes of one chunk, without the checksum at their end."""
         file = self.folder / self.path / key
         record = self.records.get(key)
         try:
@@ -137,7 +140,7 @@ class Array:
 
 
 def find(checkpoint_dir: str, tag: str | None) -> Path:
-    """The folder of the checkpoint: `checkpoint_dir` itself, or one in it, by default what `latest` names."""
+    """Return the checkpoint's folder: `checkpoint_dir` itself, or the tag in it, by default the latest."""
     run = Path(checkpoint_dir)
     if tag is None and (run / "manifest.json").exists():
         return run
@@ -153,13 +156,13 @@ def find(checkpoint_dir: str, tag: str | None) -> Path:
 
 
 def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays by name, and other names of tied weights; both documents are checked first."""
+    """Return the arrays by name, and the other names of tied weights, after checking both documents."""
     head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
     if head != b'{"crc32c": "%08x",' % crc32c(rest):
-        raise UnreadableError(f"{folder / 'manifest.json'} is damaged: it hasn't the checksum it names")
+        raise UnreadableError(f"{folder / 'manifest.json'} is damaged: its checksum doesn't match")
     manifest = json.loads(head + rest)
-    if manifest["format"] != "uni3d" or manifest["version"] not in (1, 2):
-        raise UnreadableError(f"{folder} is of format version {manifest['version']}; use its own script")
+    if manifest["format"] != "uni3d" or manifest["version"] != 2:
+        raise UnreadableError(f"{folder} has format version {manifest['version']}; use its own script")
     data = (folder / "zarr.json").read_bytes()
     if crc32c(data) != int(manifest["documents"]["zarr.json"]["crc32c"], 16):
         raise UnreadableError(f"{folder / 'zarr.json'} is damaged: its checksum isn't the manifest's")
@@ -179,7 +182,11 @@ def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[st
 
 
 def size_in_bytes(size: str | int) -> int:
-    """Of "5GB", "500MiB" or a number of bytes; a ValueError if it is none of these."""
+    """Return the bytes of a size such as "5GB", "500MiB" or a plain number.
+
+    Raises:
+        ValueError: `size` is none of these.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)?", str(size))
     if not match or not float(match[1]):
         raise ValueError(f"the size {size!r} isn't a number above 0 with a known unit; write 5GB or 500MiB")
@@ -187,7 +194,7 @@ def size_in_bytes(size: str | int) -> int:
 
 
 def cut(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in stretches of at most `limit` bytes, but for tensors that are larger."""
+    """Group names in order, with at most `limit` bytes per group except for single larger tensors."""
     parts: list[list[str]] = []
     held = 0
     for name, size in sizes.items():
@@ -200,7 +207,7 @@ def cut(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def file_names(count: int, safe: bool) -> tuple[list[str], str | None]:
-    """The names that Hugging Face's libraries look for, and that of the index if there are several."""
+    """Return the file names that Hugging Face's libraries expect, and the index's if there are several."""
     stem, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")
     if count == 1:
         return [f"{stem}.{suffix}"], None
@@ -211,14 +218,14 @@ def file_names(count: int, safe: bool) -> tuple[list[str], str | None]:
 def index_of(
     parts: list[list[str]], names: list[str], sizes: dict[str, int], aliases: dict[str, str]
 ) -> Json:
-    """Which file has which tensor; a safetensors file has tied weights once, so it gets no aliases."""
+    """Return the index, tensor -> file; `aliases` are further names of tied weights."""
     where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
     where.update({alias: where[first] for alias, first in aliases.items()})
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
 
 
 def write_safetensors(path: Path, arrays: dict[str, Array], aliases: dict[str, str]) -> None:
-    """Tensors one behind the other after a header (https://github.com/huggingface/safetensors, "Format")."""
+    """Write a header, then the tensors (https://github.com/huggingface/safetensors, "Format")."""
     head: Json = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
@@ -245,7 +252,7 @@ def write_safetensors(path: Path, arrays: dict[str, Array], aliases: dict[str, s
 
 
 def write_bin(path: Path, arrays: dict[str, Array], aliases: dict[str, str]) -> None:
-    """By `torch.save`; tied weights are one tensor under several names."""
+    """Write with `torch.save`; tied weights are one tensor under several names."""
     import torch
 
     tensors = {}
@@ -267,12 +274,12 @@ def write_files(
     safe: bool,
     write: Callable[[Path, list[str], dict[str, str]], object],
 ) -> list[str]:
-    """Write tensors of `sizes` bytes as one file or several, by `write(path, names, aliases)` for each.
+    """Write tensors of `sizes` bytes to one or several files, calling `write(path, names, aliases)` for each.
 
-    A file gets its name when all of them are whole. Returns the names, an index's among them.
+    Files get their final names once all of them are whole. Returns the names, including that of an index.
 
     Raises:
-        FileExistsError: there is a file of one of these names; nothing was written.
+        FileExistsError: a file of one of these names exists; nothing was written.
         ValueError: `max_shard_size` isn't a size.
     """
     parts, out = cut(sizes, size_in_bytes(max_shard_size)), Path(output_dir)
@@ -305,7 +312,7 @@ def convert(
     safe_serialization: bool = False,
     exclude_frozen: bool = False,
 ) -> list[str]:
-    """Write the files of a checkpoint; returns their names."""
+    """Write the files of a checkpoint; return their names."""
     arrays, aliases = read(folder, exclude_frozen)
     sizes = {name: array.nbytes for name, array in arrays.items()}
 
@@ -317,17 +324,20 @@ def convert(
 
 
 def main() -> None:
+    """Parse the command line, convert, and print the names of the files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint_dir", help="a run's folder, or one checkpoint's own")
+    parser.add_argument("checkpoint_dir", help="a run's folder, or a checkpoint's own folder")
     parser.add_argument("output_dir", help="folder to write the weights to")
-    parser.add_argument("--max_shard_size", default="5GB", help="of a file, e.g. 5GB (the default)")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest size of a file, by default 5GB")
     parser.add_argument(
         "--safe_serialization", action="store_true", help="safetensors instead of torch's format"
     )
-    parser.add_argument("-t", "--tag", help="which checkpoint; by default what `latest` names")
-    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave them out")
+    parser.add_argument("-t", "--tag", help="the checkpoint to read; the latest by default")
+    parser.add_argument(
+        "--exclude_frozen_parameters", action="store_true", help="leave out frozen parameters"
+    )
     parser.add_argument("-d", "--debug", action="store_true", help="print each tensor, and tracebacks")
     args = parser.parse_args()
     try:

@@ -1,8 +1,8 @@
-"""Where a run's checkpoints lie: a folder of this machine's file systems, or any URL that fsspec knows.
+"""Stores of a run's checkpoints: a local folder, or any URL that fsspec knows.
 
-A store knows objects by their path below the run's folder, and what a checkpoint needs of a place: writing
-one that nobody sees before its commit, replacing `latest` in one step, and taking a checkpoint away so that
-a crash half-way leaves nothing that looks like one.
+A store reads and writes objects by their path relative to the run's folder. It also does the three things
+that differ between places: write a checkpoint that nobody sees before its commit, replace `latest` in one
+step, and delete a checkpoint so that a crash half-way leaves nothing that looks like one.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 
 
 class Store(Protocol):
     """Objects below one folder. Paths are relative, with '/' between their parts.
 
-    Errors of the place itself are OSErrors, FileNotFoundError where there is no such object.
+    Errors of the place itself are OSErrors, and FileNotFoundError for an object that doesn't exist.
     """
 
     url: str
-    """As the user named it."""
+    """URL or path of the folder, as the user gave it."""
     threads: int | None
-    """How many calls at a time are worth it; None: as many as there are cores for."""
+    """Number of calls worth making at a time; None for as many as there are cores."""
     window: int
-    """About how many bytes to read at a time."""
+    """Approximate number of bytes to read at a time."""
 
     def where(self, path: str) -> str:
-        """The object's full name, for messages."""
+        """Return the object's full name, for messages."""
         ...
 
     # --- objects ---
@@ -37,7 +37,7 @@ class Store(Protocol):
     def read(self, path: str) -> bytes: ...
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
-        """Fill `buffer` from `offset` of the object; returns the bytes read, fewer only at its end."""
+        """Fill `buffer` from `offset` of the object; return the bytes read, fewer only at its end."""
         ...
 
     def size(self, path: str) -> int: ...
@@ -45,40 +45,44 @@ class Store(Protocol):
     def exists(self, path: str) -> bool: ...
 
     def names(self) -> list[str]:
-        """What lies directly in the folder; empty where there is no such folder."""
+        """Return the names directly in the folder; none if the folder doesn't exist."""
         ...
 
     def make_folders(self, paths: Iterable[str]) -> None:
-        """Prepare for objects in these folders."""
+        """Make these folders, if the place has folders."""
         ...
 
     def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
         """Write a new object from `parts`, one behind the other.
 
-        `durable` says that a `sync` will follow, which may then find most of its work done.
+        `durable` announces a later `sync`, so that writing to the disk can begin at once.
         """
         ...
 
     def same(self, path: str, parts: Sequence[Buffer]) -> bool:
-        """Whether the object consists of exactly these bytes."""
+        """Return whether the object consists of exactly these bytes; False if the place has no links."""
         ...
 
     def link(self, old: str, new: str) -> bool:
-        """Give an object a second name, without copying it; False where the place can't."""
+        """Give an object a second name without copying it; return False if the place can't."""
         ...
 
     # --- a checkpoint from its first object to its end ---
 
     def staging(self, tag: str) -> str:
-        """The folder in which a save writes; known to all ranks without a word."""
+        """Return the folder in which a save writes; every rank derives it from the tag."""
         ...
 
     def begin(self, tag: str, token: str) -> None:
-        """Make that folder anew, marked by `token`; what other saves left behind is removed."""
+        """Make that folder anew, marked with `token`, and remove the leftovers of other saves.
+
+        Raises:
+            CheckpointError: the tag can't be saved here.
+        """
         ...
 
     def begun(self, tag: str, token: str) -> bool:
-        """Whether what `begin` did with this token is seen from here."""
+        """Return whether this process sees the folder that `begin` marked with `token`."""
         ...
 
     def sync(self, tag: str) -> None:
@@ -88,36 +92,40 @@ class Store(Protocol):
     def commit(
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
     ) -> None:
-        """Write the last documents in their order, the manifest at the end; from then on the checkpoint
-        exists. Then point `latest` at it. Refused if another save of the tag has begun since."""
+        """Write the last documents in order, the manifest at the end; commit; then point `latest` at the tag.
+
+        Raises:
+            CheckpointError: another save of the tag has begun since, the tag can't be replaced, or the
+                checkpoint is committed but `latest` couldn't be updated.
+        """
         ...
 
     def abandon(self, tag: str, token: str) -> None:
-        """Remove what a failed save wrote, as far as that can be done, but not what another one did."""
+        """Remove the objects of a failed save as far as possible, but not those of another save."""
         ...
 
     def delete(self, tag: str) -> None:
-        """Remove a committed checkpoint. It stops existing in one step, before anything of it is gone."""
+        """Delete a committed checkpoint. It stops existing in one step, before any object is removed."""
         ...
 
     def committed_at(self, tag: str) -> float:
-        """When it was committed, in a number that grows."""
+        """Return the time of the commit as a number that grows."""
         ...
 
     def leftovers(self) -> list[str]:
-        """Names of what crashed saves and deletions left behind."""
+        """Return the names of unfinished saves and deletions."""
         ...
 
     def clean(self) -> list[str]:
-        """Remove the leftovers; returns their names."""
+        """Remove the leftovers; return their names."""
         ...
 
 
 def open_store(url: str | Path) -> Store:
-    """The store at `url`: a path, `file://...`, or a URL of any protocol that fsspec has.
+    """Open the store at `url`: a path, `file://...`, or a URL of any protocol that fsspec has.
 
     Raises:
-        CheckpointError: the protocol isn't known, or its package isn't installed.
+        CheckpointError: the protocol is unknown, or its package isn't installed.
     """
     from ckpt.stores.local import LocalStore
 
@@ -125,7 +133,7 @@ def open_store(url: str | Path) -> Store:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme in ("file", "local"):
         return LocalStore(text, Path(rest if separator else text))
-    from ckpt.stores.remote import RemoteStore  # fsspec is imported only by those who need it
+    from ckpt.stores.remote import RemoteStore  # imports fsspec, which local runs don't need
 
     try:
         return RemoteStore(text)

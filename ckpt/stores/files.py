@@ -1,4 +1,4 @@
-"""The local file system, by direct calls: whole writes, exact reads, durable and atomic renames."""
+"""Direct calls to the local file system: whole writes, exact reads, durable and atomic renames."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
 _SMALL = 4 << 10
+"""A part of up to this many bytes goes along with the write before it."""
 _AT_ONCE = 256 << 10
+"""Bytes to collect before a `writev`: few calls, of parts that are still in the processor's cache."""
 
 
 def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurry: bool = False) -> None:
-    """Make a new file from `parts`, one behind the other, written while they are in the processor's cache.
+    """Write a new file from `parts`, one behind the other.
 
-    One that is there is an error, never written into: another checkpoint may have a link to its bytes. With
-    `durable`, it is on the disk on return; with `hurry`, on its way there, so that a sync of many files later
-    finds most of its work done.
+    With `durable`, it is on the disk on return; with `hurry`, writing to the disk has begun, so that a later
+    sync of many files finds most of its work done.
+
+    Raises:
+        FileExistsError: the file exists. Another checkpoint may link to it, so it is never overwritten.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -30,7 +34,7 @@ def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurr
         size = 0
         for part in parts:
             view = memoryview(part).cast("B")
-            if size >= _AT_ONCE and len(view) > _SMALL:  # a short last part goes along with what waits
+            if size >= _AT_ONCE and len(view) > _SMALL:  # a short last part joins the waiting ones
                 _write_all(fd, waiting)
                 waiting, size = [], 0
             waiting.append(view)
@@ -39,14 +43,15 @@ def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurr
         if durable:
             os.fsync(fd)
         elif hurry and _sync_file_range is not None:
-            _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint: whether it works is of no matter
+            _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint, so its result doesn't matter
     finally:
         os.close(fd)
 
 
 def _write_all(fd: int, views: list[memoryview]) -> None:
+    """Write all of `views`, which is emptied."""
     while views:
-        written = os.writev(fd, views)  # a short write is legal, and usual above 2 GiB
+        written = os.writev(fd, views)  # short writes are legal, and usual above 2 GiB
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
         if views:
@@ -54,6 +59,7 @@ def _write_all(fd: int, views: list[memoryview]) -> None:
 
 
 def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Return Linux's `sync_file_range`, which Python doesn't expose; None on other systems."""
     call = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if call is not None:
         call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -64,7 +70,7 @@ _sync_file_range = _find_sync_file_range()
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer` from `offset` of the file; returns the bytes read, fewer only at the file's end."""
+    """Fill `buffer` from `offset` of the file; return the bytes read, fewer only at the file's end."""
     done = 0
     while done < len(buffer):
         got = os.preadv(fd, [buffer[done:]], offset + done)
@@ -82,7 +88,7 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def sync_folder(path: str | Path) -> None:
-    """Make the folder's entries durable: files are found again only when their folder was synced too."""
+    """Make the folder's entries durable: after a crash, a file is found only if its folder was synced too."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -93,7 +99,7 @@ def sync_folder(path: str | Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Make every file and folder below `folder` durable.
 
-    One `syncfs` where there is such a call: the disk orders thousands of small files at once, where an
+    Uses one `syncfs` if the system has it: the disk then orders thousands of small files at once, while an
     fsync of each would wait for each.
     """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -106,7 +112,7 @@ def sync_tree(folder: Path) -> None:
         finally:
             os.close(fd)
         return
-    for path, _, names in os.walk(folder, topdown=False):
+    for path, _, names in os.walk(folder, topdown=False):  # files before the folders that name them
         for name in names:
             fd = os.open(os.path.join(path, name), os.O_RDONLY)
             try:
@@ -117,14 +123,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def _reports_errors(release: str) -> bool:
-    """Whether `syncfs` tells of data that could not be written: Linux does since 5.8."""
+    """Return whether `syncfs` reports data that could not be written, as Linux does since 5.8."""
     return [int(n) for n in re.findall(r"\d+", release)[:2]] >= [5, 8]
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
     """Replace a small file in one step: readers see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed just here
+    temporary.unlink(missing_ok=True)  # left by a process that was killed just here
     write_file(temporary, [content], durable=durable)
     os.rename(temporary, path)
     if durable:
@@ -135,7 +141,7 @@ def exchange_folders(a: Path, b: Path) -> None:
     """Swap two folders' names in one step (Linux `renameat2`), so that neither name is ever missing.
 
     Raises:
-        OSError: where the system or the file system has no such call.
+        OSError: the system or the file system has no such call.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):

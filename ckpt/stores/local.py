@@ -1,9 +1,9 @@
 """A run's folder on a file system, by direct calls.
 
 A save is written into the hidden folder `.saving.<tag>`. The commit is one rename to `<tag>`, after every
-file, folder and the manifest (last) are on the disk. A crash before it leaves a hidden folder that no
-reader looks at. A tag that is saved again is exchanged for its replacement in one step, so it can be read all
-the time. A checkpoint is deleted by a rename to `.deleting.<tag>`, after which it doesn't exist any more.
+file and folder, the manifest last, is on the disk. A crash before it leaves a hidden folder that readers
+ignore. A tag that is saved again is exchanged for its replacement in one step, so it can be read at any time.
+A checkpoint is deleted by a rename to `.deleting.<tag>`, from which on it doesn't exist.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
 from ckpt.stores import files
 
 
 class LocalStore:
-    """See `ckpt.stores.Store`."""
+    """Store in a local folder; see `ckpt.stores.Store`."""
 
     threads: int | None = None
-    window = 1 << 20  # enough to stream, little enough to be summed in the processor's cache
+    window = 1 << 20  # large enough to stream, small enough to be summed in the processor's cache
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
         self._folder = folder
-        self._prefix = f"{folder}/"  # joined by hand: pathlib takes longer than a small file does
+        self._prefix = f"{folder}/"  # a string, as pathlib takes longer than writing a small file
 
     def where(self, path: str) -> str:
         return f"{self._prefix}{path}" if path else str(self._folder)
@@ -128,13 +128,13 @@ class LocalStore:
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
     ) -> None:
         staging, final = self._folder / (SAVING + tag), self._folder / tag
-        self._check_own(tag, token)
+        self._check_own(tag, token)  # before writing into what may be another save's folder
         for name, content in documents.items():
             files.write_file(staging / name, [content], durable=durable)
-        self._check_own(tag, token)
+        self._check_own(tag, token)  # again: the writes took time
         os.unlink(self._mark(tag))
         if durable:
-            files.sync_folder(staging)
+            files.sync_folder(staging)  # before the rename, which must not become durable before its content
         self._check_replaceable(tag)
         if final.exists():
             try:
@@ -148,26 +148,26 @@ class LocalStore:
             staging.rename(final)
         try:
             if durable:
-                files.sync_folder(self._folder)
+                files.sync_folder(self._folder)  # the rename, before `latest` names its result
             if update_latest:
                 files.replace_file(self._folder / LATEST, f"{tag}\n".encode(), durable=durable)
         except OSError as error:
             raise CheckpointError(f"{final} is committed, but {LATEST!r} may not name it: {error}") from error
-        # The checkpoint that was replaced, if any. What can't be removed now, the next save removes.
+        # After an exchange, the replaced checkpoint lies here. The next save removes what this one can't.
         shutil.rmtree(staging, ignore_errors=True)
 
     def abandon(self, tag: str, token: str) -> None:
-        with contextlib.suppress(OSError):  # where none is there, or a part of it, this save got no further
+        with contextlib.suppress(OSError):  # without a whole mark, this save got no further than `begin`
             if not token.startswith(Path(self._mark(tag)).read_text()):
-                return  # another save's
+                return  # another save has begun since
         shutil.rmtree(self._folder / (SAVING + tag), ignore_errors=True)
 
     def delete(self, tag: str) -> None:
         hidden = self._folder / (DELETING + tag)
-        if hidden.exists():  # of a deletion that was cut short
+        if hidden.exists():  # left by a deletion that was cut short
             shutil.rmtree(hidden)
         (self._folder / tag).rename(hidden)
-        files.sync_folder(self._folder)
+        files.sync_folder(self._folder)  # first: a crash mustn't bring a half-removed checkpoint back
         shutil.rmtree(hidden)
 
     def committed_at(self, tag: str) -> float:

@@ -1,9 +1,9 @@
 """A run's folder in a store that fsspec knows: whole objects, no renames, no folders.
 
-Objects are written to where they stay, and the manifest, last, is the commit. So that what a crashed save or
-deletion leaves can be told from what is the user's, an empty-handed marker object stands beside the tag as
-long as either goes on: `.saving.<tag>`, `.deleting.<tag>`. A tag that is committed can't be saved again here:
-there is no step that would replace many objects at once.
+Objects are written to their final place, and the manifest, written last, is the commit. While a save or a
+deletion goes on, a marker object lies beside the tag (`.saving.<tag>`, `.deleting.<tag>`), so that the
+leftovers of a crash can be told from a user's objects. A committed tag can't be saved again: nothing replaces
+many objects in one step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.core import url_to_fs
 
-from ckpt.checksum import Buffer
+from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
 
@@ -22,13 +22,17 @@ T = TypeVar("T")
 
 
 class RemoteStore:
-    """See `ckpt.stores.Store`."""
+    """Store at an fsspec URL; see `ckpt.stores.Store`."""
 
     threads: int | None = 16
-    window = 64 << 20  # each call is a request: a whole chunk in one
+    window = 64 << 20  # each call is a request, so read a whole chunk at once
 
     def __init__(self, url: str) -> None:
-        """Raises ImportError or ValueError where fsspec can't make a file system of the URL."""
+        """Open the file system of the URL.
+
+        Raises:
+            ImportError, ValueError: fsspec can't.
+        """
         self.url = url.rstrip("/")
         self._fs: fsspec.AbstractFileSystem
         self._fs, root = url_to_fs(self.url, use_listings_cache=False)
@@ -52,7 +56,7 @@ class RemoteStore:
         return int(self._call(self._fs.info, path)["size"])
 
     def exists(self, path: str) -> bool:
-        try:  # fsspec's own `exists` takes every failure for an answer
+        try:  # fsspec's own `exists` returns False on any failure
             self._call(self._fs.info, path)
         except FileNotFoundError:
             return False
@@ -73,7 +77,7 @@ class RemoteStore:
         self._call(self._fs.pipe_file, path, b"".join(parts))
 
     def same(self, path: str, parts: Sequence[Buffer]) -> bool:
-        return False  # nothing can be linked, so there is no use in reading
+        return False  # nothing can be linked, so reading would be of no use
 
     def link(self, old: str, new: str) -> bool:
         return False
@@ -100,7 +104,7 @@ class RemoteStore:
             return False
 
     def sync(self, tag: str) -> None:
-        """A put has returned only when the store keeps the object."""
+        """Do nothing: a put returns only once the store keeps the object."""
 
     def commit(
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
@@ -120,7 +124,7 @@ class RemoteStore:
 
     def abandon(self, tag: str, token: str) -> None:
         try:
-            if self.begun(tag, token):  # else what is there isn't this save's
+            if self.begun(tag, token):  # otherwise the objects are another save's
                 self._finish(SAVING + tag)
         except OSError:
             pass  # the next save cleans up
@@ -142,10 +146,10 @@ class RemoteStore:
         return names
 
     def _finish(self, marker: str) -> None:
-        """Remove what a marker stands for, the manifest before all else, then the marker."""
+        """Remove the objects that a marker stands for, the manifest first, then the marker."""
         tag = leftover_tag(marker)
         assert tag is not None, f"{marker!r} stands for nothing"
-        committed = self.exists(f"{tag}/{MANIFEST}")
+        committed = self.exists(f"{tag}/{MANIFEST}")  # then a save only failed to remove its marker
         if committed and marker.startswith(DELETING):
             self._remove(f"{tag}/{MANIFEST}")
         if self.exists(tag) and not (committed and marker.startswith(SAVING)):
@@ -156,7 +160,7 @@ class RemoteStore:
         self._call(self._fs.rm_file, path)
 
     def _call(self, method: Callable[..., T], path: str, *args: Any, **kwargs: Any) -> T:
-        """Call the file system; whatever it raises is an OSError from here on."""
+        """Call the file system, turning any error into an OSError."""
         try:
             return method(f"{self._root}/{path}" if path else self._root, *args, **kwargs)
         except OSError:

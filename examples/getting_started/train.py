@@ -1,6 +1,6 @@
-"""A Hugging Face BERT learns to classify, in the shape of a DeepSpeed script: only the import is another.
+"""Train a Hugging Face BERT classifier with a DeepSpeed script. Only the import differs.
 
-The model is small and random and the data is made here, so that it runs anywhere in seconds.
+The model is small and randomly initialized, and the data is generated, so it runs anywhere in seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LENGTH = 16
 
 
 class FirstToken(Dataset[dict[str, Tensor]]):
-    """Sequences of random tokens; the label says whether the first is in the vocabulary's upper half."""
+    """Sequences of random tokens. The label is 1 if the first is in the upper half of the vocabulary."""
 
     def __init__(self, samples: int) -> None:
         self.tokens = torch.randint(
@@ -38,7 +38,7 @@ class FirstToken(Dataset[dict[str, Tensor]]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--local_rank", type=int, default=-1, help="given by some launchers; not needed")
+    parser.add_argument("--local_rank", type=int, default=-1, help="passed by some launchers; unused")
     deepspeed.add_config_arguments(parser)
     cmd_args = parser.parse_args()
 
@@ -59,7 +59,7 @@ def main() -> None:
     model_engine, _optimizer, _, _ = deepspeed.initialize(args=cmd_args, model=model, model_parameters=params)
 
     data = FirstToken(512)
-    sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(data)  # each rank its part
+    sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(data)  # each rank reads its part
     loader = DataLoader(data, batch_size=model_engine.train_micro_batch_size_per_gpu(), sampler=sampler)
     for epoch in range(cmd_args.epochs):
         sampler.set_epoch(epoch)

@@ -1,8 +1,8 @@
 """Generate text with exported weights: plain PyTorch, no uni3d import.
 
-    python generate.py --config configs/tiny.json --weights model.safetensors --prompt "def "
+    python generate.py --config configs/tiny.json --weights model.safetensors --prompt "At noon "
 
-The model must be one of bytes (`vocab_size` 256), as trained on `--data builtin` or `FILE.txt`.
+The model must be one of bytes (`vocab_size` 256), as trained with `--data builtin` or `--data FILE.txt`.
 """
 
 from __future__ import annotations
@@ -18,46 +18,49 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-SEPARATOR = 0
-"""Ends a document in the training text: an empty prompt starts after one, and generation stops at one."""
 
+def load_model(config_path: Path, weights_path: Path) -> tuple[GPT, int]:
+    """Return the model of a config with the weights of a safetensors file, and its `seq_len`.
 
-def load_model(config_path: Path, weights_path: Path) -> GPT:
-    """The model of a config, with the weights of a safetensors file. Raises ValueError where they differ."""
+    Raises:
+        ValueError: a file is missing or malformed, or the weights don't fit the config.
+    """
     for flag, path in (("--config", config_path), ("--weights", weights_path)):
         if not path.is_file():
-            raise ValueError(f"{flag} {path}: there is no such file")
+            raise ValueError(f"{flag} {path}: no such file")
     try:
-        config = GPTConfig(**json.loads(config_path.read_text())["model"])
+        document = json.loads(config_path.read_text())
+        config, seq_len = GPTConfig(**document["model"]), int(document["seq_len"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--config {config_path}: not a model's config ({error!r})") from error
+        raise ValueError(f"--config {config_path}: expected model and seq_len ({error!r})") from error
     if config.vocab_size != 256:
         raise ValueError(
-            f"vocab_size({config.vocab_size}) of {config_path}: only models of bytes (256) fit here"
+            f"--config {config_path}: vocab_size({config.vocab_size}), but generate.py supports only models "
+            "of bytes, with vocab_size 256"
         )
     try:
         state = load_file(weights_path)
     except SafetensorError as error:
         raise ValueError(f"--weights {weights_path}: not a safetensors file ({error})") from error
-    # Built without weights: the file's own tensors become the parameters, so nothing is initialised in vain.
+    # On the meta device: the file's tensors become the parameters, so there is nothing to initialize.
     with torch.device("meta"):
         model = GPT(config)
     wanted = model.state_dict()
     if config.tied_head:
         del wanted["head.weight"]  # stored once, under the name of the embedding
-    check_fit(wanted, state, f"{weights_path} does not fit {config_path}")
+    check_fit(wanted, state, f"{weights_path} doesn't fit {config_path}")
     if config.tied_head:
         state["head.weight"] = state["embed.tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    return model.eval(), seq_len
 
 
 def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], prefix: str) -> None:
-    """One line for what `load_state_dict` would say in many."""
+    """Check names and shapes in advance: `load_state_dict` reports differences in many lines."""
     problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     problems += [f"{name} is unexpected" for name in found.keys() - wanted.keys()]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
         for name in wanted.keys() & found.keys()
         if wanted[name].shape != found[name].shape
     ]
@@ -68,30 +71,28 @@ def check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], prefix: str) 
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt: bytes, count: int, *, temperature: float, seed: int) -> bytes:
-    """`prompt` and up to `count` more bytes, fewer where the model ends the document.
+def generate(model: GPT, prompt: bytes, count: int, *, seq_len: int, temperature: float, seed: int) -> bytes:
+    """Return `prompt` and `count` more bytes.
 
-    `temperature` 0 takes the likeliest byte each time. Each step reads the last `max_seq_len` bytes anew:
-    slower than a cache of keys and values, and enough for a line of text.
+    `temperature` 0 takes the most likely byte each time. The model reads at most the last `seq_len` bytes,
+    the length that it was trained on: it has never seen later positions. There is no cache of keys and
+    values, which a line of text doesn't need.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = [*(prompt or bytes([SEPARATOR]))]
+    ids = [*(prompt or b"\n")]  # an empty prompt starts a new line
     start = len(ids)
     for _ in range(count):
-        window = torch.tensor([ids[-model.config.max_seq_len :]])
-        logits = model(window)[0, -1]
+        logits = model(torch.tensor([ids[-seq_len:]]))[0, -1]
         if temperature == 0:
-            byte = int(logits.argmax())
+            ids.append(int(logits.argmax()))
         else:
-            byte = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-        if byte == SEPARATOR:
-            break
-        ids.append(byte)
+            chances = (logits / temperature).softmax(-1)
+            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
     return prompt + bytes(ids[start:])
 
 
 def printable(text: bytes) -> str:
-    """Text that is safe to print: bytes that are not UTF-8 and control characters become a mark."""
+    """Replace bytes that are not UTF-8, and control characters, so that the text is safe to print."""
     decoded = text.decode("utf-8", errors="replace")
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in decoded)
 
@@ -99,29 +100,29 @@ def printable(text: bytes) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate text with exported weights.")
     parser.add_argument(
-        "--config", type=Path, required=True, help="the JSON config the model was trained with"
+        "--config", type=Path, required=True, help="JSON config that the model was trained with"
     )
-    parser.add_argument("--weights", type=Path, required=True, help="a file from `uni3d export`")
-    parser.add_argument("--prompt", default="", help="the text to go on from")
-    parser.add_argument("--tokens", type=int, default=200, help="the most bytes to generate")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
+    parser.add_argument("--weights", type=Path, required=True, help="safetensors file, from `uni3d export`")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="number of bytes to generate")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely byte")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.tokens < 1:
-        parser.error(f"--tokens {args.tokens}: give at least 1")
+        parser.error(f"--tokens {args.tokens}: expected at least 1")
     if args.temperature < 0:
-        parser.error(f"--temperature {args.temperature}: give 0 or more")
+        parser.error(f"--temperature {args.temperature}: expected 0 or more")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        model = load_model(args.config, args.weights)
+        model, seq_len = load_model(args.config, args.weights)
     except ValueError as error:
         sys.exit(f"generate.py: {error}")
-    prompt = args.prompt.encode()
-    text = generate(model, prompt, args.tokens, temperature=args.temperature, seed=args.seed)
+    options = {"seq_len": seq_len, "temperature": args.temperature, "seed": args.seed}
+    text = generate(model, args.prompt.encode(), args.tokens, **options)
     print(printable(text))
 
 

@@ -10,18 +10,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from plot import Row
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+Row = dict[str, float]
+"""One line of a metrics file: `step`, `loss`, `pp`, `dp`, `tp`, `zero` and others."""
+
 
 class DemoError(Exception):
-    """Why the demo failed, in the words to show."""
+    """Failure of the demo, with the message to show."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What a progress bar follows: the rows of a metrics file, after step `start` up to `until`."""
+    """Source of a progress bar: the rows of a metrics file after step `start`, up to `until`."""
 
     title: str
     metrics: Path
@@ -30,7 +32,7 @@ class Watch:
 
 
 class Tail:
-    """The rows that a metrics file got since the last look."""
+    """Reads the rows that were appended to a metrics file since the last read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,10 +57,12 @@ def launch(
     settings: dict[str, str] | None = None,
     watch: Watch | None = None,
 ) -> float:
-    """Print a command, run it with all its output in `log`, show its progress; the seconds it took.
+    """Print a command, run it with its output in `log`, and return the seconds it took.
 
-    `settings` are environment variables of the command. A command that fails shows the end of its log and
-    raises DemoError.
+    `settings` are environment variables of the command. With `watch`, a progress bar is shown.
+
+    Raises:
+        DemoError: the command failed. The end of its log has been printed.
     """
     settings = settings or {}
     line = "".join(f"{name}={value} " for name, value in settings.items()) + shlex.join(command)
@@ -72,7 +76,7 @@ def launch(
                 show_progress(console, process, watch)
             process.wait()
         finally:
-            # Left early (an error, Ctrl-C): torchrun passes the signal on to its workers.
+            # After an error or Ctrl-C. torchrun passes the signal on to its workers.
             if process.poll() is None:
                 process.terminate()
                 process.wait()
@@ -83,7 +87,7 @@ def launch(
 
 
 def show_progress(console: Console, process: subprocess.Popen[bytes], watch: Watch) -> None:
-    """A live bar where there is a terminal, nothing elsewhere, until the process ends."""
+    """Show a live bar until the process ends, or nothing if there is no terminal."""
     tail = Tail(watch.metrics)
     columns = (
         TextColumn("{task.description}"),
@@ -96,7 +100,7 @@ def show_progress(console: Console, process: subprocess.Popen[bytes], watch: Wat
         task = progress.add_task(watch.title, total=total, step=watch.start, until=watch.until, loss="-")
         ended = False
         while not ended:
-            ended = process.poll() is not None  # asked before the last look, so that no row is missed
+            ended = process.poll() is not None  # asked before the last read, so that no row is missed
             for row in tail.read():
                 step, loss = int(row["step"]), f"{row['loss']:.3f}"
                 progress.update(task, completed=step - watch.start, step=step, loss=loss)
@@ -105,7 +109,7 @@ def show_progress(console: Console, process: subprocess.Popen[bytes], watch: Wat
 
 
 def last_lines(log: Path, count: int = 30) -> str:
-    """The end of a log, up to torchrun's own report, which is as long as a screen and says less."""
+    """Return the end of a log, without torchrun's own report, which fills a screen and says less."""
     lines = log.read_text(errors="replace").splitlines()
     reports = (
         i for i, line in enumerate(lines) if "torch/distributed/elastic/multiprocessing/api.py" in line

@@ -41,7 +41,7 @@ class GPTConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     activation: Literal["swiglu", "gelu"] = "swiglu"
     tied_head: bool = False
-    """Whether the output head shares the embedding's weight."""
+    """True if the output head shares the embedding's weight."""
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
@@ -190,7 +190,7 @@ class GPT(nn.Module):
 
     @property
     def pipeline_layers(self) -> list[str]:
-        """The links of the chain, by name, in the order in which they run."""
+        """Names of the pipeline's layers, in the order in which they run."""
         return ["embed", *(f"layers.{i}" for i in range(self.config.num_layers)), "norm", "head"]
 
     @property
@@ -219,7 +219,7 @@ class GPT(nn.Module):
 
     @property
     def tp_units(self) -> dict[str, int]:
-        """How many parts that can't be cut further the split dimension has, where that isn't its size."""
+        """Number of indivisible parts of a split dimension, where it isn't the dimension's size."""
         heads, kv_heads = self.config.num_heads, self.config.kv_heads
         return {
             "layers.*.attn.q": heads,
@@ -230,10 +230,10 @@ class GPT(nn.Module):
 
     @property
     def hugging_face(self) -> dict[str, Any] | None:
-        """What this model is to Hugging Face's `transformers`: the `config.json` and the names of a Llama.
+        """The model's Hugging Face description: `config.json` and parameter names of a Llama.
 
-        Names are regular expressions -> replacements, None for what is left out. In settings that Llama
-        doesn't have, there is no such model.
+        Names map regular expressions to replacements, or to None for parameters that are left out. The
+        result is None for settings that Llama doesn't have.
         """
         c = self.config
         if (c.norm, c.positions, c.activation) != ("rmsnorm", "rotary", "swiglu"):
@@ -294,7 +294,7 @@ class GPT(nn.Module):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the tokens, and how many tokens there were.
+    """Return the cross-entropy summed over the tokens, and the number of tokens.
 
     `logits (B, S, V)`, `targets (B, S)` with -100 where there is nothing to predict. Returning the two
     apart lets the engine take the mean over the global batch's tokens, not a mean of means.

@@ -1,19 +1,24 @@
-"""Train the example GPT with uni3d, from scratch or from where the run stands, on any topology.
+"""Train the example GPT with uni3d on any topology, from scratch or from the run's newest checkpoint.
 
     torchrun --standalone --nproc-per-node 4 -- examples/megatron_gpt/train.py \
         --config examples/megatron_gpt/configs/tiny.json --pp 2 --dp 2 --tp 1 --zero 1 \
         --steps 100 --run runs/tiny --save-every 50
 
-It takes up the newest checkpoint in `--run` by itself, whatever topology wrote it.
+It resumes from the newest checkpoint in `--run`, whatever topology wrote it.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+import time
+
+began = time.perf_counter()  # before the imports, which take seconds and are the first phase
 
 import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,19 @@ from data import TokenDataset, load_tokens
 from model import GPT, GPTConfig
 
 import uni3d
-from uni3d.engine.data import engine_loader
+
+
+class StartUp:
+    """Prints the seconds of each phase between the start of the script and the first step, on rank 0."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+
+    def done(self, phase: str) -> None:
+        now = time.perf_counter()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"start-up: {phase} {now - self.began:.1f} s", flush=True)
+        self.began = now
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,35 +48,37 @@ def parse_arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--config", required=True, metavar="FILE.json", help="model, sequence length, uni3d config"
+        "--config", required=True, metavar="FILE.json", help="model, seq_len and uni3d config"
     )
     parser.add_argument("--pp", type=degree, default=1, metavar="N", help="pipeline stages")
-    parser.add_argument("--dp", type=degree, default="auto", metavar="N|auto", help="data-parallel copies")
-    parser.add_argument(
-        "--tp", type=degree, default=1, metavar="N", help="parts of each tensor-parallel layer"
-    )
+    parser.add_argument("--dp", type=degree, default="auto", metavar="N|auto", help="data-parallel degree")
+    parser.add_argument("--tp", type=degree, default=1, metavar="N", help="tensor-parallel degree")
     parser.add_argument("--zero", type=int, default=1, choices=[0, 1, 2, 3], help="ZeRO stage")
     parser.add_argument(
-        "--steps", type=int, required=True, metavar="N", help="step to stop at, over all resumes"
+        "--steps", type=int, required=True, metavar="N", help="last step, counted over all resumes"
     )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of checkpoints")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the checkpoints")
     parser.add_argument(
-        "--save-every", type=int, default=0, metavar="N", help="steps; 0 saves at the end only"
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps between checkpoints; 0: at the end only",
     )
     parser.add_argument(
-        "--eval-batches", type=int, default=2, metavar="N", help="validation batches after each save"
+        "--eval-batches", type=int, default=2, metavar="N", help="validation batches after each checkpoint"
     )
     parser.add_argument("--data", default="builtin", help="builtin, FILE.txt or FILE.bin")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and data order")
-    parser.add_argument("--metrics", type=Path, metavar="FILE.jsonl", help="append one line a step")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and data order")
+    parser.add_argument("--metrics", type=Path, metavar="FILE.jsonl", help="append one line per step")
     return parser.parse_args()
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The model's, the data's and uni3d's part of a config.
+    """Read a config: `model` (as a GPTConfig), `seq_len` and `uni3d`.
 
     Raises:
-        ValueError: what is wrong with the file.
+        ValueError: the file can't be read, or a part of it is missing or unknown.
     """
     try:
         config: dict[str, Any] = json.loads(Path(path).read_text())
@@ -76,14 +95,18 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def start(args: argparse.Namespace, config: dict[str, Any]) -> tuple[uni3d.Engine, TokenDataset]:
-    """The engine, where the run stands, and the validation text."""
+def start(
+    args: argparse.Namespace, config: dict[str, Any], start_up: StartUp
+) -> tuple[uni3d.Engine, TokenDataset]:
+    """Return the engine, resumed from the run's newest checkpoint if any, and the validation data."""
+    uni3d.init_distributed()
+    start_up.done("process group")
     settings = config["uni3d"] | {
         "seed": args.seed,
         "parallel": {"pp": args.pp, "dp": args.dp, "tp": args.tp},
         "zero_optimization": {"stage": args.zero},
     }
-    with torch.device("meta"):  # no memory yet; each rank fills the parts that it keeps
+    with torch.device("meta"):  # no memory yet: each rank initializes only the parts that it keeps
         model = GPT(config["model"])
     train_data, valid_data = (
         TokenDataset(load_tokens(args.data, split), config["seq_len"], vocab_size=model.config.vocab_size)
@@ -92,12 +115,14 @@ def start(args: argparse.Namespace, config: dict[str, Any]) -> tuple[uni3d.Engin
     engine, *_ = uni3d.initialize(
         model=model, model_parameters=decay_groups(model), training_data=train_data, config=settings
     )
+    start_up.done("data, model and optimizer")
     engine.resume(args.run)
+    start_up.done(f"resume at step {engine.global_steps}")
     return engine, valid_data
 
 
 def train(args: argparse.Namespace, engine: uni3d.Engine, valid_data: TokenDataset) -> None:
-    """Take the steps that are left, saving on the way."""
+    """Train up to `--steps`, with a checkpoint every `--save-every` steps and at the end."""
     first_rank = engine.model.topology.rank == 0
     if first_rank and engine.global_steps >= args.steps:
         print(f"nothing to do: {args.run} is at step {engine.global_steps}, and --steps is {args.steps}")
@@ -111,16 +136,16 @@ def train(args: argparse.Namespace, engine: uni3d.Engine, valid_data: TokenDatas
             append_metrics(args.metrics, engine, loss, lr, valid_data.seq_len, time.perf_counter() - began)
         done = engine.global_steps == args.steps
         if done or (args.save_every and engine.global_steps % args.save_every == 0):
-            engine.save_checkpoint(args.run)  # written while the validation is computed
+            engine.save_checkpoint(args.run)  # written in the background, during validation
             report_validation(engine, valid_data, args.eval_batches)
     engine.wait_for_checkpoint()
 
 
 def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) -> None:
-    """Print the mean loss of the first global batches of the validation text."""
+    """Print the mean loss over the first global batches of the validation data."""
     if n_batches == 0:
         return
-    batches = iter(engine_loader(engine, data))
+    batches = iter(engine.loader(data))
     loss = sum(engine.eval_batch(batches).item() for _ in range(n_batches)) / n_batches
     engine.wait_for_checkpoint()
     if engine.model.topology.rank == 0:
@@ -128,7 +153,7 @@ def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) 
 
 
 def decay_groups(model: GPT) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for norms and biases."""
+    """Return parameter groups with weight decay for matrices and none for norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -137,7 +162,7 @@ def decay_groups(model: GPT) -> list[dict[str, Any]]:
 def append_metrics(
     path: Path, engine: uni3d.Engine, loss: float, lr: float, seq_len: int, seconds: float
 ) -> None:
-    """One JSON object for the step that was just taken."""
+    """Append one JSON object about the last step."""
     degrees = engine.model.topology.degrees
     line = {
         "step": engine.global_steps,
@@ -158,10 +183,12 @@ def append_metrics(
 
 def main() -> None:
     args = parse_arguments()
+    start_up = StartUp(began)
+    start_up.done("imports")
     try:
-        engine, valid_data = start(args, read_config(args.config))
+        engine, valid_data = start(args, read_config(args.config), start_up)
     except (ValueError, uni3d.CheckpointError) as error:
-        # A mistake of the user's is one line, not a traceback from each rank: here they all make the same.
+        # All ranks raise the same error here: print one line, not a traceback from each.
         sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     train(args, engine, valid_data)
 

@@ -1,4 +1,4 @@
-"""A file system on which the k-th call fails, or at which the process dies."""
+"""Fault injection: the k-th call to the file system fails, or the process dies there."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from unittest import mock
 from ckpt.stores import files
 
 CALLS = ("open", "writev", "fsync", "mkdir", "link", "rename", "unlink", "rmdir")
-"""Of `os`: all by which a save changes the disk, those of `pathlib` and `shutil` included."""
+"""Functions of `os` by which a save changes the disk, including through `pathlib` and `shutil`."""
 
 NATIVE = ("exchange_folders", "sync_tree")
-"""Of `ckpt.stores.files`: what it does by system calls that `os` doesn't have."""
+"""Functions of `ckpt.stores.files` that make system calls which `os` doesn't have."""
 
 OWNERS = ((os, CALLS), (files, NATIVE))
 
 
 class Faults:
-    """Counts the calls that change the disk, and does `at_fault` in place of the k-th.
+    """Counts the calls that change the disk, and calls `at_fault` instead of the k-th.
 
-    A failing write first writes a half. Nothing is synced for real: what is tested is the order of calls.
+    A failing write first writes a half. Nothing is really synced: the tests are about the order of calls.
     """
 
     def __init__(self, k: int, *, forever: bool = False, at_fault: Callable[[], None] | None = None) -> None:
@@ -63,12 +63,14 @@ class Faults:
 
 
 def killed_at(k: int, work: Callable[[], object]) -> bool:
-    """Do `work` in a process that dies at its k-th call; False where it ended before that."""
+    """Do `work` in a process that dies at its k-th call; return False if it ended before."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other tests' libraries leave threads behind
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # other tests' libraries leave threads, of which fork warns
         pid = os.fork()
     if pid == 0:
-        signal.alarm(30)  # rather than wait for ever
+        signal.alarm(30)  # rather than hang
         try:
             with Faults(k, at_fault=lambda: os._exit(9)).active():
                 work()
@@ -82,9 +84,9 @@ def killed_at(k: int, work: Callable[[], object]) -> bool:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, str, str]]]:
-    """The calls `(name, path, thread)`, in order. Nothing is really synced.
+    """Record the calls `(name, path, thread)`, in order. Nothing is really synced.
 
-    The path of a move and of a link is `from -> to`; that of what is removed with its folder, its name.
+    The path of a move or a link is `from -> to`; that of a file removed with its folder is its name.
     """
     calls: list[tuple[str, str, str]] = []
     paths: dict[int, str] = {}

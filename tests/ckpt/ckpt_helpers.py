@@ -1,4 +1,4 @@
-"""Ranks as threads, and small checkpoints: what the tests of `ckpt` share."""
+"""Helpers of `ckpt`'s tests: ranks as threads, and small checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCUMENT = {"step": 3, "aliases": {"head.weight": "embed.weight"}, "client_state
 
 
 class ThreadComm:
-    """One rank of a group of threads. Where one leaves a collective out, the others fail after a while."""
+    """One rank of a group of threads. If one skips a collective, the others fail after a timeout."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
         self.rank, self.size, self.barrier, self.board = rank, size, barrier, board
@@ -44,7 +44,7 @@ class ThreadComm:
 
 
 def run_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    """Do `work(comm)` on each of `size` ranks; what each returned, or the exception that it raised."""
+    """Do `work(comm)` on each of `size` ranks; return each one's result, or the exception that it raised."""
     barrier, board, results = threading.Barrier(size), [None] * size, [None] * size
 
     def one(rank: int) -> None:
@@ -62,7 +62,7 @@ def run_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
 
 
 def all_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    """The same, where no rank may fail."""
+    """Do `work(comm)` on each of `size` ranks, none of which may fail; return the results."""
     results = run_ranks(size, work)
     for result in results:
         if isinstance(result, BaseException):
@@ -71,7 +71,7 @@ def all_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
 
 
 def even_cut(length: int, parts: int) -> list[tuple[int, int]]:
-    """`(offset, length)` of each of `parts` parts of ceil(length / parts); the last ones may be empty."""
+    """Return `(offset, length)` of `parts` parts of ceil(length / parts); the last ones may be empty."""
     each = -(-length // parts)
     return [
         (min(i * each, length), min((i + 1) * each, length) - min(i * each, length)) for i in range(parts)
@@ -79,7 +79,7 @@ def even_cut(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 def cut(shape: Sequence[int], cuts: Sequence[int]) -> list[Box]:
-    """The boxes of an array whose dim d is cut evenly into `cuts[d]` parts, last dim fastest."""
+    """Return the boxes of an array whose dim d is cut evenly into `cuts[d]` parts, last dim fastest."""
     parts = [even_cut(n, k) for n, k in zip(shape, cuts, strict=True)]
     return [Box(tuple(o for o, _ in c), tuple(n for _, n in c)) for c in product(*parts)]
 
@@ -92,7 +92,7 @@ Ranks = dict[int, list[ShardSpec]]
 
 
 def layout_of(arrays: Arrays, boxes: Boxes, fine: Mapping[tuple[str, str], int] = {}) -> Ranks:
-    """The layout in which rank r holds `boxes[key][r]` of each array; where boxes repeat, copies."""
+    """Return the layout in which rank r holds `boxes[key][r]` of each array; equal boxes are replicas."""
     size = len(next(iter(boxes.values())))
     return {
         rank: [
@@ -105,18 +105,18 @@ def layout_of(arrays: Arrays, boxes: Boxes, fine: Mapping[tuple[str, str], int] 
 
 
 def shards_of(arrays: Arrays, specs: Sequence[ShardSpec]) -> list[Shard]:
-    """A rank's shards, with copies of its parts of the whole arrays."""
+    """Return a rank's shards, with copies of its parts of the whole arrays."""
     return [Shard(s, np.array(arrays[s.key][s.box.slices], order="C")) for s in specs]
 
 
 def parts_of(arrays: Arrays, specs: Sequence[ShardSpec], plan: Plan, rank: int) -> list[Shard]:
-    """No more of a rank's shards than what the plan wants of it."""
+    """Return only the parts of a rank's shards that the plan expects from it."""
     parts = plan.parts(rank)
     return shards_of(arrays, [replace(s, box=parts[s.key]) for s in specs if s.key in parts])
 
 
 def targets_of(specs: Sequence[ShardSpec]) -> list[Shard]:
-    """A rank's targets, filled with a pattern that no test stores."""
+    """Return a rank's targets, filled with a pattern that no test stores."""
     patterns = [np.frombuffer(b"\xa5" * nbytes(s), dtype_of(s.dtype)) for s in specs]
     return [Shard(s, p.reshape(s.box.shape).copy()) for s, p in zip(specs, patterns, strict=True)]
 
@@ -130,7 +130,7 @@ def nbytes(spec: ShardSpec) -> int:
 
 
 def whole(arrays: Arrays) -> Boxes:
-    """Everything on one rank."""
+    """Return the boxes that put every array on one rank."""
     return {key: [Box.whole(a.shape)] for key, a in arrays.items()}
 
 
@@ -142,7 +142,7 @@ def save_arrays(
     fine: Mapping[tuple[str, str], int] = {},
     **options: Any,
 ) -> SaveReport:
-    """Save whole arrays, held as `boxes` say (without them: by one rank)."""
+    """Save whole arrays, each rank holding its `boxes`; without them, from one rank."""
     options = {"document": DOCUMENT, "durable": False, **options}
     layout = layout_of(arrays, whole(arrays) if boxes is None else boxes, fine)
     plan = make_plan(layout)
@@ -155,7 +155,7 @@ def save_arrays(
 
 
 def random_array(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> np.ndarray:
-    """Random bits for integers (so every byte counts), random numbers for floats."""
+    """Return random bits for integers, so that every byte counts, and random numbers for floats."""
     if dtype == "bfloat16":
         return rng.standard_normal(shape).astype(bfloat16)
     kind = np.dtype(dtype).kind
@@ -168,10 +168,10 @@ def random_array(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> 
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal bit for bit, and of one shape and type."""
+    """Return whether two arrays are equal bit for bit, in shape and in dtype."""
     return (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """The content of every file, by its path below the folder."""
+    """Return the content of every file, by its path relative to the folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

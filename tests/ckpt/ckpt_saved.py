@@ -1,4 +1,4 @@
-"""A checkpoint anywhere, whose objects can be damaged, and one as the first version of the format has it."""
+"""A checkpoint in any store, whose objects can be damaged and restored."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from ckpt import Problem, open_checkpoint, verify
-from ckpt.checksum import crc32c
 from ckpt.format import encode_manifest
-
-VERSION_1_BLOCK = 40_000
 
 
 @dataclass
 class Saved:
-    """A checkpoint, and its files, wherever they are."""
+    """A checkpoint and its files, in any store."""
 
     run: str
 
@@ -44,7 +41,7 @@ class Saved:
 
     @property
     def kinds(self) -> list[str]:
-        """A chunk of each kind: of many blocks in three windows, of a few, of one."""
+        """One chunk of each kind: many blocks in three windows, a few blocks, one block."""
         return ["atoms/big/fp32/c.0.0", "atoms/w/fp32/c.1.0", "atoms/count/value/c", "atoms/half/value/c.0"]
 
     @property
@@ -60,15 +57,14 @@ class Saved:
         return json.loads(self.get("manifest.json"))
 
     def block(self, path: str) -> int:
-        """The size of a chunk's blocks."""
+        """Return the size of a chunk's blocks."""
         array, _, key = path.rpartition("/")
-        manifest = self.manifest
-        record = manifest["chunks"][array][key]
-        return manifest.get("block_bytes") or record.get("block", record["size"])
+        record = self.manifest["chunks"][array][key]
+        return int(record.get("block", record["size"]))
 
     @contextmanager
     def changed(self, *changes: tuple[str, bytes | None]) -> Iterator[None]:
-        """Objects with other content, or None for without them."""
+        """Change the content of objects, or remove them (None), for a while."""
         before = [(path, self.get(path)) for path, _ in changes]
         for path, content in changes:
             self.put(path, content)
@@ -79,7 +75,7 @@ class Saved:
                 self.put(path, content)
 
     def with_manifest(self, change: Callable[[dict[str, Any]], object], *more: tuple[str, bytes]) -> Any:
-        """With a manifest that is sound, but says something else."""
+        """Change the manifest for a while, with a valid checksum."""
         manifest = self.manifest
         del manifest["crc32c"]
         change(manifest)
@@ -89,27 +85,11 @@ class Saved:
         return verify(open_checkpoint(self.run), **options)
 
     def found(self, path: str, what: str) -> Problem:
-        """The problem that is expected to be told of an object."""
+        """Return the problem that is expected for an object."""
         _, atom, state, chunk = (*path.removesuffix("zarr.json").strip("/").split("/"), "", "", "")[:4]
         atom = "a/größe" if atom == "a%2Fgr%C3%B6%C3%9Fe" else atom
         where = f"{self.run}/t1/{path}"
         return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
-
-
-def make_version_1(saved: Saved) -> None:
-    """Say of the same files what a release that wrote version 1 would have said."""
-    manifest = saved.manifest
-    del manifest["crc32c"]
-    manifest |= {"version": 1, "block_bytes": VERSION_1_BLOCK}
-    for path, records in manifest["chunks"].items():
-        for key, record in records.items():
-            data = saved.get(f"{path}/{key}")[:-4]
-            records[key] = {"size": record["size"], "crc32c": f"{crc32c(data):08x}"}
-            if len(data) > VERSION_1_BLOCK:
-                starts = range(0, len(data), VERSION_1_BLOCK)
-                sums = [f"{crc32c(data[i : i + VERSION_1_BLOCK]):08x}" for i in starts]
-                records[key]["blocks"] = sums
-    saved.put("manifest.json", encode_manifest(manifest))
 
 
 def flipped(data: bytes, *places: int) -> bytes:

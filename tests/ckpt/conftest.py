@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("store_contract")
+
 
 @pytest.fixture(scope="session")
 def memory_path() -> Iterator[Path]:
-    """A folder in memory where there is one: for tests that make thousands of files, and sync none."""
+    """A folder in memory if the system has one, for tests that write thousands of files and sync none."""
     shared = Path("/dev/shm")
     usable = shared.is_dir() and os.access(shared, os.W_OK)
     path = Path(tempfile.mkdtemp(prefix="ckpt-tests-", dir=shared if usable else None))

@@ -25,7 +25,7 @@ def shape_and_boxes(draw: st.DrawFn, count: int) -> tuple[tuple[int, ...], list[
 
 
 def mask(shape: tuple[int, ...], box: Box) -> np.ndarray:
-    """Which elements of the array lie in the box."""
+    """Return a mask of the elements of the array that lie in the box."""
     found = np.zeros(shape, bool)
     found[box.slices] = True
     return found

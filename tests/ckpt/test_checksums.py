@@ -1,4 +1,4 @@
-"""Checksums: the library's against the definition, and what the manifest keeps of a chunk's blocks."""
+"""Checksums against their definition, and the manifest's records of a chunk's blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.checksum import BLOCKS, SMALLEST_BLOCK, block_bytes, crc32c, hexadecimal
-from ckpt.checksums import Blocks, Summing
+from ckpt.checksums import BLOCKS, SMALLEST_BLOCK, Blocks, Summing, block_bytes, crc32c, hexadecimal
 
 PAYLOADS = st.builds(
     lambda size, seed: np.random.default_rng(seed).bytes(size),
@@ -20,7 +19,7 @@ PAYLOADS = st.builds(
 
 
 def by_the_definition(data: bytes) -> int:
-    """crc32c bit by bit: Castagnoli's polynomial, reflected, all ones before and after."""
+    """Compute crc32c bit by bit: Castagnoli's polynomial, reflected, all ones before and after."""
     value = 0xFFFFFFFF
     for byte in data:
         value ^= byte
@@ -30,7 +29,7 @@ def by_the_definition(data: bytes) -> int:
 
 
 def summed(data: bytes) -> tuple[dict, bytes]:
-    """The record of a chunk, and its file."""
+    """Return the record of a chunk, and its file."""
     summing = Summing(memoryview(data))
     file = b"".join(summing.blocks())
     return summing.record(), file
@@ -85,31 +84,23 @@ def test_the_record_of_a_chunk_is_what_the_format_says(data):
 
 
 def test_a_chunk_that_is_summed_twice_has_the_same_record():
-    """As when it turned out not to be the one that was there, and is then written."""
+    """This happens when a chunk that might have been linked turns out to have changed."""
     summing = Summing(memoryview(bytes(range(256)) * 300))
     first = b"".join(summing.blocks()), summing.record()
     assert (b"".join(summing.blocks()), summing.record()) == first
 
 
-def version_1(data: bytes, block: int) -> dict:
-    """What version 1 of the format kept of a chunk, by its page."""
-    sums = [f"{crc32c(data[i : i + block]):08x}" for i in range(0, len(data), block)]
-    record = {"size": len(data) + 4, "crc32c": f"{crc32c(data):08x}"}
-    return record | ({"blocks": sums} if len(sums) > 1 else {})
-
-
-def version_2(data: bytes, block: int) -> dict:
-    """The same for this version, with blocks of any size, as another writer may make them."""
+def record_with_blocks(data: bytes, block: int) -> dict:
+    """Return the record of a chunk with blocks of any size, as another writer may make them."""
     sums = [f"{crc32c(data[: i + block]):08x}" for i in range(0, len(data), block)]
     record = {"size": len(data) + 4, "crc32c": f"{crc32c(data):08x}"}
     return record | ({"block": block, "running": "".join(sums)} if len(sums) > 1 else {})
 
 
 @settings(deadline=None, max_examples=100)
-@given(PAYLOADS, st.sampled_from([1 << 10, 1 << 14, 1 << 22]), st.sampled_from([0, 1, 2]), st.data())
-def test_any_range_of_blocks_is_verified_by_itself(data, block, version, draw):
-    records = [summed(data)[0], version_1(data, block), version_2(data, block)]
-    blocks = Blocks.of_record(records[version], block if version == 1 else None)
+@given(PAYLOADS, st.sampled_from([None, 1 << 10, 1 << 14, 1 << 22]), st.data())
+def test_any_range_of_blocks_is_verified_by_itself(data, block, draw):
+    blocks = Blocks.of_record(record_with_blocks(data, block) if block else summed(data)[0])
     count = -(-len(data) // blocks.size)
     first = draw.draw(st.integers(0, count - 1))
     last = draw.draw(st.integers(first, min(count - 1, first + 9)))
@@ -125,6 +116,6 @@ def test_the_first_of_several_damaged_blocks_is_named():
     damaged = bytearray(data)
     for block in (1, 3, 4):
         damaged[block * SMALLEST_BLOCK + 7] ^= 1
-    blocks = Blocks.of_record(summed(data)[0], None)
+    blocks = Blocks.of_record(summed(data)[0])
     assert blocks.first_damaged(memoryview(damaged), 0) == 1
     assert blocks.first_damaged(memoryview(damaged)[2 * SMALLEST_BLOCK :], 2) == 3

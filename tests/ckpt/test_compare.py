@@ -1,4 +1,4 @@
-"""Two checkpoints compared, and the numbers of one described, beside numpy on whole arrays."""
+"""Comparison and statistics of checkpoints, against numpy on whole arrays."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Damage to any object: an error that names it, or the right numbers; never wrong ones.
-
-Of checkpoints of both versions of the format.
-"""
+"""Damage to any object gives an error that names it, or the right numbers, never wrong ones."""
 
 from __future__ import annotations
 
@@ -18,8 +15,10 @@ import numpy as np
 import pytest
 from ckpt_helpers import cut, layout_of, random_array, run_ranks, same, save_arrays, targets_of
 from crc32c import crc32c
+from store_contract import CountingStore
 
 from ckpt import Box, CheckpointError, Solo, load, open_checkpoint
+from ckpt.read import pieces
 
 W, M, N, S, BIG = ("w", "fp32"), ("w", "exp_avg"), ("a/b", "fp32"), ("count", "value"), ("big", "fp32")
 BLOCK = 1 << 14
@@ -27,7 +26,7 @@ PARTS = {W: (256, 512), M: (5, 3), N: (6,), S: (), BIG: (6, BLOCK // 4)}
 
 
 def arrays_of(seed: int) -> dict[tuple[str, str], np.ndarray]:
-    """Two chunks in place, gathered ones, a scalar, and one chunk of which each row is a block."""
+    """Make arrays of two chunks in place, gathered ones, a scalar, and a chunk whose rows are blocks."""
     rng = np.random.default_rng(seed)
     return {key: random_array(rng, "float32", shape) for key, shape in PARTS.items()}
 
@@ -38,35 +37,17 @@ BOXES |= {S: [Box.whole(())] * 2, BIG: [Box.whole(PARTS[BIG])] * 2}
 
 
 def encoded(manifest: dict[str, object]) -> bytes:
-    """As version 1 was laid out; a reader asks only for JSON with its checksum on the first line."""
+    """Return a manifest laid out by another writer: any JSON with its checksum on the first line."""
     rest = json.dumps({k: v for k, v in manifest.items() if k != "crc32c"}, indent=1)[2:].encode()
     return b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
 
 
-def make_version_1(folder: Path, block: int) -> None:
-    """Rewrite a manifest, to say of the same files what the page of version 1 says."""
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    for path, chunks in manifest["chunks"].items():
-        for key in chunks:
-            data = (folder / path / key).read_bytes()[:-4]
-            sums = [f"{crc32c(data[i : i + block]):08x}" for i in range(0, len(data), block)]
-            chunks[key] = {"size": len(data) + 4, "crc32c": f"{crc32c(data):08x}"}
-            chunks[key] |= {"blocks": sums} if len(sums) > 1 else {}
-    (folder / "manifest.json").unlink()
-    (folder / "manifest.json").write_bytes(encoded({**manifest, "version": 1, "block_bytes": block}))
-
-
-@pytest.fixture(
-    scope="module", params=[None, BLOCK, 4 << 20], ids=["version-2", "version-1", "as-written-by-1"]
-)
-def run(memory_path, request) -> Iterator[Path]:
-    """A run with two tags; `latest` names the one with the other numbers' replacement."""
+@pytest.fixture(scope="module")
+def run(memory_path) -> Iterator[Path]:
+    """A run with two tags, of which `latest` names the second."""
     folder = memory_path / "corrupt"
     save_arrays(folder, "others", OTHERS, BOXES)
     save_arrays(folder, "numbers-1", ARRAYS, BOXES)
-    if request.param is not None:
-        make_version_1(folder / "others", request.param)
-        make_version_1(folder / "numbers-1", request.param)
     yield folder
     shutil.rmtree(folder)
 
@@ -76,13 +57,13 @@ def objects(run: Path) -> list[Path]:
 
 
 def never_read(path: Path) -> bool:
-    """Other readers' documents: ours has the consolidated ones."""
+    """Return whether only other readers read this document; ours uses the consolidated one."""
     return path.name == "zarr.json" and "atoms" in path.parts
 
 
 @contextmanager
 def changed(*changes: tuple[Path, bytes | None]) -> Iterator[None]:
-    """Files with other content, or None for without them."""
+    """Change the content of files, or remove them (None), for a while."""
     before = [(path, path.read_bytes()) for path, _ in changes]
     for path, content in changes:
         path.unlink()
@@ -94,7 +75,7 @@ def changed(*changes: tuple[Path, bytes | None]) -> Iterator[None]:
 
 
 def read_everything(run: Path) -> str | None:
-    """None where all numbers are right, or the error's text."""
+    """Return the error's text, or None if all numbers were read and are right."""
     try:
         checkpoint = open_checkpoint(run)
         found = {tuple(key): checkpoint.read(*key) for key in checkpoint.arrays}
@@ -106,7 +87,7 @@ def read_everything(run: Path) -> str | None:
 
 
 def check(run: Path, *paths: Path, harmless: bool = False) -> bool:
-    """Read all; is there an error? It must name one of `paths`, and be there unless `harmless`."""
+    """Read everything and return whether that failed: it must unless `harmless`, naming one of `paths`."""
     error = read_everything(run)
     if error is None:
         assert harmless or all(never_read(path) for path in paths), f"damage to {paths} was not noticed"
@@ -175,7 +156,7 @@ def test_files_that_took_each_other_s_place(run):
 
 
 def test_files_of_another_checkpoint(run):
-    """The same names, sizes and valid checksums, but another tag's numbers."""
+    """They have the same names and sizes and valid checksums, but other numbers."""
     for path in objects(run)[1:]:
         other = (run / "others" / path.relative_to(run / "numbers-1")).read_bytes()
         with changed((path, other)):
@@ -194,8 +175,7 @@ def test_any_box_is_read_and_no_more_than_its_blocks(run):
     box = Box((2, 8), (1, PARTS[BIG][1] - 8))
     specs = layout_of(ARRAYS, {BIG: [box]})[0]
     report = load(checkpoint, targets_of(specs), comm=Solo(), strict=False)
-    in_blocks = checkpoint.manifest.get("block_bytes") != 4 << 20
-    assert report.bytes_read == (BLOCK if in_blocks else 6 * BLOCK)
+    assert report.bytes_read == BLOCK
 
 
 def test_a_box_of_sound_blocks_is_read_from_a_damaged_chunk(run):
@@ -205,20 +185,17 @@ def test_a_box_of_sound_blocks_is_read_from_a_damaged_chunk(run):
     rows = lambda first, count: Box((first, 0), (count, PARTS[BIG][1]))  # noqa: E731
     with changed((path, bytes(data))):
         checkpoint = open_checkpoint(run)
-        in_blocks = checkpoint.manifest.get("block_bytes") != 4 << 20
-        if in_blocks:
-            assert same(checkpoint.read(*BIG, rows(0, 4)), ARRAYS[BIG][:4])
-            assert same(checkpoint.read(*BIG, rows(5, 1)), ARRAYS[BIG][5:])
+        assert same(checkpoint.read(*BIG, rows(0, 4)), ARRAYS[BIG][:4])
+        assert same(checkpoint.read(*BIG, rows(5, 1)), ARRAYS[BIG][5:])
         for box in (rows(3, 2), rows(4, 2), Box((4, 100), (1, 1)), Box((3, 7), (2, 5))):
-            with pytest.raises(CheckpointError, match=rf"big/fp32 chunk c\.0\.0.*block {4 * in_blocks}\)"):
+            with pytest.raises(CheckpointError, match=r"big/fp32 chunk c\.0\.0.*block 4\)"):
                 checkpoint.read(*BIG, box)
 
 
 def test_a_run_goes_on_after_it(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     report = save_arrays(tmp_path, "next", ARRAYS, BOXES)
-    linked = open_checkpoint(run).manifest["version"] == 2
-    assert report.bytes_linked == (sum(a.nbytes + 4 for a in ARRAYS.values()) + 4) * linked
+    assert report.bytes_linked == sum(a.nbytes + 4 for a in ARRAYS.values()) + 4
     for tag in ("numbers-1", "next"):
         checkpoint = open_checkpoint(tmp_path, tag)
         assert all(same(checkpoint.read(*key), a) for key, a in ARRAYS.items())
@@ -258,18 +235,35 @@ def test_a_load_that_one_rank_cannot_finish_fails_on_all(run, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "has format version 3; this release reads up to version 2"),
-        ({"version": 0}, "has format version 0"),
+        ({"version": 3}, "has format version 3, expected 2; read it with the release that wrote it"),
+        ({"version": 1}, "has format version 1, expected 2"),
         ({"version": None}, "has format version None"),
         ({"format": "other"}, "has format 'other', expected 'uni3d'"),
         ({"chunks": "left out", "tag": "left out"}, "has no 'tag' and no 'chunks'"),
-        ({"version": 1, "block_bytes": "left out"}, "has no 'block_bytes'"),
         ({"chunks": {}}, "no record of .*/.* chunk c"),
     ],
-    ids=["newer", "zero", "no-version", "other-format", "no-keys", "version-1-no-block", "no-chunks"],
+    ids=["newer", "older", "no-version", "other-format", "no-keys", "no-chunks"],
 )
 def test_sound_manifests_that_cannot_be_followed(run, change, message):
     path = run / "numbers-1" / "manifest.json"
     manifest = {**json.loads(path.read_bytes()), **change}
     with changed((path, encoded({key: value for key, value in manifest.items() if value != "left out"}))):
         assert re.search(message, read_everything(run))
+
+
+def test_the_cost_of_a_read_is_the_bytes_that_it_takes(run):
+    checkpoint, rng, costs = open_checkpoint(run), np.random.default_rng(1), set()
+    checkpoint.store = counting = CountingStore(checkpoint.store)
+    for key, expected in ARRAYS.items():
+        for _ in range(40):
+            ends = [sorted(map(int, rng.choice(n + 1, 2, replace=False))) for n in expected.shape]
+            if rng.integers(0, 2) and len(ends) == 2:
+                ends[1] = [0, expected.shape[1]]  # whole rows are one stretch of bytes
+            box = Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
+            told = sum(checkpoint.cost(piece) for piece in pieces(checkpoint.info(*key), box))
+            assert counting.read_bytes == 0, "nothing was read to tell it"
+            checkpoint.read(*key, box)
+            assert told == counting.read_bytes, (key, box)
+            costs.add(told)
+            counting.read_bytes = 0
+    assert len(costs) > 10

@@ -1,4 +1,4 @@
-"""The one file that comes out, as the safetensors library reads it."""
+"""Exported files, as the safetensors library reads them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def saved(run: Path) -> dict[str, np.ndarray]:
-    """A model with buffers and moments, saved by four ranks; returns its state_dict."""
+    """Save a model with buffers and moments from four ranks; return its state_dict."""
     rng = np.random.default_rng(0)
     arrays = {(name, "fp32"): random_array(rng, "float32", shape) for name, (shape, _) in SHAPES.items()}
     boxes = {(name, "fp32"): cut(shape, cuts) for name, (shape, cuts) in SHAPES.items()}
@@ -46,7 +46,7 @@ def saved(run: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("band", [8, 100, 5_000, 1_000_000])
 def test_whatever_is_copied_at_a_time(tmp_path, monkeypatch, band):
-    """From one element to several arrays: the bands of each array cover it, once."""
+    """The bands of each array cover it once, from one element to several arrays per band."""
     weights, out, told = saved(tmp_path), tmp_path / "model.safetensors", []
     kept = {n: a for n, a in weights.items() if a.size * 8 < 20_000 * band}
     monkeypatch.setattr("ckpt.bands.BAND_BYTES", band)
@@ -82,7 +82,7 @@ def test_every_cut_and_type_comes_out_bit_for_bit(tmp_path):
 
 
 def test_tensors_are_aligned_to_their_types(tmp_path):
-    """So that readers may map the file and use the numbers where they lie."""
+    """Readers can then map the file and use the numbers in place."""
     weights, out = saved(tmp_path), tmp_path / "model.safetensors"
     export_safetensors(open_checkpoint(tmp_path), out)
     data = out.read_bytes()

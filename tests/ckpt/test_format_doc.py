@@ -1,4 +1,4 @@
-"""What `docs/format.md` shows is run and checked: its programs, its examples, its tables."""
+"""The programs, examples and tables of `docs/format.md`, run and checked."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ckpt_helpers import cut, random_array, same, save_arrays
 from crc32c import crc32c
 
 from ckpt import Box
-from ckpt.checksum import BLOCKS, SMALLEST_BLOCK
-from ckpt.checksums import Blocks
+from ckpt.checksums import BLOCKS, SMALLEST_BLOCK
 from ckpt.format import FORMAT_VERSION, array_document, atom_path, decode_manifest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
@@ -27,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 READERS = [program for program in blocks("python") if PATH in program]
 BFLOAT16_READER, CHECKER = [program for program in blocks("python") if PATH not in program]
-EXAMPLE, ARRAY, BFLOAT16, VERSION_1_CHUNK = blocks("json")
+EXAMPLE, ARRAY, BFLOAT16 = blocks("json")
 
 ARRAYS = {
     ("embed.weight", "fp32"): random_array(np.random.default_rng(0), "float32", (1023, 257)),
@@ -43,12 +42,12 @@ EXAMPLE_ARRAYS = {
     ("rope.base", "value"): np.array(10000.0),
     **SCALE,
 }
-"""What the page's manifest is of."""
+"""Arrays of the page's example manifest."""
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    """A checkpoint where the page's programs look for it, one array in uneven chunks."""
+    """A checkpoint in the place that the page's programs read, with one array in uneven chunks."""
     arrays = ARRAYS | SCALE
     boxes = {key: [Box.whole(a.shape)] * 3 for key, a in arrays.items()}
     boxes["embed.weight", "fp32"] = cut((1023, 257), (3, 1))
@@ -125,15 +124,6 @@ def test_the_page_s_blocks_are_those_that_are_made():
     sizes = re.search(r"uni3d makes up to (\d+), of (\d+) KiB or more", PAGE)
     assert sizes
     assert [int(n) for n in sizes.groups()] == [BLOCKS, SMALLEST_BLOCK >> 10]
-
-
-def test_the_page_s_chunk_of_version_1_is_one():
-    data = EXAMPLE_ARRAYS["embed.weight", "fp32"].tobytes()
-    record = json.loads(VERSION_1_CHUNK)
-    assert record["size"] == len(data) + 4
-    assert record["crc32c"] == f"{crc32c(data):08x}"
-    assert record["blocks"] == [f"{crc32c(part):08x}" for part in (data[:32768], data[32768:])]
-    assert Blocks.of_record(record, 32768).first_damaged(memoryview(data), 0) is None
 
 
 def test_every_key_of_the_manifest_is_in_the_page():

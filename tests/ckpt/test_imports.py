@@ -1,4 +1,4 @@
-"""What importing `ckpt` costs: inspecting a checkpoint must not wait for torch."""
+"""Modules that importing `ckpt` loads: inspecting a checkpoint must not wait for torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a load does with arrays that differ: it tells, before anything has changed."""
+"""Loads of arrays that differ are refused or reported before anything changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(tmp_path) -> Path:
 
 
 def targets(wanted: Arrays) -> list[list[Shard]]:
-    """For each rank: the rows of matrices that it holds, and copies of the rest."""
+    """Return each rank's targets: its rows of matrices, and copies of the rest."""
     boxes = {
         key: cut(a.shape, (RANKS, 1)) if a.ndim == 2 else [Box.whole(a.shape)] * RANKS
         for key, a in wanted.items()
@@ -39,7 +39,7 @@ def loading(run: Path, shards: list[list[Shard]], **options: object) -> list[obj
 
 
 def refused(run: Path, shards: list[list[Shard]], **options: object) -> str:
-    """The one message of all ranks; nothing may have changed."""
+    """Return the message that all ranks raise, after checking that nothing has changed."""
     before = [[t.data.tobytes() for t in rank] for rank in shards]
     results = loading(run, shards, **options)
     assert all(isinstance(r, CheckpointError) for r in results), results
@@ -79,7 +79,7 @@ def test_missing_is_refused_and_without_strict_left_as_it_was(run):
 
 def test_unexpected_is_refused_and_without_strict_dropped(run):
     shards = targets(without(("embed", "exp_avg")))
-    assert "1 that nothing wants: embed/exp_avg" in refused(run, shards)
+    assert "1 unexpected in the checkpoint: embed/exp_avg" in refused(run, shards)
     for report in loading(run, shards, strict=False):
         assert report.dropped == {"embed/exp_avg": "not in the model or its optimizer"}
         assert report.restored == ["embed/fp32", "mask/value"]
@@ -120,7 +120,7 @@ def test_a_difference_that_one_rank_alone_sees_stops_all(run):
 
 
 def test_what_only_some_ranks_want_is_neither_missing_nor_unexpected(run):
-    """As with pipeline stages: each rank wants its own arrays."""
+    """Ranks of different pipeline stages load different arrays."""
     wholes = {key: [Box.whole(a.shape)] for key, a in SAVED.items()}
     shards = targets_of(layout_of(SAVED, wholes)[0])
     reports = loading(run, [shards[:1], shards[1:]])

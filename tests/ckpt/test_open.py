@@ -1,4 +1,4 @@
-"""Finding a checkpoint: what is there, what isn't, and what the errors say about it."""
+"""Finding a checkpoint, and the errors if there is none."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_s_own_folder_opens_too(run, monkeypatch):
 
 
 def test_a_tag_that_is_deleted_while_tags_are_listed(run, monkeypatch):
-    """As retention does: a reader beside the run finds those that are left."""
+    """Retention may do so; a concurrent reader lists the remaining tags."""
     exists = LocalStore.exists
 
     def and_then_gone(store: LocalStore, path: str) -> bool:
@@ -103,7 +103,7 @@ def test_a_tag_that_is_deleted_while_tags_are_listed(run, monkeypatch):
 
 
 def test_a_tag_that_is_replaced_by_a_newer_one_while_it_is_opened(run, monkeypatch):
-    """A reader that has read `latest`, before a save beside it commits and retention deletes that tag."""
+    """A reader has read `latest` when a concurrent save commits and retention deletes that tag."""
     exists = LocalStore.exists
     (run / "latest").write_text("first\n")
 

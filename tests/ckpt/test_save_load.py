@@ -1,4 +1,4 @@
-"""What several ranks save, cut in one way, comes back cut in any other, and to any zarr reader."""
+"""Arrays that ranks save, cut in one way, are loaded cut in any other, and read by any zarr reader."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ LAYOUTS = {
 
 
 def matrices(rng: np.random.Generator) -> dict[tuple[str, str], np.ndarray]:
-    """Sizes on both sides of what is gathered, none that divides evenly, a scalar and an empty array."""
+    """Make gathered and in-place arrays, none of which divides evenly; a scalar; an empty array."""
     return {
         ("embed.weight", "fp32"): random_array(rng, "float32", (1027, 517)),
         ("embed.weight", "exp_avg"): random_array(rng, "float32", (1027, 520)),
@@ -71,7 +71,7 @@ FINE = {("embed.weight", "exp_avg"): 1}
 
 
 def held(arrays: dict, name: str) -> dict[tuple[str, str], list[Box]]:
-    """The box of each array on each rank of a layout."""
+    """Return the box of each array on each rank of a layout."""
     cuts, copies = LAYOUTS[name]
     parts = int(np.prod(cuts))
     by_dims = {0: (), 1: (parts,), 2: cuts}
@@ -89,7 +89,7 @@ def tensorstore_read(folder, key: tuple[str, str]) -> np.ndarray:
 
 
 def stored(array: np.ndarray) -> np.ndarray:
-    """What a zarr reader, which may know no bfloat16, finds."""
+    """Return the array as a zarr reader without bfloat16 sees it."""
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
 
@@ -227,7 +227,7 @@ def test_unwritten_padding_is_never_zeros(tmp_path, dtype):
 
 @pytest.mark.parametrize("round_bytes", [1, 1 << 30])
 def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_bytes):
-    """Each gets what the others hold of its chunks, and no more."""
+    """Each writer receives the others' parts of its chunks and no more."""
     monkeypatch.setattr("ckpt.gather.ROUND_BYTES", round_bytes)
     key, ends = ("w", "fp32"), [0, 1501, 2200, 3001]
     arrays = {key: random_array(np.random.default_rng(4), "float32", (3001, 4096))}
@@ -271,7 +271,7 @@ def test_a_gather_takes_several_rounds(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (4, 1), (1, 4), (2, 8)])
 def test_resharding_reads_little_more_than_is_wanted(tmp_path, dim, before, after):
-    """Cut elsewhere than the writers cut: of rows the blocks at the seams, of columns the tiles there."""
+    """Cuts elsewhere than the writers' only add the blocks (rows) or tiles (columns) at the seams."""
     key, shape = ("w", "fp32"), (1536, 4128)
     cuts = lambda parts: {key: cut(shape, (parts, 1)[:: 1 - 2 * dim])}  # noqa: E731
     arrays = {key: random_array(np.random.default_rng(4), "float32", shape)}
@@ -300,7 +300,7 @@ def test_targets_may_lie_in_larger_arrays(tmp_path):
 
 
 def test_what_is_saved_may_lie_in_larger_arrays(tmp_path):
-    """Views with gaps, whole or in parts, and turned round."""
+    """Shards may be views with gaps, or transposed."""
     rng = np.random.default_rng(6)
     arrays = {("w", "fp32"): random_array(rng, "float32", (600, 700)).T[5:, 7:], ("v", "fp32"): np.ones(3)}
     layout = layout_of(arrays, {("w", "fp32"): cut((695, 593), (2, 1)), ("v", "fp32"): cut((3,), (2,))})

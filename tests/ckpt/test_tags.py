@@ -1,4 +1,4 @@
-"""Which checkpoints there are, in which order, and which of them a retention deletes."""
+"""Listing checkpoints in their order, and deleting them by a retention."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_without_a_latest_nothing_is_deleted(tmp_path):
 
 @pytest.mark.parametrize("forever", [False, True], ids=["one-call-fails", "all-fail-from-then-on"])
 def test_a_deletion_in_which_a_call_fails(tmp_path, forever):
-    """Each checkpoint is whole or gone, and what is left of it is cleaned."""
+    """Each checkpoint is whole or gone, and leftovers are cleaned up."""
     k, gone = 0, []
     while True:
         k += 1
@@ -170,25 +170,3 @@ def test_a_deletion_in_which_a_call_fails(tmp_path, forever):
         open_store(run).clean()
         assert {p.name for p in run.iterdir()} <= {"s1", "s2", "latest"}
     assert {*gone} == {False, True}
-
-
-OURS = [".saving.t1", ".deleting.t2"]
-NOT_OURS = [".saving.", ".deleting.", ".saving.latest", ".saving...", ".saving.a b", ".savings", "saving.t1"]
-
-
-def test_only_what_a_save_left_is_a_leftover(run):
-    save_at(run, "s1", 1)
-    store = open_store(run)
-    if run.startswith("memory"):
-        for name in OURS + NOT_OURS:
-            store.write(name, [b"x"], durable=False)
-    else:
-        for name in OURS + NOT_OURS:
-            (Path(run) / name).mkdir()
-        (Path(run) / ".saving.file").write_text("not a folder")
-    assert store.leftovers() == sorted(OURS)
-    assert store.clean() == sorted(OURS)
-    assert {*NOT_OURS, "s1", "latest"} <= {*store.names()}
-    save_at(run, "s2", 2, 1)
-    assert committed_tags(run) == ["s1", "s2"]
-    assert {*NOT_OURS} <= {*store.names()}

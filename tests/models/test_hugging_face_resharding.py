@@ -16,6 +16,7 @@ import hf_models
 import ckpt
 import parallel
 from uni3d.estimate.saved import SavedModel
+from uni3d.state import Inventory
 
 
 def case(kind: str, zero: int, run: str) -> list[Any]:
@@ -23,7 +24,7 @@ def case(kind: str, zero: int, run: str) -> list[Any]:
     hf_models.train(engine, kind)
     engine.save_checkpoint(run)
     engine.wait_for_checkpoint()
-    arrays = engine.checkpointer._inventory.arrays(engine.optimizer)
+    arrays = Inventory(engine.model).arrays(engine.optimizer)
     return sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays)
 
 

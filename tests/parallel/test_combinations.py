@@ -73,7 +73,7 @@ def gradients_case(settings: list[parallel.Settings], tp: int = 1) -> list[dict[
         with warnings.catch_warnings():
             if how.compile is not None:  # dynamo reads .grad of non-leaf tensors, which warns
                 warnings.simplefilter("ignore")
-            loss = built.pipeline.run(inputs, targets, MICRO_BATCHES, train=True)
+            loss = built.pipeline.run(list(zip(inputs.split(1), targets.split(1), strict=True)), train=True)
         built.zero.reshard()
         built.tied.sum()
         found = {built.first_name(n): p.grad.full_tensor() for n, p in built.module.named_parameters()}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from model import GPT, GPTConfig
+from one_stage import run_batch
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -122,8 +123,7 @@ def norm_case(stage: int) -> tuple[float, float]:
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=2, tp=2), zero_stage=stage)
     built = parallel.build(model, topology, parallel.Settings(zero_stage=stage, seed=oracle.SEED))
     inputs, targets = (x[:12].chunk(2)[topology.dp_rank] for x in oracle.samples())
-    assert built.pipeline is not None
-    built.pipeline.run(inputs, targets, 2, train=True)
+    run_batch(built, inputs, targets, 2)
     counted = [p for p in built.module.parameters() if counts_here(p, topology)]
     square = square_sum([g for g in local_gradients(counted) if g is not None], topology.device)
     dist.all_reduce(square)

@@ -13,7 +13,7 @@ from imported import expected, imported, source
 
 import ckpt
 from uni3d.estimate.holders import imported_from, written_on
-from uni3d.plot.marks import read_marks, resizes_between
+from uni3d.plot.metrics import read_marks, resizes_between
 
 NAME = "deepspeed_zero3_fp32"
 

@@ -1,4 +1,4 @@
-"""The command `uni3d`, run in the test's own process: each one of its own would load its packages anew."""
+"""Run the command `uni3d` in the test's own process, which is faster than starting one per command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Done(NamedTuple):
 
 
 def run(*arguments: object) -> Done:
-    """`uni3d ARGUMENTS`: its exit code and what it wrote."""
+    """Run `uni3d ARGUMENTS`, and return its exit code and output."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["uni3d", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):

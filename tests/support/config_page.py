@@ -1,7 +1,4 @@
-"""Print the tables of config keys in `docs/from-deepspeed.md`.
-
-The page holds what `python tests/support/config_page.py` prints; a test compares the two.
-"""
+"""Print the tables of config keys in `docs/from-deepspeed.md`; a test compares the two."""
 
 from __future__ import annotations
 
@@ -11,32 +8,32 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from uni3d.config import Config, deepspeed_keys
-from uni3d.config import optimizer as optim_config
-from uni3d.config import torch_optimizers as torch_optim
+from uni3d.config import Config, deepspeed_keys, torch_optimizers
+from uni3d.config import optimizer as optimizer_config
 from uni3d.config.scheduler import SCHEDULES
 from uni3d.config.strict import sections_of
 
 
 def tables() -> str:
-    """Markdown: keys that are honoured, read as others, without meaning, and refused."""
+    """Return Markdown tables of the keys that are honoured, read as others, without effect, and refused."""
     return "\n".join(
         [
             "**Honoured.**\n",
             *_table(("key", "default", "meaning"), _honoured(Config)),
-            "\n**`optimizer.type`**, in any case; parameters go into `optimizer.params`. Any other class of",
-            f"`torch.optim` goes by its name, with its own parameters: {_others()}.\n",
+            "\n**`optimizer.type`**, in any case, with parameters in `optimizer.params`. Other classes of",
+            "`torch.optim` are given by name, with their own parameters:",
+            f"{_others()}.\n",
             *_table(("type", "parameters and their defaults"), _optimizers()),
-            "\n**`scheduler.type`**; parameters go into `scheduler.params`.\n",
+            "\n**`scheduler.type`**, with parameters in `scheduler.params`.\n",
             *_table(("type", "parameters and their defaults"), _schedules()),
             "\n**Read as another key.**\n",
             *_table(("key", "read as"), ((f"`{k}`", f"`{v}`") for k, v in deepspeed_keys.READ_AS.items())),
-            "\n**Without meaning here**: accepted with any value, and named when training begins.\n",
+            "\n**Without effect**: accepted with any value, and reported when training begins.\n",
             *_table(("reason", "keys"), _by_reason(deepspeed_keys.NO_MEANING)),
-            '\n**Refused** unless the value says that it is off (`null`, `false`, `"enabled": false`).\n',
+            '\n**Refused**, unless the value turns them off (`null`, `false`, `"enabled": false`).\n',
             *_table(("reason", "keys"), _by_reason(deepspeed_keys.REFUSED)),
-            "\n**Optimizers that are refused.**\n",
-            *_table(("reason", "types"), _by_reason(optim_config.REFUSED)),
+            "\n**Refused optimizers.**\n",
+            *_table(("reason", "types"), _by_reason(optimizer_config.REFUSED)),
         ]
     )
 
@@ -60,15 +57,15 @@ def _honoured(section: type[BaseModel], within: str = "") -> Iterator[tuple[str,
 
 
 def _others() -> str:
-    own = {"Adam", "AdamW", "Muon", *torch_optim.REFUSED}
-    return ", ".join(f"`{name}`" for name in torch_optim.names() if name not in own)
+    own = {"Adam", "AdamW", "Muon", *torch_optimizers.REFUSED}
+    return ", ".join(f"`{name}`" for name in torch_optimizers.names() if name not in own)
 
 
 def _optimizers() -> Iterator[tuple[str, str]]:
     own: dict[str, type[BaseModel]] = {
-        "Adam`, `AdamW": optim_config.AdamParams,
-        "Lion": optim_config.LionParams,
-        "Muon": optim_config.MuonParams,
+        "Adam`, `AdamW": optimizer_config.AdamParams,
+        "Lion": optimizer_config.LionParams,
+        "Muon": optimizer_config.MuonParams,
     }
     for name, section in own.items():
         yield f"`{name}`", _parameters(section)
@@ -85,7 +82,7 @@ def _parameters(section: type[BaseModel]) -> str:
 
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
-        return "(needed)"
+        return "(required)"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import uni3d
 from parallel import Ranks, Settings
 from uni3d.pipe import PipelineModule
+from uni3d.state import Inventory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # on the ranks too
 
@@ -144,7 +145,7 @@ def held_case(place: Place, run: str, saved: str) -> dict[str, Any]:
     engine.load_checkpoint(run)
     engine.save_checkpoint(saved)
     engine.wait_for_checkpoint()
-    arrays = engine.checkpointer._inventory.arrays(engine.optimizer)
+    arrays = Inventory(engine.model).arrays(engine.optimizer)
     sizes = {"fp32": 0, "value": 0, "states": 0}
     for spec, tensor, _ in arrays:
         kind = spec.key.state if spec.key.state in sizes else "states"

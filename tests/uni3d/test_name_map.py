@@ -67,7 +67,7 @@ def test_nothing_left_of_a_name(file: Path) -> None:
     ("text", "message"),
     [
         ("{", "can't be read as JSON: Expecting property name"),
-        ('{"a": "b", "a": "c"}', "can't be read as JSON: the key 'a' comes twice"),
+        ('{"a": "b", "a": "c"}', "can't be read as JSON: duplicate key 'a'"),
         ('["a"]', "must be a JSON object, pattern -> replacement, not a list"),
         ('{"a(": "b"}', "the pattern 'a(' isn't a regular expression: missing ), unterminated"),
         ('{"a": 1}', "the pattern 'a' must have a string or null, not a number"),

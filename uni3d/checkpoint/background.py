@@ -1,4 +1,4 @@
-"""One piece of work at a time, done while training goes on."""
+"""Asynchronous saves: a copy of the tensors, and a thread that writes it while training goes on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
+
 T = TypeVar("T")
+
+ALIGNMENT = 64
+"""Bytes to which each copy is aligned: a cache line."""
 
 _all: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
 
@@ -30,6 +36,11 @@ class Background(Generic[T]):
     def failed(self) -> bool:
         """Whether the work has failed and `wait` hasn't said so yet."""
         return self._error is not None
+
+    @property
+    def result(self) -> T | None:
+        """What the work returned, if it has ended and `wait` hasn't given it yet."""
+        return self._result
 
     def start(self, work: Callable[[], T]) -> None:
         """Begin; there must be no other work that hasn't been waited for."""
@@ -73,3 +84,32 @@ class Background(Generic[T]):
             print(f"{self._name} failed: {self._error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)
+
+
+class Snapshot:
+    """Host memory for copies of tensors; allocated once, and again only for other sizes."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device` is where the tensors lie; the copies of a GPU's are in pinned memory."""
+        self._device = device
+        self._layout: list[tuple[torch.Size, torch.dtype]] = []
+        self._copies: list[Tensor] = []
+
+    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies, in the host's memory and contiguous; valid until the next call."""
+        layout = [(t.shape, t.dtype) for t in tensors]
+        if layout != self._layout:
+            self._allocate(layout)
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        return self._copies
+
+    def _allocate(self, layout: list[tuple[torch.Size, torch.dtype]]) -> None:
+        self._copies, self._layout = [], []  # the old memory goes before the new one comes
+        sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):
+            self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
+        self._layout = layout

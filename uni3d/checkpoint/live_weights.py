@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ckpt
 from parallel import HostComm, ParallelModel
 from parallel.host_comm import Bytes
 from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
@@ -42,6 +43,21 @@ def whole_on_first_rank(
     model.zero.reshard()
     whole = dict(_on_first_rank(model, comm, dtype, frozen=frozen))
     return whole | {alias: whole[first] for alias, first in model.ties.items() if first in whole}
+
+
+def save_16bit(
+    model: ParallelModel, comm: HostComm, folder: str | Path, filename: str, *, frozen: bool
+) -> None:
+    """Collective: write the whole model's `state_dict` by `torch.save`, in the type of its computations.
+
+    Raises:
+        CheckpointError: it can't be written; the same on all ranks.
+    """
+    if "://" in str(folder):
+        raise ckpt.CheckpointError(f"save_16bit_model writes into folders, not to {folder}")
+    path = Path(folder) / filename
+    weights = whole_on_first_rank(model, comm, model.zero.compute_dtype, frozen=frozen)
+    ckpt.agreed(comm, lambda: write(path, weights) if comm.rank == 0 else None)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,11 +16,11 @@ import ckpt
 from parallel import HostComm
 from parallel.tensors import whole_module
 from uni3d import state
+from uni3d.checkpoint.background import Background
 from uni3d.checkpoint.optimizer_groups import check_optimizer, restore_optimizer
 from uni3d.recovery import StoredWeights
-
-if TYPE_CHECKING:
-    from uni3d.engine.engine import Engine
+from uni3d.state import Inventory
+from uni3d.train_state import Progress, TrainState
 
 CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
 """A script's own way of loading the model's weights, called with the keywords `src` and `dst`."""
@@ -42,47 +43,68 @@ class Wanted:
 class Restorer:
     """Loads checkpoints into one engine. Every call is collective."""
 
-    def __init__(self, engine: Engine, comm: HostComm, inventory: state.Inventory, threads: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, state: TrainState, *, seed: int, comm: HostComm, inventory: Inventory, threads: int
+    ) -> None:
+        self._state = state
+        self._seed = seed
         self._comm = comm
         self._inventory = inventory
         self._threads = threads
 
-    def load(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
-        """Fill the engine.
+    def load(
+        self, run: str | Path, tag: str | None, wanted: Wanted
+    ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
+        """Fill the model, the optimizer, the schedule and the counters; see `Engine.load_checkpoint`.
 
         Raises:
-            ckpt.CheckpointError: something doesn't fit; the engine is as it was.
+            ckpt.CheckpointError: something doesn't fit; nothing has changed.
             ckpt.PartialLoadError: it failed half-way.
         """
-        engine, manifest = self._engine, checkpoint.manifest
-        optimizer = engine.optimizer if wanted.optimizer else None
-        scheduler = engine.lr_scheduler if wanted.scheduler else None
-        ckpt.together(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
+        Background.join_all()  # another engine of this process may be writing what this one looks for
+        checkpoint = self._open(run, tag)
+        return self._fill(checkpoint, wanted), checkpoint
+
+    def latest(self, run: str | Path) -> str | None:
+        """Return the newest committed tag, the same on all ranks whatever their file systems show yet."""
+        Background.join_all()
+        return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
+
+    def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
+        def find() -> str:
+            store, folder = ckpt.find_checkpoint(run, tag)
+            return store.where(folder)
+
+        chosen = ckpt.from_rank_0(self._comm, find)
+        return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
+
+    def _fill(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
+        manifest, progress = checkpoint.manifest, self._state.progress
+        optimizer = self._state.optimizer if wanted.optimizer else None
+        scheduler = self._state.lr_scheduler if wanted.scheduler else None
+        ckpt.agreed(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
         report = self._load_arrays(checkpoint, optimizer, wanted)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
-            differences = ckpt.together(
-                self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler)
-            )
+            differences = ckpt.agreed(self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler))
         except ckpt.CheckpointError as error:  # the arrays have been loaded
             raise ckpt.PartialLoadError(str(error)) from error
         if wanted.counters:
-            engine.global_steps = manifest["engine"]["global_steps"]
-            engine.global_samples = manifest["engine"]["global_samples"]
-            engine.skipped_steps = manifest["engine"].get("skipped_steps", 0)
+            progress.global_steps = manifest["engine"]["global_steps"]
+            progress.global_samples = manifest["engine"]["global_samples"]
+            progress.skipped_steps = manifest["engine"].get("skipped_steps", 0)
             differences += self._restore_loss_scale(manifest["engine"].get("loss_scale"))
-            differences += _other_order(engine, manifest["engine"])
+            differences += _other_order(self._seed, progress, manifest["engine"])
         if differences and self._comm.rank == 0:
             warnings.warn(f"{checkpoint.url}: {'; '.join(differences)}", stacklevel=4)
         return report
 
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
         """Let the script fill whole parameters; each rank keeps its part of them."""
-        with whole_module(self._engine.module) as module:
+        with whole_module(self._state.model.module) as module:
             src = StoredWeights(checkpoint)
-            ckpt.together(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
+            ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 
     def _restore_rest(
         self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
@@ -90,7 +112,7 @@ class Restorer:
         """Restore what isn't an array; returns a line for each value that this run was given another of."""
         differences = []
         if optimizer is not None:
-            differences += restore_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+            differences += restore_optimizer(self._state.model, optimizer, manifest["optimizer"])
         if scheduler is None and manifest["scheduler"] is not None and optimizer is not None:
             rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
             differences.append(f"its schedule was not taken up: the learning rate stays at {rates}")
@@ -104,7 +126,7 @@ class Restorer:
 
     def _restore_loss_scale(self, saved: dict[str, Any] | None) -> list[str]:
         """Take up fp16's loss scale; returns a line if only one of the two runs has one."""
-        scaler = self._engine.scaler
+        scaler = self._state.scaler
         if scaler is not None and saved is not None:
             scaler.load_state_dict(saved)
         elif saved is not None:
@@ -118,7 +140,7 @@ class Restorer:
     ) -> None:
         """Check what isn't an array, before anything changes."""
         if optimizer is not None:
-            check_optimizer(self._engine.model, optimizer, manifest["optimizer"])
+            check_optimizer(self._state.model, optimizer, manifest["optimizer"])
         saved = manifest["scheduler"]
         if scheduler is not None and (saved is None or saved.keys() != scheduler.state_dict().keys()):
             has = "no scheduler" if saved is None else f"another scheduler than {type(scheduler).__name__}"
@@ -134,16 +156,16 @@ class Restorer:
                 return None if wanted.custom is None else "custom_load_fn loads the model"
             return "optimizer states were not asked for" if optimizer is None else None
 
-        model = self._engine.model
+        model = self._state.model
         fresh = optimizer is not None and not optimizer.state
         stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # parameters that have states
         if optimizer is not None:
             stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
         try:
             if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
-                ckpt.together(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
+                ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
             model_too = wanted.custom is None
-            held, targets = ckpt.together(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
                 targets,
@@ -169,19 +191,19 @@ class Restorer:
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
 
 
-def what_fixes_the_order(engine: Engine) -> dict[str, int]:
-    """What the order of samples depends on."""
-    return {"seed": engine.config.seed, "train_batch_size": engine.triad.train_batch}
+def what_fixes_the_order(seed: int, progress: Progress) -> dict[str, int]:
+    """Return the numbers on which the order of samples depends."""
+    return {"seed": seed, "train_batch_size": progress.train_batch}
 
 
-def _other_order(engine: Engine, saved: dict[str, Any]) -> list[str]:
+def _other_order(seed: int, progress: Progress, saved: dict[str, Any]) -> list[str]:
     """A line for each thing by which samples come in another order than in the run that was saved."""
-    given = what_fixes_the_order(engine)
+    given = what_fixes_the_order(seed, progress)
     lines = _differences("the run's", saved, {key: n for key, n in given.items() if key in saved})
     if "seed" not in saved:  # another framework's, imported
         lines.append(
             f"it doesn't say in which order its samples came: this run's own goes on at sample "
-            f"{engine.global_samples}"
+            f"{progress.global_samples}"
         )
     return lines
 

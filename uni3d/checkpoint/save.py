@@ -1,4 +1,4 @@
-"""What an engine saves and loads: shards through `ckpt`, everything else in the manifest."""
+"""Saving a run: shards through `ckpt`, everything else in the manifest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,50 +15,62 @@ import ckpt
 import uni3d
 from ckpt.threads import cores
 from parallel import HostComm
-from uni3d import state
-from uni3d.checkpoint.background import Background
+from uni3d.checkpoint.background import Background, Snapshot
 from uni3d.checkpoint.optimizer_groups import describe, merge
-from uni3d.checkpoint.restore import Restorer, Wanted, what_fixes_the_order
-from uni3d.checkpoint.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from uni3d.engine.engine import Engine
+from uni3d.checkpoint.restore import what_fixes_the_order
+from uni3d.config import Config
+from uni3d.state import Held, Inventory, on_host, parts_to_save
+from uni3d.train_state import TrainState
 
 SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
 """Lies in every checkpoint, and gets the weights out of it without this package."""
 
 
-class Checkpointer:
-    """Saves and loads one engine. Every call is collective, but for `failed`."""
+def threads_per_rank(ranks: int) -> int:
+    """Threads that each rank of this machine may use for files; `ranks` is used where torchrun is not."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
-    def __init__(self, engine: Engine) -> None:
-        """Collective.
+
+class Saver:
+    """Saves a run. Every call is collective, but for `failed` and `agree`.
+
+    Attributes:
+        report: what the last save that has ended wrote, or None.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        *,
+        comm: HostComm,
+        inventory: Inventory,
+        model_spec: dict[str, Any],
+    ) -> None:
+        """`model_spec` is the model's own description for the manifest.
 
         Raises:
-            ValueError: the engine has a scheduler whose state can't be saved; better now than at a save.
+            ValueError: the schedule's state can't be saved; better now than at the first save.
         """
-        self._engine = engine
-        if engine.lr_scheduler is not None:
+        if state.lr_scheduler is not None:
             try:
-                ckpt.check_json(engine.lr_scheduler.state_dict(), "its state")
+                ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
             except ckpt.CheckpointError as error:
-                kind = type(engine.lr_scheduler).__name__
+                kind = type(state.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
-        self.declared: dict[str, Any] = {}
-        """What the model says of itself."""
-        self.comm = HostComm()
+        self.report: ckpt.SaveReport | None = None
+        self._state = state
+        self._config = config
+        self._model_spec = model_spec
+        self._comm = comm
         self._writing = HostComm()  # a save's own, as it goes on while others use the first
-        self._inventory = state.Inventory(engine.model)
-        self._held: list[state.Held] = []
+        self._inventory = inventory
+        self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
         self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
-        self._snapshot = Snapshot(engine.model.topology.device)
+        self._snapshot = Snapshot(state.model.topology.device)
         self._background: Background[ckpt.SaveReport] = Background("uni3d's last save_checkpoint")
         self._agreed_failure = False
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.comm.size))
-        self._threads = max(1, cores() // local_ranks)
-
-    # --- saving ----------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -75,13 +87,12 @@ class Checkpointer:
         """
         self.wait()
         Background.join_all()  # at most one save may be going on in a run's folder
-        asynchronous = self._engine.config.checkpoint.async_save
+        asynchronous = self._config.checkpoint.async_save
         if "://" not in str(run):
             run = Path(run).absolute()  # the script may change its folder meanwhile
         taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
 
         def take() -> str:
-            ckpt.check_tag(tag)
             plan, parts = self._parts(frozen)
             if asynchronous:  # the one thing that training waits for
                 copies = self._snapshot.take([tensor for _, tensor in parts])
@@ -89,22 +100,23 @@ class Checkpointer:
             taken.append((plan, parts, self._document(client_state, frozen)))
             return tag
 
-        tags = set(ckpt.gathered(self.comm, take))
-        if len(tags) > 1:
-            raise ckpt.CheckpointError(
-                f"the ranks were asked to save different tags: {', '.join(sorted(tags))}; use one"
-            )
+        ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
         if asynchronous:
             self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))
         else:
-            self._engine.last_save = self._write(run, tag, *taken[0], update_latest)
+            self.report = self._write(run, tag, *taken[0], update_latest)
 
     def wait(self) -> None:
         """Wait for the save that goes on in the background, if any; raises what it raised."""
         self._agreed_failure = False
         report = self._background.wait()
         if report is not None:
-            self._engine.last_save = report
+            self.report = report
+
+    def committed(self) -> str | None:
+        """Return the tag of the last save that has ended well, waited for or not. Local."""
+        report = self._background.result or self.report
+        return None if report is None else report.tag
 
     @property
     def failed(self) -> bool:
@@ -121,15 +133,19 @@ class Checkpointer:
             self.wait()
             raise ckpt.CheckpointError("the save in the background failed on another rank; save again")
 
+    def forget_plan(self) -> None:
+        """Let go of the tensors of the last save, which a load may replace. Local."""
+        self._held, self._plan = [], None
+
     def _parts(self, frozen: bool) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """The plan, made anew only if what is saved has changed, and this rank's parts by it. Local."""
-        held = self._inventory.arrays(self._engine.optimizer, frozen=frozen)
+        held = self._inventory.arrays(self._state.optimizer, frozen=frozen)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same:
             self._plan = ckpt.make_plan(self._inventory.layout(held))
-            self._wanted = self._plan.parts(self.comm.rank)
+            self._wanted = self._plan.parts(self._comm.rank)
             self._held = held
-        return self._plan, state.parts_to_save(held, self._wanted)
+        return self._plan, parts_to_save(held, self._wanted)
 
     def _write(
         self,
@@ -141,12 +157,11 @@ class Checkpointer:
         update_latest: bool,
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
-        settings = self._engine.config.checkpoint
-        ckpt.together(self._writing, lambda: ckpt.check_json(document, "the checkpoint's document"))
-        described = self._writing.gather(document if self._engine.model.topology.speaks_for_stage else None)
+        settings = self._config.checkpoint
+        described = self._writing.gather(document if self._state.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
-        whole = ckpt.together(self._writing, lambda: merge(stages) if stages else {})
-        shards = ckpt.together(self._writing, lambda: [state.on_host(*part) for part in parts])
+        whole = ckpt.agreed(self._writing, lambda: merge(stages) if stages else {})
+        shards = ckpt.agreed(self._writing, lambda: [on_host(*part) for part in parts])
         return ckpt.save(
             run,
             tag,
@@ -158,65 +173,38 @@ class Checkpointer:
             durable=settings.durable,
             update_latest=update_latest,
             retention=ckpt.Retention(keep_last=settings.keep_last, keep_every=settings.keep_every),
-            threads=self._threads,
+            threads=threads_per_rank(self._comm.size),
         )
 
     def _document(self, client_state: dict[str, Any], frozen: bool) -> dict[str, Any]:
         """Everything in the manifest but the arrays, as this rank's stage has it. Local."""
-        engine = self._engine
-        topology, scheduler = engine.model.topology, engine.lr_scheduler
+        model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
+        scaler, topology = self._state.scaler, model.topology
         degrees = topology.degrees
+        description = describe(model, self._state.optimizer, frozen=frozen)
+        description["model"]["declared"] = self._model_spec
+        # Now, so that the script's mistake is raised by its call; the rest is checked while it is written.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
-        description = describe(engine.model, engine.optimizer, frozen=frozen)
-        description["model"]["declared"] = self.declared
         return {
-            "step": engine.global_steps,
+            "step": progress.global_steps,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "writer": {
                 "uni3d": uni3d.__version__,
                 "torch": str(torch.__version__),
                 "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
-                "zero_stage": engine.model.zero.stage,
+                "zero_stage": model.zero.stage,
                 "shard_group": topology.mesh["shard"].size(),
-                "layers": engine.model.layers,
+                "layers": model.layers,
             },
             **description,
-            "aliases": engine.model.ties,
+            "aliases": model.ties,
             "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
             "engine": {
-                "global_steps": engine.global_steps,
-                "global_samples": engine.global_samples,
-                "skipped_steps": engine.skipped_steps,
-                "loss_scale": None if engine.scaler is None else engine.scaler.state_dict(),
-                **what_fixes_the_order(engine),
+                "global_steps": progress.global_steps,
+                "global_samples": progress.global_samples,
+                "skipped_steps": progress.skipped_steps,
+                "loss_scale": None if scaler is None else scaler.state_dict(),
+                **what_fixes_the_order(self._config.seed, progress),
             },
             "client_state": copy.deepcopy(client_state),
         }
-
-    # --- loading ---------------------------------------------------------------------------------------
-
-    def load(
-        self, run: str | Path, tag: str | None, wanted: Wanted
-    ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
-        """Fill the engine from a checkpoint; see `Engine.load_checkpoint`."""
-        self.wait()
-        Background.join_all()  # another engine of this process may be writing what this one looks for
-        checkpoint = self._open(run, tag)
-        restorer = Restorer(self._engine, self.comm, self._inventory, self._threads)
-        report = restorer.load(checkpoint, wanted)
-        self._held, self._plan = [], None  # don't keep alive what a load may replace
-        return report, checkpoint
-
-    def latest(self, run: str | Path) -> str | None:
-        """The newest committed tag, the same on all ranks whatever their file systems show them yet."""
-        self.wait()
-        Background.join_all()
-        return ckpt.from_first(self.comm, lambda: ckpt.read_latest(run))
-
-    def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
-        def find() -> str:
-            store, folder = ckpt.find_checkpoint(run, tag)
-            return store.where(folder)
-
-        chosen = ckpt.from_first(self.comm, find)
-        return ckpt.together(self.comm, lambda: ckpt.open_checkpoint(chosen))

@@ -1,22 +1,24 @@
-"""The command `uni3d`. Answers without loading torch."""
+"""The command `uni3d`: one file per command, and none of them loads torch to answer `--help`."""
 
 from __future__ import annotations
 
 import io
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from uni3d import __version__
-from uni3d.cli import config, diff, doctor, export, import_, inspect, plan, plot, prune
-from uni3d.cli.terminal import complain, say
+from uni3d.cli import clean, config, diff, doctor, export, import_, inspect, plan, plot, prune, verify
+from uni3d.cli.terminal import CommandError, complain, say
 
 app = typer.Typer(
     name="uni3d",
-    help="Look into uni3d's checkpoints, get weights out and others' checkpoints in, and look after them.",
+    help="Inspect, verify, compare, import, export and manage checkpoints; plan and plot training runs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,19 +26,35 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command; what is the user's to mend is one line and exit code 1, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may not know a letter of a name
+    """Run a command. A user's mistake is one line on stderr and a non-zero exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack a character of a name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="uni3d")
-    except (RuntimeError, ValueError, OSError) as error:
+    except (CommandError, RuntimeError, ValueError, OSError) as error:
         from ckpt import CheckpointError
 
         if isinstance(error, RuntimeError) and not isinstance(error, CheckpointError):
             raise
-        complain(error)
-        sys.exit(1)
+        hint = "" if isinstance(error, FileExistsError) else _foreign_hint()
+        complain(f"{error}{hint}")
+        sys.exit(error.exit_code if isinstance(error, CommandError) else 1)
+
+
+def _foreign_hint() -> str:
+    """Return a hint at `uni3d import` if an argument is another framework's checkpoint, else ""."""
+    given = [Path(word) for word in sys.argv[2:] if not word.startswith("-")]
+    if sys.argv[1:2] == ["import"] or not any(path.is_dir() for path in given):
+        return ""
+    from ckpt import CheckpointError
+    from uni3d.importers.detect import kind_of
+
+    for path in given:
+        with suppress(CheckpointError, OSError):
+            if path.is_dir():
+                return f" ({path} looks like a {kind_of(path)} checkpoint; convert it with uni3d import)"
+    return ""
 
 
 def _version(wanted: bool) -> None:
@@ -47,20 +65,22 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     pass
 
 
 def _paragraphs(command: Callable[..., None]) -> str:
-    """A command's docstring with no line breaks but between paragraphs: the terminal breaks lines itself."""
+    """Return a command's docstring with one line per paragraph, as the terminal wraps lines itself."""
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 for command in (
     inspect.inspect,
-    prune.verify,
+    verify.verify,
     diff.diff,
     doctor.doctor,
     export.export,
@@ -68,7 +88,7 @@ for command in (
     plot.plot,
     plan.plan,
     config.config,
-    prune.clean,
+    clean.clean,
     prune.prune,
 ):
     app.command(command.__name__.rstrip("_"), help=_paragraphs(command))(command)

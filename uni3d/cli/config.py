@@ -1,4 +1,4 @@
-"""`uni3d config`: what a config means for a number of processes, without loading torch."""
+"""`uni3d config`: print a config with its defaults filled in, and its differences from DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from uni3d.cli.terminal import AsJson, out, say_json
 
 
 def config(
-    file: Annotated[Path, typer.Argument(help="JSON file, DeepSpeed's or ours.", show_default=False)],
-    world_size: Annotated[int, typer.Option(help="Processes that will train.")] = 1,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages, instead of the file's.")] = None,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel parts, instead of the file's.")] = None,
+    file: Annotated[Path, typer.Argument(help="JSON config, DeepSpeed's or uni3d's.", show_default=False)],
+    world_size: Annotated[int, typer.Option(help="Number of processes.")] = 1,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages.", show_default="the config's")] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="Tensor-parallel ranks.", show_default="the config's")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a config with every default, for a world size, and where DeepSpeed would do something else."""
+    """Print a config with all defaults, and where training differs from DeepSpeed."""
     from parallel.degrees import check_shard_group, resolve_degrees
     from uni3d.config import batch_triad, load_config
     from uni3d.config.deepspeed_differences import differences
@@ -45,7 +47,7 @@ def config(
 
 
 def _sections(settings: Any) -> dict[str, Any]:
-    """The config's own keys with their defaults, apart from those that are resolved."""
+    """Return the config's keys with their defaults, except those that `config` resolves itself."""
     dump: dict[str, Any] = settings.model_dump(mode="json")
     for key in (
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
@@ -61,7 +63,7 @@ def _sections(settings: Any) -> dict[str, Any]:
     if settings.precision == "fp16":
         dump["fp16"] = settings.fp16.model_dump(mode="json", exclude={"enabled"})
     for key, section in dump.items():
-        if isinstance(section, dict) and section.get("enabled") is False:  # then the rest says nothing
+        if isinstance(section, dict) and section.get("enabled") is False:  # the rest has no effect
             dump[key] = {"enabled": False}
     zero = settings.zero_optimization
     dump["zero_optimization"] = {
@@ -91,7 +93,7 @@ def _print(resolved: dict[str, Any], found: list[tuple[str, str]]) -> None:
     rows(resolved)
     out.print(table)
     out.print()
-    out.print(Text("Where this differs from DeepSpeed, or is easily taken for something else:"))
+    out.print(Text("Differences from DeepSpeed, and what is easily misread:"))
     for key, text in found:
         out.print(Padding(Text.assemble((key, "bold"), f": {text}"), (0, 0, 0, 2), expand=False))
 

@@ -1,4 +1,4 @@
-"""`uni3d diff`: whether two checkpoints hold the same, and if not, where and by how much."""
+"""`uni3d diff`: compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.cli.terminal import AsJson, complain, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import AsJson, CommandError, Run, progress_bar, say, say_json, say_table
 
 if TYPE_CHECKING:
     import ckpt
 
-One = Annotated[str, typer.Argument(help="A run's folder or URL, or one checkpoint's own.")]
+FirstTag = Annotated[str | None, typer.Option(help="Tag in FIRST.", show_default="the newest committed one")]
+SecondTag = Annotated[
+    str | None, typer.Option(help="Tag in SECOND.", show_default="the newest committed one")
+]
 
 
 def diff(
-    first: One,
-    second: One,
-    first_tag: Annotated[str | None, typer.Option(help="Of the first; its newest by default.")] = None,
-    second_tag: Annotated[str | None, typer.Option(help="Of the second; its newest by default.")] = None,
-    as_json: AsJson = False,
+    first: Run, second: Run, first_tag: FirstTag = None, second_tag: SecondTag = None, as_json: AsJson = False
 ) -> None:
-    """Compare two checkpoints, tensor by tensor. Exit code 1 if they differ, 2 if one can't be read."""
+    """Compare two checkpoints tensor by tensor.
+
+    Exits with 0 if they are identical, 1 if they differ, and 2 if one can't be read.
+    """
     import ckpt
 
     try:
@@ -30,8 +32,7 @@ def diff(
         with progress_bar("comparing", ckpt.common_bytes(a, b)) as progress:
             found = ckpt.compare(a, b, progress=progress)
     except (ckpt.CheckpointError, OSError) as error:
-        complain(error)
-        raise typer.Exit(2) from None
+        raise CommandError(error, exit_code=2) from None
     if as_json:
         say_json({"first": a.url, "second": b.url, "differences": [_row(each) for each in found]})
     else:
@@ -51,12 +52,12 @@ def _row(found: ckpt.Difference) -> dict[str, Any]:
 def _print(a: ckpt.Checkpoint, b: ckpt.Checkpoint, found: list[ckpt.Difference]) -> None:
     arrays = len(a.arrays.keys() | b.arrays.keys())
     if not found:
-        say(f"the same: {arrays} arrays")
+        say(f"{arrays} arrays are identical")
         return
     say_table([_row(each) for each in found])
     values = [each for each in found if each.what == "values"]
     largest = ""
     if values:
         absolute, relative = max(v.absolute for v in values), max(v.relative for v in values)
-        largest = f"; at most by {absolute:.3g}, and by {relative:.3g} of the larger value"
+        largest = f"; largest difference {absolute:.3g} absolute, {relative:.3g} relative"
     say(f"{len(found)} of {arrays} arrays differ{largest}")

@@ -1,4 +1,4 @@
-"""`uni3d export`: the weights of a checkpoint as files that others read."""
+"""`uni3d export`: write the weights of a checkpoint as safetensors or torch files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from uni3d.cli.terminal import AsJson, Run, Tag, in_bytes, progress_bar, say, say_json
+from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say, say_json
+from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
     import ckpt
@@ -19,7 +20,7 @@ _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".p
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 Write = Callable[[Path, list[str], dict[str, str]], object]
-"""Writes a file, which gets its name when it is whole: its path, the tensors, other names of tied ones."""
+"""Writes a file atomically, given its path, the names of its tensors and the aliases of tied ones."""
 
 
 def export(
@@ -27,7 +28,8 @@ def export(
     output: Annotated[
         Path,
         typer.Argument(
-            help="File to write, or with --max-shard-size or --format hf a folder; nothing is replaced."
+            help="File to write, or folder with --max-shard-size or --format hf. Must not exist.",
+            show_default=False,
         ),
     ],
     tag: Tag = None,
@@ -36,45 +38,55 @@ def export(
         typer.Option(
             "--format",
             help="safetensors, torch, or hf: a folder that Hugging Face's transformers loads.",
-            show_default="what the file's name says",
+            show_default="from the suffix of OUTPUT",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of parameters: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Type of the parameters: fp32, bf16 or fp16.")] = "fp32",
     max_shard_size: Annotated[
         str | None,
         typer.Option(
-            help="Files of at most so much, with an index, by Hugging Face's names; 5GB with --format hf."
+            help="Write several files of at most this size, and an index, with Hugging Face's file names.",
+            show_default="one file; 5GB with --format hf",
         ),
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Only tensors whose names match, e.g. 'layers.0.*'.")
+        list[str] | None,
+        typer.Option(help="Only tensors whose names match, e.g. 'layers.0.*'. Can be repeated."),
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="No tensors whose names match.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out tensors whose names match. Can be repeated.")
+    ] = None,
     hf_config: Annotated[
         Path | None,
-        typer.Option(help="The model's config.json, with --format hf, if the checkpoint has none."),
+        typer.Option(help="With --format hf: the model's config.json, if the checkpoint has none."),
     ] = None,
     name_map: Annotated[
         Path | None,
-        typer.Option(help="JSON, regex -> name there or null, with --format hf, if the checkpoint has none."),
+        typer.Option(
+            help="With --format hf: JSON file that maps name patterns (regex) to Hugging Face's names, or to "
+            "null to leave tensors out, if the checkpoint has none."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the weights as one state_dict, in fp32 unless asked otherwise, whatever topology saved them."""
+    """Write a checkpoint's weights as one state_dict, in fp32 by default.
+
+    The result doesn't depend on the topology that saved the checkpoint.
+    """
     import ckpt
 
     if dtype not in _DTYPES:
-        raise ValueError(f"--dtype {dtype} isn't one of {', '.join(_DTYPES)}")
-    if file_format == "hf":
-        if include or exclude:
-            raise ValueError("--format hf writes a whole model: one that lacks weights doesn't load")
-        checkpoint = ckpt.open_checkpoint(run, tag)
+        raise ValueError(f"--dtype {dtype}: expected {', '.join(_DTYPES)}")
+    hf = file_format == "hf"
+    if hf and (include or exclude):
+        raise ValueError("--format hf writes whole models; leave out --include and --exclude")
+    if not hf and (hf_config is not None or name_map is not None):
+        raise ValueError("--hf-config and --name-map need --format hf")
+    kind = None if hf else _format(output, file_format, whole=max_shard_size is None)
+    checkpoint = ckpt.open_checkpoint(run, tag)
+    if kind is None:
         done = _hugging_face(checkpoint, output, dtype, max_shard_size or "5GB", hf_config, name_map)
     else:
-        if hf_config is not None or name_map is not None:
-            raise ValueError("--hf-config and --name-map are for --format hf")
-        kind = _format(output, file_format, whole=max_shard_size is None)
-        checkpoint = ckpt.open_checkpoint(run, tag)
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
         done = _plain(checkpoint, output, kind, dtype, max_shard_size, names)
     size = sum(file.stat().st_size for file in done.files)
@@ -83,19 +95,19 @@ def export(
         say_json({**row, "files": [str(file) for file in done.files], "left_out": done.left_out})
         return
     several = f" in {len(done.files)} files" if len(done.files) > 1 else ""
-    say(f"{output}: {done.tensors} tensors, {in_bytes(size)}{several}, from {checkpoint.tag}")
-    if done.left_out and file_format == "hf":
+    say(f"{output}: {done.tensors} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}")
+    if done.left_out and hf:
         say(f"left out by the name map: {', '.join(done.left_out)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
-    """What has been written."""
+    """Result of an export."""
 
     files: list[Path]
     tensors: int
     left_out: list[str]
-    """Tensors of the checkpoint that are in none of the files."""
+    """Tensors of the checkpoint that were not exported."""
 
 
 def _plain(
@@ -106,7 +118,7 @@ def _plain(
     max_shard_size: str | None,
     names: list[str],
 ) -> _Done:
-    """One file, or a folder of several, with tensors by the checkpoint's names."""
+    """Write one file, or a folder of several, with the checkpoint's own tensor names."""
     import ckpt
     from uni3d.export.new_folder import new_folder
     from uni3d.zero_to_fp32 import write_files
@@ -118,7 +130,7 @@ def _plain(
         write = _writer(checkpoint, kind, _DTYPES[dtype], progress)
         if max_shard_size is None:
             if output.exists():
-                raise FileExistsError(f"{output} exists; delete it, or export to another name")
+                raise FileExistsError(f"{output} already exists; delete it, or choose another name")
             write(output, names, aliases)
             files = [output]
         else:
@@ -137,7 +149,7 @@ def _hugging_face(
     hf_config: Path | None,
     name_map: Path | None,
 ) -> _Done:
-    """A folder that transformers loads."""
+    """Write a folder that transformers loads."""
     import ckpt
     from uni3d.export import hugging_face
 
@@ -160,29 +172,29 @@ def _hugging_face(
 
 
 def _format(output: Path, asked: str | None, *, whole: bool) -> str:
-    """The format: as asked, or as the name of the file says; a folder's is safetensors by default."""
+    """Return the format asked for, else that of the file's suffix; safetensors by default for a folder."""
     if asked not in (None, "safetensors", "torch"):
-        raise ValueError(f"--format {asked} isn't safetensors, torch or hf")
+        raise ValueError(f"--format {asked}: expected safetensors, torch or hf")
     named = _SUFFIXES.get(output.suffix) if whole else None
     if whole and named is None:
         raise ValueError(
-            f"{output} must end in one of {', '.join(_SUFFIXES)}; or give --max-shard-size, for a folder"
+            f"{output}: expected a suffix of {', '.join(_SUFFIXES)}; for a folder, give --max-shard-size"
         )
     if asked is not None and named not in (None, asked):
-        raise ValueError(f"{output} has the suffix of another format than --format {asked}")
+        raise ValueError(f"{output}: its suffix contradicts --format {asked}")
     return asked or named or "safetensors"
 
 
 def _chosen(names: list[str], include: list[str], exclude: list[str]) -> list[str]:
-    """The names that match one of `include` (all, if there are none) and none of `exclude`."""
+    """Return the names that match a pattern of `include`, if there are any, and none of `exclude`."""
     for option, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{option} {pattern} matches none of the {len(names)} tensors")
+                raise ValueError(f"{option} {pattern} matches no tensor of {len(names)}")
     kept = [n for n in names if not include or any(fnmatchcase(n, pattern) for pattern in include)]
     kept = [n for n in kept if not any(fnmatchcase(n, pattern) for pattern in exclude)]
     if not kept:
-        raise ValueError("--include and --exclude leave no tensors")
+        raise ValueError("--include and --exclude leave no tensor to export")
     return kept
 
 

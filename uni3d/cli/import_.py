@@ -1,4 +1,4 @@
-"""`uni3d import`: other frameworks' checkpoints as ours, after which any topology resumes."""
+"""`uni3d import`: convert other frameworks' checkpoints, after which any topology can resume from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.cli.terminal import AsJson, in_bytes, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import AsJson, progress_bar, say, say_json, say_table
+from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
     from uni3d.importers.source import ForeignArray, Options, Source
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 def import_(
     src: Annotated[
-        Path, typer.Argument(help="A run's folder of DeepSpeed's, a checkpoint's, or a file of weights.")
+        Path, typer.Argument(help="Folder of a run or checkpoint, or a file of weights.", show_default=False)
     ],
     dst: Annotated[
         str | None,
         typer.Argument(
-            help="Folder or URL of the run to make; not needed with --dry-run.", show_default=False
+            help="Folder or URL of the run to write. Optional with --dry-run.", show_default=False
         ),
     ] = None,
     kind: Annotated[
@@ -31,68 +32,70 @@ def import_(
         ),
     ] = "auto",
     tag: Annotated[
-        str | None, typer.Option(help="Of SRC, where it has several; its newest by default.")
+        str | None, typer.Option(help="Tag to read, if SRC has several.", show_default="its newest")
     ] = None,
     as_tag: Annotated[
-        str | None, typer.Option("--as", help="Tag to make.", show_default="global_step<N>")
+        str | None, typer.Option("--as", help="Tag to write.", show_default="global_step<N>")
     ] = None,
     name_map: Annotated[
-        Path | None, typer.Option(help="JSON file, regex -> replacement, for models with other names.")
+        Path | None, typer.Option(help="JSON file of regex -> replacement that renames the tensors.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would become of what, and what is left over.")
+        bool, typer.Option("--dry-run", help="Show what would be imported and left out; write nothing.")
     ] = False,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Leave the optimizer's states and the schedule.")
+        bool, typer.Option("--weights-only", help="Leave out the optimizer states and the LR schedule.")
     ] = False,
     optimizer: Annotated[
-        str | None, typer.Option(help="Class of the optimizer in torch, where SRC doesn't say; e.g. AdamW.")
+        str | None, typer.Option(help="Class of the optimizer, e.g. AdamW, if SRC doesn't record it.")
     ] = None,
     buffers: Annotated[
         list[str] | None,
-        typer.Option(help="Names that are buffers, where SRC doesn't say; e.g. '*.inv_freq'."),
+        typer.Option(
+            help="Names of tensors that are buffers, e.g. '*.inv_freq', if SRC doesn't record it. "
+            "Can be repeated."
+        ),
     ] = None,
     split: Annotated[
         list[str] | None,
         typer.Option(
-            help="How tensor-parallel parts go together, where SRC doesn't say: 'PATTERN=RULE', with the "
-            "RULE 0 or 1 (along that dim), 0x2 or 0x3 (several in one, each cut along dim 0), replicated or "
-            "average."
+            help="How to merge tensor-parallel shards, if SRC doesn't record it: 'PATTERN=RULE', where RULE "
+            "is 0 or 1 (concatenate along that dim), 0x2 or 0x3 (2 or 3 fused tensors, each split along "
+            "dim 0), replicated or average. Can be repeated."
         ),
     ] = None,
     in_model_order: Annotated[
         bool,
         typer.Option(
-            "--in-model-order", help="Take an optimizer's numbered states in the order of parameters."
+            "--in-model-order", help="Match an optimizer's numbered states to parameters by their order."
         ),
     ] = False,
     frozen: Annotated[
-        list[str] | None, typer.Option(help="With --in-model-order: parameters that weren't trained.")
+        list[str] | None,
+        typer.Option(help="With --in-model-order: parameters that were not trained. Can be repeated."),
     ] = None,
     untie: Annotated[
-        bool, typer.Option("--untie", help="Store tensors that share memory, or look tied, each by itself.")
+        bool,
+        typer.Option("--untie", help="Store tensors that share memory, or look tied, separately."),
     ] = False,
     stand_in: Annotated[
-        list[str] | None, typer.Option(help="A class of your own that is pickled in SRC, to be left out.")
+        list[str] | None,
+        typer.Option(help="Your own class that is pickled in SRC, to be ignored. Can be repeated."),
     ] = None,
     no_checksums: Annotated[
-        bool, typer.Option("--no-checksums", help="Don't check what SRC has checksums of, or has twice.")
+        bool, typer.Option("--no-checksums", help="Skip SRC's checksums and the comparison of its copies.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint of another framework's, with the optimizer's states where it has them.
+    """Convert another framework's checkpoint, with its optimizer states if it has them.
 
-    Nothing in it is run. Pickles may hold tensors and plain containers; classes of the frameworks become
-    inert stand-ins, and everything else is refused by name.
+    Never runs code from the checkpoint. Pickles may hold tensors and plain containers; known classes of the
+    frameworks become inert stand-ins, and anything else is refused by name.
     """
-    from ckpt import check_tag
-    from uni3d.importers.detect import KINDS, read
+    from uni3d.importers.detect import read
     from uni3d.importers.source import Options
 
-    if kind not in ("auto", *KINDS):
-        raise ValueError(f"--from {kind} isn't one of auto, {', '.join(KINDS)}")
-    if dst is None and not dry_run:
-        raise ValueError("give DST, the run to make, or --dry-run")
+    _check_arguments(kind, src, dst, dry_run)
     options = Options(
         tag=tag,
         buffers=tuple(buffers or ()),
@@ -104,19 +107,34 @@ def import_(
         weights_only=weights_only,
         verify=not no_checksums,
     )
-    _check_place(src, dst)
     found = read(src, kind, options)
     _check_used(options, found)
     mapped = _renamed(found, name_map)
     if weights_only:
         mapped = mapped.weights_alone()
     _check_optimizer(mapped, optimizer)
-    name = check_tag(f"global_step{mapped.step}" if as_tag is None else as_tag)
+    name = _tag(mapped, as_tag)
     if dry_run:
         _tell(found, mapped, name, as_json=as_json)
-        return
-    assert dst is not None, "checked above"
-    _write(mapped, dst, name, optimizer, as_json=as_json)
+    else:
+        _write(mapped, str(dst), name, optimizer, as_json=as_json)
+
+
+def _check_arguments(kind: str, src: Path, dst: str | None, dry_run: bool) -> None:
+    from uni3d.importers.detect import KINDS
+
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"--from {kind}: expected auto, {', '.join(KINDS)}")
+    if dst is None and not dry_run:
+        raise ValueError("DST is missing; give the run to write, or --dry-run")
+    if dst is not None and "://" not in dst and src.is_dir() and src.resolve() in Path(dst).resolve().parents:
+        raise ValueError(f"DST {dst} lies inside SRC {src}; choose a folder outside it")
+
+
+def _tag(source: Source, given: str | None) -> str:
+    from ckpt import check_tag
+
+    return check_tag(f"global_step{source.step}" if given is None else given)
 
 
 def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json: bool) -> None:
@@ -128,34 +146,35 @@ def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json
         report = write(source, dst, tag, optimizer=optimizer, progress=progress)
     if as_json:
         row = {"url": report.url, "tag": tag, "from": source.kind, "arrays": len(source.arrays)}
-        say_json({**row, "bytes": report.bytes_written, **_beside(source)})
+        say_json({**row, "bytes": report.bytes_written, **_metadata(source)})
         return
     for line in source.left_out:
         say(f"left out: {line}")
-    say(f"{report.url}: {len(source.arrays)} arrays, {in_bytes(report.bytes_written)}, from {_what(source)}")
+    size = format_bytes(report.bytes_written)
+    say(f"{report.url}: {len(source.arrays)} arrays, {size}, from {_origin(source)}")
     if before:
-        say(f"{dst} had {', '.join(before)} already; its latest is now {tag}")
+        say(f"{dst} already had {', '.join(before)}; its latest is now {tag}")
     say(_resumes(source))
 
 
 def _tell(found: Source, mapped: Source, tag: str, *, as_json: bool) -> None:
-    """What would become of what."""
+    """Print what an import would write."""
     rows = _rows(mapped)
     if as_json:
-        say_json({"tag": tag, "from": found.kind, "atoms": rows, **_beside(mapped)})
+        say_json({"tag": tag, "from": found.kind, "atoms": rows, **_metadata(mapped)})
         return
     if rows:
         say_table(rows)
     for line in mapped.left_out:
-        say(f"left over: {line}")
+        say(f"left out: {line}")
     for alias, name in mapped.aliases.items():
-        say(f"tied: {alias} is another name of {name}")
-    say(f"{len(rows)} atoms from {_what(mapped)} would become {tag}")
+        say(f"tied: {alias} is an alias of {name}")
+    say(f"{len(rows)} atoms from {_origin(mapped)} would become {tag}")
     say(_resumes(mapped))
 
 
 def _rows(source: Source) -> list[dict[str, Any]]:
-    """A row for each atom."""
+    """Return a row for each atom."""
     atoms: dict[str, list[ForeignArray]] = {}
     for array in source.arrays:
         atoms.setdefault(array.name, []).append(array)
@@ -172,8 +191,8 @@ def _rows(source: Source) -> list[dict[str, Any]]:
     ]
 
 
-def _beside(source: Source) -> dict[str, Any]:
-    """What there is beside the arrays, for machines."""
+def _metadata(source: Source) -> dict[str, Any]:
+    """Return everything but the arrays, for JSON."""
     optimizer = source.optimizer
     return {
         "step": source.step,
@@ -186,18 +205,18 @@ def _beside(source: Source) -> dict[str, Any]:
 
 
 def _resumes(source: Source) -> str:
-    """How the checkpoint that is made can be loaded."""
+    """Return how the new checkpoint can be loaded."""
     if source.optimizer is None:
-        return "It has weights alone: load_checkpoint(..., load_module_only=True)."
+        return "It has weights only; load it with load_checkpoint(..., load_module_only=True)."
     if source.scheduler is None:
         return (
-            "It has the optimizer's states, but no schedule: a run that has one loads it with "
+            "It has optimizer states but no LR schedule; a run with a scheduler loads it with "
             "load_lr_scheduler_states=False."
         )
-    return "It has the optimizer's states and the schedule: any topology resumes from it."
+    return "It has optimizer states and the LR schedule; any topology can resume from it."
 
 
-def _what(source: Source) -> str:
+def _origin(source: Source) -> str:
     return f"{source.kind}, step {source.step}" if source.step else source.kind
 
 
@@ -216,40 +235,32 @@ def _renamed(source: Source, name_map: Path | None) -> Source:
 
     names = NameMap.load(name_map)
     renamed = source.renamed(names.rename)
-    idle = [
-        f"nothing by {pattern!r}: no name matches this pattern of the name map" for pattern in names.unused
-    ]
+    idle = [f"pattern {pattern!r} of the name map: it matches no tensor" for pattern in names.unused]
     return replace(renamed, left_out=[*renamed.left_out, *idle])
 
 
-def _check_place(src: Path, dst: str | None) -> None:
-    """Refuse a DST among SRC's own files."""
-    if dst is not None and "://" not in dst and src.is_dir() and src.resolve() in Path(dst).resolve().parents:
-        raise ValueError(f"DST {dst} lies in SRC {src}; import into a folder elsewhere")
-
-
 def _check_optimizer(source: Source, given: str | None) -> None:
-    """The class of the optimizer must be known, said once, and one that there is."""
+    """Check that the optimizer's class is known, unambiguous and supported."""
     said = None if source.optimizer is None else source.optimizer.type
     if source.optimizer is None:
         if given is not None:
-            raise ValueError(f"--optimizer {given}: there are no states of an optimizer to take over")
+            raise ValueError(f"--optimizer {given}: {source.where} has no optimizer states")
     elif given is None and said is None:
         raise ValueError(
-            f"{source.where} doesn't say which optimizer its states are of; say it, e.g. by --optimizer "
-            "AdamW, or leave them by --weights-only"
+            f"{source.where} doesn't record the class of its optimizer; give it, e.g. --optimizer AdamW, or "
+            "leave the optimizer states out with --weights-only"
         )
     elif given is not None and said not in (None, given):
-        raise ValueError(f"--optimizer {given}: {source.where} says that its states are of {said}")
+        raise ValueError(f"--optimizer {given}: {source.where} has states of {said}")
     elif given is not None and given not in _optimizers():
-        raise ValueError(f"--optimizer {given} isn't one of {', '.join(_optimizers())}")
+        raise ValueError(f"--optimizer {given}: expected one of {', '.join(_optimizers())}")
 
 
 def _optimizers() -> list[str]:
-    """Classes whose states can be taken up."""
-    from uni3d.config import torch_optimizers as torch_optim
+    """Return the optimizer classes whose states can be loaded."""
+    from uni3d.config.torch_optimizers import names
 
-    return sorted({*torch_optim.names(), "Adam", "AdamW", "Lion", "MuonWithAdam"})
+    return sorted({*names(), "Adam", "AdamW", "Lion", "MuonWithAdam"})
 
 
 def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
@@ -259,31 +270,33 @@ def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
     for each in split:
         pattern, equals, rule = each.rpartition("=")
         if not equals or rule not in RULES:
-            raise ValueError(f"--split {each} isn't PATTERN=RULE with a RULE out of {', '.join(RULES)}")
+            raise ValueError(
+                f"--split {each}: expected PATTERN=RULE, where RULE is one of {', '.join(RULES)}"
+            )
         rules.append((pattern, rule))
     return tuple(rules)
 
 
 def _check_used(options: Options, found: Source) -> None:
-    """Refuse options that decide nothing: a mistyped one must not go unseen."""
+    """Refuse options that have no effect: they are likely a mistake."""
     from fnmatch import fnmatchcase
 
     deepspeed = found.kind.startswith("deepspeed")
     for option, given in (("--split", options.split), ("--in-model-order", options.in_model_order)):
         if given and not deepspeed:
             raise ValueError(
-                f"{option} is for DeepSpeed's checkpoints; {found.where} is of the kind {found.kind}"
+                f"{option} only works with DeepSpeed checkpoints; {found.where} is a {found.kind} one"
             )
     if options.frozen and not options.in_model_order:
-        raise ValueError("--frozen is for --in-model-order; elsewhere the source says what was trained")
+        raise ValueError("--frozen needs --in-model-order; otherwise SRC records what was trained")
     if options.untie and found.kind not in ("dcp", "torch"):
-        raise ValueError(f"--untie is for state_dicts and DCP; {found.where} is of the kind {found.kind}")
+        raise ValueError(
+            f"--untie only works with torch and dcp checkpoints; {found.where} is a {found.kind} one"
+        )
     if options.buffers and deepspeed:
-        raise ValueError("--buffers isn't for DeepSpeed's checkpoints, which say what is a buffer")
+        raise ValueError("--buffers doesn't work with DeepSpeed checkpoints, which record their buffers")
     names = {array.name for array in found.arrays}
     for option, patterns in (("--buffers", options.buffers), ("--split", [p for p, _ in options.split])):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"{option} {pattern} matches none of the {len(names)} names in {found.where}"
-                )
+                raise ValueError(f"{option} {pattern} matches no tensor of {len(names)} in {found.where}")

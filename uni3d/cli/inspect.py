@@ -1,4 +1,4 @@
-"""`uni3d inspect`: what there is in a run's folder, and in a checkpoint."""
+"""`uni3d inspect`: list the checkpoints of a run, or the atoms of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ if TYPE_CHECKING:
 def inspect(
     run: Run,
     pattern: Annotated[
-        str | None, typer.Argument(help="With --atoms: of atoms whose names match, e.g. 'layers.0.*'.")
+        str | None, typer.Argument(help="With --atoms: only atoms whose names match, e.g. 'layers.0.*'.")
     ] = None,
     tag: Tag = None,
     atoms: Annotated[bool, typer.Option("--atoms", help="List the atoms of one checkpoint.")] = False,
     stats: Annotated[
-        bool, typer.Option("--stats", help="With --atoms: read them; mean, std, min, max, number of NaNs.")
+        bool,
+        typer.Option("--stats", help="With --atoms: read the data and show mean, std, min, max and NaNs."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Which checkpoints there are, or with --atoms what is in one."""
+    """List the checkpoints of a run, or with --atoms the atoms in one.
+
+    An atom is a parameter or buffer with its optimizer states, each stored in its full, unsharded shape.
+    """
     import ckpt
 
     if not atoms and (pattern is not None or stats):
-        raise ValueError(f"{'--stats' if stats else pattern} is about atoms; add --atoms")
+        raise ValueError(f"{'--stats' if stats else pattern} needs --atoms")
     rows = _atom_rows(ckpt.open_checkpoint(run, tag), pattern, stats) if atoms else _tag_rows(run, tag)
     if as_json:
         say_json(rows)
@@ -40,11 +44,11 @@ def inspect(
 
 
 def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
-    """A row for each committed tag of a run (or the one asked for), oldest first."""
+    """Return a row for each committed tag, oldest first, or for the one asked for."""
     import ckpt
 
     newest = ckpt.open_checkpoint(run, tag)
-    alone = tag is not None or not newest.folder  # `run` is a checkpoint's own folder
+    alone = tag is not None or not newest.folder  # `run` is a single checkpoint's folder
     tags = [newest.tag] if alone else ckpt.committed_tags(run)
     rows = []
     for each in tags:
@@ -72,12 +76,12 @@ def _written_on(manifest: dict[str, Any]) -> str:
 
 
 def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:
-    """A row for each array of a checkpoint."""
+    """Return a row for each array of a checkpoint."""
     import ckpt
 
     infos = {k: i for k, i in checkpoint.arrays.items() if pattern is None or fnmatchcase(k.atom, pattern)}
     if not infos:
-        matching = "" if pattern is None else f" that match {pattern!r}"
+        matching = "" if pattern is None else f" matching {pattern!r}"
         raise ckpt.CheckpointError(f"{checkpoint.url} has no atoms{matching}")
     numbers: dict[ckpt.ArrayKey, dict[str, Any]] = {}
     if stats:
@@ -100,7 +104,7 @@ def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) ->
 
 
 def _numbers(of: ckpt.Statistics) -> dict[str, Any]:
-    """Statistics as columns; what JSON hasn't, infinities, as text."""
+    """Return statistics as columns. Infinities become text, as JSON has none."""
     names = {"least": "min", "most": "max"}
     return {
         names.get(key, key): value if value is None or isfinite(value) else str(value)

@@ -1,21 +1,75 @@
-"""What `uni3d plan` says: a plan's figures as JSON, and as lines."""
+"""Report of `uni3d plan`, as JSON and as lines of text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from uni3d.cli.terminal import in_bytes, say
+from uni3d.estimate.job import Job
 from uni3d.estimate.memory import Memory, memory
-from uni3d.estimate.save import Figures
-from uni3d.estimate.search import Proposal
+from uni3d.estimate.save import Figures, on_paper
+from uni3d.estimate.search import Machine, Proposal, judge, propose
+from uni3d.units import format_bytes
 
 SHOWN = 10
-"""Proposals that the table has; JSON has all."""
+"""Maximum of proposals in the table; JSON has all."""
 
 
-def training_row(planned: Proposal) -> dict[str, Any]:
-    """Figures of a training job."""
+class Report:
+    """Figures of a job: its training, its checkpoints, and the topologies that fit in `limit` bytes."""
+
+    def __init__(
+        self,
+        job: Job,
+        machine: Machine,
+        states: Sequence[str],
+        rates: Mapping[str, float],
+        *,
+        asked: int | None,
+        limit: float | None,
+    ) -> None:
+        self.job, self.machine, self.limit = job, machine, limit
+        self.proposals = [] if limit is None else propose(job, job.ranks.total, limit, machine)
+        self._states, self._rates, self._asked = states, rates, asked
+
+    def row(self) -> dict[str, Any]:
+        """Return all figures as JSON has them."""
+        job, nodes = self.job, self.machine.ranks_per_node
+        figures = on_paper(job.shape, job.ranks, self._states)
+        row = {
+            "shape": vars(job.shape),
+            "parameters": job.shape.parameters,
+            "asked": self._asked,
+            "ranks": {**vars(job.ranks), "total": job.ranks.total, "per_node": nodes},
+            "training": _training_row(judge(job, self.machine)),
+            **_checkpoint_row(figures, self._states, self._rates, nodes),
+        }
+        if self.limit is not None:
+            row["memory_limit"] = self.limit
+            row["fits"] = self.proposals[0].need <= self.limit
+            row["proposals"] = [_proposal_row(proposal) for proposal in self.proposals]
+        return row
+
+    def lines(self, bandwidth: str, memory_bandwidth: str, flops: str) -> Iterator[str]:
+        """Yield the model, training and save, one labelled line each, then a table of the proposals."""
+        row = self.row()
+        ranks = row["ranks"]
+        asked = "" if self._asked is None else f" ({self._asked:,} requested)"
+        axes = ", ".join(f"{axis} {ranks[axis]}" for axis in ("pp", "dp", "tp"))
+        labelled = {
+            "model": str(self.job.shape),
+            "parameters": f"{row['parameters']:,}{asked}",
+            "ranks": f"{ranks['total']:,}: {axes}, ZeRO {ranks['zero']}",
+            **_training_lines(row["training"], ranks, flops),
+            **_checkpoint_lines(row, bandwidth, memory_bandwidth),
+        }
+        yield from (f"{label:<10} {text}" for label, text in labelled.items())
+        if self.limit is not None:
+            yield from _proposal_table(self.proposals, self.limit)
+
+
+def _training_row(planned: Proposal) -> dict[str, Any]:
+    """Return the figures of training."""
     job = planned.job
     return {
         **_settings(planned),
@@ -41,7 +95,7 @@ def training_row(planned: Proposal) -> dict[str, Any]:
     }
 
 
-def proposal_row(proposal: Proposal) -> dict[str, Any]:
+def _proposal_row(proposal: Proposal) -> dict[str, Any]:
     ranks = proposal.job.ranks
     return {
         **vars(ranks),
@@ -69,10 +123,10 @@ def _costs(planned: Proposal) -> dict[str, Any]:
     }
 
 
-def checkpoint_row(
+def _checkpoint_row(
     figures: Figures, states: Sequence[str], rates: Mapping[str, float], ranks_per_node: int
 ) -> dict[str, Any]:
-    """Figures of a save."""
+    """Return the figures of a save."""
     disk, memory_rate = rates["bandwidth_per_node"], rates["memory_bandwidth_per_rank"]
     return {
         "states": list(states),
@@ -99,94 +153,80 @@ def _spread(values: list[int]) -> dict[str, float]:
     return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
 
 
-def lines(
-    row: Mapping[str, Any], shape: str, bandwidth: str, memory_bandwidth: str, flops: str
-) -> dict[str, str]:
-    """The figures by label: the model, then training, then a save."""
-    ranks = row["ranks"]
-    asked = f" ({row['asked']:,} were asked for)" if row["asked"] is not None else ""
-    axes = ", ".join(f"{axis} {ranks[axis]}" for axis in ("pp", "dp", "tp"))
-    return {
-        "model": shape,
-        "parameters": f"{row['parameters']:,}{asked}",
-        "ranks": f"{ranks['total']:,}: {axes}, ZeRO {ranks['zero']}",
-        **_training_lines(row["training"], ranks, flops),
-        **_checkpoint_lines(row, bandwidth, memory_bandwidth),
-    }
-
-
 def _training_lines(t: Mapping[str, Any], ranks: Mapping[str, Any], flops: str) -> dict[str, str]:
     by_stage = t["memory_by_stage"]
     stage = by_stage[t["worst_stage"]]
     parts = {k: v for k, v in stage.items() if k in Memory._fields and v}
-    where = f" on stage {stage['stage']} of {len(by_stage)} ({' to '.join(stage['links'])})"
+    where = f", on stage {stage['stage']} of {len(by_stage)} ({' to '.join(stage['links'])})"
     least = min(other["bytes"] for other in by_stage)
     sent = t["bytes_sent_per_step"]
-    host = f"; {in_bytes(stage['host'])} of host memory" if stage["host"] else ""
+    host = f"; {format_bytes(stage['host'])} of host memory" if stage["host"] else ""
     return {
         "step": f"{t['tokens_per_step']:,} tokens: {t['accumulation']} micro batches of {t['micro_batch']} x "
         f"{t['sequence_length']:,} on each of {ranks['dp']} data-parallel ranks; {t['precision']}, recompute "
         f"{t['recompute']}",
-        "memory": f"{in_bytes(stage['bytes'])} a rank at the fullest moment of a step"
-        + (f",{where}; the least on a stage is {in_bytes(least)}" if len(by_stage) > 1 else "")
+        "memory": f"{format_bytes(stage['bytes'])} per rank at the peak of a step"
+        + (f"{where}; smallest stage {format_bytes(least)}" if len(by_stage) > 1 else "")
         + host,
-        "of it": ", ".join(f"{k} {in_bytes(v)}" for k, v in parts.items()),
+        "": ", ".join(f"{k} {format_bytes(v)}" for k, v in parts.items()),
         "bubble": f"{t['bubble']:.1%} of a step: {t['schedule']}, pp {ranks['pp']}, "
         f"{t['accumulation']} micro batches",
-        "sent": ", ".join(f"{axis} {in_bytes(sent[axis])}" for axis in ("tp", "pp", "dp"))
-        + f" a step by the rank that sends most; {in_bytes(sent['between_nodes'])} of it between nodes",
-        "time": f"{_seconds(t['step_seconds'])} a step at {flops} a rank, if nothing that is sent is hidden",
+        "sent": ", ".join(f"{axis} {format_bytes(sent[axis])}" for axis in ("tp", "pp", "dp"))
+        + f" per step by the rank that sends most; {format_bytes(sent['between_nodes'])} of it between nodes",
+        "time": f"{_seconds(t['step_seconds'])} per step at {flops} per rank, communication not overlapped",
     }
 
 
 def _checkpoint_lines(row: Mapping[str, Any], bandwidth: str, memory_bandwidth: str) -> dict[str, str]:
     ranks, gathered = row["ranks"], row["gathered"]
     nodes = -(-ranks["total"] // ranks["per_node"])
-    exchanged = "nothing has to be sent between ranks"
+    exchanged = "no data between ranks"
     if gathered["exchanges"]:
         exchanged = (
-            f"{in_bytes(gathered['bytes_sent'])} sent between ranks in {gathered['exchanges']} exchanges; "
-            f"at most {in_bytes(gathered['largest_received_bytes'])} to one rank at a time"
+            f"{format_bytes(gathered['bytes_sent'])} between ranks in {gathered['exchanges']} collectives; "
+            f"a rank receives at most {format_bytes(gathered['largest_received_bytes'])} at a time"
         )
 
     def spread(values: Mapping[str, float]) -> str:
-        return f"{' / '.join(in_bytes(values[k]) for k in ('min', 'mean', 'max'))} (min / mean / max)"
+        return f"{' / '.join(format_bytes(values[k]) for k in ('min', 'mean', 'max'))} (min / mean / max)"
 
     return {
-        "arrays": f"{row['arrays']:,}, float32: {', '.join(row['states'])} of each parameter",
+        "arrays": f"{row['arrays']:,}, float32: {', '.join(row['states'])} for each parameter",
         "files": f"{row['files']:,}: {row['chunks']:,} chunks, {row['files'] - row['chunks']:,} of metadata",
-        "bytes": f"{row['bytes']:,} ({in_bytes(row['bytes'])}); "
-        f"the manifest about {in_bytes(row['manifest_bytes'])} more",
-        "by rank": f"{spread(row['bytes_by_rank'])}; balance {row['balance']:.2f} (max / mean)",
+        "bytes": f"{row['bytes']:,} ({format_bytes(row['bytes'])}); "
+        f"plus a manifest of about {format_bytes(row['manifest_bytes'])}",
+        "by rank": f"{spread(row['bytes_by_rank'])}; imbalance {row['balance']:.2f} (max / mean)",
         "gathered": exchanged,
-        "snapshot": f"{spread(row['snapshot_bytes_by_rank'])} of each rank's host memory",
-        "save": f"{_seconds(row['save_seconds'])} if each of {nodes:,} nodes writes {bandwidth} at once: "
-        "the slowest node's files, then the manifest (without the exchanges)",
-        "stall": f"{_seconds(row['stall_seconds'])} if each rank copies {memory_bandwidth}: the snapshot, "
-        "all that training waits for in an asynchronous save",
+        "snapshot": f"{spread(row['snapshot_bytes_by_rank'])} of host memory per rank",
+        "save": f"{_seconds(row['save_seconds'])} with {nodes:,} nodes writing at {bandwidth} each: the "
+        "slowest node's files, then the manifest (without the collectives)",
+        "stall": f"{_seconds(row['stall_seconds'])} with each rank copying at {memory_bandwidth}: the "
+        "snapshot, the only part of an asynchronous save that training waits for",
     }
 
 
-def proposal_table(proposals: Sequence[Proposal], limit: float) -> None:
-    """Print the quickest of those that fit; or by how much the nearest one misses."""
+def _proposal_table(proposals: Sequence[Proposal], limit: float) -> Iterator[str]:
+    """Yield the fastest proposals that fit, or by how much the smallest one exceeds the limit."""
     first = proposals[0]
     if first.need > limit:
         r, job = first.job.ranks, first.job
-        say(
-            f"nothing fits {in_bytes(limit)} a rank. {in_bytes(first.need)} is the least, "
-            f"{in_bytes(first.need - limit)} too much: pp {r.pp}, dp {r.dp}, tp {r.tp}, ZeRO {r.zero}, "
-            f"micro batches of {job.micro_batch}, recompute {job.recompute}"
+        yield (
+            f"nothing fits in {format_bytes(limit)} per rank. The minimum is {format_bytes(first.need)}, "
+            f"{format_bytes(first.need - limit)} too much: pp {r.pp}, dp {r.dp}, tp {r.tp}, ZeRO {r.zero}, "
+            f"micro batch {job.micro_batch}, recompute {job.recompute}"
         )
         return
-    say(f"\n{len(proposals)} ways to split the ranks fit {in_bytes(limit)} a rank; quickest first:")
-    say("  pp    dp  tp ZeRO micro batch   recompute      memory  bubble        sent  between nodes     step")
+    yield f"\n{len(proposals)} topologies fit in {format_bytes(limit)} per rank, fastest first:"
+    yield (
+        "  pp    dp  tp ZeRO micro batch   recompute      memory  bubble        sent  between nodes     step"
+    )
     for p in proposals[:SHOWN]:
         job, r = p.job, p.job.ranks
         batches = f"{job.micro_batch} x {job.accumulation}"
-        sent, slow = in_bytes(p.cost.traffic.total), in_bytes(p.cost.slow_bytes)
-        say(
+        sent, slow = format_bytes(p.cost.traffic.total), format_bytes(p.cost.slow_bytes)
+        yield (
             f"{r.pp:>4} {r.dp:>5} {r.tp:>3} {r.zero:>4} {batches:>12} {job.recompute:>11} "
-            f"{in_bytes(p.need):>11} {p.cost.bubble:>7.1%} {sent:>11} {slow:>14} "
+            f"{format_bytes(p.need):>11} {p.cost.bubble:>7.1%} {sent:>11} {slow:>14} "
             f"{_seconds(p.cost.seconds):>8}"
         )
 

@@ -1,4 +1,4 @@
-"""`uni3d plot`: a run's curves with its resizes, or which rank holds what of an atom before and after one."""
+"""`uni3d plot`: draw a run's training curves, or how an atom is sharded before and after a resize."""
 
 from __future__ import annotations
 
@@ -9,61 +9,71 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from uni3d.cli.terminal import AsJson, Run, err, say, say_json
+from uni3d.cli.terminal import AsJson, Run, err, open_run, plural, say, say_json
 
 if TYPE_CHECKING:
-    from uni3d.plot.marks import Mark
-    from uni3d.plot.metrics import Metrics, Resize
+    from uni3d.plot.metrics import Mark, Metrics, Resize
 
-Degree = Annotated[int | None, typer.Option(show_default="as it was written")]
+Degree = Annotated[
+    int | None, typer.Option(help="With --layout: degree after the resize.", show_default="as before")
+]
 
 
 def plot(
     run: Run,
     output: Annotated[
         Path | None,
-        typer.Argument(help="The .png to write.", show_default="in the current folder, named as the run is"),
+        typer.Argument(help="PNG file to write.", show_default="named after the run, in the current folder"),
     ] = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            help="File or URL with the curves: JSON lines, or a csv_monitor's CSV or folder. Several are "
-            "read in the order in which they are given.",
+            help="File or URL with the curves: JSON lines, or the CSV file or folder of csv_monitor. Can be "
+            "repeated; files are read in the order given.",
             show_default="RUN/metrics.jsonl, RUN.jsonl or RUN/Train_Samples_*.csv",
         ),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Another run, whose loss is drawn as a dashed line."),
+    ] = None,
     layout: Annotated[
         bool,
-        typer.Option(
-            "--layout", help="Draw which rank holds which part of an atom, before and after a resize."
-        ),
+        typer.Option("--layout", help="Draw how an atom is sharded over ranks, before and after a resize."),
     ] = False,
     atom: Annotated[
         str | None,
-        typer.Option(help="With --layout: which one.", show_default="the largest matrix that is cut"),
+        typer.Option(help="With --layout: the atom to draw.", show_default="the largest sharded matrix"),
     ] = None,
     tag: Annotated[
         str | None,
         typer.Option(
-            help="With --layout: the checkpoint before.",
-            show_default="the newest; without a topology after, the last one before a resize",
+            help="With --layout: the checkpoint before the resize.",
+            show_default="the newest if degrees are given, else the last one before a resize",
         ),
     ] = None,
     world_size: Annotated[
-        int | None, typer.Option(help="With --layout, as the next four: ranks after; dp follows.")
+        int | None,
+        typer.Option(help="With --layout: ranks after the resize.", show_default="pp x dp x tp"),
     ] = None,
     pp: Degree = None,
     dp: Degree = None,
     tp: Degree = None,
-    zero: Degree = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the picture if there is one.")] = False,
+    zero: Annotated[
+        int | None,
+        typer.Option(help="With --layout: ZeRO stage after the resize.", show_default="as before"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a run's loss, gradient norm and learning rate with its resizes; or, with --layout, who holds what.
+    """Draw a run's training curves, or with --layout how a tensor is sharded.
 
-    With --layout, the topology before is that of the checkpoint --tag; the one after is what --pp, --dp,
-    --tp, --zero and --world-size say (one pipeline stage on each rank), or that of the next checkpoint that
-    was written on another one.
+    The curves are loss, gradient norm and learning rate; changes of topology (resizes) are marked.
+
+
+    With --layout, the topology before the resize is that of --tag. The one after is given by --pp, --dp,
+    --tp, --zero and --world-size (one pipeline stage per rank), or else is that of the next checkpoint
+    written on another topology.
     """
     from uni3d.plot.figure import check_matplotlib, check_output
 
@@ -71,15 +81,16 @@ def plot(
     only = {"atom": atom, "tag": tag, **degrees}
     given = [f"--{name}" for name, value in only.items() if value is not None]
     if given and not layout:
-        raise ValueError(f"{given[0]} is about what ranks hold; add --layout")
-    if metrics and layout:
-        raise ValueError("--metrics is about curves; leave out --layout, or it")
+        raise ValueError(f"{given[0]} needs --layout")
+    if layout and (other := "--metrics" if metrics else "--compare" if compare else None):
+        raise ValueError(f"{other} and --layout are mutually exclusive")
     path = output or Path(f"{_name(run)}{'-layout' if layout else ''}.png")
     check_output(path, force)
     check_matplotlib()
-    row = (
-        _layout(run, path, force, atom, tag, degrees) if layout else _curves(run, path, force, metrics or [])
-    )
+    if layout:
+        row = _layout(run, path, force, atom, tag, degrees)
+    else:
+        row = _curves(run, path, force, metrics or [], compare)
     if as_json:
         say_json(row)
     else:
@@ -88,7 +99,7 @@ def plot(
 
 
 def _name(run: str) -> str:
-    """Of a run, as one would call its picture."""
+    """Return the name of a run, for its plot's file and title."""
     name = run.rstrip("/").rpartition("/")[2]
     return Path(run).resolve().name or "run" if name in ("", ".", "..") else name
 
@@ -96,24 +107,25 @@ def _name(run: str) -> str:
 # --- curves --------------------------------------------------------------------------------------------
 
 
-def _curves(run: str, path: Path, force: bool, given: list[str]) -> dict[str, Any]:
-    from uni3d.cli.prune import run_store
+def _curves(run: str, path: Path, force: bool, given: list[str], compare: str | None) -> dict[str, Any]:
     from uni3d.plot.curves import draw_curves
     from uni3d.plot.figure import save
-    from uni3d.plot.marks import read_marks, resizes_between
-    from uni3d.plot.metrics import find_metrics, read_metrics
+    from uni3d.plot.metrics import find_metrics, read_marks, read_metrics, resizes_between
 
-    store = run_store(run)
+    store = open_run(run)
     sources = given or find_metrics(store)
     metrics = read_metrics(sources)
     marks, problems = read_marks(store, metrics.x)
     for name, n in metrics.left_out.items():
-        _note(f"{name}: {n} line{'s' * (n != 1)} left out, cut short or not a step's")
+        _note(f"{name}: skipped {plural(n, 'line')} (truncated, or not of a step)")
     for problem in problems:
         _note(problem)
     resizes = metrics.resizes() if metrics.topologies else resizes_between(marks)
-    save(draw_curves(_name(run), metrics, resizes, marks), path, force)
-    return _curves_row(path, sources, metrics, resizes, marks)
+    compared = (_name(compare), read_metrics(find_metrics(open_run(compare)))) if compare else None
+    if compared and (compared[1].x != metrics.x or "loss" not in compared[1].curves):
+        raise ValueError(f"--compare {compare}: expected a loss by {metrics.x}, as in {sources[0]}")
+    save(draw_curves(_name(run), metrics, resizes, marks, compared), path, force)
+    return _curves_row(path, sources, metrics, resizes, marks) | {"compare": compare}
 
 
 def _note(line: str) -> None:
@@ -123,7 +135,7 @@ def _note(line: str) -> None:
 def _curves_row(
     path: Path, sources: list[str], metrics: Metrics, resizes: list[Resize], marks: list[Mark]
 ) -> dict[str, Any]:
-    """What was drawn."""
+    """Return what was drawn, for JSON."""
     return {
         "output": str(path),
         "sources": sources,
@@ -152,12 +164,14 @@ def _curve_lines(row: Mapping[str, Any]) -> list[str]:
     lines = [f"{row['output']}: points: {counts}; from {', '.join(row['sources'])}"]
     abandoned = max(curve["abandoned"] for curve in row["curves"].values())
     if abandoned:
-        lines.append(f"{abandoned} points were abandoned: the run went on from an earlier checkpoint")
+        lines.append(
+            f"{plural(abandoned, 'point')} abandoned when the run resumed from an earlier checkpoint"
+        )
     for resize in row["resizes"]:
         before, after = (_topology(resize[key]) for key in ("from", "to"))
         lines.append(f"after {row['x']} {resize['after']:g}: {before} → {after}")
     if not row["resizes"]:
-        lines.append(f"no resizes, by what the {row['resizes_from']} say")
+        lines.append(f"no resizes according to the {row['resizes_from']}")
     return lines
 
 
@@ -172,7 +186,7 @@ def _layout(
     run: str, path: Path, force: bool, atom: str | None, tag: str | None, degrees: dict[str, int | None]
 ) -> dict[str, Any]:
     from uni3d.plot.figure import save
-    from uni3d.plot.layout import describe_dims, draw_layout, drawn_dims
+    from uni3d.plot.layout import draw_layout, drawn_dims
     from uni3d.plot.resize import before_and_after, choose_atom, side_of
 
     before, after = before_and_after(run, tag, degrees)
@@ -180,14 +194,12 @@ def _layout(
     sides = [side_of(name, place) for place in (before, after)]
     shape = before.source.shapes[name]
     size = " x ".join(f"{n:,}" for n in shape) or "a single number"
-    dims = drawn_dims(shape, sides)
     save(draw_layout(f"Which rank holds which part of {name} ({size})", shape, sides), path, force)
     return {
         "output": str(path),
         "atom": name,
         "shape": list(shape),
-        "drawn_dims": list(dims),
-        "note": describe_dims(shape, dims),
+        "drawn_dims": list(drawn_dims(shape, sides)),
         **{
             key: {
                 "tag": place.tag,
@@ -209,12 +221,12 @@ def _layout_lines(row: Mapping[str, Any]) -> list[str]:
     lines = [f"{row['output']}: {row['atom']} ({shape})"]
     for key in ("before", "after"):
         side = row[key]
-        written = f", as {side['tag']} was written" if side["tag"] else ""
+        written = f" ({side['tag']})" if side["tag"] else ""
         boxes = {(*box["offset"], *box["shape"]) for box in side["boxes"].values() if 0 not in box["shape"]}
         on = len(side["boxes"])
-        parts = f"{len(boxes)} part{'s' * (len(boxes) != 1)} on {on} rank{'s' * (on != 1)}"
+        parts = f"{plural(len(boxes), 'part')} on {plural(on, 'rank')}"
         if source := side["imported_from"]:
-            place, written = f"imported from {source}", f" as {side['tag']}"
+            place = f"imported from {source}"
         else:
             place = _topology(side["topology"])
         lines.append(f"{key}: {place}{written}: {parts}")

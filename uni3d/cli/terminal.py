@@ -1,61 +1,76 @@
-"""What the commands of `uni3d` share: their arguments, and how they speak.
+"""Shared by the commands of `uni3d`: common arguments, and everything that prints.
 
-The commands import `ckpt` when they run, and not before: `uni3d --help` waits neither for it nor for numpy.
+Commands import `ckpt` when they run, not before, so that `uni3d --help` loads neither it nor numpy.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Annotated, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from uni3d.units import format_bytes
+
+if TYPE_CHECKING:
+    from ckpt.stores import Store
+
 out = Console()
 err = Console(stderr=True)
 
 Run = Annotated[
-    str,
-    typer.Argument(
-        help="Folder or URL that a run was saved to, or one checkpoint's own.", show_default=False
-    ),
+    str, typer.Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)
 ]
-RunOnly = Annotated[str, typer.Argument(help="Folder or URL that a run was saved to.")]
-Tag = Annotated[str | None, typer.Option(help="Which checkpoint; the newest committed one by default.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+RunOnly = Annotated[str, typer.Argument(help="Folder or URL of a run.", show_default=False)]
+Tag = Annotated[
+    str | None, typer.Option(help="Tag of the checkpoint.", show_default="the newest committed one")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without doing it.")]
+
+
+class CommandError(Exception):
+    """An error that ends the command with an exit code other than 1."""
+
+    def __init__(self, message: object, exit_code: int) -> None:
+        super().__init__(str(message))
+        self.exit_code = exit_code
+
+
+def open_run(run: str) -> Store:
+    """Open the folder of a run.
+
+    Raises:
+        CheckpointError: it doesn't exist, or is a single checkpoint's folder. A mistyped name must not look
+            like a run with nothing to do.
+    """
+    import ckpt
+    from ckpt.format import MANIFEST
+
+    store = ckpt.open_store(run)
+    if store.exists(MANIFEST):
+        what = "is the folder of a single checkpoint"
+    elif not store.exists(""):
+        what = "is not a folder"
+    else:
+        return store
+    raise ckpt.CheckpointError(f"{store.where('')} {what}; give the folder of a run")
 
 
 def say(line: object) -> None:
-    """Print a line as it is: unbroken, and with no brackets of a name taken for markup."""
+    """Print a line verbatim: not wrapped, and without reading brackets in names as markup."""
     out.print(Text(str(line)), soft_wrap=True)
 
 
 def complain(error: object) -> None:
-    """Print one line to stderr, whatever the error's text is."""
-    text = " ".join(str(error).splitlines()) + _whose()
+    """Print an error as one line on stderr."""
+    text = " ".join(str(error).splitlines())
     err.print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
-
-
-def _whose() -> str:
-    """A hint, where a command was given a folder that another framework wrote; "" otherwise."""
-    given = [Path(word) for word in sys.argv[2:] if not word.startswith("-")]
-    if sys.argv[1:2] == ["import"] or not any(path.is_dir() for path in given):
-        return ""
-    from ckpt import CheckpointError
-    from uni3d.importers.detect import kind_of
-
-    for path in given:
-        with suppress(CheckpointError, OSError):
-            if path.is_dir():
-                return f" ({path} looks like another framework's, {kind_of(path)}: uni3d import reads it)"
-    return ""
 
 
 def say_json(value: Any) -> None:
@@ -63,12 +78,12 @@ def say_json(value: Any) -> None:
 
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of the same keys as a table; there is at least one.
+    """Print one or more rows with the same keys as a table.
 
-    By hand, as rich takes a millisecond for each row, and a checkpoint has tens of thousands.
+    Not through `rich.table`, which takes a millisecond per row: a checkpoint has tens of thousands.
     """
     formats: dict[str, Callable[[Any], str]] = {
-        "bytes": in_bytes,
+        "bytes": format_bytes,
         "created": lambda x: x[:16].replace("T", " "),
         "latest": lambda x: "*" if x else "",
     }
@@ -95,20 +110,16 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def plural(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or f'{one}s'}"
+
+
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr, where that is a terminal; gives what is to be told the bytes done."""
+    """Show a progress bar of bytes if stderr is a terminal. Yields the function that advances it."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(label, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)
-
-
-def in_bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"

@@ -1,4 +1,4 @@
-"""Where training by a config differs from what DeepSpeed would do with the same file."""
+"""Differences between training with a config here and in DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from uni3d.config.scheduler import OneCycleParams
 
 
 def differences(config: Config, pp: int) -> list[tuple[str, str]]:
-    """Pairs of a key and how it differs, in the order of the config; `pp` is the number of stages."""
+    """Return pairs of a key and its difference, in the order of the config; `pp` is the number of stages."""
     return [
         *_batches(config),
         *_zero(config, pp),
         *_precision(config),
         *_optimizer(config),
         *_rest(config),
-        *(
-            (", ".join(keys), f"no meaning here: {why}")
-            for why, keys in by_reason(config.without_meaning).items()
-        ),
+        *((", ".join(keys), f"no effect: {why}") for why, keys in by_reason(config.without_meaning).items()),
     ]
 
 
@@ -29,14 +26,17 @@ def _batches(config: Config) -> Iterator[tuple[str, str]]:
     if "gradient_clipping" not in config.model_fields_set:
         yield (
             "gradient_clipping",
-            "1.0 by default, as in DeepSpeed now; before June 2026 its default was 0: none",
+            "1.0 by default, as in current DeepSpeed; before June 2026 its default was 0 (no clipping)",
         )
     if config.gradient_clipping:
-        yield "gradient_clipping", "one norm over all stages and ranks, each logical parameter counted once"
+        yield (
+            "gradient_clipping",
+            "one global norm over all stages and ranks, with each logical parameter counted once",
+        )
     yield (
         "train_batch_size",
-        "a global batch's loss is the mean over its terms where the loss function returns (sum, count); "
-        "DeepSpeed's is a mean of the micro batches' means",
+        "if the loss function returns (sum, count), the loss is the mean over all terms of the global batch; "
+        "DeepSpeed's is the mean of the micro batches' means",
     )
 
 
@@ -45,27 +45,27 @@ def _zero(config: Config, pp: int) -> Iterator[tuple[str, str]]:
     if zero.stage >= 2 and pp > 1:
         yield (
             "zero_optimization.stage",
-            f"stage {zero.stage} under {pp} pipeline stages; DeepSpeed refuses it",
+            f"stage {zero.stage} with {pp} pipeline stages; DeepSpeed refuses this",
         )
     if zero.offload:
         yield (
             "zero_optimization.offload_optimizer",
-            "one switch: sharded parameters, gradients and optimizer states lie on the host together, and "
-            "the optimizer steps there; DeepSpeed moves parameters and optimizer states apart",
+            "sharded parameters, gradients and optimizer states are offloaded together, and the optimizer "
+            "steps on the CPU; DeepSpeed offloads parameters and optimizer states separately",
         )
     if zero.stage == 3:
         yield (
             "zero_optimization.stage3_param_persistence_threshold",
-            "of whole layers, 0 by default; DeepSpeed's is of single parameters, 1e5 by default",
+            "applies to whole layers, 0 by default; DeepSpeed's applies to single parameters, 1e5 by default",
         )
     if zero.zero_hpz_partition_size > 1:
         yield (
             "zero_optimization.zero_hpz_partition_size",
-            "everything is sharded over the group and copied between groups (MiCS); DeepSpeed shards over "
-            "all ranks and keeps a second copy of the parameters in each group",
+            "everything is sharded within the group and replicated between groups (as in MiCS); DeepSpeed "
+            "shards over all ranks and keeps a second copy of the parameters in each group",
         )
     elif zero.shard_group is not None and zero.stage < 3:
-        yield "zero_optimization.mics_shard_size", f"at stage {zero.stage} too; DeepSpeed has it at stage 3"
+        yield "zero_optimization.mics_shard_size", f"works at stage {zero.stage}; DeepSpeed needs stage 3"
 
 
 def _precision(config: Config) -> Iterator[tuple[str, str]]:
@@ -74,8 +74,8 @@ def _precision(config: Config) -> Iterator[tuple[str, str]]:
     if config.communication_data_type is None:
         yield (
             "communication_data_type",
-            f"fp32 by default; DeepSpeed's is the type that is computed in ({config.precision}), "
-            "which sends half as much",
+            f"fp32 by default; DeepSpeed's default is the type of computation ({config.precision}), "
+            "with half the traffic",
         )
     yield (
         config.precision,
@@ -83,49 +83,50 @@ def _precision(config: Config) -> Iterator[tuple[str, str]]:
         "and state_dict() is fp32",
     )
     if config.precision == "bf16":
-        yield "bf16", "a gradient that isn't finite is an error on all ranks; DeepSpeed skips the step"
+        yield "bf16", "a non-finite gradient is an error on all ranks; DeepSpeed skips the step"
         return
     yield (
         "fp16",
-        "an overflow at min_loss_scale ends training with an error, on all ranks; a loss that is a sum is "
-        "also divided by about its number of terms before the backward pass",
+        "an overflow at min_loss_scale is an error on all ranks; a loss given as a sum is also divided by "
+        "about its number of terms before the backward pass",
     )
 
 
 def _optimizer(config: Config) -> Iterator[tuple[str, str]]:
     optimizer, schedule = config.optimizer, config.scheduler
     if isinstance(optimizer, AdamConfig) and not optimizer.params.torch_adam:
-        yield "optimizer", f"{optimizer.implementation}, fused, where DeepSpeed has one of its own"
+        yield "optimizer", f"{optimizer.implementation}, fused, instead of DeepSpeed's own implementation"
     if isinstance(optimizer, MuonConfig):
         yield (
             "optimizer",
-            "the orthogonal iteration is the standard one, in fp32 on CPUs and bf16 on GPUs; parameters of "
-            "more than two dims (convolutions) are AdamW's, where DeepSpeed takes Muon; parameter groups of "
-            "your own stay apart, with their own rates",
+            "uses the standard Newton-Schulz iteration, in fp32 on CPUs and bf16 on GPUs; parameters with "
+            "more than two dims (convolutions) are updated by AdamW, in DeepSpeed by Muon; your own "
+            "parameter groups are kept, with their own learning rates",
         )
     if schedule is None:
         return
     params = schedule.params
     if isinstance(params, OneCycleParams) and params.decay_mom_rate:
-        yield "scheduler", "the momentum that decay_mom_rate makes grow ends at 0.999, not beyond 1"
+        yield (
+            "scheduler",
+            "momentum that grows by decay_mom_rate is capped at 0.999; in DeepSpeed it can exceed 1",
+        )
     if schedule.type.startswith("Warmup"):
         yield (
             "scheduler",
-            "the timing is DeepSpeed's: the first step is taken before the warmup has begun, the second at "
-            "its iteration 0, so that by default the rate of both is 0",
+            "same timing as DeepSpeed: the first step comes before the warmup, the second at its iteration "
+            "0, so by default the learning rate of both is 0",
         )
 
 
 def _rest(config: Config) -> Iterator[tuple[str, str]]:
-    if "steps_per_print" not in config.model_fields_set and not config.wall_clock_breakdown:
-        yield "steps_per_print", "nothing is printed by default; DeepSpeed prints a line every 10 steps"
     if config.activation_checkpointing.mode != "none":
         yield (
             "activation_checkpointing",
-            "the engine recomputes layers by itself; in DeepSpeed the model calls deepspeed.checkpointing",
+            "the engine recomputes layers itself; in DeepSpeed the model calls deepspeed.checkpointing",
         )
     yield (
         "checkpoint",
-        "every checkpoint is universal: it loads at any pp, dp, tp and ZeRO stage; saves are in the "
+        "every checkpoint is universal: it loads at any pp, dp, tp and ZeRO stage; it is written in the "
         "background unless async_save is false",
     )

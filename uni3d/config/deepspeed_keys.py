@@ -1,9 +1,9 @@
-"""DeepSpeed's keys that aren't keys of ours: refused with the reason, or named as having no meaning here.
+"""DeepSpeed's keys that uni3d doesn't have (as of DeepSpeed 0.19).
 
-A key is *refused* if leaving it out would lose what the user asked for. It has *no meaning* if it tunes a
-mechanism of DeepSpeed's that isn't here, and training computes the same without it: it is accepted, so that
-a file can stay as it is, and named in one line when training begins and by `uni3d config`. A few say in
-DeepSpeed's words what our keys say too: they are *read as* those. The names are those of DeepSpeed 0.19.
+A key is *refused*, with the reason, if ignoring it would lose something that the user asked for. It has *no
+effect* if it tunes a mechanism that doesn't exist here and training computes the same without it: it is
+accepted, so that existing files work, and reported in one line when training begins and by `uni3d config`. A
+few are other names for our keys: they are *read as* those.
 """
 
 from __future__ import annotations
@@ -12,86 +12,85 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-_LATER = "not supported in this release"
-_OTHER_DATA = "it changes which samples a step sees; choose them in training_data"
-_INSIDE = "it replaces parts of the model; do that before initialize"
-_BY_LAYER = "gradients and parameters move layer by layer (fully_shard), at every ZeRO stage"
-_QUANTIZED = "what is sent isn't quantized; communication_data_type halves what gradients take"
-_NO_DISK = "nothing is offloaded to disks"
+_OTHER_DATA = "it changes the samples of a step; select them in training_data"
+_INSIDE = "it replaces modules of the model; do so before initialize"
+_BY_LAYER = "fully_shard communicates gradients and parameters layer by layer, at every ZeRO stage"
+_QUANTIZED = "communication isn't quantized; use communication_data_type to halve gradient traffic"
+_NO_DISK = "offloading to disk isn't supported"
 
 REFUSED: dict[str, str] = {
     # Observation
-    "comet": "write to it from the script, with what train_batch returns",
-    "memory_breakdown": "the line of steps_per_print has a GPU's peak memory",
-    "dump_state": "uni3d config prints the resolved config",
+    "comet": "log from your script, with the return value of train_batch",
+    "memory_breakdown": "the line printed by steps_per_print includes peak GPU memory",
+    "dump_state": "use uni3d config to print the resolved config",
     "comms_logger": "use torch.profiler, which records collectives",
-    "autotuning": "it is a search over runs; uni3d plan estimates before one",
-    "eigenvalue": "it belongs to DeepSpeed's quantization schedules, which aren't here",
+    "autotuning": "it searches by running; use uni3d plan for estimates",
+    "eigenvalue": "it is part of DeepSpeed's quantization schedules, which aren't supported",
     # Precision
-    "amp": "apex isn't used; write bf16 or fp16",
-    "torch_autocast": "layers compute in one type; write bf16 or fp16",
+    "amp": "apex isn't supported; use bf16 or fp16",
+    "torch_autocast": "layers compute in a single type; use bf16 or fp16",
     "fp16.fp16_master_weights_and_grads": "parameters and their states are always fp32",
     "bf16.bf16_master_weights_and_grads": "parameters and their states are always fp32",
     "bf16.bf16_optimizer_states": "parameters and their states are always fp32",
-    "bf16.check_grad_overflow": "a gradient that isn't finite is always noticed",
-    "data_types.param_dtype": "parameters are always fp32, and computed with in fp16's or bf16's type",
-    "data_types.buffer_dtype": "buffers keep the type that the model gives them",
+    "bf16.check_grad_overflow": "gradients are always checked",
+    "data_types.param_dtype": "parameters are always fp32; use bf16 or fp16 for the type of computation",
+    "data_types.buffer_dtype": "buffers keep the model's type",
     # Gradients, batches
-    "gradient_allreduce_op": "the loss is the mean over the global batch, so gradients are too",
-    "sparse_gradients": "gradients are reduced as dense ones",
-    "managed_gradient_accumulation": "the engine ends a step after gradient_accumulation_steps micro batches",
-    "dataloader_drop_last": "nothing is dropped: global batches go on from one epoch into the next",
-    "elasticity": "any checkpoint resumes on any topology with the same train_batch_size; write that",
+    "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch",
+    "sparse_gradients": "gradients are always reduced as dense tensors",
+    "managed_gradient_accumulation": "the engine always counts gradient_accumulation_steps itself",
+    "dataloader_drop_last": "no samples are dropped: a global batch may span two epochs",
+    "elasticity": "any checkpoint resumes on any topology; set train_batch_size to keep the global batch",
     # How work is split
-    "sequence_parallel_size": "write parallel.sequence_parallel, which splits the sequence over tp's ranks",
-    "data_parallel_size": 'write "parallel": {"dp": ...}',
-    "expert_parallel": "experts aren't split over ranks",
-    "use_data_before_expert_parallelism": "experts aren't split over ranks",
-    "tensor_parallel.tp_size": 'write "parallel": {"tp": ...}',
-    "tensor_parallel.tp": 'write "parallel": {"tp": ...}',
-    "tensor_parallel.tensor_parallel": 'write "parallel": {"tp": ...}',
-    "tensor_parallel.partition_config": "a model says by its tp_plan how it is split",
-    "tensor_parallel.preset_model": "a model says by its tp_plan how it is split",
-    "tensor_parallel.injection_policy_tuple": "a model says by its tp_plan how it is split",
+    "sequence_parallel_size": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
+    "data_parallel_size": 'use "parallel": {"dp": ...}',
+    "expert_parallel": "expert parallelism isn't supported",
+    "use_data_before_expert_parallelism": "expert parallelism isn't supported",
+    "tensor_parallel.tp_size": 'use "parallel": {"tp": ...}',
+    "tensor_parallel.tp": 'use "parallel": {"tp": ...}',
+    "tensor_parallel.tensor_parallel": 'use "parallel": {"tp": ...}',
+    "tensor_parallel.partition_config": "a model is sharded according to its own tp_plan",
+    "tensor_parallel.preset_model": "a model is sharded according to its own tp_plan",
+    "tensor_parallel.injection_policy_tuple": "a model is sharded according to its own tp_plan",
     "tensor_parallel.replace_with_kernel_inject": _INSIDE,
     "tensor_parallel.kernel_inject": _INSIDE,
-    "pipeline.stages": 'write "parallel": {"pp": ...}',
-    "pipeline.partition": "write parallel.balance",
-    "pipeline.seed_layers": "each parameter has a seed of its own already, by its name",
-    "pipeline.activation_checkpoint_interval": 'write activation_checkpointing\'s mode "full" and every',
+    "pipeline.stages": 'use "parallel": {"pp": ...}',
+    "pipeline.partition": "use parallel.balance",
+    "pipeline.seed_layers": "each parameter is already seeded by its name",
+    "pipeline.activation_checkpoint_interval": 'use activation_checkpointing with mode "full" and every',
     "zero_optimization.zero_quantized_weights": _QUANTIZED,
     "zero_optimization.zero_quantized_nontrainable_weights": _QUANTIZED,
     "zero_optimization.zero_quantized_gradients": _QUANTIZED,
     "zero_optimization.zeropp_loco_param": _QUANTIZED,
-    "zero_optimization.zenflow": "the whole optimizer step is taken at once",
-    "zero_optimization.ignore_unused_parameters": "a parameter that got no gradient is never an error",
-    "zero_optimization.offload_optimizer.ratio": "all of the optimizer's states are offloaded, or none",
-    "zero_optimization.offload_optimizer.super_offload": "it needs kernels that aren't here",
+    "zero_optimization.zenflow": "optimizer steps aren't split or delayed",
+    "zero_optimization.ignore_unused_parameters": "parameters without gradients are never an error",
+    "zero_optimization.offload_optimizer.ratio": "partial offloading isn't supported",
+    "zero_optimization.offload_optimizer.super_offload": "it needs DeepSpeed's own kernels",
     # Memory
-    "activation_checkpointing.partition_activations": "what is kept isn't split over tp's ranks; "
-    "parallel.sequence_parallel does that for what lies between layers",
-    "activation_checkpointing.cpu_checkpointing": "what is kept stays on the GPU; use mode",
-    "activation_checkpointing.contiguous_memory_optimization": "torch's allocator does that; use mode",
-    "activation_checkpointing.number_checkpoints": "use every: of how many layers one is recomputed",
-    "activation_checkpointing.synchronize_checkpoint_boundary": "no device waits for the host; use mode",
+    "activation_checkpointing.partition_activations": "activations aren't partitioned; use "
+    "parallel.sequence_parallel to split those between layers",
+    "activation_checkpointing.cpu_checkpointing": "activations stay on the GPU; use mode",
+    "activation_checkpointing.contiguous_memory_optimization": "torch's allocator handles it; use mode",
+    "activation_checkpointing.number_checkpoints": "use every, to recompute one of every N layers",
+    "activation_checkpointing.synchronize_checkpoint_boundary": "nothing is synchronized there; use mode",
     "activation_checkpointing.profile": "use torch.profiler",
-    "compile.deepcompile": "torch.compile compiles each layer; write enabled",
-    "graph_harvesting": 'CUDA graphs are torch.compile\'s: "compile": {"mode": "reduce-overhead"}',
+    "compile.deepcompile": "layers are compiled by torch.compile; use enabled",
+    "graph_harvesting": 'for CUDA graphs use "compile": {"mode": "reduce-overhead"}',
     # Checkpoints
-    "checkpoint.use_node_local_storage": "a checkpoint lies in one place that all ranks see",
-    "nebula": "checkpoints are written in the background already",
-    "datastates_ckpt": "checkpoints are written in the background already",
+    "checkpoint.use_node_local_storage": "checkpoints need storage shared by all ranks",
+    "nebula": "checkpoints are already written in the background",
+    "datastates_ckpt": "checkpoints are already written in the background",
     # What is trained, on what
-    "sparse_attention": "attention is the model's own",
-    "progressive_layer_drop": "which layers are computed is the model's own",
+    "sparse_attention": "attention is up to the model",
+    "progressive_layer_drop": "skipping layers is up to the model",
     "curriculum_learning": _OTHER_DATA,
     "data_efficiency": _OTHER_DATA,
     "compression_training": _INSIDE,
     "quantize_training": _INSIDE,
     "weight_quantization": _INSIDE,
-    "hybrid_engine": "there is no inference engine",
+    "hybrid_engine": "inference isn't supported",
 }
-"""Keys that are refused unless their value says that they are off, and why."""
+"""Keys that are refused unless their value turns them off, with the reason."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bf16.check_grad_overflow": (True,),
@@ -105,14 +104,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "zero_optimization.ignore_unused_parameters": (True,),
     "zero_optimization.offload_optimizer.ratio": (1, 1.0),
 }
-"""Values with which such a key says what holds anyway. null, false and an `enabled` false do for all."""
+"""Values of refused keys that ask for the default behavior. null, false and `enabled` false always do."""
 
 OFF_BY_FALSE_ONLY = {
     "bf16.check_grad_overflow",
     "managed_gradient_accumulation",
     "zero_optimization.ignore_unused_parameters",
 }
-"""Keys whose false asks for something."""
+"""Keys for which `false` is a request, not a default."""
 
 
 def _zero(reason: str, *keys: str) -> dict[str, str]:
@@ -134,21 +133,21 @@ NO_MEANING: dict[str, str] = {
         *("stage3_allgather_sequential", "allgather_sequential"),
         *("leaf_module", "log_trace_cache_warnings", "enable_sanity_checks"),
     ),
-    **_zero("no module is changed for ZeRO", "memory_efficient_linear", "override_module_apply"),
-    **_zero("the momentum is a state like any other", "save_muon_momentum_buffer_in_memory"),
+    **_zero("modules aren't modified for ZeRO", "memory_efficient_linear", "override_module_apply"),
+    **_zero("momentum is saved like any optimizer state", "save_muon_momentum_buffer_in_memory"),
     **_zero(
-        "save_16bit_model always gathers",
+        "save_16bit_model always gathers the weights",
         "stage3_gather_16bit_weights_on_model_save",
         "gather_16bit_weights_on_model_save",
         "stage3_gather_fp16_weights_on_model_save",
     ),
     **_zero(
-        "every checkpoint loads at any topology, each rank its own parts in fp32",
+        "every checkpoint loads on any topology, in fp32",
         *("load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint"),
     ),
-    **_zero("offloaded memory is pinned wherever there is a GPU", "cpu_offload_use_pin_memory"),
+    **_zero("offloaded memory is always pinned if there is a GPU", "cpu_offload_use_pin_memory"),
     **_zero(
-        "offloaded memory is pinned wherever there is a GPU",
+        "offloaded memory is always pinned if there is a GPU",
         *("offload_optimizer.pin_memory", "offload_param.pin_memory"),
     ),
     **_zero(
@@ -161,34 +160,34 @@ NO_MEANING: dict[str, str] = {
         *("offload_param.buffer_size", "offload_param.max_in_cpu", "offload_optimizer.pipeline_read"),
         *("offload_optimizer.pipeline_write", "offload_optimizer.fast_init"),
     ),
-    **_zero("torch uses the threads that OMP_NUM_THREADS says", "offload_optimizer.cpuadam_cores_perc"),
+    **_zero("the number of threads is set by OMP_NUM_THREADS", "offload_optimizer.cpuadam_cores_perc"),
     "aio": _NO_DISK,
-    "zero_allow_untested_optimizer": "optimizers that can't train sharded parameters are refused by name",
-    "zero_force_ds_cpu_optimizer": "torch's optimizers step where their parameters lie",
-    "prescale_gradients": "gradients are summed in communication_data_type, then divided once",
-    "gradient_predivide_factor": "gradients are summed in communication_data_type, then divided once",
+    "zero_allow_untested_optimizer": "optimizers that don't support sharded parameters are refused by name",
+    "zero_force_ds_cpu_optimizer": "optimizers step on the device of their parameters",
+    "prescale_gradients": "gradients are summed in communication_data_type and then divided",
+    "gradient_predivide_factor": "gradients are summed in communication_data_type and then divided",
     "disable_allgather": _BY_LAYER,
-    "seq_parallel_communication_data_type": "there is no Ulysses sequence parallelism",
-    "vocabulary_size": "it only checks an alignment",
-    "log_level": "set Python's own logging",
-    "timers": "throughput timers aren't here",
+    "seq_parallel_communication_data_type": "Ulysses sequence parallelism isn't supported",
+    "vocabulary_size": "it only enables a check of alignment",
+    "log_level": "use Python's logging",
+    "timers": "there are no throughput timers",
     "optimizer.legacy_fusion": "optimizers are torch's",
     "fp16.auto_cast": "floating-point inputs are always cast",
-    "bf16.immediate_grad_update": "gradients are accumulated as data_types.grad_accum_dtype says",
-    "tensor_parallel.tp_overlap_comm": "DTensor overlaps where it can",
-    "tensor_parallel.tp_grain_size": "sizes are split evenly",
-    "tensor_parallel.dtype": "bf16 and fp16 say in which type is computed",
-    "tensor_parallel.keep_module_on_host": "each rank keeps its own parts only",
-    "pipeline.pipe_partitioned": "activations are sent whole between stages",
-    "pipeline.grad_partitioned": "activations are sent whole between stages",
-    "pipeline.use_reentrant": "recomputation never is",
+    "bf16.immediate_grad_update": "gradients are accumulated in data_types.grad_accum_dtype",
+    "tensor_parallel.tp_overlap_comm": "overlap is left to DTensor",
+    "tensor_parallel.tp_grain_size": "dims are split evenly",
+    "tensor_parallel.dtype": "bf16 and fp16 set the type of computation",
+    "tensor_parallel.keep_module_on_host": "each rank keeps only its own shards",
+    "pipeline.pipe_partitioned": "stages exchange whole activations",
+    "pipeline.grad_partitioned": "stages exchange whole activations",
+    "pipeline.use_reentrant": "recomputation is never reentrant",
     "checkpoint.load_universal": "every checkpoint is universal",
-    "checkpoint.tag_validation": "ranks that are given different tags are an error",
-    "checkpoint.parallel_write": "all ranks write, each its part",
-    "checkpoint.writer": "all ranks write, each its part",
+    "checkpoint.tag_validation": "different tags on different ranks are always an error",
+    "checkpoint.parallel_write": "all ranks always write in parallel",
+    "checkpoint.writer": "all ranks always write in parallel",
     "checkpoint.checkpoint_serialization": "nothing is pickled",
     **{
-        f"compile.{key}": "it is DeepCompile's"
+        f"compile.{key}": "it belongs to DeepCompile"
         for key in (
             *("free_activation", "free_activation_threshold", "offload_activation", "passes", "debug_log"),
             *("offload_activation_pin_memory", "offload_opt_states", "double_buffer", "symmetric_memory"),
@@ -197,7 +196,7 @@ NO_MEANING: dict[str, str] = {
         )
     },
 }
-"""Keys that are accepted with any value, and why they change nothing."""
+"""Keys that are accepted with any value but have no effect, with the reason."""
 
 READ_AS: dict[str, str] = {
     "bfloat16": "bf16",
@@ -207,7 +206,7 @@ READ_AS: dict[str, str] = {
     "zero_optimization.cpu_offload_params": "zero_optimization.offload_param",
     "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
 }
-"""Keys that are read as one of ours."""
+"""Other names for keys of ours."""
 
 
 class Sifted(NamedTuple):
@@ -215,13 +214,13 @@ class Sifted(NamedTuple):
 
     values: dict[str, Any]
     problems: list[str]
-    """What is refused."""
+    """Refused keys, with the reason."""
     without_meaning: dict[str, str]
-    """The keys that were given and change nothing, with the reason."""
+    """Given keys that have no effect, with the reason."""
 
 
 def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
-    """The keys that share a reason, in order."""
+    """Group keys by their reason, in order."""
     grouped: dict[str, list[str]] = {}
     for key, reason in keys.items():
         grouped.setdefault(reason, []).append(key)
@@ -229,14 +228,14 @@ def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def sift(values: Mapping[str, Any]) -> Sifted:
-    """Take DeepSpeed's keys that aren't ours out of a config; `values` itself stays as it is."""
+    """Return a copy of a config without the DeepSpeed keys that uni3d doesn't have."""
     left = copy.deepcopy(dict(values))
     problems: list[str] = []
     without_meaning: dict[str, str] = {}
     if isinstance(left.get("zero_optimization"), bool):
         problems.append(
-            f"zero_optimization is {left.pop('zero_optimization')!r}, the old form; "
-            'write {"stage": 0}, or 1, 2 or 3'
+            f"zero_optimization is {left.pop('zero_optimization')!r}, a deprecated form; "
+            'expected {"stage": 0}, 1, 2 or 3'
         )
     for key, target in READ_AS.items():
         for value in _take(left, key):
@@ -249,7 +248,7 @@ def sift(values: Mapping[str, Any]) -> Sifted:
         for value in _take(left, key):
             if value is not None:
                 without_meaning[key] = reason
-    for section in ("tensor_parallel", "pipeline"):  # all of their known keys have been taken
+    for section in ("tensor_parallel", "pipeline"):  # all their known keys have been removed
         if left.get(section) == {}:
             del left[section]
     problems += _autos(left)
@@ -257,7 +256,7 @@ def sift(values: Mapping[str, Any]) -> Sifted:
 
 
 def _take(values: dict[str, Any], key: str) -> Iterator[Any]:
-    """Remove a key, if it is there, and give its value."""
+    """Remove a key if it is present, and yield its value."""
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
@@ -269,26 +268,26 @@ def _take(values: dict[str, Any], key: str) -> Iterator[Any]:
 
 
 def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]:
-    """Set the key that `key` is read as."""
+    """Set the key that `key` is read as, and return the problems with it."""
     if key.startswith("zero_optimization.cpu_offload"):
         if not isinstance(value, bool):
             return [f"{key} is {value!r}: expected true or false"]
         value = {"device": "cpu" if value else "none"}
-    if key == "tensor_parallel.autotp_size" and value in (0, 1):  # then it is off
+    if key == "tensor_parallel.autotp_size" and value in (0, 1):  # disabled
         return []
     *sections, last = target.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            return []  # which is an error of its own
+            return []  # the section itself is reported
     if last in values and values[last] != value:
-        return [f"{key} is {value!r}, but {target}, which is the same, is {values[last]!r}; give one"]
+        return [f"{key} is {value!r}, but {target}, which means the same, is {values[last]!r}; give one"]
     values[last] = value
     return []
 
 
 def _is_off(key: str, value: Any) -> bool:
-    """Whether a refused key's value asks for nothing."""
+    """Return whether the value of a refused key turns it off."""
     if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL.get(key, ())):
         return True
     if isinstance(value, dict):
@@ -297,13 +296,13 @@ def _is_off(key: str, value: Any) -> bool:
 
 
 def _autos(values: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """The values that are left for a trainer to fill in."""
+    """Yield a problem for each value left to a trainer to fill in."""
     for name, value in values.items():
         key = f"{within}{name}"
         if isinstance(value, Mapping):
             yield from _autos(value, f"{key}.")
         elif value == "auto" and not within.startswith("parallel."):
             yield (
-                f'{key} is "auto", which Hugging Face\'s Trainer fills in before training; '
-                "write a value, or leave the key out for its default"
+                f'{key} is "auto", which only Hugging Face\'s Trainer fills in; '
+                "give a value, or leave the key out for its default"
             )

@@ -1,4 +1,4 @@
-"""The config's `optimizer`: DeepSpeed's names with DeepSpeed's parameters, and torch's with torch's."""
+"""The config's `optimizer`: DeepSpeed's optimizers, and those of `torch.optim`, with their own parameters."""
 
 from __future__ import annotations
 
@@ -7,65 +7,63 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from uni3d.config import torch_optimizers as torch_optim
-from uni3d.config.strict import ConfigError, Strict, unknown, validate
+import uni3d.config.torch_optimizers as torch_optim
+from uni3d.config.strict import ConfigError, Strict, named_section, unknown, validate
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
-_ONE_BIT = (
-    "its compressed sums belong to DeepSpeed's own communication; communication_data_type halves what is sent"
-)
-_TRUST = "it scales each layer's step by the layer's whole norm, which isn't implemented for sharded layers"
-_MUP = "it is the mup package's; give initialize an optimizer of its class"
+_ONE_BIT = "it needs DeepSpeed's compressed communication; use communication_data_type to halve traffic"
+_TRUST = "its layer-wise norms aren't implemented for sharded layers"
+_MUP = "it belongs to the mup package; pass an instance to initialize"
 REFUSED = {
     "Lamb": _TRUST,
     "OneBitAdam": _ONE_BIT,
     "ZeroOneAdam": _ONE_BIT,
-    "OneBitLamb": f"{_ONE_BIT}; and {_TRUST}",
+    "OneBitLamb": f"{_ONE_BIT}; {_TRUST}",
     "MuAdam": _MUP,
     "MuAdamW": _MUP,
     "MuSGD": _MUP,
     **torch_optim.REFUSED,
 }
-"""Optimizers that DeepSpeed's configs can name and ours can't, and why."""
+"""Refused optimizers of DeepSpeed's configs and of torch, with the reason."""
 
 
 class OptimizerConfig(Strict):
-    """An optimizer by its name, with all its parameters."""
+    """An optimizer with all its parameters."""
 
     type: str
-    """The name of the optimizer, in any case."""
+    """Name of the optimizer, in any case."""
     params: SerializeAsAny[Strict]
-    """Its parameters; see below."""
+    """Parameters of the optimizer."""
 
     @property
     def implementation(self) -> str:
-        """The class that it is."""
+        """Full name of the optimizer's class."""
         return f"torch.optim.{self.type}"
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Those that it runs with."""
+        """Hyperparameters that the class is constructed with."""
         return self.params.model_dump()
 
 
 class AdamParams(Strict):
-    """Of DeepSpeed's Adam and AdamW."""
+    """Parameters of DeepSpeed's Adam and AdamW."""
 
     lr: float = Field(default=1e-3, ge=0)
     betas: Betas = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
-    """0 by default, and 0.01 for AdamW with `torch_adam`, as torch has it."""
+    """0 by default; 0.01, torch's default, for AdamW with `torch_adam`."""
     amsgrad: bool = False
     adam_w_mode: bool = True
-    """As in DeepSpeed, "Adam" decays weights as AdamW does unless this is false."""
+    """Decoupled weight decay; as in DeepSpeed, "Adam" is AdamW unless this is false."""
     torch_adam: bool = False
-    """It is always torch's; this only sets the default of `weight_decay`."""
+    """The implementation is always torch's; this only sets the default of `weight_decay`."""
     bias_correction: Literal[True] = True
     set_grad_none: bool = True
-    """Gradients are always dropped after a step, never set to zero."""
+    """Accepted for compatibility: gradients are always set to None after a step."""
     fp32_optimizer_states: Literal[True] = True
 
 
@@ -76,7 +74,7 @@ class AdamConfig(OptimizerConfig):
     @model_validator(mode="after")
     def _a_name_says_one_thing(self) -> AdamConfig:
         if self.type == "AdamW" and not self.params.adam_w_mode:
-            raise ValueError('adam_w_mode false is type "Adam"; "AdamW" always decays weights apart')
+            raise ValueError('adam_w_mode false contradicts type "AdamW"; use "Adam"')
         return self
 
     @property
@@ -108,24 +106,24 @@ class LionConfig(OptimizerConfig):
 
 
 class MuonParams(Strict):
-    """Of the matrices, which Muon updates, and of the rest, which AdamW does."""
+    """Parameters of Muon, which updates matrices, and of AdamW, which updates the rest."""
 
     lr: float | None = Field(default=None, ge=0)
-    """Of both; `muon_lr` and `adam_lr` come first."""
+    """Learning rate of both, unless `muon_lr` or `adam_lr` is given."""
     muon_lr: float | None = Field(default=None, ge=0)
-    """0.02 by default."""
+    """Learning rate of Muon, 0.02 by default."""
     adam_lr: float | None = Field(default=None, ge=0)
-    """3e-4 by default."""
+    """Learning rate of AdamW, 3e-4 by default."""
     momentum: Beta = 0.95
-    """Of the matrices."""
+    """Momentum of Muon."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of both."""
+    """Weight decay of both."""
     betas: Betas = (0.9, 0.95)
-    """Of the rest."""
+    """Betas of AdamW."""
     eps: float = Field(default=1e-10, gt=0)
-    """Of the rest."""
+    """Epsilon of AdamW."""
     ns_method: Literal["gram", "standard"] = "gram"
-    """Two ways to the same result in DeepSpeed; here both are the standard iteration."""
+    """Accepted for compatibility: both are the standard Newton-Schulz iteration here."""
 
 
 class MuonConfig(OptimizerConfig):
@@ -158,30 +156,27 @@ _OWN: dict[str, type[OptimizerConfig]] = {
 
 
 def read_optimizer(section: object) -> OptimizerConfig | None:
-    """The config's `optimizer`.
+    """Read the config's `optimizer`.
 
     Raises:
-        ConfigError: there is no such optimizer, or it has no such parameters.
+        ConfigError: the optimizer or one of its parameters doesn't exist.
     """
-    if section is None:
+    values = named_section("optimizer", section, "AdamW")
+    if values is None:
         return None
-    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
-        raise ConfigError([f'optimizer is {section!r}: write {{"type": "AdamW", "params": {{}}}}'])
-    given = section["type"]
+    given, params = values["type"], values["params"]
     known = {name.lower(): name for name in (*torch_optim.names(), *_OWN, *REFUSED)}
-    name = known.get(given.lower())  # DeepSpeed takes its own names in any case
+    name = known.get(given.lower())  # DeepSpeed ignores case in its names
     if name is None:
         raise ConfigError(
             [f"optimizer.type: {unknown('optimizer', given, set(known.values()) - set(REFUSED))}"]
         )
     if name in REFUSED:
         raise ConfigError([f"optimizer.type {given!r} is refused: {REFUSED[name]}"])
-    params: Any = section.get("params")
-    values: dict[str, Any] = {**section, "type": name, "params": {} if params is None else params}
+    values["type"] = name
     if isinstance(params, Mapping) and params.get("max_grad_norm"):
-        raise ConfigError(["optimizer.params.max_grad_norm is refused: it is called gradient_clipping"])
+        raise ConfigError(["optimizer.params.max_grad_norm is refused: use gradient_clipping"])
     if name in _OWN:
         return validate(_OWN[name], values, "optimizer")
-    section_of_params = torch_optim.parameters(name)
-    values["params"] = validate(section_of_params, values["params"], "optimizer.params")
+    values["params"] = validate(torch_optim.parameters(name), params, "optimizer.params")
     return validate(OptimizerConfig, values, "optimizer")

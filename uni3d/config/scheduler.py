@@ -1,30 +1,29 @@
-"""The config's `scheduler`, by DeepSpeed's names and parameters."""
+"""The config's `scheduler`: DeepSpeed's schedules with DeepSpeed's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, SerializeAsAny
 
-from uni3d.config.strict import ConfigError, Strict, unknown, validate
+from uni3d.config.strict import ConfigError, Strict, named_section, unknown, validate
 
 
 class ScheduleParams(Strict):
     last_batch_iteration: Literal[-1] = -1
-    """Where a schedule begins; a checkpoint brings its own place."""
+    """First iteration of the schedule; a resumed run continues from its checkpoint."""
 
 
 class _Warmup(ScheduleParams):
     warmup_num_steps: int = Field(default=1000, gt=0)
-    """Steps in which the rate rises; at least 2 are taken, as in DeepSpeed."""
+    """Steps of the warmup; at least 2, as in DeepSpeed."""
     warmup_type: Literal["log", "linear"] = "log"
 
 
 class WarmupLRParams(_Warmup):
     warmup_min_lr: float = Field(default=0.0, ge=0)
     warmup_max_lr: float | None = Field(default=None, gt=0)
-    """None takes each parameter group's own rate."""
+    """null is each parameter group's own rate."""
 
 
 class WarmupDecayLRParams(_Warmup):
@@ -45,35 +44,35 @@ class OneCycleParams(ScheduleParams):
     cycle_min_lr: float = Field(ge=0)
     cycle_max_lr: float = Field(gt=0)
     decay_lr_rate: float = Field(default=0.0, ge=0)
-    """At step n after the cycle the rate is `cycle_min_lr / (1 + decay_lr_rate * n / decay_step_size)`."""
+    """n steps after the cycle the rate is `cycle_min_lr / (1 + decay_lr_rate * n / decay_step_size)`."""
     cycle_first_step_size: int = Field(default=2000, gt=0)
     """Steps in which the rate rises."""
     cycle_second_step_size: int | None = Field(default=None, ge=0)
-    """Steps in which it falls; by default as many."""
+    """Steps in which the rate falls; as many as it rises in by default."""
     cycle_first_stair_count: int = Field(default=0, ge=0)
-    """In how many stairs it rises; 0 is without."""
+    """Number of stairs in which it rises; 0 rises smoothly."""
     cycle_second_stair_count: int | None = Field(default=None, ge=0)
-    """By default as many."""
+    """Number of stairs in which it falls; as many as it rises in by default."""
     decay_step_size: int = Field(default=0, ge=0)
-    """0 is no decay."""
+    """Steps per decay; 0 disables it."""
     cycle_momentum: bool = True
-    """Whether the first of an optimizer's betas is cycled too. As in DeepSpeed, the second then is 0.99."""
+    """Also cycle the optimizer's first beta. As in DeepSpeed, this sets the second to 0.99."""
     cycle_min_mom: float = Field(default=0.8, ge=0, lt=1)
     cycle_max_mom: float = Field(default=0.9, ge=0, lt=1)
     decay_mom_rate: float = Field(default=0.0, ge=0)
-    """At step n after the cycle momentum is `cycle_max_mom * (1 + decay_mom_rate * n / decay_step_size)`, but
+    """n steps after the cycle momentum is `cycle_max_mom * (1 + decay_mom_rate * n / decay_step_size)`, but
     at most 0.999."""
 
 
 class LRRangeTestParams(ScheduleParams):
-    """The rate grows until training diverges, which tells how large it may be (Smith 2018)."""
+    """Range test: the rate grows until training diverges, which shows its maximum (Smith 2018)."""
 
     lr_range_test_min_lr: float = Field(default=1e-3, gt=0)
     lr_range_test_step_size: int = Field(default=2000, gt=0)
     """Steps in which the rate grows by `lr_range_test_min_lr * lr_range_test_step_rate`."""
     lr_range_test_step_rate: float = Field(default=1.0, ge=0)
     lr_range_test_staircase: bool = False
-    """Whether it grows at once at the end of these steps, rather than a little in each."""
+    """Grow the rate once at the end of these steps, not a little in each."""
 
 
 SCHEDULES: dict[str, type[ScheduleParams]] = {
@@ -86,25 +85,23 @@ SCHEDULES: dict[str, type[ScheduleParams]] = {
 
 
 class SchedulerConfig(Strict):
-    """A schedule by its name, with all its parameters."""
+    """A schedule with all its parameters."""
 
     type: str
     params: SerializeAsAny[ScheduleParams]
 
 
 def read_scheduler(section: object) -> SchedulerConfig | None:
-    """The config's `scheduler`.
+    """Read the config's `scheduler`.
 
     Raises:
-        ConfigError: there is no such schedule, or it has no such parameters.
+        ConfigError: the schedule or one of its parameters doesn't exist.
     """
-    if section is None:
+    values = named_section("scheduler", section, "WarmupLR")
+    if values is None:
         return None
-    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
-        raise ConfigError([f'scheduler is {section!r}: write {{"type": "WarmupLR", "params": {{}}}}'])
-    kind = section["type"]
+    kind = values["type"]
     if kind not in SCHEDULES:
         raise ConfigError([f"scheduler.type: {unknown('schedule', kind, SCHEDULES)}"])
-    params: Any = section.get("params")
-    checked = validate(SCHEDULES[kind], {} if params is None else params, "scheduler.params")
-    return validate(SchedulerConfig, {**section, "params": checked}, "scheduler")
+    values["params"] = validate(SCHEDULES[kind], values["params"], "scheduler.params")
+    return validate(SchedulerConfig, values, "scheduler")

@@ -1,4 +1,4 @@
-"""The sections of a config, apart from `optimizer` and `scheduler`."""
+"""Sections of a config, except `optimizer` and `scheduler`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from uni3d.config.strict import Strict
 
 
 class ParallelConfig(Strict):
-    """How many ways the work is split; `pp * dp * tp` is the number of processes."""
+    """Degrees of parallelism; `pp * dp * tp` is the number of processes."""
 
     pp: int | Literal["auto"] = 1
     """Pipeline stages."""
     dp: int | Literal["auto"] = "auto"
-    """Data-parallel copies; "auto" takes the processes that the other two leave."""
+    """Data-parallel ranks; "auto" is the number of processes divided by the other two."""
     tp: int | Literal["auto"] = 1
-    """Parts of each tensor-parallel layer."""
+    """Tensor-parallel ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; "auto" is a GPU where there is one."""
+    """Device to compute on; "auto" is a GPU if there is one."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"] = "1f1b"
-    """In which order a pipeline's stages compute micro batches."""
+    """Pipeline schedule."""
     virtual_stages: int = Field(default=1, gt=0)
-    """Pipeline stages on each rank; more than 1 with the schedules that are made for it."""
+    """Pipeline stages per rank; more than 1 needs an interleaved or zero-bubble schedule."""
     balance: Literal["flops", "parameters", "uniform"] = "flops"
-    """What is as even as can be between pipeline stages."""
+    """Quantity that is balanced between pipeline stages."""
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks split the sequence where they don't split the features."""
+    """Megatron's sequence parallelism: split the sequence where tensor parallelism doesn't split features."""
 
 
 def _not_a_boolean(value: object) -> object:
-    """True equals 1, and so would be taken for it."""
+    """Refuse booleans: True equals 1, so `Literal[1]` would accept it."""
     if isinstance(value, bool):
         raise ValueError("expected 0, 1, 2 or 3")
     return value
@@ -39,48 +39,48 @@ def _not_a_boolean(value: object) -> object:
 
 def _not_nvme(value: object) -> object:
     if value == "nvme":
-        raise ValueError('there is no offload to disks; "cpu" takes the host\'s memory')
+        raise ValueError('offloading to disk isn\'t supported; use "cpu", the host memory')
     return value
 
 
 def _whole_number(value: object) -> object:
-    """1e5, which JSON has as a float."""
+    """Accept 1e5, which is a float in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class OffloadConfig(Strict):
-    """Where what is offloaded lies."""
+    """Target of offloading."""
 
     device: Annotated[Literal["none", "cpu"], BeforeValidator(_not_nvme)] = "none"
-    """The host's memory, or none: it stays on the GPU."""
+    """"cpu" offloads to host memory; "none" keeps everything on the GPU."""
 
 
 class ZeroConfig(Strict):
-    """What is sharded over the data-parallel ranks; the meanings are ZeRO's (see `parallel.zero`)."""
+    """ZeRO: sharding over the data-parallel ranks (see `parallel.zero`)."""
 
     stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_not_a_boolean)] = 0
-    """What is sharded: 1 optimizer states, 2 gradients too, 3 parameters too; with any pp and tp."""
+    """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters; with any pp and tp."""
     offload_optimizer: OffloadConfig | None = None
-    """Keep optimizer states on the host, and with them sharded parameters and gradients; from stage 1 on."""
+    """Offload optimizer states with their sharded parameters and gradients; needs stage 1, 2 or 3."""
     offload_param: OffloadConfig | None = None
-    """The same switch, for stage 3."""
+    """Same as `offload_optimizer`, for stage 3."""
     stage3_param_persistence_threshold: Annotated[int, BeforeValidator(_whole_number)] = Field(
         default=0, ge=0
     )
-    """At stage 3, layers of fewer elements are kept whole from the forward pass to the backward one."""
+    """At stage 3, keep layers with fewer elements than this gathered between forward and backward."""
     zero_hpz_partition_size: int = Field(default=1, ge=1)
-    """Shard over groups of so many ranks, which are copies of each other; 1 shards over all."""
+    """Shard within groups of this many ranks, and replicate between groups; 1 shards over all ranks."""
     mics_shard_size: int = -1
-    """The same, by its other name; -1 shards over all."""
+    """Same as `zero_hpz_partition_size`; -1 shards over all ranks."""
 
     @property
     def offload(self) -> bool:
-        """Whether sharded parameters, gradients and optimizer states lie in the host's memory."""
+        """True if sharded parameters, gradients and optimizer states are kept in host memory."""
         return any(o is not None and o.device == "cpu" for o in (self.offload_optimizer, self.offload_param))
 
     @property
     def shard_group(self) -> int | None:
-        """How many ranks a shard group has; None is all data-parallel ranks."""
+        """Number of ranks in a shard group; None for all data-parallel ranks."""
         if self.mics_shard_size > 0:
             return self.mics_shard_size
         return self.zero_hpz_partition_size if self.zero_hpz_partition_size > 1 else None
@@ -88,65 +88,66 @@ class ZeroConfig(Strict):
     @model_validator(mode="after")
     def _fits_the_stage(self) -> ZeroConfig:
         if self.offload_param is not None and self.offload_param.device == "cpu" and self.stage < 3:
-            raise ValueError(f"offload_param needs stage 3, which shards parameters, not {self.stage}")
+            raise ValueError(f"offload_param needs stage 3, which shards parameters; stage is {self.stage}")
         if self.offload and self.stage == 0:
-            raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 has nothing that is sharded")
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 shards nothing")
         if self.mics_shard_size != -1 and self.mics_shard_size < 1:
-            raise ValueError("mics_shard_size is a number of ranks, or -1 for all")
+            raise ValueError("mics_shard_size must be a number of ranks, or -1 for all")
         sizes = (self.zero_hpz_partition_size, self.mics_shard_size)
         if sizes[0] > 1 and sizes[1] > 0 and sizes[0] != sizes[1]:
-            raise ValueError("zero_hpz_partition_size and mics_shard_size are the same thing here; give one")
+            raise ValueError(
+                "zero_hpz_partition_size and mics_shard_size mean the same here, but differ; give one"
+            )
         if self.shard_group is not None and self.stage == 0:
             raise ValueError("a shard group needs stage 1, 2 or 3: stage 0 shards nothing")
         return self
 
 
 class CheckpointConfig(Strict):
-    """How `save_checkpoint` saves."""
+    """Options of `save_checkpoint`."""
 
     async_save: bool = True
-    """Whether to write in the background, after a copy; otherwise it is committed on return."""
+    """Copy the state and write in the background; if false, the checkpoint is committed on return."""
     durable: bool = True
-    """Whether to sync files and folders before the commit, so that it survives a power cut."""
+    """Sync files and folders before the commit, so that a checkpoint survives a power failure."""
     keep_last: int | None = Field(default=None, gt=0)
-    """Delete all but this many of the newest checkpoints after each save; null keeps all."""
+    """After each save, delete all but the newest N checkpoints; null keeps all."""
     keep_every: int | None = Field(default=None, gt=0)
-    """Keep, beside these, checkpoints whose step is a multiple of this."""
+    """Also keep checkpoints whose step is a multiple of this."""
 
     @model_validator(mode="after")
     def _retention_is_safe(self) -> CheckpointConfig:
         if self.keep_every is not None and self.keep_last is None:
-            raise ValueError("keep_every says what is kept beside the last ones; give keep_last too")
+            raise ValueError("keep_every needs keep_last: it lists exceptions to its deletions")
         if self.keep_last is not None and not self.durable:
             raise ValueError(
-                "keep_last deletes checkpoints, so those that are kept must be on the disk: no durable false"
+                "keep_last deletes checkpoints, so the ones it keeps must be durable; leave out durable false"
             )
         return self
 
 
 class FP16Config(Strict):
-    """Compute in fp16, with a loss scale (see `uni3d.engine.loss_scale`). Parameters and their states stay fp32."""
+    """Compute in fp16 with loss scaling (see `uni3d.optim.loss_scale`). Parameters and states stay fp32."""
 
     enabled: bool = False
-    """Whether to."""
     loss_scale: float = Field(default=0.0, ge=0)
-    """A scale that stays; 0 is one that moves."""
+    """Static loss scale; 0 scales dynamically."""
     initial_scale_power: int = Field(default=16, ge=0, le=127)
-    """The moving scale begins at 2 to this power."""
+    """Initial dynamic scale, as a power of 2."""
     loss_scale_window: int = Field(default=1000, gt=0)
-    """After so many steps without an overflow it is doubled."""
+    """Steps without an overflow after which the scale is doubled."""
     hysteresis: int = Field(default=2, gt=0)
-    """After so many overflows it is halved."""
+    """Overflows after which the scale is halved."""
     consecutive_hysteresis: bool = False
-    """Whether only overflows in a row count."""
+    """Count only consecutive overflows."""
     min_loss_scale: float = Field(default=1.0, gt=0)
-    """An overflow at this scale is an error."""
+    """Minimum scale; an overflow at it is an error."""
 
     @model_validator(mode="after")
     def _begins_above_the_least(self) -> FP16Config:
         if self.loss_scale == 0 and self.min_loss_scale > 2.0**self.initial_scale_power:
             raise ValueError(
-                f"min_loss_scale({self.min_loss_scale:g}) is above the scale to begin with, "
+                f"min_loss_scale({self.min_loss_scale:g}) is above the initial scale, "
                 f"2 ** initial_scale_power({self.initial_scale_power})"
             )
         return self
@@ -156,30 +157,27 @@ class BF16Config(Strict):
     """Compute in bf16. Parameters and their states stay fp32."""
 
     enabled: bool = False
-    """Whether to."""
 
 
 class DataTypesConfig(Strict):
-    """Types apart from that of computing."""
+    """Types other than that of the computation."""
 
     grad_accum_dtype: Literal["fp32"] | None = None
-    """Gradients are accumulated in fp32, or, below ZeRO stage 2, in `communication_data_type`."""
+    """Type of gradient accumulation: fp32, or at ZeRO stages 0 and 1 `communication_data_type`."""
 
 
 class ActivationCheckpointingConfig(Strict):
-    """What is computed again in the backward pass instead of being kept."""
+    """Activation checkpointing: recompute activations in the backward pass instead of keeping them."""
 
     mode: Literal["none", "full", "selective"] = "none"
-    """"full" keeps each layer's input alone; "selective" also what matrix products and attention gave."""
+    """"full" keeps only each layer's input; "selective" also the outputs of matmuls and attention."""
     every: int = Field(default=1, gt=0)
-    """Of how many layers one is recomputed."""
+    """Recompute one of every N layers."""
 
     @model_validator(mode="after")
-    def _every_what(self) -> ActivationCheckpointingConfig:
+    def _every_needs_a_mode(self) -> ActivationCheckpointingConfig:
         if self.every > 1 and self.mode == "none":
-            raise ValueError(
-                'every says of how many layers one is recomputed; give mode "full" or "selective"'
-            )
+            raise ValueError('every has no effect without a mode; set mode to "full" or "selective"')
         return self
 
 
@@ -187,10 +185,58 @@ class CompileConfig(Strict):
     """`torch.compile` of each layer."""
 
     enabled: bool = False
-    """Whether to."""
     backend: str = "inductor"
-    """`torch.compile`'s."""
+    """Argument of `torch.compile`."""
     mode: str | None = None
-    """`torch.compile`'s."""
+    """Argument of `torch.compile`."""
     dynamic: bool | None = None
-    """`torch.compile`'s."""
+    """Argument of `torch.compile`."""
+
+
+class _Files(Strict):
+    enabled: bool = False
+    output_path: str = ""
+    """Parent of the job's folder; the current folder by default."""
+    job_name: str = "uni3d"
+    """Name of the job's folder."""
+
+
+class TensorBoardConfig(_Files):
+    """Log to TensorBoard event files; needs the package `tensorboard`."""
+
+
+class CsvMonitorConfig(_Files):
+    """Log to CSV files, one per curve."""
+
+
+class WandbConfig(Strict):
+    """Log to Weights & Biases; needs the package `wandb`."""
+
+    enabled: bool = False
+    group: str | None = None
+    """Group of the run."""
+    team: str | None = None
+    """Team that owns the run."""
+    project: str = "uni3d"
+    """Project of the run."""
+
+
+class FlopsProfilerConfig(Strict):
+    """Count the model's FLOPs once, print a table, and report MFU from then on."""
+
+    enabled: bool = False
+    profile_step: int = Field(default=1, gt=0)
+    """Step before which FLOPs are counted, by extra forward passes; a run resumed after it counts before its
+    first step."""
+    module_depth: int = Field(default=-1, ge=-1)
+    """Maximum depth of modules in the table; -1 is unlimited."""
+    top_modules: int = Field(default=1, ge=1)
+    """Number of modules listed per depth, those with the most FLOPs, if `detailed` is false."""
+    detailed: bool = True
+    """List every module."""
+    output_file: str | None = None
+    """File for the table; printed by default."""
+    recompute_fwd_factor: float = Field(default=0.0, ge=0)
+    """Extra forward passes due to recomputation; they count as hardware FLOPs only."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak of one device at the training precision; known for some GPUs in 16 bits."""

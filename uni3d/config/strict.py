@@ -1,4 +1,4 @@
-"""Sections of a config: nothing unknown gets in, and what is wrong is explained by the key's full name."""
+"""Strict sections of a config, and validation errors that name the full key and what was expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Strict(BaseModel):
-    """A section: unknown keys, values of another type, NaN and infinity are errors; it can't be changed."""
+    """A frozen section. Unknown keys, wrong types, NaN and infinity are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -21,7 +21,7 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """All that is wrong with a config."""
+    """Every problem of a config, in one error."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("config: " + "; ".join(problems))
@@ -29,10 +29,10 @@ class ConfigError(ValueError):
 
 
 def validate(section: type[Section], values: object, within: str = "") -> Section:
-    """Check `values` against a section whose own key is `within` (none for the whole config).
+    """Validate `values` against a section, whose own key is `within` ("" for the whole config).
 
     Raises:
-        ConfigError: naming every key that is wrong, with what was expected.
+        ConfigError: the message names every wrong key and what was expected.
     """
     try:
         return section.model_validate(values)
@@ -48,26 +48,28 @@ def validate(section: type[Section], values: object, within: str = "") -> Sectio
                 problems.append(f"{key} is missing")
                 continue
             message = e["msg"].removeprefix("Value error, ")
-            if e["type"] == "value_error" and isinstance(e["input"], Mapping):  # of keys that don't fit
+            if e["type"] == "value_error" and isinstance(
+                e["input"], Mapping
+            ):  # keys that contradict each other
                 problems.append(f"{key}: {message}" if key else message)
                 continue
             found.setdefault(key, (e["input"], []))[1].append(message[0].lower() + message[1:])
-        for key, (value, messages) in found.items():  # a key with several types has a message for each
-            problems.append(f"{key or 'the whole'} is {value!r}: {', or '.join(messages)}")
+        for key, (value, messages) in found.items():  # a key with several types has one message per type
+            problems.append(f"{key or 'the config'} is {value!r}: {', or '.join(messages)}")
         raise ConfigError(problems) from None
 
 
 def unknown(what: str, key: str, known: Iterable[str]) -> str:
-    """A key that isn't known, with the nearest that is."""
+    """Return the message for an unknown key, with the nearest known one."""
     names = sorted(known)
     near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
     return f"unknown {what} {key!r}; " + (
-        f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+        f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     )
 
 
 def known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Keys of the section that lies at `path` in `section`."""
+    """Return the keys of the section at `path` within `section`."""
     sections = [section]
     for part in path:
         fields = [s.model_fields[part] for s in sections if part in s.model_fields]
@@ -76,14 +78,14 @@ def known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key with this annotation can have."""
+    """Return the sections that a key with this annotation accepts."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in sections_of(part)]
 
 
 def _full_key(section: type[BaseModel], location: Sequence[str | int], within: str) -> str:
-    """A key's full name; where it can have several types, pydantic's location also holds the type's name."""
+    """Return a key's dotted name, without the type names that pydantic adds to locations in unions."""
     parts, sections = [within] if within else [], [section]
     for position, part in enumerate(location):
         last = position == len(location) - 1
@@ -92,3 +94,30 @@ def _full_key(section: type[BaseModel], location: Sequence[str | int], within: s
             parts.append(str(part))
         sections = [model for field in fields for model in sections_of(field.annotation)]
     return ".".join(parts)
+
+
+def named_section(key: str, section: object, example: str) -> dict[str, Any] | None:
+    """Check that a section has the form {"type": ..., "params": {...}}; None if it isn't given.
+
+    Raises:
+        ConfigError: it isn't an object with a "type"; the message shows the form, with the type `example`.
+    """
+    if section is None:
+        return None
+    if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
+        raise ConfigError([f'{key} is {section!r}: expected {{"type": "{example}", "params": {{}}}}'])
+    params = section.get("params")
+    return {**section, "params": {} if params is None else params}
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON (as its `object_pairs_hook`) without dropping repeated keys silently.
+
+    Raises:
+        ValueError: a key occurs twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {max(names, key=names.count)!r}")
+    return values

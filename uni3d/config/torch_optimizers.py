@@ -1,7 +1,7 @@
 """The optimizers of `torch.optim` and their parameters, read from torch's source without loading torch.
 
-So every one of them can be named in a config, with its own parameters checked, by commands that answer at
-once, and there is no list here that torch's next release would make wrong.
+Commands that don't load torch can thus validate any of them, and there is no list here to keep up to date
+with torch's releases.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from uni3d.config.strict import Strict
 
 _NOT_HYPERPARAMETERS = {"self", "params", "differentiable"}
 REFUSED = {
-    "Adafactor": "its row and column means don't work on sharded parameters in torch's implementation",
-    "LBFGS": "it evaluates the loss again within a step, and sees all parameters as one vector",
-    "Rprop": "torch's implementation doesn't work on sharded parameters",
-    "SparseAdam": "it takes sparse gradients only, and gradients are reduced as dense ones",
+    "Adafactor": "torch's implementation of its row and column means doesn't support sharded parameters",
+    "LBFGS": "it evaluates the loss several times per step, and treats all parameters as one vector",
+    "Rprop": "torch's implementation doesn't support sharded parameters",
+    "SparseAdam": "it needs sparse gradients, and gradients are reduced as dense ones",
 }
-"""Classes of `torch.optim` that can't train sharded parameters, and why (tried with torch 2.13)."""
+"""Classes of `torch.optim` that can't train sharded parameters, with the reason (as of torch 2.13)."""
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """All optimizers of the torch that is installed."""
+    """Return the names of all optimizers of the installed torch."""
     return tuple(sorted(_modules()))
 
 
 @cache
 def parameters(name: str) -> type[Strict]:
-    """The section that the hyperparameters of `torch.optim.<name>` make."""
+    """Return a section with the hyperparameters of `torch.optim.<name>`."""
     tree = ast.parse((_folder() / f"{_modules()[name]}.py").read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     init = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
@@ -59,7 +59,7 @@ def _folder() -> Path:
 
 @cache
 def _modules() -> dict[str, str]:
-    """By class, the module that defines it."""
+    """Return the module that defines each optimizer class."""
     found: dict[str, str] = {}
     for node in ast.parse((_folder() / "__init__.py").read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -71,7 +71,7 @@ def _modules() -> dict[str, str]:
 
 
 def _value(node: ast.expr, tree: ast.Module) -> Any:
-    """A default: a literal, or the module's constant that it names."""
+    """Evaluate a default: a literal, or the name of a constant of the module."""
     if isinstance(node, ast.Tuple):
         return tuple(_value(part, tree) for part in node.elts)
     if isinstance(node, ast.Name):
@@ -85,7 +85,7 @@ def _names(node: ast.Assign) -> list[ast.Name]:
 
 
 def _kind(annotation: ast.expr | None, value: Any) -> Any:
-    """The type that JSON can give a parameter; a tensor, which torch takes too, it can't."""
+    """Return the type of a parameter in JSON, i.e. without the tensors that torch also accepts."""
     words = ast.unparse(annotation) if annotation else ""
     if isinstance(value, tuple):
         return tuple[(*(float | None if part is None else float for part in value),)]  # type: ignore[misc]
@@ -96,4 +96,4 @@ def _kind(annotation: ast.expr | None, value: Any) -> Any:
 
 
 def _is_strict(value: Any) -> bool:
-    return not isinstance(value, tuple)  # JSON's lists are to become tuples
+    return not isinstance(value, tuple)  # JSON has lists, which become tuples

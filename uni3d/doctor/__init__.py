@@ -6,7 +6,6 @@ planned_reads      what it would read for that
 doctor_memory      what that takes of its memory
 doctor_fit         which topologies there are, and why not others
 doctor_config      what the manifest and a config make a resume refuse, or warn of
-doctor_text        how it is told
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
-from uni3d.cli.terminal import in_bytes
 from uni3d.config import load_config
 from uni3d.doctor import checks as doctor_config
 from uni3d.doctor.memory import Known
@@ -24,6 +22,7 @@ from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
 from uni3d.estimate.holders import imported_from, written_on, zero_so_far
 from uni3d.estimate.planned_reads import reads
 from uni3d.estimate.saved import SavedModel
+from uni3d.units import format_bytes
 
 FEW = 3
 """Reasons that fit into a sentence."""
@@ -140,8 +139,8 @@ def _nothing(answer: Answer, asked: Asked) -> str:
     """Why there is no topology."""
     if answer.topologies and asked.memory is not None:
         least = min(answer.topologies, key=lambda topology: topology.need.total)
-        need = in_bytes(least.need.total)
-        return f"nothing fits {in_bytes(asked.memory)} a rank: the least is {need}, as {least}"
+        need = format_bytes(least.need.total)
+        return f"nothing fits {format_bytes(asked.memory)} a rank: the least is {need}, as {least}"
     given = ", ".join(f"{axis} {n}" for axis in ("pp", "dp", "tp") if (n := getattr(asked, axis)) is not None)
     why = f": {'; '.join(map(str, answer.reasons))}" if len(answer.reasons) <= FEW else ""
     return f"there is no topology of {asked.world} ranks{f' with {given}' if given else ''}{why}"

@@ -1,67 +1,35 @@
-"""Running a model over the micro batches of one global batch."""
+"""Micro batches as a data iterator gives them: checked, moved to the device, turned into a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from parallel import ParallelModel
-from parallel.loss import Loss, split_logits
+from parallel import ParallelModel, Topology
+from parallel.loss import Loss
 from parallel.tensor import check_sequence
 from uni3d.config import BatchTriad
 
 
 class BatchError(ValueError):
-    """The data iterator gave what the config doesn't announce."""
+    """The data iterator's micro batches aren't those that the config announces."""
 
 
-def run_batches(
-    model: ParallelModel, batches: list[Any], triad: BatchTriad, *, train: bool, factor: float = 1.0
-) -> Loss | None:
-    """Collective: forward, and with `train` backward, over this rank's micro batches.
-
-    Gradients are of the loss times `factor`.
-
-    Returns the summed loss where it is known: on the last stage.
+def check_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad) -> None:
+    """Check the micro batches of a step, before the ranks begin to compute together.
 
     Raises:
-        BatchError: a pipeline was given micro batches of another size than the config's, or sequences that
-            can't be split.
+        BatchError: one is of a type that can't be unpacked into the model's arguments; or, for a model with a
+            `loss_fn`, isn't a pair, has another size than the config's, or a sequence that tp doesn't divide.
     """
-    pipeline = model.pipeline
-    _check_kinds(batches, needs_targets=pipeline is not None)
-    if pipeline is not None:
-        inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        expected = triad.micro_batch * triad.accumulation
-        if len(inputs) != expected:
-            raise BatchError(
-                f"the data iterator gave {len(inputs)} samples in {len(batches)} micro batches; expected "
-                f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
-            )
-        if model.sequence_parallel:  # the first stage's embedding looks too, but the others would wait for it
-            try:
-                check_sequence(inputs.shape, model.topology.degrees.tp)
-            except ValueError as error:
-                raise BatchError(str(error)) from None
-        return pipeline.run(inputs, targets, len(batches), train=train, factor=factor)
-    losses = []
-    for i, batch in enumerate(batches, start=1):
-        with split_logits(model.topology):
-            loss = Loss.of(_loss(_call(model, batch)))
-            if train:
-                model.zero.before_backward(last=i == len(batches))
-                loss.lifted(factor).backward()  # type: ignore[no-untyped-call]
-        losses.append(Loss(loss.total.detach(), loss.tokens))
-    return Loss.sum(losses)
-
-
-def _check_kinds(batches: list[Any], *, needs_targets: bool) -> None:
     for batch in batches:
-        if needs_targets and not (isinstance(batch, tuple | list) and len(batch) == 2):
+        if model.loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise BatchError(
                 f"the data iterator gave a {type(batch).__name__}; this model has a "
                 "loss_fn(outputs, targets), so give pairs (inputs, targets)"
@@ -71,28 +39,64 @@ def _check_kinds(batches: list[Any], *, needs_targets: bool) -> None:
                 f"the data iterator gave a {type(batch).__name__}; expected a tuple of the model's "
                 "arguments, a dict of them by name, or one tensor"
             )
+    if model.loss_fn is None:
+        return
+    sizes = [len(inputs) for inputs, _ in batches]
+    if any(size != triad.micro_batch for size in sizes):
+        raise BatchError(
+            f"the data iterator gave micro batches of {sizes} samples; expected "
+            f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
+        )
+    if model.sequence_parallel:  # the first stage's embedding checks too, but the others would wait for it
+        for inputs, _ in batches:
+            try:
+                check_sequence(inputs.shape, model.topology.degrees.tp)
+            except ValueError as error:
+                raise BatchError(str(error)) from None
 
 
-def _call(model: ParallelModel, batch: Any) -> Any:
+def loss_of(model: ParallelModel, batch: Any) -> Loss:
+    """Run the model forward on one micro batch; return its loss.
+
+    Raises:
+        ValueError: the output is no loss and has none.
+    """
+    if model.loss_fn is not None:
+        inputs, targets = batch
+        return Loss.of(model.loss_fn(model.module(inputs), targets))
     if isinstance(batch, Mapping):
-        return model.module(**batch)
-    return model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
+        output = model.module(**batch)
+    else:
+        output = model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
+    loss = getattr(output, "loss", output)
+    if loss is None:
+        raise ValueError(f"the {type(output).__name__} has no loss; does the batch have labels?")
+    return Loss.of(loss)
 
 
 def on_device(values: Any, device: torch.device) -> Any:
-    """A batch, or what a model is called with, with its tensors on the device; of any mapping, a dict."""
+    """Return a batch, or a model's arguments, with its tensors on the device; any mapping becomes a dict."""
     if isinstance(values, Mapping):
         values = dict(values)
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, values)
 
 
-def _loss(output: Any) -> Any:
-    """The loss in a model's output: its `.loss`, or the output itself.
+@contextmanager
+def random_state(
+    topology: Topology, *, seed: int, step: int, micro_step: int, nth: int = 0
+) -> Iterator[None]:
+    """Draw dropout from (seed, step, rank's place), so that a resume on the same topology draws the same.
 
-    Raises:
-        ValueError: there is none, as the batch had no labels.
+    `nth` counts the forward passes of one micro batch, each of which draws other numbers. Tensor-parallel
+    ranks draw alike, as most activations that they drop out of are the same. Where each has other features
+    or, under sequence parallelism, other tokens, these get equal masks.
     """
-    loss = getattr(output, "loss", output)
-    if loss is None:
-        raise ValueError(f"the {type(output).__name__} has no loss; does the batch have labels?")
-    return loss
+    place = (seed, step, micro_step, topology.pp_rank, topology.dp_rank, *([nth] if nth else []))
+    digest = hashlib.sha256(repr(place).encode()).digest()
+    seed_here = int.from_bytes(digest[:7], "little")
+    devices = [topology.device] if topology.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed_here)  # torch.manual_seed does all devices, and is slow
+        if devices:
+            torch.cuda.manual_seed(seed_here)
+        yield

@@ -19,12 +19,14 @@ from uni3d.checkpoint.model_spec import declared
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
-from uni3d.engine.data import TrainingLoader, engine_loader
+from uni3d.engine.data import TrainingLoader
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
 from uni3d.optim import check_works_sharded, make_optimizer, split_groups
+from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.pipe import PipelineModule
+from uni3d.train_state import Progress, TrainState
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 Groups = list[dict[str, Any]]
@@ -88,16 +90,25 @@ def initialize(
     groups = _named_groups(model, optimizer, model_parameters)
     if optimizer is None and settings.optimizer is not None:
         groups = split_groups(settings.optimizer, model, groups)
-    said = declared(model)
+    spec = declared(model)  # before `build`, which uses the model up
     built = parallel.build(model, topology, how)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
-    engine = Engine(config=settings, triad=triad, model=built, optimizer=inner, lr_scheduler=scheduler)
-    engine.checkpointer.declared = said
-    if training_data is not None:
-        engine.training_dataloader = engine_loader(
-            engine, training_data, collate_fn, position=lambda: engine.global_samples
-        )
+    state = TrainState(
+        model=built,
+        optimizer=inner,
+        lr_scheduler=scheduler,
+        scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
+        progress=Progress(train_batch=triad.train_batch),
+    )
+    engine = Engine(
+        config=settings,
+        triad=triad,
+        state=state,
+        model_spec=spec,
+        training_data=training_data,
+        collate_fn=collate_fn,
+    )
     return engine, inner, engine.training_dataloader, scheduler
 
 

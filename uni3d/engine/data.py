@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-if TYPE_CHECKING:
-    from uni3d.engine.engine import Engine
+from uni3d.config import BatchTriad
 
 
 class GlobalOrder:
@@ -37,24 +36,21 @@ class GlobalOrder:
         return int(self._epoch(epoch)[i])
 
 
-class _MicroBatches(Sampler[list[int]]):
+class _MicroBatchSampler(Sampler[list[int]]):
     """Endless lists of sample indices: this rank's micro batches, from `start` samples on."""
 
-    def __init__(
-        self, order: GlobalOrder, start: int, train_batch: int, micro_batch: int, dp_rank: int, dp: int
-    ) -> None:
-        self._order, self._start = order, start
-        self._train_batch, self._micro_batch = train_batch, micro_batch
-        self._share = train_batch // dp
+    def __init__(self, order: GlobalOrder, start: int, triad: BatchTriad, dp_rank: int) -> None:
+        self._order, self._start, self._triad = order, start, triad
+        self._share = triad.micro_batch * triad.accumulation
         self._first = dp_rank * self._share
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch_start = self._start
+        micro_batch, batch_start = self._triad.micro_batch, self._start
         while True:
             begin = batch_start + self._first
-            for i in range(begin, begin + self._share, self._micro_batch):
-                yield [self._order[place] for place in range(i, i + self._micro_batch)]
-            batch_start += self._train_batch
+            for i in range(begin, begin + self._share, micro_batch):
+                yield [self._order[place] for place in range(i, i + micro_batch)]
+            batch_start += self._triad.train_batch
 
 
 class TrainingLoader:
@@ -67,11 +63,9 @@ class TrainingLoader:
     def __init__(
         self,
         dataset: Dataset[Any],
+        triad: BatchTriad,
         *,
-        train_batch: int,
-        micro_batch: int,
         dp_rank: int,
-        dp: int,
         seed: int,
         position: Callable[[], int],
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -79,18 +73,18 @@ class TrainingLoader:
         """`position` gives the samples consumed so far, over all ranks."""
         self._dataset = dataset
         self._order = GlobalOrder(len(dataset), seed)  # type: ignore[arg-type]
-        self._split = (train_batch, micro_batch, dp_rank, dp)
+        self._triad, self._dp_rank = triad, dp_rank
         self._collate_fn = collate_fn
         self._position = position
         self._generation = 0
 
     def moved(self) -> None:
-        """The position has jumped: iterators that were begun before are of no use any more."""
+        """Invalidate iterators begun before: the position has jumped."""
         self._generation += 1
 
     def __iter__(self) -> Iterator[Any]:
         generation = self._generation
-        sampler = _MicroBatches(self._order, self._position(), *self._split)
+        sampler = _MicroBatchSampler(self._order, self._position(), self._triad, self._dp_rank)
         for batch in DataLoader(self._dataset, batch_sampler=sampler, collate_fn=self._collate_fn):
             if generation != self._generation:
                 raise RuntimeError(
@@ -100,24 +94,33 @@ class TrainingLoader:
             yield batch
 
 
-def engine_loader(
-    engine: Engine,
-    dataset: Dataset[Any],
-    collate_fn: Callable[[list[Any]], Any] | None = None,
-    position: Callable[[], int] = lambda: 0,
-) -> TrainingLoader:
-    """A loader of `dataset` with the engine's batch sizes, for this rank.
+class BatchSource:
+    """Takes each step's micro batches, from a script's iterator or from the engine's own loader."""
 
-    Without `position` each `iter()` begins at the same first sample, as evaluation wants it.
-    """
-    topology = engine.model.topology
-    return TrainingLoader(
-        dataset,
-        train_batch=engine.triad.train_batch,
-        micro_batch=engine.triad.micro_batch,
-        dp_rank=topology.dp_rank,
-        dp=topology.degrees.dp,
-        seed=engine.config.seed,
-        position=position,
-        collate_fn=collate_fn,
-    )
+    def __init__(self, loader: TrainingLoader | None, accumulation: int) -> None:
+        """`loader` is the engine's, `accumulation` the number of micro batches per step."""
+        self._loader = loader
+        self._accumulation = accumulation
+        self._iterator: Iterator[Any] | None = None
+
+    def take(self, data_iter: Iterator[Any] | None) -> list[Any]:
+        """Return the next micro batches of `data_iter`, or of the loader where it is None.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        if data_iter is not None:
+            self._iterator = None  # the loader begins anew, where training stands then
+        else:
+            if self._loader is None:
+                raise ValueError("give a data iterator, or training_data to initialize")
+            if self._iterator is None:
+                self._iterator = iter(self._loader)
+            data_iter = self._iterator
+        return [next(data_iter) for _ in range(self._accumulation)]
+
+    def moved(self) -> None:
+        """Begin anew at the next step: the position in the training data has jumped."""
+        self._iterator = None
+        if self._loader is not None:
+            self._loader.moved()

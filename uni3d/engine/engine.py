@@ -1,48 +1,52 @@
-"""The engine: one optimizer step after another, on whatever topology."""
+"""The engine: one optimizer step after another, on any topology."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from ckpt import CheckpointError
-from parallel import Failures, ParallelModel
+import ckpt
+from parallel import HostComm, ParallelModel
 from parallel.gradients import sum_over_ranks
-from parallel.loss import Loss, split_logits
-from uni3d.checkpoint.save import Checkpointer
+from parallel.loss import Loss
+from uni3d.checkpoint import live_weights
+from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
+from uni3d.checkpoint.save import Saver, threads_per_rank
 from uni3d.config import BatchTriad, Config
-from uni3d.engine.accessors import Accessors
-from uni3d.engine.batches import BatchError, on_device, run_batches
-from uni3d.engine.data import TrainingLoader
-from uni3d.engine.loss_scale import LossScale
-from uni3d.engine.random_state import random_state
-from uni3d.engine.saving import Saving
+from uni3d.engine.batches import check_batches, on_device, random_state
+from uni3d.engine.data import BatchSource, TrainingLoader
+from uni3d.engine.guard import Guard
+from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper
 from uni3d.observe import Observer
+from uni3d.state import Inventory
+from uni3d.train_state import TrainState
 
-ALIKE = (FloatingPointError, CheckpointError)
-"""Errors that all ranks raise at the same place."""
 
-
-class Engine(Accessors, Saving):
+class Engine:
     """Trains one model. Made by `uni3d.initialize`; every method is collective unless it says otherwise.
 
     A step's loss is the mean over the global batch: over its tokens where the model's `loss_fn` returns
     `(sum, count)`, over its micro batches where the loss is a single value.
 
     Attributes:
+        config, triad: the config, and the three batch sizes that it comes to on this topology.
+        model: this rank's part of the model, with the rest that `parallel.build` returns.
+        module: the same, as a module; its parameters have the names of the whole model.
+        device: where this rank computes.
         optimizer, lr_scheduler, training_dataloader: as `initialize` made them, or None.
-        global_steps: steps, over all resumes, those that were skipped for an overflow with them.
-        global_samples: samples consumed, over all ranks and resumes.
-        skipped_steps: steps that were skipped because a gradient overflowed in fp16.
-        scaler: fp16's loss scale, or None.
+        scaler: the loss scale of fp16, or None.
+        global_rank, local_rank, world_size: as torchrun counts them.
+        last_load: the report of the last load, or None.
     """
 
     def __init__(
@@ -50,284 +54,389 @@ class Engine(Accessors, Saving):
         *,
         config: Config,
         triad: BatchTriad,
-        model: ParallelModel,
-        optimizer: torch.optim.Optimizer | None,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        state: TrainState,
+        model_spec: dict[str, Any],
+        training_data: Dataset[Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
+        """Collective. `model_spec` is the model's own description, for the manifest."""
         self.config = config
         self.triad = triad
-        self.model = model
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.model: ParallelModel = state.model
+        self.module: nn.Module = state.model.module
+        topology = state.model.topology
+        self.device, self.global_rank, self.world_size = topology.device, topology.rank, topology.world_size
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # unset without torchrun
+        self.optimizer = state.optimizer
+        self.lr_scheduler = state.lr_scheduler
+        self.scaler = state.scaler
+        self.last_load: ckpt.LoadReport | None = None
+        self._progress = state.progress
+        self._comm = HostComm()
+        inventory = Inventory(state.model)
+        self._saver = Saver(state, config, comm=self._comm, inventory=inventory, model_spec=model_spec)
+        threads = threads_per_rank(self._comm.size)
+        self._restorer = Restorer(
+            state, seed=config.seed, comm=self._comm, inventory=inventory, threads=threads
+        )
+        self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
+        self._stepper = Stepper(
+            state, clip=config.gradient_clipping, saver=self._saver, observer=self._observer
+        )
+        self._micro = MicroBatches(state.model, state.scaler, triad.accumulation)
+        self._guard = Guard()
         self.training_dataloader: TrainingLoader | None = None
-        self.global_steps = 0
-        self.global_samples = 0
-        self.skipped_steps = 0
-        self.scaler = LossScale(config.fp16) if config.precision == "fp16" else None
-        self.checkpointer = Checkpointer(self)
-        self._stepper = Stepper(self)
-        self._own_iterator: Iterator[Any] | None = None
-        self._micro_steps = 0  # micro batches since the last boundary
-        self._pending: list[Loss] = []  # their losses, from the forward/backward/step calls
-        self._backwards = 0  # of the micro batch at hand
-        self._inside_no_sync = False
-        self._forwards = {True: 0, False: 0}  # of the micro batch at hand, in training and in evaluation
-        self._begun = False  # whether what the ranks do together has begun to change anything
-        self._failures = Failures()
-        self.observer = Observer(self)
+        if training_data is not None:
+            self.training_dataloader = self.loader(training_data, collate_fn, lambda: self.global_samples)
+        self._source = BatchSource(self.training_dataloader, triad.accumulation)
 
     # --- whole batches ---------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """One optimizer step on one global batch, under any topology.
+        """Take one optimizer step on one global batch, under any topology.
 
         Takes `gradient_accumulation_steps` micro batches from `data_iter`, by default from the engine's own
-        loader: `(inputs, targets)`, or what a model that computes its own loss is called with: a tuple of
-        arguments, or a dict of them by name. Such a model returns the loss, or an object that has it as
-        `.loss`. Returns the batch's mean loss, the same on all ranks.
+        loader: `(inputs, targets)`, or the arguments of a model that computes its own loss: a tuple, or a
+        dict of them by name. Such a model returns the loss, or an object that has it as `.loss`. Returns the
+        batch's mean loss, the same on all ranks.
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite; no step was taken.
             ValueError: micro batches of another size than the config's.
         """
         self._check_usable()
-        self._check_between_steps("train_batch")
+        self._micro.check_none("train_batch")
         self._check_optimizer("train_batch")
         with self._together("train_batch"):
-            with self.observer.timed("data"):
+            with self._observer.timed("data"):
                 batches = self._take(data_iter)
-            self._begun = True
-            self._find_terms(batches)
-            if self.observer.profiles_next():
+            self._guard.begun = True
+            if self.scaler is not None and self.scaler.terms is None:  # before fp16's first backward pass
+                self.scaler.set_terms(self._evaluate(batches)[1].item())
+            if self._observer.profiles_next():
                 self._evaluate(batches)  # the first time, torch's schedules compute something for its shapes
-                self.observer.profile(lambda: self._evaluate(batches))
+                self._observer.profile(lambda: self._evaluate(batches))
             self.module.train()
-            with self.observer.timed("forward and backward"), self._random_state():
-                loss = run_batches(self.model, batches, self.triad, train=True, factor=self._factor())
-            with self.observer.timed("step"):
+            with self._observer.timed("forward and backward"), self._random_state():
+                loss = self._run(batches, train=True)
+            with self._observer.timed("step"):
                 mean = self._stepper.finish(loss)
-            self.observer.tell()
+            self._observer.tell()
             return mean
 
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Mean loss of one global batch from `data_iter`, without learning from it."""
+        """Return the mean loss of one global batch from `data_iter`, without training on it."""
         self._check_usable()
         with self._together("eval_batch"):
             batches = self._take(data_iter)
-            self._begun = True
+            self._guard.begun = True
             total, tokens, alarms = self._evaluate(batches)
-        self.checkpointer.agree(alarms.item() > 0)
+        self._saver.agree(alarms.item() > 0)
         return total / tokens
 
     def _evaluate(self, batches: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Over all ranks: the loss summed, the number of its terms, the number of alarms."""
+        """Return, over all ranks: the summed loss, the number of its terms, the number of alarms."""
         was_training = self.module.training
         self.module.eval()
         with torch.no_grad(), self._random_state():
-            loss = run_batches(self.model, batches, self.triad, train=False)
+            loss = self._run(batches, train=False)
         self.module.train(was_training)
         self.model.zero.reshard()
-        total, tokens, _, alarms = sum_over_ranks(
-            loss, [], self.model.topology, alarm=self.checkpointer.failed
-        )
+        total, tokens, _, alarms = sum_over_ranks(loss, [], self.model.topology, alarm=self._saver.failed)
         return total, tokens, alarms
 
-    def _take(self, data_iter: Iterator[Any] | None) -> list[Any]:
-        """This rank's micro batches of the next global batch, on its device."""
-        if data_iter is None:
-            if self.training_dataloader is None:
-                raise ValueError("give a data iterator, or training_data to initialize")
-            if self._own_iterator is None:
-                self._own_iterator = iter(self.training_dataloader)
-            data_iter = self._own_iterator
-        else:
-            self._own_iterator = None  # its place in the data won't be that of training any more
-        return [self._on_device(next(data_iter)) for _ in range(self.triad.accumulation)]
+    def _run(self, batches: list[Any], *, train: bool) -> Loss | None:
+        """Run this rank's micro batches; return the summed loss, None where a later stage has it."""
+        if self.model.pipeline is not None:
+            factor = self.scaler.factor if train and self.scaler is not None else 1.0
+            return self.model.pipeline.run(batches, train=train, factor=factor)
+        return self._micro.train(batches) if train else self._micro.evaluate(batches)
 
-    def _find_terms(self, batches: list[Any]) -> None:
-        """Before fp16's first backward pass: how many terms the loss of a global batch has."""
-        if self.scaler is not None and self.scaler.terms is None:
-            self.scaler.set_terms(self._evaluate(batches)[1].item())
+    def _take(self, data_iter: Iterator[Any] | None) -> list[Any]:
+        """Return this rank's micro batches of the next global batch, checked and on its device."""
+        batches = [on_device(batch, self.device) for batch in self._source.take(data_iter)]
+        check_batches(self.model, batches, self.triad)
+        return batches
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        position: Callable[[], int] = lambda: 0,
+    ) -> TrainingLoader:
+        """Return endless micro batches of another dataset for this rank, to evaluate on. Local.
+
+        `position` gives the number of samples to skip; by default each `iter()` begins at the first.
+        """
+        dp_rank, seed = self.model.topology.dp_rank, self.config.seed
+        return TrainingLoader(
+            dataset, self.triad, dp_rank=dp_rank, seed=seed, position=position, collate_fn=collate_fn
+        )
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for one micro batch; needs pp = 1, where a rank sees the whole model."""
+        """Return the model's output for one micro batch; needs pp = 1, where a rank has the whole model."""
         self._check_usable()
-        self._check_no_stages("forward")
-        args, kwargs = self._on_device((args, kwargs))
-        nth = self._forwards[self.module.training]
-        self._forwards[self.module.training] += 1
-        with self._together("forward", begun=True), self.observer.timed("forward"), self._random_state(nth):
-            if torch.is_inference_mode_enabled():  # what ZeRO keeps must be of use for training
-                with torch.inference_mode(False), torch.no_grad():
-                    output = self._forward_once(args, kwargs)
-            else:
-                output = self._forward_once(args, kwargs)
-            if not torch.is_grad_enabled():
-                self.model.zero.reshard()  # or what a script writes into the parameters would not be used
-        return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+        self._micro.check_whole("forward")
+        args, kwargs = on_device((args, kwargs), self.device)
+        first = self._micro.index == 0 and not self._micro.losses
+        nth = self._micro.count_forward()
 
-    def _forward_once(self, args: Any, kwargs: Any) -> Any:
-        with split_logits(self.model.topology):
-            counts = self.observer.profiles_next() and self._micro_steps == 0 and not self._pending
-            if not (counts and torch.is_grad_enabled()):
-                return self.module(*args, **kwargs)
-            outputs: list[Any] = []
-            self.observer.profile(
-                lambda: outputs.append(self.module(*args, **kwargs)), self.triad.accumulation
-            )
-            return outputs[0]
+        call = partial(self.module, *args, **kwargs)
+        if first and torch.is_grad_enabled() and self._observer.profiles_next():
+            call = partial(self._observer.profile, call, self.triad.accumulation)
+        with self._together("forward", begun=True), self._observer.timed("forward"), self._random_state(nth):
+            return self._micro.forward(call)
+
+    __call__ = forward
 
     def backward(
         self, loss: Tensor | tuple[Tensor, Tensor], retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> Tensor:
-        """Add up gradients of one micro batch's loss: its mean, or its sum and the number of its terms.
+        """Accumulate gradients of one micro batch's loss: its mean, or its sum and the number of its terms.
 
-        With `scale_wrt_gas` false, a mean counts as often as there are micro batches in a step: its gradient
-        isn't divided by their number. Returns the micro batch's mean loss, divided by that number unless
-        `scale_wrt_gas` is false. Inside `no_sync`, a mean is added to the step's loss without being one more
-        micro batch of it.
+        Returns the mean. It and the gradient are divided by the micro batches per step unless `scale_wrt_gas`
+        is false. Inside `no_sync`, a mean isn't one more micro batch of the step.
         """
-        self._check_no_stages("backward")
+        self._micro.check_whole("backward")
         self._check_optimizer("backward")
         value = Loss.of(loss)
         steps = self.triad.accumulation
         mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)
         if not scale_wrt_gas:
             value = Loss(value.total * steps, value.tokens)
-        self.model.zero.before_backward(last=self._ends_step())
-        with (
-            self._together("backward", begun=True),
-            self.observer.timed("backward"),
-            split_logits(self.model.topology),
-        ):
-            if self.scaler is not None and self.scaler.terms is None:
-                _, tokens, _, _ = sum_over_ranks(value, [], self.model.topology)
-                self.scaler.set_terms(tokens.item() * steps)
-            value.lifted(self._factor()).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-            if self._ends_step():
-                self.model.zero.reshard()  # the step's gradients are in `.grad` now
-        counts = isinstance(loss, tuple) or not self._inside_no_sync
-        self._pending.append(Loss(value.total.detach(), value.tokens if counts else value.tokens * 0))
-        self._backwards += not self._inside_no_sync
+        counts = isinstance(loss, tuple) or not self._micro.inside_no_sync
+        with self._together("backward", begun=True), self._observer.timed("backward"):
+            self._micro.backward(value, retain_graph=retain_graph, counts=counts)
         return mean
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro batch at hand is the last before an optimizer step. Local."""
-        return self._micro_steps + 1 == self.triad.accumulation
+        """Return whether the micro batch at hand is the last before an optimizer step. Local."""
+        return self._micro.is_boundary
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Backward passes in here add gradients up on this rank, beyond the accumulation of the config.
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients on this rank alone; the first backward pass after it sums them over the ranks.
 
-        The backward pass after it sums all of them over the ranks. Needs ZeRO stage 0 or 1, as in DeepSpeed:
-        the others don't keep gradients whole.
+        Needs ZeRO stage 0 or 1, as in DeepSpeed: the others don't keep gradients whole.
         """
-        if self.model.zero.stage >= 2:
-            raise RuntimeError(
-                f"no_sync() needs whole gradients, which ZeRO stage {self.model.zero.stage} doesn't keep; "
-                "use stage 0 or 1, or more gradient_accumulation_steps"
-            )
-        if self._inside_no_sync:
-            raise RuntimeError("no_sync() can't be entered twice")
-        self._inside_no_sync = True
-        try:
-            yield
-        finally:
-            self._inside_no_sync = False
+        return self._micro.no_sync()
 
     def step(self) -> None:
         """End a micro batch; at the accumulation boundary, take the optimizer step."""
-        self._check_no_stages("step")
+        self._micro.check_whole("step")
         self._check_optimizer("step")
-        if self._inside_no_sync:
-            raise RuntimeError("step() can't be called inside no_sync()")
-        if self._backwards != 1:
-            raise RuntimeError("step() comes after one backward() of each micro batch")
         boundary = self.is_gradient_accumulation_boundary()
-        self._micro_steps += 1
-        self._backwards = 0
-        self._forwards = {True: 0, False: 0}
+        self._micro.end()
         self._stepper.applied = False
         if boundary:
-            losses, self._pending, self._micro_steps = self._pending, [], 0
-            with self._together("step", begun=True), self.observer.timed("step"):
-                self._stepper.finish(Loss.sum(losses))
-            self.observer.tell()
+            loss = self._micro.take()
+            with self._together("step", begun=True), self._observer.timed("step"):
+                self._stepper.finish(loss)
+            self._observer.tell()
 
     def zero_grad(self) -> None:
         """Drop all gradients, and begin the step's accumulation anew, with a warning if that loses any."""
-        if self._pending:
-            warnings.warn(
-                f"zero_grad() drops the gradients of {len(self._pending)} micro batches, of "
-                f"{self.triad.accumulation} for a step; step() drops them itself when it has taken one",
-                stacklevel=2,
-            )
-        self.model.zero.drop_gradients()
-        self._pending, self._micro_steps, self._backwards = [], 0, 0
-        self._forwards = {True: 0, False: 0}
+        self._micro.drop()
 
-    # --- modes, checks -----------------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write a checkpoint that any topology can load.
+
+        Returns when everything has been copied: it is written and committed while training goes on. The next
+        save or load, `wait_for_checkpoint` and the end of the process wait for it. If it fails, the engine's
+        next call raises the error. With the config's `checkpoint.async_save` false, it returns committed.
+
+        Args:
+            save_dir: the run's folder, on a file system that all ranks see, or a URL that fsspec knows.
+            tag: the checkpoint's name; `global_step<N>` by default.
+            client_state: the script's own state: dicts, lists, strings, numbers, booleans, None.
+            save_latest: whether `latest` shall name it.
+            exclude_frozen_parameters: leave out parameters that don't require a gradient; load such a
+                checkpoint with `load_module_strict=False`.
+
+        Raises:
+            ckpt.CheckpointError: the same on all ranks. There is no such checkpoint then, an older one of
+                this tag is as it was, and training may go on. It may be the save before that failed.
+        """
+        self._check_ready("save_checkpoint")
+        self._saver.save(
+            save_dir,
+            f"global_step{self.global_steps}" if tag is None else str(tag),
+            client_state or {},
+            update_latest=save_latest,
+            frozen=not exclude_frozen_parameters,
+        )
+        return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the last save is committed; raises CheckpointError, on all ranks, if it failed."""
+        self._saver.wait()
+
+    @property
+    def last_save(self) -> ckpt.SaveReport | None:
+        """What the last save that has ended wrote."""
+        return self._saver.report
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: CustomLoad | None = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """Take up a checkpoint, whatever topology wrote it. Returns its folder and its client_state.
+
+        Args:
+            load_dir, tag: the run's folder or URL, and a checkpoint in it; by default the one `latest` names.
+            load_module_strict: require that checkpoint and engine have the same arrays. Otherwise the report
+                in `last_load` lists the defaulted and the dropped.
+            load_optimizer_states, load_lr_scheduler_states: leave either as it is if false.
+            load_module_only: load weights and buffers, nothing else.
+            custom_load_fn: called as `custom_load_fn(src=state_dict, dst=module)` to load parameters. `src`
+                reads each tensor whole, in fp32, when asked for it; `dst` is this rank's part of the model,
+                with whole plain tensors in the host's memory. All ranks must write the same into it.
+
+        Raises:
+            ckpt.CheckpointError: nothing is there, or something doesn't fit; the same on all ranks, and the
+                engine is as it was.
+            ckpt.PartialLoadError: data is damaged; the same on all ranks, which refuse to go on from there.
+        """
+        self._check_ready("load_checkpoint")
+        wanted = Wanted(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
+            custom=custom_load_fn,
+        )
+        self._saver.wait()
+        try:
+            report, checkpoint = self._restorer.load(load_dir, tag, wanted)
+        except ckpt.PartialLoadError as error:
+            self._guard.unusable = f"a load failed half-way ({error})"
+            raise
+        self._saver.forget_plan()
+        self._source.moved()
+        self.last_load = report
+        if self.global_rank == 0:
+            print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
+        return checkpoint.url, checkpoint.manifest["client_state"]
+
+    def resume(self, run: str | Path) -> dict[str, Any] | None:
+        """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
+        self._saver.wait()
+        if self._restorer.latest(run) is None:
+            return None
+        return self.load_checkpoint(run)[1]
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """Return this stage's part of the whole model's `state_dict`: fp32 tensors in the host's memory.
+
+        Collective over the ranks of a stage. Without pipeline stages it is the whole `state_dict`.
+        """
+        self._check_ready("module_state_dict")
+        return live_weights.state_dict_of(self.model, frozen=not exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the whole model's `state_dict` as one `torch.save` file, at every topology and ZeRO stage.
+
+        Parameters have the type that training computes in (fp32 without bf16 or fp16). Rank 0 holds them all
+        in its host's memory; for larger models there is `uni3d export`.
+
+        Raises:
+            ckpt.CheckpointError: it can't be written; the same on all ranks. The older file is as it was.
+        """
+        self._check_ready("save_16bit_model")
+        live_weights.save_16bit(
+            self.model, self._comm, save_dir, save_filename, frozen=not exclude_frozen_parameters
+        )
+        return True
+
+    # --- by DeepSpeed's names; all of it is local ---------------------------------------------------------
+
+    @property
+    def global_steps(self) -> int:
+        """Steps, over all resumes, including those skipped for an overflow."""
+        return self._progress.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples consumed, over all ranks and resumes."""
+        return self._progress.global_samples
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because a gradient overflowed in fp16."""
+        return self._progress.skipped_steps
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of this rank's part of the model, sharded."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of this rank's part of the model, under the names of the whole one."""
+        return self.module.named_parameters()
+
+    def get_lr(self) -> list[float]:
+        """Return each parameter group's learning rate for the next step."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def get_global_grad_norm(self) -> float | None:
+        """Return the norm of all gradients of the last step, before clipping; None before the first."""
+        return self._stepper.look().norm
+
+    def get_loss_scale(self) -> float:
+        """Return the factor on losses before the next backward pass; 1 unless training is in fp16."""
+        return 1.0 if self.scaler is None else self.scaler.scale
+
+    def was_step_applied(self) -> bool:
+        """Return whether the last `step()` or `train_batch()` changed the parameters: it may be skipped."""
+        return self._stepper.look().applied
+
+    def train_batch_size(self) -> int:
+        return self.triad.train_batch
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.triad.micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.triad.accumulation
+
+    def zero_optimization_stage(self) -> int:
+        return self.model.zero.stage
 
     def train(self, mode: bool = True) -> None:
-        """Set the module's mode for forward(); train_batch and eval_batch set their own. Local."""
+        """Set the module's mode for forward(); train_batch and eval_batch set their own."""
         self.module.train(mode)
 
     def eval(self) -> None:
         self.train(False)
 
-    def _ends_step(self) -> bool:
-        """Whether the backward pass to come is a step's last."""
-        return self.is_gradient_accumulation_boundary() and not self._inside_no_sync
-
-    def _factor(self) -> float:
-        """What a loss is multiplied by before its backward pass."""
-        return 1.0 if self.scaler is None else self.scaler.factor
-
-    def _on_device(self, values: Any) -> Any:
-        return on_device(values, self.device)
+    # --- checks -------------------------------------------------------------------------------------------
 
     def _random_state(self, nth: int = 0) -> AbstractContextManager[None]:
-        return random_state(
-            self.model.topology,
-            seed=self.config.seed,
-            step=self.global_steps,
-            micro_step=self._micro_steps,
-            nth=nth,
-        )
+        seed, step = self.config.seed, self.global_steps
+        return random_state(self.model.topology, seed=seed, step=step, micro_step=self._micro.index, nth=nth)
 
-    @contextmanager
-    def _together(self, call: str, *, begun: bool = False) -> Iterator[None]:
-        """Around what the ranks do together: if one fails, all stop with that one's reason.
-
-        After what all ranks raise alike, and what is raised before they have begun, training may go on.
-        """
-        self._begun = begun
-        try:
-            with self._failures.told(f"step {self.global_steps + 1}: {call}()", alike=ALIKE):
-                yield
-        except (*ALIKE, BatchError):
-            raise
-        except Exception as error:
-            if self._begun:  # in the midst of a step, so its state is of no more use
-                self._unusable = f"{call}() failed: {type(error).__name__}: {error}"
-            raise
-
-    def _data_moved(self) -> None:
-        self._own_iterator = None
-        if self.training_dataloader is not None:
-            self.training_dataloader.moved()
-
-    def _check_no_stages(self, call: str) -> None:
-        if self.model.topology.degrees.pp > 1:
-            raise RuntimeError(
-                f"{call}() needs the whole model on a rank, but pp is {self.model.topology.degrees.pp}; "
-                "use train_batch() or eval_batch()"
-            )
+    def _together(self, call: str, *, begun: bool = False) -> AbstractContextManager[None]:
+        return self._guard.together(call, self.global_steps + 1, begun=begun)
 
     def _check_optimizer(self, call: str) -> None:
         if self.optimizer is None:
@@ -335,14 +444,9 @@ class Engine(Accessors, Saving):
 
     def _check_ready(self, call: str) -> None:
         self._check_usable()
-        self._check_between_steps(call)
+        self._micro.check_none(call)
         self._stepper.settle()
 
-    def _check_between_steps(self, call: str) -> None:
-        if self._pending:
-            raise RuntimeError(f"{call}() comes after step(), not between micro batches of a step")
-
     def _check_usable(self) -> None:
-        if self._unusable is not None:
-            raise RuntimeError(f"this engine can't be used any more: {self._unusable}; initialize a new one")
-        self.checkpointer.check()
+        self._guard.check()
+        self._saver.check()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from parallel.gradients import counts_here, local_gradients, sum_over_ranks
 from parallel.loss import Loss
-from uni3d.observe import StepRecord
-
-if TYPE_CHECKING:
-    from uni3d.engine.engine import Engine
+from uni3d.checkpoint.save import Saver
+from uni3d.observe import Observer, StepRecord
+from uni3d.train_state import TrainState
 
 
 class Numbers(NamedTuple):
@@ -70,15 +69,23 @@ class Report:
 
 
 class Stepper:
-    """Ends an engine's steps.
+    """Takes the optimizer steps.
 
     On a GPU with a fused optimizer the host doesn't wait for a step's numbers: the optimizer itself leaves
     everything as it is if they aren't finite, and the host reads them while the next step is computed, and
     then takes back what it counted. Elsewhere it reads them before the optimizer's step.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, state: TrainState, *, clip: float, saver: Saver, observer: Observer) -> None:
+        """`clip` is the largest norm of all gradients together, 0 for none.
+
+        Each step's collective also says whether some rank's save has failed in the background: `saver` knows
+        about this rank's, and is told about the others'.
+        """
+        self._state = state
+        self._clip = clip
+        self._saver = saver
+        self._observer = observer
         self._unread: Report | None = None
         self._take_back: Callable[[], None] = lambda: None
         self.norm: float | None = None
@@ -86,9 +93,10 @@ class Stepper:
         self.applied = False
         """Whether the last step changed the parameters."""
         self._trained = _Trained([], [])
-        fused = getattr(engine.optimizer, "_step_supports_amp_scaling", False)
-        on_gpu = engine.device.type == "cuda" and not engine.model.zero.offload  # where the optimizer works
-        self.deferred = fused and engine.scaler is None and on_gpu
+        fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+        model = state.model
+        on_gpu = model.topology.device.type == "cuda" and not model.zero.offload  # where the optimizer works
+        self.deferred = fused and state.scaler is None and on_gpu
         """Whether a step's numbers are read during the next one."""
 
     def finish(self, loss: Loss | None) -> Tensor:
@@ -98,36 +106,36 @@ class Stepper:
             FloatingPointError: the loss or a gradient isn't finite, and there is no loss scale to lower; it
                 may be those of the step before. No step was taken, of neither batch then.
         """
-        engine = self._engine
-        assert engine.optimizer is not None, "checked before the batch was taken"
-        engine.model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
+        state, model, progress = self._state, self._state.model, self._state.progress
+        assert state.optimizer is not None, "checked before the batch was taken"
+        model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
-        engine.model.scalars.sum()
-        engine.model.replicas.check()
-        engine.model.tied.sum()
+        model.scalars.sum()
+        model.replicas.check()
+        model.tied.sum()
         #    A save that failed in the background is told along; the next call raises it, on all ranks.
         gradients, counted = self._gradients()
         total, tokens, square, alarms = sum_over_ranks(
-            loss, counted, engine.model.topology, alarm=engine.checkpointer.failed
+            loss, counted, model.topology, alarm=self._saver.failed
         )
-        lifted = 1.0 if engine.scaler is None else engine.scaler.factor
+        lifted = 1.0 if state.scaler is None else state.scaler.factor
         mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
         finite = (mean_loss + norm).isfinite()
         try:
             self.settle()
         except FloatingPointError:
-            engine.global_samples += engine.triad.train_batch  # this step's batch goes with the bad one's
+            progress.global_samples += progress.train_batch  # this step's batch goes with the bad one's
             raise
         numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
-        samples = engine.global_samples + engine.triad.train_batch
-        report = Report(engine.global_steps + 1, samples, engine.get_lr()[0], numbers)
+        samples = progress.global_samples + progress.train_batch
+        report = Report(progress.global_steps + 1, samples, state.rate, numbers)
         # 2. Gradients are of the sum over the global batch: divide, and clip, in one multiplication.
         scale = 1.0 / (tokens * lifted)
-        if engine.config.gradient_clipping > 0:
-            scale = scale * (engine.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+        if self._clip > 0:
+            scale = scale * (self._clip / (norm + 1e-6)).clamp(max=1.0)
         # 3. The step.
         if self.deferred:
-            engine.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self._take_back = self._remember()
             self._update(gradients, scale)
             self._unread = report
@@ -154,23 +162,23 @@ class Stepper:
 
     def _judge(self, report: Report) -> bool:
         """Whether the step is, or was rightly, taken; without a loss scale, raises if not."""
-        engine = self._engine
+        state, progress = self._state, self._state.progress
         numbers = report.read()
         self.norm = numbers.norm
-        engine.checkpointer.agree(numbers.alarms > 0)
+        self._saver.agree(numbers.alarms > 0)
         self.applied = bool(numbers.finite)
-        if engine.observer.wanted:
+        if self._observer.wanted:
             self._tell(report, numbers)
-        if engine.scaler is not None:
+        if state.scaler is not None:
             if not self.applied:
-                engine.module.zero_grad()
-                engine.skipped_steps += 1
-                self._count()
-            engine.scaler.update(overflow=not self.applied)
+                state.model.module.zero_grad()
+                progress.skipped_steps += 1
+                progress.count_step()
+            state.scaler.update(overflow=not self.applied)
         elif not self.applied:  # the same numbers on all ranks, so all raise
             self._take_back()
-            engine.module.zero_grad()
-            engine.global_samples += engine.triad.train_batch  # consumed, as the data iterator has them
+            state.model.module.zero_grad()
+            progress.global_samples += progress.train_batch  # consumed, as the data iterator has them
             raise FloatingPointError(
                 f"step {report.step}: the loss is {numbers.loss:g} and the gradients' norm "
                 f"{numbers.norm:g}; no step was taken"
@@ -178,55 +186,50 @@ class Stepper:
         return self.applied
 
     def _tell(self, report: Report, numbers: Numbers) -> None:
-        engine = self._engine
-        engine.observer.step_taken(
+        scaler = self._state.scaler
+        self._observer.step_taken(
             StepRecord(
                 step=report.step,
                 samples=report.samples,
                 loss=numbers.loss,
                 norm=numbers.norm,
                 rate=report.rate,
-                scale=None if engine.scaler is None else engine.scaler.scale,
+                scale=None if scaler is None else scaler.scale,
                 terms=numbers.terms,
             )
         )
 
     def _update(self, gradients: list[Tensor], scale: Tensor) -> None:
-        engine = self._engine
-        assert engine.optimizer is not None
+        state = self._state
+        assert state.optimizer is not None
         if gradients:
             torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
-        engine.optimizer.step()
-        engine.module.zero_grad()  # those too that the optimizer doesn't have
-        if engine.lr_scheduler is not None:
-            engine.lr_scheduler.step()
-        self._count()
-
-    def _count(self) -> None:
-        self._engine.global_steps += 1
-        self._engine.global_samples += self._engine.triad.train_batch
+        state.optimizer.step()
+        state.model.module.zero_grad()  # those too that the optimizer doesn't have
+        if state.lr_scheduler is not None:
+            state.lr_scheduler.step()
+        state.progress.count_step()
 
     def _remember(self) -> Callable[[], None]:
         """What takes back the counting of a step that turns out not to have been taken."""
-        engine = self._engine
-        assert engine.optimizer is not None
-        counted = engine.global_steps, engine.global_samples
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
-        schedule = None if engine.lr_scheduler is None else copy.copy(engine.lr_scheduler.state_dict())
+        optimizer, scheduler, progress = self._state.optimizer, self._state.lr_scheduler, self._state.progress
+        assert optimizer is not None
+        counted = progress.global_steps, progress.global_samples
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        schedule = None if scheduler is None else copy.copy(scheduler.state_dict())
 
         def take_back() -> None:
-            engine.global_steps, engine.global_samples = counted
-            assert engine.optimizer is not None
-            for group, values in zip(engine.optimizer.param_groups, groups, strict=True):
+            progress.global_steps, progress.global_samples = counted
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
                 group.update(values)
-            if engine.lr_scheduler is not None:
-                engine.lr_scheduler.load_state_dict(schedule)  # type: ignore[arg-type]
+            if scheduler is not None:
+                scheduler.load_state_dict(schedule)  # type: ignore[arg-type]
 
         return take_back
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's parts of the gradients, and those of them that count on it."""
-        model, optimizer = self._engine.model, self._engine.optimizer
+        model, optimizer = self._state.model, self._state.optimizer
         assert optimizer is not None
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if [id(p) for p in trained] != [id(p) for p in self._trained.parameters]:

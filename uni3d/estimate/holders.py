@@ -76,8 +76,8 @@ def writers(source: SavedModel) -> Holders:
         raise ValueError("the manifest doesn't say on which topology it was written")
     if len(layers or [None]) != ranks.pp:
         raise ValueError(
-            f"the manifest doesn't say which layers lay on which of the {ranks.pp} pipeline ranks "
-            "(an older release wrote it), so nobody knows what they held"
+            f"the manifest doesn't say which layers lay on which of the {ranks.pp} pipeline ranks, "
+            "so nobody knows what they held"
         )
     if ranks.tp > 1 and (why := source.untold_tp()):
         raise ValueError(f"tp({ranks.tp}) {why}, so it isn't known what the ranks held")

@@ -40,6 +40,7 @@ def reads(
     Raises:
         CheckpointError: the manifest has no record of a chunk.
     """
+    from ckpt.checksums import Blocks
     from ckpt.read import pieces
 
     shards, n = ranks.shards(shard_group), ranks.of_a_stage
@@ -47,7 +48,7 @@ def reads(
 
     def of(part: StageArray) -> list[tuple[int, int]]:
         info = part.info
-        blocks = {checkpoint.blocks(record).size for record in info.chunks.values()}
+        blocks = {Blocks.of_record(record).size for record in info.chunks.values()}
         alike = (info.shape, info.chunk_shape, info.dtype, part.tp_dim, part.whole)
         key = (*alike, *blocks) if len(blocks) <= 1 else info.key
         if key not in known:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt import ArrayKey, ArrayLayout, Box, Plan, plan_arrays
 from ckpt.box import around
-from ckpt.checksum import block_bytes
+from ckpt.checksums import block_bytes
 from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
 from ckpt.gather import Gathering, rounds
 from ckpt.plan import ArrayPlan

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: lines, curves, times, FLOPs. Nothing unless it is enabled."""
+"""A run's own account while it trains: lines on the terminal, and, where enabled, curves, times and FLOPs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 
+from parallel import HostComm
+from uni3d.config import BatchTriad, Config
 from uni3d.observe import profiler
 from uni3d.observe.flops import peak_flops, utilisation
 from uni3d.observe.monitors import Monitor, make_monitors
+from uni3d.train_state import TrainState
 
-if TYPE_CHECKING:
-    from uni3d.engine.engine import Engine
+T = TypeVar("T")
+
+LINE_STEPS, LINE_SECONDS = 10, 30.0
+"""A line is printed after so many steps, or at the first step after so many seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +46,31 @@ class StepRecord:
 
 
 class Observer:
-    """Of one engine. `step_taken` and `timed` are local; `profile` is collective."""
+    """Prints lines, feeds monitors, times phases and counts FLOPs; `profile` is collective, all else local."""
 
-    def __init__(self, engine: Engine) -> None:
-        config = engine.config
-        self._engine = engine
-        self._speaks = engine.global_rank == 0
+    def __init__(
+        self,
+        config: Config,
+        batch: BatchTriad,
+        state: TrainState,
+        comm: HostComm,
+        committed: Callable[[], str | None],
+    ) -> None:
+        """`committed` gives the tag of the last checkpoint that this process committed, None before the first."""
+        self._config = config
+        self._batch = batch
+        self._state = state
+        self._comm = comm
+        self._device = state.model.topology.device
+        self._speaks = state.model.topology.rank == 0
         self._monitors: list[Monitor] = make_monitors(config) if self._speaks else []
-        self._every = config.steps_per_print or (10 if config.wall_clock_breakdown else None)
-        self._times = _Times(engine.device) if config.wall_clock_breakdown and self._speaks else None
+        self._committed = committed
+        self._every = config.steps_per_print or (LINE_STEPS if config.wall_clock_breakdown else None)
+        # A script that names a number of steps gets that; the default also speaks when steps are slow.
+        self._patience = math.inf if "steps_per_print" in config.model_fields_set else LINE_SECONDS
+        self._total = getattr(getattr(config.scheduler, "params", None), "total_num_steps", None)
+        self._last_line = time.perf_counter()
+        self._times = _Times(self._device) if config.wall_clock_breakdown and self._speaks else None
         self._profile: profiler.Profile | None = None
         self._begun: float | None = None  # when the last line was printed
         self._steps, self._terms = 0, 0.0  # since then; a load changes the steps' numbers
@@ -73,8 +95,10 @@ class Observer:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # of a skipped step
         for monitor in self._monitors:
             monitor.write(values, record.samples)
-        if self._every and record.step % self._every == 0:
-            self._due = record
+        if self._every:
+            waited = time.perf_counter() - self._last_line
+            if record.step % self._every == 0 or waited >= self._patience:
+                self._due = record
 
     def tell(self) -> None:
         """Print what is due: at the end of a step, when its times are known."""
@@ -85,21 +109,28 @@ class Observer:
             print(f"uni3d: {self._line(record)}", flush=True)
             if self._times is not None:
                 print(f"uni3d: {self._times.line()}", flush=True)
-        self._begun, self._steps, self._terms = time.perf_counter(), 0, 0.0
+        self._begun = self._last_line = time.perf_counter()
+        self._steps, self._terms = 0, 0.0
 
     def profiles_next(self) -> bool:
         """Whether FLOPs are to be counted before the step to come."""
-        config = self._engine.config.flops_profiler
-        due = self._engine.global_steps + 1 >= config.profile_step  # a resumed run may begin beyond it
+        config, steps = self._config.flops_profiler, self._state.progress.global_steps
+        due = steps + 1 >= config.profile_step  # a resumed run may begin beyond it
         return config.enabled and self._profile is None and due
 
-    def profile(self, forward: Callable[[], Any], times: int = 1) -> None:
-        """Collective: count the FLOPs of this rank's forward passes of a batch; see `profiler.measure`."""
-        config = self._engine.config.flops_profiler
-        self._profile = profiler.measure(self._engine.model, self._engine.checkpointer.comm, forward, times)
-        if not self._speaks:
-            return
-        lines = profiler.table(self._profile, config)
+    def profile(self, forward: Callable[[], T], times: int = 1) -> T:
+        """Collective: run `forward` and count its FLOPs; see `profiler.measure`. Returns its output."""
+        outputs: list[T] = []
+        self._profile = profiler.measure(
+            self._state.model, self._comm, lambda: outputs.append(forward()), times
+        )
+        if self._speaks:
+            self._print_profile(self._profile)
+        return outputs[0]
+
+    def _print_profile(self, profile: profiler.Profile) -> None:
+        config = self._config.flops_profiler
+        lines = profiler.table(profile, config)
         if config.output_file is None:
             print("\n".join(f"uni3d: {line}" for line in lines), flush=True)
             return
@@ -111,32 +142,38 @@ class Observer:
             warnings.warn(f"the profile isn't written: {error}", stacklevel=2)
 
     def _line(self, record: StepRecord) -> str:
-        engine = self._engine
+        topology = self._state.model.topology
         parts = [f"step {record.step}", f"loss {record.loss:.4f}", f"lr {record.rate:.3g}"]
         parts.append(f"norm {record.norm:.3g}")
         if record.scale is not None:
-            parts += [f"loss scale {record.scale:g}", f"{engine.skipped_steps} skipped"]
+            parts += [f"loss scale {record.scale:g}", f"{self._state.progress.skipped_steps} skipped"]
         assert self._begun is not None
         steps = self._steps
         if steps:
             seconds = (time.perf_counter() - self._begun) / steps
-            parts += [f"{seconds:.3g} s a step", f"{engine.triad.train_batch / seconds:,.1f} samples/s"]
-            micro_batches = engine.triad.accumulation * engine.model.topology.degrees.dp
+            parts += [f"{seconds:.3g} s a step", f"{self._batch.train_batch / seconds:,.1f} samples/s"]
+            micro_batches = self._batch.accumulation * topology.degrees.dp
             if self._terms > micro_batches * steps:  # the loss is a sum over tokens, not a mean
                 parts.append(f"{self._terms / steps / seconds:,.0f} tokens/s")
             parts += self._mfu(seconds)
-        if engine.device.type == "cuda":
+            if self._total is not None and self._total > record.step:
+                parts.append(f"{timedelta(seconds=round(seconds * (self._total - record.step)))} left")
+        if (tag := self._committed()) is not None:
+            parts.append(f"saved {tag}")
+        if self._device.type == "cuda":
             parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         return " | ".join(parts)
 
     def _mfu(self, seconds: float) -> list[str]:
-        config, device = self._engine.config, self._engine.device
+        config, device = self._config, self._device
         peak = None if config.flops_profiler.peak_tflops is None else config.flops_profiler.peak_tflops * 1e12
         if peak is None and device.type == "cuda" and config.precision != "fp32":
             peak = peak_flops(torch.cuda.get_device_name(device))
         if self._profile is None or peak is None:
             return []
-        return [f"MFU {utilisation(self._profile.forward, seconds, self._engine.world_size, peak):.1%}"]
+        return [
+            f"MFU {utilisation(self._profile.forward, seconds, self._state.model.topology.world_size, peak):.1%}"
+        ]
 
 
 class _Times:

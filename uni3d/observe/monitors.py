@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uni3d.config import Config
-from uni3d.config.observe_sections import CsvMonitorConfig, TensorBoardConfig, WandbConfig
+from uni3d.config.sections import CsvMonitorConfig, TensorBoardConfig, WandbConfig
 
 PREFIX = "Train/Samples/"
 

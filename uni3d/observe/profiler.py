@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallel import HostComm, ParallelModel
 from parallel.tensors import named_parameters
-from uni3d.config.observe_sections import FlopsProfilerConfig
+from uni3d.config.sections import FlopsProfilerConfig
 from uni3d.observe.flops import TRAINING
 
 aten = torch.ops.aten

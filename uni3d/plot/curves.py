@@ -1,4 +1,4 @@
-"""The picture of a run: loss, gradient norm and learning rate, where it was resized, where it was saved."""
+"""Draw a run's loss, gradient norm and learning rate, with its topologies and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from uni3d.plot.figure import COLOURS, GREY, make_figure, plain, renderer_of, size_of
-from uni3d.plot.marks import Mark
-from uni3d.plot.metrics import Curve, Metrics, Point, Resize
+from uni3d.plot.metrics import Curve, Mark, Metrics, Point, Resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,78 +20,75 @@ if TYPE_CHECKING:
 PANELS = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
 X_LABELS = {"step": "optimizer step", "samples": "samples"}
 GAP = 5
-"""A line is broken where points are missing for so many times the usual distance."""
+"""A line is broken where points are missing for this many times the usual distance."""
 FEW = 100
-"""Up to so many points, each is marked."""
+"""Curves of up to this many points have a marker at each."""
 DECADES = 100
-"""A gradient norm that spans more than this is drawn on a log scale."""
-SHELVES = 8
-"""Rows for the labels of resizes; those that find no room in them have none."""
-LABEL_SIZE = 8
-ROW = 13
-"""Points from one row to the next."""
+"""A gradient norm whose maximum exceeds its minimum by this factor is drawn on a log scale."""
+LABEL_SIZE = 8.5
 MOST_NAMED = 9
-"""Topologies in the legend."""
-ABANDONED = "abandoned: the run went back to a checkpoint, and took these steps again"
+"""Largest number of topologies in the legend."""
+ABANDONED = "abandoned: repeated from an earlier checkpoint"
 NOT_FINITE = "NaN or infinite"
 CHECKPOINT = "checkpoint"
 
 Stretch = tuple[float, float, str, "Ranks | None"]
-"""Where a topology begins and ends on the x axis, its colour, and it."""
+"""Begin and end of a topology on the x axis, its colour, and the topology, if known."""
 
 
-def draw_curves(name: str, metrics: Metrics, resizes: Sequence[Resize], marks: Sequence[Mark]) -> Figure:
-    """The curves of the run `name`, one above the other."""
+def draw_curves(
+    name: str,
+    metrics: Metrics,
+    resizes: Sequence[Resize],
+    marks: Sequence[Mark],
+    compared: tuple[str, Metrics] | None = None,
+) -> Figure:
+    """Draw the curves of the run `name`, one above the other.
+
+    `compared` is the name and the metrics of another run, whose loss is drawn as a dashed line.
+    """
     shown = [key for key in PANELS if key in metrics.curves]
-    figure = make_figure(10, 1.6 + 2.8 + 1.7 * (len(shown) - 1))
-    heights = [2.8 if key == "loss" else 1.7 for key in shown]
+    heights = [2.6 if key == "loss" else 1.1 for key in shown]
+    figure = make_figure(8, 1.5 + sum(heights))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     xs = sorted({x for key in shown for x, _ in metrics.curves[key].points})
-    cuts = [_middle(xs, resize.at) for resize in resizes]
-    stretches = _stretches(cuts, resizes, metrics)
+    stretches = _stretches([_middle(xs, resize.at) for resize in resizes], resizes, metrics)
     legend: dict[str, Any] = {}
     for axes, key in zip(panels, shown, strict=True):
         _draw_curve(axes, metrics.curves[key], stretches, legend)
         axes.set_ylabel(PANELS[key])
-        for cut in cuts:
-            axes.axvline(cut, color=GREY, linewidth=1, linestyle=":")
+        for begin, *_ in stretches[1:]:
+            axes.axvline(begin, color=GREY, linewidth=1, linestyle=":")
         plain(axes)
     if "grad_norm" in shown:
-        _perhaps_log(panels[shown.index("grad_norm")], metrics.curves["grad_norm"])
+        _set_scale(panels[shown.index("grad_norm")], metrics.curves["grad_norm"])
+    if compared is not None and "loss" in shown:
+        _draw_compared(panels[shown.index("loss")], *compared, legend)
     _mark_checkpoints(panels[-1], marks, xs, legend)
+    figure.align_ylabels(list(panels))
     panels[-1].set_xlabel(X_LABELS[metrics.x])
-    for key in (CHECKPOINT, NOT_FINITE, ABANDONED):  # the topologies come first
-        if key in legend:
-            legend[key] = legend.pop(key)
+    figure.suptitle(_title(name, shown, resizes))
+    for ranks in _label_topologies(figure, panels[0], stretches):
+        legend.pop(str(ranks), None)
     style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
     figure.legend(list(legend.values()), list(legend), ncols=3, **style)
-    unlabelled = _label_resizes(figure, panels[0], list(zip(cuts, map(resize_label, resizes), strict=True)))
-    figure.suptitle(_title(name, shown, resizes, unlabelled))
     return figure
 
 
-def _title(name: str, shown: Sequence[str], resizes: Sequence[Resize], unlabelled: int) -> str:
+def _title(name: str, shown: Sequence[str], resizes: Sequence[Resize]) -> str:
     curves = ", ".join(PANELS[key] for key in shown)
-    times = "once" if len(resizes) == 1 else f"{len(resizes)} times"
-    resized = f", resized {times}" if resizes else ""
-    rest = f" ({unlabelled} without a label, for lack of room)" if unlabelled else ""
-    return f"Run {name}: {curves}{resized}{rest}"
-
-
-def resize_label(resize: Resize) -> str:
-    before, after = resize.before.total, resize.after.total
-    ranks = f"{before} → {after} ranks" if before != after else f"{after} rank{'s' * (after != 1)}"
-    return f"{resize} ({ranks})"
+    times = {1: "once", 2: "twice"}.get(len(resizes), f"{len(resizes)} times")
+    return f"Run {name}: {curves}{f', resized {times}' if resizes else ''}"
 
 
 def _middle(xs: Sequence[float], at: float) -> float:
-    """Between `at` and the next point."""
+    """Return the middle between `at` and the next point."""
     after = next((x for x in xs if x > at), at)
     return (at + after) / 2
 
 
 def _stretches(cuts: Sequence[float], resizes: Sequence[Resize], metrics: Metrics) -> list[Stretch]:
-    """A topology has the same colour whenever it comes back."""
+    """Return the topologies from left to right. One that comes back has its colour again."""
     alone = metrics.topologies[0][1] if metrics.topologies else None
     order = [resizes[0].before, *(r.after for r in resizes)] if resizes else [alone]
     colours = {ranks: COLOURS[i % len(COLOURS)] for i, ranks in enumerate(dict.fromkeys(order))}
@@ -102,39 +98,45 @@ def _stretches(cuts: Sequence[float], resizes: Sequence[Resize], metrics: Metric
 
 def _draw_curve(axes: Axes, curve: Curve, stretches: Sequence[Stretch], legend: dict[str, Any]) -> None:
     spacing = _spacing(curve.points)
-    for lost in curve.abandoned:
-        (line,) = axes.plot(*_lines(lost, spacing), color="0.78", linewidth=6, zorder=1)
-        legend.setdefault(ABANDONED, line)
     marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(curve.points) <= FEW else {}
     for begin, end, colour, ranks in stretches:
         part = [point for point in curve.points if begin < point[0] <= end]
-        (line,) = axes.plot(*_lines(part, spacing), color=colour, linewidth=1.5, **marker)
+        (line,) = axes.plot(*_lines(part, spacing), color=colour, linewidth=2, **marker)
         if not marker:
             axes.plot(*_alone(part, spacing), "o", color=colour, markersize=2.5)
         if ranks is not None and (str(ranks) in legend or len(legend) < MOST_NAMED):
             legend.setdefault(str(ranks), line)
+    for lost in curve.abandoned:
+        (line,) = axes.plot(*_lines(lost, spacing), color="0.78", linewidth=6, zorder=1)
+        legend.setdefault(ABANDONED, line)
     bad = [x for x, y in curve.points if not math.isfinite(y)]
     if bad:
-        above = axes.get_xaxis_transform()  # x in steps, y as a part of the axes' height
+        above = axes.get_xaxis_transform()  # x in steps, y as a fraction of the axes' height
         style: dict[str, Any] = {"markersize": 6, "markeredgewidth": 1.5, "color": "black", "clip_on": False}
         (crosses,) = axes.plot(bad, [1.0] * len(bad), "x", transform=above, **style)
         legend.setdefault(NOT_FINITE, crosses)
 
 
+def _draw_compared(axes: Axes, name: str, metrics: Metrics, legend: dict[str, Any]) -> None:
+    points = metrics.curves["loss"].points
+    style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 3}
+    (legend[name],) = axes.plot(*_lines(points, _spacing(points)), **style)
+
+
 def _spacing(points: Sequence[Point]) -> float:
-    """The usual distance between points."""
+    """Return the usual distance between points."""
     distances = [b - a for (a, _), (b, _) in pairwise(points)]
     return median(distances) if distances else math.inf
 
 
 def _breaks(points: Sequence[Point], spacing: float) -> list[bool]:
-    """For each point whether it is far from the one before."""
+    """Return for each point whether the line is broken before it."""
     pairs = pairwise(points)
     return [True, *(b - a > GAP * spacing for (a, _), (b, _) in pairs)][: len(points)]
 
 
 def _lines(points: Sequence[Point], spacing: float) -> tuple[list[float], list[float]]:
-    """x and y for a line that is broken at gaps and at what isn't finite."""
+    """Return x and y of a line, with NaN where it is broken: at gaps, and at values that aren't finite."""
     xs: list[float] = []
     ys: list[float] = []
     for (x, y), broken in zip(points, _breaks(points, spacing), strict=True):
@@ -147,7 +149,7 @@ def _lines(points: Sequence[Point], spacing: float) -> tuple[list[float], list[f
 
 
 def _alone(points: Sequence[Point], spacing: float) -> tuple[list[float], list[float]]:
-    """The points that a line doesn't show: those without a neighbour."""
+    """Return the points without a neighbour, which a line doesn't show."""
     ends = [not math.isfinite(y) for _, y in points]
     broken = _breaks(points, spacing)
     before = [broken[i] or i == 0 or ends[i - 1] for i in range(len(points))]
@@ -156,14 +158,14 @@ def _alone(points: Sequence[Point], spacing: float) -> tuple[list[float], list[f
     return [x for x, _ in alone], [y for _, y in alone]
 
 
-def _perhaps_log(axes: Axes, curve: Curve) -> None:
+def _set_scale(axes: Axes, curve: Curve) -> None:
     values = [y for _, y in curve.points if math.isfinite(y)]
     if values and min(values) > 0 and max(values) > DECADES * min(values):
         axes.set_yscale("log")
 
 
 def _mark_checkpoints(axes: Axes, marks: Sequence[Mark], xs: Sequence[float], legend: dict[str, Any]) -> None:
-    """Small ticks on the x axis, of those that lie where there are curves."""
+    """Draw checkpoints as triangles on the x axis, within the range of the curves."""
     places = sorted({mark.at for mark in marks if xs and xs[0] <= mark.at <= xs[-1]})
     if places:
         below = axes.get_xaxis_transform()
@@ -172,51 +174,33 @@ def _mark_checkpoints(axes: Axes, marks: Sequence[Mark], xs: Sequence[float], le
         legend[CHECKPOINT] = ticks
 
 
-def _label_resizes(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str]]) -> int:
-    """Put the labels in rows above the axes, none over another; returns how many found no room.
+def _label_topologies(figure: Figure, axes: Axes, stretches: Sequence[Stretch]) -> set[Ranks]:
+    """Write each topology's name above its first stretch; return those that had room.
 
-    From right to left, so that the line up to a label runs past those of later resizes, not through them.
+    A label starts where its stretch does, or ends at the right edge of the axes. One that would run into the
+    label before it is left out.
     """
-    renderer, unlabelled = renderer_of(figure), 0
-    box, point = axes.get_window_extent(renderer), figure.dpi / 72
-    rows: list[list[tuple[float, float]]] = []
-    for x, label in sorted(labels, reverse=True):
-        probe = figure.text(0, 0, label, fontsize=LABEL_SIZE)
+    renderer, point = renderer_of(figure), figure.dpi / 72
+    box, free = axes.get_window_extent(renderer), -math.inf
+    labelled: set[Ranks] = set()
+    for begin, _, colour, ranks in stretches:
+        if ranks is None or ranks in labelled:
+            continue
+        probe = figure.text(0, 0, topology_label(ranks), fontsize=LABEL_SIZE)
         width, _ = size_of(probe, renderer)
         probe.remove()
-        pixel = axes.transData.transform((x, axes.get_ylim()[0]))[0]
-        left = max(box.x0, min(pixel, box.x1 - width))
-        row = _free_row(rows, left - 6 * point, left + width + 6 * point)
-        if row is None:
-            unlabelled += 1
+        start = axes.transData.transform((begin, 0))[0] if math.isfinite(begin) else box.x0
+        left = min(start, box.x1 - width)
+        if left < free:
             continue
-        axes.annotate(
-            label,
-            (x, 1),
-            ((left - pixel) / point, 5 + ROW * row),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            fontsize=LABEL_SIZE,
-            color="0.2",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-            arrowprops={
-                "arrowstyle": "-",
-                "color": GREY,
-                "linestyle": ":",
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "relpos": ((pixel - left) / width, 0),
-            },
-        )
-    return unlabelled
+        labelled.add(ranks)
+        free = left + width + 8 * point
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        x = (left - box.x0) / box.width
+        axes.annotate(topology_label(ranks), (x, 1), (0, 4), fontsize=LABEL_SIZE, color=colour, **place)
+    return labelled
 
 
-def _free_row(rows: list[list[tuple[float, float]]], begin: float, end: float) -> int | None:
-    """The lowest row with room from `begin` to `end`, which is taken then."""
-    for i in range(SHELVES):
-        if i == len(rows):
-            rows.append([])
-        if all(end < a or b < begin for a, b in rows[i]):
-            rows[i].append((begin, end))
-            return i
-    return None
+def topology_label(ranks: Ranks) -> str:
+    """Return e.g. "4 ranks", and below it "pp2 dp2 tp1 zero1"."""
+    return f"{ranks.total} rank{'s' * (ranks.total != 1)}\n{ranks}"

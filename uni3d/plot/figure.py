@@ -1,7 +1,7 @@
-"""What the pictures of `uni3d plot` share: their look, and how they become files.
+"""Common style of the pictures of `uni3d plot`, and writing them to files.
 
-matplotlib is loaded when something is drawn, and not before. Figures are made without pyplot: nothing is
-kept open, and no display is looked for.
+matplotlib is loaded only when something is drawn. Figures are made without pyplot, so none stays open and no
+display is needed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Told apart by colour-blind readers too (Okabe and Ito 2008)."""
+"""Distinguishable for colour-blind readers too (Okabe and Ito 2008)."""
 GREY = "0.35"
-DPI = 150
+DPI = 110
 
 
 def check_matplotlib() -> None:
-    """Raises ValueError where matplotlib isn't installed."""
+    """Check that matplotlib is installed.
+
+    Raises:
+        ValueError: it isn't.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -33,7 +37,7 @@ def check_matplotlib() -> None:
 
 
 def make_figure(width: float, height: float) -> Figure:
-    """An empty one, in inches."""
+    """Return an empty figure of a size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,47 +47,57 @@ def make_figure(width: float, height: float) -> Figure:
 
 
 def plain(axes: Axes) -> None:
-    """The look of all curves."""
+    """Apply the style of all curves."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.margins(x=0.01)
 
 
 def renderer_of(figure: Figure) -> RendererBase:
-    """What measures texts, after everything has found its place."""
+    """Lay out the figure, and return the renderer that measures its texts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.draw_without_rendering()
     canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg), "make_figure gave it one"
+    assert isinstance(canvas, FigureCanvasAgg), "make_figure sets the canvas"
     renderer: RendererBase = canvas.get_renderer()  # type: ignore[no-untyped-call]
     return renderer
 
 
 def size_of(text: Text, renderer: RendererBase) -> tuple[float, float]:
-    """Width and height in pixels."""
+    """Return a text's width and height in pixels."""
     box = text.get_window_extent(renderer)
     return box.width, box.height
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Raises ValueError or OSError for a file that can't or mustn't be written, before any work."""
+    """Check, before any work, that the picture may be written.
+
+    Raises:
+        ValueError: its name doesn't end in .png.
+        OSError: it exists and `force` is false, or its folder doesn't exist.
+    """
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} must end in .png")
+        raise ValueError(f"{path}: expected a name that ends in .png")
     if path.is_dir() or (path.exists() and not force):
         raise FileExistsError(f"{path} exists; give another name, or --force to replace it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"{path}: no such folder: {path.parent}")
 
 
 def save(figure: Figure, path: Path, force: bool) -> None:
-    """Write the picture; the file is there when it is whole, and replaces none unless forced."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    """Write the picture. The file appears when it is complete, and replaces another only with `force`."""
+    from PIL import Image
+
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    # A palette makes the file a third of the size, with no visible difference.
+    palette = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    palette.save(picture, format="png", optimize=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(picture.getvalue())
-        check_output(path, force)  # may have come in the meantime
+        check_output(path, force)  # it may have appeared in the meantime
         os.replace(temporary, path)
     finally:
         with suppress(OSError):

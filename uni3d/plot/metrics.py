@@ -1,10 +1,10 @@
-"""What a run's metrics files say: its curves, and on which topology each step was taken. No torch, no numpy.
+"""Read a run's curves from its metrics files, and its checkpoints as marks on them. No torch, no numpy.
 
-Two kinds of files are read: JSON lines, one object for each step, as `examples/megatron_gpt/train.py` writes
-them; and the CSV files of DeepSpeed's monitor, one for each curve, as `uni3d.observe.monitors` writes them.
+Two kinds of metrics files are read: JSON lines, one object per step, as `examples/megatron_gpt/train.py`
+writes them; and DeepSpeed's CSV files, one per curve, as `uni3d.observe.monitors` writes them.
 
-A run that resumes from a checkpoint goes back, and takes again the steps after it. Files are appended to, so
-these are there twice: the later line counts, and what was written before from that step on is abandoned.
+A run that resumes from an earlier checkpoint repeats the steps after it. Metrics files are appended to, so
+these steps appear twice. The later line counts; earlier lines from that step on are abandoned.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uni3d.estimate.holders import written_on
+
 if TYPE_CHECKING:
     from ckpt.stores import Store
     from parallel.degrees import Ranks
 
 JSON_LINES = "metrics.jsonl"
-"""In a run's folder; or beside it, with the run's name."""
+"""Name of the metrics file in a run's folder. `RUN.jsonl` beside the folder is read too."""
 CSV_PREFIX = "Train_Samples_"
 CSV_NAMES = {"train_loss": "loss", "grad_norm": "grad_norm", "lr": "lr"}
-"""End of a CSV file's name -> curve. The curves' names are also the keys of the JSON objects."""
+"""Curve by the last part of its CSV file's name. The curves are also the keys of the JSON objects."""
 
 Point = tuple[float, float]
-"""x and y. y may be NaN or infinite."""
+"""x and y; y may be NaN or infinite."""
 
 
 @dataclass
 class Curve:
-    """One curve, as it was written."""
+    """One curve, with the stretches that the run abandoned."""
 
     points: list[Point] = field(default_factory=list)
-    """x grows; what counts."""
+    """Points that count, by ascending x."""
     abandoned: list[list[Point]] = field(default_factory=list)
-    """What was taken back: a stretch for each time that the run was resumed from an earlier checkpoint."""
+    """One stretch for each time that the run resumed from an earlier checkpoint."""
 
     def add(self, x: float, y: float | None) -> None:
-        """Go on at `x`, or from there again; without a `y` nothing is known there."""
+        """Add a point and abandon all from `x` on. With `y` None, only abandon."""
         self.points, lost = split_at(self.points, x)
         if lost:
             self.abandoned.append(lost)
@@ -53,10 +55,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Resize:
-    """The run went on with another topology."""
+    """A change of the run's topology."""
 
     at: float
-    """The last x before it."""
+    """Last x on the old topology."""
     before: Ranks
     after: Ranks
 
@@ -66,35 +68,47 @@ class Resize:
 
 @dataclass
 class Metrics:
-    """All that was read."""
+    """Content of a run's metrics files."""
 
     x: str
-    """What the x axis counts: "step" or "samples"."""
+    """Unit of the x axis: "step" or "samples"."""
     curves: dict[str, Curve]
-    """Of `loss`, `grad_norm` and `lr` those that there are."""
+    """Curves by name: `loss`, `grad_norm` and `lr`, as far as present."""
     topologies: list[tuple[float, Ranks]] = field(default_factory=list)
-    """By x, for the lines that say it, without what was abandoned."""
+    """x and topology of each line that gives one, without abandoned lines."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """File -> how many of its lines could not be read: those that a crash cut short, mostly."""
+    """Number of unreadable lines by file, mostly lines cut short by a crash."""
 
     def resizes(self) -> list[Resize]:
+        """Return where the topology changes from one line to the next."""
         pairs = pairwise(self.topologies)
         return [Resize(x, before, after) for (x, before), (_, after) in pairs if before != after]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A committed checkpoint on the x axis."""
+
+    tag: str
+    at: float
+    """Step or samples of the checkpoint, in the unit of the x axis."""
+    ranks: Ranks | None
+    """Topology that wrote it, or None if unknown or imported."""
+
+
 def split_at(points: list[Any], x: float) -> tuple[list[Any], list[Any]]:
-    """Those before `x`, and those from there on."""
-    if not points or points[-1][0] < x:  # almost always
+    """Split sorted points into those before `x`, and those from `x` on."""
+    if not points or points[-1][0] < x:  # the usual case, without a search
         return points, []
     n = bisect_left(points, x, key=lambda point: point[0])
     return points[:n], points[n:]
 
 
 def find_metrics(run: Store) -> list[str]:
-    """The metrics files that belong to a run: in its folder, or beside it.
+    """Return the metrics files of a run, in its folder or beside it.
 
     Raises:
-        FileNotFoundError: there are none; says where they were looked for.
+        FileNotFoundError: there are none. The message names the places searched.
     """
     place = run.where("").rstrip("/")
     if place.rpartition("/")[2] in ("", ".", ".."):
@@ -116,20 +130,20 @@ def find_metrics(run: Store) -> list[str]:
 
 
 def read_metrics(sources: Sequence[str]) -> Metrics:
-    """Read files of one kind, in the order in which they were written.
+    """Read files of one kind, given in the order in which they were written.
 
-    Each is a path or a URL of a JSON lines file, of a monitor's CSV file, or of the folder of these.
+    Each source is the path or URL of a JSON lines file, of a monitor's CSV file, or of a folder of CSV files.
 
     Raises:
-        OSError: one can't be read.
-        ValueError: they are of two kinds, or there is nothing in them.
+        OSError: a file can't be read.
+        ValueError: the files are of two kinds, or none of them has a curve.
     """
     files = list(_files(sources))
     tables = [name.endswith(".csv") for name, _ in files]
     if any(tables) and not all(tables):
         raise ValueError(
-            f"{files[0][0]} and {files[tables.index(not tables[0])][0]} are of two kinds, "
-            "with steps and with samples on the x axis; give files of one kind"
+            f"{files[0][0]} and {files[tables.index(not tables[0])][0]} are of two kinds: "
+            "the x axis is steps in one and samples in the other; give files of one kind"
         )
     metrics = Metrics("samples" if all(tables) else "step", {})
     for name, text in files:
@@ -144,7 +158,7 @@ def read_metrics(sources: Sequence[str]) -> Metrics:
 
 
 def _files(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Name and text of each file."""
+    """Yield the name and text of each file."""
     from ckpt import open_store
 
     for source in sources:
@@ -165,7 +179,7 @@ def _folder_and_name(path: str) -> tuple[Store, str]:
 
 
 def _tables(folder: Store) -> list[str]:
-    """A monitor's files of the curves that are drawn."""
+    """Return the names of the CSV files in a monitor's folder that are drawn."""
     names = [f"{CSV_PREFIX}{name}.csv" for name in CSV_NAMES]
     return [name for name in folder.names() if name in names]
 
@@ -182,7 +196,7 @@ def _text(folder: Store, name: str) -> str:
 
 
 def _read_lines(metrics: Metrics, name: str, text: str) -> int:
-    """Add a file of JSON lines; returns how many lines were left out."""
+    """Add a file of JSON lines; return the number of unreadable lines."""
     left_out = 0
     for line in text.splitlines():
         if not line.strip():
@@ -203,7 +217,7 @@ def _read_lines(metrics: Metrics, name: str, text: str) -> int:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The object of a line, if it says of which step it is; None for half a line, or anything else."""
+    """Return the object of a line, or None if the line is cut short or has no step."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -226,13 +240,13 @@ def _is_number(value: object) -> bool:
 
 
 def _read_table(metrics: Metrics, name: str, text: str) -> int:
-    """Add a monitor's CSV file; returns how many rows were left out."""
+    """Add a monitor's CSV file; return the number of unreadable rows."""
     key = name.rpartition("/")[2].removeprefix(CSV_PREFIX).removesuffix(".csv")
     if key not in CSV_NAMES:
         wanted = ", ".join(f"{CSV_PREFIX}{known}.csv" for known in CSV_NAMES)
-        raise ValueError(f"{name}: which curve is that? expected one of {wanted}")
+        raise ValueError(f"{name}: unknown curve; expected a file named {wanted}")
     lines = text.splitlines()
-    cut_short = bool(text) and not text.endswith(("\n", "\r"))  # half a number is a number, too
+    cut_short = bool(text) and not text.endswith(("\n", "\r"))  # the start of a number is a number too
     left_out = int(cut_short)
     for row in csv.reader(_without_header(lines[:-1] if cut_short else lines)):
         try:
@@ -248,3 +262,51 @@ def _read_table(metrics: Metrics, name: str, text: str) -> int:
 
 def _without_header(lines: Sequence[str]) -> Iterable[str]:
     return lines[1:] if lines and lines[0].startswith("step,") else lines
+
+
+def read_marks(run: Store, x: str) -> tuple[list[Mark], list[str]]:
+    """Return a run's checkpoints, oldest first, and a line for each that can't be marked.
+
+    `x` is the unit of the x axis, "step" or "samples".
+    """
+    from ckpt import CheckpointError, committed_tags
+    from ckpt.format import MANIFEST, decode_manifest
+
+    marks, problems = [], []
+    for tag in committed_tags(run):
+        where = run.where(f"{tag}/{MANIFEST}")
+        try:
+            manifest = decode_manifest(run.read(f"{tag}/{MANIFEST}"), where)
+        except (OSError, CheckpointError) as error:
+            problems.append(f"{tag} isn't marked: {error}")
+            continue
+        at = _place(manifest, x)
+        if at is None:
+            problems.append(f"{tag} isn't marked: {where} doesn't say its {x}")
+        else:
+            marks.append(Mark(tag, at, written_on(manifest)))
+    return marks, problems
+
+
+def _place(manifest: dict[str, Any], x: str) -> float | None:
+    inner = (manifest.get("engine") or {}).get("global_samples")
+    value = manifest.get("step") if x == "step" else inner
+    return float(value) if isinstance(value, int | float) else None
+
+
+def resizes_between(marks: Sequence[Mark]) -> list[Resize]:
+    """Return where the topology changes from one checkpoint to the next.
+
+    The first of the two is the last one written before the change, so the run is taken to have resumed from
+    it. Checkpoints behind one that the run went back to don't count.
+    """
+    kept: list[tuple[float, Mark]] = []
+    for mark in marks:
+        kept, _ = split_at(kept, mark.at)
+        kept.append((mark.at, mark))
+    pairs = [(a, b) for (_, a), (_, b) in pairwise(kept)]
+    return [
+        Resize(a.at, a.ranks, b.ranks)
+        for a, b in pairs
+        if a.ranks is not None and b.ranks is not None and a.ranks != b.ranks
+    ]

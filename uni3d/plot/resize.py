@@ -1,4 +1,4 @@
-"""The two sides of a resize: a checkpoint's writers, and who went on with it, or could."""
+"""The two sides of a resize: the ranks that wrote a checkpoint, and the ranks that resume from it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A topology, and what is where on it."""
+    """A topology with the parts that its ranks hold."""
 
     when: str
     """"before" or "after"."""
     source: SavedModel
-    """The checkpoint that is spoken of."""
+    """Checkpoint whose atoms are drawn."""
     holders: Holders
     tag: str | None = None
-    """Of the checkpoint that was written there, if one was."""
+    """Tag of the checkpoint written on this topology, if any."""
     imported: str | None = None
-    """Or what that was imported from."""
+    """Kind of source of an imported checkpoint."""
 
 
 def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None]) -> tuple[Place, Place]:
-    """The topology that wrote a checkpoint, and the one asked for, or else that of the run's next resize.
+    """Return the topology that wrote a checkpoint, and the one given by `degrees` or by the next resize.
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        ValueError: the run can't be on one of them, a manifest doesn't say how, or there was no resize.
+        ValueError: the model can't be split like that, a manifest lacks the information, or there was no
+            resize.
     """
     import ckpt
 
@@ -60,7 +61,7 @@ def _written(when: str, checkpoint: Checkpoint) -> Place:
 
 
 def _ranks(so_far: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
-    """What isn't asked for is as it was; of the world size, dp takes what is left."""
+    """Return the topology after: degrees that aren't given stay, and dp follows from the world size."""
     asked = {axis: n for axis, n in degrees.items() if axis != "world-size" and n is not None}
     ranks = replace(so_far, **asked)
     world = degrees["world-size"]
@@ -72,13 +73,13 @@ def _ranks(so_far: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
 
 
 def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """Two checkpoints of a run: `tag`, and the next one on another topology. Without a tag, the last such."""
+    """Return `tag` and the next checkpoint on another topology; without a tag, the last such pair."""
     import ckpt
 
     advice = "give the topology after with --pp, --dp, --tp, --zero or --world-size"
     newest = ckpt.open_checkpoint(run, tag)
     if not newest.folder:
-        raise ValueError(f"{newest.url} is one checkpoint's own folder, so no other is known; {advice}")
+        raise ValueError(f"{newest.url} is the folder of one checkpoint, not of a run; {advice}")
     tags = ckpt.committed_tags(run)
     if tag is None:
         after = newest
@@ -87,12 +88,12 @@ def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
             if _differ(before, after):
                 return before, after
             after = before
-        raise ValueError(f"{run} has no two checkpoints in a row on different topologies; {advice}")
+        raise ValueError(f"{run} has no consecutive checkpoints on different topologies; {advice}")
     for later in tags[tags.index(tag) + 1 :]:
         after = ckpt.open_checkpoint(run, later)
         if _differ(newest, after):
             return newest, after
-    raise ValueError(f"{run} has no checkpoint after {tag} that was written on another topology; {advice}")
+    raise ValueError(f"{run} has no checkpoint after {tag} on another topology; {advice}")
 
 
 def _differ(first: Checkpoint, second: Checkpoint) -> bool:
@@ -100,24 +101,25 @@ def _differ(first: Checkpoint, second: Checkpoint) -> bool:
 
 
 def choose_atom(before: Place, after: Place, wanted: str | None) -> str:
-    """The atom to draw; by default the largest matrix that is cut on one of the sides, else the largest.
+    """Return the atom to draw: `wanted`, or the largest matrix that is cut on one of the sides.
 
     Raises:
-        ValueError: there is none, or its shape isn't the same on both sides.
+        ValueError: there is no such atom, or its shapes differ.
     """
     shapes = before.source.shapes
     if wanted is not None:
         name = before.source.aliases.get(wanted, wanted)
         if name not in shapes:
-            raise ValueError(f"there is no atom {wanted!r}; `uni3d inspect RUN --atoms` lists them")
+            raise ValueError(f"there is no atom {wanted!r}; `uni3d inspect RUN --atoms` lists all")
         if after.source.shapes.get(name) != shapes[name]:
             raise ValueError(
-                f"{name} is {list(shapes[name])} before, and {after.source.shapes.get(name)} after"
+                f"{name} has shape {list(shapes[name])} before and {after.source.shapes.get(name)} after; "
+                "choose another with --atom"
             )
         return name
     both = [name for name, shape in shapes.items() if after.source.shapes.get(name) == shape]
     if not both:
-        raise ValueError("the two checkpoints have no atom in common")
+        raise ValueError("the two checkpoints have no atom in common; choose another pair with --tag")
     by_size = sorted(both, key=lambda name: (len(shapes[name]) == 2, prod(shapes[name])), reverse=True)
     return next((name for name in by_size if _is_cut(name, before) or _is_cut(name, after)), by_size[0])
 
@@ -127,14 +129,13 @@ def _is_cut(atom: str, place: Place) -> bool:
 
 
 def side_of(atom: str, place: Place) -> Side:
-    """What is drawn and said of a side."""
+    """Return what the picture shows of one side."""
     ranks, boxes = place.holders.ranks, place.holders.boxes(atom)
-    on = f"{ranks} ({ranks.total} rank{'s' * (ranks.total != 1)})"
-    said = f", as {place.tag} was written" if place.tag else ""
+    on = f"{ranks}, {ranks.total} rank{'s' * (ranks.total != 1)}"
     if place.imported is not None:
-        on, said = f"imported from {place.imported}", f" as {place.tag}"
+        on = f"imported from {place.imported}"
     return Side(
-        title=f"{place.when.capitalize()}: {on}{said}",
+        title=f"{place.when.capitalize()}{f' ({place.tag})' if place.tag else ''}: {on}",
         ranks=ranks,
         parts=boxes,
         notes=_notes(atom, place, sorted(rank for rank, box in boxes.items() if 0 in box.shape)),
@@ -142,7 +143,7 @@ def side_of(atom: str, place: Place) -> Side:
 
 
 def _notes(atom: str, place: Place, empty: list[int]) -> list[str]:
-    """Who has the atom under which name, and who nothing of it; what isn't known for sure."""
+    """Return lines about the pipeline ranks, about ranks without a part, and about gaps in the manifest."""
     ranks, notes, without = place.holders.ranks, list[str](), list[int]()
     for stage in range(ranks.pp):
         members = range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage)
@@ -150,14 +151,14 @@ def _notes(atom: str, place: Place, empty: list[int]) -> list[str]:
         if name is None:
             without += members
         elif ranks.pp > 1:
-            under = "" if name == atom else f" a copy, tied to it, as {name}"
-            notes.append(f"pipeline rank {stage} ({name_ranks(members)}) has{under or ' it'}")
+            under = "" if name == atom else f" a tied copy, {name}"
+            notes.append(f"pipeline rank {stage} ({name_ranks(members)}) holds{under or ' it'}")
     if without:
-        notes.append(f"{name_ranks(without)} {'has' if len(without) == 1 else 'have'} other layers instead")
+        notes.append(f"{name_ranks(without)} {'holds' if len(without) == 1 else 'hold'} other layers")
     if empty:
-        notes.append(f"nothing was left of it for {name_ranks(empty)}")
+        notes.append(f"{name_ranks(empty)} {'holds' if len(empty) == 1 else 'hold'} an empty part")
     if place.imported is not None:
-        notes.append("one process imported it, and stands here as rank 0")
+        notes.append("rank 0 is the process that imported it")
     elif place.tag and ranks.zero and ranks.dp > 1 and "shard_group" not in place.source.writer:
-        notes.append(f"its manifest has no shard_group: drawn as if ZeRO sharded over all {ranks.dp} of dp")
+        notes.append(f"the manifest has no shard_group; drawn as sharded over all of dp({ranks.dp})")
     return notes

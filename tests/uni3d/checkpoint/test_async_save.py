@@ -19,7 +19,7 @@ from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, w
 from ranks import Ranks
 
 import ckpt
-from uni3d.checkpoint.save import Checkpointer
+from uni3d.checkpoint.save import Saver
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -27,13 +27,13 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 @contextmanager
 def held_up() -> Iterator[threading.Event]:
     """Saves that do nothing in the background until the event is set."""
-    go, write = threading.Event(), Checkpointer._write
+    go, write = threading.Event(), Saver._write
 
-    def slow(self: Checkpointer, *args: Any) -> Any:
+    def slow(self: Saver, *args: Any) -> Any:
         assert go.wait(60)
         return write(self, *args)
 
-    with mock.patch.object(Checkpointer, "_write", slow):
+    with mock.patch.object(Saver, "_write", slow):
         yield go
         go.set()
 
@@ -100,7 +100,7 @@ def failing_case(run: str) -> Any:
                 except ckpt.CheckpointError as error:
                     errors.append((str(error), type(error).__name__))
             if i == 1:  # give the thread its time; the ranks learn of it in the step after
-                engine.checkpointer._background._thread.join()  # type: ignore[union-attr]
+                engine._saver._background._thread.join()  # type: ignore[union-attr]
     engine.save_checkpoint(run, tag="next")
     engine.wait_for_checkpoint()
     return losses, errors, whole(engine.module)
@@ -155,7 +155,7 @@ def test_the_second_save_allocates_nothing(alone: None, tmp_path: Path) -> None:
     for i in range(3):
         engine.save_checkpoint(tmp_path, tag=f"t{i}")
         engine.wait_for_checkpoint()
-        places.append([copy.data_ptr() for copy in engine.checkpointer._snapshot._copies])
+        places.append([copy.data_ptr() for copy in engine._saver._snapshot._copies])
     assert places[0] == places[1] == places[2]
 
 
@@ -288,7 +288,7 @@ print("end of the script", flush=True)
 
 @pytest.mark.parametrize("fail", [False, True], ids=["whole", "failing"])
 def test_the_process_ends_only_when_the_save_has(tmp_path: Path, fail: bool) -> None:
-    paths = [str(REPOSITORY), str(REPOSITORY / "tests" / "uni3d")]
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
     script = SCRIPT.format(paths=paths, fail=fail, run=str(tmp_path / "run"))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The command `uni3d`, run as a user would."""
+"""`uni3d inspect`, `export` and `diff`, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_inspect_lists_the_atoms(folder: Path) -> None:
     }
 
 
-def test_export_writes_the_weights_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+def test_export_writes_only_weights(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.safetensors"
     result = run("export", folder, output, "--tag", "global_step1", "--json")
     assert result.returncode == 0, result.stderr
@@ -90,17 +90,25 @@ def test_export_writes_the_weights_and_nothing_else(folder: Path, tmp_path: Path
         (["inspect", "{run}", "--tag", "global_step7"], "the tags there are: global_step1, global_step2"),
         (["inspect", "{empty}"], "holds no committed checkpoint"),
         (["export", "{empty}", "{empty}/m.safetensors"], "holds no committed checkpoint"),
-        (["export", "{run}", "{run}/model.xyz"], "must end in one of .safetensors, .bin, .pt, .pth"),
-        (["export", "{run}", "{run}/model.bin", "--format", "safetensors"], "the suffix of another format"),
-        (["export", "{run}", "{run}/m.bin", "--format", "gguf"], "--format gguf isn't safetensors, torch"),
-        (["export", "{run}", "{run}/m.bin", "--dtype", "fp8"], "--dtype fp8 isn't one of fp32, bf16, fp16"),
-        (["export", "{run}", "{run}/m.bin", "--include", "x.*"], "--include x.* matches none of the"),
-        (["export", "{run}", "{run}/m.bin", "--exclude", "*"], "leave no tensors"),
+        (["export", "{run}", "{run}/model.xyz"], "expected a suffix of .safetensors, .bin, .pt, .pth"),
+        (
+            ["export", "{run}", "{run}/model.bin", "--format", "safetensors"],
+            "its suffix contradicts --format safetensors",
+        ),
+        (
+            ["export", "{run}", "{run}/m.bin", "--format", "gguf"],
+            "--format gguf: expected safetensors, torch or hf",
+        ),
+        (["export", "{run}", "{run}/m.bin", "--dtype", "fp8"], "--dtype fp8: expected fp32, bf16, fp16"),
+        (["export", "{run}", "{run}/m.bin", "--include", "x.*"], "--include x.* matches no tensor of 2"),
+        (["export", "{run}", "{run}/m.bin", "--exclude", "*"], "leave no tensor to export"),
         (["export", "{run}", "{empty}/no/m.safetensors"], "No such file or directory"),
         (["export", "s3://bucket/run", "m.safetensors"], "s3://bucket/run can't be opened"),
     ],
 )
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line_errors(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     result = run(*(a.format(run=folder, empty=empty) for a in arguments))
@@ -111,21 +119,21 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: list[str
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_existing_output_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_existing_output_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "m.safetensors"
     output.write_text("precious")
     assert run("export", folder, output).returncode == 1
     assert output.read_text() == "precious"
 
 
-def test_a_half_written_tag_is_not_there(folder: Path) -> None:
+def test_an_uncommitted_tag_is_not_listed(folder: Path) -> None:
     (folder / "global_step2" / "manifest.json").unlink()
     assert "isn't a committed checkpoint" in run("inspect", folder).stderr
     rows = json.loads(run("inspect", folder, "--tag", "global_step1", "--json").stdout)
     assert [r["tag"] for r in rows] == ["global_step1"]
 
 
-def test_inspect_describes_the_numbers(folder: Path) -> None:
+def test_inspect_computes_statistics(folder: Path) -> None:
     rows = json.loads(run("inspect", folder, "a.*", "--atoms", "--stats", "--json").stdout)
     assert [(r["atom"], r["state"]) for r in rows] == [("a.weight", "exp_avg"), ("a.weight", "fp32")]
     weight = rows[1]
@@ -133,9 +141,9 @@ def test_inspect_describes_the_numbers(folder: Path) -> None:
     assert "7.5" in run("inspect", folder, "--atoms", "--stats").stdout
 
 
-def test_diff_tells_by_its_exit_code(folder: Path) -> None:
+def test_diff_and_its_exit_codes(folder: Path) -> None:
     same = run("diff", folder, folder / "global_step2")
-    assert (same.returncode, same.stdout) == (0, "the same: 3 arrays\n")
+    assert (same.returncode, same.stdout) == (0, "3 arrays are identical\n")
     other = run("diff", folder, folder, "--second-tag", "global_step1", "--json")
     assert other.returncode == 1
     differences = json.loads(other.stdout)["differences"]
@@ -145,7 +153,7 @@ def test_diff_tells_by_its_exit_code(folder: Path) -> None:
         ("count", "value", "values", 1.0),
     ]
     text = run("diff", folder / "global_step1", folder / "global_step2").stdout
-    assert "3 of 3 arrays differ; at most by 2, and by 0.5 of the larger value" in text
+    assert "3 of 3 arrays differ; largest difference 2 absolute, 0.5 relative" in text
     missing = run("diff", folder, folder / "nowhere")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")

@@ -1,4 +1,4 @@
-"""`uni3d export`: formats, types, several files, a choice of tensors."""
+"""`uni3d export`: formats, types, sharded output, selected tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Bit for bit, but that all NaNs are the same."""
+    """Compare bit for bit, treating all NaNs as equal."""
     nan = expected.isnan()
     if (found.dtype, found.shape) != (expected.dtype, expected.shape) or not torch.equal(found.isnan(), nan):
         return False
@@ -59,7 +59,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_types_are_rounded_as_torch_rounds(folder: Path, tmp_path: Path, dtype: str) -> None:
+def test_rounding_matches_torch(folder: Path, tmp_path: Path, dtype: str) -> None:
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     expected = {name: tensor.to(kind) for name, tensor in VALUES.items()} | {"count": torch.tensor(7)}
     for name in ("m.safetensors", "m.bin"):
@@ -74,22 +74,22 @@ def test_types_are_rounded_as_torch_rounds(folder: Path, tmp_path: Path, dtype: 
     assert found["head"].data_ptr() == found["layers.0.w"].data_ptr()
 
 
-def test_numbers_that_a_type_has_not(tmp_path: Path) -> None:
+def test_values_out_of_range_are_an_error(tmp_path: Path) -> None:
     save(tmp_path / "run", VALUES | {"norm": torch.full((7,), 70_000.0)})
     for name in ("m.safetensors", "m.bin"):
         result = export(tmp_path / "run", tmp_path / name, "--dtype", "fp16")
         assert result.returncode == 1
         assert result.stderr.startswith("error: norm has ")
         assert "too large for" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing half-written"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "no partial file is left"
 
 
-def test_several_files(folder: Path, tmp_path: Path) -> None:
+def test_sharded_output(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(folder, out, "--max-shard-size", "24KB", "--dtype", "bf16", "--json")
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout)
-    assert (row["tensors"], len(row["files"])) == (4, 4), "three and their index"
+    assert (row["tensors"], len(row["files"])) == (4, 4), "three files and their index"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == {*VALUES, "count"}
     assert index["metadata"]["total_size"] == 2 * sum(t.numel() for t in VALUES.values()) + 8
@@ -109,11 +109,11 @@ def test_several_files(folder: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_choice_of_tensors(folder: Path, tmp_path: Path) -> None:
+def test_include_and_exclude(folder: Path, tmp_path: Path) -> None:
     result = export(
         folder, tmp_path / "m.safetensors", "--include", "layers.*", "--include", "norm", "--exclude", "*.0.*"
     )
     assert result.returncode == 0, result.stderr
     assert load_file(tmp_path / "m.safetensors").keys() == {"layers.1.w", "norm"}
     with safe_open(tmp_path / "m.safetensors", "pt") as opened:
-        assert "aliases" not in opened.metadata(), "of a tensor that isn't there"
+        assert "aliases" not in opened.metadata(), "their tensor isn't exported"

@@ -1,4 +1,4 @@
-"""`docs/cli.md` has what the commands say."""
+"""`docs/cli.md` matches the output of the commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from ranks import Ranks
 
 
 @pytest.mark.slow
-def test_the_page_is_what_the_commands_say(ranks: Ranks) -> None:
+def test_the_page_is_current(ranks: Ranks) -> None:
     found, written = cli_page.page(ranks).splitlines(), cli_page.PAGE.read_text().splitlines()
-    assert found == written, "make it anew by python tests/support/cli_page.py"
+    assert found == written, "update it with python tests/support/cli_page.py"

@@ -1,4 +1,4 @@
-"""`uni3d plot`: what the command draws, says and refuses."""
+"""`uni3d plot`: its pictures, output and errors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from tied_gpt import gpt_engine
 
 import ckpt
 from uni3d import cli
+from uni3d.state import Inventory
 
 PLACES = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 3)]
 """pp, dp, tp and ZeRO stage of the checkpoints global_step1 to 3."""
 
 
 def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
-    """A step more, a checkpoint, and what this rank holds."""
+    """Train one more step, save, and return the boxes that this rank holds."""
     engine = gpt_engine(*place)
     engine.resume(run)
     loss = engine.train_batch().item()
     engine.save_checkpoint(run)
     engine.wait_for_checkpoint()
-    held = engine.checkpointer._inventory.arrays(engine.optimizer)
+    held = Inventory(engine.model).arrays(engine.optimizer)
     boxes = {
         s.key.atom: {"offset": [*s.box[0]], "shape": [*s.box[1]]} for s, *_ in held if s.key.state == "fp32"
     }
@@ -42,7 +43,7 @@ def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
 def trained(
     ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[list[dict[str, Any]]]]:
-    """A run that was resized twice, and by place and rank the boxes that were held."""
+    """A run that was resized twice, and the boxes that each of its ranks held."""
     run = tmp_path_factory.mktemp("plot") / "run"
     found = [ranks.run(place[0] * place[1] * place[2], train_case, place, str(run)) for place in PLACES]
     lines = [json.dumps(ranks_of_place[0]["row"]) + "\n" for ranks_of_place in found]
@@ -51,7 +52,7 @@ def trained(
 
 
 def plot(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[Any, str]:
-    """What the command printed as JSON, and on stderr."""
+    """Return the command's JSON and its stderr."""
     capsys.readouterr()
     cli.app(["plot", *map(str, arguments), "--json"], standalone_mode=False)
     printed = capsys.readouterr()
@@ -86,10 +87,12 @@ def test_a_runs_curves(trained: Any, capsys: Any, tmp_path: Path, monkeypatch: A
     assert row["resizes"] == [{"after": n, "from": named[n - 1], "to": named[n]} for n in (1, 2)]
     assert row["checkpoints"] == [{"tag": f"global_step{n}", "at": n} for n in (1, 2, 3)]
     assert row["left_out"] == 1
-    assert complaints == f"{run / 'metrics.jsonl'}: 1 line left out, cut short or not a step's\n"
+    assert complaints == f"{run / 'metrics.jsonl'}: skipped 1 line (truncated, or not of a step)\n"
 
 
-def test_tables_have_their_resizes_from_the_checkpoints(trained: Any, capsys: Any, tmp_path: Path) -> None:
+def test_csv_curves_take_their_resizes_from_the_checkpoints(
+    trained: Any, capsys: Any, tmp_path: Path
+) -> None:
     run, _ = trained
     table = tmp_path / "Train_Samples_train_loss.csv"
     table.write_text("step,train_loss\n12,3\n24,2.5\n36,2.25\n")
@@ -110,6 +113,20 @@ def test_tables_have_their_resizes_from_the_checkpoints(trained: Any, capsys: An
     ]
 
 
+def test_another_run_is_compared(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    run, _ = trained
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    plot(capsys, run, tmp_path / "alone.png")
+    row, _ = plot(capsys, run, tmp_path / "both.png", "--compare", other)
+    assert row["compare"] == str(other)
+    assert not np.array_equal(imread(tmp_path / "alone.png"), imread(tmp_path / "both.png"))
+    (other / "metrics.jsonl").write_text('{"step": 1, "lr": 0.5}\n')
+    message = refused(run, tmp_path / "c.png", "--compare", other)
+    assert message == f"--compare {other}: expected a loss by step, as in {run / 'metrics.jsonl'}"
+
+
 # --- ranks ---------------------------------------------------------------------------------------------
 
 
@@ -118,13 +135,13 @@ def test_tables_have_their_resizes_from_the_checkpoints(trained: Any, capsys: An
     [([], 1, 2), (["--tag", "global_step1"], 0, 1), (["--tag", "global_step2"], 1, 2)],
 )
 @pytest.mark.parametrize("atom", ["embed.tokens.weight", "layers.2.ffn.down.weight", "norm.weight", None])
-def test_ranks_hold_what_they_held(
+def test_layouts_match_the_real_ranks(
     trained: Any, capsys: Any, tmp_path: Path, arguments: list[str], first: int, second: int, atom: str | None
 ) -> None:
     run, held = trained
     of_atom = [] if atom is None else ["--atom", atom]
     row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", *arguments, *of_atom)
-    assert row["atom"] == (atom or "embed.tokens.weight"), "the largest matrix, 61 x 20, is cut each time"
+    assert row["atom"] == (atom or "embed.tokens.weight"), "the largest matrix, 61 x 20, is sharded each time"
     for key, place in (("before", first), ("after", second)):
         real = {rank: boxes[row["atom"]] for rank, boxes in enumerate(held[place]) if row["atom"] in boxes}
         assert boxes_of(row[key]) == real
@@ -132,35 +149,36 @@ def test_ranks_hold_what_they_held(
     assert imread(tmp_path / "p.png").std() > 0.01
 
 
-def test_ranks_that_there_never_were(trained: Any, capsys: Any, tmp_path: Path) -> None:
-    """What was trained on (2, 1, 1) is asked for from the checkpoint of (1, 2, 1), by degrees in turn."""
+def test_hypothetical_topologies(trained: Any, capsys: Any, tmp_path: Path) -> None:
+    """Ask for topology (2, 1, 1) from the checkpoint of (1, 2, 1), and compare with the real one."""
     run, held = trained
     asked = [["--pp", "2", "--dp", "1"], ["--pp", "2", "--world-size", "2"]]
     for n, degrees in enumerate(asked):
         arguments = ["--tag", "global_step1", "--atom", "head.weight", *degrees]
         row, _ = plot(capsys, run, tmp_path / f"{n}.png", "--layout", *arguments)
-        assert row["atom"] == "embed.tokens.weight", "of which the head's is another name"
+        assert row["atom"] == "embed.tokens.weight", "the head is tied to it"
         assert row["after"]["topology"] == {"pp": 2, "dp": 1, "tp": 1, "zero": 1}
         assert row["after"]["tag"] is None
         assert boxes_of(row["after"]) == dict(enumerate(boxes["embed.tokens.weight"] for boxes in held[1]))
-        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) has a copy, tied to it, as head.weight"
+        assert row["after"]["notes"][1] == "pipeline rank 1 (rank 1) holds a tied copy, head.weight"
     alone = plot(capsys, run / "global_step3", tmp_path / "c.png", "--layout", "--tp", "1", "--zero", "0")[0]
     assert boxes_of(alone["after"])[0]["shape"] == alone["shape"]
 
 
-# --- what is refused -----------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tag", "global_step1"], "--tag is about what ranks hold; add --layout"),
-        (["--pp", "2"], "--pp is about what ranks hold; add --layout"),
-        (["--layout", "--metrics", "x"], "--metrics is about curves"),
+        (["--tag", "global_step1"], "--tag needs --layout"),
+        (["--pp", "2"], "--pp needs --layout"),
+        (["--layout", "--metrics", "x"], "--metrics and --layout are mutually exclusive"),
+        (["--layout", "--compare", "x"], "--compare and --layout are mutually exclusive"),
         (["--metrics", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
         (
             ["--layout", "--tag", "global_step3"],
-            "no checkpoint after global_step3 that was written on another",
+            "no checkpoint after global_step3 on another topology",
         ),
         (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
         (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
@@ -184,10 +202,10 @@ def test_mistakes(trained: Any, tmp_path: Path, arguments: list[str], message: s
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 3), (7, 1, 1), (1, 5, 1), (7, 5, 3)])
-def test_what_the_doctor_refuses(
+def test_impossible_topologies(
     trained: Any, capsys: Any, tmp_path: Path, degrees: tuple[int, int, int]
 ) -> None:
-    """In the same words."""
+    """Plot refuses the same topologies as the doctor, with the same message."""
     pp, dp, tp = degrees
     asked = ["--pp", f"{pp}", "--dp", f"{dp}", "--tp", f"{tp}", "--world-size", f"{pp * dp * tp}"]
     assert cli.app(["doctor", str(trained[0]), *asked, "--json"], standalone_mode=False) == 1
@@ -198,21 +216,21 @@ def test_what_the_doctor_refuses(
     assert not list(tmp_path.iterdir())
 
 
-def test_places_that_are_no_runs(trained: Any, tmp_path: Path) -> None:
+def test_bad_paths(trained: Any, tmp_path: Path) -> None:
     run, _ = trained
     output = tmp_path / "p.png"
     assert "is not a folder" in refused(tmp_path / "nowhere", output)
-    assert "is one checkpoint's own folder" in refused(run / "global_step1", output)
-    assert "so no other is known; give the topology after" in refused(
+    assert "is the folder of a single checkpoint" in refused(run / "global_step1", output)
+    assert "is the folder of one checkpoint, not of a run; give the topology after" in refused(
         run / "global_step1", output, "--layout"
     )
     assert "has no metrics: looked for" in refused(tmp_path, output)
     assert "holds no committed checkpoint" in refused(tmp_path, output, "--layout")
-    assert "must end in .png" in refused(run, tmp_path / "p.pdf")
-    assert "there is no folder" in refused(run, tmp_path / "no" / "p.png")
+    assert "expected a name that ends in .png" in refused(run, tmp_path / "p.pdf")
+    assert "no such folder" in refused(run, tmp_path / "no" / "p.png")
 
 
-def test_a_picture_is_replaced_only_by_force(trained: Any, capsys: Any, tmp_path: Path) -> None:
+def test_a_picture_is_only_overwritten_with_force(trained: Any, capsys: Any, tmp_path: Path) -> None:
     run, _ = trained
     output = tmp_path / "p.png"
     output.write_text("precious")
@@ -281,13 +299,13 @@ def test_an_old_manifest_says_enough_without_tensor_parallelism(tmp_path: Path, 
     row, _ = plot(capsys, run, tmp_path / "p.png", "--layout", "--dp", "2")
     assert [box["shape"] for box in row["before"]["boxes"].values()] == [[2, 4], [2, 4], [0, 4]]
     assert row["before"]["notes"] == [
-        "nothing was left of it for rank 2",
-        "its manifest has no shard_group: drawn as if ZeRO sharded over all 3 of dp",
+        "rank 2 holds an empty part",
+        "the manifest has no shard_group; drawn as sharded over all of dp(3)",
     ]
     assert [box["shape"] for box in row["after"]["boxes"].values()] == [[2, 4], [2, 4]]
 
 
-def test_without_matplotlib_it_says_what_to_install(trained: Any, tmp_path: Path) -> None:
+def test_a_missing_matplotlib_is_a_one_line_error(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('No module named matplotlib')")
     root = Path(__file__).resolve().parents[3]
     command = [str(Path(sys.executable).parent / "uni3d"), "plot", str(trained[0]), str(tmp_path / "p.png")]

@@ -1,4 +1,4 @@
-"""The commands that look after a run, `uni3d verify`, `clean` and `prune`, run as a user would."""
+"""`uni3d verify`, `clean` and `prune`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def uni3d(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process: what `memory://` holds is there too."""
+    """Run the command in this process, so that it sees `memory://` stores."""
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["uni3d", *map(str, arguments)])
@@ -76,10 +76,10 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-WHOLE = r"{tag}: whole; 8 objects, \d+\.\d KiB in \d+\.\d\d s \(\d+ MB/s\)\n"
+WHOLE = r"{tag}: ok; 8 objects, \d+\.\d KiB in \d+\.\d\d s \(\d+ MB/s\)\n"
 
 
-def test_verify_says_that_all_is_whole(uni3d: Command, run: Path) -> None:
+def test_verify_an_intact_checkpoint(uni3d: Command, run: Path) -> None:
     result = uni3d("verify", run)
     assert (result.code, result.err) == (0, "")
     assert re.fullmatch(WHOLE.format(tag="global_step4"), result.out)
@@ -91,7 +91,7 @@ def test_verify_says_that_all_is_whole(uni3d: Command, run: Path) -> None:
     assert re.fullmatch("".join(WHOLE.format(tag=f"global_step{step}") for step in (1, 2, 3, 4)), lines)
 
 
-def test_verify_names_what_is_damaged(uni3d: Command, run: Path) -> None:
+def test_verify_names_damaged_and_missing_objects(uni3d: Command, run: Path) -> None:
     chunk, document = run / "global_step2" / FIRST_CHUNK, run / "global_step2/atoms/count/value/zarr.json"
     flip(chunk, 50_000)
     document.unlink()
@@ -107,7 +107,7 @@ def test_verify_names_what_is_damaged(uni3d: Command, run: Path) -> None:
         assert len(lines) == (3 if "--tag" in arguments else 6)
 
 
-def test_verify_for_machines(uni3d: Command, run: Path) -> None:
+def test_verify_as_json(uni3d: Command, run: Path) -> None:
     flip(run / "global_step2" / FIRST_CHUNK, 0)
     result = uni3d("verify", run, "--all", "--json")
     assert result.code == 1
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_can_t_be_opened_is_damaged(uni3d: Command, run: Path)
         folder = run / f"global_step{step}"
         line = f"{folder} can't be opened: {folder}/{document} is damaged: its checksum "
         assert sum(found.startswith(line) for found in lines) == 1
-    assert sum(": whole; " in line for line in lines) == 2
+    assert sum(": ok; " in line for line in lines) == 2
     for arguments in ([run], [run, "--tag", "global_step4"], [run / "global_step4"]):
         result = uni3d("verify", *arguments)
         assert (result.code, result.err, result.out.count("\n")) == (1, "", 2)
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_can_t_be_opened_is_damaged(uni3d: Command, run: Path)
         assert (row["tag"], row["whole"], len(row["problems"])) == ("global_step4", False, 1)
 
 
-def test_verify_all_looks_at_latest_too(uni3d: Command, run: Path) -> None:
+def test_verify_all_checks_latest(uni3d: Command, run: Path) -> None:
     (run / "latest").write_text("global_step9\n")
     result = uni3d("verify", run, "--all")
     assert result.code == 1
@@ -172,7 +172,7 @@ def test_clean(uni3d: Command, run: Path) -> None:
     leave_behind(run)
     assert json.loads(uni3d("clean", run, "--json").out) == {"removed": names, "dry_run": False}
     assert sorted(run.rglob("*")) == before
-    assert "No save may be going on in the run" in uni3d("clean", "--help").out
+    assert "Don't run it while the run is saving" in uni3d("clean", "--help").out
 
 
 def test_prune(uni3d: Command, run: Path) -> None:
@@ -197,14 +197,14 @@ def test_prune(uni3d: Command, run: Path) -> None:
 def test_a_run_at_a_url(uni3d: Command) -> None:
     for step in (1, 2):
         save("memory://upkeep", step)
-    assert uni3d("verify", "memory://upkeep", "--all").out.count(": whole; 8 objects") == 2
+    assert uni3d("verify", "memory://upkeep", "--all").out.count(": ok; 8 objects") == 2
     assert uni3d("clean", "memory://upkeep") == (0, "memory://upkeep: nothing to remove\n", "")
     assert uni3d("prune", "memory://upkeep", "--keep-last", 1).out.startswith("deleted global_step1\n")
     assert uni3d("verify", "memory://upkeep", "--all").out.count("\n") == 1
 
 
-NO_FOLDER, EMPTY = "is not a folder; give the folder that a run was saved to", "holds no committed checkpoint"
-OWN = "is one checkpoint's own folder; give the folder that a run was saved to"
+NO_FOLDER, EMPTY = "is not a folder", "holds no committed checkpoint"
+OWN = "is the folder of a single checkpoint; give the folder of a run"
 COMMANDS = {"verify": [], "clean": [], "prune": ["--keep-last", 1]}
 
 
@@ -220,7 +220,7 @@ COMMANDS = {"verify": [], "clean": [], "prune": ["--keep-last", 1]}
         (["verify", "clean", "prune"], "nope://bucket", "can't be opened: Protocol not known: nope"),
     ],
 )
-def test_places_that_are_wrong_are_one_line(
+def test_bad_paths_are_one_line_errors(
     uni3d: Command,
     run: Path,
     tmp_path: Path,
@@ -229,7 +229,7 @@ def test_places_that_are_wrong_are_one_line(
     place: str,
     message: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it isn't installed
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it weren't installed
     (tmp_path / "empty").mkdir()
     place = place.format(run=run, empty=tmp_path / "empty")
     before = sorted(tmp_path.rglob("*"))
@@ -249,15 +249,13 @@ def test_places_that_are_wrong_are_one_line(
             1,
             "the tags there are: global_step1, global_step2, global_step3",
         ),
-        (["verify", "{run}", "--tag", "x", "--all"], 1, "--all and --tag x were both given; give one"),
+        (["verify", "{run}", "--tag", "x", "--all"], 1, "--all and --tag x are mutually exclusive"),
         (["verify", "{run}/nowhere", "--all"], 1, "is not a folder"),
         (["prune", "{run}"], 2, "Missing option '--keep-last'"),
         (["prune", "{run}", "--keep-last", "0"], 2, "Invalid value for '--keep-last'"),
     ],
 )
-def test_requests_that_are_wrong(
-    uni3d: Command, run: Path, arguments: list[str], code: int, message: str
-) -> None:
+def test_bad_options(uni3d: Command, run: Path, arguments: list[str], code: int, message: str) -> None:
     result = uni3d(*(argument.format(run=run) for argument in arguments))
     assert (result.code, result.out) == (code, "")
     assert message in result.err
@@ -273,22 +271,22 @@ def test_nothing_is_pruned_while_latest_is_damaged(uni3d: Command, run: Path) ->
 
 
 def test_in_a_process_of_its_own(run: Path) -> None:
-    """With a terminal for its messages there is a progress bar, which doesn't touch the answer."""
+    """If stderr is a terminal there is a progress bar, which doesn't affect stdout."""
     flip(run / "global_step4" / FIRST_CHUNK, 0)
     terminal, end = os.openpty()
     command = [UNI3D, "verify", str(run)]
     environment = {**os.environ, "TERM": "xterm"}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, text=True, timeout=60, env=environment)
-    os.close(end)  # or reading would wait for ever where there was nothing
+    os.close(end)  # or reading would block if nothing was written
     bar = os.read(terminal, 10_000)
     assert b"verifying global_step4" in bar
-    assert re.search(rb"(\d+\.\d)/\1 kB", bar), "it comes to its end"
+    assert re.search(rb"(\d+\.\d)/\1 kB", bar), "the bar is complete at the end"
     os.close(terminal)
     assert done.returncode == 1
     assert done.stdout.splitlines()[0].startswith(f"{ODD}/fp32 chunk c.0: {run}/global_step4/")
 
 
-def test_help_waits_for_no_library() -> None:
+def test_help_loads_no_heavy_library() -> None:
     code = "import sys, uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60

@@ -1,4 +1,4 @@
-"""`docs/from-deepspeed.md` says what the code does."""
+"""The tables of `docs/from-deepspeed.md` match the code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "from-deepspeed.md").read
 
 
 def test_its_tables_are_current() -> None:
-    made = "replace what follows the mark with what `python tests/support/config_page.py` prints"
-    assert PAGE.partition("<!-- tables -->\n")[2].strip() == tables().strip(), made
+    update = "replace the text after the mark with the output of `python tests/support/config_page.py`"
+    assert PAGE.partition("<!-- tables -->\n")[2].strip() == tables().strip(), update
 
 
-def test_every_key_is_in_one_place() -> None:
+def test_every_key_is_in_exactly_one_table() -> None:
     keys = re.findall(r"`([a-z0-9_.]+)`", tables())
     for key in (*NO_MEANING, *REFUSED, *READ_AS):
         assert keys.count(key) == 1, key

@@ -95,7 +95,7 @@ def test_it_would_resume(doctor: Command, saved: Path, config: Callable[..., Pat
     assert '"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2' in result.words, "of 4 samples"
     assert '"parallel": {"pp": 1, "dp": 3, "tp": 1}, "zero_optimization": {"stage": 1}' in result.words
     assert "latest is global_step2" in result.words
-    assert "ACTIVATIONS AREN'T COUNTED" in result.out
+    assert "ACTIVATIONS ARE NOT INCLUDED" in result.out
     assert "tp 3 doesn't divide the 26 features of layers.0.ffn.gate (colwise)" in result.words
     assert "warning" not in result.out
 
@@ -181,7 +181,7 @@ def test_numbers_of_ranks_nearby(doctor: Command, saved: Path) -> None:
     possible = {pp * dp * tp for pp in range(1, 7) for dp in (1, 2, 3, 4, 6, 12) for tp in (1, 2)}
     below, above = (sorted(n for n in possible if side(n)) for side in (lambda n: n < 11, lambda n: n > 11))
     assert nearby == [*below[-3:], *above[:3]]
-    assert f"nearby that would do: {', '.join(map(str, nearby))}" in result.words
+    assert f"nearby numbers of ranks that work: {', '.join(map(str, nearby))}" in result.words
 
 
 def test_degrees_that_were_asked_for(doctor: Command, saved: Path) -> None:
@@ -247,13 +247,13 @@ def test_nothing_to_be_read(doctor: Command, tmp_path: Path, run: Path) -> None:
         ("empty",): "holds no committed checkpoint",
         ("file",): "is not a folder",
         ("nowhere",): "is not a folder",
-        ("half",): "(not committed, so nothing of it can be loaded: .saving.global_step5)",
+        ("half",): "(not committed, so they can't be loaded: .saving.global_step5)",
         (
             "run",
             "--tag",
             "global_step3",
         ): "no committed checkpoint 'global_step3'; the tags there",
-        ("run",): "no crc32c (its tags: global_step2, global_step1)",
+        ("run",): "no crc32c (committed tags: global_step2, global_step1)",
     }
     for (name, *options), message in cases.items():
         result = doctor(tmp_path / name, "--world-size", 2, *options)
@@ -266,7 +266,7 @@ def test_questions_that_can_t_be_answered(doctor: Command, saved: Path, config: 
     for options, message in {
         ("--pp", 3): "pp(3) doesn't divide the world size 4",
         ("--pp", 2, "--dp", 1, "--tp", 1): "pp(2) * dp(1) * tp(1) = 2, but the world size is 4",
-        ("--memory", "lots"): "--memory lots isn't a number above 0",
+        ("--memory", "lots"): "--memory lots: expected a positive number",
         ("--config", "nowhere.json"): "--config nowhere.json can't be read",
         ("--config", config(optimiser={})): "optimizer",
     }.items():
@@ -278,7 +278,7 @@ def test_questions_that_can_t_be_answered(doctor: Command, saved: Path, config: 
 
 def test_leftovers_and_latest_are_told(doctor: Command, run: Path) -> None:
     (run / ".saving.global_step9").mkdir()
-    assert "still goes on: .saving.global_step9 (uni3d clean)" in doctor(run, "--world-size", 2).words
+    assert "running save: .saving.global_step9 (see uni3d clean)" in doctor(run, "--world-size", 2).words
     (run / "latest").unlink()
     assert doctor(run, "--world-size", 2).code == 2
     result = doctor(run, "--world-size", 2, "--tag", "global_step2")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
+from uni3d.config import BatchTriad
 from uni3d.engine.data import GlobalOrder, TrainingLoader
 
 
@@ -28,10 +29,8 @@ class Position:
 def make_loader(n: int, batch: int, micro: int, rank: int, dp: int, position: Any = None) -> TrainingLoader:
     return TrainingLoader(
         TensorDataset(torch.arange(n)),
-        train_batch=batch,
-        micro_batch=micro,
+        BatchTriad(train_batch=batch, micro_batch=micro, accumulation=batch // (micro * dp)),
         dp_rank=rank,
-        dp=dp,
         seed=5,
         position=position or Position(),
     )
@@ -93,10 +92,8 @@ def test_an_iterator_from_before_a_load_refuses_to_go_on() -> None:
 def test_the_collate_function_is_used() -> None:
     loader = TrainingLoader(
         TensorDataset(torch.arange(4)),
-        train_batch=2,
-        micro_batch=2,
+        BatchTriad(train_batch=2, micro_batch=2, accumulation=1),
         dp_rank=0,
-        dp=1,
         seed=0,
         position=Position(),
         collate_fn=len,

@@ -397,14 +397,14 @@ def test_the_command_takes_an_examples_config() -> None:
 def test_the_command_proposes_and_says_by_how_much_it_misses() -> None:
     config = str(EXAMPLES / "1.3b.json")
     shown = command(config, "--world-size", "8", "--memory", "40GiB").stdout
-    assert "fit 40.0 GiB a rank; quickest first:" in shown
+    assert "fit in 40.0 GiB per rank, fastest first:" in shown
     row = json.loads(command(config, "--world-size", "8", "--memory", "40GiB", "--json").stdout)
     assert row["fits"]
     first = row["proposals"][0]
     assert f"{first['pp']:>4} {first['dp']:>5} {first['tp']:>3}" in shown
     missed = command(config, "--world-size", "2", "--memory", "1GB")
     assert missed.returncode == 0
-    assert "nothing fits 953.7 MiB a rank." in missed.stdout
+    assert "nothing fits in 953.7 MiB per rank." in missed.stdout
 
 
 def test_the_command_needs_no_torch() -> None:
@@ -427,7 +427,7 @@ def test_the_command_needs_no_torch() -> None:
         ("CONFIG --recompute some", "--recompute some is unknown; give one of none, full, selective"),
         ("CONFIG --device tpu", "--device tpu is unknown; give one of cuda, cpu"),
         ("CONFIG --memory 80", None),
-        ("CONFIG --memory lots", "--memory lots isn't a number above 0 with a known unit"),
+        ("CONFIG --memory lots", "--memory lots: expected a positive number with a known unit"),
         ("CONFIG --micro-batch 0", "micro-batch 0 must be at least 1"),
         ("nowhere.json", "nowhere.json can't be read"),
         (__file__, "is not JSON"),
@@ -436,7 +436,7 @@ def test_the_command_needs_no_torch() -> None:
 def test_mistakes_are_one_line(arguments: str, message: str | None) -> None:
     result = command(*arguments.replace("CONFIG", str(EXAMPLES / "1.3b.json")).split())
     if message is None:
-        assert "nothing fits 80 B" in result.stdout
+        assert "nothing fits in 80 B" in result.stdout
         return
     assert result.returncode == 1
     assert result.stdout == ""

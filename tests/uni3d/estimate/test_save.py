@@ -261,7 +261,7 @@ def test_the_command_prints_what_the_figures_say() -> None:
     assert row["save_seconds"] == figures.save_seconds(5e8, 8)
     assert row["stall_seconds"] == figures.stall_seconds(1e10)
     lines = command(*arguments).stdout
-    for part in ("80 layers", "68,976,648,192 (70,000,000,000 were asked for)", f"{row['chunks']:,} chunks"):
+    for part in ("80 layers", "68,976,648,192 (70,000,000,000 requested)", f"{row['chunks']:,} chunks"):
         assert part in lines
     assert command("--params", "70B", *arguments[2:]).stdout == lines
 
@@ -277,13 +277,13 @@ def test_the_command_prints_what_the_figures_say() -> None:
         ("--params 70e9 --layers 0", "--layers 0 must be at least 1"),
         ("--params 70e9 --layers 4 --hidden 64 --ffn 64", "more than 2% off --params 70,000,000,000"),
         ("--params 1e5", "change --params, or what you gave of the shape, or --vocab"),
-        ("--params seventy", "--params seventy isn't a number above 0"),
+        ("--params seventy", "--params seventy: expected a positive number"),
         ("--params 70e9 --hidden 8192 --heads 60", "60 heads don't divide --hidden 8192"),
         ("--layers 4", "give --params, or the shape"),
-        ("--params 70e9 --bandwidth 2Gb/s", "write 2GB/s or 500MiB/s"),
-        ("--params 70e9 --memory-bandwidth 0", "--memory-bandwidth 0 isn't a number above 0"),
+        ("--params 70e9 --bandwidth 2Gb/s", "e.g. 2GB/s or 500MiB/s"),
+        ("--params 70e9 --memory-bandwidth 0", "--memory-bandwidth 0: expected a positive number"),
         ("--params 70e9 --ranks-per-node 0", "--ranks-per-node 0 must be at least 1"),
-        ("--params 70e9 --states fp32,fp32", "must be different names"),
+        ("--params 70e9 --states fp32,fp32", "must be distinct names"),
     ],
 )
 def test_mistakes_are_one_line(arguments: str, message: str) -> None:

@@ -227,11 +227,32 @@ def test_a_gpus_times_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     assert times.line() == "time since the last line: "
 
 
-def test_nothing_is_printed_or_measured_by_default(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = make_engine(seeded(Stack))
+def test_a_line_every_ten_steps_or_thirty_seconds_by_default(
+    alone: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    warmup = {"total_num_steps": 30, "warmup_max_lr": 0.02, "warmup_num_steps": 4}
+    scheduler = {"type": "WarmupDecayLR", "params": warmup}
+    engine = make_engine(seeded(Stack), config={"scheduler": scheduler})
     train(engine, global_batches(1))
-    assert capsys.readouterr() == ("", "")
-    assert not engine.observer.wanted
+    assert capsys.readouterr().out == "", "30 s haven't passed"
+    engine.save_checkpoint(str(tmp_path))
+    engine.wait_for_checkpoint()
+    train(engine, global_batches(1) * 9)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("uni3d: step 10 | loss ")
+    assert re.search(r"\| \d+:\d\d:\d\d left \| saved global_step1$", line), line
+    monkeypatch.setattr("uni3d.observe.LINE_SECONDS", 0.0)
+    slow = make_engine(seeded(Stack))
+    train(slow, global_batches(2))
+    steps = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert steps == ["uni3d: step 1", "uni3d: step 2"]
+
+
+def test_nothing_is_printed_or_measured_for_null(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = make_engine(seeded(Stack), config={"steps_per_print": None})
+    train(engine, global_batches(1) * 10)
+    assert capsys.readouterr().out == ""
+    assert not engine._observer.wanted
 
 
 # --- FLOPs ---------------------------------------------------------------------------------------------
@@ -272,7 +293,7 @@ def profile_case(pp: int, dp: int, tp: int, file: str, recompute: str) -> Any:
     data = torch.utils.data.TensorDataset(*(t % VOCAB for t in oracle.samples()))
     engine = uni3d.initialize(model=model, training_data=data, config=settings)[0]
     losses = [engine.train_batch().item() for _ in range(3)]
-    profile = engine.observer._profile
+    profile = engine._observer._profile
     assert profile is not None
     return losses, profile.forward, profile.flops, profile.parameters
 

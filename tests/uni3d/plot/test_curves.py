@@ -1,4 +1,4 @@
-"""What a run's metrics files and checkpoints say of its curves."""
+"""A run's curves, topologies and marks, from its metrics files and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import pytest
 
 import ckpt
 from parallel import Ranks
-from uni3d.config.observe_sections import CsvMonitorConfig
+from uni3d.config.sections import CsvMonitorConfig
 from uni3d.observe.monitors import CsvMonitor
-from uni3d.plot.marks import read_marks, resizes_between
-from uni3d.plot.metrics import CSV_NAMES, find_metrics, read_metrics
+from uni3d.plot.metrics import CSV_NAMES, find_metrics, read_marks, read_metrics, resizes_between
 
 ONE, TWO, FOUR = (Ranks(pp=p, dp=d, tp=1, zero=1) for p, d in ((1, 1), (2, 1), (2, 2)))
 
@@ -32,7 +31,7 @@ def write(path: Path, *lines: str) -> str:
 
 
 def test_the_later_line_counts_and_what_it_takes_back_is_abandoned(tmp_path: Path) -> None:
-    """Twice from step 4: the first time further than the second."""
+    """The run resumes twice from step 4, and gets further the first time."""
     attempts = [(range(1, 9), 0), (range(5, 8), 10), (range(5, 7), 20)]
     lines = [line(step, step + more) for steps, more in attempts for step in steps]
     curve = read_metrics([write(tmp_path / "m.jsonl", *lines)]).curves["loss"]
@@ -74,7 +73,7 @@ def test_what_is_not_finite_is_kept_as_that(tmp_path: Path) -> None:
 
 
 def test_resizes_are_where_the_topology_changes(tmp_path: Path) -> None:
-    """The one that was taken back isn't there; a line that says nothing of it changes nothing."""
+    """An abandoned resize doesn't count, and neither does a line without a topology."""
     lines = [line(1), line(2, ranks=None), line(3), line(4, ranks=FOUR), line(5, ranks=FOUR)]
     lines += [line(4, ranks=TWO), line(5, ranks=TWO), line(6, pp=0, ranks=None), line(7, ranks=ONE)]
     found = read_metrics([write(tmp_path / "m.jsonl", *lines)]).resizes()
@@ -141,7 +140,7 @@ def test_a_run_at_a_url(tmp_path: Path) -> None:
         (["nothing.jsonl"], OSError, "nothing.jsonl can't be read: No such file"),
         (["folder"], OSError, "folder is a folder without Train_Samples_"),
         (["a.jsonl", "Train_Samples_lr.csv"], ValueError, "of two kinds"),
-        (["other.csv"], ValueError, "which curve is that"),
+        (["other.csv"], ValueError, "unknown curve"),
         (["empty.jsonl"], ValueError, "no line with a number of loss, grad_norm or lr"),
     ],
 )
@@ -170,7 +169,7 @@ def save(run: Path, tag: str, step: int, created: int, ranks: Ranks | None, **do
 
 
 def test_checkpoints_are_marks_and_tell_of_resizes(tmp_path: Path) -> None:
-    """The run goes back from step 40 to 20, and on with another topology."""
+    """The run goes back from step 40 to 20, and continues on another topology."""
     written = [(10, ONE), (20, ONE), (30, FOUR), (40, FOUR), (25, TWO), (35, TWO), (45, ONE)]
     for created, (step, ranks) in enumerate(written):
         save(tmp_path, f"t{step}", step, created, ranks, engine={"global_samples": 8 * step})

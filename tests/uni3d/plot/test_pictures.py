@@ -1,4 +1,4 @@
-"""What is in the pictures of `uni3d plot`, by matplotlib's own account of them."""
+"""Contents of the pictures of `uni3d plot`, read from matplotlib's objects."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from matplotlib.text import Text
 
 import parallel
 from uni3d.estimate import save as paper
-from uni3d.plot.curves import draw_curves, resize_label
+from uni3d.plot.curves import draw_curves, topology_label
 from uni3d.plot.figure import renderer_of
-from uni3d.plot.layout import Side, describe_dims, draw_layout, drawn_dims, name_ranks
-from uni3d.plot.marks import Mark
-from uni3d.plot.metrics import Metrics, Resize, read_metrics
+from uni3d.plot.layout import Side, draw_layout, drawn_dims, name_ranks
+from uni3d.plot.metrics import Mark, Metrics, Resize, read_metrics
 
 
 def metrics_of(tmp_path: Path, rows: list[dict[str, Any]]) -> Metrics:
@@ -31,7 +30,7 @@ def metrics_of(tmp_path: Path, rows: list[dict[str, Any]]) -> Metrics:
 
 
 def test_what_is_drawn(tmp_path: Path) -> None:
-    """Curves in pieces, abandoned ones, gaps, what isn't finite, resizes through all panels, checkpoints."""
+    """Pieces, abandoned stretches, gaps and NaN of a curve; resizes through all panels; checkpoints."""
     a, b = parallel.Ranks(pp=1, dp=2, tp=1, zero=1), parallel.Ranks(pp=2, dp=2, tp=1, zero=1)
     rows = [{"step": n, "loss": 9.0 - n, "grad_norm": 1.0, "lr": 0.1, **vars(a)} for n in range(1, 7)]
     rows += [{"step": n, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, **vars(b)} for n in (5, 6, 7, 60)]
@@ -55,11 +54,10 @@ def test_what_is_drawn(tmp_path: Path) -> None:
         assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[4.5, 4.5]]
     ticks = next(line for line in rate.lines if line.get_marker() == "^")
     assert list(ticks.get_xdata()) == [4], "t500 lies beyond the curves"
-    assert [text.get_text() for text in loss.texts] == ["pp1 dp2 tp1 zero1 → pp2 dp2 tp1 zero1 (2 → 4 ranks)"]
+    assert [text.get_text() for text in loss.texts] == ["2 ranks\npp1 dp2 tp1 zero1"]
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names[:4] == [str(a), str(b), "checkpoint", "NaN or infinite"]
-    assert names[4].startswith("abandoned")
+    assert sorted(names)[1:] == ["abandoned: repeated from an earlier checkpoint", "checkpoint", str(b)]
     title = figure.get_suptitle()
     assert title == "Run tiny: loss, gradient norm, learning rate, resized once"
 
@@ -88,28 +86,46 @@ def test_a_gradient_norm_that_explodes_is_on_a_log_scale(tmp_path: Path) -> None
         assert axes.get_yscale() == scale
 
 
-@pytest.mark.parametrize(("number", "labelled"), [(3, 3), (12, 8), (40, 8)])
-def test_labels_of_resizes_do_not_overlap(tmp_path: Path, number: int, labelled: int) -> None:
-    """At the end of a run, close to each other; what finds no room is said to."""
+@pytest.mark.parametrize(("resized", "labelled"), [([500, 750], 3), ([985, 990, 995], 1)])
+def test_topologies_are_labelled_where_there_is_room(
+    tmp_path: Path, resized: list[int], labelled: int
+) -> None:
+    """Topologies without room are in the legend, and no label overlaps another."""
     metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0} for n in range(1000)])
-    places = [parallel.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(number + 1)]
-    resizes = [Resize(950 + n, *pair) for n, pair in enumerate(pairwise(places))]
+    places = [parallel.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(len(resized) + 1)]
+    resizes = [Resize(at, *pair) for at, pair in zip(resized, pairwise(places), strict=True)]
     figure = draw_curves("x", metrics, resizes, [])
-    texts = figure.axes[0].texts
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    in_legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert len(texts) >= labelled
-    assert (f"({number - len(texts)} without a label" in figure.get_suptitle()) == (len(texts) < number)
-    known = {resize_label(resize) for resize in resizes}
-    assert {text.get_text() for text in texts} <= known
-    assert_apart(figure, texts)
-    renderer = renderer_of(figure)
-    right = figure.axes[0].get_window_extent(renderer).x1
-    assert all(Text.get_window_extent(text, renderer).x1 < right + 5 for text in texts), "above the curves"
+    assert texts[0] == topology_label(places[0])
+    assert in_legend == {str(ranks) for ranks in places if topology_label(ranks) not in texts}
+    assert_apart(figure, list(figure.axes[0].texts))
+
+
+def test_many_resizes_keep_their_labels_apart(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0} for n in range(1000)])
+    places = [parallel.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(41)]
+    resizes = [Resize(20 * n + 20, *pair) for n, pair in enumerate(pairwise(places))]
+    figure = draw_curves("x", metrics, resizes, [])
+    assert len(figure.axes[0].texts) >= 3
+    assert_apart(figure, list(figure.axes[0].texts))
+
+
+def test_another_run_is_a_dashed_line(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0, "lr": 1.0} for n in range(9)])
+    other = metrics_of(tmp_path, [{"step": n, "loss": 2.0, "lr": 1.0} for n in range(5)])
+    figure = draw_curves("x", metrics, [], [], ("other", other))
+    (line,) = (line for line in figure.axes[0].lines if line.get_linestyle() == "--")
+    assert list(line.get_xdata()) == [0, 1, 2, 3, 4]
+    assert list(line.get_ydata()) == [2.0] * 5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["other"]
 
 
 def assert_apart(figure: Figure, texts: list[Any]) -> None:
-    """None over another, nor beyond the figure's edge."""
+    """Check that no text overlaps another or the figure's edge."""
     renderer = renderer_of(figure)
-    boxes = [Text.get_window_extent(text, renderer) for text in texts]  # without the line to a label
+    boxes = [Text.get_window_extent(text, renderer) for text in texts]
     for i, box in enumerate(boxes):
         assert box.x0 >= 0
         assert box.y0 >= 0
@@ -127,7 +143,7 @@ def side(parts: dict[int, Any], **degrees: int) -> Side:
 
 
 def test_boxes_are_rectangles_with_their_ranks() -> None:
-    """Two replicas of a matrix in 2 x 2 parts; a rank for which nothing was left."""
+    """Two replicas of a matrix in 2 x 2 parts, and a rank with an empty part."""
     parts = {
         4 * copy + 2 * r + c: ((3 * r, 4 * c), (3 if r == 0 else 2, 4))
         for copy in (0, 1)
@@ -148,7 +164,7 @@ def test_boxes_are_rectangles_with_their_ranks() -> None:
         "ranks 2, 6\n2 x 4",
         "ranks 3, 7\n2 x 4",
     }
-    for text in left.texts:  # in the middle of its own
+    for text in left.texts:  # in its own box
         x, y = text.get_position()
         assert (x < 4, y < 3) == (text.get_text()[6] in "02", text.get_text()[6] in "01")
     assert [text.get_text() for text in right.texts] == ["rank 0\n5 x 8"]
@@ -167,17 +183,15 @@ def test_labels_stay_apart_with_many_ranks(dp: int, tp: int, tp_dim: int) -> Non
     figure = draw_layout("Which", shape, [side({r: tuple(b) for r, b in enumerate(boxes)}, dp=dp, tp=tp)])
     (axes,) = figure.axes
     assert len(axes.patches) == len(set(boxes))
-    assert len(axes.texts) >= min(tp, 2)
     assert_apart(figure, list(axes.texts))
     marks = [t for t in (*axes.get_xticklabels(), *axes.get_yticklabels()) if t.get_text()]
     assert_apart(figure, marks)
 
 
 def test_other_dims() -> None:
-    """Of three dims the two that are cut are drawn, of none or one a strip."""
+    """Two of three dims are drawn, those that are cut; a vector and a number are drawn as a strip."""
     sides = [side({0: ((0, 0, 0), (2, 6, 4)), 1: ((2, 0, 0), (2, 6, 4)), 2: ((0, 0, 4), (2, 6, 4))})]
     assert drawn_dims((4, 6, 8), sides) == (0, 2)
-    assert describe_dims((4, 6, 8), (0, 2)) == "3-D: drawn by dims 0 and 2; dim 1 (6) is not cut"
     (axes,) = draw_layout("Which", (4, 6, 8), sides).axes
     assert {p.get_bbox().bounds for p in axes.patches} == {(0, 0, 4, 2), (0, 2, 4, 2), (4, 0, 4, 2)}
     (strip,) = draw_layout("Which", (5,), [side({0: ((0,), (3,)), 1: ((3,), (2,))}, dp=2)]).axes

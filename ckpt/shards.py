@@ -1,0 +1,68 @@
+"""Parts of arrays that ranks hold, with and without their data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.box import Box, Shape
+
+Array = npt.NDArray[Any]
+
+
+class ArrayKey(NamedTuple):
+    """Name of one array of a checkpoint: a state (`fp32`, `exp_avg`, ...) of an atom."""
+
+    atom: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """Description of the part of one array that a rank holds."""
+
+    key: ArrayKey
+    dtype: str
+    """A numpy name: `float32`, `int64`, ..., or `bfloat16`."""
+    shape: Shape
+    """Shape of the whole array."""
+    box: Box
+    """The rank's part; empty if the rank holds nothing of the array."""
+    fine_dim: int | None = None
+    """A dim after the first along which other topologies cut the array. Chunks are kept narrow along it, so
+    that a part can be read without the rest of its rows. (A part along the first dim is a range of bytes
+    anyway.)
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's part of an array, in memory."""
+
+    spec: ShardSpec
+    data: Array
+    """Has the shape `spec.box.shape`."""
+
+
+class Unread(Protocol):
+    """An array that is read part by part, each when it is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadShard:
+    """A rank's part of an array that is still to be read."""
+
+    spec: ShardSpec
+    data: Unread
+    """Has the shape `spec.box.shape`."""

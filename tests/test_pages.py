@@ -1,0 +1,138 @@
+"""README and the pages of `docs/` agree with the code, and their links and commands can be followed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import parallelism_tables as tables
+import pytest
+import typer
+
+from uni3d.cli import app
+from uni3d.config import load_config
+from uni3d.config.sections import CheckpointConfig
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+WRAPPED = [p for p in PAGES if p.stem not in ("cli", "format", "from-deepspeed", "importing")]
+LONGEST_LINE = 120
+LONGEST_README = 130
+page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Content of a page's fenced blocks in this language."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """Text of a page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, by GitHub's rule."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=lambda p: p.name)
+def test_lines_outside_tables_are_wrapped(page: Path) -> None:
+    lines = prose(page).splitlines()
+    assert [line for line in lines if len(line) > LONGEST_LINE and not line.startswith("|")] == []
+
+
+@page
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", prose(page))
+    for path, _, anchor in (link.partition("#") for link in links if "://" not in link):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_pictures_are_there() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README.read_text())
+    assert pictures == ["docs/images/resize.png"]
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of the pages' shell blocks, as `(page, words)`."""
+    for path in PAGES:
+        for block in blocks(path, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield path.name, words
+
+
+def test_shell_commands_exist() -> None:
+    group = typer.main.get_command(app)
+    known = {
+        name: {flag for parameter in command.params for flag in parameter.opts}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    found = list(commands())
+    ours = [(page, words) for page, words in found if words[0] == "uni3d"]
+    assert len(ours) > 10
+    for page, words in ours:
+        assert words[1] in known, page
+        flags = {word for word in words[2:] if word.startswith("--")}
+        assert flags <= known[words[1]], (page, words[1])
+    for page, words in found:
+        for word in words:
+            if re.match(r"(examples|tests|benchmarks)/", word):
+                assert (ROOT / word).exists(), (page, word)
+
+
+def test_readme_config() -> None:
+    (text,) = blocks(README, "json")
+    assert len(text.splitlines()) == 12
+    assert load_config(json.loads(text)).parallel.dp == "auto"
+    (diff,) = blocks(README, "diff")
+    assert len(re.findall(r"^[+-]", diff, re.MULTILINE)) == 6
+
+
+def test_checkpoint_section_shows_the_defaults() -> None:
+    (text,) = blocks(ROOT / "docs" / "your-script.md", "json")
+    assert json.loads(text)["checkpoint"] == CheckpointConfig().model_dump()
+
+
+def test_readme_figures_are_those_measured() -> None:
+    rows = [line for line in README.read_text().splitlines() if line.startswith("| ") and "--only" in line]
+    assert len(rows) == 5
+    measured = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    for row in rows:
+        for number, unit in re.findall(r"([\d.]+) (s|x)\b", row):
+            assert re.search(rf"(?<![\d.]){re.escape(number)} (\([^)]*\) )?{unit}\b", measured), (row, number)
+
+
+@page
+def test_python_blocks_compile(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec")
+
+
+def test_refused_combinations() -> None:
+    assert tables.table_in(tables.PAGE.read_text(), "refused") == tables.refused()
+
+
+def test_every_promised_cell_has_been_measured() -> None:
+    degrees = [(pp, dp, tp) for pp, dp, tp in product((1, 2, 4), (1, 2, 3), (1, 2)) if pp * dp * tp <= 4]
+    expected = [(*place, zero) for place in [*degrees, (2, 2, 2)] for zero in range(4)]
+    rows = tables.table_in(tables.PAGE.read_text(), "parity").splitlines()
+    number = r"\d+e[+-]\d+"
+    cell = rf"{number} / {number} / {number}"
+    row = re.compile(rf"\| \((\d), (\d), (\d)\) \| (\d) \| {cell} \| {cell} \| {cell} \|")
+    found = [tuple(int(n) for n in match.groups()) for match in map(row.fullmatch, rows) if match]
+    assert found == expected

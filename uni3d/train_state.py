@@ -1,0 +1,47 @@
+"""Everything that training changes and a checkpoint keeps, handed to whoever needs a part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from parallel import ParallelModel
+from uni3d.optim.loss_scale import LossScale
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Counters of a run, over all its resumes and all ranks."""
+
+    train_batch: int
+    """Samples per step."""
+    global_steps: int = 0
+    """Steps, including those skipped for an overflow."""
+    global_samples: int = 0
+    skipped_steps: int = 0
+    """Steps skipped because a gradient overflowed in fp16."""
+
+    def count_step(self) -> None:
+        """Count one step and its samples."""
+        self.global_steps += 1
+        self.global_samples += self.train_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """A run's model, optimizer, schedule, loss scale and counters on this rank."""
+
+    model: ParallelModel
+    optimizer: Optimizer | None
+    lr_scheduler: LRScheduler | None
+    scaler: LossScale | None
+    """None unless training is in fp16."""
+    progress: Progress
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
