@@ -5,9 +5,10 @@
 3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
 4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
    (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for
-   `uni3d/estimate/save.py`, whose boxes are of no tensor, and `uni3d/importers/write.py`, whose are of tensors in foreign files. The engine,
-   its checkpointing and its description may know both packages (errors,
-   reports, collectives); every other module at most one.
+   `uni3d/estimate/save.py`, whose boxes are of no tensor, and `uni3d/importers/write.py`, whose are of
+   tensors in foreign files. The engine, its checkpointing and its description may know both packages (errors,
+   reports, collectives); every other module at most one. `parallel`'s rules (`RULES`) load no torch and are
+   open to all.
 5. Nothing pickles, but for `parallel/host_comm.py`, which carries values between ranks in memory, as torch's
    `all_gather_object` does; and files stay short.
 6. `uni3d/manifest.py` is the only module that looks up a manifest's keys, those beside the arrays.
@@ -99,12 +100,27 @@ def test_who_imports_whom(path: Path) -> None:
     assert not found & {"tests", "examples", "benchmarks"}
 
 
+RULES = ("degrees", "settings", "combinations", "placement", "tp_styles")
+"""Modules of `parallel` that are arithmetic: they load no torch."""
+
+
+@pytest.mark.parametrize("module", RULES)
+def test_the_rules_of_parallel_load_no_torch(module: str) -> None:
+    done = run(f"import sys, parallel.{module}; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def knows_tensors(path: Path) -> bool:
+    """Return whether a file imports `parallel` beyond its rules."""
+    rules = tuple(f"parallel.{module}." for module in RULES)
+    return any(n.split(".")[0] == "parallel" and not n.startswith(rules) for n in imports(path))
+
+
 def test_one_joint() -> None:
-    users = {relative(p) for p in of("uni3d") if {"ckpt", "parallel"} <= packages(p)}
+    users = {relative(p) for p in of("uni3d") if "ckpt" in packages(p) and knows_tensors(p)}
     names = (
         "state",
         "engine/engine",
-        "engine/saving",
         "checkpoint/save",
         "checkpoint/restore",
         "checkpoint/optimizer_groups",
@@ -139,8 +155,7 @@ def test_one_file_for_each_command() -> None:
 def test_only_the_command_line_imports_its_own_files() -> None:
     others = [path for path in SOURCES if path.parent != REPOSITORY / "uni3d" / "cli"]
     users = {relative(p) for p in others if any(name.startswith("uni3d.cli") for name in imports(p))}
-    # doctor/checks.py takes degrees_of from there as long as parallel's own rule loads torch
-    assert users <= {"uni3d/doctor/checks.py"}
+    assert not users
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:

@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import parallel
-from parallel.masters import make_masters
+from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
+from uni3d.config.settings import parallel_settings
 from uni3d.engine.data import TrainingLoader
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
@@ -75,7 +76,7 @@ def initialize(
     check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
-    how = _parallel_settings(settings)
+    how = parallel_settings(settings)
     parallel.check_micro_batches(how, degrees.pp, triad.accumulation)
     parallel.start_process_group(device)
     topology = parallel.Topology(
@@ -109,30 +110,6 @@ def initialize(
         collate_fn=collate_fn,
     )
     return engine, inner, engine.training_dataloader, scheduler
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _parallel_settings(config: Config) -> parallel.Settings:
-    """What the config says to the parallel package."""
-    p, again, compiled = config.parallel, config.activation_checkpointing, config.compile
-    options = {"mode": compiled.mode, "dynamic": compiled.dynamic}
-    return parallel.Settings(
-        seed=config.seed,
-        zero_stage=config.zero_optimization.stage,
-        precision=parallel.Precision(
-            compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
-        ),
-        offload=config.offload,
-        persistence_threshold=config.zero_optimization.stage3_param_persistence_threshold,
-        schedule=p.schedule,
-        virtual_stages=p.virtual_stages,
-        balance=p.balance,
-        sequence_parallel=p.sequence_parallel,
-        recompute=None if again.mode == "none" else parallel.Recompute(mode=again.mode, every=again.every),
-        compile=parallel.Compile(backend=compiled.backend, options=options) if compiled.enabled else None,
-    )
 
 
 def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
