@@ -120,7 +120,9 @@ def test_one_joint() -> None:
     names = (
         "state",
         "engine/engine",
+        "engine/guard",
         "checkpoint/save",
+        "checkpoint/live_weights",
         "checkpoint/restore",
         "checkpoint/optimizer_groups",
     )
