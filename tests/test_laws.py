@@ -11,6 +11,7 @@
    open to all.
 5. Nothing pickles, but for `parallel/host_comm.py`, which carries values between ranks in memory, as torch's
    `all_gather_object` does; and files stay short.
+6. `uni3d/manifest.py` is the only module that looks up a manifest's keys, those beside the arrays.
 """
 
 from __future__ import annotations
@@ -201,6 +202,45 @@ def test_nothing_pickles(path: Path) -> None:
             pair = (node.value.id, node.attr)
             assert pair not in PICKLING - ASKED_FOR.get(relative(path), set()), f"line {node.lineno}"
             assert pair[0] not in PICKLERS or pair in allowed, f"line {node.lineno}"
+
+
+MANIFEST_KEYS = {
+    *("writer", "zero_stage", "shard_group", "imported"),
+    *("requires_grad", "left_out", "declared", "aliases", "scalars"),
+    *("engine", "global_steps", "global_samples", "skipped_steps", "client_state"),
+}
+"""Keys that mean nothing else. `step`, `model`, `optimizer` and so on are also keys of configs, reports and
+torch's state_dicts, so they are forbidden only where the mapping is called `manifest`."""
+LOOKED_UP = {
+    # DeepSpeed's keys of the same name.
+    "uni3d/importers/deepspeed/__init__.py": {"global_steps", "global_samples", "skipped_steps"},
+    "uni3d/importers/deepspeed/zero.py": {"zero_stage"},
+    # In the header of a safetensors file.
+    "uni3d/importers/state_dicts.py": {"aliases"},
+}
+"""Files that look up keys of these names, too, and why they may."""
+
+
+def looked_up(path: Path) -> Iterator[tuple[ast.expr, str]]:
+    """Each mapping that a file subscripts, or calls `get` and the like of, with the constant key."""
+    for node in ast.walk(parse(path)):
+        match node:
+            case ast.Subscript(value=mapping, slice=ast.Constant(value=str(key))):
+                yield mapping, key
+            case ast.Call(
+                func=ast.Attribute(value=mapping, attr="get" | "pop" | "setdefault"),
+                args=[ast.Constant(value=str(key)), *_],
+            ):
+                yield mapping, key
+
+
+@pytest.mark.parametrize("path", of("uni3d"), ids=relative)
+def test_one_reader_of_the_manifest(path: Path) -> None:
+    if relative(path) in ("uni3d/manifest.py", "uni3d/zero_to_fp32.py"):
+        return  # the second runs without this package, in the checkpoint's own folder
+    found = list(looked_up(path))
+    assert {key for _, key in found} & MANIFEST_KEYS <= LOOKED_UP.get(relative(path), set())
+    assert not [key for mapping, key in found if ast.unparse(mapping).split(".")[-1] == "manifest"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

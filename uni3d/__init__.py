@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         load_state_dict_from_zero_checkpoint,
     )
 
-__version__ = "0.1.0"
+from uni3d.version import __version__ as __version__
+
 __all__ = [
     "CheckpointError",
     "Engine",

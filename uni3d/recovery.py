@@ -18,6 +18,7 @@ import ckpt
 from ckpt.threads import cores, for_each
 from uni3d import state, zero_to_fp32
 from uni3d.checkpoint import live_weights as weights_out
+from uni3d.manifest import RunManifest
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -25,14 +26,14 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: ckpt.Checkpoint, *, frozen: bool = True) -> None:
         self._checkpoint = checkpoint
-        parameters = checkpoint.manifest.get("model", {}).get("parameters", {})
+        manifest = RunManifest.of(checkpoint)
         self.infos = {
             name: info
             for name, info in ckpt.weights(checkpoint).items()
-            if frozen or parameters.get(name, {}).get("requires_grad", True)
+            if frozen or manifest.model.trains(name)
         }
         """What there is to read, each tied weight once."""
-        self.aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in self.infos}
+        self.aliases = {k: v for k, v in manifest.aliases.items() if v in self.infos}
         """Other names of tied weights -> the one that is in `infos`."""
 
     def __getitem__(self, name: str) -> Tensor:

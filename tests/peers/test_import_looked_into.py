@@ -12,7 +12,7 @@ from commands import run
 from imported import expected, imported, source
 
 import ckpt
-from uni3d.estimate.holders import imported_from, written_on
+from uni3d.manifest import RunManifest
 from uni3d.plot.metrics import read_marks, resizes_between
 
 NAME = "deepspeed_zero3_fp32"
@@ -94,6 +94,8 @@ def test_it_is_no_resize_of_a_topology(made: Path, tmp_path: Path) -> None:
 
 def test_what_manifests_say() -> None:
     manifest = {"writer": {"topology": {"pp": 1, "dp": 1, "tp": 1}, "zero_stage": 0}}
-    assert (str(written_on(manifest)), imported_from(manifest)) == ("pp1 dp1 tp1 zero0", None)
+    read = RunManifest.read(manifest)
+    assert (str(read.written_on), read.imported_from) == ("pp1 dp1 tp1 zero0", None)
     manifest["writer"]["imported"] = {"from": "torch"}
-    assert (written_on(manifest), imported_from(manifest)) == (None, "torch")
+    read = RunManifest.read(manifest)
+    assert (read.written_on, read.imported_from) == (None, "torch")

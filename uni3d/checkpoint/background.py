@@ -1,4 +1,4 @@
-"""Asynchronous saves: a copy of the tensors, and a thread that writes it while training goes on."""
+"""Threads beside training: a save writes a copy of the tensors while training goes on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ckpt.threads import cores
+
 T = TypeVar("T")
 
 ALIGNMENT = 64
 """Bytes to which each copy is aligned: a cache line."""
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Return how many threads a rank may use for files; `ranks` share the machine if torchrun doesn't say."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+
 
 _all: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
 

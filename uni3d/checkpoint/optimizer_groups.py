@@ -1,4 +1,4 @@
-"""What the manifest says of a model and an optimizer beside their arrays, and back.
+"""A model and an optimizer beside their arrays: described for the manifest, and restored from it.
 
 Scalars of the optimizer (its step counts) and the hyperparameters of its groups travel by parameter name.
 """
@@ -15,112 +15,64 @@ from torch.distributed.tensor import DTensor
 from ckpt import CheckpointError
 from parallel import ParallelModel
 from parallel.tensors import named_parameters, persistent_buffers
-
-_HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-"""Entries of a parameter group that say how a step is computed, not what it computes."""
+from uni3d.manifest import ModelRecord, OptimizerRecord
+from uni3d.resume_rules import HOW_NOT_WHAT, GivenOptimizer
 
 
 def describe(
-    model: ParallelModel, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True
-) -> dict[str, Any]:
-    """What the manifest says of this rank's part of the model and the optimizer (see `docs/format.md`).
+    model: ParallelModel, optimizer: torch.optim.Optimizer | None, declared: dict[str, Any], *, frozen: bool
+) -> tuple[ModelRecord, OptimizerRecord | None]:
+    """Return the manifest's account of this rank's part of the model and the optimizer.
 
-    Without `frozen`, it doesn't speak of parameters that don't require a gradient.
+    `declared` is the model's own description. Without `frozen`, parameters that don't require a gradient
+    are left out.
     """
-    names = {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
-    parameters = {
-        model.first_name(n): {"requires_grad": p.requires_grad}
-        for n, p in named_parameters(model.module)
-        if frozen or p.requires_grad
-    }
-    buffers = [name for name, _ in persistent_buffers(model.module)]
-    description: dict[str, Any] = {"model": {"parameters": parameters, "buffers": buffers}, "optimizer": None}
-    if not frozen:
-        here = (model.first_name(name) for name, _ in named_parameters(model.module))
-        description["model"]["left_out"] = [name for name in here if name not in parameters]
-    if optimizer is not None:
-        description["optimizer"] = {
-            "type": type(optimizer).__name__,
-            "groups": [_group(group, names) for group in optimizer.param_groups],
-            "scalars": {names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items()},
-        }
-    return description
+    here = {model.first_name(n): p.requires_grad for n, p in named_parameters(model.module)}
+    requires_grad = {name: trains for name, trains in here.items() if frozen or trains}
+    about_model = ModelRecord(
+        requires_grad=requires_grad,
+        buffers=[name for name, _ in persistent_buffers(model.module)],
+        left_out=None if frozen else [name for name in here if name not in requires_grad],
+        declared=declared,
+    )
+    if optimizer is None:
+        return about_model, None
+    names = _names(model)
+    return about_model, OptimizerRecord(
+        type=type(optimizer).__name__,
+        groups=[_group(group, names) for group in optimizer.param_groups],
+        scalars={names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items()},
+    )
 
 
-def merge(descriptions: list[dict[str, Any]]) -> dict[str, Any]:
-    """One description of the whole from those of its stages.
-
-    Raises:
-        CheckpointError: a parameter group has different hyperparameters on two stages.
-    """
-    whole = descriptions[0]
-    for other in descriptions[1:]:
-        whole["model"]["parameters"] |= other["model"]["parameters"]
-        whole["model"]["buffers"] += other["model"]["buffers"]
-        if left_out := other["model"].get("left_out"):
-            whole["model"]["left_out"] += [n for n in left_out if n not in whole["model"]["left_out"]]
-        if whole["optimizer"] is None:
-            continue
-        whole["optimizer"]["scalars"] |= other["optimizer"]["scalars"]
-        for i, (mine, theirs) in enumerate(
-            zip(whole["optimizer"]["groups"], other["optimizer"]["groups"], strict=True)
-        ):
-            if mine | {"params": []} != theirs | {"params": []}:
-                raise CheckpointError(
-                    f"parameter group {i} has different hyperparameters on two pipeline stages"
-                )
-            mine["params"] += [n for n in theirs["params"] if n not in mine["params"]]
-    return whole
+def given_optimizer(
+    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord | None
+) -> GivenOptimizer:
+    """Describe this rank's part of an optimizer, to be compared with the saved one."""
+    names = _names(model)
+    groups = [_group(group, names) for group in optimizer.param_groups]
+    for group, given, values in zip(
+        optimizer.param_groups, groups, [] if saved is None else saved.groups, strict=False
+    ):
+        for key, value in group.items():
+            # A tensor rounds: it is the saved value if that one would be rounded to it.
+            if isinstance(value, Tensor) and key in values and value == _like(value, values[key]):
+                given[key] = values[key]
+    return GivenOptimizer(type=type(optimizer).__name__, groups=groups)
 
 
-def check_optimizer(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None
-) -> None:
-    """Check that the saved optimizer's parameter groups are those of `optimizer`.
-
-    Raises:
-        CheckpointError: there is none, it is of another type, or a parameter is in another group.
-    """
-    if saved is None:
-        raise CheckpointError("the checkpoint has no optimizer; load it with load_optimizer_states=False")
-    mine = type(optimizer).__name__
-    if saved["type"] != mine:
-        raise CheckpointError(f"the checkpoint's optimizer is {saved['type']}, but this run's is {mine}")
-    if len(saved["groups"]) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"the checkpoint's optimizer has {len(saved['groups'])} parameter groups, "
-            f"but this run's has {len(optimizer.param_groups)}"
-        )
-    home = {name: i for i, group in enumerate(saved["groups"]) for name in group["params"]}
-    names = {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
-    for i, group in enumerate(optimizer.param_groups):
-        for name in (names[id(p)] for p in group["params"]):
-            if home.get(name) != i:
-                raise CheckpointError(
-                    f"{name} is in parameter group {i}, but in {home.get(name, 'none')} of the checkpoint"
-                )
-
-
-def restore_optimizer(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
-) -> list[str]:
+def restore_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
     """Set the groups' hyperparameters and the states' scalars to the saved ones.
 
-    Returns a line for each hyperparameter that this run was given another value of.
+    Raises:
+        CheckpointError: a parameter has other scalars than the saved ones.
     """
-    changed = []
-    for i, (group, values) in enumerate(zip(optimizer.param_groups, saved["groups"], strict=True)):
-        for key in sorted(values.keys() & group.keys() - _HOW_NOT_WHAT):
-            value = _like(group[key], values[key])
-            moves = f"initial_{key}" in group  # a schedule's doing, not a given value
-            if value != group[key] and not moves:
-                changed.append(f"group {i}'s {key} is the checkpoint's {value}, not this run's {group[key]}")
-            group[key] = value
-        for key in sorted(values.keys() - group.keys() - _HOW_NOT_WHAT):
-            changed.append(f"group {i}'s {key} ({values[key]}) in the checkpoint has no place here")
+    for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
+        for key in values.keys() & group.keys() - HOW_NOT_WHAT:
+            group[key] = _like(group[key], values[key])
     for name, parameter in named_parameters(model.module):
         state = optimizer.state.get(parameter, {})
-        scalars = saved["scalars"].get(model.first_name(name), {})
+        scalars = saved.scalars.get(model.first_name(name), {})
         here = {key for key, value in state.items() if not (isinstance(value, Tensor) and value.ndim)}
         if here != scalars.keys():
             raise CheckpointError(
@@ -129,14 +81,18 @@ def restore_optimizer(
             )
         for key, number in scalars.items():
             state[key] = _like(state[key], number)
-    return changed
+
+
+def _names(model: ParallelModel) -> dict[int, str]:
+    """Return the name of each parameter in the unsplit model, by its id."""
+    return {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
 
 
 def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
     # Two stages on one rank may each have a copy of a tied parameter: one name.
     values: dict[str, Any] = {"params": list(dict.fromkeys(names[id(p)] for p in group["params"]))}
     for key, value in group.items():
-        if key in _HOW_NOT_WHAT:
+        if key in HOW_NOT_WHAT:
             continue
         if isinstance(value, Tensor):
             value = value.item()

@@ -16,11 +16,14 @@ import ckpt
 from parallel import HostComm
 from parallel.tensors import whole_module
 from uni3d import state
-from uni3d.checkpoint.background import Background
-from uni3d.checkpoint.optimizer_groups import check_optimizer, restore_optimizer
+from uni3d.checkpoint.background import Background, threads_per_rank
+from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
+from uni3d.config import Config
+from uni3d.manifest import EngineRecord, RunManifest
 from uni3d.recovery import StoredWeights
+from uni3d.resume_rules import Given, GivenScheduler, compare
 from uni3d.state import Inventory
-from uni3d.train_state import Progress, TrainState
+from uni3d.train_state import TrainState
 
 CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
 """A script's own way of loading the model's weights, called with the keywords `src` and `dst`."""
@@ -43,14 +46,12 @@ class Wanted:
 class Restorer:
     """Loads checkpoints into one engine. Every call is collective."""
 
-    def __init__(
-        self, state: TrainState, *, seed: int, comm: HostComm, inventory: Inventory, threads: int
-    ) -> None:
+    def __init__(self, state: TrainState, config: Config, *, comm: HostComm, inventory: Inventory) -> None:
         self._state = state
-        self._seed = seed
+        self._seed = config.seed
         self._comm = comm
         self._inventory = inventory
-        self._threads = threads
+        self._threads = threads_per_rank(comm.size)
 
     def load(
         self, run: str | Path, tag: str | None, wanted: Wanted
@@ -79,25 +80,24 @@ class Restorer:
         return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
     def _fill(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
-        manifest, progress = checkpoint.manifest, self._state.progress
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
-        ckpt.agreed(self._comm, lambda: self._check_fits(manifest, optimizer, scheduler))
-        report = self._load_arrays(checkpoint, optimizer, wanted)
+        saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
+        # Before anything changes, and by all ranks or none.
+        changes = ckpt.agreed(
+            self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
+        )
+        report = self._load_arrays(checkpoint, saved, optimizer, wanted)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
-            differences = ckpt.agreed(self._comm, lambda: self._restore_rest(manifest, optimizer, scheduler))
+            ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
         except ckpt.CheckpointError as error:  # the arrays have been loaded
             raise ckpt.PartialLoadError(str(error)) from error
         if wanted.counters:
-            progress.global_steps = manifest["engine"]["global_steps"]
-            progress.global_samples = manifest["engine"]["global_samples"]
-            progress.skipped_steps = manifest["engine"].get("skipped_steps", 0)
-            differences += self._restore_loss_scale(manifest["engine"].get("loss_scale"))
-            differences += _other_order(self._seed, progress, manifest["engine"])
-        if differences and self._comm.rank == 0:
-            warnings.warn(f"{checkpoint.url}: {'; '.join(differences)}", stacklevel=4)
+            self._restore_counters(saved.engine)
+        if changes and self._comm.rank == 0:
+            warnings.warn(f"{checkpoint.url}: {'; '.join(changes)}", stacklevel=4)
         return report
 
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
@@ -107,49 +107,61 @@ class Restorer:
             ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 
     def _restore_rest(
-        self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
-    ) -> list[str]:
-        """Restore what isn't an array; returns a line for each value that this run was given another of."""
-        differences = []
-        if optimizer is not None:
-            differences += restore_optimizer(self._state.model, optimizer, manifest["optimizer"])
-        if scheduler is None and manifest["scheduler"] is not None and optimizer is not None:
-            rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
-            differences.append(f"its schedule was not taken up: the learning rate stays at {rates}")
-        if scheduler is not None:
-            differences += _differences("the schedule's", manifest["scheduler"], _given(scheduler))
-            scheduler.load_state_dict(manifest["scheduler"])
+        self, saved: RunManifest, optimizer: Optimizer | None, scheduler: LRScheduler | None
+    ) -> None:
+        """Restore the optimizer's hyperparameters and scalars, and the scheduler."""
+        if optimizer is not None and saved.optimizer is not None:
+            restore_optimizer(self._state.model, optimizer, saved.optimizer)
+        if scheduler is not None and saved.scheduler is not None:
+            scheduler.load_state_dict(saved.scheduler)
             if optimizer is None:  # its groups, which hold the rate of the next step, were left as they are
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
-        return differences
 
-    def _restore_loss_scale(self, saved: dict[str, Any] | None) -> list[str]:
-        """Take up fp16's loss scale; returns a line if only one of the two runs has one."""
-        scaler = self._state.scaler
-        if scaler is not None and saved is not None:
-            scaler.load_state_dict(saved)
-        elif saved is not None:
-            return [f"its loss scale ({saved['scale']:g}) was not taken up: this run isn't in fp16"]
-        elif scaler is not None:
-            return [f"it has no loss scale, as it isn't of fp16: it begins at {scaler.scale:g}"]
-        return []
+    def _restore_counters(self, saved: EngineRecord) -> None:
+        """Restore the counters and, if both runs are in fp16, the loss scale."""
+        progress, scaler = self._state.progress, self._state.scaler
+        assert saved.global_steps is not None, "compared before"
+        assert saved.global_samples is not None, "compared before"
+        progress.global_steps = saved.global_steps
+        progress.global_samples = saved.global_samples
+        progress.skipped_steps = saved.skipped_steps
+        if scaler is not None and saved.loss_scale is not None:
+            scaler.load_state_dict(saved.loss_scale)
 
     def _check_fits(
-        self, manifest: dict[str, Any], optimizer: Optimizer | None, scheduler: LRScheduler | None
-    ) -> None:
-        """Check what isn't an array, before anything changes."""
-        if optimizer is not None:
-            check_optimizer(self._state.model, optimizer, manifest["optimizer"])
-        saved = manifest["scheduler"]
-        if scheduler is not None and (saved is None or saved.keys() != scheduler.state_dict().keys()):
-            has = "no scheduler" if saved is None else f"another scheduler than {type(scheduler).__name__}"
-            raise ckpt.CheckpointError(
-                f"the checkpoint has {has}; load it with load_lr_scheduler_states=False"
-            )
+        self,
+        saved: RunManifest,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | None,
+        *,
+        counters: bool,
+    ) -> list[str]:
+        """Compare everything but the arrays; return the changes to be reported.
+
+        Raises:
+            ckpt.CheckpointError: with every reason why the checkpoint can't be loaded.
+        """
+        model, scaler = self._state.model, self._state.scaler
+        given = Given(
+            whose="this run",
+            optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
+            scheduler=None if scheduler is None else _given(scheduler),
+            counters=counters,
+            order={"seed": self._seed, "train_batch_size": self._state.progress.train_batch},
+            loss_scale=None if scaler is None else scaler.scale,
+        )
+        refusals, changes = compare(saved, given)
+        if refusals:
+            raise ckpt.CheckpointError("; ".join(refusals))
+        return changes
 
     def _load_arrays(
-        self, checkpoint: ckpt.Checkpoint, optimizer: Optimizer | None, wanted: Wanted
+        self,
+        checkpoint: ckpt.Checkpoint,
+        saved: RunManifest,
+        optimizer: Optimizer | None,
+        wanted: Wanted,
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
             if not _is_moment(key):
@@ -159,8 +171,8 @@ class Restorer:
         model = self._state.model
         fresh = optimizer is not None and not optimizer.state
         stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # parameters that have states
-        if optimizer is not None:
-            stored |= checkpoint.manifest["optimizer"]["scalars"].keys()
+        if optimizer is not None and saved.optimizer is not None:
+            stored |= saved.optimizer.scalars.keys()
         try:
             if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
                 ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
@@ -191,37 +203,16 @@ class Restorer:
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
 
 
-def what_fixes_the_order(seed: int, progress: Progress) -> dict[str, int]:
-    """Return the numbers on which the order of samples depends."""
-    return {"seed": seed, "train_batch_size": progress.train_batch}
-
-
-def _other_order(seed: int, progress: Progress, saved: dict[str, Any]) -> list[str]:
-    """A line for each thing by which samples come in another order than in the run that was saved."""
-    given = what_fixes_the_order(seed, progress)
-    lines = _differences("the run's", saved, {key: n for key, n in given.items() if key in saved})
-    if "seed" not in saved:  # another framework's, imported
-        lines.append(
-            f"it doesn't say in which order its samples came: this run's own goes on at sample "
-            f"{progress.global_samples}"
-        )
-    return lines
-
-
 def _is_moment(key: ckpt.ArrayKey) -> bool:
     return key.state not in (state.PARAMETER, state.BUFFER)
 
 
-def _given(scheduler: LRScheduler) -> dict[str, Any]:
-    """What a schedule was made with, but for what moves with its steps."""
+def _given(scheduler: LRScheduler) -> GivenScheduler:
+    """Describe a scheduler, to be compared with the saved one."""
     moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
-    return {key: value for key, value in scheduler.state_dict().items() if key not in moving}
-
-
-def _differences(whose: str, saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """A line for each value that was given to this run and is another in the checkpoint."""
-    return [
-        f"{whose} {key} is {value!r} here, and {saved.get(key)!r} in the checkpoint"
-        for key, value in given.items()
-        if value != saved.get(key)
-    ]
+    state = scheduler.state_dict()
+    return GivenScheduler(
+        type=type(scheduler).__name__,
+        keys=state.keys(),
+        state={key: value for key, value in state.items() if key not in moving},
+    )

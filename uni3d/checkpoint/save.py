@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +10,13 @@ import torch
 from torch import Tensor
 
 import ckpt
-import uni3d
-from ckpt.threads import cores
 from parallel import HostComm
-from uni3d.checkpoint.background import Background, Snapshot
-from uni3d.checkpoint.optimizer_groups import describe, merge
-from uni3d.checkpoint.restore import what_fixes_the_order
+from uni3d.checkpoint.background import Background, Snapshot, threads_per_rank
+from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
+from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
 from uni3d.state import Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import TrainState
-
-SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
-"""Lies in every checkpoint, and gets the weights out of it without this package."""
-
-
-def threads_per_rank(ranks: int) -> int:
-    """Threads that each rank of this machine may use for files; `ranks` is used where torchrun is not."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
 class Saver:
@@ -90,14 +78,14 @@ class Saver:
         asynchronous = self._config.checkpoint.async_save
         if "://" not in str(run):
             run = Path(run).absolute()  # the script may change its folder meanwhile
-        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], dict[str, Any]]] = []
+        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], RunManifest]] = []
 
         def take() -> str:
             plan, parts = self._parts(frozen)
             if asynchronous:  # the one thing that training waits for
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append((plan, parts, self._document(client_state, frozen)))
+            taken.append((plan, parts, self._manifest(client_state, frozen)))
             return tag
 
         ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
@@ -153,14 +141,14 @@ class Saver:
         tag: str,
         plan: ckpt.Plan,
         parts: list[tuple[ckpt.ShardSpec, Tensor]],
-        document: dict[str, Any],
+        manifest: RunManifest,
         update_latest: bool,
     ) -> ckpt.SaveReport:
         """The save itself, in whichever thread. Torch's process groups may be gone by then."""
         settings = self._config.checkpoint
-        described = self._writing.gather(document if self._state.model.topology.speaks_for_stage else None)
+        described = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
         stages = [part for part in described if part is not None]  # on rank 0, whose word counts
-        whole = ckpt.agreed(self._writing, lambda: merge(stages) if stages else {})
+        whole = ckpt.agreed(self._writing, lambda: stages[0].merged(stages[1:]) if stages else manifest)
         shards = ckpt.agreed(self._writing, lambda: [on_host(*part) for part in parts])
         return ckpt.save(
             run,
@@ -168,7 +156,7 @@ class Saver:
             shards,
             plan=plan,
             comm=self._writing,
-            document=whole,
+            document=whole.document(),
             files={SCRIPT.name: SCRIPT.read_bytes()},
             durable=settings.durable,
             update_latest=update_latest,
@@ -176,35 +164,37 @@ class Saver:
             threads=threads_per_rank(self._comm.size),
         )
 
-    def _document(self, client_state: dict[str, Any], frozen: bool) -> dict[str, Any]:
-        """Everything in the manifest but the arrays, as this rank's stage has it. Local."""
+    def _manifest(self, client_state: dict[str, Any], frozen: bool) -> RunManifest:
+        """Return the manifest as this rank's stage has it. Local.
+
+        Copies what training may change before it is written.
+        """
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, topology = self._state.scaler, model.topology
         degrees = topology.degrees
-        description = describe(model, self._state.optimizer, frozen=frozen)
-        description["model"]["declared"] = self._model_spec
+        about_model, optimizer = describe(model, self._state.optimizer, self._model_spec, frozen=frozen)
         # Now, so that the script's mistake is raised by its call; the rest is checked while it is written.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
-        return {
-            "step": progress.global_steps,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "writer": {
-                "uni3d": uni3d.__version__,
-                "torch": str(torch.__version__),
-                "topology": {"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
-                "zero_stage": model.zero.stage,
-                "shard_group": topology.mesh["shard"].size(),
-                "layers": model.layers,
-            },
-            **description,
-            "aliases": model.ties,
-            "scheduler": None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
-            "engine": {
-                "global_steps": progress.global_steps,
-                "global_samples": progress.global_samples,
-                "skipped_steps": progress.skipped_steps,
-                "loss_scale": None if scaler is None else scaler.state_dict(),
-                **what_fixes_the_order(self._config.seed, progress),
-            },
-            "client_state": copy.deepcopy(client_state),
-        }
+        return RunManifest(
+            step=progress.global_steps,
+            writer=WriterRecord(
+                torch=str(torch.__version__),
+                topology={"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
+                zero_stage=model.zero.stage,
+                shard_group=topology.mesh["shard"].size(),
+                layers=model.layers,
+            ),
+            model=about_model,
+            optimizer=optimizer,
+            aliases=model.ties,
+            scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+            engine=EngineRecord(
+                global_steps=progress.global_steps,
+                global_samples=progress.global_samples,
+                skipped_steps=progress.skipped_steps,
+                loss_scale=None if scaler is None else scaler.state_dict(),
+                seed=self._config.seed,
+                train_batch_size=progress.train_batch,
+            ),
+            client_state=copy.deepcopy(client_state),
+        )

@@ -121,11 +121,12 @@ def _plain(
     """Write one file, or a folder of several, with the checkpoint's own tensor names."""
     import ckpt
     from uni3d.export.new_folder import new_folder
+    from uni3d.manifest import RunManifest
     from uni3d.zero_to_fp32 import write_files
 
     infos = ckpt.weights(checkpoint)
     sizes = {name: ckpt.exported_bytes(infos[name], _DTYPES[dtype]) for name in names}
-    aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in sizes}
+    aliases = {k: v for k, v in RunManifest.of(checkpoint).aliases.items() if v in sizes}
     with progress_bar("exporting", sum(sizes.values())) as progress:
         write = _writer(checkpoint, kind, _DTYPES[dtype], progress)
         if max_shard_size is None:

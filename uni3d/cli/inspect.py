@@ -13,6 +13,7 @@ from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say_json, say_tab
 
 if TYPE_CHECKING:
     import ckpt
+    from uni3d.manifest import RunManifest
 
 
 def inspect(
@@ -46,6 +47,7 @@ def inspect(
 def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     """Return a row for each committed tag, oldest first, or for the one asked for."""
     import ckpt
+    from uni3d.manifest import RunManifest
 
     newest = ckpt.open_checkpoint(run, tag)
     alone = tag is not None or not newest.folder  # `run` is a single checkpoint's folder
@@ -53,13 +55,13 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     rows = []
     for each in tags:
         checkpoint = newest if each == newest.tag else ckpt.open_checkpoint(run, each)
-        manifest = checkpoint.manifest
+        manifest = RunManifest.of(checkpoint)
         rows.append(
             {
                 "tag": checkpoint.tag,
                 "latest": not alone and checkpoint.tag == newest.tag,
-                "step": manifest["step"],
-                "created": manifest["created"],
+                "step": manifest.step,
+                "created": manifest.created,
                 "written on": _written_on(manifest),
                 "atoms": len(checkpoint.atoms),
                 "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
@@ -68,11 +70,9 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _written_on(manifest: dict[str, Any]) -> str:
-    from uni3d.estimate.holders import imported_from, written_on
-
-    imported = imported_from(manifest)
-    return str(written_on(manifest) or "unknown") if imported is None else f"imported from {imported}"
+def _written_on(manifest: RunManifest) -> str:
+    imported = manifest.imported_from
+    return str(manifest.written_on or "unknown") if imported is None else f"imported from {imported}"
 
 
 def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:

@@ -19,9 +19,9 @@ from uni3d.config import load_config
 from uni3d.doctor import checks as doctor_config
 from uni3d.doctor.memory import Known
 from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
-from uni3d.estimate.holders import imported_from, written_on, zero_so_far
 from uni3d.estimate.planned_reads import reads
 from uni3d.estimate.saved import SavedModel
+from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
 
 FEW = 3
@@ -38,13 +38,13 @@ def examine(
         ValueError: a file can't be read, or the ZeRO stage that was asked for can't be.
     """
     checkpoint = ckpt.open_checkpoint(run, tag)
-    manifest = checkpoint.manifest
+    manifest = RunManifest.of(checkpoint)
     source = SavedModel(checkpoint.arrays, manifest)
     known = None if model is None else Known(model, source)
     values = _values(config_path, known)
     config = None if values is None else load_config(values)
     whole = _whole(run, checkpoint)
-    zero = zero_so_far(manifest)
+    zero = manifest.zero_so_far
     if config is not None and "stage" in config.zero_optimization.model_fields_set:
         zero = config.zero_optimization.stage
     fitter = Fitter(
@@ -55,15 +55,15 @@ def examine(
         values=values or {},
         known=known,
     )
-    refusals = [*([_damage(whole)] if whole["problems"] else []), *doctor_config.unfit(manifest)]
-    if config is not None:
-        refusals += doctor_config.refusals(config, manifest)
+    refusals, changes = doctor_config.judged(manifest, config, checkpoint)
+    if whole["problems"]:
+        refusals.insert(0, _damage(whole))
     report = {
         "checkpoint": checkpoint.url.rstrip("/"),
         "world_size": asked.world,
         **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
-        "warnings": [] if config is None else list(doctor_config.warnings(config, manifest)),
+        "warnings": changes,
         "notes": list(doctor_config.notes(config, manifest)) + _own_shapes(source),
         "whole": whole,
         "config_given": config is not None,
@@ -92,17 +92,17 @@ def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
     return values
 
 
-def _about(manifest: dict[str, Any], source: SavedModel, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
-    ranks, engine = written_on(manifest), manifest.get("engine") or {}
+def _about(manifest: RunManifest, source: SavedModel, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
+    ranks = manifest.written_on
     return {
         "tag": checkpoint.tag,
-        "step": manifest.get("step"),
-        "samples": engine.get("global_samples"),
+        "step": manifest.step,
+        "samples": manifest.engine.global_samples,
         "train_batch_size": source.batch,
-        "created": manifest.get("created"),
+        "created": manifest.created,
         "class": source.declared.get("class"),
         "written_on": None if ranks is None else vars(ranks),
-        "imported_from": imported_from(manifest),
+        "imported_from": manifest.imported_from,
         "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
     }
 

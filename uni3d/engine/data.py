@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from parallel import ParallelModel
 from uni3d.config import BatchTriad
+from uni3d.engine.batches import check_batches, on_device
 
 
 class GlobalOrder:
@@ -97,17 +99,18 @@ class TrainingLoader:
 class BatchSource:
     """Takes each step's micro batches, from a script's iterator or from the engine's own loader."""
 
-    def __init__(self, loader: TrainingLoader | None, accumulation: int) -> None:
-        """`loader` is the engine's, `accumulation` the number of micro batches per step."""
+    def __init__(self, loader: TrainingLoader | None, model: ParallelModel, triad: BatchTriad) -> None:
+        """`loader` is the engine's own."""
         self._loader = loader
-        self._accumulation = accumulation
+        self._model = model
+        self._triad = triad
         self._iterator: Iterator[Any] | None = None
 
     def take(self, data_iter: Iterator[Any] | None) -> list[Any]:
-        """Return the next micro batches of `data_iter`, or of the loader where it is None.
+        """Return a step's micro batches of `data_iter`, or of the loader where it is None, on the device.
 
         Raises:
-            ValueError: there is neither.
+            ValueError: there is neither, or `check_batches` refuses them.
         """
         if data_iter is not None:
             self._iterator = None  # the loader begins anew, where training stands then
@@ -117,7 +120,10 @@ class BatchSource:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
             data_iter = self._iterator
-        return [next(data_iter) for _ in range(self._accumulation)]
+        device = self._model.topology.device
+        batches = [on_device(next(data_iter), device) for _ in range(self._triad.accumulation)]
+        check_batches(self._model, batches, self._triad)
+        return batches
 
     def moved(self) -> None:
         """Begin anew at the next step: the position in the training data has jumped."""

@@ -20,13 +20,14 @@ from parallel.gradients import sum_over_ranks
 from parallel.loss import Loss
 from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
-from uni3d.checkpoint.save import Saver, threads_per_rank
+from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
-from uni3d.engine.batches import check_batches, on_device, random_state
+from uni3d.engine.batches import on_device, random_state
 from uni3d.engine.data import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper
+from uni3d.manifest import RunManifest
 from uni3d.observe import Observer
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
@@ -40,12 +41,11 @@ class Engine:
 
     Attributes:
         config, triad: the config, and the three batch sizes that it comes to on this topology.
-        model: this rank's part of the model, with the rest that `parallel.build` returns.
-        module: the same, as a module; its parameters have the names of the whole model.
-        device: where this rank computes.
+        model, module: this rank's part of the model, with and without what `parallel.build` adds.
         optimizer, lr_scheduler, training_dataloader: as `initialize` made them, or None.
         scaler: the loss scale of fp16, or None.
-        global_rank, local_rank, world_size: as torchrun counts them.
+        global_steps, global_samples, skipped_steps: over all ranks and resumes; see `Progress`.
+        device, global_rank, local_rank, world_size: of this process, as torchrun counts.
         last_load: the report of the last load, or None.
     """
 
@@ -75,30 +75,24 @@ class Engine:
         self._comm = HostComm()
         inventory = Inventory(state.model)
         self._saver = Saver(state, config, comm=self._comm, inventory=inventory, model_spec=model_spec)
-        threads = threads_per_rank(self._comm.size)
-        self._restorer = Restorer(
-            state, seed=config.seed, comm=self._comm, inventory=inventory, threads=threads
-        )
+        self._restorer = Restorer(state, config, comm=self._comm, inventory=inventory)
         self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
-        self._stepper = Stepper(
-            state, clip=config.gradient_clipping, saver=self._saver, observer=self._observer
-        )
+        self._stepper = Stepper(state, config, saver=self._saver, observer=self._observer)
         self._micro = MicroBatches(state.model, state.scaler, triad.accumulation)
-        self._guard = Guard()
+        self._guard = Guard(state.progress)
         self.training_dataloader: TrainingLoader | None = None
         if training_data is not None:
             self.training_dataloader = self.loader(training_data, collate_fn, lambda: self.global_samples)
-        self._source = BatchSource(self.training_dataloader, triad.accumulation)
+        self._source = BatchSource(self.training_dataloader, state.model, triad)
 
     # --- whole batches ---------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """Take one optimizer step on one global batch, under any topology.
+        """Take one optimizer step on one global batch; return its mean loss, the same on all ranks.
 
         Takes `gradient_accumulation_steps` micro batches from `data_iter`, by default from the engine's own
-        loader: `(inputs, targets)`, or the arguments of a model that computes its own loss: a tuple, or a
-        dict of them by name. Such a model returns the loss, or an object that has it as `.loss`. Returns the
-        batch's mean loss, the same on all ranks.
+        loader: `(inputs, targets)`, or a tuple or dict of arguments for a model that computes its own loss.
+        Such a model returns the loss, or an object that has it as `.loss`.
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite; no step was taken.
@@ -107,9 +101,9 @@ class Engine:
         self._check_usable()
         self._micro.check_none("train_batch")
         self._check_optimizer("train_batch")
-        with self._together("train_batch"):
+        with self._guard.together("train_batch"):
             with self._observer.timed("data"):
-                batches = self._take(data_iter)
+                batches = self._source.take(data_iter)
             self._guard.begun = True
             if self.scaler is not None and self.scaler.terms is None:  # before fp16's first backward pass
                 self.scaler.set_terms(self._evaluate(batches)[1].item())
@@ -127,8 +121,8 @@ class Engine:
     def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Return the mean loss of one global batch from `data_iter`, without training on it."""
         self._check_usable()
-        with self._together("eval_batch"):
-            batches = self._take(data_iter)
+        with self._guard.together("eval_batch"):
+            batches = self._source.take(data_iter)
             self._guard.begun = True
             total, tokens, alarms = self._evaluate(batches)
         self._saver.agree(alarms.item() > 0)
@@ -152,22 +146,13 @@ class Engine:
             return self.model.pipeline.run(batches, train=train, factor=factor)
         return self._micro.train(batches) if train else self._micro.evaluate(batches)
 
-    def _take(self, data_iter: Iterator[Any] | None) -> list[Any]:
-        """Return this rank's micro batches of the next global batch, checked and on its device."""
-        batches = [on_device(batch, self.device) for batch in self._source.take(data_iter)]
-        check_batches(self.model, batches, self.triad)
-        return batches
-
     def loader(
         self,
         dataset: Dataset[Any],
         collate_fn: Callable[[list[Any]], Any] | None = None,
         position: Callable[[], int] = lambda: 0,
     ) -> TrainingLoader:
-        """Return endless micro batches of another dataset for this rank, to evaluate on. Local.
-
-        `position` gives the number of samples to skip; by default each `iter()` begins at the first.
-        """
+        """Return endless micro batches of `dataset` for this rank, from sample `position()` on. Local."""
         dp_rank, seed = self.model.topology.dp_rank, self.config.seed
         return TrainingLoader(
             dataset, self.triad, dp_rank=dp_rank, seed=seed, position=position, collate_fn=collate_fn
@@ -186,7 +171,11 @@ class Engine:
         call = partial(self.module, *args, **kwargs)
         if first and torch.is_grad_enabled() and self._observer.profiles_next():
             call = partial(self._observer.profile, call, self.triad.accumulation)
-        with self._together("forward", begun=True), self._observer.timed("forward"), self._random_state(nth):
+        with (
+            self._guard.together("forward", begun=True),
+            self._observer.timed("forward"),
+            self._random_state(nth),
+        ):
             return self._micro.forward(call)
 
     __call__ = forward
@@ -207,7 +196,7 @@ class Engine:
         if not scale_wrt_gas:
             value = Loss(value.total * steps, value.tokens)
         counts = isinstance(loss, tuple) or not self._micro.inside_no_sync
-        with self._together("backward", begun=True), self._observer.timed("backward"):
+        with self._guard.together("backward", begun=True), self._observer.timed("backward"):
             self._micro.backward(value, retain_graph=retain_graph, counts=counts)
         return mean
 
@@ -216,10 +205,7 @@ class Engine:
         return self._micro.is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients on this rank alone; the first backward pass after it sums them over the ranks.
-
-        Needs ZeRO stage 0 or 1, as in DeepSpeed: the others don't keep gradients whole.
-        """
+        """Accumulate gradients on this rank alone, at ZeRO 0 or 1; the next backward pass after it sums them."""
         return self._micro.no_sync()
 
     def step(self) -> None:
@@ -231,7 +217,7 @@ class Engine:
         self._stepper.applied = False
         if boundary:
             loss = self._micro.take()
-            with self._together("step", begun=True), self._observer.timed("step"):
+            with self._guard.together("step", begun=True), self._observer.timed("step"):
                 self._stepper.finish(loss)
             self._observer.tell()
 
@@ -251,21 +237,20 @@ class Engine:
     ) -> bool:
         """Write a checkpoint that any topology can load.
 
-        Returns when everything has been copied: it is written and committed while training goes on. The next
-        save or load, `wait_for_checkpoint` and the end of the process wait for it. If it fails, the engine's
-        next call raises the error. With the config's `checkpoint.async_save` false, it returns committed.
+        Returns when everything has been copied; it is written and committed while training goes on. The next
+        save or load, `wait_for_checkpoint` and the end of the process wait for it, and if it fails, the
+        engine's next call raises. With the config's `checkpoint.async_save` false it is committed on return.
 
         Args:
-            save_dir: the run's folder, on a file system that all ranks see, or a URL that fsspec knows.
-            tag: the checkpoint's name; `global_step<N>` by default.
+            save_dir, tag: the run's folder on a file system that all ranks see, or a URL that fsspec knows,
+                and the checkpoint's name in it, by default `global_step<N>`.
             client_state: the script's own state: dicts, lists, strings, numbers, booleans, None.
             save_latest: whether `latest` shall name it.
-            exclude_frozen_parameters: leave out parameters that don't require a gradient; load such a
-                checkpoint with `load_module_strict=False`.
+            exclude_frozen_parameters: leave these out; load such a checkpoint with `load_module_strict=False`.
 
         Raises:
-            ckpt.CheckpointError: the same on all ranks. There is no such checkpoint then, an older one of
-                this tag is as it was, and training may go on. It may be the save before that failed.
+            ckpt.CheckpointError: it failed, or the save before did; the same on all ranks. An older checkpoint
+                of this tag is as it was, and training may go on.
         """
         self._check_ready("save_checkpoint")
         self._saver.save(
@@ -299,19 +284,17 @@ class Engine:
         """Take up a checkpoint, whatever topology wrote it. Returns its folder and its client_state.
 
         Args:
-            load_dir, tag: the run's folder or URL, and a checkpoint in it; by default the one `latest` names.
-            load_module_strict: require that checkpoint and engine have the same arrays. Otherwise the report
-                in `last_load` lists the defaulted and the dropped.
-            load_optimizer_states, load_lr_scheduler_states: leave either as it is if false.
-            load_module_only: load weights and buffers, nothing else.
-            custom_load_fn: called as `custom_load_fn(src=state_dict, dst=module)` to load parameters. `src`
-                reads each tensor whole, in fp32, when asked for it; `dst` is this rank's part of the model,
-                with whole plain tensors in the host's memory. All ranks must write the same into it.
+            load_dir, tag: the run's folder or URL, and a checkpoint in it, by default the one `latest` names.
+            load_module_strict: require the same arrays in both; else `last_load` lists the differences.
+            load_optimizer_states, load_lr_scheduler_states, load_module_only: what else than weights and
+                buffers is loaded; by default everything.
+            custom_load_fn: called as `custom_load_fn(src=state_dict, dst=module)` to load the parameters.
+                `src` reads each tensor when asked for it, whole and in fp32; `dst` has whole plain tensors in
+                the host's memory, into which all ranks must write the same.
 
         Raises:
-            ckpt.CheckpointError: nothing is there, or something doesn't fit; the same on all ranks, and the
-                engine is as it was.
-            ckpt.PartialLoadError: data is damaged; the same on all ranks, which refuse to go on from there.
+            ckpt.CheckpointError: nothing is there, or something doesn't fit; the engine is as it was.
+            ckpt.PartialLoadError: data is damaged, and the engine of no more use. Both the same on all ranks.
         """
         self._check_ready("load_checkpoint")
         wanted = Wanted(
@@ -332,7 +315,7 @@ class Engine:
         self.last_load = report
         if self.global_rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
-        return checkpoint.url, checkpoint.manifest["client_state"]
+        return checkpoint.url, RunManifest.of(checkpoint).client_state
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
@@ -342,10 +325,7 @@ class Engine:
         return self.load_checkpoint(run)[1]
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-        """Return this stage's part of the whole model's `state_dict`: fp32 tensors in the host's memory.
-
-        Collective over the ranks of a stage. Without pipeline stages it is the whole `state_dict`.
-        """
+        """Return this stage's part of the whole model's `state_dict`: fp32, in the host's memory."""
         self._check_ready("module_state_dict")
         return live_weights.state_dict_of(self.model, frozen=not exclude_frozen_parameters)
 
@@ -355,43 +335,36 @@ class Engine:
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Write the whole model's `state_dict` as one `torch.save` file, at every topology and ZeRO stage.
+        """Write the whole model's `state_dict` as one `torch.save` file, through the memory of rank 0's host.
 
-        Parameters have the type that training computes in (fp32 without bf16 or fp16). Rank 0 holds them all
-        in its host's memory; for larger models there is `uni3d export`.
+        Parameters have the type that training computes in; for fp32 there is `uni3d export`.
 
         Raises:
             ckpt.CheckpointError: it can't be written; the same on all ranks. The older file is as it was.
         """
         self._check_ready("save_16bit_model")
-        live_weights.save_16bit(
-            self.model, self._comm, save_dir, save_filename, frozen=not exclude_frozen_parameters
-        )
+        frozen = not exclude_frozen_parameters
+        live_weights.save_16bit(self.model, self._comm, save_dir, save_filename, frozen=frozen)
         return True
 
     # --- by DeepSpeed's names; all of it is local ---------------------------------------------------------
 
     @property
     def global_steps(self) -> int:
-        """Steps, over all resumes, including those skipped for an overflow."""
         return self._progress.global_steps
 
     @property
     def global_samples(self) -> int:
-        """Samples consumed, over all ranks and resumes."""
         return self._progress.global_samples
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because a gradient overflowed in fp16."""
         return self._progress.skipped_steps
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of this rank's part of the model, sharded."""
         return self.module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of this rank's part of the model, under the names of the whole one."""
         return self.module.named_parameters()
 
     def get_lr(self) -> list[float]:
@@ -434,9 +407,6 @@ class Engine:
     def _random_state(self, nth: int = 0) -> AbstractContextManager[None]:
         seed, step = self.config.seed, self.global_steps
         return random_state(self.model.topology, seed=seed, step=step, micro_step=self._micro.index, nth=nth)
-
-    def _together(self, call: str, *, begun: bool = False) -> AbstractContextManager[None]:
-        return self._guard.together(call, self.global_steps + 1, begun=begun)
 
     def _check_optimizer(self, call: str) -> None:
         if self.optimizer is None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from ckpt import CheckpointError
 from parallel import Failures
 from uni3d.engine.batches import BatchError
+from uni3d.train_state import Progress
 
 ALIKE = (FloatingPointError, CheckpointError)
 """Errors that all ranks raise at the same place."""
@@ -21,21 +22,22 @@ class Guard:
         unusable: why the engine can't be used any more, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         """Collective."""
+        self._progress = progress
         self._failures = Failures()
         self.begun = False
         self.unusable: str | None = None
 
     @contextmanager
-    def together(self, call: str, step: int, *, begun: bool = False) -> Iterator[None]:
-        """Enclose a call in step `step`: if one rank fails, all stop with that one's reason.
+    def together(self, call: str, *, begun: bool = False) -> Iterator[None]:
+        """Enclose a call by name: if one rank fails, all stop with that one's reason.
 
         After errors that all ranks raise alike, and errors before the call has begun, training may go on.
         """
         self.begun = begun
         try:
-            with self._failures.told(f"step {step}: {call}()", alike=ALIKE):
+            with self._failures.told(f"step {self._progress.global_steps + 1}: {call}()", alike=ALIKE):
                 yield
         except (*ALIKE, BatchError):
             raise

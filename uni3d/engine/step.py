@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parallel.gradients import counts_here, local_gradients, sum_over_ranks
 from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
+from uni3d.config import Config
 from uni3d.observe import Observer, StepRecord
 from uni3d.train_state import TrainState
 
@@ -76,14 +77,14 @@ class Stepper:
     then takes back what it counted. Elsewhere it reads them before the optimizer's step.
     """
 
-    def __init__(self, state: TrainState, *, clip: float, saver: Saver, observer: Observer) -> None:
-        """`clip` is the largest norm of all gradients together, 0 for none.
+    def __init__(self, state: TrainState, config: Config, *, saver: Saver, observer: Observer) -> None:
+        """Prepare to step `state`'s optimizer.
 
         Each step's collective also says whether some rank's save has failed in the background: `saver` knows
         about this rank's, and is told about the others'.
         """
         self._state = state
-        self._clip = clip
+        self._clip = config.gradient_clipping
         self._saver = saver
         self._observer = observer
         self._unread: Report | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parallel.degrees import Ranks
 from uni3d.estimate.saved import BUFFER, PARAMETER, SavedModel, StageArray
@@ -46,44 +46,26 @@ class Holders:
         return None if part is None else part.name
 
 
-def written_on(manifest: Mapping[str, Any]) -> Ranks | None:
-    """On what a checkpoint was written; None if its manifest doesn't say it, or it was imported."""
-    writer = manifest.get("writer") or {}
-    return None if "imported" in writer else _ranks(writer)
-
-
-def imported_from(manifest: Mapping[str, Any]) -> str | None:
-    """The kind of checkpoint that this one was made of by `uni3d import`; None if it wasn't."""
-    imported = (manifest.get("writer") or {}).get("imported")
-    return None if imported is None else str(imported["from"])
-
-
-def zero_so_far(manifest: Mapping[str, Any]) -> int:
-    """The ZeRO stage of the run that wrote a checkpoint; of an imported one, of the run before it."""
-    writer = manifest.get("writer") or {}
-    stage = (writer.get("imported") or writer).get("zero_stage")
-    return stage if isinstance(stage, int) and stage in range(4) else 0
-
-
 def writers(source: SavedModel) -> Holders:
     """The ranks that wrote a checkpoint; of an imported one, the process that did.
 
     Raises:
         ValueError: its manifest doesn't say what they held.
     """
-    ranks, layers = _ranks(source.writer), source.writer.get("layers")
+    ranks, layers = source.writer.ranks, source.writer.layers
     if ranks is None:
         raise ValueError("the manifest doesn't say on which topology it was written")
-    if len(layers or [None]) != ranks.pp:
+    places: list[list[str]] | list[None] = layers or [None]
+    if len(places) != ranks.pp:
         raise ValueError(
             f"the manifest doesn't say which layers lay on which of the {ranks.pp} pipeline ranks, "
             "so nobody knows what they held"
         )
     if ranks.tp > 1 and (why := source.untold_tp()):
         raise ValueError(f"tp({ranks.tp}) {why}, so it isn't known what the ranks held")
-    places = [source.parts(None if here is None else frozenset(here)) for here in layers or [None]]
-    shards = source.writer.get("shard_group") or ranks.shards()
-    return Holders(ranks=ranks, places=[_own(parts) for parts in places], shards=shards)
+    held = [source.parts(None if here is None else frozenset(here)) for here in places]
+    shards = source.writer.shard_group or ranks.shards()
+    return Holders(ranks=ranks, places=[_own(parts) for parts in held], shards=shards)
 
 
 def resumed(source: SavedModel, ranks: Ranks) -> Holders:
@@ -96,15 +78,6 @@ def resumed(source: SavedModel, ranks: Ranks) -> Holders:
         raise ValueError("; ".join(map(str, refused)))
     places = [_own(parts) for parts in source.places(ranks.pp)]
     return Holders(ranks=ranks, places=places, shards=ranks.shards())
-
-
-def _ranks(writer: Mapping[str, Any]) -> Ranks | None:
-    try:
-        return Ranks(
-            **{axis: writer["topology"][axis] for axis in ("pp", "dp", "tp")}, zero=writer["zero_stage"]
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _own(parts: Sequence[StageArray]) -> dict[str, StageArray]:

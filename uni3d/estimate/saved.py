@@ -35,6 +35,7 @@ from uni3d.estimate.save import part_boxes
 if TYPE_CHECKING:
     import ckpt
     from ckpt.read import ArrayInfo
+    from uni3d.manifest import RunManifest
 
 PARAMETER, BUFFER = WEIGHT_STATES
 """The states that are a parameter's and a buffer's own value."""
@@ -104,7 +105,7 @@ def _kind(part: StageArray) -> Kind:
 class SavedModel:
     """A checkpoint's tensors, and what is known of how they may be split."""
 
-    def __init__(self, arrays: Mapping[ckpt.ArrayKey, ArrayInfo], manifest: Mapping[str, Any]) -> None:
+    def __init__(self, arrays: Mapping[ckpt.ArrayKey, ArrayInfo], manifest: RunManifest) -> None:
         self._states: dict[str, list[ArrayInfo]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of the parameters and buffers."""
@@ -112,13 +113,11 @@ class SavedModel:
             self._states[key.atom].append(info)
             if key.state in (PARAMETER, BUFFER):
                 self.shapes[key.atom] = info.shape
-        model = manifest.get("model") or {}
-        said = model.get("parameters", {})
-        self._frozen = {name for name, of in said.items() if not of["requires_grad"]}
-        self.declared: dict[str, Any] = model.get("declared") or {}
-        self.aliases: dict[str, str] = manifest.get("aliases") or {}
-        self.writer: dict[str, Any] = manifest.get("writer") or {}
-        self.batch: int | None = (manifest.get("engine") or {}).get("train_batch_size")
+        self._frozen = {name for name, trains in manifest.model.requires_grad.items() if not trains}
+        self.declared = manifest.model.declared
+        self.aliases = manifest.aliases
+        self.writer = manifest.writer
+        self.batch = manifest.engine.train_batch_size
         self.parameters = [
             name for name, infos in self._states.items() if any(i.key.state == PARAMETER for i in infos)
         ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ckpt
 from uni3d.export.new_folder import new_folder
+from uni3d.manifest import RunManifest
 from uni3d.name_map import NameMap
 from uni3d.zero_to_fp32 import write_files
 
@@ -57,13 +58,13 @@ def find(checkpoint: ckpt.Checkpoint, config: Path | None, names: Path | None) -
         ValueError: neither says what the model is, or a file isn't what it should be.
         OSError: a file can't be read.
     """
-    model = checkpoint.manifest.get("model", {})
-    if left_out := model.get("left_out"):
+    model = RunManifest.of(checkpoint).model
+    if left_out := model.left_out:
         raise ValueError(
             f"{checkpoint.url} was saved without frozen parameters ({', '.join(left_out[:4])}"
             f"{', ...' if len(left_out) > 4 else ''}): a model that lacks weights doesn't load"
         )
-    declared = model.get("declared", {})
+    declared = model.declared
     said = parse(declared["hugging_face"]) if "hugging_face" in declared else None
     if config is None and said is None:
         raise ValueError(
@@ -87,7 +88,7 @@ def renamed(checkpoint: ckpt.Checkpoint, names: NameMap) -> dict[str, str]:
         ValueError: two names become the same one, or none is left.
     """
     holder = {name: name for name in ckpt.weights(checkpoint)}
-    aliases = checkpoint.manifest.get("aliases", {})
+    aliases = RunManifest.of(checkpoint).aliases
     holder |= {alias: first for alias, first in aliases.items() if first in holder}
     found = {new: holder[old] for old, new in names.rename_all(holder).items()}
     if not found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 import ckpt
-import uni3d
 from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
 from ckpt.threads import cores
 from uni3d.importers.source import BUFFER, PARAMETER, ForeignArray, Source
-
-SCRIPT = Path(__file__).parents[1] / "zero_to_fp32.py"
+from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, RunManifest, WriterRecord
 
 
 def write(
@@ -62,46 +59,46 @@ def write(
         shards,
         plan=ckpt.make_plan({0: [shard.spec for shard in shards]}),
         comm=ckpt.Solo(),
-        document=document(source, optimizer),
+        document=manifest_of(source, optimizer).document(),
         files={SCRIPT.name: SCRIPT.read_bytes()},
         incremental=False,
         threads=threads,
     )
 
 
-def document(source: Source, optimizer: str | None) -> dict[str, Any]:
-    """What the manifest says beside the arrays (`docs/format.md`)."""
-    engine: dict[str, Any] = {
-        "global_steps": source.step,
-        "global_samples": source.samples,
-        "skipped_steps": source.skipped,
-        "loss_scale": source.loss_scale,
-    }
-    if source.batch is not None:
-        engine["train_batch_size"] = source.batch
+def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
+    """Return the manifest of an imported checkpoint; `optimizer` is as for `write`."""
     state = source.optimizer
     parameters = [array.name for array in source.arrays if array.state == PARAMETER]
-    return {
-        "step": source.step,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "writer": {
-            "uni3d": uni3d.__version__,
-            "topology": {"pp": 1, "dp": 1, "tp": 1},
-            "zero_stage": 0,
-            "imported": {"from": source.kind, **source.writer},
-        },
-        "model": {
-            "parameters": {name: {"requires_grad": name not in source.frozen} for name in parameters},
-            "buffers": [array.name for array in source.arrays if array.state == BUFFER],
-        },
-        "optimizer": None
+    return RunManifest(
+        step=source.step,
+        writer=WriterRecord(
+            topology={"pp": 1, "dp": 1, "tp": 1},
+            zero_stage=0,
+            imported={"from": source.kind, **source.writer},
+        ),
+        model=ModelRecord(
+            requires_grad={name: name not in source.frozen for name in parameters},
+            buffers=[array.name for array in source.arrays if array.state == BUFFER],
+        ),
+        optimizer=None
         if state is None
-        else {"type": optimizer or state.type, "groups": state.groups, "scalars": state.scalars},
-        "aliases": source.aliases,
-        "scheduler": source.scheduler,
-        "engine": engine,
-        "client_state": source.client_state,
-    }
+        else OptimizerRecord(
+            type=optimizer or state.type,  # type: ignore[arg-type]
+            groups=state.groups,
+            scalars=state.scalars,
+        ),
+        aliases=source.aliases,
+        scheduler=source.scheduler,
+        engine=EngineRecord(
+            global_steps=source.step,
+            global_samples=source.samples,
+            skipped_steps=source.skipped,
+            loss_scale=source.loss_scale,
+            train_batch_size=source.batch,
+        ),
+        client_state=source.client_state,
+    )
 
 
 class _Unread:

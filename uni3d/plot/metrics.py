@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uni3d.estimate.holders import written_on
+from uni3d.manifest import RunManifest
 
 if TYPE_CHECKING:
     from ckpt.stores import Store
@@ -276,22 +276,16 @@ def read_marks(run: Store, x: str) -> tuple[list[Mark], list[str]]:
     for tag in committed_tags(run):
         where = run.where(f"{tag}/{MANIFEST}")
         try:
-            manifest = decode_manifest(run.read(f"{tag}/{MANIFEST}"), where)
+            manifest = RunManifest.read(decode_manifest(run.read(f"{tag}/{MANIFEST}"), where), where)
         except (OSError, CheckpointError) as error:
             problems.append(f"{tag} isn't marked: {error}")
             continue
-        at = _place(manifest, x)
+        at = manifest.step if x == "step" else manifest.engine.global_samples
         if at is None:
             problems.append(f"{tag} isn't marked: {where} doesn't say its {x}")
         else:
-            marks.append(Mark(tag, at, written_on(manifest)))
+            marks.append(Mark(tag, float(at), manifest.written_on))
     return marks, problems
-
-
-def _place(manifest: dict[str, Any], x: str) -> float | None:
-    inner = (manifest.get("engine") or {}).get("global_samples")
-    value = manifest.get("step") if x == "step" else inner
-    return float(value) if isinstance(value, int | float) else None
 
 
 def resizes_between(marks: Sequence[Mark]) -> list[Resize]:

@@ -8,8 +8,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from parallel.degrees import Ranks, check_world_size
-from uni3d.estimate.holders import Holders, imported_from, resumed, writers, written_on, zero_so_far
+from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.saved import SavedModel
+from uni3d.manifest import RunManifest
 from uni3d.plot.layout import Side, name_ranks
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
 
     if any(value is not None for value in degrees.values()):
         before = _written("before", checkpoint := ckpt.open_checkpoint(run, tag))
-        so_far = replace(before.holders.ranks, zero=zero_so_far(checkpoint.manifest))
+        so_far = replace(before.holders.ranks, zero=RunManifest.of(checkpoint).zero_so_far)
         ranks = _ranks(so_far, degrees)
         return before, Place(when="after", source=before.source, holders=resumed(before.source, ranks))
     first, second = _resize(run, tag)
@@ -51,12 +52,13 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
 
 
 def _written(when: str, checkpoint: Checkpoint) -> Place:
-    source = SavedModel(checkpoint.arrays, checkpoint.manifest)
+    manifest = RunManifest.of(checkpoint)
+    source = SavedModel(checkpoint.arrays, manifest)
     try:
         holders = writers(source)
     except ValueError as error:
         raise ValueError(f"{checkpoint.url}: {error}") from None
-    imported = imported_from(checkpoint.manifest)
+    imported = manifest.imported_from
     return Place(when=when, source=source, holders=holders, tag=checkpoint.tag, imported=imported)
 
 
@@ -97,7 +99,7 @@ def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _differ(first: Checkpoint, second: Checkpoint) -> bool:
-    return written_on(first.manifest) != written_on(second.manifest)
+    return RunManifest.of(first).written_on != RunManifest.of(second).written_on
 
 
 def choose_atom(before: Place, after: Place, wanted: str | None) -> str:
@@ -159,6 +161,6 @@ def _notes(atom: str, place: Place, empty: list[int]) -> list[str]:
         notes.append(f"{name_ranks(empty)} {'holds' if len(empty) == 1 else 'hold'} an empty part")
     if place.imported is not None:
         notes.append("rank 0 is the process that imported it")
-    elif place.tag and ranks.zero and ranks.dp > 1 and "shard_group" not in place.source.writer:
+    elif place.tag and ranks.zero and ranks.dp > 1 and place.source.writer.shard_group is None:
         notes.append(f"the manifest has no shard_group; drawn as sharded over all of dp({ranks.dp})")
     return notes

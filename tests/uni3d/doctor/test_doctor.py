@@ -229,7 +229,7 @@ def test_weights_alone_are_no_run(doctor: Command, tmp_path: Path) -> None:
     assert (
         "the manifest has no global_steps and no global_samples: it holds weights, not a run" in result.words
     )
-    assert "it has no optimizer" in result.words
+    assert "the checkpoint has no optimizer" in result.words
     for axis in ("tp", "pp"):
         why = "can't be checked: the manifest doesn't say how the model may be split"
         assert f"{axis} 2 {why}" in result.words

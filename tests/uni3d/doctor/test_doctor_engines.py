@@ -19,10 +19,11 @@ import ckpt
 from parallel.tensor import check_plan, expand_plan
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import load_config
-from uni3d.doctor import checks as doctor_config
 from uni3d.doctor import examine
+from uni3d.doctor.checks import judged
 from uni3d.doctor.topologies import Asked
 from uni3d.estimate.saved import SavedModel
+from uni3d.manifest import ModelRecord, RunManifest
 
 # --- topologies ----------------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ def compare_degrees(model: Any) -> None:
         for name, p in parameters.items()
     }
     said = {"declared": declared(model), "parameters": {n: {"requires_grad": True} for n in parameters}}
-    source = SavedModel(arrays, {"model": said})
+    source = SavedModel(arrays, RunManifest.read({"model": said}))
     refused = {}
     for degree in range(2, 14):
         try:
@@ -185,7 +186,8 @@ def compare_degrees(model: Any) -> None:
 def test_a_style_of_a_later_release() -> None:
     key = ckpt.ArrayKey("a.weight", "fp32")
     arrays: Any = {key: ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})}
-    source = SavedModel(arrays, {"model": {"declared": {"tp_plan": {"a": "diagonal"}}}})
+    declares = ModelRecord(declared={"tp_plan": {"a": "diagonal"}})
+    source = SavedModel(arrays, RunManifest(model=declares))
     assert source.refuses_tp(1) is None
     why = "needs the style 'diagonal' of the tp_plan for a, which is unknown here"
     assert source.refuses_tp(2) == source.untold_tp() == why
@@ -254,15 +256,17 @@ def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) 
     train(engine, global_batches(1))
     engine.save_checkpoint(tmp_path)
     engine.wait_for_checkpoint()
-    manifest = ckpt.open_checkpoint(tmp_path).manifest
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    manifest = RunManifest.of(checkpoint)
     values = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM} | after
     config = load_config(values)
     refused, told = outcome(tmp_path, after)
     assert (refused is not None, bool(told)) == (refusals, warned), (refused, told)
-    assert len(list(doctor_config.refusals(config, manifest))) == refusals
+    judgement = judged(manifest, config, checkpoint)
+    assert len(judgement.refusals) == refusals
     if not refusals:
-        assert len(list(doctor_config.warnings(config, manifest))) == warned
-    assert list(doctor_config.unfit(manifest)) == []
+        assert len(judgement.changes) == warned
+    assert judged(manifest, None, checkpoint) == ([], [])
 
 
 @pytest.mark.usefixtures("alone")
@@ -272,5 +276,6 @@ def test_frozen_parameters_that_were_left_out(tmp_path: Path) -> None:
     engine.wait_for_checkpoint()
     with pytest.raises(ckpt.CheckpointError, match="2 missing in the checkpoint"):
         engine.load_checkpoint(tmp_path)
-    (why,) = doctor_config.unfit(ckpt.open_checkpoint(tmp_path).manifest)
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    (why,), _ = judged(RunManifest.of(checkpoint), None, checkpoint)
     assert why.startswith("2 frozen parameters were left out of it (fixed.weight, ...); load it with")

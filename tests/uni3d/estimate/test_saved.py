@@ -16,6 +16,7 @@ from uni3d.doctor.memory import needs
 from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.planned_reads import reads
 from uni3d.estimate.saved import SavedModel
+from uni3d.manifest import RunManifest
 
 FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1, 1)]
 """What the quick run does: each kind of cut once."""
@@ -69,7 +70,7 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 def source_of(run: Path) -> tuple[ckpt.Checkpoint, SavedModel]:
     checkpoint = ckpt.open_checkpoint(run)
-    return checkpoint, SavedModel(checkpoint.arrays, checkpoint.manifest)
+    return checkpoint, SavedModel(checkpoint.arrays, RunManifest.of(checkpoint))
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_an_fsdp_run_goes_on_as_it_would_have(
         },
     }
     engine, *_ = uni3d.initialize(model=Regressor(), config=config)
-    with pytest.warns(UserWarning, match="it doesn't say in which order its samples came") as warned:
+    with pytest.warns(UserWarning, match="the checkpoint doesn't say in which order") as warned:
         _, client_state = engine.load_checkpoint(tmp_path / "run")
     assert "group" not in str(warned[0].message), "a hyperparameter isn't what it was"
     assert client_state == {"epoch": 2}

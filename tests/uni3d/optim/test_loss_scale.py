@@ -127,13 +127,13 @@ def test_the_scale_is_part_of_a_checkpoint(alone: None, tmp_path: Path) -> None:
     assert resumed.get_loss_scale() == 512.0
     assert resumed.scaler is not None
     assert resumed.scaler.state_dict() == engine.scaler.state_dict()
-    with pytest.warns(UserWarning, match=r"its loss scale \(512\) was not taken up: this run isn't in fp16"):
+    with pytest.warns(UserWarning, match=r"loss scale \(512\) isn't used: this run isn't in fp16"):
         make_engine(seeded(Stack), config={"bf16": {"enabled": True}}).load_checkpoint(tmp_path)
     plain = make_engine(seeded(Stack))
     train(plain, global_batches(1))
     plain.save_checkpoint(tmp_path / "plain")
     plain.wait_for_checkpoint()
-    with pytest.warns(UserWarning, match=r"it has no loss scale.*it begins at 1024"):
+    with pytest.warns(UserWarning, match=r"has no loss scale.*it starts at 1024"):
         make_engine(seeded(Stack), config={"fp16": FP16}).load_checkpoint(tmp_path / "plain")
 
 

@@ -1,0 +1,350 @@
+"""Everything a manifest says beside its arrays: written and read here, and nowhere else.
+
+`RunManifest` is the typed form of the keys "for whoever resumes the training" in docs/format.md. Every save
+and every import builds one and writes its `document()`; everybody who asks a checkpoint about its run reads
+one with `RunManifest.of(checkpoint)`. The arrays, sizes and checksums in the same file belong to `ckpt`.
+
+Every key may be missing: `ckpt.save` by itself writes none of them, and an import only those it knows.
+The single exception to "nowhere else" is `uni3d/zero_to_fp32.py`, which must run without this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt import CheckpointError
+from parallel.degrees import Ranks
+from uni3d.version import __version__
+
+if TYPE_CHECKING:
+    from ckpt import Checkpoint
+
+SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
+"""Copied into every checkpoint; extracts the weights without this package."""
+
+Json = dict[str, Any]
+
+_AXES = ("pp", "dp", "tp")
+_JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an object", list: "a list"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterRecord:
+    """The job that wrote the checkpoint. For information: a reader must do without it."""
+
+    uni3d: str | None = __version__
+    """Release that wrote it; this one, unless it was read."""
+    torch: str | None = None
+    topology: Mapping[str, int] = field(default_factory=dict)
+    """Degrees of `pp`, `dp` and `tp`; 1 x 1 x 1 for an import."""
+    zero_stage: int | None = None
+    shard_group: int | None = None
+    """Number of data-parallel ranks over which ZeRO sharded a tensor."""
+    layers: list[list[str]] | None = None
+    """Names of the layers on each pipeline rank; None if the model isn't a chain of layers."""
+    imported: Json | None = None
+    """For an import: `from`, the kind of its source, and the source's own account of its writer."""
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that wrote the checkpoint; None if the manifest doesn't say."""
+        try:
+            return Ranks(**{axis: self.topology[axis] for axis in _AXES}, zero=self.zero_stage)  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def document(self) -> Json:
+        document: Json = {"uni3d": self.uni3d}
+        if self.imported is None:
+            document["torch"] = self.torch
+        document |= {"topology": dict(self.topology), "zero_stage": self.zero_stage}
+        if self.imported is not None:
+            return document | {"imported": self.imported}
+        return document | {"shard_group": self.shard_group, "layers": self.layers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The model's parameters and buffers, and its own description."""
+
+    requires_grad: Mapping[str, bool] = field(default_factory=dict)
+    """One entry per parameter."""
+    buffers: list[str] = field(default_factory=list)
+    left_out: list[str] | None = None
+    """Frozen parameters that the save excluded; None if it wasn't asked to exclude them."""
+    declared: Json = field(default_factory=dict)
+    """The model's own description (`uni3d.checkpoint.model_spec`)."""
+
+    def trains(self, parameter: str) -> bool:
+        """Return whether the parameter required a gradient; True if the manifest doesn't say."""
+        return self.requires_grad.get(parameter, True)
+
+    def document(self) -> Json:
+        document: Json = {
+            "parameters": {name: {"requires_grad": trains} for name, trains in self.requires_grad.items()},
+            "buffers": self.buffers,
+        }
+        if self.left_out is not None:
+            document["left_out"] = self.left_out
+        return document | ({"declared": self.declared} if self.declared else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecord:
+    """The optimizer without its arrays."""
+
+    type: str
+    """Name of its class."""
+    groups: list[Json]
+    """Hyperparameters of each parameter group, with the names of its parameters under `params`."""
+    scalars: dict[str, Json]
+    """Parameter -> state -> value, for states that aren't arrays, such as step counts."""
+
+    def document(self) -> Json:
+        return {"type": self.type, "groups": self.groups, "scalars": self.scalars}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """The engine's counters, the loss scale of fp16, and the two numbers that fix the order of samples."""
+
+    global_steps: int | None = None
+    global_samples: int | None = None
+    skipped_steps: int = 0
+    loss_scale: Json | None = None
+    """State of `LossScale`; None if the run wasn't in fp16."""
+    seed: int | None = None
+    train_batch_size: int | None = None
+
+    @property
+    def order(self) -> dict[str, int]:
+        """The numbers that fix the order of samples, as far as they are known."""
+        known = {"seed": self.seed, "train_batch_size": self.train_batch_size}
+        return {key: number for key, number in known.items() if number is not None}
+
+    def document(self) -> Json:
+        return {
+            "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": self.loss_scale,
+            **self.order,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """The run's part of a manifest."""
+
+    step: int | None = None
+    created: str | None = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """Time in UTC, ISO 8601; now, unless it was read."""
+    writer: WriterRecord = field(default_factory=WriterRecord)
+    model: ModelRecord = field(default_factory=ModelRecord)
+    optimizer: OptimizerRecord | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Other names of tied weights -> the name under which the arrays are stored."""
+    scheduler: Json | None = None
+    engine: EngineRecord = field(default_factory=EngineRecord)
+    client_state: Json = field(default_factory=dict)
+
+    @property
+    def written_on(self) -> Ranks | None:
+        """The ranks that wrote the checkpoint; None if the manifest doesn't say, or for an import."""
+        return self.writer.ranks if self.writer.imported is None else None
+
+    @property
+    def imported_from(self) -> str | None:
+        """Kind of checkpoint that `uni3d import` made this one from; None if it wasn't imported."""
+        return None if self.writer.imported is None else str(self.writer.imported.get("from"))
+
+    @property
+    def zero_so_far(self) -> int:
+        """ZeRO stage of the run that wrote the checkpoint, or that wrote the source of the import."""
+        imported = self.writer.imported
+        stage = imported.get("zero_stage") if imported else self.writer.zero_stage
+        return stage if isinstance(stage, int) and stage in range(4) else 0
+
+    # --- writing -----------------------------------------------------------------------------------------
+
+    def document(self) -> Json:
+        """Return the keys and values that `ckpt.save` is to write, in their order in the file."""
+        return {
+            "step": self.step,
+            "created": self.created,
+            "writer": self.writer.document(),
+            "model": self.model.document(),
+            "optimizer": None if self.optimizer is None else self.optimizer.document(),
+            "aliases": self.aliases,
+            "scheduler": self.scheduler,
+            "engine": self.engine.document(),
+            "client_state": self.client_state,
+        }
+
+    def merged(self, others: Iterable[RunManifest]) -> RunManifest:
+        """Return the whole model's manifest; `self` and `others` are those of its pipeline stages, in order.
+
+        Raises:
+            CheckpointError: a parameter group has different hyperparameters on two stages.
+        """
+        whole = self
+        for other in others:
+            model, more = whole.model, other.model
+            left_out = model.left_out
+            if left_out is not None:  # a tied weight may be on both stages
+                left_out = [*left_out, *(name for name in more.left_out or [] if name not in left_out)]
+            model = replace(
+                model,
+                requires_grad={**model.requires_grad, **more.requires_grad},
+                buffers=[*model.buffers, *more.buffers],
+                left_out=left_out,
+            )
+            whole = replace(whole, model=model, optimizer=_merged(whole.optimizer, other.optimizer))
+        return whole
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> RunManifest:
+        """Read the manifest of an open checkpoint.
+
+        Raises:
+            CheckpointError: a value has the wrong type.
+        """
+        return cls.read(checkpoint.manifest, checkpoint.where("manifest.json"))
+
+    @classmethod
+    def read(cls, manifest: Mapping[str, Any], where: str = "the manifest") -> RunManifest:
+        """Read a manifest that `ckpt` has decoded; `where` names it in errors.
+
+        Raises:
+            CheckpointError: a value has the wrong type.
+        """
+        top = _Section(manifest, where)
+        optimizer = top.section("optimizer")
+        return cls(
+            step=top.get("step", int),
+            created=top.get("created", str),
+            writer=_read_writer(top.section("writer")),
+            model=_read_model(top.section("model")),
+            optimizer=None if optimizer is None else _read_optimizer(optimizer),
+            aliases=top.map_of("aliases", str),
+            scheduler=top.get("scheduler", dict),
+            engine=_read_engine(top.section("engine")),
+            client_state=top.get("client_state", dict) or {},
+        )
+
+
+def _merged(mine: OptimizerRecord | None, other: OptimizerRecord | None) -> OptimizerRecord | None:
+    """Merge the optimizers of two pipeline stages: the same groups, each with its stage's parameters."""
+    if mine is None or other is None:
+        return mine
+    groups = []
+    for i, (first, second) in enumerate(zip(mine.groups, other.groups, strict=True)):
+        if first | {"params": []} != second | {"params": []}:
+            raise CheckpointError(f"parameter group {i} has different hyperparameters on two pipeline stages")
+        groups.append(first | {"params": list(dict.fromkeys([*first["params"], *second["params"]]))})
+    return replace(mine, groups=groups, scalars={**mine.scalars, **other.scalars})
+
+
+class _Section:
+    """One object of the manifest. Checks the type of each value as it is read; None if the key is missing."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values, self.where = values, where
+
+    def get(self, key: str, kind: type) -> Any:
+        value = self._values.get(key)
+        if value is not None:
+            _check(value, kind, f"{self.where}: {key}")
+        return value
+
+    def section(self, key: str) -> _Section | None:
+        values = self.get(key, dict)
+        return None if values is None else _Section(values, f"{self.where}: {key}")
+
+    def list_of(self, key: str, kind: type) -> list[Any] | None:
+        values = self.get(key, list)
+        for i, value in enumerate(values or []):
+            _check(value, kind, f"{self.where}: {key}[{i}]")
+        return values  # type: ignore[no-any-return]
+
+    def map_of(self, key: str, kind: type) -> dict[str, Any]:
+        values = self.get(key, dict) or {}
+        for name, value in values.items():
+            if not isinstance(value, kind):  # before the text is made: there may be tens of thousands
+                _check(value, kind, f"{self.where}: {key}[{name!r}]")
+        return values
+
+    def needed(self, key: str, kind: type) -> Any:
+        value = self.get(key, kind)
+        if value is None:
+            raise CheckpointError(f"{self.where} has no {key!r}; use another tag")
+        return value
+
+
+def _check(value: Any, kind: type, where: str) -> None:
+    # In Python a bool is an int; in JSON it isn't.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(f"{where} is {value!r:.80}; expected {_JSON_NAMES[kind]}; use another tag")
+
+
+def _read_writer(section: _Section | None) -> WriterRecord:
+    if section is None:
+        return WriterRecord(uni3d=None)
+    return WriterRecord(
+        uni3d=section.get("uni3d", str),
+        torch=section.get("torch", str),
+        topology=section.map_of("topology", int),
+        zero_stage=section.get("zero_stage", int),
+        shard_group=section.get("shard_group", int),
+        layers=section.list_of("layers", list),
+        imported=section.get("imported", dict),
+    )
+
+
+def _read_model(section: _Section | None) -> ModelRecord:
+    if section is None:
+        return ModelRecord()
+    parameters = section.map_of("parameters", dict)
+    return ModelRecord(
+        requires_grad={name: _trains(name, values, section.where) for name, values in parameters.items()},
+        buffers=section.list_of("buffers", str) or [],
+        left_out=section.list_of("left_out", str),
+        declared=section.get("declared", dict) or {},
+    )
+
+
+def _trains(name: str, values: Json, where: str) -> bool:
+    trains = values.get("requires_grad", True)
+    if not isinstance(trains, bool):
+        _check(trains, bool, f"{where}: parameters[{name!r}]: requires_grad")
+    return bool(trains)
+
+
+def _read_optimizer(section: _Section) -> OptimizerRecord:
+    groups = section.needed("groups", list)
+    for i, group in enumerate(groups):
+        where = f"{section.where}: groups[{i}]"
+        _check(group, dict, where)
+        _Section(group, where).needed("params", list)
+    return OptimizerRecord(
+        type=section.needed("type", str), groups=groups, scalars=section.map_of("scalars", dict)
+    )
+
+
+def _read_engine(section: _Section | None) -> EngineRecord:
+    if section is None:
+        return EngineRecord()
+    return EngineRecord(
+        global_steps=section.get("global_steps", int),
+        global_samples=section.get("global_samples", int),
+        skipped_steps=section.get("skipped_steps", int) or 0,
+        loss_scale=section.get("loss_scale", dict),
+        seed=section.get("seed", int),
+        train_batch_size=section.get("train_batch_size", int),
+    )
