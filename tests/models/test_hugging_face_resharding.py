@@ -15,7 +15,7 @@ import hf_models
 
 import ckpt
 from uni3d.estimate import save as paper
-from uni3d.estimate.saved import Cut, Source
+from uni3d.estimate.saved import Cut, SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.state import Inventory
 
@@ -33,7 +33,7 @@ def case(kind: str, zero: int, run: str) -> list[Any]:
 def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: str, zero: int) -> None:
     found = hf_ranks.run(4, case, kind, zero, str(tmp_path))
     checkpoint = ckpt.open_checkpoint(tmp_path)
-    source = Source(checkpoint.arrays, RunManifest.of(checkpoint))
+    source = SavedModel(checkpoint.arrays, RunManifest.of(checkpoint))
     assert source.refuses_tp(2) is None
     assert "heads of model.layers.0.self_attn" in (source.refuses_tp(3) or "")
     assert source.refuses_pp(2) is not None

@@ -21,7 +21,7 @@ from uni3d.doctor import checks as doctor_config
 from uni3d.doctor.memory import Known
 from uni3d.doctor.topologies import Answer, Asked, Fitter, Topology
 from uni3d.estimate.planned_reads import reads
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
 
@@ -40,7 +40,7 @@ def examine(
     """
     checkpoint = ckpt.open_checkpoint(run, tag)
     manifest = RunManifest.of(checkpoint)
-    source = Source(checkpoint.arrays, manifest)
+    source = SavedModel(checkpoint.arrays, manifest)
     known = None if model is None else Known(model, source)
     values = _values(config_path, known)
     config = None if values is None else load_config(values)
@@ -93,7 +93,7 @@ def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
     return values
 
 
-def _about(manifest: RunManifest, source: Source, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
+def _about(manifest: RunManifest, source: SavedModel, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
     ranks = manifest.written_on
     return {
         "tag": checkpoint.tag,

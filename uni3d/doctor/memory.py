@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import Cut, Kind, Source
+from uni3d.estimate.saved import Cut, Kind, SavedModel
 from uni3d.estimate.zero import MASTER_BYTES, beside_shards
 
 
@@ -40,7 +40,7 @@ class Precision:
     offload: bool = False
 
 
-def needs(source: Source, ranks: Ranks, cut: Cut, precision: Precision, accumulation: int) -> list[Need]:
+def needs(source: SavedModel, ranks: Ranks, cut: Cut, precision: Precision, accumulation: int) -> list[Need]:
     """What the states take at each place of the pipeline, exactly by the checkpoint's arrays."""
     kinds = source.kinds(ranks.pp, cut)
     return [_of_place(counts, ranks, cut, precision, accumulation) for counts in kinds]
@@ -89,7 +89,7 @@ def _of_place(
 class Known:
     """An example's GPT, whose whole memory `uni3d plan` can tell."""
 
-    def __init__(self, path: Path, source: Source) -> None:
+    def __init__(self, path: Path, source: SavedModel) -> None:
         """Raises ValueError if the file isn't an example's, or not of the checkpoint's model."""
         from uni3d.estimate.job import model_of, read_document
 

@@ -12,7 +12,7 @@ from uni3d.config import Config
 from uni3d.doctor.memory import Known, Need, Precision, most, needs
 from uni3d.doctor.rules import nearest_batch, refused_zero
 from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import Cut, Refusal, Source
+from uni3d.estimate.saved import Cut, Refusal, SavedModel
 
 NEARBY = 3
 """How many numbers of ranks are named on either side of one that fits nothing."""
@@ -102,7 +102,7 @@ class Answer:
 class Fitter:
     """What of a checkpoint and a config decides which topologies there are."""
 
-    source: Source
+    source: SavedModel
     batch: int | None
     """The global batch, that is kept."""
     zero: int

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import BUFFER, PARAMETER, Cut, Part, Source
+from uni3d.estimate.saved import BUFFER, PARAMETER, Cut, Part, SavedModel
 
 if TYPE_CHECKING:
     import ckpt
@@ -46,7 +46,7 @@ class Holders:
         return None if part is None else part.name
 
 
-def writers(source: Source) -> Holders:
+def writers(source: SavedModel) -> Holders:
     """The ranks that wrote a checkpoint; of an imported one, the process that did.
 
     Raises:
@@ -68,7 +68,7 @@ def writers(source: Source) -> Holders:
     return Holders(ranks=ranks, places=[_own(parts) for parts in held], shards=shards)
 
 
-def resumed(source: Source, ranks: Ranks) -> Holders:
+def resumed(source: SavedModel, ranks: Ranks) -> Holders:
     """The ranks that would go on from a checkpoint, with one pipeline stage on each.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import Cut, Part, Source
+from uni3d.estimate.saved import Cut, Part, SavedModel
 
 if TYPE_CHECKING:
     import ckpt
@@ -25,7 +25,7 @@ class Reads(NamedTuple):
     """Chunks that the checkpoint has of these arrays; each is read by some rank."""
 
 
-def reads(checkpoint: ckpt.Checkpoint, source: Source, ranks: Ranks, cut: Cut) -> Reads:
+def reads(checkpoint: ckpt.Checkpoint, source: SavedModel, ranks: Ranks, cut: Cut) -> Reads:
     """What a load by these ranks would read, by the checkpoint's own chunks; nothing is read of them here.
 
     Arrays that are alike are counted once.

@@ -42,7 +42,7 @@ _WHOLE = (
     "moe_tp_experts",
     "packed_colwise",
 )
-"""Styles that leave a module's weights whole, but for those of experts (`Source.tp_dim`)."""
+"""Styles that leave a module's weights whole, but for those of experts (`SavedModel.tp_dim`)."""
 
 STYLES = (*_TP_DIMS, *_WHOLE)
 
@@ -120,7 +120,7 @@ def _kind(part: Part) -> Kind:
     return Kind(info.shape, size, part.tp_dim, part.whole, role)
 
 
-class Source:
+class SavedModel:
     """A checkpoint's tensors, and what is known of how they may be split."""
 
     def __init__(self, arrays: Mapping[ckpt.ArrayKey, ArrayInfo], manifest: RunManifest) -> None:

@@ -27,7 +27,7 @@ from uni3d.doctor.checks import judged
 from uni3d.doctor.rules import fills_rounds, nearest_batch, refused_combination
 from uni3d.doctor.topologies import Asked
 from uni3d.estimate import saved as resharding
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import ModelRecord, RunManifest
 
 # --- topologies ----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def compare_degrees(model: Any) -> None:
         for name, p in parameters.items()
     }
     said = {"declared": declared(model), "parameters": {n: {"requires_grad": True} for n in parameters}}
-    source = Source(arrays, RunManifest.read({"model": said}))
+    source = SavedModel(arrays, RunManifest.read({"model": said}))
     refused = {}
     for degree in range(2, 14):
         try:
@@ -195,7 +195,7 @@ def test_the_styles_that_are_known() -> None:
     }
     for style in (*tensor._KNOWN, "by a later release"):
         declares = ModelRecord(declared={"tp_plan": {"a": style}})
-        source = Source(arrays, RunManifest(model=declares))
+        source = SavedModel(arrays, RunManifest(model=declares))
         assert (source.untold_tp() is None) == (style in tensor._KNOWN)
     assert source.refuses_tp(1) is None
     assert (source.refuses_tp(2) or "").startswith("the tp_plan has the style 'by a later release' for a")

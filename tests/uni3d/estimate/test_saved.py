@@ -15,7 +15,7 @@ from uni3d.doctor.memory import Precision, needs
 from uni3d.estimate import save as paper
 from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.planned_reads import reads
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 
 FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1, 1)]
@@ -68,9 +68,9 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return run_of
 
 
-def source_of(run: Path) -> tuple[ckpt.Checkpoint, Source]:
+def source_of(run: Path) -> tuple[ckpt.Checkpoint, SavedModel]:
     checkpoint = ckpt.open_checkpoint(run)
-    return checkpoint, Source(checkpoint.arrays, RunManifest.of(checkpoint))
+    return checkpoint, SavedModel(checkpoint.arrays, RunManifest.of(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_told_is_what_real_ranks_do(
     check_memory(source, place, found)
 
 
-def check_boxes(source: Source, place: Place, held: list[Any]) -> None:
+def check_boxes(source: SavedModel, place: Place, held: list[Any]) -> None:
     """The rules tell what the ranks hold of every array."""
     told: list[list[Any]] = [[] for _ in range(place.world)]
     of_stage = place.dp * place.tp
@@ -103,7 +103,7 @@ def check_boxes(source: Source, place: Place, held: list[Any]) -> None:
     assert held == [sorted(boxes) for boxes in told]
 
 
-def check_writers(source: Source, place: Place, saved: Path, held: list[Any]) -> None:
+def check_writers(source: SavedModel, place: Place, saved: Path, held: list[Any]) -> None:
     """The checkpoint that the ranks wrote tells what they held, and of other ranks what `source` tells."""
     _, written = source_of(saved)
     assert (written.declared, written.shapes) == (source.declared, source.shapes)
@@ -122,7 +122,7 @@ def by_rank(holders: Holders) -> list[dict[str, Any]]:
     return found
 
 
-def check_memory(source: Source, place: Place, found: list[Any]) -> None:
+def check_memory(source: SavedModel, place: Place, found: list[Any]) -> None:
     of_stage = place.dp * place.tp
     for stage, need in enumerate(needs(source, place.ranks, place.cut, Precision(), 1)):
         most = {
