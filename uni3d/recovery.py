@@ -7,7 +7,7 @@ here for every topology and ZeRO stage, and with frozen parameters, buffers and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,41 +17,8 @@ from torch import Tensor, nn
 import ckpt
 from ckpt.threads import cores, for_each
 from uni3d import state, zero_to_fp32
-from uni3d.checkpoint import live_weights as weights_out
-from uni3d.manifest import RunManifest
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """The `state_dict` in a checkpoint: whole fp32 tensors, each read, and verified, when it is asked for."""
-
-    def __init__(self, checkpoint: ckpt.Checkpoint, *, frozen: bool = True) -> None:
-        self._checkpoint = checkpoint
-        manifest = RunManifest.of(checkpoint)
-        self.infos = {
-            name: info
-            for name, info in ckpt.weights(checkpoint).items()
-            if frozen or manifest.model.trains(name)
-        }
-        """What there is to read, each tied weight once."""
-        self.aliases = {k: v for k, v in manifest.aliases.items() if v in self.infos}
-        """Other names of tied weights -> the one that is in `infos`."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        info = self.infos[self.aliases.get(name, name)]
-        return state.to_torch(self._checkpoint.read(*info.key))
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
-        return name in self.infos or name in self.aliases
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.infos
-        yield from self.aliases
-
-    def __len__(self) -> int:
-        return len(self.infos) + len(self.aliases)
-
-    def shape(self, name: str) -> torch.Size:
-        return torch.Size(self.infos[self.aliases.get(name, name)].shape)
+from uni3d.checkpoint import live_weights
+from uni3d.checkpoint.stored_weights import StoredWeights
 
 
 class PseudoTensor:
@@ -209,7 +176,7 @@ def write_torch_file(
         return rounded
 
     tensors = dict(zip(names, for_each(read, names, cores()), strict=True))
-    weights_out.write(path, tensors | {alias: tensors[first] for alias, first in aliases.items()})
+    live_weights.write(path, tensors | {alias: tensors[first] for alias, first in aliases.items()})
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.device("cpu")) -> Any:  # noqa: B008

@@ -18,9 +18,9 @@ from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import Background, threads_per_rank
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
+from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config import Config
 from uni3d.manifest import EngineRecord, RunManifest
-from uni3d.recovery import StoredWeights
 from uni3d.resume_rules import Given, GivenScheduler, compare
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState

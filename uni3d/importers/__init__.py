@@ -1,11 +1,13 @@
-"""Checkpoints of other frameworks, read so that they can be imported. No code of theirs is run, or needed.
+"""Readers of other frameworks' checkpoints. None of those frameworks is needed, and none of their code runs.
 
-    pickles       the restricted unpickler: plain containers, tensors, inert stand-ins; all else is refused
-    torch_files   files of `torch.save`, mapped into memory
-    torch_tensors the tensors in them, each storage verified when it is first read
-    source        what a reader finds: arrays that are read when they are asked for, and all that is beside
-    kinds         which framework wrote a folder or file, and its reader
-    write         a source's arrays as a checkpoint's atoms, streamed
-
-Each of the others reads one kind: `safetensors_files`, `torch_state_dicts`, `deepspeed*`, `dcp`, `megatron`.
+detect         which framework wrote a file or folder, and the reader for it
+source         the result of a reader: arrays that are read on demand, and everything else
+write          write a source as a checkpoint of uni3d, array by array
+pickles        the restricted unpickler: plain containers, tensors, inert stand-ins; nothing else
+torch_files    files of `torch.save`, mapped into memory
+torch_tensors  tensors in those files; each storage is verified when it is first read
+state_dicts    safetensors files, and `state_dict`s saved by `torch.save`
+dcp            torch's distributed checkpoint
+deepspeed      DeepSpeed's checkpoints, universal ones too
+megatron       Megatron-core's distributed checkpoint
 """

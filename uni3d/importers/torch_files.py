@@ -46,12 +46,12 @@ class TorchFile:
         Raises:
             CheckpointError: it isn't such a file.
         """
-        self.path, self.verify, self._stand_ins = path, verify, stand_ins
+        self.path, self._verify, self._stand_ins = path, verify, stand_ins
         try:
             whole = np.memmap(path, np.uint8, mode="r") if data is None else np.frombuffer(data, np.uint8)
         except ValueError:
             whole = np.empty(0, np.uint8)  # an empty file can't be mapped
-        self.bytes: npt.NDArray[np.uint8] = whole
+        self._bytes: npt.NDArray[np.uint8] = whole
         self._entries = _directory(path, whole)
         names = [name for name in self._entries if name.endswith("/data.pkl")]
         if len(names) != 1:
@@ -72,7 +72,7 @@ class TorchFile:
         """
         entry = self._entries[f"{self._root}data.pkl"]
         data = bytes(self._part(entry))
-        if self.verify and zlib.crc32(data) != entry.CRC:
+        if self._verify and zlib.crc32(data) != entry.CRC:
             raise CheckpointError(f"{self.path} is damaged: its data.pkl isn't what was written")
         return read_pickle(
             data, str(self.path), stand_ins=self._stand_ins, names=NAMES, persistent=self._storage
@@ -90,13 +90,13 @@ class TorchFile:
             found = "nothing" if entry is None else f"{entry.file_size} bytes"
             raise CheckpointError(f"{self.path} is damaged: data/{key} should have {size} bytes, has {found}")
         if key not in self._storages:
-            begin = _begin(self.path, self.bytes, entry)
-            self._storages[key] = Storage(self, key, begin, size, entry.CRC)
+            checksum = entry.CRC if self._verify else None
+            self._storages[key] = Storage(self.path, key, self._part(entry), checksum)
         return self._storages[key], name
 
     def _part(self, entry: zipfile.ZipInfo) -> npt.NDArray[np.uint8]:
-        begin = _begin(self.path, self.bytes, entry)
-        return self.bytes[begin : begin + entry.file_size]
+        begin = _begin(self.path, self._bytes, entry)
+        return self._bytes[begin : begin + entry.file_size]
 
 
 def is_archive(path: Path) -> bool:

@@ -6,16 +6,14 @@ import threading
 import zlib
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.importers.pickles import Function, TypeName
-
-if TYPE_CHECKING:
-    from uni3d.importers.torch_files import TorchFile
 
 STORAGES = {
     "BFloat16Storage": "bfloat16",
@@ -40,10 +38,10 @@ _CHECK_BYTES = 16 << 20
 class Storage:
     """The bytes of one or more tensors, in an archive."""
 
-    def __init__(self, file: TorchFile, key: str, begin: int, size: int, checksum: int) -> None:
-        self.file, self.key = file, key
-        self._begin, self.size, self._checksum = begin, size, checksum
-        self._checked = False
+    def __init__(self, path: Path, key: str, data: npt.NDArray[np.uint8], checksum: int | None) -> None:
+        """Take the bytes `data` of the archive `path`; a `checksum` of None isn't compared."""
+        self.path, self.key, self.size = path, key, data.size
+        self._data, self._checksum = data, checksum
         self._lock = threading.Lock()
 
     def __setstate__(self, state: Any) -> None:
@@ -55,20 +53,19 @@ class Storage:
         Raises:
             CheckpointError: it isn't what was written.
         """
-        data = self.file.bytes[self._begin : self._begin + self.size]
         with self._lock:
-            if not self._checked and self.file.verify:
+            if self._checksum is not None:
                 found = 0
                 for start in range(0, self.size, _CHECK_BYTES):
-                    found = zlib.crc32(data[start : start + _CHECK_BYTES].data, found)
+                    found = zlib.crc32(self._data[start : start + _CHECK_BYTES].data, found)
                 if found != self._checksum:
                     raise CheckpointError(
-                        f"{self.file.path} is damaged: data/{self.key} has the CRC-32 {found:08x}, and was "
-                        f"written with {self._checksum:08x} (if torch was told not to compute it, by "
+                        f"{self.path} is damaged: data/{self.key} has CRC-32 {found:08x}, expected "
+                        f"{self._checksum:08x} (if it was saved with "
                         "torch.serialization.set_crc32_options(False), add --no-checksums)"
                     )
-            self._checked = True
-        return data
+                self._checksum = None  # once is enough
+        return self._data
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +87,7 @@ class StoredTensor:
     @property
     def identity(self) -> tuple[Any, ...]:
         """The same for two that are the same part of the same memory: tied weights."""
-        where = (str(self.storage.file.path), self.storage.key)
+        where = (str(self.storage.path), self.storage.key)
         return (*where, self.dtype, self.offset, self.shape, self.strides)
 
     @property

@@ -145,13 +145,13 @@ def test_what_it_is_to_hugging_face(tmp_path):
             {"config": {"model_type": "m"}, "names": {"(": "a"}},
             r"the pattern '\(' isn't a regular expression",
         ),
-        ({"config": {"model_type": "m"}, "names": ["a"]}, r"must be pattern -> replacement, not \['a'\]"),
+        ({"config": {"model_type": "m"}, "names": ["a"]}, r"must map patterns to replacements, not \['a'\]"),
     ],
 )
 def test_what_cannot_be_kept_is_no_reason_not_to_train(tmp_path, form, problem):
     model = Says()
     model.hugging_face = form
-    with pytest.warns(UserWarning, match=f"won't say what Says is to Hugging Face .*{problem}"):
+    with pytest.warns(UserWarning, match=f"won't have a Hugging Face description of Says .*{problem}"):
         engine = make_engine(model)
     engine.save_checkpoint(tmp_path)
     engine.wait_for_checkpoint()

@@ -217,7 +217,7 @@ def test_a_model_that_says_nothing(alone: None, tmp_path: Path, export: Cli) -> 
     says_nothing(tmp_path / "run")
     code, _, error = export(tmp_path / "run", tmp_path / "out", "--format", "hf")
     assert code == 1
-    assert "doesn't say what its model (OwnLoss) is to Hugging Face; give --hf-config FILE" in error
+    assert "has no Hugging Face config for its model (OwnLoss); give --hf-config FILE" in error
     assert "--name-map FILE" in error
     names = tmp_path / "names.json"
     names.write_text("{}")

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from ckpt import CheckpointError
 from uni3d.importers.dcp import read_dcp
-from uni3d.importers.dcp.layout import Chunk, ChunkedTensor, Place, check_cover
+from uni3d.importers.dcp.layout import ChunkedTensor, FileRange, StoredChunk, check_cover
 from uni3d.importers.source import Options
 
 
@@ -126,8 +126,8 @@ def test_the_format_of_safetensors_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def chunked(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> ChunkedTensor:
-    place = Place(file="f", offset=0, length=0)
-    chunks = tuple(Chunk(offsets=offsets, sizes=sizes, place=place) for offsets, sizes in boxes)
+    place = FileRange(file="f", offset=0, length=0)
+    chunks = tuple(StoredChunk(offsets=offsets, sizes=sizes, place=place) for offsets, sizes in boxes)
     return ChunkedTensor(name="t", dtype="float32", shape=shape, chunks=chunks)
 
 

@@ -33,7 +33,7 @@ Steps = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class FileRange:
     """Bytes in a file."""
 
     file: str
@@ -42,12 +42,12 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class StoredChunk:
     """A box of a tensor."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Place
+    place: FileRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class ChunkedTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[StoredChunk, ...]
 
 
 class Layout:
@@ -79,7 +79,7 @@ class Layout:
         self._sizes: dict[str, int] = {}
         content = self._metadata()
         self.tensors: dict[str, ChunkedTensor] = {}
-        self.objects: dict[str, Place] = {}
+        self.objects: dict[str, FileRange] = {}
         try:
             self._take(content)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
@@ -108,7 +108,7 @@ class Layout:
         return self._read(tensor, tensor.shape, tensor.chunks)
 
     def _read(
-        self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[Chunk]
+        self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]
     ) -> npt.NDArray[Any]:
         if len(chunks) == 1:
             return self._chunk(tensor, chunks[0])
@@ -159,7 +159,7 @@ class Layout:
 
     def _take(self, content: StandIn) -> None:
         """Take over which tensors and objects there are."""
-        places: dict[tuple[str, Any], Place] = {}
+        places: dict[tuple[str, Any], FileRange] = {}
         for index, info in content.field("storage_data").items():
             name, offset = index.field("fqn"), index.field("offset")
             key = (str(name), None if offset is None else tuple(offset))
@@ -172,7 +172,7 @@ class Layout:
                 continue
             shape = tuple(entry.field("size"))
             chunks = [
-                Chunk(
+                StoredChunk(
                     offsets=tuple(each.field("offsets")),
                     sizes=tuple(each.field("sizes")),
                     place=self._found(places, name, tuple(each.field("offsets"))),
@@ -185,13 +185,13 @@ class Layout:
             check_cover(f"{self.path}: {name}", tensor)
             self.tensors[name] = tensor
 
-    def _found(self, places: Mapping[Any, Place], name: str, offset: Any) -> Place:
+    def _found(self, places: Mapping[Any, FileRange], name: str, offset: Any) -> FileRange:
         if (name, offset) not in places:
             at = "" if offset is None else f" at {list(offset)}"
             raise CheckpointError(f"{self.path / METADATA} doesn't say where {name}{at} is stored")
         return places[name, offset]
 
-    def _place(self, name: str, info: StandIn) -> Place:
+    def _place(self, name: str, info: StandIn) -> FileRange:
         if transforms := info.field("transform_descriptors"):
             raise CheckpointError(
                 f"{self.path}: {name} was written through {', '.join(map(str, transforms))}, which isn't "
@@ -215,9 +215,9 @@ class Layout:
                 f"{self.path / file} has {size} bytes, and {name} should be at {offset} to "
                 f"{offset + length}: it was cut short"
             )
-        return Place(file=file, offset=offset, length=length)
+        return FileRange(file=file, offset=offset, length=length)
 
-    def _chunk(self, tensor: ChunkedTensor, chunk: Chunk, *, verify: bool = True) -> npt.NDArray[Any]:
+    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> npt.NDArray[Any]:
         stored = self._open(chunk.place, tensor.name, verify=verify).load()
         what = f"{self.path / chunk.place.file}: {tensor.name} at {list(chunk.offsets)}"
         if not isinstance(stored, StoredTensor):
@@ -229,7 +229,7 @@ class Layout:
             )
         return stored.read()
 
-    def _open(self, place: Place, name: str, *, verify: bool = True) -> TorchFile:
+    def _open(self, place: FileRange, name: str, *, verify: bool = True) -> TorchFile:
         with (self.path / place.file).open("rb") as file:  # mapped for as long as an array of it is in use
             whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         data = whole[place.offset : place.offset + place.length]
@@ -286,11 +286,11 @@ def _steps(path: Any) -> Steps:
     return steps
 
 
-def _slices(chunk: Chunk) -> tuple[slice, ...]:
+def _slices(chunk: StoredChunk) -> tuple[slice, ...]:
     return tuple(map(slice, chunk.offsets, map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
 
 
-def _box(chunk: Chunk) -> str:
+def _box(chunk: StoredChunk) -> str:
     return f"{list(chunk.sizes)} at {list(chunk.offsets)}"
 
 

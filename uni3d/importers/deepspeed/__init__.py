@@ -8,10 +8,10 @@ from typing import Any
 
 from ckpt import CheckpointError
 from uni3d.importers.deepspeed import optimizer_state as deepspeed_state
-from uni3d.importers.deepspeed.folders import RankFiles, checkpoint_folder
+from uni3d.importers.deepspeed.folders import RankFolder, checkpoint_folder
 from uni3d.importers.deepspeed.model_files import buffer_names, buffers, numbered_parts, untrained
 from uni3d.importers.deepspeed.tensor_parallel import Rule, Rules, join
-from uni3d.importers.deepspeed.zero import Part, Rank, groups_of, parts
+from uni3d.importers.deepspeed.zero import ParameterPart, RankFiles, groups_of, parts
 from uni3d.importers.source import BUFFER, ForeignArray, Options, Source
 from uni3d.importers.torch_tensors import StoredTensor
 
@@ -25,7 +25,7 @@ def read_deepspeed(path: Path, options: Options) -> Source:
     folder = checkpoint_folder(path, options.tag)
     if folder is None:
         raise CheckpointError(f"{path} has no checkpoint of DeepSpeed's")
-    ranks, left_out = RankFiles(folder, options), list[str]()
+    ranks, left_out = RankFolder(folder, options), list[str]()
     rules = Rules(joining(ranks), options, str(folder))
     if options.in_model_order and ranks.of_stage[0][0].optimizers:
         raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
@@ -47,10 +47,10 @@ def read_deepspeed(path: Path, options: Options) -> Source:
 def assemble(
     kind: str,
     folder: Path,
-    ranks: RankFiles,
+    ranks: RankFolder,
     *,
-    trained: Mapping[str, Part],
-    trained_by_tp: Sequence[Mapping[str, Part]],
+    trained: Mapping[str, ParameterPart],
+    trained_by_tp: Sequence[Mapping[str, ParameterPart]],
     rules: Rules,
     groups: list[dict[str, Any]],
     optimizer: Mapping[str, Any],
@@ -100,9 +100,9 @@ def assemble(
     )
 
 
-def _trained(stages: Sequence[Rank], options: Options, left_out: list[str]) -> dict[str, Part]:
+def _trained(stages: Sequence[RankFiles], options: Options, left_out: list[str]) -> dict[str, ParameterPart]:
     """The trained parameters of a tensor-parallel rank; what several stages have, they have alike."""
-    found: dict[str, Part] = {}
+    found: dict[str, ParameterPart] = {}
     for rank in stages:
         held = parts(rank) if rank.optimizers else numbered_parts(rank, left_out, options)
         for name, part in held.items():
@@ -111,7 +111,9 @@ def _trained(stages: Sequence[Rank], options: Options, left_out: list[str]) -> d
     return found
 
 
-def _joined(by_tp: Sequence[Mapping[str, Part]], rules: Rules, *, trained: bool) -> dict[str, Part]:
+def _joined(
+    by_tp: Sequence[Mapping[str, ParameterPart]], rules: Rules, *, trained: bool
+) -> dict[str, ParameterPart]:
     """Whole parameters from those of the tensor-parallel ranks."""
     tp = len(by_tp)
     for other in by_tp[1:]:
@@ -124,7 +126,7 @@ def _joined(by_tp: Sequence[Mapping[str, Part]], rules: Rules, *, trained: bool)
     }
 
 
-def _arrays(found: Mapping[str, Part]) -> list[ForeignArray]:
+def _arrays(found: Mapping[str, ParameterPart]) -> list[ForeignArray]:
     return [
         ForeignArray(
             name=name,
@@ -150,7 +152,7 @@ def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
     )
 
 
-def joining(ranks: RankFiles) -> Mapping[str, Any] | None:
+def joining(ranks: RankFolder) -> Mapping[str, Any] | None:
     """What the checkpoint says of how tensor-parallel parts go together."""
     rank = ranks.of_stage[0][0]
     for file in (*rank.models, *rank.optimizers):
@@ -160,19 +162,19 @@ def joining(ranks: RankFiles) -> Mapping[str, Any] | None:
     return None
 
 
-def _groups(rank: Rank) -> list[dict[str, Any]]:
+def _groups(rank: RankFiles) -> list[dict[str, Any]]:
     if rank.optimizers:
         return groups_of(rank)
     inner = _optimizer_file(rank)
     return [dict(group) for group in inner.get("optimizer_state_dict", inner)["param_groups"]]
 
 
-def _optimizer_file(rank: Rank) -> Mapping[str, Any]:
+def _optimizer_file(rank: RankFiles) -> Mapping[str, Any]:
     found: Mapping[str, Any] = rank.optimizers[0] if rank.optimizers else rank.models[0]["optimizer"]
     return found
 
 
-def _writer(ranks: RankFiles, config: Mapping[str, Any]) -> dict[str, Any]:
+def _writer(ranks: RankFolder, config: Mapping[str, Any]) -> dict[str, Any]:
     """What wrote it, for information."""
     dp, zero = ranks.first.get("dp_world_size"), config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, Mapping) else 0

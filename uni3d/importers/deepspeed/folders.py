@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.importers.deepspeed.zero import Rank
+from uni3d.importers.deepspeed.zero import RankFiles
 from uni3d.importers.source import Options
 from uni3d.importers.torch_files import TorchFile
 
@@ -51,7 +51,7 @@ def is_universal(folder: Path) -> bool:
     return (folder / "zero").is_dir()
 
 
-class RankFiles:
+class RankFolder:
     """The ranks that a folder's files are of.
 
     Attributes:
@@ -81,7 +81,7 @@ class RankFiles:
         modules = [self._module(layers, tp, opened[tp][0]) for tp in range(self.tp)]
         self.of_stage = [
             [
-                Rank(
+                RankFiles(
                     where=f"{folder.name}/*mp_rank_{stage * self.tp + tp:02d}*",
                     models=opened[stage * self.tp + tp],
                     optimizers=states.get(stage * self.tp + tp, []),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.importers.deepspeed.zero import Checked, Part, Rank, Read
+from uni3d.importers.deepspeed.zero import Checked, ParameterPart, RankFiles, Read
 from uni3d.importers.source import PARAMETER, Options
 from uni3d.importers.torch_tensors import StoredTensor
 
@@ -21,25 +21,28 @@ TIED = "tied_modules."
 """How the names of parameters begin that several layers of a pipeline share."""
 
 
-def buffer_names(stages: Sequence[Rank]) -> set[str]:
+def buffer_names(stages: Sequence[RankFiles]) -> set[str]:
     return {str(name) for rank in stages for name in rank.models[0].get("buffer_names") or []}
 
 
-def buffers(stages: Sequence[Rank]) -> dict[str, StoredTensor]:
+def buffers(stages: Sequence[RankFiles]) -> dict[str, StoredTensor]:
     """The persistent buffers of a tensor-parallel rank."""
     names = buffer_names(stages)
     return {n: t for n, t in stages[0].module.items() if n in names and isinstance(t, StoredTensor)}
 
 
 def untrained(
-    stages: Sequence[Rank], trained: Mapping[str, Part], aliases: dict[str, str], left_out: list[str]
-) -> dict[str, Part]:
+    stages: Sequence[RankFiles],
+    trained: Mapping[str, ParameterPart],
+    aliases: dict[str, str],
+    left_out: list[str],
+) -> dict[str, ParameterPart]:
     """The frozen parameters of a tensor-parallel rank.
 
     Other names of tied weights that are found are added to `aliases`; copies of a pipeline's tied weights in
     the files of its layers, and what isn't a tensor, to `left_out`.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, ParameterPart] = {}
     for rank in stages:
         for name, shape in (rank.models[0].get("frozen_param_shapes") or {}).items():
             found[str(name)] = _frozen(rank, str(name), tuple(shape))
@@ -61,12 +64,12 @@ def untrained(
                 f"{where}: {name} is neither a buffer nor a parameter, by its type {tensor.dtype}"
             )
         else:
-            found[name] = Part(shape=tensor.shape, origin=where, states={PARAMETER: tensor.read})
+            found[name] = ParameterPart(shape=tensor.shape, origin=where, states={PARAMETER: tensor.read})
             same[tensor.identity] = name
     return found
 
 
-def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, Part]) -> str | None:
+def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, ParameterPart]) -> str | None:
     """The tied parameter of a pipeline that a layer's file has too, under the layer's name."""
     layer, _, inner = name.partition(".")
     if not layer.isdigit():
@@ -79,7 +82,7 @@ def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, Part]) -> 
     return None
 
 
-def _frozen(rank: Rank, name: str, shape: tuple[int, ...]) -> Part:
+def _frozen(rank: RankFiles, name: str, shape: tuple[int, ...]) -> ParameterPart:
     """A frozen parameter as ZeRO-2 and 3 save it: whole, or in equal parts on the data-parallel ranks."""
     fragments: list[StoredTensor] = [model["frozen_param_fragments"][name] for model in rank.models]
 
@@ -91,13 +94,13 @@ def _frozen(rank: Rank, name: str, shape: tuple[int, ...]) -> Part:
         raise CheckpointError(
             f"{rank.where}: the frozen {name} has too few elements for the shape {list(shape)}"
         )
-    return Part(shape=shape, origin=rank.where, states={PARAMETER: read})
+    return ParameterPart(shape=shape, origin=rank.where, states={PARAMETER: read})
 
 
 # --- without ZeRO -----------------------------------------------------------------------------------------
 
 
-def numbered_parts(rank: Rank, left_out: list[str], options: Options) -> dict[str, Part]:
+def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> dict[str, ParameterPart]:
     """Without ZeRO: the parameters with the optimizer's states, which are only numbered.
 
     They are given to the parameters in the model's order, if that is asked for: each group has those of
@@ -126,7 +129,7 @@ def numbered_parts(rank: Rank, left_out: list[str], options: Options) -> dict[st
     _check_none_is_frozen(
         rank, names, [_shape(inner["state"], masters, n) for queue in queues for n in queue]
     )
-    found: dict[str, Part] = {}
+    found: dict[str, ParameterPart] = {}
     for name, tensor in names.items():
         homes = [
             g
@@ -150,7 +153,7 @@ def numbered_parts(rank: Rank, left_out: list[str], options: Options) -> dict[st
 
 
 def _check_none_is_frozen(
-    rank: Rank, names: Mapping[str, StoredTensor], shapes: Sequence[tuple[int, ...] | None]
+    rank: RankFiles, names: Mapping[str, StoredTensor], shapes: Sequence[tuple[int, ...] | None]
 ) -> None:
     """Refuse parameters without states that have the shape of others with them: nothing tells them apart."""
     parameters, states = Counter(tensor.shape for tensor in names.values()), Counter(shapes)
@@ -164,18 +167,18 @@ def _check_none_is_frozen(
 
 
 def _numbered(
-    rank: Rank,
+    rank: RankFiles,
     name: str,
     tensor: StoredTensor,
     state: Mapping[str, Any],
     master: StoredTensor | None,
     group: int,
-) -> Part:
+) -> ParameterPart:
     origin = f"{rank.where}: {name}"
     read: Read = tensor.read if master is None else Checked(master.read, tensor, origin)
     arrays = {str(k): v for k, v in state.items() if isinstance(v, StoredTensor) and v.shape}
     numbers = {str(k): v for k, v in state.items() if k not in arrays}
-    return Part(
+    return ParameterPart(
         shape=tensor.shape,
         origin=rank.where,
         states={PARAMETER: read, **{key: value.read for key, value in arrays.items()}},
@@ -202,7 +205,7 @@ def _shape(
     return next((t.shape for t in state.values() if isinstance(t, StoredTensor) and t.shape), None)
 
 
-def _parameter_names(rank: Rank) -> dict[str, StoredTensor]:
+def _parameter_names(rank: RankFiles) -> dict[str, StoredTensor]:
     """The module's parameters in order, each tied one once."""
     names = set(rank.models[0].get("buffer_names") or [])
     seen: dict[Any, tuple[str, StoredTensor]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from uni3d.config.optimizer import read_optimizer
 from uni3d.config.scheduler import read_scheduler
 from uni3d.config.strict import ConfigError
-from uni3d.importers.deepspeed.zero import Part
+from uni3d.importers.deepspeed.zero import ParameterPart
 from uni3d.importers.pickles import StandIn, plain
 from uni3d.importers.source import PARAMETER, OptimizerState
 
@@ -49,7 +49,10 @@ _HOW_NOT_WHAT = frozenset(
 
 
 def optimizer_state(
-    config: Mapping[str, Any], groups: list[dict[str, Any]], trained: Mapping[str, Part], left_out: list[str]
+    config: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    trained: Mapping[str, ParameterPart],
+    left_out: list[str],
 ) -> OptimizerState:
     """The optimizer without its arrays; what can't be taken over of the groups is added to `left_out`."""
     cleaned = [hyperparameters(group, f"parameter group {i}", left_out) for i, group in enumerate(groups)]
@@ -79,7 +82,7 @@ def hyperparameters(group: Mapping[str, Any], where: str, left_out: list[str]) -
     return found
 
 
-def _class_of(section: Any, groups: list[dict[str, Any]], trained: Mapping[str, Part]) -> str | None:
+def _class_of(section: Any, groups: list[dict[str, Any]], trained: Mapping[str, ParameterPart]) -> str | None:
     """The class of torch's, or of ours, that the optimizer is here; None if it isn't known.
 
     A script may have given DeepSpeed another one than the config names; the groups and states are the one's

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.importers.deepspeed.zero import Part, Read
+from uni3d.importers.deepspeed.zero import ParameterPart, Read
 from uni3d.importers.pickles import StandIn
 from uni3d.importers.source import Options
 
@@ -165,7 +165,7 @@ def _fields(value: Any) -> Mapping[str, Any]:
     raise CheckpointError(f"a description of joined parameters is {value!r}")
 
 
-def join(parts: Sequence[Part], rule: Rule, name: str) -> Part:
+def join(parts: Sequence[ParameterPart], rule: Rule, name: str) -> ParameterPart:
     """One part of the parts of all tensor-parallel ranks."""
     first = parts[0]
     if len(parts) == 1 and rule.rows is None:
@@ -182,7 +182,9 @@ def join(parts: Sequence[Part], rule: Rule, name: str) -> Part:
         state: _Joined([part.states[state] for part in parts], rule, shape, f"{first.origin}: {name}/{state}")
         for state in first.states
     }
-    return Part(shape=shape, origin=first.origin, states=states, group=first.group, scalars=first.scalars)
+    return ParameterPart(
+        shape=shape, origin=first.origin, states=states, group=first.group, scalars=first.scalars
+    )
 
 
 def _whole_shape(shapes: Sequence[tuple[int, ...]], rule: Rule, what: str) -> tuple[int, ...]:

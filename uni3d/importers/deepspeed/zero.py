@@ -24,10 +24,11 @@ from uni3d.importers.torch_tensors import StoredTensor
 
 Array = npt.NDArray[Any]
 Read = Callable[[], Array]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ParameterPart:
     """What one model-parallel rank has of a parameter: all of it, unless tensor parallelism cuts it."""
 
     shape: tuple[int, ...]
@@ -40,7 +41,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rank:
+class RankFiles:
     """The files of one model-parallel rank, as they were unpickled."""
 
     where: str
@@ -60,7 +61,7 @@ def zero_stage(optimizer: Mapping[str, Any]) -> int:
     return int(stage.args[0] if isinstance(stage, StandIn) else stage)
 
 
-def groups_of(rank: Rank) -> list[dict[str, Any]]:
+def groups_of(rank: RankFiles) -> list[dict[str, Any]]:
     """The hyperparameters of each parameter group, as DeepSpeed's optimizer has them."""
     inner = _inner(rank.optimizers[0])
     if isinstance(inner, list | tuple):
@@ -70,7 +71,7 @@ def groups_of(rank: Rank) -> list[dict[str, Any]]:
     return [dict(group) for group in inner["param_groups"]]
 
 
-def parts(rank: Rank) -> dict[str, Part]:
+def parts(rank: RankFiles) -> dict[str, ParameterPart]:
     """The trained parameters of a model-parallel rank, by name.
 
     Raises:
@@ -89,7 +90,7 @@ def parts(rank: Rank) -> dict[str, Part]:
                 "files *_optim_states.pt; all must be there (experts' groups, which have others, aren't read)"
             )
     make = _sharded if stage == 3 else _flat
-    found: dict[str, Part] = {}
+    found: dict[str, ParameterPart] = {}
     for index, group in enumerate(shapes):
         for name, part in make(rank, index, {str(n): tuple(s) for n, s in group.items()}):
             if name in found:
@@ -98,7 +99,7 @@ def parts(rank: Rank) -> dict[str, Part]:
     return found
 
 
-def _flat(rank: Rank, group: int, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Part]]:
+def _flat(rank: RankFiles, group: int, shapes: Shapes) -> Iterator[tuple[str, ParameterPart]]:
     """ZeRO-1 and 2: a group's parameters end to end, cut in equal partitions."""
     states = _states(rank, group, [o["single_partition_of_fp32_groups"][group] for o in rank.optimizers])
     gaps = (rank.optimizers[0].get("param_alignment_paddings") or {group: [0] * len(shapes)})[group]
@@ -121,7 +122,7 @@ def _flat(rank: Rank, group: int, shapes: Mapping[str, tuple[int, ...]]) -> Iter
         yield name, _part(rank, name, shape, group, group, reads)
 
 
-def _sharded(rank: Rank, sub_group: int, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Part]]:
+def _sharded(rank: RankFiles, sub_group: int, shapes: Shapes) -> Iterator[tuple[str, ParameterPart]]:
     """ZeRO-3: of each parameter `ceil(n / ranks)` elements on each rank, end to end."""
     states = _states(rank, sub_group, [o["fp32_flat_groups"][sub_group] for o in rank.optimizers])
     groups = _inner(rank.optimizers[0])["param_groups"]
@@ -141,18 +142,18 @@ def _sharded(rank: Rank, sub_group: int, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _part(
-    rank: Rank,
+    rank: RankFiles,
     name: str,
     shape: tuple[int, ...],
     index: int,
     group: int | None,
     reads: dict[str, _Pieces],
-) -> Part:
+) -> ParameterPart:
     states: dict[str, Read] = dict(reads)
     weights = rank.module.get(name)
     if rank.verify and isinstance(weights, StoredTensor) and weights.shape == shape:  # ZeRO-3 has none there
         states[PARAMETER] = Checked(reads[PARAMETER], weights, f"{rank.where}: {name}")
-    return Part(
+    return ParameterPart(
         shape=shape,
         origin=rank.where,
         states=states,
@@ -208,7 +209,7 @@ class Checked:
         return masters
 
 
-def _states(rank: Rank, index: int, masters: list[StoredTensor]) -> dict[str, list[StoredTensor]]:
+def _states(rank: RankFiles, index: int, masters: list[StoredTensor]) -> dict[str, list[StoredTensor]]:
     """The flat partitions of a group: the masters and the optimizer's states, by data-parallel rank."""
     found: dict[str, list[StoredTensor]] = {PARAMETER: masters}
     everyone = [_state(optimizer, index) for optimizer in rank.optimizers]
@@ -221,7 +222,7 @@ def _states(rank: Rank, index: int, masters: list[StoredTensor]) -> dict[str, li
     return found
 
 
-def _scalars(rank: Rank, index: int, arrays: Any) -> dict[str, float]:
+def _scalars(rank: RankFiles, index: int, arrays: Any) -> dict[str, float]:
     """The states of a group that are one number, which all ranks have alike."""
     found: dict[str, float] = {}
     for optimizer in rank.optimizers:

@@ -1,0 +1,45 @@
+"""The weights in a checkpoint as a mapping of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+import ckpt
+from uni3d import state
+from uni3d.manifest import RunManifest
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The checkpoint's `state_dict`. A tensor is whole, in fp32, and read and verified on access."""
+
+    def __init__(self, checkpoint: ckpt.Checkpoint, *, frozen: bool = True) -> None:
+        self._checkpoint = checkpoint
+        manifest = RunManifest.of(checkpoint)
+        self.infos = {
+            name: info
+            for name, info in ckpt.weights(checkpoint).items()
+            if frozen or manifest.model.trains(name)
+        }
+        """The stored arrays, each tied weight once."""
+        self.aliases = {k: v for k, v in manifest.aliases.items() if v in self.infos}
+        """Further names of tied weights -> their name in `infos`."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.infos[self.aliases.get(name, name)]
+        return state.to_torch(self._checkpoint.read(*info.key))
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read it
+        return name in self.infos or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.infos
+        yield from self.aliases
+
+    def __len__(self) -> int:
+        return len(self.infos) + len(self.aliases)
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self.infos[self.aliases.get(name, name)].shape)
