@@ -1,8 +1,8 @@
-"""Other names for tensors: patterns, and what replaces the names that they match.
+"""Name maps, which rename tensors in an import or export.
 
-A name map is a JSON object, regular expression -> replacement. Of its patterns the first one applies that
-matches the whole name. The replacement may refer to the pattern's groups (`\\1`, `\\g<layer>`); `null` leaves
-the tensor out. A name that no pattern matches stays as it is.
+A name map is a JSON object, regular expression -> replacement. The first pattern that matches the whole name
+applies. The replacement may refer to the pattern's groups (`\\1`, `\\g<layer>`); `null` leaves the tensor
+out. A name that no pattern matches doesn't change.
 
     {
         "layers\\\\.(\\\\d+)\\\\.attn\\\\.q\\\\.(.*)": "model.layers.\\\\1.self_attn.q_proj.\\\\2",
@@ -24,10 +24,10 @@ Rules = Mapping[str, str | None]
 
 
 class NameMap:
-    """What a name map makes of a tensor's name; `source` is what errors call the map.
+    """A name map; `source` stands for it in error messages.
 
     Raises:
-        ValueError: a pattern isn't a regular expression, or its replacement isn't one for it.
+        ValueError: a pattern isn't a regular expression, or its replacement doesn't fit it.
     """
 
     def __init__(self, rules: Rules, source: str = "the name map") -> None:
@@ -37,10 +37,10 @@ class NameMap:
 
     @classmethod
     def load(cls, path: str | Path) -> NameMap:
-        """The map in a JSON file.
+        """Read a name map from a JSON file.
 
         Raises:
-            ValueError: it isn't a JSON object of strings and nulls, or as above.
+            ValueError: the file isn't a JSON object of strings and nulls, or as above.
             OSError: it can't be read.
         """
         source = f"the name map {path}"
@@ -49,14 +49,14 @@ class NameMap:
         except ValueError as error:
             raise ValueError(f"{source} can't be read as JSON: {error}") from None
         if not isinstance(rules, dict):
-            raise ValueError(f"{source} must be a JSON object, pattern -> replacement, not {_kind(rules)}")
+            raise ValueError(f"{source} must be a JSON object of pattern: replacement, not {_kind(rules)}")
         return cls(rules, source)
 
     def rename(self, name: str) -> str | None:
-        """The other name of a tensor; None if it is left out.
+        """Return the new name of a tensor; None if it is left out.
 
         Raises:
-            ValueError: the replacement leaves nothing of the name.
+            ValueError: the new name is empty.
         """
         for pattern, replacement in self._rules:
             if match := pattern.fullmatch(name):
@@ -65,7 +65,7 @@ class NameMap:
                     return None
                 if not (new := match.expand(replacement)):
                     raise ValueError(
-                        f"{self.source} leaves nothing of the name {name} (pattern {pattern.pattern!r}); "
+                        f"{self.source} renames {name} to an empty name (pattern {pattern.pattern!r}); "
                         "to leave the tensor out, give null"
                     )
                 return new
@@ -73,14 +73,14 @@ class NameMap:
 
     @property
     def unused(self) -> list[str]:
-        """Patterns that have matched no name yet."""
+        """Patterns that haven't matched a name yet."""
         return [pattern.pattern for pattern, _ in self._rules if pattern.pattern not in self._used]
 
     def rename_all(self, names: Iterable[str]) -> dict[str, str]:
-        """Name -> other name, in this order, without the tensors that are left out.
+        """Map each name to its new name, in order, without the tensors that are left out.
 
         Raises:
-            ValueError: two names become the same one, or as above.
+            ValueError: two tensors get the same name, or as above.
         """
         renamed: dict[str, str] = {}
         taken: dict[str, str] = {}
@@ -88,13 +88,13 @@ class NameMap:
             if (new := self.rename(name)) is None:
                 continue
             if (first := taken.setdefault(new, name)) != name:
-                raise ValueError(f"{self.source} makes one name of {first} and {name}: {new}")
+                raise ValueError(f"{self.source} renames both {first} and {name} to {new}")
             renamed[name] = new
         return renamed
 
 
 def _compiled(pattern: str, replacement: object, source: str) -> re.Pattern[str]:
-    """The pattern, which the replacement is found to fit before any name is at hand."""
+    """Compile a pattern, and check that its replacement fits it."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -103,7 +103,7 @@ def _compiled(pattern: str, replacement: object, source: str) -> re.Pattern[str]
         return compiled
     if not isinstance(replacement, str):
         raise ValueError(
-            f"{source}: the pattern {pattern!r} must have a string or null, not {_kind(replacement)}"
+            f"{source}: the replacement of {pattern!r} must be a string or null, not {_kind(replacement)}"
         )
     try:
         compiled.sub(replacement, "")  # parses the replacement, whether or not anything matches
@@ -115,6 +115,6 @@ def _compiled(pattern: str, replacement: object, source: str) -> re.Pattern[str]
 
 
 def _kind(value: object) -> str:
-    """What JSON calls a value of this type."""
+    """Return JSON's word for the type of `value`."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")

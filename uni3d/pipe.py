@@ -1,4 +1,4 @@
-"""DeepSpeed's way to write a pipeline: a list of layers, or of what builds them.
+"""DeepSpeed's form of a pipeline: a list of layers, or of specs that build them.
 
     model = PipelineModule(
         layers=[
@@ -10,14 +10,13 @@
         loss_fn=loss,
     )
 
-Parameters have DeepSpeed's names: `3.attn.weight` in the layer at place 3, `tied_modules.embed.weight` in all
-layers with the key "embed".
+Parameters have DeepSpeed's names: `3.attn.weight` in the layer with index 3, `tied_modules.embed.weight` in
+all layers with the key "embed".
 
-Built on the CPU, every rank builds the whole model before it is split, layer by layer, and rank 0's values
-hold. Built inside `with torch.device("meta")`, no layer takes memory until `initialize` gives each rank the
-parts that it keeps; a layer is then built once more to fill them, and one at a time. What it is filled with
-depends on the config's seed and on its place (with `seed_layers` on `base_seed` and its place, as DeepSpeed
-does it), not on the topology.
+On the CPU, every rank builds the whole model before it is split, and rank 0's values count. Inside `with
+torch.device("meta")`, layers take no memory until `initialize` gives each rank its parts. Each layer is then
+built once more to fill them, one layer at a time. Its initial values depend on the config's seed and its
+index (with `seed_layers` on `base_seed` and its index, as in DeepSpeed), not on the topology.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ import torch
 from torch import Tensor, nn
 
 _REFUSED = {
-    "topology": "how many ranks each axis has stands in the config's section parallel, or in num_stages",
-    "activation_checkpoint_func": "layers are recomputed by torch.utils.checkpoint",
-    "checkpointable_layers": "the layers with parameters are recomputed; leave it out",
+    "topology": "set the degrees in the config's section parallel, or num_stages",
+    "activation_checkpoint_func": "layers are recomputed by torch.utils.checkpoint; leave it out",
+    "checkpointable_layers": "all layers with parameters are recomputed; leave it out",
 }
 
 
 class LayerSpec:
-    """A layer that is yet to be built: `typename(*args, **kwargs)`."""
+    """Spec of a layer that isn't built yet: `typename(*args, **kwargs)`."""
 
     def __init__(self, typename: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> None:
         self.typename = typename
@@ -45,16 +44,16 @@ class LayerSpec:
         self.module_kwargs = kwargs
 
     def build(self) -> nn.Module:
-        """A new module."""
+        """Build a new module."""
         return self.typename(*self.module_args, **self.module_kwargs)
 
 
 class TiedLayerSpec(LayerSpec):
-    """One of several layers with the same `key`, which have the same parameters.
+    """Spec of one of several layers with the same `key`, which share their parameters.
 
-    All parameters of the module are shared, on every topology; DeepSpeed shares all on one stage, and those
-    in `tied_weight_attr` between stages. With `forward_fn(module, inputs)`, that is called in the place of
-    the module.
+    All parameters of the module are shared, on every topology; DeepSpeed shares all of them within a stage,
+    but only those in `tied_weight_attr` between stages. `forward_fn(module, inputs)` is called instead of the
+    module.
     """
 
     def __init__(
@@ -72,10 +71,10 @@ class TiedLayerSpec(LayerSpec):
         self.tied_weight_attr = [tied_weight_attr] if isinstance(tied_weight_attr, str) else tied_weight_attr
 
     def build(self) -> nn.Module:
-        """A new module.
+        """Build a new module.
 
         Raises:
-            ValueError: it has no parameter of the name `tied_weight_attr`.
+            ValueError: it has no parameter named as in `tied_weight_attr`.
         """
         module = super().build()
         names = [name for name, _ in module.named_parameters()]
@@ -88,9 +87,9 @@ class TiedLayerSpec(LayerSpec):
 
 
 class PipelineModule(nn.Module):
-    """A chain of layers that can be cut into pipeline stages: each takes what the one before it gives.
+    """A chain of layers that can be split into pipeline stages; each takes the output of the one before.
 
-    That may be a tensor, or a tuple of tensors, which the next layer gets as one argument.
+    The output is a tensor or a tuple of tensors, which the next layer gets as one argument.
     """
 
     def __init__(
@@ -109,30 +108,30 @@ class PipelineModule(nn.Module):
         """Build the layers.
 
         Args:
-            layers: what builds a layer, a built one, or a function without parameters.
-            num_stages: of the pipeline; the config's `parallel.pp` may say it instead.
-            loss_fn: `(outputs, targets)` -> the loss's mean, or its sum and the number of its terms.
-            seed_layers: whether each layer's initial values come from `base_seed` plus its place.
-            seed_fn: called with that seed in the place of `torch.manual_seed`.
-            partition_method: what is even between stages: "parameters", "uniform" (layers), or
-                "type:REGEX" (layers whose class has a name in which it is found, in any case).
-            activation_checkpoint_interval: 1 recomputes each layer in the backward pass, 0 none; for others
-                see the config's section activation_checkpointing.
-            dynamic_shape: batches may have any shapes here, with or without it.
+            layers: specs, modules, or functions without parameters.
+            num_stages: number of pipeline stages; the config's `parallel.pp` can set it instead.
+            loss_fn: `(outputs, targets)` -> the mean loss, or the sum of the loss and its number of terms.
+            seed_layers: whether each layer is initialized from the seed `base_seed` plus its index.
+            seed_fn: called with that seed instead of `torch.manual_seed`.
+            partition_method: quantity to balance between stages: "parameters", "uniform" (layers), or
+                "type:REGEX" (layers whose class name matches, ignoring case).
+            activation_checkpoint_interval: 1 recomputes each layer in the backward pass, 0 none; for other
+                intervals see the config's section activation_checkpointing.
+            dynamic_shape: accepted for DeepSpeed scripts; shapes may always vary.
 
         Raises:
-            ValueError: an argument that isn't supported, with the reason.
+            ValueError: an unsupported argument, with the reason.
         """
         super().__init__()
         for key, value in refused.items():
             if key not in _REFUSED:
                 raise TypeError(f"PipelineModule has no argument {key!r}")
             if value is not None:
-                raise ValueError(f"PipelineModule: {key} is refused: {_REFUSED[key]}")
+                raise ValueError(f"PipelineModule: {key} isn't supported: {_REFUSED[key]}")
         if activation_checkpoint_interval not in (0, 1):
             raise ValueError(
-                f"activation_checkpoint_interval({activation_checkpoint_interval}) is refused: layers are "
-                "recomputed one by one; use 1, or the config's activation_checkpointing"
+                f"activation_checkpoint_interval={activation_checkpoint_interval} isn't supported: layers "
+                "are recomputed one by one; use 0 or 1, or the config's activation_checkpointing"
             )
         self.num_stages = num_stages
         self.activation_checkpoint_interval = activation_checkpoint_interval
@@ -142,9 +141,9 @@ class PipelineModule(nn.Module):
         self._base_seed = base_seed if seed_layers else None
         self._seed_fn = seed_fn or torch.manual_seed
         self.pipeline_layers = list(self._build())
-        """The links of the chain, by name, in the order in which they run."""
+        """Names of the layers, in the order in which they run."""
         self.pipeline_costs = _costs(partition_method, self._links())
-        self._seeds: dict[str, int] = {}  # of the layers that have been filled
+        self._seeds: dict[str, int] = {}  # of the layers filled so far
         self._filling: tuple[str, nn.Module] | None = None
 
     def forward(self, x: Any) -> Any:
@@ -155,14 +154,14 @@ class PipelineModule(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill the whole parameter `name` of a model that was built on the meta device.
 
-        A layer is built once, from the seed of the first of its parameters that is asked for.
+        Its layer is built once, from the generator's seed at the first call for one of its parameters.
         """
         layer = max((n for n in self.pipeline_layers if name.startswith(f"{n}.")), key=len)
         place = self.pipeline_layers.index(layer)
         if self._filling is None or self._filling[0] != layer:
             spec = self._specs[place]
             assert isinstance(spec, LayerSpec), "a built layer isn't on the meta device"
-            self._filling = None  # its memory goes before another's comes
+            self._filling = None  # free the last layer before building the next
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(self._seeds.setdefault(layer, generator.initial_seed()))
                 self._seed(place)
@@ -171,7 +170,7 @@ class PipelineModule(nn.Module):
             tensor.copy_(self._filling[1].get_parameter(name.removeprefix(f"{layer}.")))
 
     def _build(self) -> Iterator[str]:
-        """Add the layers, and tell their names."""
+        """Add the layers and yield their names."""
         self.tied_modules = nn.ModuleDict()
         for place, layer in enumerate(self._specs):
             self._seed(place)
@@ -189,7 +188,7 @@ class PipelineModule(nn.Module):
             elif isinstance(layer, nn.Module):
                 if any(layer is module for module in self.modules()):
                     raise ValueError(
-                        f"layer {place} is a module that is in the list before; share it by TiedLayerSpec"
+                        f"layer {place} occurs earlier in the list too; use TiedLayerSpec to share it"
                     )
                 link = layer
             else:
@@ -219,16 +218,16 @@ class _Function(nn.Module):
 
 
 class _Applied(nn.Module):
-    """A module that is called by a function, with the module's own parameters under their own names."""
+    """A module called through a function; its parameters keep their names."""
 
     def __init__(self, module: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self._called = (module, function)  # in a tuple, as it isn't a submodule
+        self._called = (module, function)  # in a tuple, so that it isn't registered as a submodule
 
     def train(self, mode: bool = True) -> _Applied:
-        self._called[0].training = mode  # its own submodules are this one's
+        self._called[0].training = mode  # its submodules are also this module's
         return super().train(mode)
 
     def forward(self, x: Any) -> Any:
@@ -237,20 +236,20 @@ class _Applied(nn.Module):
 
 
 def _tie(module: nn.Module, first: nn.Module, key: str) -> None:
-    """Give `module` the parameters of the first one of its key."""
+    """Give `module` the parameters of the first module with its key."""
     theirs = dict(first.named_parameters())
     for name, parameter in list(module.named_parameters()):
         if name not in theirs or theirs[name].shape != parameter.shape:
             raise ValueError(
-                f"TiedLayerSpec {key!r}: {name} is {list(parameter.shape)} in one layer, but "
-                f"{list(theirs[name].shape) if name in theirs else 'missing'} in the first; they can't be one"
+                f"TiedLayerSpec {key!r}: {name} has shape {list(parameter.shape)} in one layer, but in the "
+                f"first it {f'has {list(theirs[name].shape)}' if name in theirs else 'is missing'}"
             )
         owner, _, attribute = name.rpartition(".")
         module.get_submodule(owner)._parameters[attribute] = theirs[name]
 
 
 def _costs(method: str, links: Sequence[nn.Module]) -> list[int]:
-    """What each layer counts for when the pipeline is cut."""
+    """Return the cost of each layer for the split into stages."""
     method = method.lower()
     if method == "uniform":
         return [1] * len(links)

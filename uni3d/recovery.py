@@ -1,7 +1,7 @@
-"""Weights out of a checkpoint, by DeepSpeed's names for it. Needs no ranks: one process, and no GPU.
+"""Weights of a checkpoint, through DeepSpeed's functions. They run in one process, without a GPU.
 
-Names, parameters and results are those of `deepspeed.utils.zero_to_fp32` and `deepspeed.checkpoint.utils`,
-here for every topology and ZeRO stage, and with frozen parameters, buffers and tied weights.
+Names, parameters and results are those of `deepspeed.utils.zero_to_fp32` and `deepspeed.checkpoint.utils`.
+They work for every topology and ZeRO stage, and include frozen parameters, buffers and tied weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uni3d.checkpoint.stored_weights import StoredWeights
 
 
 class PseudoTensor:
-    """A tensor that has been left in its checkpoint: `contiguous()` reads, verifies and returns it."""
+    """A tensor that is still in its checkpoint: `contiguous()` reads, verifies and returns it."""
 
     def __init__(self, weights: StoredWeights, name: str) -> None:
         self._weights, self._name = weights, name
@@ -65,11 +65,11 @@ def get_fp32_state_dict_from_zero_checkpoint(
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
 ) -> dict[str, Any]:
-    """The whole model's `state_dict`: parameters in fp32, buffers in their own types, in the host's memory.
+    """Return the unsplit model's `state_dict` on the CPU: parameters in fp32, buffers in their own types.
 
-    `checkpoint_dir` is a run's folder or URL, or a checkpoint's own; `tag` None is what `latest` names. A
-    tied weight is one tensor under all its names. In lazy mode the values are pseudo tensors, with `shape`,
-    `dtype` and `contiguous()`, and nothing is read before that is called.
+    `checkpoint_dir` is the folder or URL of a run or of a checkpoint; without `tag` the latest is read. A
+    tied weight is one tensor under all its names. In lazy mode the values are `PseudoTensor`s, and nothing is
+    read before `contiguous()` is called.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or it is damaged.
@@ -87,14 +87,14 @@ def get_fp32_state_dict_from_zero_checkpoint(
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | Path, tag: str | None = None
 ) -> nn.Module:
-    """Put `model` on the CPU and fill it from a checkpoint; returns it.
+    """Move `model` to the CPU, fill it from a checkpoint and return it.
 
-    One tensor at a time is read beside the model; a model in another type gets the values in that type.
+    Tensors are read one at a time, and converted to the model's types.
 
     Raises:
-        ckpt.CheckpointError: there is no such checkpoint, or the names or shapes in the model's `state_dict`
-            aren't its own; the model has the values that it had.
-        ckpt.PartialLoadError: it is damaged; some of the model's values are the checkpoint's.
+        ckpt.CheckpointError: there is no such checkpoint, or its names or shapes differ from the model's;
+            the model's values haven't changed.
+        ckpt.PartialLoadError: it is damaged; some of the model's values have changed.
     """
     weights = StoredWeights(ckpt.open_checkpoint(checkpoint_dir, tag))
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -120,16 +120,16 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Write the weights into the folder `output_dir`, under the names that Hugging Face's libraries look for.
+    """Write the weights to the folder `output_dir`, under the file names of Hugging Face's libraries.
 
-    `pytorch_model.bin` or, with `safe_serialization`, `model.safetensors`; if that is more than
-    `max_shard_size` ("5GB", "500MiB", bytes), several files and their index. Of safetensors files some
-    MiB are in memory at a time, of the others one file. The files get their names when all are whole.
+    The file is `pytorch_model.bin` or, with `safe_serialization`, `model.safetensors`. Above
+    `max_shard_size` ("5GB", "500MiB", bytes) there are several, with an index. A few MiB are in memory at a
+    time for safetensors, one file otherwise. Files get their final names when all are complete.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or it is damaged; nothing was written.
-        FileExistsError: a file of one of these names is there; nothing was written.
-        ValueError: `max_shard_size` is no size.
+        FileExistsError: a file of one of these names exists; nothing was written.
+        ValueError: `max_shard_size` isn't a size.
     """
     checkpoint = ckpt.open_checkpoint(checkpoint_dir, tag)
     weights = StoredWeights(checkpoint, frozen=not exclude_frozen_parameters)
@@ -153,13 +153,12 @@ def write_torch_file(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Write tensors by `torch.save`, which takes the memory of all of them; `aliases` name some once more.
+    """Write tensors with `torch.save`, all of which are in memory then; `aliases` are further names.
 
-    Parameters are rounded to `dtype`, if one is given. `progress` is told the bytes that are ready to be
-    written.
+    Parameters are rounded to `dtype`, if given. `progress` is called with the bytes read.
 
     Raises:
-        ckpt.CheckpointError: one is damaged, or has a number that is too large for `dtype`.
+        ckpt.CheckpointError: a tensor is damaged, or has a value too large for `dtype`.
     """
 
     def read(name: str) -> Tensor:
@@ -170,9 +169,7 @@ def write_torch_file(
         rounded = tensor.to(dtype)
         progress(rounded.nbytes)
         if (rounded.isinf() & tensor.isfinite()).any():
-            raise ckpt.CheckpointError(
-                f"{name} has numbers that are too large for {dtype}; export it as fp32"
-            )
+            raise ckpt.CheckpointError(f"{name} has values too large for {dtype}; export it as fp32")
         return rounded
 
     tensors = dict(zip(names, for_each(read, names, cores()), strict=True))
@@ -180,11 +177,11 @@ def write_torch_file(
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.device("cpu")) -> Any:  # noqa: B008
-    """`item` with each tensor in it copied to `device`, into memory of its own.
+    """Return `item` with each tensor copied to `device`, into memory of its own.
 
-    `torch.save` writes all of the memory that a tensor is a view of, be it a hundred times as much; of a copy
-    it writes what the tensor has. Tensors may be nested in lists, tuples (named ones too) and dicts, which
-    are made anew, of the same types; one that is there several times stays one. The rest stays as it is.
+    `torch.save` writes the whole storage behind a view; for a copy it writes only the tensor. Tensors may be
+    nested in lists, tuples (named ones too) and dicts, which are recreated in the same types. A tensor that
+    occurs several times is copied once. Other values stay as they are.
     """
     copies: dict[int, Tensor] = {}
 
@@ -207,16 +204,16 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.d
 
 
 def _check_same(model: str, targets: Mapping[str, Tensor], weights: StoredWeights) -> None:
-    """Raises what differs between a model's `state_dict` and a checkpoint's."""
+    """Raise CheckpointError if names or shapes in a model's `state_dict` and a checkpoint differ."""
     problems = []
     for what, names in (
-        (f"{model} hasn't", weights.keys() - targets.keys()),
-        ("the checkpoint hasn't", targets.keys() - weights.keys()),
+        (f"{model} lacks", weights.keys() - targets.keys()),
+        ("the checkpoint lacks", targets.keys() - weights.keys()),
     ):
         if names:
             problems.append(f"{what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}")
     for name in [n for n in targets if n in weights and targets[n].shape != weights.shape(n)][:5]:
         there, here = list(weights.shape(name)), list(targets[name].shape)
-        problems.append(f"{name} is {there} in the checkpoint and {here} in {model}")
+        problems.append(f"{name} has shape {there} in the checkpoint and {here} in {model}")
     if problems:
         raise ckpt.CheckpointError("; ".join(problems))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests with models from outside."""
+"""Fixtures for tests of third-party models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def imports_case() -> None:
-    """Runs when this file has been imported, with what it imports."""
+    """Do nothing; running it imports this file and its imports on a rank."""
     import hf_models
 
     assert hf_models.STEPS
@@ -20,6 +20,6 @@ def imports_case() -> None:
 
 @pytest.fixture(scope="session")
 def hf_ranks(ranks: Ranks) -> Ranks:
-    """The ranks, with the Hugging Face library imported, which takes a while."""
+    """Ranks that have imported the Hugging Face library, which takes a while."""
     ranks.run(2, imports_case, timeout=300)
     return ranks

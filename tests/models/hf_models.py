@@ -32,7 +32,7 @@ ADAM = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01}
 
 
 def make(kind: str, **options: Any) -> nn.Module:
-    """The model, with the same weights every time."""
+    """Return the model, with the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         if kind == "bert":
@@ -56,7 +56,7 @@ def make(kind: str, **options: Any) -> nn.Module:
 
 
 def batches(kind: str) -> list[dict[str, Tensor]]:
-    """Global batches, one for each step."""
+    """Return global batches, one for each step."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for _ in range(STEPS):
@@ -104,7 +104,7 @@ def make_engine(model: nn.Module, zero: int, *, dp: int = 1, tp: int = 1, **conf
 
 
 def train(engine: uni3d.Engine, kind: str) -> tuple[list[float], list[float]]:
-    """A step by forward, backward and step, one by train_batch, and so on."""
+    """Train, alternating between forward, backward, step and train_batch."""
     losses, norms = [], []
     size = engine.train_micro_batch_size_per_gpu()
     first = engine.model.topology.dp_rank * size * 2
@@ -128,6 +128,6 @@ def train(engine: uni3d.Engine, kind: str) -> tuple[list[float], list[float]]:
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters, put together from all ranks by torch itself."""
+    """Return copies of the whole parameters, gathered by torch itself."""
     tensors = {name: p.detach() for name, p in module.named_parameters()}
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""DeepSpeed's getting-started script, with the import changed, as a user starts it."""
+"""DeepSpeed's getting-started script runs with only its import changed."""
 
 from __future__ import annotations
 

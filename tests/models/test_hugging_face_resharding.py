@@ -1,4 +1,4 @@
-"""What the checkpoint of a Hugging Face model says of its splitting is what real ranks hold."""
+"""The resharding that a Hugging Face model's checkpoint describes equals the shards of real ranks."""
 
 from __future__ import annotations
 

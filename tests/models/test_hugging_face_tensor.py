@@ -1,4 +1,4 @@
-"""Hugging Face models under tensor parallelism, by the plans that they carry."""
+"""Hugging Face models train under tensor parallelism with their own plans."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_steps_are_those_of_one_process(
 
 
 class LastDims(TorchDispatchMode):
-    """Records the last dim of all plain tensors that are computed, those inside of DTensors too."""
+    """Records the last dim of every plain tensor computed, also inside DTensors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Hugging Face models under ZeRO: every stage takes the steps of one process in plain PyTorch."""
+"""Hugging Face models under every ZeRO stage take the steps of plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules as people write them train under ZeRO with no change, and take the steps of one process."""
+"""Unusual but valid modules train under ZeRO unchanged, with the steps of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
 
 
 class Net(nn.Module):
-    """`features`, whatever they are, and a loss."""
+    """Classifier on top of `features`, with a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Dicts(Net):
 
 
 class Bare(Net):
-    """Parameters of its own: one without a dim, one with one element, one used twice, one never."""
+    """Module with a 0-d parameter, a one-element one, one used twice and one never used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Convolutions(Net):
 
 
 class Normed(Net):
-    """Batch norm, whose statistics are of a rank's own samples."""
+    """Model with batch norm, whose statistics come from each rank's own samples."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The run of the fixture `deepspeed_continues`: its model, its data and its config, in plain PyTorch."""
+"""Model, data and config of the fixture `deepspeed_continues`, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 SEED = 1234
 STEPS_BEFORE = 20
-"""Steps that the run took before it was saved."""
+"""Steps before the save."""
 STEPS_AFTER = 10
-"""Steps that it took from there on."""
+"""Steps after the save."""
 BATCH = 8
 """Samples in a global batch."""
 FEATURES = 9
@@ -32,7 +32,7 @@ CLIPPING = 0.5
 
 
 class Classifier(nn.Module):
-    """Sizes that two ranks don't divide; calling it gives the mean loss over the batch."""
+    """A model with sizes that two ranks don't divide; it returns the mean loss over the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,19 +41,19 @@ class Classifier(nn.Module):
         self.outer = nn.Linear(13, CLASSES)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """The loss of `[batch, FEATURES]` inputs with `[batch]` labels."""
+        """Return the mean loss of `[batch, FEATURES]` inputs with `[batch]` labels."""
         hidden = torch.tanh(self.norm(self.inner(inputs)))
         return nn.functional.cross_entropy(self.outer(hidden), labels)
 
 
 def model() -> Classifier:
-    """The model with the weights that the run began with."""
+    """Return the model with the run's initial weights."""
     torch.manual_seed(SEED)
     return Classifier()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of step `step`, counted from 0: `[BATCH, FEATURES]` inputs, `[BATCH]` labels.
+    """Return the global batch of `step`, from 0: `[BATCH, FEATURES]` inputs, `[BATCH]` labels.
 
     Data parallel ranks take equal slices of it, in the order of the ranks.
     """
@@ -64,7 +64,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def config() -> dict[str, Any]:
-    """What of the run's config says how to train, with DeepSpeed's keys; its ZeRO stage is left out."""
+    """Return the run's training config, with DeepSpeed's keys, without the ZeRO stage."""
     return {
         "train_batch_size": BATCH,
         "gradient_clipping": CLIPPING,

@@ -1,4 +1,4 @@
-"""What the tests of `uni3d import` share: the fixtures, and reading back what was made of them."""
+"""Helpers for tests of `uni3d import`: the fixtures, and reading back the checkpoints made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def names(prefix: str) -> list[str]:
-    """Of the fixtures that begin so."""
+    """Return the names of fixtures with this prefix."""
     return sorted(path.name for path in FIXTURES.iterdir() if path.name.startswith(prefix))
 
 
@@ -25,20 +25,20 @@ def source(name: str) -> Path:
 
 
 def expected(name: str, folder: Path = FIXTURES) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The live run's tensors by state and name, and what it said of itself."""
+    """Return the live run's tensors by state and name, and its facts."""
     arrays = load_file(folder / name / "expected.safetensors")
     return arrays, json.loads((folder / name / "expected.json").read_text())
 
 
 def imported(*arguments: object) -> dict[str, Any]:
-    """`uni3d import`, which must go well; what it says in JSON."""
+    """Run `uni3d import`, which must succeed; return its JSON output."""
     done = run("import", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def refused(*arguments: object) -> str:
-    """`uni3d import`, which must end with one line and nothing left behind."""
+    """Run `uni3d import`, which must fail with one line and leave nothing behind."""
     done = run("import", *arguments)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -47,7 +47,7 @@ def refused(*arguments: object) -> str:
 
 
 def atoms(checkpoint: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by state and name, read by zarr-python."""
+    """Return every array of a checkpoint by state and name, read by zarr-python."""
     group = zarr.open_group(str(checkpoint), mode="r")
     manifest = json.loads((Path(checkpoint) / "manifest.json").read_text())
     found = {}
@@ -66,7 +66,7 @@ def manifest(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def differing(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> list[str]:
-    """Names of what isn't the same bit for bit, or is only on one side."""
+    """Return the names whose bits differ or that are only on one side."""
     return sorted(
         name
         for name in found.keys() | wanted.keys()

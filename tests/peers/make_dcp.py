@@ -26,7 +26,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 
 class Block(nn.Module):
-    """Two linear layers that tensor parallelism can cut, at odd sizes elsewhere."""
+    """Model with two linear layers that tensor parallelism can split, and odd sizes elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """A tied weight, a frozen parameter, a scalar one, and buffers."""
+    """Model with a tied weight, a frozen parameter, a scalar parameter and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Small(nn.Module):
 
 
 def built(meshes: dict[str, DeviceMesh]) -> tuple[Small, torch.optim.AdamW]:
-    """A model on its mesh, trained for some steps, with matrices and the rest in groups of their own."""
+    """Train a model on its mesh for some steps; matrices and the rest are separate groups."""
     torch.manual_seed(11)
     model = Small()
     for block in model.blocks:
@@ -93,7 +93,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def expect(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, more: dict[str, Any]) -> None:
-    """Gather the live run's tensors, and write them and its facts."""
+    """Gather the live run's tensors and write them with its facts."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {f"fp32/{name}": full(p).float() for name, p in model.named_parameters()}
     steps = {}
@@ -125,7 +125,7 @@ def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR
 
 
 def nested(folder: Path, sizes: tuple[int, ...], axes: tuple[str, ...]) -> None:
-    """`{"model": ..., "optim": ...}`, as PyTorch's tutorial saves it, with numbers of the script's own."""
+    """Save `{"model": ..., "optim": ...}`, like PyTorch's tutorial, with the script's own counters."""
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=axes)
     data_axes = tuple(axis for axis in axes if axis != "tp")
     meshes = {"dp": mesh[data_axes]} | ({"tp": mesh["tp"]} if "tp" in axes else {})
@@ -139,7 +139,7 @@ def nested(folder: Path, sizes: tuple[int, ...], axes: tuple[str, ...]) -> None:
 
 
 def titan(folder: Path) -> None:
-    """As torchtitan lays it out: weights at the top, a flat optimizer, its scheduler, counters and data."""
+    """Save torchtitan's layout: weights at the top level, a flat optimizer, scheduler, counters, data."""
     model, optimizer = built({"dp": init_device_mesh("cpu", (2,))})
     scheduler = decay(optimizer)
     train(model, optimizer, scheduler, dist.get_rank())
@@ -157,7 +157,7 @@ def titan(folder: Path) -> None:
 
 
 def weights_only(folder: Path) -> None:
-    """A bf16 model's own state dict, saved by one process without ranks."""
+    """Save a bf16 model's own state_dict from one process without ranks."""
     torch.manual_seed(11)
     model = Small().bfloat16()
     dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint", no_dist=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 STATES = ("exp_avg", "exp_avg_sq")
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "betas": [0.9, 0.95], "eps": 1e-8}}
 FUSED = {"optimizer": {"type": "AdamW", "params": {**ADAMW["params"], "torch_adam": False}}}
-"""DeepSpeed's own Adam: `FusedAdam`, or `DeepSpeedCPUAdam` where states are offloaded to the CPU."""
+"""DeepSpeed's own Adam: `FusedAdam`, or `DeepSpeedCPUAdam` if states are offloaded to the CPU."""
 WARMUP = {
     "type": "WarmupLR",
     "params": {"warmup_min_lr": 1e-4, "warmup_max_lr": 5e-3, "warmup_num_steps": 10, "warmup_type": "linear"},
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 class RunningNorm(nn.Module):
-    """A BatchNorm for any dtypes of weights and buffers, since DeepSpeed leaves buffers in fp32."""
+    """BatchNorm for mixed dtypes, since DeepSpeed leaves buffers in fp32."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class RunningNorm(nn.Module):
 
 
 class Small(nn.Module):
-    """Odd sizes, a tied weight, frozen parameters, and buffers of each kind."""
+    """Model with odd sizes, a tied weight, frozen parameters and buffers of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Small(nn.Module):
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices with weight decay, the rest without."""
+    """Return two groups: matrices with weight decay, the rest without."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
@@ -102,7 +102,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def whole(engine: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
-    """A parameter's fp32 value, or one of its states, from the live run. Every rank takes part."""
+    """Return a parameter's fp32 value, or one of its states, from the live run. Collective."""
     if not parameter.requires_grad:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().float().clone()
@@ -119,7 +119,7 @@ def whole(engine: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
 
 
 def round_robin(optimizer: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
-    """A tensor out of the ranks' live partitions, by the order in which DeepSpeed laid them out.
+    """Return a tensor from the ranks' live partitions, in DeepSpeed's order.
 
     `safe_get_full_fp32_param` looks in the order of the groups, which isn't that of the partitions here, and
     so mixes parameters up; `param_slice_mappings` in the checkpoint does as well.
@@ -136,7 +136,7 @@ def round_robin(optimizer: Any, parameter: nn.Parameter, state: str | None) -> T
 
 
 def masters(engine: Any) -> dict[nn.Parameter, tuple[Tensor, int]]:
-    """Without ZeRO: which tensor holds a parameter in fp32, and from where on."""
+    """Return the tensor that holds a parameter in fp32 without ZeRO, and the offset in it."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat"):  # half precision, an Adam that is fused: one tensor a group
         found = {}
@@ -151,7 +151,7 @@ def masters(engine: Any) -> dict[nn.Parameter, tuple[Tensor, int]]:
 
 
 def truth(engine: Any) -> dict[str, Tensor]:
-    """Every tensor of the live run by its name. Buffers are those of rank 0, as what is saved."""
+    """Return every tensor of the live run by name. Buffers are those of rank 0, which are saved."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         # DeepSpeed links states once, after the first group's first step, when other groups have none yet.
         engine.optimizer._hp_optimizer_states_linked = False
@@ -172,12 +172,12 @@ def truth(engine: Any) -> dict[str, Tensor]:
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The Adam below what DeepSpeed wraps around it."""
+    """Return the Adam inside DeepSpeed's wrappers."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def facts(engine: Any, names: list[list[str]], client_state: dict[str, Any]) -> dict[str, Any]:
-    """What the live run says of itself."""
+    """Return the facts of the live run."""
     adam = base_optimizer(engine)
     states = [state for state in adam.state.values() if "exp_avg" in state]
     steps = {float(state["step"]) for state in states}
@@ -208,7 +208,7 @@ def small_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def zero(folder: Path, config: dict[str, Any]) -> None:
-    """Train for five batches, save, and write down what the run then held."""
+    """Train for five batches, save, and write the run's expected tensors."""
     torch.manual_seed(7)
     model = Small()
     shapes = {id(p): n for n, p in model.named_parameters()}
@@ -234,7 +234,7 @@ def zero(folder: Path, config: dict[str, Any]) -> None:
 
 
 def save(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
-    """Save as DeepSpeed does, less the two scripts that it copies into every run's folder."""
+    """Save with DeepSpeed, without the two scripts that it copies into every run's folder."""
     engine.save_checkpoint(str(folder / "checkpoint"), client_state=client_state)
     if dist.get_rank() == 0:
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):
@@ -243,7 +243,7 @@ def save(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
 
 
 def continues(folder: Path) -> None:
-    """Train, save, and go on: what a run that is imported must do too."""
+    """Train, save and continue; an imported run must reproduce the continuation."""
     config = copy.deepcopy(continues_model.config())
     config["optimizer"]["params"]["torch_adam"] = True
     config["zero_optimization"] = {"stage": 2}
@@ -262,7 +262,7 @@ def continues(folder: Path) -> None:
 
 
 def train(engine: Any, step: int) -> dict[str, float]:
-    """One step on this rank's slice of the batch: the global loss, the norm before clipping, the rate."""
+    """Take a step on this rank's slice; return global loss, gradient norm before clipping, learning rate."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     inputs, labels = (part.chunk(ranks)[rank] for part in continues_model.batch(step))
     loss, lr = engine(inputs, labels), engine.get_lr()[0]

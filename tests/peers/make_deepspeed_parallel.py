@@ -44,11 +44,11 @@ CONFIG = {
     "zero_optimization": {"stage": 1},
 }
 BLOOM = {**CONFIG, "data_types": {"grad_accum_dtype": "fp32"}, **BF16}
-"""As Megatron-DeepSpeed trains in bf16."""
+"""Config of Megatron-DeepSpeed's bf16 training."""
 
 
 def split_of(tp: int) -> Split:
-    """This rank's tensor-parallel group: ranks that follow one another. Every rank makes every group."""
+    """Return this rank's tensor-parallel group, of consecutive ranks. Every rank creates every group."""
     mine = None
     for first in range(0, dist.get_world_size(), tp):
         ranks = list(range(first, first + tp))
@@ -58,7 +58,7 @@ def split_of(tp: int) -> Split:
 
 
 def mpu(split: Split) -> SimpleNamespace:
-    """What DeepSpeed asks of a user's tensor parallelism, as Megatron answers it."""
+    """The `mpu` that DeepSpeed expects for a user's tensor parallelism, like Megatron's."""
     rank, world = dist.get_rank(), dist.get_world_size()
     data = [dist.new_group(list(range(first, world, split.size))) for first in range(split.size)]
     found = {
@@ -73,7 +73,7 @@ def mpu(split: Split) -> SimpleNamespace:
 
 
 def patterns(prefix: str, embedding: str, norm: str) -> dict[str, Any]:
-    """What Megatron-DeepSpeed puts into a checkpoint for DeepSpeed's script to merge it by."""
+    """Return the merge rules that Megatron-DeepSpeed stores for `ds_to_universal`."""
     block = rf"{prefix}\d+\."
     return {
         keys.UNIVERSAL_CHECKPOINT_INFO: {
@@ -95,7 +95,7 @@ def patterns(prefix: str, embedding: str, norm: str) -> dict[str, Any]:
 
 
 def gather(folder: Path, engine: Any, names: list[list[str]], tp: int, more: dict[str, Any]) -> None:
-    """Merge what every rank says of itself, and write it down."""
+    """Merge the facts of every rank and write them."""
     cuts = {name: getattr(p, "cut", (None, 1)) for name, p in engine.module.named_parameters()}
     mine = (truth(engine), facts(engine, names, {}), cuts)
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -131,7 +131,7 @@ def tokens(step: int, dp_rank: int) -> tuple[Tensor, Tensor]:
 
 
 def tensor_parallel(folder: Path, tp: int, with_patterns: bool) -> None:
-    """A model that is split by hand, and an `mpu` that says so."""
+    """Save a model split by hand, with an `mpu`."""
     split = split_of(tp)
     model, parallel = Model(split), mpu(split)
     of, names = named_groups(model)
@@ -146,7 +146,7 @@ def tensor_parallel(folder: Path, tp: int, with_patterns: bool) -> None:
 
 
 def pipeline(folder: Path, pp: int, tp: int, config: dict[str, Any]) -> None:
-    """A pipeline of layers, with the embedding's weight on the first and on the last stage."""
+    """Save a pipeline with the embedding's weight on the first and last stage."""
     split = split_of(tp)
     deepspeed.init_distributed()
     dp = dist.get_world_size() // (pp * tp)
@@ -174,7 +174,7 @@ def pipeline(folder: Path, pp: int, tp: int, config: dict[str, Any]) -> None:
 
 
 def autotp(folder: Path) -> None:
-    """A Llama that DeepSpeed splits by itself."""
+    """Save a Llama split by DeepSpeed's AutoTP."""
     import transformers
 
     torch.manual_seed(3)
@@ -206,7 +206,7 @@ def autotp(folder: Path) -> None:
 
 
 def universal(out: Path, source: str) -> None:
-    """DeepSpeed's conversion of another fixture, which holds the same."""
+    """Convert another fixture to a universal checkpoint, with the same content."""
     folder = new_folder(out, f"{source}_universal")
     (tag,) = [path for path in (out / source / "checkpoint").iterdir() if path.is_dir()]
     arguments = SimpleNamespace(

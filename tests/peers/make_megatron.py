@@ -37,12 +37,12 @@ NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""What Megatron saves its norms as: a part of the linear layer that follows, as in its fused layers."""
+"""Megatron's names of norms: part of the linear layer after them, as in its fused layers."""
 STATES = ("exp_avg", "exp_avg_sq")
 
 
 class OnCpu(TorchFunctionMode):
-    """Megatron asks for CUDA tensors, and for tensors that say so. Here they are on the CPU."""
+    """Redirect Megatron's requests for CUDA tensors to the CPU."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -59,7 +59,7 @@ class OnCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Run Megatron without a GPU: nothing of what it saves depends on this."""
+    """Run Megatron without a GPU; the saved files don't depend on it."""
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
     CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()  # no dropout here
@@ -121,7 +121,7 @@ def forward(data: Iterator[dict[str, Tensor]], model: nn.Module) -> tuple[Tensor
 
 
 def run(folder: Path, tp: int, pp: int, sharding: str | None) -> None:
-    """Train, save as Megatron-LM does, write down what the run held. With `sharding`: bf16, distributed."""
+    """Train, save like Megatron-LM and write the expected tensors. With `sharding`: bf16, distributed."""
     parallel_state.initialize_model_parallel(tp, pp)
     with on_cpu():
         train_and_save(folder, sharding)
@@ -178,7 +178,7 @@ def train_and_save(folder: Path, sharding: str | None) -> None:
 
 
 def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, sharding: str | None) -> None:
-    """The keys that Megatron-LM's training saves."""
+    """Return the state under the keys that Megatron-LM's training saves."""
     metadata = {"distrib_optim_sharding_type": sharding, "singleton_local_shards": False}
     metadata["chained_optim_avoid_prefix"] = True
     weights = model.module.sharded_state_dict(metadata=metadata)
@@ -202,7 +202,7 @@ def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, sharding: str
 
 
 def whole(optimizer: Any, parameter: nn.Parameter, state: str | None, sharding: str | None) -> Tensor:
-    """A tensor-parallel rank's part of a parameter, or of a state, put together over data-parallel ranks."""
+    """Return a tensor-parallel rank's shard of a parameter or state, gathered over data-parallel ranks."""
     (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if sharding is None:
         return (inner.optimizer.state[parameter][state] if state else parameter).detach().clone()
@@ -217,7 +217,7 @@ def whole(optimizer: Any, parameter: nn.Parameter, state: str | None, sharding: 
 
 
 def group_of(optimizer: Any, parameter: nn.Parameter) -> int | None:
-    """The optimizer's group of a parameter; None if another data-parallel rank steps it."""
+    """Return a parameter's group in the optimizer; None if another data-parallel rank steps it."""
     (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if hasattr(inner, "model_param_group_index_map"):
         return inner.model_param_group_index_map.get(parameter, (None, 0))[0]
@@ -226,7 +226,7 @@ def group_of(optimizer: Any, parameter: nn.Parameter) -> int | None:
 
 
 def expect(folder: Path, module: nn.Module, optimizer: Any, scheduler: Any, sharding: str | None) -> None:
-    """Merge the ranks' live tensors, under the names that are stored, with a layer's number put in."""
+    """Merge the ranks' live tensors, under the stored names with the layer's number inserted."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     first = stage * (LAYERS // parallel_state.get_pipeline_model_parallel_world_size())
     mine: dict[str, tuple[Tensor, Any]] = {}

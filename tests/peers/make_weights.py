@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Small(nn.Module):
-    """A tied weight, a bf16 parameter, one that isn't contiguous, a scalar, and buffers."""
+    """Model with a tied weight, a bf16, a non-contiguous and a scalar parameter, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Small(nn.Module):
 
 
 def expect(folder: Path, model: nn.Module, framework: str) -> None:
-    """What the model in memory holds: parameters in fp32, buffers as they are."""
+    """Return the model's tensors: parameters in fp32, buffers in their own types."""
     kept = model.state_dict()
     names = {p: name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {f"fp32/{name}": p.float() for name, p in model.named_parameters()}
@@ -48,7 +48,7 @@ def expect(folder: Path, model: nn.Module, framework: str) -> None:
 
 
 def llama(folder: Path, dtype: torch.dtype, tied: bool, size: str) -> None:
-    """A tiny Llama by its own `save_pretrained`."""
+    """Save a tiny Llama with `save_pretrained`."""
     torch.manual_seed(3)
     config = transformers.LlamaConfig(
         vocab_size=33,
@@ -66,7 +66,7 @@ def llama(folder: Path, dtype: torch.dtype, tied: bool, size: str) -> None:
 
 
 def pickled(folder: Path, legacy: bool) -> None:
-    """`torch.save` of a state dict: tied weights and views share their storages in the file."""
+    """Save a state_dict with `torch.save`; tied weights and views share storages in the file."""
     torch.manual_seed(5)
     model = Small()
     (folder / "checkpoint").mkdir()
@@ -76,7 +76,7 @@ def pickled(folder: Path, legacy: bool) -> None:
 
 
 def pickled_shards(folder: Path) -> None:
-    """A state dict in two files with an index, as transformers wrote them before safetensors."""
+    """Save a state_dict in two files with an index, like transformers before safetensors."""
     torch.manual_seed(5)
     model = Small()
     (folder / "checkpoint").mkdir()
@@ -95,7 +95,7 @@ def pickled_shards(folder: Path) -> None:
 
 
 def saved_model(folder: Path) -> None:
-    """`safetensors.torch.save_model`, which keeps one of tied names and has the others in the metadata."""
+    """Save with `safetensors.torch.save_model`, which lists further tied names as metadata."""
     torch.manual_seed(5)
     model = Small()
     model.left, model.right = model.left.clone(), model.right.clone()  # it refuses two parts of one storage

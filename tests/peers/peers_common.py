@@ -1,4 +1,4 @@
-"""What the scripts that make fixtures share: ranks on this machine, and the writing of what is expected."""
+"""Helpers for the scripts that make fixtures: local ranks, and files of expected tensors."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FIXTURES = Path(os.path.relpath(Path(__file__).parent / "fixtures"))
-"""Relative, as DCP writes into its metadata where it was told to save."""
+"""Relative, since DCP writes this path into its metadata."""
 
 
 def destination() -> Path:
-    """The folder that the script was told to write into."""
+    """Return the script's output folder."""
     return Path(sys.argv[1]) if len(sys.argv) > 1 else FIXTURES
 
 
 def wanted(name: str) -> bool:
-    """Whether to make this fixture: all, or those that the command line names after the folder."""
+    """Return whether to make this fixture: the command line names some after the folder, or none for all."""
     return not sys.argv[2:] or name in sys.argv[2:]
 
 
 def new_folder(out: Path, name: str) -> Path:
-    """An empty folder for a fixture."""
+    """Return an empty folder for a fixture."""
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -40,7 +40,7 @@ def new_folder(out: Path, name: str) -> Path:
 
 
 def on_ranks(world_size: int, case: Callable[..., None], *args: Any) -> None:
-    """Run `case(*args)` on gloo ranks that meet at a file."""
+    """Run `case(*args)` on gloo ranks with a file store."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (world_size, f"file://{folder}/meet", case, args), nprocs=world_size)
 
@@ -65,19 +65,19 @@ def _rank(rank: int, world_size: int, meet: str, case: Callable[..., None], args
 
 
 def write_expected(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write `expected.safetensors` and `expected.json` beside what the framework wrote."""
+    """Write `expected.safetensors` and `expected.json` next to the framework's files."""
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(whole, folder / "expected.safetensors")
     (folder / "expected.json").write_text(json.dumps(facts, indent=1, default=plain) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """What JSON has no form for: a tensor of one number, a tuple inside of other things."""
+    """Convert values that JSON can't represent: one-element tensors, nested tuples."""
     if isinstance(value, Tensor):
         return value.item()
     raise TypeError(f"{type(value)} in expected.json: {value!r}")
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer group without its parameters."""
+    """Return an optimizer group without its parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "step")}

@@ -1,4 +1,4 @@
-"""A model that is split by hand as Megatron splits: columns, rows, the vocabulary, two matrices in one."""
+"""A model split by hand like Megatron's: columns, rows, vocabulary, two fused matrices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ HIDDEN = 6
 INNER = 10
 VOCABULARY = 13
 PADDED = 14
-"""Rows of the embedding: a multiple of the tensor-parallel degree. Those from VOCABULARY on mean nothing."""
+"""Rows of the embedding, a multiple of the tensor-parallel degree. Those from VOCABULARY on are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The tensor-parallel group of a rank."""
+    """Tensor-parallel group of a rank."""
 
     group: Any
     rank: int
@@ -26,7 +26,7 @@ class Split:
 
 
 class Copied(torch.autograd.Function):
-    """The same on all ranks going forward; the sum of their gradients going back."""
+    """Identity in the forward pass; sums gradients over the ranks in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
@@ -41,7 +41,7 @@ class Copied(torch.autograd.Function):
 
 
 class Summed(torch.autograd.Function):
-    """The sum over the ranks going forward; the same on all going back."""
+    """Sums over the ranks in the forward pass; identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
@@ -55,7 +55,7 @@ class Summed(torch.autograd.Function):
 
 
 class Joined(torch.autograd.Function):
-    """The ranks' last dims one after another going forward; one's own part going back."""
+    """Concatenates last dims over the ranks in the forward pass; takes the own part in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, split: Split) -> Tensor:
@@ -70,7 +70,7 @@ class Joined(torch.autograd.Function):
 
 
 def part(split: Split, seed: int, *shape: int, dim: int | None, pieces: int = 1) -> nn.Parameter:
-    """This rank's part, along `dim`, of a random matrix; of each piece of it, if it joins several."""
+    """Return this rank's shard, along `dim`, of a random matrix, or of each of its fused pieces."""
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / HIDDEN**0.5
     if dim is not None:
         mine = [piece.chunk(split.size, dim=dim)[split.rank] for piece in whole.chunk(pieces, dim=dim)]
@@ -83,7 +83,7 @@ def part(split: Split, seed: int, *shape: int, dim: int | None, pieces: int = 1)
 
 
 def merged(parts: list[Tensor], cut: tuple[int | None, int]) -> Tensor:
-    """The whole of what `part` cut."""
+    """Return the whole matrix that `part` split."""
     dim, pieces = cut
     if dim is None:
         assert all(torch.equal(parts[0], other) for other in parts)
@@ -93,7 +93,7 @@ def merged(parts: list[Tensor], cut: tuple[int | None, int]) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Rows of the vocabulary, split over the ranks."""
+    """Embedding whose rows are split over the ranks."""
 
     def __init__(self, split: Split, seed: int) -> None:
         super().__init__()
@@ -108,13 +108,13 @@ class Embedding(nn.Module):
 
 
 def logits(embedding: Embedding, hidden: Tensor) -> Tensor:
-    """The head that is tied to the embedding."""
+    """Head tied to the embedding."""
     hidden = Copied.apply(hidden, embedding.split)
     return Joined.apply(hidden @ embedding.weight.t(), embedding.split)
 
 
 class Block(nn.Module):
-    """A gate beside its values in one column-parallel matrix, then a row-parallel one; a frozen shift."""
+    """Gate and values fused in a column-parallel matrix, then a row-parallel one; a frozen shift."""
 
     def __init__(self, split: Split, seed: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """The whole, without a pipeline."""
+    """The whole model, without a pipeline."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices with weight decay, the rest without."""
+    """Return two groups: matrices with weight decay, the rest without."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},

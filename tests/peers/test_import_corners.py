@@ -1,4 +1,4 @@
-"""What reviews of `uni3d import` found: each was once wrong, or a traceback."""
+"""Corner cases of `uni3d import`, each of which once gave a wrong result or a traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPLIT = ["*shift=replicated", "embed.weight=0", "*down=1", "*down_bias=replicate
 
 
 def rewritten(path: Path, change: Any) -> None:
-    """Let `change` make another data.pkl of a file's."""
+    """Replace a file's data.pkl by the result of `change`."""
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     name = next(n for n in entries if n.endswith("/data.pkl"))
@@ -39,24 +39,24 @@ def rewritten(path: Path, change: Any) -> None:
 
 @pytest.mark.parametrize("state", [{"strides": (-1,), "shape": (4096,)}, {"offset": -5}, {"storage": 5}])
 def test_a_pickle_cannot_change_a_tensor_that_it_made(tmp_path: Path, state: dict[str, Any]) -> None:
-    """Its bounds have been checked by then."""
+    """Check that a pickle can't give a checked tensor another state."""
     torch.save(torch.arange(8.0), tmp_path / "x.pt")
     build = pickle.dumps(state, protocol=2)[2:-1] + b"b."  # without the protocol; BUILD before the end
     rewritten(tmp_path / "x.pt", lambda data: data[:-1] + build)
-    with pytest.raises(CheckpointError, match="a state for a tensor"):
+    with pytest.raises(CheckpointError, match="a tensor is given a state"):
         TorchFile(tmp_path / "x.pt").load()
 
 
 def test_a_view_that_negates_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch._neg_view(torch.ones(3))}, tmp_path / "x.pt")
-    assert "a view of other numbers" in refused(tmp_path / "x.pt", tmp_path / "run")
+    assert "a negated or conjugated view" in refused(tmp_path / "x.pt", tmp_path / "run")
 
 
 def test_values_without_end_are_no_json() -> None:
     loop: list[Any] = []
     loop.append(loop)
     for value in (loop, read_pickle(pickle.dumps(loop, protocol=2), "x")):
-        with pytest.raises(TypeError, match="nested without end"):
+        with pytest.raises(TypeError, match="nested too deeply"):
             plain(value)
 
 
@@ -71,7 +71,7 @@ def test_a_zip_of_a_later_version(tmp_path: Path) -> None:
 def test_splits_must_not_contradict_each_other_nor_be_idle(tmp_path: Path) -> None:
     theirs = source("deepspeed_tp_no_patterns")
     for more, words in (
-        (["*gate*=0", "*gate_up=0x2", "*gate_up_bias=0x2"], "says of blocks.0.gate_up both"),
+        (["*gate*=0", "*gate_up=0x2", "*gate_up_bias=0x2"], "has several rules for blocks.0.gate_up"),
         (["*gate_up=0x2", "*gate_up_bias=0x2", "nothing=0"], "nothing=0 is of no parameter"),
     ):
         splits = [f"--split={rule}" for rule in (*more, *SPLIT)]
@@ -84,7 +84,7 @@ OPTIONS = {
     "--in-model-order": "only works with DeepSpeed checkpoints",
     "--optimizer=AdamW": "has no optimizer states",
     "--frozen=*": "needs --in-model-order",
-    "--tag=x": "is for a run's folder",
+    "--tag=x": "only works with DeepSpeed checkpoints",
 }
 
 
@@ -108,13 +108,13 @@ def test_the_optimizer_is_what_the_source_says(tmp_path: Path, name: str, words:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ({"p": "b"}, "makes b twice, of"),
-        ({"h": "other"}, "makes other twice, of"),
-        ({"h|i": "same"}, "makes same twice, of"),
+        ({"p": "b"}, "renames both p and b to b"),
+        ({"h": "other"}, "renames both other and h to other"),
+        ({"h|i": "same"}, "renames both h and i to same"),
     ],
 )
 def test_names_must_stay_apart(tmp_path: Path, names: dict[str, str], words: str) -> None:
-    """Of a parameter and a buffer; of an alias and another parameter; of two aliases."""
+    """Check clashes of parameter and buffer, alias and parameter, and two aliases."""
     e = torch.randn(3)
     save = {"p": torch.ones(2), "b": torch.arange(3), "e": e, "h": e, "i": e, "other": torch.ones(4)}
     torch.save(save, tmp_path / "x.pt")
@@ -129,7 +129,7 @@ def test_another_name_takes_the_place_of_one_that_is_dropped(tmp_path: Path) -> 
     said = imported(tmp_path / "x.pt", tmp_path / "run", "--name-map", tmp_path / "map.json")
     assert list(atoms(said["url"])) == ["fp32/head"]
     assert said["aliases"] == {"i": "head"}
-    assert said["left_out"] == ["e: the name map leaves it out"]
+    assert said["left_out"] == ["e: left out by the name map"]
 
 
 def test_tied_or_not(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_tied_or_not(tmp_path: Path) -> None:
 
 def test_tensors_beside_a_state_dict(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(2)}, "ema": torch.ones(2)}, tmp_path / "x.pt")
-    assert "holds tensors beside a state_dict under model" in refused(tmp_path / "x.pt", tmp_path / "run")
+    assert "has tensors and also a state_dict under model" in refused(tmp_path / "x.pt", tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64])
@@ -159,7 +159,7 @@ def test_types_that_cannot_be_stored(tmp_path: Path, kind: torch.dtype) -> None:
 def test_places_that_are_no_place(tmp_path: Path) -> None:
     theirs = Path(shutil.copytree(source("deepspeed_zero1_bf16"), tmp_path / "theirs"))
     assert "lies inside SRC" in refused(theirs, theirs / "global_step5" / "out")
-    assert "would be gone with this process" in refused(theirs, "memory://run")
+    assert "would be lost when this process ends" in refused(theirs, "memory://run")
     (tmp_path / "run" / ".saving.global_step5").mkdir(parents=True)  # an import that was interrupted
     imported(theirs, tmp_path / "run")
     done = run("import", theirs, tmp_path / "run", "--as", "older")

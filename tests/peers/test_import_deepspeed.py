@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed wrote, imported: what the live run held, and a run that goes on."""
+"""Imports of DeepSpeed's checkpoints equal the live run, and a run resumes from them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import uni3d as package
 from uni3d.importers.detect import kind_of
 
 NUMBERED = ["deepspeed_zero0_fp32", "deepspeed_zero0_fp16"]
-"""Whose optimizer's states have no names."""
+"""Fixtures whose optimizer states have no names."""
 FLAT = "deepspeed_zero0_fp16_fused_adam"
 ZERO = [name for name in names("deepspeed_zero") if name not in (*NUMBERED, FLAT) and "universal" not in name]
 UNIVERSAL = [name for name in names("deepspeed") if name.endswith("_universal")]
 FROZEN = ["--split", "*shift=replicated"]
-"""Of frozen parameters no checkpoint says how their tensor-parallel parts go together."""
+"""Rules for frozen parameters: no checkpoint records how to merge their tensor-parallel shards."""
 UNPATTERNED = {"deepspeed_tp_no_patterns", "deepspeed_pipeline"}
-"""In which nobody says that the vocabulary has padding."""
+"""Fixtures that don't record the padding of the vocabulary."""
 PARALLEL = {
     "deepspeed_pipeline": [],
     "deepspeed_autotp": [],
@@ -43,7 +43,7 @@ HOW = {"foreach", "capturable", "differentiable", "fused", "bias_correction"}
 
 
 def check(name: str, checkpoint: str, fixtures: Path, lost: tuple[str, ...] = ()) -> None:
-    """That the import holds what the live run did, but for what DeepSpeed has `lost`."""
+    """Check that the import equals the live run, except the tensors that DeepSpeed `lost`."""
     arrays, facts = expected(name, fixtures)
     rows = facts.get("vocabulary", {}).get("size")
     for key in facts.get("vocabulary", {}).get("padded", {}):
@@ -91,12 +91,12 @@ def test_universal_checkpoints(tmp_path: Path, name: str) -> None:
     assert said["from"] == "deepspeed-universal"
     lost = ("1.shift", "2.shift", "1.scale", "2.scale") if name == "deepspeed_3d_universal" else ()
     check(name, said["url"], source(name).parents[1], lost)
-    assert bool(lost) == any("the buffers 1.scale, 2.scale" in line for line in said["left_out"])
+    assert bool(lost) == any("buffers 1.scale, 2.scale" in line for line in said["left_out"])
 
 
 def test_how_parts_are_joined_is_never_guessed(tmp_path: Path) -> None:
     told = refused(source("deepspeed_tp_no_patterns"), tmp_path / "run")
-    assert "doesn't say how the 2 tensor-parallel parts of embed.weight go together" in told
+    assert "doesn't record how to merge the 2 tensor-parallel shards of embed.weight" in told
     assert "blocks.0.shift" in refused(source("deepspeed_tp"), tmp_path / "run")
     wrong = [
         each.replace("*down_bias=rep", "*down_bias=0,rep") for each in PARALLEL["deepspeed_tp_no_patterns"]
@@ -107,7 +107,7 @@ def test_how_parts_are_joined_is_never_guessed(tmp_path: Path) -> None:
         for each in PARALLEL["deepspeed_tp_no_patterns"]
     ]
     told = refused(source("deepspeed_tp_no_patterns"), tmp_path / "run", *wrong)
-    assert "embed.weight/exp_avg should be the same on all tensor-parallel ranks" in told
+    assert "embed.weight/exp_avg differs between tensor-parallel ranks" in told
     assert not list((tmp_path / "run").glob("global*"))
 
 
@@ -116,7 +116,7 @@ def test_numbered_states_are_taken_in_order_if_asked(tmp_path: Path, name: str) 
     asked = ["--in-model-order", "--frozen", "frozen.*"]
     check(name, imported(source(name), tmp_path / "asked", *asked)["url"], source(name).parents[1])
     told = refused(source(name), tmp_path / "guessed", "--in-model-order")
-    assert "of 3 parameters of the shape [7] only 2 have states" in told
+    assert "only 2 of 3 parameters of shape [7] have optimizer states" in told
     said = imported(source(name), tmp_path / "not")
     assert not any("exp_avg" in key for key in atoms(said["url"]))
     assert manifest(said["url"])["optimizer"] is None
@@ -131,7 +131,7 @@ def test_flat_states_without_zero_are_refused(tmp_path: Path) -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ZERO)
 def test_what_the_installed_deepspeed_writes(tmp_path: Path, name: str) -> None:
-    """The same, of a checkpoint that is written now."""
+    """Run the same checks on a newly written checkpoint."""
     pytest.importorskip("deepspeed")
     script = Path(__file__).with_name("make_deepspeed.py")
     made = subprocess.run([sys.executable, script, tmp_path, name], capture_output=True, text=True)
@@ -144,7 +144,7 @@ def test_what_the_installed_deepspeed_writes(tmp_path: Path, name: str) -> None:
 
 
 def continue_case(zero: int, run: str) -> list[tuple[float, float, float]]:
-    """Loss, gradient norm and rate of each step that the run takes from the import on."""
+    """Return loss, gradient norm and learning rate of each step after the import."""
     settings = continues_model.config() | {
         "zero_optimization": {"stage": zero},
         "parallel": {"device": "cpu"},
@@ -182,7 +182,7 @@ def test_the_run_goes_on_as_deepspeed_s_did(ranks: Ranks, tmp_path: Path, world:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """Return a copy to damage."""
     return Path(shutil.copytree(source("deepspeed_zero1_bf16"), tmp_path / "theirs"))
 
 
@@ -192,9 +192,9 @@ def one(folder: Path, pattern: str) -> Path:
 
 
 MISSING: dict[str, Any] = {
-    "*rank_1_*optim_states.pt": "2 data-parallel ranks, and has 1 files",
+    "*rank_1_*optim_states.pt": "2 data-parallel ranks, but has 1 files",
     "*rank_0_*optim_states.pt": r"those of [0] are missing",
-    "mp_rank_00*": "no checkpoint of DeepSpeed's|is no checkpoint",
+    "mp_rank_00*": "no DeepSpeed checkpoint|isn't a known kind",
 }
 
 
@@ -217,7 +217,7 @@ def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
     assert "CRC-32" in told
     assert not list((tmp_path / "run").glob("global*"))
     path.write_bytes(whole[: len(whole) // 2])
-    assert "cut short" in refused(folder, tmp_path / "run")
+    assert "truncated" in refused(folder, tmp_path / "run")
 
 
 def test_files_of_two_saves_are_told_apart(folder: Path, tmp_path: Path) -> None:
@@ -225,22 +225,22 @@ def test_files_of_two_saves_are_told_apart(folder: Path, tmp_path: Path) -> None
     path = one(folder, "*rank_1_*optim_states.pt")
     shutil.copy(next(other.glob("*/*rank_1_*optim_states.pt")), path)
     told = refused(folder, tmp_path / "run")
-    assert "the fp32 master isn't that of the weights in the model file" in told
+    assert "the fp32 master differs from the weights in the model file" in told
 
 
 def test_which_tag(folder: Path, tmp_path: Path) -> None:
     told = refused(folder, tmp_path / "run", "--tag", "global_step7")
     assert "no checkpoint 'global_step7'" in told
-    assert "the tags there are: global_step5" in told
+    assert "it has global_step5" in told
     (folder / "latest").write_text("global_step6")
-    assert "the tags there are: global_step5" in refused(folder, tmp_path / "run")
+    assert "it has global_step5" in refused(folder, tmp_path / "run")
     assert imported(folder, tmp_path / "run", "--tag", "global_step5")["tag"] == "global_step5"
     assert imported(folder / "global_step5", tmp_path / "own", "--as", "first")["tag"] == "first"
 
 
 def test_where_it_goes(folder: Path, tmp_path: Path) -> None:
     before = sorted(p.name for p in folder.rglob("*"))
-    assert "holds other things than checkpoints" in refused(folder, folder)
+    assert "isn't a run, but isn't empty" in refused(folder, folder)
     assert sorted(p.name for p in folder.rglob("*")) == before
     imported(folder, tmp_path / "run")
     assert "exists" in refused(folder, tmp_path / "run")
@@ -257,7 +257,7 @@ def test_a_dry_run_says_what_becomes_of_what(folder: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
     lines = done.stdout.splitlines()
     assert any("hidden.weight" in line and "mlp.weight" in line and "exp_avg_sq" in line for line in lines)
-    assert "left out: scale: the name map leaves it out" in lines
+    assert "left out: scale: left out by the name map" in lines
     assert "left out: pattern 'nothing' of the name map: it matches no tensor" in lines
     said = imported(folder, tmp_path / "run", "--name-map", names)
     groups = manifest(said["url"])["optimizer"]["groups"]

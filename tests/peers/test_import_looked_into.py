@@ -1,4 +1,4 @@
-"""What the commands that tell of topologies say of an imported checkpoint: it was written on none."""
+"""Commands about topologies handle imported checkpoints, which have no writer topology."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_the_picture_of_its_ranks(made: Path, tmp_path: Path) -> None:
     rows = -(-shape[0] // 2)
     assert [box["shape"][0] for box in row["after"]["boxes"].values()] == [rows, shape[0] - rows]
     done = run("plot", made, tmp_path / "q.png", "--layout", "--dp", 2)
-    assert "before: imported from deepspeed as global_step5: 1 part on 1 rank" in done.stdout
+    assert "before: imported from deepspeed (global_step5): 1 part on 1 rank" in done.stdout
     refused = run("plot", made, tmp_path / "r.png", "--layout", "--tp", 2)
     assert refused.returncode == 1
     assert "tp 2 can't be checked: the manifest doesn't say how the model may be split" in refused.stderr
 
 
 def test_it_is_no_resize_of_a_topology(made: Path, tmp_path: Path) -> None:
-    """The run went on from it on two ranks: a mark, and two sides of a picture."""
+    """Check the mark and both sides of the picture for a run that resumed on two ranks."""
     pytest.importorskip("matplotlib")
     run_of = ckpt.open_store(made)
     spec = ckpt.ShardSpec(ckpt.ArrayKey("embed.weight", "fp32"), "float32", (13, 7), ckpt.Box.whole((13, 7)))

@@ -1,4 +1,4 @@
-"""Foreign pickles run nothing: a file that would, of each kind that is read, is refused by what it names."""
+"""Foreign pickles run no code: malicious files of every kind are refused by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from uni3d.importers.pickles import StandIn, plain, read_pickle
 
 
 class Runs:
-    """Unpickled by pickle itself, it makes a file."""
+    """An object that creates a file when pickle itself unpickles it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,12 +34,12 @@ class Runs:
 
 @pytest.fixture
 def proof(tmp_path: Path) -> Path:
-    """The file that only comes to be if something ran."""
+    """Return the path of a file that exists only if code ran."""
     return tmp_path / "it-ran"
 
 
 def poisoned(path: Path, proof: Path) -> None:
-    """Put what would run into a file that torch.save wrote, and leave all else as it was."""
+    """Put a malicious object into a file of torch.save, leaving the rest as it was."""
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     (name,) = (n for n in entries if n.endswith("/data.pkl"))
@@ -50,7 +50,7 @@ def poisoned(path: Path, proof: Path) -> None:
 
 
 def test_the_poison_works(tmp_path: Path, proof: Path) -> None:
-    """The test of the tests below."""
+    """Check that the malicious object works, so that the tests below can fail."""
     torch.save({"x": torch.ones(2)}, tmp_path / "x.pt")
     poisoned(tmp_path / "x.pt", proof)
     torch.load(tmp_path / "x.pt", weights_only=False)
@@ -94,7 +94,7 @@ def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
 
 def test_a_tensor_may_not_be_larger_than_what_it_is_stored_in(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1).expand(2**40)}, tmp_path / "x.pt")
-    assert "repeats what is in its storage" in refused(tmp_path / "x.pt", tmp_path / "run")
+    assert "repeats elements of its storage" in refused(tmp_path / "x.pt", tmp_path / "run")
 
 
 # --- the unpickler by itself ----------------------------------------------------------------------------

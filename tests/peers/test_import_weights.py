@@ -1,4 +1,4 @@
-"""Weights alone, as transformers, safetensors and torch.save write them."""
+"""Imports of weights from files of transformers, safetensors and torch.save."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import uni3d
 TORCH = {"weights_bin": "torch", "weights_bin_sharded": "torch"}
 SAFETENSORS = dict.fromkeys(("weights_llama", "weights_llama_sharded", "weights_save_model"), "safetensors")
 UNTOLD = {"weights_llama_sharded", "weights_bin_sharded"}
-"""Whose files don't say that a weight is tied: one has it once, the other twice."""
+"""Fixtures that don't record that a weight is tied: one stores it once, the other twice."""
 
 
 @pytest.mark.parametrize("name", [*TORCH, *SAFETENSORS])
@@ -44,7 +44,7 @@ def test_they_are_what_the_model_held(tmp_path: Path, name: str) -> None:
 
 def test_the_format_before_1_6_is_refused(tmp_path: Path) -> None:
     told = refused(source("weights_bin_legacy"), tmp_path / "run")
-    assert "before torch 1.6; load and save it again" in told
+    assert "format of torch before 1.6; load and save it again" in told
 
 
 def test_what_is_imported_loads_into_an_engine(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_buffers_are_told_by_name(tmp_path: Path) -> None:
 
 def test_a_number_that_fp32_has_not_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([1.0, 0.1], dtype=torch.float64)}, tmp_path / "x.safetensors")
-    assert "w is float64, and its" in refused(tmp_path / "x.safetensors", tmp_path / "run")
+    assert "w is float64 and has" in refused(tmp_path / "x.safetensors", tmp_path / "run")
     save_file({"w": torch.tensor([1.0, 0.5], dtype=torch.float64)}, tmp_path / "y.safetensors")
     assert atoms(imported(tmp_path / "y.safetensors", tmp_path / "run")["url"])["fp32/w"].tolist() == [
         1.0,
@@ -109,12 +109,12 @@ def test_an_index_must_be_true(tmp_path: Path, name: str) -> None:
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], moved: other}}))
     assert any(
         words in refused(folder, tmp_path / "run")
-        for words in (f"lacks {moved}, which the index", "knows nothing")
+        for words in (f"lacks {moved}, expected from the index", "which the index doesn't list")
     )
     index.write_text(
         json.dumps({"weight_map": {k: v for k, v in content["weight_map"].items() if k != moved}})
     )
-    assert "of which the index knows nothing" in refused(folder, tmp_path / "run")
+    assert "which the index doesn't list" in refused(folder, tmp_path / "run")
     index.write_text(json.dumps({"weight_map": {moved: "../../etc/passwd"}}))
     assert "isn't a" in refused(folder, tmp_path / "run")
     index.write_text(json.dumps(content))
@@ -132,7 +132,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
         (tmp_path / name).write_bytes(content)
         told = refused(tmp_path / name, tmp_path / "run")
         assert str(tmp_path / name) in told
-    assert "is no checkpoint that is known here" in refused(_empty(tmp_path), tmp_path / "run")
+    assert "isn't a known kind of checkpoint" in refused(_empty(tmp_path), tmp_path / "run")
     assert "doesn't exist" in refused(tmp_path / "nothing", tmp_path / "run")
     (tmp_path / "x.txt").write_bytes(content or b"x")
     if content[:2] != b"PK":

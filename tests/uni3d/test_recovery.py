@@ -133,8 +133,8 @@ def test_a_model_that_does_not_fit_stays_as_it_was(alone: None, tmp_path: Path) 
     with pytest.raises(ckpt.CheckpointError) as error:
         uni3d.load_state_dict_from_zero_checkpoint(model, tmp_path)
     assert str(error.value) == (
-        "OwnLoss hasn't fixed.bias, fixed.weight; the checkpoint hasn't extra.bias, extra.weight; "
-        "out.weight is [1, 6] in the checkpoint and [1, 7] in OwnLoss"
+        "OwnLoss lacks fixed.bias, fixed.weight; the checkpoint lacks extra.bias, extra.weight; "
+        "out.weight has shape [1, 6] in the checkpoint and [1, 7] in OwnLoss"
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with (

@@ -1,4 +1,4 @@
-"""A live model's weights as plain tensors: a `state_dict`, or a file of it in the type of training."""
+"""Weights of a live model as plain tensors: a `state_dict`, or a file of it in the compute type."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
 
 
 def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Tensor]:
-    """Collective over the ranks of a stage: this stage's part of the whole model's `state_dict`, in fp32.
+    """Return this stage's part of the whole model's `state_dict`. Collective over the stage's ranks.
 
-    Under the names of the unsplit model, whole, in the host's memory; tied parameters under each name that
-    this stage has. Without `frozen`, parameters that don't require a gradient are left out.
+    Tensors are whole, in fp32, on the CPU, under the unsplit model's names; tied parameters have each of
+    their names in this stage. Without `frozen`, parameters that don't require a gradient are left out.
     """
     model.zero.reshard()
     wanted = _wanted(model, frozen=frozen)
@@ -36,7 +36,7 @@ def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Ten
 def whole_on_first_rank(
     model: ParallelModel, comm: HostComm, dtype: torch.dtype, *, frozen: bool
 ) -> dict[str, Tensor]:
-    """Collective: the whole model's `state_dict` on rank 0, its parameters as `dtype`; elsewhere nothing.
+    """Return the model's whole `state_dict` on rank 0, parameters as `dtype`; {} elsewhere. Collective.
 
     One tensor of each stage at a time is gathered and sent.
     """
@@ -48,23 +48,23 @@ def whole_on_first_rank(
 def save_16bit(
     model: ParallelModel, comm: HostComm, folder: str | Path, filename: str, *, frozen: bool
 ) -> None:
-    """Collective: write the whole model's `state_dict` by `torch.save`, in the type of its computations.
+    """Write the unsplit model's `state_dict` with `torch.save`, in the compute type. Collective.
 
     Raises:
-        CheckpointError: it can't be written; the same on all ranks.
+        CheckpointError: the file can't be written; the same on all ranks.
     """
     if "://" in str(folder):
-        raise ckpt.CheckpointError(f"save_16bit_model writes into folders, not to {folder}")
+        raise ckpt.CheckpointError(f"save_16bit_model writes to local folders, not to {folder}")
     path = Path(folder) / filename
     weights = whole_on_first_rank(model, comm, model.zero.compute_dtype, frozen=frozen)
     ckpt.agreed(comm, lambda: write(path, weights) if comm.rank == 0 else None)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file by `torch.save`; it appears under its name when it is whole and on the disk.
+    """Write a file with `torch.save`; it gets its name when it is complete and on disk.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -82,7 +82,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _on_first_rank(
     model: ParallelModel, comm: HostComm, dtype: torch.dtype, *, frozen: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Collective: every tensor of the model, on rank 0; on the others, nothing."""
+    """Yield every tensor of the model on rank 0, and nothing on other ranks. Collective."""
     wanted = {n: cast for n, cast in _wanted(model, frozen=frozen).items() if n not in model.tied.copies}
     mine = (
         (name, tensor.to(dtype) if wanted[name] else tensor)
@@ -114,6 +114,6 @@ def _nbytes(head: tuple[str, str, tuple[int, ...]] | None) -> int:
 
 
 def _wanted(model: ParallelModel, *, frozen: bool) -> dict[str, bool]:
-    """The tensors' names, and whether each is a parameter, which is cast."""
+    """Return the tensors' names, each with True if it is a parameter, which is cast."""
     parameters = {n: True for n, p in named_parameters(model.module) if frozen or p.requires_grad}
     return parameters | {name: False for name, _ in persistent_buffers(model.module)}

@@ -210,7 +210,8 @@ def _writer(
         )
     import torch
 
-    from uni3d.checkpoint.stored_weights import StoredWeights, write_torch_file
+    from uni3d.checkpoint.stored_weights import StoredWeights
+    from uni3d.recovery import write_torch_file
 
     weights = StoredWeights(checkpoint)
     rounded = None if dtype is None else getattr(torch, dtype)

@@ -1,4 +1,4 @@
-"""A folder that is there whole, or not at all."""
+"""Folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ckpt.stores import files
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `path` to write into. It becomes `path` after the block, when all of it is
-    on the disk; if the block fails, it is deleted.
+    """Yield a hidden folder next to `path`. After the block it is synced to disk and renamed to `path`.
+
+    If the block fails, the folder is deleted.
 
     Raises:
-        FileExistsError: `path` is there, or somebody writes it.
-        OSError: it can't be written.
+        FileExistsError: `path` exists, or another process writes it.
+        OSError: the folder can't be written.
     """
     _check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +28,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         work.mkdir()
     except FileExistsError:
         raise FileExistsError(
-            f"{work} exists: another process writes {path}, or was killed; delete it if none does"
+            f"{work} exists: another process writes {path}, or was killed; delete it if none is running"
         ) from None
     try:
         yield work

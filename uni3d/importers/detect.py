@@ -1,4 +1,4 @@
-"""Which framework wrote a folder or a file, and what reads it."""
+"""Detection of the framework that wrote a folder or file, and the choice of its reader."""
 
 from __future__ import annotations
 
@@ -28,40 +28,42 @@ KINDS = tuple(_READERS)
 
 
 def read(path: Path, kind: str, options: Options) -> Source:
-    """What there is in a checkpoint of the kind `kind`, or `auto`.
+    """Read the checkpoint at `path`; `kind` is one of `KINDS` or `auto`.
 
     Raises:
-        CheckpointError: there is none of that kind, or it is damaged.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist")
     chosen = kind_of(path, options.tag) if kind == "auto" else kind
     if options.tag is not None and not chosen.startswith("deepspeed"):
-        raise CheckpointError(f"--tag is for a run's folder of DeepSpeed's; {path} is of the kind {chosen}")
+        raise CheckpointError(f"--tag only works with DeepSpeed checkpoints; {path} is a {chosen} one")
     return _READERS[chosen](path, options)
 
 
 def kind_of(path: Path, tag: str | None = None) -> str:
-    """What wrote it, by the files that are there.
+    """Return the kind of checkpoint, one of `KINDS`, judging by file names.
 
     Raises:
-        CheckpointError: none of them is known.
+        CheckpointError: no known kind has these files.
     """
     if path.is_file():
         if path.suffix == ".safetensors":
             return "safetensors"
         if is_archive(path) or path.suffix in (".pt", ".pth", ".bin"):
             return "torch"
-        raise CheckpointError(f"{path} is neither a safetensors file nor one of torch.save")
+        raise CheckpointError(f"{path} is neither a safetensors file nor a file written by torch.save")
     if (path / MANIFEST).is_file() or committed_tags(path):
-        raise CheckpointError(f"{path} holds checkpoints of uni3d's own, which need no import")
+        raise CheckpointError(f"{path} already is a uni3d checkpoint or run; load it without an import")
     if (path / ".metadata").is_file():
         return "megatron" if (path / "metadata.json").is_file() else "dcp"
     newest = path / "latest_checkpointed_iteration.txt"
     if newest.is_file():
         content = newest.read_text().strip()
         name = f"iter_{int(content):07d}" if content.isdecimal() else content
-        raise CheckpointError(f"{path} is a run's folder of Megatron's; give a checkpoint: {path / name}")
+        raise CheckpointError(
+            f"{path} is the folder of a Megatron run; give one of its checkpoints, e.g. {path / name}"
+        )
     folder = checkpoint_folder(path, tag)
     if folder is not None:
         return "deepspeed-universal" if is_universal(folder) else "deepspeed"
@@ -69,7 +71,7 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         if any(path.glob(pattern)):
             return kind
     raise CheckpointError(
-        f"{path} is no checkpoint that is known here: it has neither .metadata (torch's distributed "
-        "checkpoint, Megatron), nor *_model_states.pt below it (DeepSpeed), nor *.safetensors or *.bin "
-        "(Hugging Face); if it is one, say which by --from"
+        f"{path} isn't a known kind of checkpoint. Expected .metadata (torch's distributed checkpoint, "
+        "Megatron), *_model_states.pt (DeepSpeed), *.safetensors or *.bin (Hugging Face). To override the "
+        "detection, use --from"
     )

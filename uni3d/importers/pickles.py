@@ -1,9 +1,9 @@
-"""The restricted unpickler: what a foreign pickle may hold, and what becomes of it.
+"""The restricted unpickler for foreign pickles.
 
-A pickle is a program that calls whatever it names, so it is not let name anything. Plain containers and
-numpy's numbers become themselves; tensors become descriptions of where they lie (`torch_files`); classes of
-the frameworks that write checkpoints become stand-ins, which keep what was stored and do nothing. Every other
-name is refused, and the message says which it was.
+A pickle is a program that can call any function it names, so the names are restricted. Plain containers and
+numpy's numbers are created as they are. Tensors become references to their bytes (`torch_tensors`). Classes
+of the frameworks that write checkpoints become stand-ins, which hold the stored data and have no behaviour.
+Any other name is refused, and the error gives the name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from ckpt import CheckpointError
 
 _FRAMEWORKS = ("apex", "deepspeed", "megatron", "torch.distributed", "torch.optim", "torchtitan")
-"""Packages whose classes, and functions, have stand-ins."""
+"""Packages whose classes and functions get stand-ins."""
 
 _STAND_INS = frozenset(
     {
@@ -42,20 +42,20 @@ _STAND_INS = frozenset(
         "uuid.UUID",
     }
 )
-"""Of other packages, those that are found beside weights."""
+"""Classes of other packages that are commonly saved next to weights."""
 
 
 class StandIn:
-    """Something of a class that isn't there: what was stored of it, and no behaviour.
+    """Stored data of an instance whose class isn't loaded.
 
     Attributes:
-        args: what its class was called with.
-        state: what was stored of it afterwards, often a dict of its attributes.
-        elements, items: what was put into it, where it was a kind of list or dict.
+        args: arguments of the constructor.
+        state: argument of `__setstate__`, often a dict of attributes.
+        elements, items: content, if the class was a kind of list or dict.
     """
 
     name = ""
-    """Of the class, with its module."""
+    """Name of the class, with its module."""
     args: tuple[Any, ...]
     state: Any
     elements: list[Any]
@@ -82,7 +82,7 @@ class StandIn:
         self.items[key] = value
 
     def field(self, name: str, default: Any = None) -> Any:
-        """The attribute `name` as it was stored, or else `default`."""
+        """Return the stored attribute `name`, or `default` if there is none."""
         parts = self.state if isinstance(self.state, tuple) else (self.state,)
         found = [part[name] for part in parts if isinstance(part, Mapping) and name in part]
         return found[0] if found else default
@@ -92,21 +92,21 @@ class StandIn:
 
 
 class _Fixed:
-    """Of what a pickle can name and is ours: it must not be able to change it."""
+    """Base of our own objects that a pickle can name; it must not be able to change them."""
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a state for something that has none")
+        raise ValueError("an object without state is given one")
 
 
 class Ordered(dict[Any, Any]):
-    """An OrderedDict, without the attributes that were stored of it (torch's state_dicts have some)."""
+    """An OrderedDict. Attributes stored with it are dropped; torch's state_dicts have some."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class TypeName(_Fixed):
-    """A type that is named but not called: a dtype of torch, what a defaultdict makes."""
+    """A type that is named but not called: a torch dtype, the factory of a defaultdict."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -116,7 +116,7 @@ class TypeName(_Fixed):
 
 
 class Function(_Fixed):
-    """One of the functions that a pickle may call."""
+    """A function that a pickle may call."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -133,23 +133,23 @@ def read_pickle(
     names: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """What a pickle holds. Nothing that it names is imported or called, but for what stands here.
+    """Unpickle `data` without importing or calling anything outside of this module and `names`.
 
     Args:
         data: the pickle.
-        where: it was found, for messages.
-        stand_ins: names of more classes (`package.module.Class`) that are to have stand-ins.
-        names: what other names mean: the functions that put tensors together.
-        persistent: gives the objects that the pickle only refers to (storages of tensors).
+        where: its place, for messages.
+        stand_ins: names of further classes (`package.module.Class`) that get stand-ins.
+        names: further allowed names and their meaning, such as the functions that rebuild tensors.
+        persistent: resolves persistent ids (storages of tensors).
 
     Raises:
-        CheckpointError: it names something else, or isn't a pickle.
+        CheckpointError: `data` isn't a pickle, or names anything else.
     """
     try:
         return _Unpickler(data, where, frozenset(stand_ins), names or {}, persistent).load()
     except CheckpointError:
         raise
-    except Exception as error:  # of a damaged pickle it may be any
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{where} can't be unpickled: {type(error).__name__}: {error}") from None
 
 
@@ -179,15 +179,14 @@ class _Unpickler(pickle.Unpickler):
                 self._made[full] = type(name.rpartition(".")[2], (StandIn,), {"name": full})
             return self._made[full]
         own = module.partition(".")[0] not in sys.stdlib_module_names | {"numpy", "torch"}
-        remedy = f"; if it is a class of your own that may be left out, add --stand-in {full}" if own else ""
+        remedy = f"; if it is a class of your own that can be ignored, add --stand-in {full}" if own else ""
         raise CheckpointError(
-            f"{self._where} has {full} pickled in it, which is refused: a pickle can run whatever it names"
-            f"{remedy}"
+            f"{self._where} pickles {full}, which is refused: a pickle can run any code it names{remedy}"
         )
 
     def persistent_load(self, pid: Any, /) -> Any:
         if self._persistent is None:
-            raise CheckpointError(f"{self._where} refers to objects outside of it: {str(pid)[:80]}")
+            raise CheckpointError(f"{self._where} refers to objects outside the pickle: {str(pid)[:80]}")
         return self._persistent(pid)
 
 
@@ -195,7 +194,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How bytes are pickled in the older protocols."""
+    """Stand in for `_codecs.encode`, by which older protocols pickle bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise ValueError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -208,19 +207,19 @@ def _bytearray(*args: Any) -> bytes:
 
 
 def _default_dict(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
-    """A plain dict: what was to be made of missing keys isn't."""
+    """Return a plain dict, without the factory."""
     return dict(items)
 
 
 def _object(kind: Any, base: Any = None, state: Any = None) -> Any:
-    """Objects in the older protocols: `copyreg._reconstructor`."""
+    """Stand in for `copyreg._reconstructor`, by which older protocols pickle objects."""
     if not (isinstance(kind, type) and issubclass(kind, StandIn)):
         raise ValueError(f"an object of {kind}")
     return kind() if state is None else kind(state)
 
 
 class _Dtype:
-    """numpy's dtypes as they are pickled, but only those of plain numbers and of characters."""
+    """A pickled numpy dtype; only numbers and characters are allowed."""
 
     def __init__(self, code: str, align: Any = False, copy: Any = True) -> None:
         dtype = np.dtype(code if isinstance(code, str) else "O")
@@ -234,7 +233,7 @@ class _Dtype:
 
 
 class _NumpyArray:
-    """A numpy array as it is pickled; `plain` makes it one."""
+    """A pickled numpy array; `plain` turns it into lists."""
 
     def __init__(self, *args: Any) -> None:
         self.array: np.ndarray[Any, Any] | None = None
@@ -250,7 +249,7 @@ def _numpy_scalar(dtype: _Dtype, data: bytes) -> Any:
 
 
 def _numpy_buffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _NumpyArray:
-    """As protocol 5 has it."""
+    """Return an array pickled by protocol 5."""
     made = _NumpyArray()
     made.__setstate__((1, shape, dtype, order == "F", data))
     return made
@@ -286,15 +285,15 @@ for _module in ("builtins", "__builtin__"):
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it.
+    """Return the value as JSON types.
 
     Raises:
-        TypeError: it is, or has in it, something that JSON hasn't.
+        TypeError: it is or contains something that JSON can't represent.
     """
     try:
         return _plain(value)
     except RecursionError:
-        raise TypeError("nested without end") from None
+        raise TypeError("nested too deeply") from None
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a reader finds in another framework's checkpoint."""
+"""Another framework's checkpoint as a reader returns it, and the options for reading it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from ckpt import CheckpointError
 from ckpt.read import WEIGHT_STATES
 
 PARAMETER, BUFFER = WEIGHT_STATES
-"""The states of an atom's own value."""
+"""States that hold a weight's own value."""
 
 Array = npt.NDArray[Any]
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+IMPLEMENTATION_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Hyperparameters that choose an implementation of the step and don't change its result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignArray:
-    """One tensor, of the whole model's shape, read when it is asked for."""
+    """One tensor in its unsplit shape, read on demand."""
 
     name: str
-    """The parameter's, or the buffer's, in the unsplit model."""
+    """Name of the parameter or buffer in the unsplit model."""
     state: str
-    """`fp32` for a parameter's own value, `value` for a buffer's, or as the optimizer names it."""
+    """`fp32` for a parameter's own value, `value` for a buffer's, else the optimizer's name of the state."""
     dtype: str
-    """As it will be stored: `float32` for parameters."""
+    """Type in which it will be stored: `float32` for parameters."""
     shape: tuple[int, ...]
     read: Callable[[], Array]
-    """Its values, verified, in any type of which `dtype` has every number; may be called from any thread."""
+    """Returns the verified values, in a type that converts to `dtype` exactly. Thread-safe."""
     origin: str
-    """Where it comes from, for the list of what becomes of what."""
+    """Place in the source, shown to the user."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -40,16 +43,16 @@ class ForeignArray:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
-    """An optimizer's parts that aren't arrays, as the manifest has them (`docs/format.md`)."""
+    """An optimizer's state except its arrays, in the manifest's form (`docs/format.md`)."""
 
     type: str | None
-    """Name of its class in torch; None if the source doesn't say."""
+    """Name of its class in torch; None if the source doesn't record it."""
     groups: list[dict[str, Any]]
     """Hyperparameters of each group, with the names of its parameters under `params`."""
     scalars: dict[str, dict[str, Any]]
     """Parameter -> state -> number."""
     equal_groups: bool = False
-    """Whether groups were put together from equal hyperparameters, as the source doesn't say which it had."""
+    """True if the source doesn't record the groups, and parameters with equal hyperparameters form one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,32 +60,32 @@ class Source:
     """Another framework's checkpoint."""
 
     kind: str
-    """As `--from` names it."""
+    """Kind of checkpoint, as in `--from`."""
     where: str
     arrays: list[ForeignArray]
     frozen: frozenset[str] = frozenset()
-    """Parameters that didn't require a gradient."""
+    """Parameters that don't require a gradient."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """Other names of tied weights -> the name in `arrays`."""
+    """Further names of tied weights -> their name in `arrays`."""
     optimizer: OptimizerState | None = None
     scheduler: dict[str, Any] | None = None
-    """The state of the learning rate schedule, in the form of the class of torch's that goes on from it."""
+    """State of the LR schedule, for `load_state_dict` of the scheduler that resumes from it."""
     step: int = 0
     samples: int = 0
     skipped: int = 0
-    """Steps that were skipped for an overflow."""
+    """Steps skipped because of an overflow."""
     batch: int | None = None
     """Samples in a global batch."""
     loss_scale: dict[str, Any] | None = None
-    """As the manifest has it."""
+    """In the manifest's form."""
     writer: dict[str, Any] = field(default_factory=dict)
-    """What wrote it, for information: versions, topology."""
+    """Versions and topology of the writer, for information."""
     client_state: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
-    """What was found and isn't taken over, each with the reason."""
+    """Everything in the source that isn't imported, each with the reason."""
 
     def __post_init__(self) -> None:
-        """Raises CheckpointError where two arrays would have one name."""
+        """Raise CheckpointError if two arrays have the same name and state."""
         seen: dict[tuple[str, str], ForeignArray] = {}
         for array in self.arrays:
             other = seen.setdefault(array.key, array)
@@ -92,12 +95,12 @@ class Source:
                 )
 
     def renamed(self, rename: Callable[[str], str | None]) -> Source:
-        """The same with other names; what is renamed to None is left out.
+        """Return the source with other names. Tensors renamed to None are left out.
 
-        Of a tied weight whose first name is left out, another that is kept takes the place.
+        If the first name of a tied weight is left out, its next alias takes the first one's place.
 
         Raises:
-            CheckpointError: two names become one.
+            CheckpointError: two tensors get the same name.
         """
         new = {name: rename(name) for name in dict.fromkeys([*(a.name for a in self.arrays), *self.aliases])}
         _check_apart(new)
@@ -124,11 +127,11 @@ class Source:
             frozen=frozenset(each(self.frozen)),
             aliases=_both(self.aliases, new),
             optimizer=optimizer,
-            left_out=[*self.left_out, *(f"{name}: the name map leaves it out" for name in dropped)],
+            left_out=[*self.left_out, *(f"{name}: left out by the name map" for name in dropped)],
         )
 
     def weights_alone(self) -> Source:
-        """The same without what trains them."""
+        """Return the source without optimizer state, LR schedule and loss scale."""
         return replace(
             self,
             arrays=[array for array in self.arrays if array.state in (PARAMETER, BUFFER)],
@@ -139,7 +142,7 @@ class Source:
 
 
 def _both(aliases: Mapping[str, str], new: Mapping[str, str | None]) -> dict[str, str]:
-    """The aliases of which both names are kept."""
+    """Return the aliases whose two names are both kept."""
     pairs = ((new[alias], new[first]) for alias, first in aliases.items())
     return {alias: first for alias, first in pairs if alias is not None and first is not None}
 
@@ -148,7 +151,7 @@ def _check_apart(new: Mapping[str, str | None]) -> None:
     seen: dict[str, str] = {}
     for old, name in new.items():
         if name is not None and seen.setdefault(name, old) != old:
-            raise CheckpointError(f"the name map makes {name} twice, of {seen[name]} and of {old}")
+            raise CheckpointError(f"the name map renames both {seen[name]} and {old} to {name}")
 
 
 def _dropped(new: Mapping[str, str | None]) -> list[str]:
@@ -157,24 +160,23 @@ def _dropped(new: Mapping[str, str | None]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a source is to be read."""
+    """Options for reading a source, as given on the command line."""
 
     tag: str | None = None
-    """Of a run's folder; its newest by default."""
+    """Tag to read from a run's folder; the newest by default."""
     buffers: tuple[str, ...] = ()
-    """Patterns of names that are buffers, where the source doesn't say which are."""
+    """Name patterns of buffers, for sources that don't record them."""
     split: tuple[tuple[str, str], ...] = ()
-    """Patterns of names of tensor-parallel parameters, each with how its parts go together: see
-    `deepspeed_tensor.RULES`."""
+    """Name patterns of tensor-parallel parameters, with their rules in `deepspeed.tensor_parallel.RULES`."""
     in_model_order: bool = False
-    """Whether an optimizer's states that are only numbered are those of the parameters in their order."""
+    """True if numbered optimizer states belong to the parameters in the model's order."""
     frozen: tuple[str, ...] = ()
-    """Patterns of names of parameters that weren't trained, where states are only numbered."""
+    """With `in_model_order`: name patterns of the parameters that weren't trained."""
     untie: bool = False
-    """Whether tensors that share their memory, or look tied, are each taken for one of its own."""
+    """True if tensors that share memory, or look tied, are stored separately."""
     stand_ins: tuple[str, ...] = ()
-    """More classes that may be pickled in it, and are left out."""
+    """Further classes that may be pickled in the source; they are ignored."""
     weights_only: bool = False
-    """Whether the optimizer's state is left where it is, which may be in a form that can't be read."""
+    """True if the optimizer state isn't read; its format then doesn't matter."""
     verify: bool = True
-    """Whether the checksums are checked that the source has."""
+    """True if the source's checksums are verified."""

@@ -1,4 +1,4 @@
-"""Weights alone: a `torch.save` state_dict, Hugging Face's safetensors and `.bin` files with their index."""
+"""Readers of files that hold weights alone: safetensors, and state_dicts saved by `torch.save`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy.typing as npt
 
 from ckpt import DTYPES, CheckpointError, numpy_dtype
-from uni3d.importers.source import BUFFER, PARAMETER, ForeignArray, Options, Source
-from uni3d.importers.torch_files import TorchFile
+from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor
 
 _SAFETENSORS = {
@@ -25,9 +25,9 @@ _SAFETENSORS = {
     **{f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)},
 }
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
-"""Under which training scripts keep a state_dict beside other things."""
+"""Keys under which training scripts commonly keep the model's state_dict."""
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
-"""The buffers of torch's normalisation layers."""
+"""Names of the buffers in torch's normalization layers."""
 
 _PART = re.compile(r"-\d+-of-(\d+)\.")
 INDEX = ".index.json"
@@ -35,18 +35,18 @@ INDEX = ".index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """A tensor in some file."""
+    """A tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], npt.NDArray[Any]]
     file: Path
     identity: Any = None
-    """The same for tensors that share their memory; None where that isn't known."""
+    """Equal for tensors that share memory; None if that isn't known."""
 
 
 def read_safetensors(path: Path, options: Options) -> Source:
-    """The weights in a file, or in a folder's files.
+    """Read a safetensors file, or a folder of them.
 
     Raises:
         CheckpointError: a file is damaged or missing.
@@ -63,17 +63,16 @@ def read_safetensors(path: Path, options: Options) -> Source:
 
 
 def read_torch(path: Path, options: Options) -> Source:
-    """The state_dict in a file of `torch.save`, or those in a folder's files.
+    """Read the state_dict in a file of `torch.save`, or in a folder of them.
 
     Raises:
-        CheckpointError: a file is damaged or missing, or has something in it that isn't read.
+        CheckpointError: a file is damaged or missing, or contains something unsupported.
     """
     tensors: dict[str, _Tensor] = {}
     left_out: list[str] = []
     files, placed = _files(path, ".bin")
     for file in files:
-        content = TorchFile(file, verify=options.verify, stand_ins=options.stand_ins).load()
-        found, others = _state_dict(file, content)
+        found, others = _state_dict(file, load(file, options))
         left_out += others
         _add(
             tensors,
@@ -123,7 +122,7 @@ def array_of(
     options: Options,
     origin: str,
 ) -> ForeignArray:
-    """A parameter or a buffer, where only its name and type tell which.
+    """Return a parameter or a buffer, told apart by name and type alone.
 
     Raises:
         CheckpointError: its type can't be stored.
@@ -142,18 +141,18 @@ def array_of(
 
 
 def is_buffer(name: str, dtype: str, options: Options) -> bool:
-    """Whether it is one by `--buffers`, its type, or as torch's normalisation layers name theirs."""
+    """Return whether a tensor is a buffer, by `--buffers`, its type, or torch's names of statistics."""
     return (
         any(fnmatchcase(name, pattern) for pattern in options.buffers)
-        or dtype not in ("float16", "bfloat16", "float32", "float64")
+        or dtype not in FLOATS
         or name.rpartition(".")[2] in _STATISTICS
     )
 
 
 def _files(path: Path, suffix: str) -> tuple[list[Path], dict[Path, set[str]]]:
-    """The file itself, or those of a folder: what its index names, or the only one that there is.
+    """Return the file itself, or a folder's files: those in its index, or its only one.
 
-    With what the index says is in each of them.
+    The second value has the index's tensor names by file; it is empty without an index.
     """
     if path.is_file():
         return [_not_a_part(path)], {}
@@ -172,37 +171,41 @@ def _files(path: Path, suffix: str) -> tuple[list[Path], dict[Path, set[str]]]:
 
 
 def _not_a_part(path: Path) -> Path:
-    """The file; refused if its name says that it is one of several."""
+    """Return `path`; refuse one of several files of the same state_dict, judging by its name."""
     found = _PART.search(path.name)
     if found and int(found[1]) > 1:
-        raise CheckpointError(f"{path} is one of {int(found[1])} files; give the folder, with their index")
+        raise CheckpointError(
+            f"{path} is one of {int(found[1])} files; give the folder, which must have their index"
+        )
     return path
 
 
 def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
-    """The files that an index names, each of which is there, with the tensors that it says are in them."""
+    """Return the index's tensor names by file, after checking that each file exists."""
     placed: dict[Path, set[str]] = {}
     try:
         for name, file in sorted(json.loads(index.read_text())["weight_map"].items(), key=lambda x: x[1]):
             placed.setdefault(index.parent / file, set()).add(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} isn't an index of weights: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{index} isn't a valid index of weights: {type(error).__name__}: {error}"
+        ) from None
     for file in placed:
         if file.parent != index.parent or file.suffix != suffix:
             raise CheckpointError(f"{index} names {file}, which isn't a {suffix} file in its folder")
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing, which {index.name} names")
+            raise CheckpointError(f"{file} is missing; {index.name} refers to it")
     return placed
 
 
 def _check_index(placed: Mapping[Path, set[str]], tensors: Mapping[str, _Tensor]) -> None:
-    """Check that each file has what the index says, and nothing else."""
+    """Check that each file has the tensors of its index entry and no others."""
     for file, wanted in placed.items():
         found = {name for name, tensor in tensors.items() if tensor.file == file}
         if missing := sorted(wanted - found):
-            raise CheckpointError(f"{file} lacks {', '.join(missing[:4])}, which the index says are in it")
+            raise CheckpointError(f"{file} lacks {', '.join(missing[:4])}, expected from the index")
         if more := sorted(found - wanted):
-            raise CheckpointError(f"{file} has {', '.join(more[:4])}, of which the index knows nothing")
+            raise CheckpointError(f"{file} has {', '.join(more[:4])}, which the index doesn't list")
 
 
 def _in_safetensors(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
@@ -219,9 +222,9 @@ def _in_safetensors(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
                 tensors[name] = _Tensor(
                     dtype=dtype, shape=tuple(part.get_shape()), read=_reader(file, name), file=file
                 )
-        aliases = json.loads(metadata.pop("aliases", "{}"))  # as our own export has them
+        aliases = json.loads(metadata.pop("aliases", "{}"))  # as `uni3d export` writes them
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} isn't a whole safetensors file: {error}") from None
+        raise CheckpointError(f"{file} isn't a complete safetensors file: {error}") from None
     aliases = metadata | aliases  # safetensors' own `save_model` names one weight by another
     return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}
 
@@ -241,7 +244,7 @@ def _reader(file: Path, name: str) -> Callable[[], npt.NDArray[Any]]:
 
 
 def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors by name, and what else there was."""
+    """Return the tensors by name, and a line for everything else."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a state_dict")
     nested = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
@@ -249,16 +252,16 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list
         chosen, where, outside = content, "", []
         if nested:
             raise CheckpointError(
-                f"{file} holds tensors beside a state_dict under {', '.join(nested)}; save one of them alone"
+                f"{file} has tensors and also a state_dict under {', '.join(nested)}; save only one"
             )
     else:
         if len(nested) != 1:
             keys = ", ".join(str(key) for key in list(content)[:12]) or "none"
             raise CheckpointError(
-                f"{file} holds no state_dict, nor one under {', '.join(_NESTED)}; its keys are {keys}"
+                f"{file} has no state_dict (also not under {', '.join(_NESTED)}); its keys are {keys}"
             )
         chosen, where = content[nested[0]], f"{nested[0]}."
-        outside = [f"{key}: beside the state_dict" for key in content if key != nested[0]]
+        outside = [f"{key}: not part of the state_dict" for key in content if key != nested[0]]
     tensors = {str(k): v for k, v in chosen.items() if isinstance(v, StoredTensor)}
     others = [f"{where}{k}: not a tensor" for k, v in chosen.items() if not isinstance(v, StoredTensor)]
     if not tensors:
@@ -269,5 +272,5 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list
 def _add(tensors: dict[str, _Tensor], more: Mapping[str, _Tensor]) -> None:
     for name, tensor in more.items():
         if name in tensors:
-            raise CheckpointError(f"{tensor.file} has {name}, which is in {tensors[name].file} too")
+            raise CheckpointError(f"{name} is in both {tensors[name].file} and {tensor.file}")
         tensors[name] = tensor

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, without torch: tensors stay in the file, which is mapped into memory.
+"""Files of `torch.save`, read without torch and mapped into memory.
 
-The file is a zip archive: a pickle, `data.pkl`, and uncompressed beside it the bytes of each storage, to
-which the pickle refers by key (https://docs.pytorch.org/docs/stable/notes/serialization.html). A storage is
-checked against the archive's CRC-32 when a tensor of it is first read.
+Such a file is a zip archive of a pickle, `data.pkl`, and the uncompressed bytes of each storage, to which the
+pickle refers by key (https://docs.pytorch.org/docs/stable/notes/serialization.html). A storage is checked
+against the archive's CRC-32 when one of its tensors is first read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.importers.pickles import TypeName, read_pickle
+from uni3d.importers.source import Options
 from uni3d.importers.torch_tensors import NAMES, STORAGES, Storage
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # its signature; the lengths of the name and of the extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 
 
 class TorchFile:
-    """A file that `torch.save` wrote."""
+    """A file written by `torch.save`."""
 
     def __init__(
         self,
@@ -35,16 +36,12 @@ class TorchFile:
         verify: bool = True,
         stand_ins: Collection[str] = (),
     ) -> None:
-        """Open it; only its directory is read.
+        """Read the archive's directory. `data` is the archive, if it is only a part of the file.
 
-        Args:
-            path: the file.
-            data: the archive, where it is only a part of the file.
-            verify: whether storages are checked.
-            stand_ins: more classes that may be pickled in it, as `pickles.read_pickle` has it.
+        `verify` says whether checksums are compared; `stand_ins` is as for `pickles.read_pickle`.
 
         Raises:
-            CheckpointError: it isn't such a file.
+            CheckpointError: the file isn't such an archive.
         """
         self.path, self._verify, self._stand_ins = path, verify, stand_ins
         try:
@@ -55,31 +52,31 @@ class TorchFile:
         self._entries = _directory(path, whole)
         names = [name for name in self._entries if name.endswith("/data.pkl")]
         if len(names) != 1:
-            raise CheckpointError(f"{path} is a zip archive, but not one of torch.save: it has no data.pkl")
+            raise CheckpointError(f"{path} is a zip archive without data.pkl, so torch.save didn't write it")
         self._root = names[0].removesuffix("data.pkl")
         if f"{self._root}constants.pkl" in self._entries:
             raise CheckpointError(f"{path} is a TorchScript program, not a state_dict; save its state_dict()")
         order = self._entries.get(f"{self._root}byteorder")
         if order is not None and bytes(self._part(order)) != b"little":
-            raise CheckpointError(f"{path} was written on a big-endian machine, which isn't read")
+            raise CheckpointError(f"{path} was written on a big-endian machine, which isn't supported")
         self._storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """What was saved, with a `StoredTensor` for each tensor.
+        """Return the saved object, with a `StoredTensor` for each tensor.
 
         Raises:
-            CheckpointError: it is damaged, or has something in it that isn't read.
+            CheckpointError: it is damaged, or contains something unsupported.
         """
         entry = self._entries[f"{self._root}data.pkl"]
         data = bytes(self._part(entry))
         if self._verify and zlib.crc32(data) != entry.CRC:
-            raise CheckpointError(f"{self.path} is damaged: its data.pkl isn't what was written")
+            raise CheckpointError(f"{self.path} is damaged: the CRC-32 of data.pkl doesn't match")
         return read_pickle(
             data, str(self.path), stand_ins=self._stand_ins, names=NAMES, persistent=self._storage
         )
 
     def _storage(self, pid: Any) -> tuple[Storage, str]:
-        """A storage that the pickle refers to, and the type of its elements."""
+        """Return the storage of a persistent id, and the type of its elements."""
         kind, dtype, key, _, numel = pid
         if kind != "storage" or not isinstance(dtype, TypeName) or dtype.name not in STORAGES:
             raise CheckpointError(f"{self.path} has a storage of an unknown kind: {dtype}")
@@ -88,7 +85,7 @@ class TorchFile:
         size = numel * numpy_dtype(name).itemsize
         if entry is None or entry.file_size != size:
             found = "nothing" if entry is None else f"{entry.file_size} bytes"
-            raise CheckpointError(f"{self.path} is damaged: data/{key} should have {size} bytes, has {found}")
+            raise CheckpointError(f"{self.path} is damaged: data/{key} has {found}, expected {size} bytes")
         if key not in self._storages:
             checksum = entry.CRC if self._verify else None
             self._storages[key] = Storage(self.path, key, self._part(entry), checksum)
@@ -97,6 +94,11 @@ class TorchFile:
     def _part(self, entry: zipfile.ZipInfo) -> npt.NDArray[np.uint8]:
         begin = _begin(self.path, self._bytes, entry)
         return self._bytes[begin : begin + entry.file_size]
+
+
+def load(path: Path, options: Options) -> Any:
+    """Return the object in the file, as `TorchFile.load`."""
+    return TorchFile(path, verify=options.verify, stand_ins=options.stand_ins).load()
 
 
 def is_archive(path: Path) -> bool:
@@ -108,37 +110,34 @@ def _directory(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, zipfile.Zip
     if bytes(data[:4]) != b"PK\x03\x04":
         old = bytes(data[:2]) == b"\x80\x02"  # a pickle
         raise CheckpointError(
-            f"{path} is not a file of torch.save"
-            + (
-                ", or one in the format before torch 1.6; load and save it again by a current torch"
-                if old
-                else ""
-            )
+            f"{path} has the format of torch before 1.6; load and save it again with a current torch"
+            if old
+            else f"{path} isn't a file of torch.save"
         )
     try:
         with zipfile.ZipFile(_Reader(data)) as archive:
             return {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} is damaged, or was cut short: {error}") from None
+        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
 
 
 def _begin(path: Path, data: npt.NDArray[np.uint8], entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin in the archive."""
+    """Return the offset of an entry's bytes in the archive."""
     start = entry.header_offset
     header = bytes(data[start : start + _LOCAL_HEADER.size])
     if len(header) < _LOCAL_HEADER.size:
-        raise CheckpointError(f"{path} is cut short")
+        raise CheckpointError(f"{path} is truncated")
     signature, name, extra = _LOCAL_HEADER.unpack(header)
     begin = start + _LOCAL_HEADER.size + name + extra
     if signature != b"PK\x03\x04" or begin + entry.file_size > len(data):
         raise CheckpointError(f"{path} is damaged at {entry.filename}")
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError(f"{path} has {entry.filename} compressed, which torch.save doesn't do")
+        raise CheckpointError(f"{path} has {entry.filename} compressed; torch.save never compresses")
     return int(begin)
 
 
 class _Reader:
-    """Memory as a file, which `zipfile` reads the archive's directory from."""
+    """File-like view of memory, for `zipfile`."""
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self._data, self._at = data, 0
@@ -152,7 +151,7 @@ class _Reader:
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, len(self._data))[whence]
         if self._at < 0:
-            raise OSError("it is too short")
+            raise OSError("the archive is too short")
         return self._at
 
     def read(self, n: int = -1) -> bytes:

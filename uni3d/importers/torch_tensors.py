@@ -1,4 +1,4 @@
-"""Tensors in files of `torch.save`: where they lie, and the functions by which pickles put them together."""
+"""Tensors in files of `torch.save`, and the functions by which pickles rebuild them."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _CHECK_BYTES = 16 << 20
 
 
 class Storage:
-    """The bytes of one or more tensors, in an archive."""
+    """Bytes of one or more tensors in an archive."""
 
     def __init__(self, path: Path, key: str, data: npt.NDArray[np.uint8], checksum: int | None) -> None:
-        """Take the bytes `data` of the archive `path`; a `checksum` of None isn't compared."""
+        """Wrap the bytes `data` of the archive `path`; a `checksum` of None isn't compared."""
         self.path, self.key, self.size = path, key, data.size
         self._data, self._checksum = data, checksum
         self._lock = threading.Lock()
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a state for a storage")  # a pickle must not change where it lies
+        raise ValueError("a storage is given a state")  # a pickle must not change its place
 
     def read(self) -> npt.NDArray[np.uint8]:
-        """All of it, in the file's memory, verified.
+        """Return the verified bytes, a view of the mapped file.
 
         Raises:
-            CheckpointError: it isn't what was written.
+            CheckpointError: the checksum doesn't match.
         """
         with self._lock:
             if self._checksum is not None:
@@ -70,7 +70,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a file of torch's, not read yet."""
+    """A tensor in a file of `torch.save`, not read yet."""
 
     storage: Storage
     dtype: str
@@ -82,11 +82,11 @@ class StoredTensor:
     requires_grad: bool = False
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a state for a tensor")  # a pickle must not change what has been checked
+        raise ValueError("a tensor is given a state")  # a pickle must not change what was checked
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """The same for two that are the same part of the same memory: tied weights."""
+        """Key that is equal for tensors that are the same part of the same memory: tied weights."""
         where = (str(self.storage.path), self.storage.key)
         return (*where, self.dtype, self.offset, self.shape, self.strides)
 
@@ -95,7 +95,7 @@ class StoredTensor:
         return prod(self.shape)
 
     def read(self) -> npt.NDArray[Any]:
-        """Its values, verified: a view of the file's memory, which can't be written to."""
+        """Return the verified values, a read-only view of the mapped file."""
         dtype = numpy_dtype(self.dtype)
         data = self.storage.read()[self.offset * dtype.itemsize :]
         if self.size == 0:
@@ -106,13 +106,18 @@ class StoredTensor:
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
 
-# --- by their names in torch --------------------------------------------------------------------------
+def item(value: Any) -> Any:
+    """Return the number in a tensor of one element; other values as they are."""
+    return value.read().reshape(()).item() if isinstance(value, StoredTensor) else value
+
+
+# --- functions by their names in torch -----------------------------------------------------------------
 
 
 def _tensor(
     storage: tuple[Storage, str], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any
 ) -> StoredTensor:
-    """`torch._utils._rebuild_tensor_v2`; behind the hooks, what its view does to the storage's numbers."""
+    """Stand in for `torch._utils._rebuild_tensor_v2`; `rest[2]` is the view's metadata."""
     where, dtype = storage
     _check_plain(rest[2] if len(rest) > 2 else None)
     return _checked(where, dtype, offset, shape, strides, requires_grad=bool(rest and rest[0] is True))
@@ -128,18 +133,18 @@ def _typed_tensor(
     dtype: TypeName,
     *rest: Any,
 ) -> StoredTensor:
-    """`torch._utils._rebuild_tensor_v3`: of types for which there are no storages."""
+    """Stand in for `torch._utils._rebuild_tensor_v3`, for types without a storage class."""
     _check_plain(rest[0] if rest else None)
     if dtype.name not in _DTYPES:
-        raise ValueError(f"a tensor of the type {dtype.name}, which can't be stored")
+        raise ValueError(f"a tensor of type {dtype.name}, which can't be stored")
     return _checked(storage[0], _DTYPES[dtype.name], offset, shape, strides, requires_grad=requires_grad)
 
 
 def _check_plain(metadata: Any) -> None:
-    """Refuse a view that negates or conjugates what is stored (`torch._neg_view`, `x.conj()`)."""
+    """Refuse a view that negates or conjugates the stored values (`torch._neg_view`, `x.conj()`)."""
     if metadata and any(metadata.values()):
         raise ValueError(
-            f"a tensor that is a view of other numbers ({dict(metadata)}); save it after resolve_neg()"
+            f"a negated or conjugated view ({dict(metadata)}); save it after resolve_neg().resolve_conj()"
         )
 
 
@@ -154,16 +159,16 @@ def _checked(
 ) -> StoredTensor:
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(f"a tensor of the shape {shape} with the strides {strides} at {offset}")
+        raise ValueError(f"a tensor of invalid shape {shape}, strides {strides} or offset {offset}")
     tensor = StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), requires_grad)
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     itemsize = numpy_dtype(dtype).itemsize
     if tensor.size and (last + 1) * itemsize > storage.size:
-        raise ValueError(f"a tensor of the shape {shape} reaches beyond its storage data/{storage.key}")
-    if tensor.size * itemsize > storage.size:  # expanded along a dim: a few bytes may say to be terabytes
+        raise ValueError(f"a tensor of shape {shape} reaches beyond its storage data/{storage.key}")
+    if tensor.size * itemsize > storage.size:  # expanded along a dim: a few bytes may claim to be terabytes
         raise ValueError(
-            f"a tensor of the shape {shape} with the strides {strides}, which repeats what is in its "
-            "storage; save it after contiguous()"
+            f"a tensor of shape {shape} with strides {strides}, which repeats elements of its storage; save "
+            "it after contiguous()"
         )
     return tensor
 
@@ -173,11 +178,9 @@ def _parameter(data: StoredTensor, requires_grad: bool = True, *rest: Any) -> St
 
 
 def _with_attributes(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor with attributes of its own, which are left out."""
+    """Stand in for `torch._tensor._rebuild_from_type_v2`; attributes of the tensor are left out."""
     if not isinstance(kind, TypeName):
-        raise ValueError(
-            f"a tensor of the class {getattr(kind, 'name', kind)}; save plain tensors, whole ones"
-        )
+        raise ValueError(f"a tensor of class {getattr(kind, 'name', kind)}; save plain, unsharded tensors")
     return function(*args)
 
 
@@ -206,4 +209,4 @@ NAMES: dict[str, Any] = {
         )
     },
 }
-"""What a file of `torch.save` may name beside what every pickle may."""
+"""Names allowed in files of `torch.save`, in addition to those of every pickle."""

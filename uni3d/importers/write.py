@@ -1,4 +1,4 @@
-"""From a source to a checkpoint of ours, one array at a time."""
+"""Conversion of a source to a checkpoint, one array at a time."""
 
 from __future__ import annotations
 
@@ -28,23 +28,21 @@ def write(
 ) -> ckpt.SaveReport:
     """Write and commit `source` as the checkpoint `tag` of the run at `run`, and make it the latest.
 
-    Each array is read whole when its first chunk is written, so the memory taken is that of a few of the
-    largest ones. `optimizer` names the optimizer's class where the source doesn't. `progress` is told the
-    bytes written.
+    Each array is read whole when its first chunk is written, so a few of the largest arrays are in memory at
+    a time. `optimizer` is the optimizer's class if the source doesn't record it. `progress` is called with
+    the bytes written.
 
     Raises:
-        CheckpointError: the source is damaged, or what is asked for can't be; nothing is committed then.
+        CheckpointError: the source is damaged, or `run` can't take the checkpoint; nothing is committed.
     """
     if str(run).startswith("memory:"):
-        raise CheckpointError(f"{run} would be gone with this process; import into a folder")
+        raise CheckpointError(f"{run} would be lost when this process ends; import into a folder")
     target = ckpt.open_store(run)
     if set(target.names()) - set(target.leftovers()) and not ckpt.committed_tags(target):
-        raise CheckpointError(
-            f"{target.where('')} holds other things than checkpoints; import into a new folder"
-        )
+        raise CheckpointError(f"{target.where('')} isn't a run, but isn't empty; import into a new folder")
     if tag in ckpt.committed_tags(target):
-        raise CheckpointError(f"{target.where(tag)} exists; delete it, or import into another run")
-    threads = min(cores(), 8)  # each holds an array that is read whole
+        raise CheckpointError(f"{target.where(tag)} exists; delete it, or choose another tag with --as")
+    threads = min(cores(), 8)  # each holds a whole array
     recent = _Recent(threads + 1)
     shards = [
         UnreadShard(
@@ -102,7 +100,7 @@ def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
 
 
 class _Unread:
-    """An array of the source as `ckpt` writes it: part by part, in the type that it is stored in."""
+    """An array of the source that `ckpt` reads part by part, in the stored type."""
 
     def __init__(self, array: ForeignArray, recent: _Recent, progress: Callable[[int], None]) -> None:
         self._array, self._recent, self._progress = array, recent, progress
@@ -116,7 +114,7 @@ class _Unread:
 
 
 class _Recent:
-    """The arrays that were read last: an array's chunks are written one after the other."""
+    """Cache of the last arrays read: the chunks of an array are written one after the other."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -127,7 +125,7 @@ class _Recent:
     def read(self, array: ForeignArray) -> npt.NDArray[Any]:
         with self._lock:
             mine = self._reading.setdefault(array.key, threading.Lock())
-        with mine:  # threads that write other chunks of it wait for the one that reads
+        with mine:  # threads that write other chunks of it wait for the one reading it
             with self._lock:
                 found = self._arrays.get(array.key)
             if found is None:
@@ -140,24 +138,24 @@ class _Recent:
 
 
 def converted(values: npt.NDArray[Any], array: ForeignArray) -> npt.NDArray[Any]:
-    """`values` in the type that they are stored in.
+    """Return `values` in the stored type.
 
     Raises:
-        CheckpointError: they aren't of the array's shape, or that type hasn't one of them.
+        CheckpointError: they have another shape than `array`, or a value isn't exact in the stored type.
     """
     if values.shape != array.shape:
-        raise CheckpointError(f"{array.origin} has the shape {list(values.shape)}, not {list(array.shape)}")
+        raise CheckpointError(f"{array.origin} has shape {list(values.shape)}, expected {list(array.shape)}")
     dtype = ckpt.numpy_dtype(array.dtype)
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):
         out = values.astype(dtype)
-    if values.dtype.itemsize >= dtype.itemsize:  # narrower floats have no others than `dtype` has
+    if values.dtype.itemsize >= dtype.itemsize:  # narrower floats are always exact
         same = (out.astype(values.dtype) == values) | (np.isnan(values) & np.isnan(out))
         if not same.all():
             value = values[~same].flat[0]
             raise CheckpointError(
-                f"{array.origin} is {values.dtype}, and its {value!r} isn't a number of {array.dtype}, in "
-                f"which {array.name} would be stored; round it before"
+                f"{array.origin} is {values.dtype} and has {value!r}, which {array.dtype} can't represent; "
+                f"round {array.name} to {array.dtype} before the import"
             )
     return out

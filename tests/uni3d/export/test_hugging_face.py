@@ -1,4 +1,4 @@
-"""`uni3d export --format hf`: a folder that transformers loads, and that computes what the live model did."""
+"""`uni3d export --format hf` writes a folder that transformers loads, with the live model's outputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def hf() -> Any:
-    """The library, which takes seconds to load: here alone, and not on the ranks."""
+    """The library, loaded in this process but not on the ranks: that takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.syspath_prepend(str(Path(__file__).parents[2] / "models"))
@@ -65,7 +65,7 @@ def hf() -> Any:
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`uni3d export` in this process: exit code, stdout, stderr."""
+    """Run `uni3d export` in this process; return exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["uni3d", "export", *map(str, arguments)])
@@ -86,13 +86,13 @@ def save_case(place: tuple[int, int, int, int], sizes: dict[str, Any], folder: s
 
 @pytest.fixture(scope="module")
 def tied_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A checkpoint of the tied model, and the live weights."""
+    """Return a checkpoint of the tied model, and the live weights."""
     folder = tmp_path_factory.mktemp("tied")
     return folder, ranks.run(1, save_case, (1, 1, 1, 0), MODELS["tied"], str(folder))[0]
 
 
 def load(hf: Any, folder: Path, kind: str = "AutoModelForCausalLM") -> Any:
-    """The model that transformers makes of a folder, which must have all it needs and nothing else."""
+    """Load a folder with transformers; no key may be missing or unexpected."""
     model, info = getattr(hf.hf, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -180,7 +180,7 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any], str, set[str]]] = {
     "mixtral": ("mixtral", {}, "AutoModelForCausalLM", set()),
     "bert": ("bert", {}, "AutoModelForSequenceClassification", set()),
 }
-"""The model, its options, by what it is loaded, and what it ties by itself."""
+"""Model, its options, the class that loads it, and the weights that class ties."""
 
 
 @pytest.mark.parametrize("case", HF_MODELS)
@@ -207,7 +207,7 @@ def test_a_model_of_transformers_says_it_by_itself(
 
 
 def says_nothing(folder: Path) -> None:
-    """A checkpoint of a model with a buffer that isn't anything to Hugging Face."""
+    """Return a checkpoint of a model with a buffer unknown to Hugging Face."""
     engine = make_engine(OwnLoss())
     engine.save_checkpoint(folder)
     engine.wait_for_checkpoint()
@@ -287,7 +287,7 @@ def test_what_a_name_map_leaves_out_is_said(alone: None, tmp_path: Path, export:
     names.write_text('{".*": null}')
     code, _, error = export(tmp_path / "run", tmp_path / "none", *given)
     assert code == 1
-    assert "names.json leaves out every tensor of" in error
+    assert "names.json leaves out every tensor in" in error
 
 
 BAD_FILES = [

@@ -1,4 +1,4 @@
-"""What the tests of imports share: checkpoints of peers, and pickles that would run something."""
+"""Helpers for tests of importers: fixtures, and pickles that would run code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIXTURES = Path(__file__).parents[2] / "peers" / "fixtures"
 
 
 class Runs:
-    """Unpickling it would make the file `path`, by the function that `how` names."""
+    """An object whose unpickling creates the file `path` through the function `how`."""
 
     def __init__(self, how: str, path: Path) -> None:
         self.how, self.path = how, path
@@ -39,7 +39,7 @@ RUNS = {
     "builtins.eval": r"(builtins|__builtin__)\.eval",
     "Path.touch": r"((builtins|__builtin__)\.getattr|pathlib\.Path\.touch)",
 }
-"""Each way with the global that its pickle names, by its protocol."""
+"""Function -> global in its pickle, which depends on the protocol."""
 
 
 def source_of(path: Path, **options: Any) -> Source:
@@ -47,7 +47,7 @@ def source_of(path: Path, **options: Any) -> Source:
 
 
 def values(source: Source) -> dict[str, npt.NDArray[Any]]:
-    """All arrays, as `expected.safetensors` names them, in the type that they are stored in."""
+    """Return all arrays in their stored types, named as in `expected.safetensors`."""
     return {f"{a.state}/{a.name}": a.read().astype(a.dtype) for a in source.arrays}
 
 
@@ -57,7 +57,7 @@ def expected(name: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
 
 
 def assert_bits(found: dict[str, npt.NDArray[Any]], wanted: dict[str, npt.NDArray[Any]]) -> None:
-    """The same names, and the same bits under each."""
+    """Check that both have the same names and the same bits."""
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
         assert found[name].dtype == array.dtype, name
@@ -66,7 +66,7 @@ def assert_bits(found: dict[str, npt.NDArray[Any]], wanted: dict[str, npt.NDArra
 
 
 def saved(folder: Path, state: dict[str, Any], **settings: Any) -> Path:
-    """`state` as a distributed checkpoint, by one process."""
+    """Save `state` as a distributed checkpoint from one process."""
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
         dcp.save(state, storage_writer=FileSystemWriter(folder, **settings), no_dist=True)
     return folder

@@ -1,4 +1,4 @@
-"""Folders laid out as Megatron-core lays out `torch_dist`, without it."""
+"""Folders in the layout of Megatron-core's `torch_dist`, written without Megatron."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPARED = {**DECAYED, "weight_decay": 0.0, "wd_mult": 0.0}
 
 
 def write_dist(folder: Path, tensors: dict[str, Chunks], common: dict[str, Any], *objects: str) -> Path:
-    """A folder with these chunks of tensors: saved as tensors of their own, and then put under one name."""
+    """Write a folder with these chunks; each is saved as a tensor, then renamed to a chunk of one."""
     parts = {f"{name}@{i}": data for name, chunks in tensors.items() for i, (_, data) in enumerate(chunks)}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
         dcp.save({**parts, **{name: [None] for name in objects}}, checkpoint_id=folder, no_dist=True)
@@ -48,7 +48,7 @@ def write_dist(folder: Path, tensors: dict[str, Chunks], common: dict[str, Any],
 
 
 def cut(tensor: Tensor, dim: int, parts: int, row: int | None = None) -> Chunks:
-    """The parts of ranks, below a further dim where there are layers."""
+    """Return the ranks' shards as chunks; `row` adds a leading dim for a layer."""
     chunks, begin = [], 0
     for part in tensor.chunk(parts, dim):
         offset = [begin if d == dim else 0 for d in range(tensor.ndim)]
@@ -86,7 +86,7 @@ def common(**more: Any) -> dict[str, Any]:
 
 
 class Run:
-    """A model in bf16 with its fp32 weights and moments, cut over two tensor-parallel ranks."""
+    """A bf16 model with fp32 masters and moments, split over two tensor-parallel ranks."""
 
     def __init__(self) -> None:
         torch.manual_seed(5)
@@ -99,7 +99,7 @@ class Run:
         self.states = ("fp32_param", "exp_avg", "exp_avg_sq")
 
     def value(self, tensor: Tensor, state: str) -> Tensor:
-        """Of a state: other numbers for each."""
+        """Return the tensor's values in a state; they differ between states."""
         return tensor * {"": 1, "fp32_param": 1, "exp_avg": 0.5, "exp_avg_sq": 0.25}[state]
 
     def tensors(self, *, by_number: bool = False) -> dict[str, Chunks]:
@@ -122,7 +122,7 @@ class Run:
         return out
 
     def held(self) -> dict[str, Any]:
-        """What the live run held."""
+        """Return the run's expected arrays."""
         whole = {
             "embedding.word_embeddings.weight": self.embedding,
             "decoder.final_layernorm.weight": self.norm,

@@ -1,14 +1,14 @@
-"""Torch's distributed checkpoint (DCP): what the names in it mean.
+"""Reader of torch's distributed checkpoint (DCP): the meaning of its names.
 
-What is saved is a nested dict of the script's own making. Known are the ones that are usual:
+A script saves a nested dict of its own making. These usual forms are recognized:
 
     {"model": ..., "optim": ...}            by `torch.distributed.checkpoint.state_dict.get_state_dict`, or by
-                                            FSDP's own functions; also below one more key, as it is where a
-                                            class gives them ("app")
+                                            FSDP's own functions; also below one more key, e.g. "app" for a
+                                            stateful wrapper class
     {<parameter>: ..., "optimizer": ...}    torchtitan's, whose weights have no key of their own
     {<parameter>: ...}                      weights alone, with or without a key
 
-What else there is becomes the client state, as far as it is plain.
+Everything else becomes the client state if JSON can represent it.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _OPTIMIZERS = frozenset(
     | {f"{name}_state{end}" for name in ("optim", "optimizer") for end in ("", "_dict")}
 )
 _STEP = ("step", "global_step", "global_steps", "iteration")
-"""What scripts call the number of steps that were taken."""
+"""Keys under which scripts save the number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Which names are of what."""
+    """The checkpoint's names, sorted by purpose."""
 
     weights: dict[str, str]
-    """The model's tensors: their names in the model, and in the checkpoint."""
+    """Name of each tensor in the model -> its name in the checkpoint."""
     optimizer: dict[str, Steps]
-    """By the names in the checkpoint, the rest of the path below the optimizer's own key."""
+    """Name in the checkpoint -> path below the optimizer's own key."""
     beside: list[str]
     left_out: list[str] = field(default_factory=list)
 
 
 def read_dcp(path: Path, options: Options) -> Source:
-    """The model and its optimizer in a folder of DCP's.
+    """Read the model and its optimizer from a DCP folder.
 
     Raises:
-        CheckpointError: something is missing or damaged, or it isn't known what is what.
+        CheckpointError: something is missing, damaged or ambiguous.
     """
     layout = Layout(path, options)
     parts = _parts(layout)
@@ -63,20 +63,20 @@ def read_dcp(path: Path, options: Options) -> Source:
     if parts.optimizer and not options.weights_only:
         moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights)
     elif parts.optimizer:
-        left_out.append("the optimizer's state: the weights alone were asked for")
+        left_out.append("optimizer state: --weights-only")
     grouped = {name for group in optimizer.groups for name in group["params"]} if optimizer else set()
     arrays = []
     for name, key in parts.weights.items():
         if layout.tensors[key].dtype in DTYPES:
             arrays.append(_weight(layout, name, key, options, trained=name in grouped))
         else:
-            left_out.append(f"{key}: its type, {layout.tensors[key].dtype}, can't be stored")
+            left_out.append(f"{key}: its type {layout.tensors[key].dtype} can't be stored")
     weights = [a for a in arrays if a.state == PARAMETER]
     aliases = {} if options.untie else _tied(layout, parts.weights, weights, grouped)
     for alias, first in aliases.items():
         left_out.append(
-            f"{parts.weights[alias]}: the same numbers as {first}, and so taken to be tied to it (--untie, "
-            "if it isn't)"
+            f"{parts.weights[alias]}: has the same values as {first}, so they are taken to be tied (use "
+            "--untie if they aren't)"
         )
     arrays = [array for array in arrays if array.name not in aliases]
     client_state, others = _beside(layout, parts.beside)
@@ -98,8 +98,8 @@ def _guessed(optimizer: OptimizerState | None) -> list[str]:
     if optimizer is None or not optimizer.equal_groups:
         return []
     return [
-        "how the parameters were divided into groups: it isn't stored; those of the same hyperparameters are "
-        f"taken for one group, which makes {len(optimizer.groups)}"
+        "division into parameter groups: not stored; parameters with equal hyperparameters form one group, "
+        f"which makes {len(optimizer.groups)}"
     ]
 
 
@@ -115,11 +115,11 @@ def _weight(layout: Layout, name: str, key: str, options: Options, *, trained: b
 def _tied(
     layout: Layout, keys: Mapping[str, str], parameters: list[ForeignArray], trained: set[str]
 ) -> dict[str, str]:
-    """Names of tied weights, each with the name of the one that is kept.
+    """Map the further names of tied weights to the names that are kept.
 
-    A state_dict has them under each of their names, and DCP stores each, but the optimizer's states under one
-    alone. So what has no states is taken for another name of what has, if the numbers are the same, and
-    aren't all one number. Where there is no optimizer, nothing tells a tied weight from a copy.
+    DCP stores a tied weight under each of its names, but its optimizer states under only one. So a weight
+    without states is taken for an alias of one that has states if their values are equal and not all one
+    number. Without an optimizer, nothing tells a tied weight from a copy.
     """
     alike: dict[Any, list[str]] = {}
     for array in parameters:
@@ -138,18 +138,18 @@ def _tied(
 
 
 def _equal(layout: Layout, one: str, other: str) -> bool:
-    """Whether two tensors have the same bits, and not one number alone, as many that nothing ties do."""
+    """Return whether two tensors have the same bits; False for constants, often equal without being tied."""
     mine, theirs = (np.ascontiguousarray(layout.read(key)).reshape(-1) for key in (one, other))
     if mine.size and (mine == mine[0]).all():
         return False
     return np.array_equal(mine.view(np.uint8), theirs.view(np.uint8))
 
 
-# --- which names are of what -----------------------------------------------------------------------------
+# --- the names' purposes ---------------------------------------------------------------------------------
 
 
 def _parts(layout: Layout) -> _Parts:
-    """What is the model's, what its optimizer's.
+    """Sort the names into those of the model, of its optimizer, and the rest.
 
     Raises:
         CheckpointError: there are several models or optimizers, or no weights.
@@ -173,14 +173,16 @@ def _parts(layout: Layout) -> _Parts:
     named = {".".join(map(str, steps)): key for key, steps in found.items()}
     if len(named) < len(found):
         twice = sorted(key for key, steps in found.items() if named[".".join(map(str, steps))] != key)
-        raise CheckpointError(f"{layout.path} has the name of {twice[0]} twice in its planner_data")
+        raise CheckpointError(
+            f"{layout.path} has two tensors with the path of {twice[0]} in its planner_data"
+        )
     weights = {name: key for name, key in named.items() if key in layout.tensors}
     if not weights:
         raise CheckpointError(_no_weights(layout, set()))
     if flat := next((name for name in weights if name.rpartition(".")[2].startswith("_flat_param")), None):
         raise CheckpointError(
-            f"{layout.path} has {flat}, in which FSDP laid parameters end to end: it was saved from a local "
-            "state_dict, which doesn't say which they are; save the sharded one, or the whole one"
+            f"{layout.path} has {flat}, a flat parameter of FSDP, saved from a local state_dict, which "
+            "doesn't name the original parameters; save a sharded or a full state_dict"
         )
     in_model = set(found) if model else set(weights.values())
     not_tensors = sorted(in_model - set(weights.values()))
@@ -188,12 +190,12 @@ def _parts(layout: Layout) -> _Parts:
         weights=weights,
         optimizer=of_optimizer,
         beside=[key for key in rest if key not in in_model],
-        left_out=[f"{key}: of the model, but not a tensor" for key in not_tensors],
+        left_out=[f"{key}: in the model, but not a tensor" for key in not_tensors],
     )
 
 
 def _prefix(layout: Layout, known: frozenset[str], what: str) -> Steps | None:
-    """The path, of one or two keys, whose last key is one of the `known`; None if there is none."""
+    """Return the path of one or two keys whose last key is in `known`; None if there is none."""
     found = {
         steps[:depth]: None
         for steps in layout.steps.values()
@@ -202,14 +204,12 @@ def _prefix(layout: Layout, known: frozenset[str], what: str) -> Steps | None:
     }
     if len(found) > 1:
         names = ", ".join(".".join(map(str, steps)) for steps in found)
-        raise CheckpointError(
-            f"{layout.path} has several {what}: {names}; save the one that is to be imported"
-        )
+        raise CheckpointError(f"{layout.path} has several {what}: {names}; save only the one to import")
     return next(iter(found), None)
 
 
 def _below(steps: Mapping[str, Steps], prefix: Steps) -> dict[str, Steps]:
-    """The names whose paths begin with `prefix`, each with the rest of its path."""
+    """Return the names whose paths begin with `prefix`, each with the rest of its path."""
     n = len(prefix)
     return {key: each[n:] for key, each in steps.items() if len(each) > n and each[:n] == prefix}
 
@@ -219,24 +219,24 @@ def _no_weights(layout: Layout, heads: set[Any]) -> str:
     found = f"its keys are {', '.join(keys[:12])}"
     if heads:
         found = f"there are tensors under {', '.join(sorted(map(str, heads)))}"
-    return f"{layout.path} has no weights at the top, nor under {', '.join(sorted(_MODELS))}; {found}"
+    return f"{layout.path} has no weights at the top level or under {', '.join(sorted(_MODELS))}; {found}"
 
 
-# --- what is beside --------------------------------------------------------------------------------------
+# --- client state ----------------------------------------------------------------------------------------
 
 
 def _beside(layout: Layout, keys: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """What is plain of the rest, nested as it was, and what isn't."""
+    """Return the client state, nested as it was saved, and a line for everything left out of it."""
     client_state: dict[Any, Any] = {}
     left_out = []
     for key in keys:
         if key in layout.tensors and layout.tensors[key].shape not in ((), (1,)):
-            left_out.append(f"{key}: a tensor beside the model and the optimizer")
+            left_out.append(f"{key}: a tensor that is neither the model's nor the optimizer's")
             continue
         try:
             value = plain(layout.number(key) if key in layout.tensors else layout.object(key))
         except TypeError as error:
-            left_out.append(f"{key}: beside the model and the optimizer, {error}")
+            left_out.append(f"{key}: {error}, which JSON can't represent")
             continue
         steps = layout.steps[key]
         place = client_state
@@ -247,14 +247,14 @@ def _beside(layout: Layout, keys: list[str]) -> tuple[dict[str, Any], list[str]]
     for name in client_state:
         if "sched" in name:
             left_out.append(
-                f"{name}: a schedule of torch's, which goes into the client state; the rate of the next step "
-                "is that of the optimizer's groups"
+                f"{name}: LR schedule of torch, stored only in the client state; the next step uses the "
+                "learning rate of the optimizer's groups"
             )
     return client_state, left_out
 
 
 def _lists(value: Any) -> Any:
-    """A value whose lists were taken apart, as dicts by place."""
+    """Return a value with its lists restored; they are saved as dicts by index."""
     if not isinstance(value, dict):
         return value
     inner = {key: _lists(each) for key, each in value.items()}
@@ -264,7 +264,7 @@ def _lists(value: Any) -> Any:
 
 
 def _step(client_state: dict[str, Any], optimizer: OptimizerState | None) -> int:
-    """The steps taken: as the script counted them, or else as the optimizer did."""
+    """Return the number of steps, from the script's counter or else from the optimizer's."""
     for holder in (client_state.get("train_state"), client_state):
         for name in _STEP:
             counted = holder.get(name) if isinstance(holder, dict) else None

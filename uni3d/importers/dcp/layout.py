@@ -1,9 +1,9 @@
-"""A folder of torch's distributed checkpoint (DCP), without torch: what is in it, and where.
+"""Layout of a folder of torch's distributed checkpoint (DCP), read without torch.
 
-`.metadata` is a pickle of the class `torch.distributed.checkpoint.metadata.Metadata`. It has the shape and
-the chunks of each tensor by name, for each chunk (and each object that isn't a tensor) the file and the bytes
-in it, and for each name the path that it had in the nested dict which was saved. What lies at such a place is
-a whole file of `torch.save`, so that each chunk has checksums of its own.
+`.metadata` is a pickled `torch.distributed.checkpoint.metadata.Metadata`. It has the shape and the chunks of
+each tensor, the file and the byte range of each chunk and each other object, and the path of each name in the
+nested dict that was saved. Each byte range is a complete file of `torch.save`, so each chunk has checksums of
+its own.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SAMPLE = 64
 _METADATA_NAMES = {**NAMES, "torch.serialization._get_layout": Function(TypeName)}
 
 Steps = tuple[str | int, ...]
-"""The keys and indices that lead to a value in nested dicts and lists."""
+"""Path to a value in nested dicts and lists: keys and indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRange:
-    """Bytes in a file."""
+    """Range of bytes in a file."""
 
     file: str
     offset: int
@@ -43,7 +43,7 @@ class FileRange:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredChunk:
-    """A box of a tensor."""
+    """Box of a tensor, and its place."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -52,7 +52,7 @@ class StoredChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkedTensor:
-    """A tensor by its chunks, which cover each element once."""
+    """A tensor as chunks that cover each element once."""
 
     name: str
     dtype: str
@@ -61,19 +61,19 @@ class ChunkedTensor:
 
 
 class Layout:
-    """What is in the folder.
+    """Content of the folder.
 
     Attributes:
-        tensors: by their names.
-        objects: where each value lies that isn't a tensor.
-        steps: for each name, where it was in the nested dict; in that dict's order.
+        tensors: by name.
+        objects: places of the values that aren't tensors, by name.
+        steps: path in the nested dict, by name, in the dict's order.
     """
 
     def __init__(self, path: Path, options: Options) -> None:
-        """Read `.metadata`, and check that every file is there, and long enough.
+        """Read `.metadata`, and check that every file exists and is long enough.
 
         Raises:
-            CheckpointError: something is missing, damaged, or written in a way that isn't read.
+            CheckpointError: something is missing, damaged or unsupported.
         """
         self.path, self._options = path, options
         self._sizes: dict[str, int] = {}
@@ -84,7 +84,7 @@ class Layout:
             self._take(content)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise CheckpointError(
-                f"{path / METADATA} isn't a distributed checkpoint's metadata as torch writes it: "
+                f"{path / METADATA} isn't the metadata of a distributed checkpoint of torch: "
                 f"{type(error).__name__}: {error}"
             ) from None
         found = content.field("planner_data")
@@ -94,13 +94,13 @@ class Layout:
         self.steps: dict[str, Steps] = {name: _steps(paths.get(name, (name,))) for name in order}
 
     def read(self, name: str, first: int | None = None) -> npt.NDArray[Any]:
-        """A whole tensor, verified; or the one at `first` of those that it has along its first dim.
+        """Return a verified tensor, or only its row `first`.
 
         Raises:
-            CheckpointError: a chunk is damaged, or isn't what the metadata says of it.
+            CheckpointError: a chunk is damaged, or doesn't match the metadata.
         """
         tensor = self.tensors[name]
-        if first is not None:  # each of its chunks is of one alone
+        if first is not None:  # each chunk has only one row
             rows = [chunk for chunk in tensor.chunks if chunk.offsets[0] == first]
             part = [replace(chunk, offsets=(0, *chunk.offsets[1:])) for chunk in rows]
             row: npt.NDArray[Any] = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
@@ -118,7 +118,7 @@ class Layout:
         return values
 
     def sample(self, name: str) -> bytes:
-        """The first values of a tensor, not verified: what tells most tensors of one shape apart."""
+        """Return a tensor's first values, unverified; they tell most tensors of one shape apart."""
         tensor = self.tensors[name]
         first = next((c for c in tensor.chunks if not any(c.offsets)), None)
         if first is None or not prod(first.sizes):
@@ -126,14 +126,14 @@ class Layout:
         return self._chunk(tensor, first, verify=False).ravel()[:_SAMPLE].tobytes()
 
     def number(self, name: str) -> Any:
-        """The value of a tensor of one element."""
+        """Return the number in a tensor of one element."""
         return self.read(name).reshape(()).item()
 
     def object(self, name: str) -> Any:
-        """A value that isn't a tensor; in it, nothing is run (`pickles`).
+        """Return a value that isn't a tensor, unpickled by `pickles`.
 
         Raises:
-            CheckpointError: it is damaged, or has something in it that isn't read.
+            CheckpointError: it is damaged, or contains something unsupported.
         """
         return self._open(self.objects[name], name).load()
 
@@ -144,27 +144,27 @@ class Layout:
             raise CheckpointError(
                 f"{self.path} has no {METADATA}"
                 + (
-                    f" but one per rank ({ranks[0]}, ...), as written with use_collectives=False, which "
-                    "isn't read; load it and save it again by torch"
+                    f" but one per rank ({ranks[0]}, ...), as with use_collectives=False, which isn't "
+                    "supported; load it with torch and save it again"
                     if ranks
-                    else ": it is no distributed checkpoint, or its save was cut short"
+                    else ": it isn't a distributed checkpoint, or its save didn't finish"
                 )
             )
         found = read_pickle(
             file.read_bytes(), str(file), stand_ins=self._options.stand_ins, names=_METADATA_NAMES
         )
         if not isinstance(found, StandIn) or not found.name.endswith(".Metadata"):
-            raise CheckpointError(f"{file} holds {found!r}, not a distributed checkpoint's Metadata")
+            raise CheckpointError(f"{file} holds {found!r}, expected torch's Metadata")
         return found
 
     def _take(self, content: StandIn) -> None:
-        """Take over which tensors and objects there are."""
+        """Fill `tensors` and `objects` from the metadata."""
         places: dict[tuple[str, Any], FileRange] = {}
         for index, info in content.field("storage_data").items():
             name, offset = index.field("fqn"), index.field("offset")
             key = (str(name), None if offset is None else tuple(offset))
             if key in places:
-                raise CheckpointError(f"{self.path} has {name} at {offset} in two places")
+                raise CheckpointError(f"{self.path / METADATA} gives two places for {name} at {offset}")
             places[key] = self._place(str(name), info)
         for name, entry in content.field("state_dict_metadata").items():
             if not entry.name.endswith(".TensorStorageMetadata"):
@@ -188,32 +188,34 @@ class Layout:
     def _found(self, places: Mapping[Any, FileRange], name: str, offset: Any) -> FileRange:
         if (name, offset) not in places:
             at = "" if offset is None else f" at {list(offset)}"
-            raise CheckpointError(f"{self.path / METADATA} doesn't say where {name}{at} is stored")
+            raise CheckpointError(f"{self.path / METADATA} gives no place for {name}{at}")
         return places[name, offset]
 
     def _place(self, name: str, info: StandIn) -> FileRange:
         if transforms := info.field("transform_descriptors"):
             raise CheckpointError(
                 f"{self.path}: {name} was written through {', '.join(map(str, transforms))}, which isn't "
-                "read; save it again without extensions of the writer"
+                "supported; save it without writer extensions"
             )
         file = info.field("relative_path")
         offset, length = info.field("offset"), info.field("length")
         if not (isinstance(file, str) and type(offset) is int and type(length) is int):
-            raise CheckpointError(f"{self.path / METADATA} places {name} at {file!r}, {offset!r}, {length!r}")
+            raise CheckpointError(
+                f"{self.path / METADATA} has an invalid place for {name}: {file!r}, {offset!r}, {length!r}"
+            )
         parts = PurePosixPath(file).parts
         if not parts or PurePosixPath(file).is_absolute() or {"..", ""} & set(parts) or "\\" in file:
-            raise CheckpointError(f"{self.path / METADATA} names the file {file!r}, outside of its folder")
+            raise CheckpointError(f"{self.path / METADATA} names a file outside its folder: {file!r}")
         if file not in self._sizes:
             try:
                 self._sizes[file] = (self.path / file).stat().st_size
             except FileNotFoundError:
-                raise CheckpointError(f"{self.path / file} is missing, which {METADATA} names") from None
+                raise CheckpointError(f"{self.path / file} is missing; {METADATA} refers to it") from None
         size = self._sizes[file]
         if not 0 <= offset <= offset + length <= size:
             raise CheckpointError(
-                f"{self.path / file} has {size} bytes, and {name} should be at {offset} to "
-                f"{offset + length}: it was cut short"
+                f"{self.path / file} is truncated: it has {size} bytes, and {name} is at {offset} to "
+                f"{offset + length}"
             )
         return FileRange(file=file, offset=offset, length=length)
 
@@ -224,20 +226,20 @@ class Layout:
             raise CheckpointError(f"{what} is a {type(stored).__name__}, not a tensor")
         if (stored.dtype, stored.shape) != (tensor.dtype, chunk.sizes):
             raise CheckpointError(
-                f"{what} is {stored.dtype}{list(stored.shape)}, and {METADATA} says "
-                f"{tensor.dtype}{list(chunk.sizes)}"
+                f"{what} is {stored.dtype}{list(stored.shape)}, expected {tensor.dtype}{list(chunk.sizes)} "
+                f"from {METADATA}"
             )
         return stored.read()
 
     def _open(self, place: FileRange, name: str, *, verify: bool = True) -> TorchFile:
-        with (self.path / place.file).open("rb") as file:  # mapped for as long as an array of it is in use
+        with (self.path / place.file).open("rb") as file:  # the map lives as long as its arrays
             whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         data = whole[place.offset : place.offset + place.length]
-        # A file of safetensors begins with eight bytes for the length of the JSON that follows.
+        # A safetensors file begins with the length, in eight bytes, of the JSON that follows.
         if bytes(data[:2]) != b"PK" and bytes(whole[8:9]) == b"{":
             raise CheckpointError(
-                f"{self.path / place.file} holds {name} in the format of safetensors, as of torch's "
-                "HuggingFaceStorageWriter, which isn't read in parts; consolidate it, and import that"
+                f"{self.path / place.file} holds {name} as safetensors, written by torch's "
+                "HuggingFaceStorageWriter; consolidate its files and import the result"
             )
         return TorchFile(
             self.path / place.file,
@@ -253,7 +255,7 @@ def check_cover(what: str, tensor: ChunkedTensor) -> None:
     The tensor is cut wherever any chunk begins or ends, so each chunk is a whole number of the pieces.
 
     Raises:
-        CheckpointError: they leave a gap, overlap, or reach beyond it.
+        CheckpointError: they leave a gap, overlap, or reach beyond the tensor.
     """
     for chunk in tensor.chunks:
         box = list(zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True))
@@ -272,17 +274,17 @@ def check_cover(what: str, tensor: ChunkedTensor) -> None:
             for at, begin, size in zip(index, chunk.offsets, chunk.sizes, strict=True)
         )
         if count[part].any():
-            raise CheckpointError(f"{what} has a chunk {_box(chunk)} that overlaps another one")
+            raise CheckpointError(f"{what} has a chunk {_box(chunk)} that overlaps another")
         count[part] = 1
     if not count.all():
         gap = [each[i] for each, i in zip(places, np.argwhere(count == 0)[0], strict=True)]
-        raise CheckpointError(f"{what} has no chunk at {gap}: the checkpoint has a gap")
+        raise CheckpointError(f"{what} has no chunk that covers {gap}")
 
 
 def _steps(path: Any) -> Steps:
     steps = tuple(path) if isinstance(path, tuple | list) else ()
     if not steps or not all(isinstance(step, str | int) for step in steps):
-        raise CheckpointError(f"{METADATA} has {path!r} for a path")
+        raise CheckpointError(f"{METADATA} has an invalid path in planner_data: {path!r}")
     return steps
 
 

@@ -1,11 +1,11 @@
-"""An optimizer's state in torch's distributed checkpoint.
+"""Reader of the optimizer state in torch's distributed checkpoint.
 
-Its parts go by parameter names, as `get_state_dict` has them, in one of two forms:
+Its entries have parameter names, as from `get_state_dict`, in one of two forms:
 
     state.<parameter>.exp_avg, param_groups.0.lr, param_groups.0.params
     state.<parameter>.exp_avg, param_groups.<parameter>.lr      with `flatten_optimizer_state_dict`
 
-In the second one each parameter has hyperparameters of its own, and those with the same ones are a group.
+In the second form each parameter has its own hyperparameters; those with equal ones become a group.
 """
 
 from __future__ import annotations
@@ -18,26 +18,22 @@ from typing import Any
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout, Steps
 from uni3d.importers.pickles import plain
-from uni3d.importers.source import ForeignArray, OptimizerState
-from uni3d.importers.torch_tensors import StoredTensor
-
-HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Hyperparameters that say how a step is computed, not what it computes."""
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+from uni3d.importers.source import FLOATS, IMPLEMENTATION_FLAGS, ForeignArray, OptimizerState
+from uni3d.importers.torch_tensors import StoredTensor, item
 
 
 def read_optimizer(
     layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any]
 ) -> tuple[list[ForeignArray], OptimizerState]:
-    """The moments, and what there is beside.
+    """Read the optimizer's arrays, and its other state.
 
     Args:
         layout: the checkpoint.
-        keys: the optimizer's names in it, each with the path below the optimizer's own.
-        names: of the model's tensors.
+        keys: name of each entry in the checkpoint -> its path below the optimizer's key.
+        names: names of the model's tensors.
 
     Raises:
-        CheckpointError: it isn't known of which parameters something is.
+        CheckpointError: an entry belongs to no known parameter.
     """
     arrays: list[ForeignArray] = []
     scalars: dict[str, dict[str, Any]] = {}
@@ -63,14 +59,16 @@ def read_optimizer(
                 name, hyperparameter = _split(layout, key, rest, names)
                 own.setdefault(name, {})[hyperparameter] = _number(layout, key, each)
             elif not (kind in ("state", "param_groups") and each in ({}, [])):
-                raise CheckpointError(f"{layout.path} has {key}, which is neither a state nor in a group")
+                raise CheckpointError(
+                    f"{layout.path} has {key}, which is neither optimizer state nor a hyperparameter"
+                )
     groups = _listed_groups(layout, listed, names) if listed else _equal_groups(own)
     grouped = {name for group in groups for name in group["params"]}
     for name in (*scalars, *(array.name for array in arrays)):
         if name not in grouped:
             raise CheckpointError(
-                f"{layout.path} has the optimizer's state of {name}, but no parameter group that it is in; "
-                "flatten_optimizer_state_dict=True keeps them apart where there are pipeline stages"
+                f"{layout.path} has optimizer state of {name}, but {name} is in no parameter group; with "
+                "pipeline stages, save with flatten_optimizer_state_dict=True"
             )
     return arrays, OptimizerState(
         type=kind_of(groups), groups=groups, scalars=scalars, equal_groups=not listed
@@ -78,18 +76,18 @@ def read_optimizer(
 
 
 def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
-    """A state of a parameter's; in float32 where it is of real numbers, as uni3d's are."""
+    """Return an optimizer state as an array; floats become float32, as in uni3d."""
     tensor = layout.tensors[key]
     dtype = "float32" if tensor.dtype in FLOATS else tensor.dtype
     if dtype not in DTYPES:
-        raise CheckpointError(f"{layout.path}: {key} has the type {dtype}, which can't be stored")
+        raise CheckpointError(f"{layout.path}: {key} has type {dtype}, which can't be stored")
     return ForeignArray(
         name=name, state=state, dtype=dtype, shape=tensor.shape, read=partial(layout.read, key), origin=key
     )
 
 
 def kind_of(groups: list[dict[str, Any]]) -> str | None:
-    """The optimizer's class, where its hyperparameters tell: torch's Adam and AdamW since torch 2.6."""
+    """Return the optimizer's class if its hyperparameters show it: Adam and AdamW since torch 2.6."""
     decoupled = {group.get("decoupled_weight_decay") for group in groups if "amsgrad" in group}
     if decoupled == {True}:
         return "AdamW"
@@ -97,7 +95,7 @@ def kind_of(groups: list[dict[str, Any]]) -> str | None:
 
 
 def _leaves(steps: Steps, value: Any) -> Iterator[tuple[Steps, Any]]:
-    """The parts of a dict, or of the list of groups, that was stored as a whole, as older torch does."""
+    """Yield the leaves of a dict, or list of groups, that was stored as one object, as by older torch."""
     if isinstance(value, Mapping) and value:
         for key, each in value.items():
             yield from _leaves((*steps, str(key)), each)
@@ -109,33 +107,31 @@ def _leaves(steps: Steps, value: Any) -> Iterator[tuple[Steps, Any]]:
 
 
 def _split(layout: Layout, key: str, text: str, names: Mapping[str, Any]) -> tuple[str, str]:
-    """A parameter's name and what follows it."""
+    """Split `text` into a parameter's name and the rest."""
     name = text
     while name:
         name, _, _ = name.rpartition(".")
         if name in names:
             return name, text[len(name) + 1 :]
     head = text.partition(".")[0]
-    why = f"{text.rpartition('.')[0]} isn't among the model's tensors"
+    why = f"{text.rpartition('.')[0]} isn't a tensor of the model"
     if head.isdecimal():
         why = (
-            f"it numbers its parameters, as Optimizer.state_dict() does ({head} isn't one of the model's "
-            "names): save what torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives"
+            f"it has numbers ({head}) for parameters, as from Optimizer.state_dict(); save the result of "
+            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
         )
     raise CheckpointError(
-        f"{layout.path}: of which parameter the optimizer has {key} isn't known: {why}; or take the weights "
-        "alone, by --weights-only"
+        f"{layout.path}: optimizer entry {key} belongs to no known parameter: {why}; or import with "
+        "--weights-only"
     )
 
 
 def _number(layout: Layout, key: str, value: Any) -> Any:
-    if isinstance(value, StoredTensor) and value.size == 1:
-        value = value.read().reshape(()).item()
     try:
-        return plain(value)
+        return plain(item(value) if isinstance(value, StoredTensor) and value.size == 1 else value)
     except TypeError as error:
         raise CheckpointError(
-            f"{layout.path}: the optimizer has {key}, {error}, which can't be stored"
+            f"{layout.path}: optimizer entry {key} is {error}, which can't be stored"
         ) from None
 
 
@@ -148,16 +144,16 @@ def _listed_groups(
         unknown = [p for p in params if p not in names] if isinstance(params, list) else ["its parameters"]
         if unknown:
             raise CheckpointError(
-                f"{layout.path}: the optimizer's group {i} has {unknown[0]!r}, which isn't among the model's "
-                "tensors; save what torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives, "
-                "or take the weights alone, by --weights-only"
+                f"{layout.path}: parameter group {i} has {unknown[0]!r}, which isn't a tensor of the model; "
+                "save the result of torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, or "
+                "import with --weights-only"
             )
         groups.append({"params": params, **clean(group)})
     return groups
 
 
 def _equal_groups(own: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The parameters with the same hyperparameters, in the order of the first of each."""
+    """Return groups of parameters with equal hyperparameters, in order of first appearance."""
     groups: dict[str, dict[str, Any]] = {}
     for name, values in own.items():
         values = clean(values)
@@ -167,5 +163,5 @@ def _equal_groups(own: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def clean(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's hyperparameters."""
-    return {key: value for key, value in group.items() if key != "params" and key not in HOW_NOT_WHAT}
+    """Return a group's hyperparameters."""
+    return {key: value for key, value in group.items() if key != "params" and key not in IMPLEMENTATION_FLAGS}

@@ -1,4 +1,4 @@
-"""What DeepSpeed's `save_checkpoint` writes: ZeRO 0 to 3, pipeline stages, tensor-parallel ranks."""
+"""Reader of DeepSpeed's checkpoints: ZeRO 0 to 3, pipeline stages, tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from uni3d.importers.torch_tensors import StoredTensor
 
 
 def read_deepspeed(path: Path, options: Options) -> Source:
-    """A checkpoint in a run's folder, or in its own.
+    """Read a checkpoint; `path` is its folder or that of its run.
 
     Raises:
-        CheckpointError: files are missing, damaged or don't fit together, or something in them isn't read.
+        CheckpointError: files are missing, damaged, inconsistent or unsupported.
     """
     folder = checkpoint_folder(path, options.tag)
     if folder is None:
-        raise CheckpointError(f"{path} has no checkpoint of DeepSpeed's")
+        raise CheckpointError(f"{path} has no DeepSpeed checkpoint")
     ranks, left_out = RankFolder(folder, options), list[str]()
     rules = Rules(joining(ranks), options, str(folder))
     if options.in_model_order and ranks.of_stage[0][0].optimizers:
-        raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
+        raise CheckpointError(f"{folder} names its optimizer states; leave --in-model-order out")
     by_tp = [_trained(stages, options, left_out) for stages in ranks.by_tp]
     first = ranks.of_stage[0][0]
     return assemble(
@@ -56,9 +56,9 @@ def assemble(
     optimizer: Mapping[str, Any],
     left_out: list[str],
 ) -> Source:
-    """A source of trained parameters, and of what the model files hold beside them.
+    """Return the source made of the trained parameters and the rest of the model files.
 
-    `groups` are the optimizer's parameter groups, `optimizer` a file that has the loss scale.
+    `groups` are the optimizer's parameter groups; `optimizer` is a file that has the loss scale.
     """
     first = ranks.first
     aliases = {str(k): str(v) for k, v in (first.get("shared_params") or {}).items()}
@@ -70,7 +70,7 @@ def assemble(
     rules.check_used()
     found_buffers = buffers(ranks.by_tp[0])
     if lost := sorted(buffer_names(ranks.by_tp[0]) - found_buffers.keys()):
-        left_out.append(f"the buffers {', '.join(lost)}: the files of their layers aren't there")
+        left_out.append(f"buffers {', '.join(lost)}: the files of their layers are missing")
     given = first.get("ds_config")
     config: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     state = schedule = None
@@ -101,7 +101,7 @@ def assemble(
 
 
 def _trained(stages: Sequence[RankFiles], options: Options, left_out: list[str]) -> dict[str, ParameterPart]:
-    """The trained parameters of a tensor-parallel rank; what several stages have, they have alike."""
+    """Return the trained parameters of a tensor-parallel rank; stages that share one must agree on it."""
     found: dict[str, ParameterPart] = {}
     for rank in stages:
         held = parts(rank) if rank.optimizers else numbered_parts(rank, left_out, options)
@@ -114,7 +114,7 @@ def _trained(stages: Sequence[RankFiles], options: Options, left_out: list[str])
 def _joined(
     by_tp: Sequence[Mapping[str, ParameterPart]], rules: Rules, *, trained: bool
 ) -> dict[str, ParameterPart]:
-    """Whole parameters from those of the tensor-parallel ranks."""
+    """Join the tensor-parallel ranks' shards to whole parameters."""
     tp = len(by_tp)
     for other in by_tp[1:]:
         if other.keys() != by_tp[0].keys():
@@ -153,7 +153,7 @@ def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
 
 
 def joining(ranks: RankFolder) -> Mapping[str, Any] | None:
-    """What the checkpoint says of how tensor-parallel parts go together."""
+    """Return the checkpoint's own description of tensor-parallel shards; None if it has none."""
     rank = ranks.of_stage[0][0]
     for file in (*rank.models, *rank.optimizers):
         found = file.get("universal_checkpoint_info")
@@ -175,7 +175,7 @@ def _optimizer_file(rank: RankFiles) -> Mapping[str, Any]:
 
 
 def _writer(ranks: RankFolder, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What wrote it, for information."""
+    """Return version and topology of the writer, for information."""
     dp, zero = ranks.first.get("dp_world_size"), config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, Mapping) else 0
     return {

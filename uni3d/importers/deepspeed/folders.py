@@ -1,4 +1,4 @@
-"""Where DeepSpeed's checkpoints lie, and which file is of which rank."""
+"""Folders of DeepSpeed checkpoints, and the rank of each file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ckpt import CheckpointError
 from uni3d.importers.deepspeed.zero import RankFiles
 from uni3d.importers.source import Options
-from uni3d.importers.torch_files import TorchFile
+from uni3d.importers.torch_files import load
 
 _LATEST = ("latest", "latest_universal")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -21,11 +21,11 @@ _EXPERTS = re.compile(r"(?:layer_\d+_)?expert_\d+_.*|expp_rank_.*")
 
 
 def checkpoint_folder(path: Path, tag: str | None) -> Path | None:
-    """The folder of a checkpoint: `path` itself, or that of a tag in it; None if there are none.
+    """Return a checkpoint's folder: `path` itself or a tag in it; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: the tag that was asked for, or that the run's file names, isn't there, or there are
-            several and none is named.
+        CheckpointError: the tag given, or named by the file `latest`, doesn't exist; or there are several
+            tags and neither names one.
     """
     if not path.is_dir():
         return None
@@ -38,8 +38,8 @@ def checkpoint_folder(path: Path, tag: str | None) -> Path | None:
     wanted = tag or (named[0] if named else None) or (tags[0] if len(tags) == 1 else None)
     if wanted in tags:
         return path / str(wanted)
-    there = f"the tags there are: {', '.join(tags)}" if tags else "there are none of DeepSpeed's"
-    what = f"no checkpoint {wanted!r}" if wanted else "several checkpoints and no file 'latest'; name a tag"
+    there = f"it has {', '.join(tags)}" if tags else "it has no DeepSpeed checkpoint"
+    what = f"no checkpoint {wanted!r}" if wanted else "several checkpoints and no file 'latest'; give --tag"
     raise CheckpointError(f"{path} has {what}; {there}")
 
 
@@ -52,19 +52,19 @@ def is_universal(folder: Path) -> bool:
 
 
 class RankFolder:
-    """The ranks that a folder's files are of.
+    """A checkpoint's files, sorted by rank.
 
     Attributes:
-        tp: the number of tensor-parallel ranks.
-        of_stage: by pipeline stage, then by tensor-parallel rank.
-        by_tp: the other way round.
+        tp: number of tensor-parallel ranks.
+        of_stage: files by pipeline stage, then by tensor-parallel rank.
+        by_tp: files by tensor-parallel rank, then by pipeline stage.
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
-        """Unpickle all of them; no tensor is read.
+        """Unpickle all files; no tensor is read.
 
         Raises:
-            CheckpointError: some are missing, or of a kind that isn't read.
+            CheckpointError: some are missing or unsupported.
         """
         self._folder, self._options = folder, options
         models, optimizers, layers = _sorted(folder)
@@ -74,7 +74,7 @@ class RankFolder:
         }
         if states and states.keys() != opened.keys():
             raise CheckpointError(
-                f"{folder} has model files of the ranks {sorted(opened)}, but optimizer files of "
+                f"{folder} has model files of ranks {sorted(opened)}, but optimizer files of ranks "
                 f"{sorted(states)}"
             )
         self.tp = _tensor_parallel(folder, opened[0][0], len(opened), layers)
@@ -92,24 +92,25 @@ class RankFolder:
             ]
             for stage in range(len(opened) // self.tp)
         ]
-
         self.by_tp = list(zip(*self.of_stage, strict=True))
 
     @property
     def first(self) -> Mapping[str, Any]:
-        """The model file of the first rank, which has all that isn't of one rank."""
+        """The model file of the first rank, which also has everything that isn't per rank."""
         return self.of_stage[0][0].models[0]
 
     def _open(self, path: Path) -> Mapping[str, Any]:
-        content = TorchFile(path, verify=self._options.verify, stand_ins=self._options.stand_ins).load()
+        content = load(path, self._options)
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}, not what DeepSpeed writes")
+            raise CheckpointError(
+                f"{path} holds a {type(content).__name__}, expected a dict as written by DeepSpeed"
+            )
         return content
 
     def _module(
         self, layers: Mapping[int, list[tuple[int, Path]]], tp: int, model: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """The model's state_dict; that of a pipeline lies in a file for each layer."""
+        """Return the model's state_dict; a pipeline has a file for each layer."""
         if not layers:
             return model.get("module") or {}
         return {
@@ -122,13 +123,13 @@ class RankFolder:
 def _sorted(
     folder: Path,
 ) -> tuple[dict[int, list[Path]], dict[int, list[Path]], dict[int, list[tuple[int, Path]]]]:
-    """Model and optimizer files by model-parallel rank, each by data-parallel rank; layers by tp rank."""
+    """Return model and optimizer files by model- and data-parallel rank, and layer files by tp rank."""
     models: dict[int, dict[int, Path]] = defaultdict(dict)
     optimizers: dict[int, dict[int, Path]] = defaultdict(dict)
     layers: dict[int, list[tuple[int, Path]]] = defaultdict(list)
     for path in sorted(folder.glob("*.pt")):
         if _EXPERTS.fullmatch(path.name):
-            raise CheckpointError(f"{path} is of a mixture of experts, which isn't read")
+            raise CheckpointError(f"{path} belongs to a mixture of experts, which isn't supported")
         if found := _MODEL.fullmatch(path.name):
             models[int(found[2])][int(found[1] or 0)] = path
         elif found := _OPTIMIZER.fullmatch(path.name):
@@ -152,12 +153,12 @@ def _check_all_there(folder: Path, numbers: list[int], what: str) -> None:
     missing = sorted(set(range(len(numbers))) - set(numbers))
     if missing:
         raise CheckpointError(
-            f"{folder} has files of the ranks {what}{numbers}; those of {missing} are missing"
+            f"{folder} has files of ranks {what}{numbers}, but those of {missing} are missing"
         )
 
 
 def _tensor_parallel(folder: Path, model: Mapping[str, Any], ranks: int, layers: Mapping[int, Any]) -> int:
-    """The number of tensor-parallel ranks among the model-parallel ones."""
+    """Return the number of tensor-parallel ranks among the model-parallel ones."""
     said = model.get("checkpoint_parallel_dimensions") or {}
     if said.get("tp_degree"):
         tp, pp = int(said["tp_degree"]), int(said.get("pp_degree") or 1)
@@ -168,6 +169,6 @@ def _tensor_parallel(folder: Path, model: Mapping[str, Any], ranks: int, layers:
     if tp * pp != ranks:
         raise CheckpointError(
             f"{folder} was written by {pp} pipeline stages x {tp} tensor-parallel ranks, but has files of "
-            f"{ranks}"
+            f"{ranks} ranks"
         )
     return tp

@@ -1,4 +1,4 @@
-"""What DeepSpeed's model files hold themselves: frozen parameters, buffers, and all of it without ZeRO."""
+"""Content of DeepSpeed's model files: frozen parameters, buffers, and without ZeRO the optimizer too."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from ckpt import CheckpointError
 from uni3d.importers.deepspeed.zero import Checked, ParameterPart, RankFiles, Read
-from uni3d.importers.source import PARAMETER, Options
-from uni3d.importers.torch_tensors import StoredTensor
+from uni3d.importers.source import FLOATS, PARAMETER, Options
+from uni3d.importers.torch_tensors import StoredTensor, item
 
 TIED = "tied_modules."
-"""How the names of parameters begin that several layers of a pipeline share."""
+"""Prefix of parameters that several layers of a pipeline share."""
 
 
 def buffer_names(stages: Sequence[RankFiles]) -> set[str]:
@@ -26,7 +26,7 @@ def buffer_names(stages: Sequence[RankFiles]) -> set[str]:
 
 
 def buffers(stages: Sequence[RankFiles]) -> dict[str, StoredTensor]:
-    """The persistent buffers of a tensor-parallel rank."""
+    """Return the persistent buffers of a tensor-parallel rank."""
     names = buffer_names(stages)
     return {n: t for n, t in stages[0].module.items() if n in names and isinstance(t, StoredTensor)}
 
@@ -37,10 +37,10 @@ def untrained(
     aliases: dict[str, str],
     left_out: list[str],
 ) -> dict[str, ParameterPart]:
-    """The frozen parameters of a tensor-parallel rank.
+    """Return the frozen parameters of a tensor-parallel rank.
 
-    Other names of tied weights that are found are added to `aliases`; copies of a pipeline's tied weights in
-    the files of its layers, and what isn't a tensor, to `left_out`.
+    Names of tied weights that are found are added to `aliases`. Copies of a pipeline's tied weights in layer
+    files, and entries that aren't tensors, are added to `left_out`.
     """
     found: dict[str, ParameterPart] = {}
     for rank in stages:
@@ -59,9 +59,9 @@ def untrained(
             aliases[name] = same[tensor.identity]
         elif copy := _tied_copy(name, tensor, trained):
             left_out.append(f"{name}: a copy of {copy}")
-        elif tensor.dtype not in ("float16", "bfloat16", "float32", "float64"):
+        elif tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{where}: {name} is neither a buffer nor a parameter, by its type {tensor.dtype}"
+                f"{where}: {name} isn't listed as a buffer, but is no parameter: its type is {tensor.dtype}"
             )
         else:
             found[name] = ParameterPart(shape=tensor.shape, origin=where, states={PARAMETER: tensor.read})
@@ -70,20 +70,20 @@ def untrained(
 
 
 def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, ParameterPart]) -> str | None:
-    """The tied parameter of a pipeline that a layer's file has too, under the layer's name."""
+    """Return the tied parameter of which a layer's file has a copy, under the layer's name."""
     layer, _, inner = name.partition(".")
     if not layer.isdigit():
         return None
     for tied, part in trained.items():
         if tied.startswith(TIED) and tied.split(".", 2)[2] == inner and part.shape == tensor.shape:
-            with suppress(CheckpointError):  # it is another parameter that looks like it
+            with suppress(CheckpointError):  # another parameter of the same shape
                 Checked(part.states[PARAMETER], tensor, name)()
                 return tied
     return None
 
 
 def _frozen(rank: RankFiles, name: str, shape: tuple[int, ...]) -> ParameterPart:
-    """A frozen parameter as ZeRO-2 and 3 save it: whole, or in equal parts on the data-parallel ranks."""
+    """Return a frozen parameter, whole or in equal parts on the data-parallel ranks (ZeRO 2 and 3)."""
     fragments: list[StoredTensor] = [model["frozen_param_fragments"][name] for model in rank.models]
 
     def read() -> npt.NDArray[Any]:
@@ -92,7 +92,7 @@ def _frozen(rank: RankFiles, name: str, shape: tuple[int, ...]) -> ParameterPart
 
     if sum(fragment.size for fragment in fragments) < prod(shape):
         raise CheckpointError(
-            f"{rank.where}: the frozen {name} has too few elements for the shape {list(shape)}"
+            f"{rank.where}: frozen parameter {name} has too few elements for its shape {list(shape)}"
         )
     return ParameterPart(shape=shape, origin=rank.where, states={PARAMETER: read})
 
@@ -101,24 +101,24 @@ def _frozen(rank: RankFiles, name: str, shape: tuple[int, ...]) -> ParameterPart
 
 
 def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> dict[str, ParameterPart]:
-    """Without ZeRO: the parameters with the optimizer's states, which are only numbered.
+    """Return a rank's parameters without ZeRO, where optimizer states have numbers instead of names.
 
-    They are given to the parameters in the model's order, if that is asked for: each group has those of
-    its parameters in this order, and which group is next follows from the shapes, if only one can be.
+    With `in_model_order` the states are matched to the parameters in the model's order. Each group keeps this
+    order; the group of a parameter follows from the shapes if they allow only one.
 
     Raises:
-        CheckpointError: it doesn't come out even, or there is a choice.
+        CheckpointError: the states don't match the parameters, or the match is ambiguous.
     """
     wrapped = rank.models[0].get("optimizer")
     if not isinstance(wrapped, Mapping):
         return {}
     if not options.in_model_order:
         left_out.append(
-            "the optimizer, and fp32 masters where it keeps them: without ZeRO they are only numbered; "
-            "--in-model-order takes them in the order of the model's parameters"
+            "optimizer state, with its fp32 masters if any: without ZeRO they have numbers instead of names; "
+            "--in-model-order matches them to the parameters in the model's order"
         )
         return {}
-    inner = wrapped.get("optimizer_state_dict", wrapped)  # as fp16 and bf16 keep it
+    inner = wrapped.get("optimizer_state_dict", wrapped)  # nested for fp16 and bf16
     queues = [list(group["params"]) for group in inner["param_groups"]]
     masters = _masters(wrapped, inner)
     names = {
@@ -138,16 +138,16 @@ def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> di
         ]
         if len(homes) > 1:
             raise CheckpointError(
-                f"{rank.where}: by its shape, {name} may be the next of several parameter groups; without "
-                "ZeRO DeepSpeed doesn't say which; import with --weights-only"
+                f"{rank.where}: {name} may belong to several parameter groups, judging by its shape, and "
+                "without ZeRO DeepSpeed doesn't record which; import with --weights-only"
             )
         if homes:  # else it is frozen
             number = queues[homes[0]].pop(0)
             found[name] = _numbered(rank, name, tensor, inner["state"][number], masters.get(number), homes[0])
     if any(queues):
         raise CheckpointError(
-            f"{rank.where}: {sum(map(len, queues))} of the optimizer's states are of no parameter in the "
-            "model's order; import with --weights-only"
+            f"{rank.where}: {sum(map(len, queues))} optimizer states match no parameter in the model's "
+            "order; import with --weights-only"
         )
     return found
 
@@ -155,14 +155,14 @@ def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> di
 def _check_none_is_frozen(
     rank: RankFiles, names: Mapping[str, StoredTensor], shapes: Sequence[tuple[int, ...] | None]
 ) -> None:
-    """Refuse parameters without states that have the shape of others with them: nothing tells them apart."""
+    """Refuse more parameters than states of one shape: the frozen ones can't be told apart."""
     parameters, states = Counter(tensor.shape for tensor in names.values()), Counter(shapes)
     for shape, number in states.items():
         if shape is not None and parameters[shape] > number:
             raise CheckpointError(
-                f"{rank.where}: of {parameters[shape]} parameters of the shape {list(shape)} only {number} "
-                "have states, and without ZeRO DeepSpeed doesn't say which; name the others by --frozen, or "
-                "import with --weights-only"
+                f"{rank.where}: only {number} of {parameters[shape]} parameters of shape {list(shape)} have "
+                "optimizer states, and without ZeRO DeepSpeed doesn't record which; name the others with "
+                "--frozen, or import with --weights-only"
             )
 
 
@@ -183,14 +183,16 @@ def _numbered(
         origin=rank.where,
         states={PARAMETER: read, **{key: value.read for key, value in arrays.items()}},
         group=group,
-        scalars={k: float(v.read()) if isinstance(v, StoredTensor) else float(v) for k, v in numbers.items()},
+        scalars={k: float(item(v)) for k, v in numbers.items()},
     )
 
 
 def _masters(wrapped: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[int, StoredTensor]:
-    """The fp32 copies that fp16 keeps, by the number of the parameter."""
+    """Return the fp32 masters of half-precision weights, by parameter number."""
     if "fp32_groups_flat" in wrapped:
-        raise CheckpointError("the optimizer's states are of flat groups (FP16_Optimizer), which aren't read")
+        raise CheckpointError(
+            "optimizer states in flat groups (FP16_Optimizer) aren't supported; import with --weights-only"
+        )
     groups = wrapped.get("fp32_groups") or []
     numbers = [group["params"] for group in inner["param_groups"]]
     return {n: t for ns, ts in zip(numbers, groups, strict=False) for n, t in zip(ns, ts, strict=True)}
@@ -206,7 +208,7 @@ def _shape(
 
 
 def _parameter_names(rank: RankFiles) -> dict[str, StoredTensor]:
-    """The module's parameters in order, each tied one once."""
+    """Return the module's parameters in order, each tied one once."""
     names = set(rank.models[0].get("buffer_names") or [])
     seen: dict[Any, tuple[str, StoredTensor]] = {}
     for name, tensor in rank.module.items():

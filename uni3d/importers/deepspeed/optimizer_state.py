@@ -1,4 +1,4 @@
-"""What a DeepSpeed checkpoint says beside its arrays: parameter groups, schedule, loss scale, counters."""
+"""State of a DeepSpeed checkpoint that isn't arrays: parameter groups, LR schedule, loss scale, counters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uni3d.config.scheduler import read_scheduler
 from uni3d.config.strict import ConfigError
 from uni3d.importers.deepspeed.zero import ParameterPart
 from uni3d.importers.pickles import StandIn, plain
-from uni3d.importers.source import PARAMETER, OptimizerState
+from uni3d.importers.source import IMPLEMENTATION_FLAGS, PARAMETER, OptimizerState
 
 _OWN_KEYS = frozenset(
     {
@@ -40,12 +40,10 @@ _OWN_KEYS = frozenset(
         "universal_checkpoint_info",
     }
 )
-"""Of a model file; what else there is, a script put there as `client_state`."""
+"""DeepSpeed's own keys of a model file. The others are the script's `client_state`."""
 
-_HOW_NOT_WHAT = frozenset(
-    {"params", "param_names", "step", "foreach", "fused", "capturable", "differentiable"}
-)
-"""Entries of a parameter group that don't say what a step computes."""
+_NOT_HYPERPARAMETERS = IMPLEMENTATION_FLAGS | {"params", "param_names", "step"}
+"""Entries of a parameter group that aren't taken over."""
 
 
 def optimizer_state(
@@ -54,14 +52,16 @@ def optimizer_state(
     trained: Mapping[str, ParameterPart],
     left_out: list[str],
 ) -> OptimizerState:
-    """The optimizer without its arrays; what can't be taken over of the groups is added to `left_out`."""
+    """Return the optimizer's state without arrays; unsupported hyperparameters are added to `left_out`."""
     cleaned = [hyperparameters(group, f"parameter group {i}", left_out) for i, group in enumerate(groups)]
     for name, part in trained.items():
         if part.group is not None:
             cleaned[part.group]["params"].append(name)
     for i, group in enumerate(cleaned):
         if not group["params"]:
-            left_out.append(f"the parameters of group {i}: it has only frozen ones, of which none is named")
+            left_out.append(
+                f"parameters of group {i}: all are frozen, and DeepSpeed doesn't record their names"
+            )
     return OptimizerState(
         type=_class_of(config.get("optimizer"), groups, trained),
         groups=cleaned,
@@ -70,10 +70,10 @@ def optimizer_state(
 
 
 def hyperparameters(group: Mapping[str, Any], where: str, left_out: list[str]) -> dict[str, Any]:
-    """A group's, as the manifest has them; without parameters yet."""
+    """Return a group's hyperparameters in the manifest's form, with an empty list of parameters."""
     found: dict[str, Any] = {"params": []}
     for key, value in group.items():
-        if key in _HOW_NOT_WHAT or (key == "bias_correction" and value is True):
+        if key in _NOT_HYPERPARAMETERS or (key == "bias_correction" and value is True):
             continue  # torch's optimizers always correct the bias
         try:
             found[str(key)] = plain(value)
@@ -83,13 +83,12 @@ def hyperparameters(group: Mapping[str, Any], where: str, left_out: list[str]) -
 
 
 def _class_of(section: Any, groups: list[dict[str, Any]], trained: Mapping[str, ParameterPart]) -> str | None:
-    """The class of torch's, or of ours, that the optimizer is here; None if it isn't known.
+    """Return the class of torch or uni3d that is this optimizer; None if it isn't known.
 
-    A script may have given DeepSpeed another one than the config names; the groups and states are the one's
-    that ran.
+    A script may have used another optimizer than the config's, so groups and states count before the config.
     """
     decoupled = {group["decoupled_weight_decay"] for group in groups if "decoupled_weight_decay" in group}
-    if len(decoupled) == 1:  # torch's Adam and AdamW say it
+    if len(decoupled) == 1:  # torch's Adam and AdamW record it
         return "AdamW" if decoupled.pop() else "Adam"
     try:
         config = read_optimizer(section)
@@ -106,10 +105,10 @@ def _class_of(section: Any, groups: list[dict[str, Any]], trained: Mapping[str, 
 def scheduler_state(
     config: Mapping[str, Any], saved: Any, groups: list[dict[str, Any]], left_out: list[str]
 ) -> dict[str, Any] | None:
-    """The state of the schedule in the config, where it stood, as the run's own will have it.
+    """Return the state of the config's LR schedule, in the form of uni3d's scheduler.
 
-    None, with the reason in `left_out`, if there was none, it isn't one of the config's, or it gives other
-    rates than the groups have.
+    Return None, with the reason in `left_out`, if the schedule isn't the config's or doesn't give the
+    groups' rates; None alone if there was no schedule.
     """
     if saved is None:
         return None
@@ -119,9 +118,9 @@ def scheduler_state(
     except ConfigError as error:
         section, reason = None, str(error)
     else:
-        reason = "the config has no scheduler: it was the script's own"
+        reason = "the config has no scheduler; it was the script's own"
     if section is None or not isinstance(iteration, int):
-        left_out.append(f"the learning rate schedule: {reason}")
+        left_out.append(f"LR schedule: {reason}")
         return None
     wanted = [float(group["lr"]) for group in groups]
     params = (config.get("optimizer") or {}).get("params") or {}
@@ -132,8 +131,8 @@ def scheduler_state(
             state: dict[str, Any] = schedule.state_dict()
             return state
     left_out.append(
-        f"the learning rate schedule: {section.type} doesn't give the rates {wanted}, which the groups have, "
-        f"at iteration {iteration}"
+        f"LR schedule: {section.type} doesn't give the groups' learning rates {wanted} at iteration "
+        f"{iteration}"
     )
     return None
 
@@ -141,7 +140,7 @@ def scheduler_state(
 def _possible_rates(
     section: Any, epoch: int, groups: list[dict[str, Any]], configured: Any
 ) -> Iterator[list[float]]:
-    """What each group's own rate may have been, of which a schedule gives shares: it isn't stored."""
+    """Yield candidates for the groups' base learning rates, which aren't always stored."""
     now = [float(group["lr"]) for group in groups]
     if all("initial_lr" in group for group in groups):
         yield [float(group["initial_lr"]) for group in groups]
@@ -153,7 +152,7 @@ def _possible_rates(
 
 
 def _schedule_at(section: Any, epoch: int, rates: list[float], groups: list[dict[str, Any]]) -> Any:
-    """Our schedule over groups of these rates, after `epoch` steps. Loads torch."""
+    """Return uni3d's scheduler over groups of these base rates, after `epoch` steps. Loads torch."""
     import torch
 
     from uni3d.optim.lr_schedules import make_scheduler
@@ -173,7 +172,7 @@ def _schedule_at(section: Any, epoch: int, rates: list[float], groups: list[dict
 
 
 def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """fp16's, as the manifest has it; None where there is none."""
+    """Return fp16's loss scale in the manifest's form; None without fp16."""
     section = config.get("fp16") or {}
     if not section.get("enabled"):
         return None
@@ -182,14 +181,14 @@ def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[
     begun = saved.get("cur_iter", 0) - saved.get("last_overflow_iter", -1) - 1
     return {
         "scale": float(saved.get("cur_scale", 1.0)),
-        "terms": None,  # our own divisor, which the first batch fixes
+        "terms": None,  # uni3d's own divisor, set by the first batch
         "hysteresis": int(saved.get("cur_hysteresis", section.get("hysteresis", 2))),
         "good_steps": int(begun),
     }
 
 
 def client_state(model: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
-    """What the script put beside DeepSpeed's own; what JSON hasn't is added to `left_out`."""
+    """Return the script's own entries; those that JSON can't represent are added to `left_out`."""
     found = {}
     for key, value in model.items():
         if key not in _OWN_KEYS:
@@ -199,12 +198,12 @@ def client_state(model: Mapping[str, Any], left_out: list[str]) -> dict[str, Any
                 left_out.append(f"client_state {key}: {error}")
     for key in ("data_sampler", "random_ltd"):
         if model.get(key) is not None:
-            left_out.append(f"{key}: has no place here")
+            left_out.append(f"{key}: not supported")
     return found
 
 
 def batch_size(config: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:
-    """Samples in a global batch, by the config."""
+    """Return the number of samples in a global batch, from the config."""
     if isinstance(config.get("train_batch_size"), int):
         return int(config["train_batch_size"])
     micro, ranks = config.get("train_micro_batch_size_per_gpu"), model.get("dp_world_size")

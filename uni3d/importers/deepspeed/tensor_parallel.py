@@ -1,14 +1,14 @@
-"""How DeepSpeed's tensor-parallel ranks' parts of a parameter go together.
+"""Merging of tensor-parallel shards in DeepSpeed checkpoints.
 
-The checkpoint says it where its writer did, by patterns of names (`universal_checkpoint_info`, whose patterns
-are matched from a name's beginning): Megatron-DeepSpeed's, and DeepSpeed's own AutoTP. Else the user says it.
+Megatron-DeepSpeed and DeepSpeed's AutoTP record the rules as name patterns (`universal_checkpoint_info`; a
+pattern is matched from a name's beginning). For other checkpoints the user gives them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,47 +23,48 @@ from uni3d.importers.source import Options
 Array = npt.NDArray[Any]
 
 RULES = ("0", "1", "0x2", "0x3", "replicated", "average")
-"""What `--split` may say: the dim along which the parts lie; that each is of two matrices (a gate and its
-values), or three (q, k and v), which were cut along dim 0; that they are the same; that their mean counts."""
+"""Rules of `--split`: concatenate along dim 0 or 1; two fused matrices (gate and values) or three (q, k and
+v), each split along dim 0; equal on all ranks; averaged over the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How the parts of one parameter go together."""
+    """Rule for merging the shards of one parameter."""
 
     kind: str
     """`cat`, `replicated` or `average`."""
     dim: int = 0
     widths: tuple[tuple[int, ...], ...] = ()
-    """Where a parameter is several in one (q, k and v): of each, its width along `dim` on each rank."""
+    """Widths along `dim` of each fused matrix (q, k and v) on each rank, if they differ."""
     several: int = 1
-    """How many of the same width it is in one."""
+    """Number of fused matrices of equal width."""
     rows: int | None = None
-    """Rows of the whole, the others being padding of the vocabulary."""
+    """Rows without the padding of the vocabulary."""
 
 
 class Rules:
-    """Of all parameters of a checkpoint."""
+    """Rules for all parameters of a checkpoint."""
 
     def __init__(self, info: Mapping[str, Any] | None, options: Options, where: str) -> None:
         self._info, self._split, self._where = info, options.split, where
         self._used: set[str] = set()
 
     def of(self, name: str, tp: int, *, trained: bool) -> Rule:
-        """How the parts of `name` on `tp` ranks go together.
+        """Return the rule for the shards of `name` on `tp` ranks.
 
-        What no pattern matches lies along dim 0, if it was trained; the patterns aren't made for others.
+        A trained parameter that no pattern matches is split along dim 0. Frozen ones need a pattern: the
+        checkpoint's patterns weren't made for them.
 
         Raises:
-            CheckpointError: nobody says it.
+            CheckpointError: no rule is known.
         """
         if tp == 1:
             return Rule(kind="cat", rows=self._rows(name))
         told = [(pattern, rule) for pattern, rule in self._split if fnmatchcase(name, pattern)]
         if len({rule for _, rule in told}) > 1:
             raise CheckpointError(
-                f"--split says of {name} both {' and '.join('='.join(each) for each in told)}; give patterns "
-                "of which one matches it"
+                f"--split has several rules for {name}: {', '.join('='.join(each) for each in told)}; give "
+                "patterns of which only one matches it"
             )
         if told:
             self._used |= {pattern for pattern, _ in told}
@@ -73,21 +74,21 @@ class Rules:
             found = Rule(kind="cat")
         if found is None:
             raise CheckpointError(
-                f"{self._where} doesn't say how the {tp} tensor-parallel parts of {name} go together; say it "
-                f"by --split 'PATTERN=RULE', where RULE is one of {', '.join(RULES)}"
+                f"{self._where} doesn't record how to merge the {tp} tensor-parallel shards of {name}; give "
+                f"--split 'PATTERN=RULE', where RULE is one of {', '.join(RULES)}"
             )
         return found
 
     def check_used(self) -> None:
-        """Refuse what the user said and nothing was decided by."""
+        """Refuse `--split` patterns that had no effect."""
         for pattern, rule in self._split:
             if pattern not in self._used:
                 raise CheckpointError(
-                    f"--split {pattern}={rule} is of no parameter with tensor-parallel parts in {self._where}"
+                    f"--split {pattern}={rule} matches no tensor-parallel parameter of {self._where}"
                 )
 
     def _rows(self, name: str) -> int | None:
-        """Of a parameter that has a row for each word of a padded vocabulary, how many are of words."""
+        """Return the unpadded number of rows of a vocabulary parameter; None for others."""
         info = self._info or {}
         if any(re.match(pattern, name) for pattern in info.get("vocabulary_parameter_patterns") or []):
             return int(info["original_vocab_size"])
@@ -126,14 +127,14 @@ class Rules:
         sizes = fields["shape"][dim]
         if isinstance(sizes, int) or any(size % tp for size in sizes):
             raise CheckpointError(
-                f"{self._where} doesn't say how wide the parts are of which {name} consists; convert it by a "
+                f"{self._where} doesn't record the widths of the fused parts of {name}; convert it with a "
                 "newer DeepSpeed"
             )
         return tuple((size // tp,) * tp for size in sizes)
 
 
 def _told(rule: str) -> Rule:
-    """One of `RULES`."""
+    """Parse one of `RULES`."""
     if not rule[0].isdigit():
         return Rule(kind=rule)
     dim, _, several = rule.partition("x")
@@ -141,15 +142,15 @@ def _told(rule: str) -> Rule:
 
 
 def _check_scales(name: str, info: Mapping[str, Any], where: str) -> None:
-    """Refuse what its writer says is scaled on some ranks: no rule here undoes that."""
+    """Refuse shards that are scaled on some ranks: no rule undoes that."""
     maps = (info.get("affine_map") or {}).get("params") or {}
     for pattern, described in maps.items():
         if re.match(pattern, name) and any(scale != 1 for scale in _found(described, "scale")):
-            raise CheckpointError(f"{where}: the parts of {name} are scaled, which isn't read")
+            raise CheckpointError(f"{where}: the shards of {name} are scaled, which isn't supported")
 
 
 def _found(value: Any, key: str) -> list[Any]:
-    """All values under `key`, however deep."""
+    """Return all values under `key`, at any depth."""
     if isinstance(value, Mapping):
         own = [value[key]] if key in value else []
         return own + [found for each in value.values() for found in _found(each, key)]
@@ -159,56 +160,56 @@ def _found(value: Any, key: str) -> list[Any]:
 
 
 def _fields(value: Any) -> Mapping[str, Any]:
-    """Of a dataclass of DeepSpeed's."""
+    """Return the fields of a pickled dataclass of DeepSpeed."""
     if isinstance(value, StandIn) and isinstance(value.state, Mapping):
         return value.state
-    raise CheckpointError(f"a description of joined parameters is {value!r}")
+    raise CheckpointError(f"unknown description of fused parameters: {value!r}")
 
 
 def join(parts: Sequence[ParameterPart], rule: Rule, name: str) -> ParameterPart:
-    """One part of the parts of all tensor-parallel ranks."""
+    """Merge the shards of all tensor-parallel ranks."""
     first = parts[0]
     if len(parts) == 1 and rule.rows is None:
         return first
     for part in parts[1:]:
         if part.states.keys() != first.states.keys() or part.group != first.group:
             raise CheckpointError(
-                f"{part.origin}: {name} has other states, or is in another group, than on rank 0"
+                f"{part.origin}: optimizer states or parameter group of {name} differ from rank 0"
             )
         if part.scalars != first.scalars:
-            raise CheckpointError(f"{part.origin}: {name} is at {part.scalars}, on rank 0 at {first.scalars}")
+            raise CheckpointError(f"{part.origin}: {name} has {part.scalars}, but {first.scalars} on rank 0")
     shape = _whole_shape([part.shape for part in parts], rule, f"{first.origin}: {name}")
     states: dict[str, Read] = {
         state: _Joined([part.states[state] for part in parts], rule, shape, f"{first.origin}: {name}/{state}")
         for state in first.states
     }
-    return ParameterPart(
-        shape=shape, origin=first.origin, states=states, group=first.group, scalars=first.scalars
-    )
+    return replace(first, shape=shape, states=states)
 
 
 def _whole_shape(shapes: Sequence[tuple[int, ...]], rule: Rule, what: str) -> tuple[int, ...]:
     if rule.kind != "cat":
         if len(set(shapes)) > 1:
-            raise CheckpointError(f"{what} should be {rule.kind}, but has the shapes {list(shapes)}")
+            raise CheckpointError(f"{what} should be {rule.kind}, but its shards have shapes {list(shapes)}")
         return shapes[0]
     others = {(len(s), *s[: rule.dim], *s[rule.dim + 1 :]) for s in shapes}
     if len(others) > 1 or rule.dim >= len(shapes[0]):
         raise CheckpointError(
-            f"{what} can't be joined along dim {rule.dim}: its parts have the shapes {list(shapes)}"
+            f"{what} can't be concatenated along dim {rule.dim}: its shards have shapes {list(shapes)}"
         )
     if any(shape[rule.dim] % rule.several for shape in shapes):
-        raise CheckpointError(f"{what} isn't {rule.several} in one: its parts have the shapes {list(shapes)}")
+        raise CheckpointError(
+            f"{what} isn't {rule.several} fused matrices: its shards have shapes {list(shapes)}"
+        )
     length = sum(shape[rule.dim] for shape in shapes)
     if rule.rows is not None:
         if rule.rows > length:
-            raise CheckpointError(f"{what} has {length} rows, and should have at least {rule.rows}")
+            raise CheckpointError(f"{what} has {length} rows, expected at least {rule.rows}")
         length = rule.rows
     return (*shapes[0][: rule.dim], length, *shapes[0][rule.dim + 1 :])
 
 
 class _Joined:
-    """A state of a parameter, read from all ranks' parts."""
+    """A state of a parameter, read from the shards of all ranks."""
 
     def __init__(
         self, reads: Sequence[Callable[[], Array]], rule: Rule, shape: tuple[int, ...], what: str
@@ -220,7 +221,7 @@ class _Joined:
         if rule.kind == "replicated":
             if any(part.tobytes() != parts[0].tobytes() for part in parts[1:]):
                 raise CheckpointError(
-                    f"{self._what} should be the same on all tensor-parallel ranks, and isn't"
+                    f"{self._what} differs between tensor-parallel ranks, but is said to be replicated"
                 )
             return parts[0]
         if rule.kind == "average":
@@ -239,8 +240,8 @@ class _Joined:
         held = [sum(each[rank] for each in widths) for rank in range(len(parts))]
         if held != [part.shape[dim] for part in parts]:
             raise CheckpointError(
-                f"{self._what} has parts of {[part.shape[dim] for part in parts]} along dim {dim}, and "
-                f"should have {held}"
+                f"{self._what} has shards of {[part.shape[dim] for part in parts]} along dim {dim}, expected "
+                f"{held}"
             )
         cuts = [np.cumsum([each[rank] for each in widths])[:-1] for rank in range(len(parts))]
         split = [np.split(part, cut, axis=dim) for part, cut in zip(parts, cuts, strict=True)]

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: a folder for each parameter below `zero/`, made by `ds_to_universal`."""
+"""Reader of DeepSpeed's universal checkpoints, made by `ds_to_universal`: a folder for each parameter."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from uni3d.importers.deepspeed.folders import RankFolder, checkpoint_folder, is_
 from uni3d.importers.deepspeed.tensor_parallel import Rules
 from uni3d.importers.deepspeed.zero import Checked, ParameterPart, Read
 from uni3d.importers.source import PARAMETER, Options, Source
-from uni3d.importers.torch_files import TorchFile
-from uni3d.importers.torch_tensors import StoredTensor
+from uni3d.importers.torch_files import load
+from uni3d.importers.torch_tensors import StoredTensor, item
 
 _STEP = "step"
 
 
 def read_universal(path: Path, options: Options) -> Source:
-    """A universal checkpoint in a run's folder, or in its own.
+    """Read a universal checkpoint; `path` is its folder or that of its run.
 
     Raises:
-        CheckpointError: files are missing, damaged or don't fit together, or something in them isn't read.
+        CheckpointError: files are missing, damaged, inconsistent or unsupported.
     """
     folder = checkpoint_folder(path, options.tag)
     if folder is None or not is_universal(folder):
         raise CheckpointError(f"{folder or path} has no folder zero/, so it isn't a universal checkpoint")
     if options.in_model_order:
-        raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
+        raise CheckpointError(f"{folder} names its optimizer states; leave --in-model-order out")
     ranks = RankFolder(folder, options)
     common = _open(folder / "zero" / "optimizer_state.pt", options)
-    inner = common.get("optimizer_state_dict", common)  # ZeRO-3's keeps what is below it
+    inner = common.get("optimizer_state_dict", common)  # nested by ZeRO-3
     groups = [dict(group) for group in inner["param_groups"]]
     trained = {
         name: _part(folder, name, group, ranks, inner, options)
@@ -54,7 +54,7 @@ def read_universal(path: Path, options: Options) -> Source:
 
 
 def _homes(ranks: RankFolder, groups: list[dict[str, Any]], *, stage3: bool) -> dict[str, tuple[int, int]]:
-    """Of each trained parameter, its parameter group and the number of the flat group it was in."""
+    """Map each trained parameter to its parameter group and its flat group."""
     homes: dict[str, tuple[int, int]] = {}
     for stages in ranks.by_tp:
         for rank in stages:
@@ -65,7 +65,9 @@ def _homes(ranks: RankFolder, groups: list[dict[str, Any]], *, stage3: bool) -> 
                 for name in shapes:
                     homes.setdefault(str(name), (home, index))
     if not homes:
-        raise CheckpointError(f"{ranks.of_stage[0][0].where} has no param_shapes, which name the parameters")
+        raise CheckpointError(
+            f"{ranks.of_stage[0][0].where} has no param_shapes, so the parameters' names are unknown"
+        )
     return homes
 
 
@@ -77,20 +79,20 @@ def _part(
     inner: Mapping[str, Any],
     options: Options,
 ) -> ParameterPart:
-    """A parameter with its states, from the files in its folder."""
+    """Return a parameter with its states, from the files in its folder."""
     place = folder / "zero" / name
     files = {path.stem: path for path in sorted(place.glob("*.pt"))}
     if PARAMETER not in files:
         raise CheckpointError(f"{place / 'fp32.pt'} is missing")
     group, index = home
-    scalars = {_STEP: _number(_load(files.pop(_STEP), options))} if _STEP in files else {}
-    if not scalars:  # it isn't in a file of its own, then it is the flat group's
+    scalars = {_STEP: float(item(load(files.pop(_STEP), options)))} if _STEP in files else {}
+    if not scalars:  # without a file of its own, the step is in the flat group
         state = (inner.get("state") or {}).get(index) or {}
-        scalars = {_STEP: _number(state[_STEP])} if _STEP in state else {}
+        scalars = {_STEP: float(item(state[_STEP]))} if _STEP in state else {}
     states: dict[str, Read] = {}
     shapes = set()
     for key, path in files.items():
-        tensor = _load(path, options)
+        tensor = load(path, options)
         if isinstance(tensor, Mapping):
             tensor = tensor.get("param")
         if not isinstance(tensor, StoredTensor):
@@ -99,7 +101,7 @@ def _part(
         states[key] = _Shaped(tensor, shape)
         shapes.add(shape)
     if len(shapes) > 1:
-        raise CheckpointError(f"{place} has tensors of several shapes: {sorted(shapes)}")
+        raise CheckpointError(f"{place} has tensors of different shapes: {sorted(shapes)}")
     weights = ranks.of_stage[0][0].module.get(name)
     if options.verify and ranks.tp == 1 and isinstance(weights, StoredTensor) and weights.shape in shapes:
         states[PARAMETER] = Checked(states[PARAMETER], weights, f"{folder.name}: {name}")
@@ -109,7 +111,7 @@ def _part(
 
 
 class _Shaped:
-    """A tensor in the shape that its parameter has."""
+    """A tensor, read in its parameter's shape."""
 
     def __init__(self, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         self._tensor, self._shape = tensor, shape
@@ -119,8 +121,8 @@ class _Shaped:
 
 
 def _shape(tensor: StoredTensor, name: str, ranks: RankFolder) -> tuple[int, ...]:
-    """As the model files have it: of ZeRO-3's, the converter leaves the tensors flat."""
-    if ranks.tp > 1:  # there only the parts' shapes are known
+    """Return the shape in the model files: the converter leaves ZeRO-3's tensors flat."""
+    if ranks.tp > 1:  # only the shards' shapes are known
         return tensor.shape
     for stages in ranks.of_stage:
         for shapes in stages[0].models[0].get("param_shapes") or []:
@@ -129,18 +131,10 @@ def _shape(tensor: StoredTensor, name: str, ranks: RankFolder) -> tuple[int, ...
     return tensor.shape
 
 
-def _load(path: Path, options: Options) -> Any:
-    return TorchFile(path, verify=options.verify, stand_ins=options.stand_ins).load()
-
-
 def _open(path: Path, options: Options) -> Mapping[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    content = _load(path, options)
+    content = load(path, options)
     if not isinstance(content, Mapping) or "param_groups" not in content.get("optimizer_state_dict", content):
         raise CheckpointError(f"{path} has no param_groups")
     return content
-
-
-def _number(value: Any) -> float:
-    return float(value.read()) if isinstance(value, StoredTensor) else float(value)

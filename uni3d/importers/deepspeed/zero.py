@@ -1,10 +1,10 @@
-"""DeepSpeed's flat partitions: the parameters that one model-parallel rank's optimizer files hold.
+"""DeepSpeed's flat partitions in the optimizer files of one model-parallel rank.
 
-ZeRO-1 and 2 lay the parameters of a group end to end, and cut that into a partition for each data-parallel
-rank; ZeRO-3 cuts each parameter, and lays end to end what a rank has of a group (Rajbhandari et al. 2020; the
-layouts are those that `deepspeed/utils/zero_to_fp32.py` undoes). What lies where follows from `param_shapes`
-in the model file. The optimizer files' own `param_slice_mappings` aren't used: with `round_robin_gradients`
-DeepSpeed 0.19 writes them in another order than the data.
+ZeRO-1 and 2 flatten the parameters of a group end to end and split the result among the data-parallel ranks;
+ZeRO-3 splits each parameter and flattens each rank's parts of a group (Rajbhandari et al. 2020; these are the
+layouts that `deepspeed/utils/zero_to_fp32.py` undoes). Offsets follow from `param_shapes` in the model file.
+The optimizer files' own `param_slice_mappings` aren't used: with `round_robin_gradients`, DeepSpeed 0.19
+writes them in another order than the data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.importers.pickles import StandIn
 from uni3d.importers.source import PARAMETER
-from uni3d.importers.torch_tensors import StoredTensor
+from uni3d.importers.torch_tensors import StoredTensor, item
 
 Array = npt.NDArray[Any]
 Read = Callable[[], Array]
@@ -29,65 +29,65 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterPart:
-    """What one model-parallel rank has of a parameter: all of it, unless tensor parallelism cuts it."""
+    """One model-parallel rank's part of a parameter: all of it, or its tensor-parallel shard."""
 
     shape: tuple[int, ...]
     origin: str
     states: dict[str, Read]
-    """`fp32`, and the optimizer's."""
+    """`fp32` and the optimizer's states."""
     group: int | None = None
-    """The optimizer's parameter group; None for a frozen one."""
+    """The optimizer's parameter group; None if the parameter is frozen."""
     scalars: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFiles:
-    """The files of one model-parallel rank, as they were unpickled."""
+    """Unpickled files of one model-parallel rank."""
 
     where: str
     models: list[Mapping[str, Any]]
-    """`*_model_states.pt`; under ZeRO-3 one for each data-parallel rank."""
+    """Content of `*_model_states.pt`; with ZeRO-3 one for each data-parallel rank."""
     optimizers: list[Mapping[str, Any]]
     """`optimizer_state_dict` of `*_optim_states.pt`, one for each data-parallel rank; none without ZeRO."""
     module: Mapping[str, Any]
-    """The model's own state_dict, as this tensor-parallel rank has it; of all pipeline stages."""
+    """The state_dict of this tensor-parallel rank, of all pipeline stages."""
     verify: bool
-    """Whether masters are compared with the weights in the model file."""
+    """True if masters are compared with the weights in the model file."""
 
 
 def zero_stage(optimizer: Mapping[str, Any]) -> int:
-    """Of one optimizer file."""
-    stage = optimizer.get("zero_stage", 1)  # its BF16_Optimizer, which is laid out like stage 1, has none
+    """Return the ZeRO stage of an optimizer file."""
+    stage = optimizer.get("zero_stage", 1)  # BF16_Optimizer has none, and the layout of stage 1
     return int(stage.args[0] if isinstance(stage, StandIn) else stage)
 
 
 def groups_of(rank: RankFiles) -> list[dict[str, Any]]:
-    """The hyperparameters of each parameter group, as DeepSpeed's optimizer has them."""
+    """Return the parameter groups of DeepSpeed's optimizer."""
     inner = _inner(rank.optimizers[0])
     if isinstance(inner, list | tuple):
         raise CheckpointError(
-            f"{rank.where} was saved with elastic_checkpoint, which isn't read; save it without"
+            f"{rank.where} was saved with elastic_checkpoint, which isn't supported; save it without"
         )
     return [dict(group) for group in inner["param_groups"]]
 
 
 def parts(rank: RankFiles) -> dict[str, ParameterPart]:
-    """The trained parameters of a model-parallel rank, by name.
+    """Return the trained parameters of a model-parallel rank, by name.
 
     Raises:
-        CheckpointError: the files don't fit together.
+        CheckpointError: the files are inconsistent.
     """
     groups_of(rank)
     stage = zero_stage(rank.optimizers[0])
     shapes = rank.models[0].get("param_shapes")
     if not shapes:
-        raise CheckpointError(f"{rank.where} has no param_shapes; load and save it by a newer DeepSpeed")
+        raise CheckpointError(f"{rank.where} has no param_shapes; load and save it with a newer DeepSpeed")
     counts = rank.optimizers[0].get("partition_count", len(rank.optimizers))
     for count in counts if isinstance(counts, list | tuple) else [counts]:
         if count != len(rank.optimizers):
             raise CheckpointError(
-                f"{rank.where} was written by {count} data-parallel ranks, and has {len(rank.optimizers)} "
-                "files *_optim_states.pt; all must be there (experts' groups, which have others, aren't read)"
+                f"{rank.where} was written by {count} data-parallel ranks, but has {len(rank.optimizers)} "
+                "files *_optim_states.pt; all must be present (expert parallelism isn't supported)"
             )
     make = _sharded if stage == 3 else _flat
     found: dict[str, ParameterPart] = {}
@@ -100,16 +100,16 @@ def parts(rank: RankFiles) -> dict[str, ParameterPart]:
 
 
 def _flat(rank: RankFiles, group: int, shapes: Shapes) -> Iterator[tuple[str, ParameterPart]]:
-    """ZeRO-1 and 2: a group's parameters end to end, cut in equal partitions."""
+    """Yield the parameters of a ZeRO-1 or 2 group, flattened end to end and split in equal partitions."""
     states = _states(rank, group, [o["single_partition_of_fp32_groups"][group] for o in rank.optimizers])
     gaps = (rank.optimizers[0].get("param_alignment_paddings") or {group: [0] * len(shapes)})[group]
     total = sum(prod(shape) for shape in shapes.values()) + sum(gaps)
     sizes = [flat.size for flat in states[PARAMETER]]
-    size = sizes[0]  # only what lies behind the last parameter may have been cut off
-    full = total // size if size else 0  # partitions without padding
+    size = sizes[0]  # only padding behind the last parameter may be missing
+    full = total // size if size else 0  # number of partitions without padding
     if len(gaps) != len(shapes) or sizes[:full] != [size] * full or size * len(sizes) < total:
         raise CheckpointError(
-            f"{rank.where}: group {group} has {total} elements by param_shapes, but partitions of {sizes}"
+            f"{rank.where}: group {group} has partitions of {sizes} elements, expected {total}"
         )
     offset = 0
     for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
@@ -123,7 +123,7 @@ def _flat(rank: RankFiles, group: int, shapes: Shapes) -> Iterator[tuple[str, Pa
 
 
 def _sharded(rank: RankFiles, sub_group: int, shapes: Shapes) -> Iterator[tuple[str, ParameterPart]]:
-    """ZeRO-3: of each parameter `ceil(n / ranks)` elements on each rank, end to end."""
+    """Yield the parameters of a ZeRO-3 group: `ceil(n / ranks)` elements of each on every rank."""
     states = _states(rank, sub_group, [o["fp32_flat_groups"][sub_group] for o in rank.optimizers])
     groups = _inner(rank.optimizers[0])["param_groups"]
     homes = [i for i, group in enumerate(groups) if sub_group in group["params"]]
@@ -151,7 +151,9 @@ def _part(
 ) -> ParameterPart:
     states: dict[str, Read] = dict(reads)
     weights = rank.module.get(name)
-    if rank.verify and isinstance(weights, StoredTensor) and weights.shape == shape:  # ZeRO-3 has none there
+    if (
+        rank.verify and isinstance(weights, StoredTensor) and weights.shape == shape
+    ):  # with ZeRO-3 the model file has none
         states[PARAMETER] = Checked(reads[PARAMETER], weights, f"{rank.where}: {name}")
     return ParameterPart(
         shape=shape,
@@ -163,7 +165,7 @@ def _part(
 
 
 class _Pieces:
-    """A parameter's state, put together from the ranks' flat partitions."""
+    """A parameter's state, assembled from the ranks' flat partitions."""
 
     def __init__(
         self,
@@ -172,14 +174,14 @@ class _Pieces:
         shape: tuple[int, ...],
         origin: str,
     ) -> None:
-        """`pieces` are the data-parallel rank, the first element and the number of elements of each."""
+        """Take `pieces`: data-parallel rank, first element and number of elements of each."""
         self._flats, self._shape = flats, shape
         self._pieces = [piece for piece in pieces if piece[2]]
         for index, start, length in self._pieces:
             if start + length > flats[index].size:
                 raise CheckpointError(
-                    f"{origin} should reach to element {start + length} of a partition that has "
-                    f"{flats[index].size}; the files don't fit together"
+                    f"{origin} ends at element {start + length} of a partition of {flats[index].size}; the "
+                    "files are inconsistent"
                 )
 
     def __call__(self) -> Array:
@@ -191,7 +193,7 @@ class _Pieces:
 
 
 class Checked:
-    """Masters, compared with the weights that were made of them: they must be the same, rounded."""
+    """Masters, compared with the half-precision weights: rounded, they must be equal."""
 
     def __init__(self, read: Read, weights: StoredTensor, origin: str) -> None:
         self._read, self._weights, self._origin = read, weights, origin
@@ -202,15 +204,15 @@ class Checked:
             rounded = masters.astype(weights.dtype)
         if not ((rounded == weights) | (np.isnan(rounded) & np.isnan(weights))).all():
             raise CheckpointError(
-                f"{self._origin}: the fp32 master isn't that of the weights in the model file; the files are "
-                "not of the same save, or were put together wrongly (docs/importing.md says how that can be; "
-                "--no-checksums takes the master all the same)"
+                f"{self._origin}: the fp32 master differs from the weights in the model file; files are "
+                "from different saves, or were converted wrongly (docs/importing.md; --no-checksums takes "
+                "the master anyway)"
             )
         return masters
 
 
 def _states(rank: RankFiles, index: int, masters: list[StoredTensor]) -> dict[str, list[StoredTensor]]:
-    """The flat partitions of a group: the masters and the optimizer's states, by data-parallel rank."""
+    """Return the masters and optimizer states of a flat group, by data-parallel rank."""
     found: dict[str, list[StoredTensor]] = {PARAMETER: masters}
     everyone = [_state(optimizer, index) for optimizer in rank.optimizers]
     for name, value in everyone[0].items():
@@ -218,26 +220,28 @@ def _states(rank: RankFiles, index: int, masters: list[StoredTensor]) -> dict[st
             try:
                 found[str(name)] = [state[name] for state in everyone]
             except KeyError:
-                raise CheckpointError(f"{rank.where}: only some ranks have the state {name}") from None
+                raise CheckpointError(
+                    f"{rank.where}: only some data-parallel ranks have optimizer state {name}"
+                ) from None
     return found
 
 
 def _scalars(rank: RankFiles, index: int, arrays: Any) -> dict[str, float]:
-    """The states of a group that are one number, which all ranks have alike."""
+    """Return the scalar states of a group, which must be equal on all ranks."""
     found: dict[str, float] = {}
     for optimizer in rank.optimizers:
         state = _state(optimizer, index)
         for name, value in state.items():
             if name in arrays:
                 continue
-            number = float(value.read()) if isinstance(value, StoredTensor) else float(value)
-            if found.setdefault(str(name), number) != number:
-                raise CheckpointError(f"{rank.where}: the ranks have other values of {name} of group {index}")
+            scalar = float(item(value))
+            if found.setdefault(str(name), scalar) != scalar:
+                raise CheckpointError(f"{rank.where}: {name} of group {index} differs between ranks")
     return found
 
 
 def _inner(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state_dict of the optimizer that DeepSpeed wraps."""
+    """Return the state_dict of the optimizer that DeepSpeed wraps."""
     found: Mapping[str, Any] = (
         optimizer["optimizer_state_dict"] if zero_stage(optimizer) == 3 else optimizer["base_optimizer_state"]
     )
@@ -249,7 +253,7 @@ def _state(optimizer: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 
 def _intervals(offset: int, length: int, size: int) -> list[tuple[int, int, int]]:
-    """Which elements of which partitions of `size` are those from `offset` on."""
+    """Return (partition, first element, length) of each piece of `length` elements from `offset` on."""
     pieces = []
     for index in range(offset // size, -(-(offset + length) // size)) if length else ():
         start, end = max(offset, index * size), min(offset + length, (index + 1) * size)

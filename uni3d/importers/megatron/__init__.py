@@ -1,16 +1,16 @@
-"""Megatron-core's distributed checkpoint, `torch_dist`: DCP's folder, with `metadata.json` and `common.pt`.
+"""Reader of Megatron-core's distributed checkpoint, `torch_dist`: DCP with `metadata.json` and `common.pt`.
 
-Its tensors are the whole model's, by names of their own:
+Its tensors are unsplit and have Megatron's names:
 
-    decoder.layers.mlp.linear_fc2.weight       of every layer, one above the other: an atom for each
-    decoder.layers.3.mlp.linear_fc2.weight     of one layer, where layers aren't all alike
-    ...mlp.linear_fc1.weight_w, ..._v          the two halves of a gated one, where they are kept apart
-    ...mlp.linear_fc1.layer_norm_weight        of the norm before it, however the model calls that
-    optimizer.state.exp_avg.<name>             a moment; `fp32_param` or `param` is the fp32 weight itself
+    decoder.layers.mlp.linear_fc2.weight       all layers, stacked along dim 0: an atom for each
+    decoder.layers.3.mlp.linear_fc2.weight     one layer, if layers differ
+    ...mlp.linear_fc1.weight_w, ..._v          the two halves of a gated layer, if they are stored apart
+    ...mlp.linear_fc1.layer_norm_weight        the norm before the layer, whatever its name in the model
+    optimizer.state.exp_avg.<name>             a moment; `fp32_param` or `param` is the fp32 master
 
-`common.pt` has what isn't split: counters, the command line, the optimizer's groups, but not which parameters
-are in them. Where the optimizer is kept in flat buckets, the order of the parameters in them is known to the
-run alone, and only the weights can be read.
+`common.pt` has everything that isn't split: counters, the command line and the optimizer's groups, but not
+the groups' parameters. If the optimizer is stored in flat buckets, only the run knows the order of the
+parameters in them, so only the weights can be imported.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ import numpy.typing as npt
 
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout
-from uni3d.importers.dcp.optimizer import FLOATS
 from uni3d.importers.megatron.common import Common, read_common
-from uni3d.importers.source import PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.source import FLOATS, PARAMETER, ForeignArray, Options, Source
 from uni3d.importers.state_dicts import array_of
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
@@ -43,23 +42,23 @@ _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 
 @dataclass(frozen=True, kw_only=True)
 class _Atom:
-    """A tensor of one layer's, or of none."""
+    """A tensor of one layer, or outside of the layers."""
 
     name: str
     state: str
-    """As Megatron calls it; empty for the weight that the model computes with."""
+    """Megatron's name of the optimizer state; empty for the model's weight."""
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], npt.NDArray[Any]]
     key: str
-    """Where it is."""
+    """Name in the checkpoint."""
 
 
 def read_megatron(path: Path, options: Options) -> Source:
-    """The model and its optimizer.
+    """Read the model and its optimizer.
 
     Raises:
-        CheckpointError: something is missing or damaged, or can't be read without Megatron.
+        CheckpointError: something is missing, damaged, or needs Megatron to be read.
     """
     _check_backend(path)
     layout = Layout(path, options)
@@ -68,16 +67,16 @@ def read_megatron(path: Path, options: Options) -> Source:
     left_out = [*common.left_out, *_objects(layout)]
     why_not = _unreadable(layout, common)
     if why_not and not options.weights_only:
-        raise CheckpointError(f"{path}: {why_not}; or take the weights alone, by --weights-only")
+        raise CheckpointError(f"{path}: {why_not}; or import with --weights-only")
     if why_not:
-        left_out.append(f"the optimizer's state, with the fp32 weights: {why_not}")
+        left_out.append(f"optimizer state, with the fp32 masters: {why_not}")
     masters = {atom.name: atom for atom in atoms if atom.state in _MASTERS}
     moments = [atom for atom in atoms if atom.state and atom.state not in _MASTERS]
     trained = {atom.name: atom.shape for atom in (*masters.values(), *moments)}
     arrays = []
     for atom in (atom for atom in atoms if not atom.state):
         if atom.dtype not in DTYPES:
-            left_out.append(f"{atom.key}: its type, {atom.dtype}, can't be stored")
+            left_out.append(f"{atom.key}: its type {atom.dtype} can't be stored")
         elif atom.name in trained:
             arrays.append(_array(masters.pop(atom.name, atom), PARAMETER))
         else:
@@ -87,10 +86,10 @@ def read_megatron(path: Path, options: Options) -> Source:
     known = {array.name for array in arrays}
     for atom in (*masters.values(), *moments):
         if atom.name not in known:
-            raise CheckpointError(f"{path} has {atom.key}, but no weight {atom.name}")
+            raise CheckpointError(f"{path} has optimizer state {atom.key}, but no weight {atom.name}")
     has_optimizer = bool(trained) and not options.weights_only
     if options.weights_only and moments:
-        left_out.append("the optimizer's state: the weights alone were asked for")
+        left_out.append("optimizer state: --weights-only")
     optimizer = common.optimizer(trained, {atom.state for atom in moments}) if has_optimizer else None
     parameters = {array.name for array in arrays if array.state == PARAMETER}
     return Source(
@@ -111,7 +110,7 @@ def read_megatron(path: Path, options: Options) -> Source:
 
 def _array(atom: _Atom, state: str) -> ForeignArray:
     if atom.dtype not in FLOATS:
-        raise CheckpointError(f"{atom.key} is of the type {atom.dtype}; {', '.join(FLOATS)} are read")
+        raise CheckpointError(f"{atom.key} has type {atom.dtype}, expected one of {', '.join(FLOATS)}")
     return ForeignArray(
         name=atom.name, state=state, dtype="float32", shape=atom.shape, read=atom.read, origin=atom.key
     )
@@ -122,30 +121,30 @@ def _check_backend(path: Path) -> None:
     try:
         backend = json.loads(file.read_text())["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} isn't Megatron's: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{file} wasn't written by Megatron: {type(error).__name__}: {error}") from None
     if backend != "torch_dist":
         raise CheckpointError(
-            f"{path} is in Megatron's format {backend!r}; torch_dist is read: convert it by Megatron, with "
+            f"{path} has Megatron's format {backend!r}, expected 'torch_dist'; convert it with Megatron's "
             "--ckpt-convert-format torch_dist"
         )
 
 
 def _objects(layout: Layout) -> list[str]:
-    """A line for each kind of object that isn't read: extra states, of which there are some in each layer."""
+    """Return a line for each kind of object that isn't imported; each layer has some extra states."""
     kinds: dict[str, int] = {}
     for key in layout.objects:
         name = key.partition("/shard_")[0]
         kind = "_extra_state" if name.endswith("_extra_state") else name
         kinds[kind] = kinds.get(kind, 0) + 1
-    return [f"{kind}: {n} objects of Megatron's, not tensors" for kind, n in sorted(kinds.items())]
+    return [f"{kind}: {n} objects of Megatron that aren't tensors" for kind, n in sorted(kinds.items())]
 
 
 def _unreadable(layout: Layout, common: Common) -> str | None:
-    """Why the optimizer's state can't be read, if it can't."""
+    """Return why the optimizer state can't be read; None if it can."""
     if any(_BUCKETS.match(key) for key in (*layout.tensors, *layout.objects)):
         return (
-            f"the optimizer's state is in Megatron's format {common.sharding or 'dp_reshardable'}: flat "
-            "buckets, for which the order of the parameters in them isn't stored; save it with "
+            f"the optimizer state has Megatron's format {common.sharding or 'dp_reshardable'}: flat buckets "
+            "that don't record the order of their parameters; save it with "
             "--dist-ckpt-optim-fully-reshardable"
         )
     states = any(_STATE.match(key) for key in layout.tensors)
@@ -156,17 +155,17 @@ def _unreadable(layout: Layout, common: Common) -> str | None:
 
 
 def _atoms(layout: Layout, key: str) -> Iterator[_Atom]:
-    """The atoms in one of the checkpoint's tensors.
+    """Yield the atoms in one of the checkpoint's tensors.
 
     Raises:
-        CheckpointError: it is of experts, or of a shape that isn't understood.
+        CheckpointError: it belongs to experts, or has an unknown shape.
     """
     if _BUCKETS.match(key):
         return
     match = _STATE.fullmatch(key)
     state, name = match.groups() if match else ("", key)
     if ".experts." in name:
-        raise CheckpointError(f"{layout.path} has {key}: a mixture of experts, which isn't read")
+        raise CheckpointError(f"{layout.path} has {key}: a mixture of experts isn't supported")
     tensor = layout.tensors[key]
     shape, grid = tensor.shape, None
     if state and name in layout.tensors and shape != layout.tensors[name].shape:
@@ -178,9 +177,9 @@ def _atoms(layout: Layout, key: str) -> Iterator[_Atom]:
         yield _Atom(name=name, state=state, dtype=tensor.dtype, shape=shape, read=read, key=key)
         return
     if any(chunk.sizes[:1] != (1,) for chunk in tensor.chunks):
-        raise CheckpointError(f"{layout.path} has {key}, which should be of one layer above the other")
+        raise CheckpointError(f"{layout.path} has {key}, whose chunks should hold one layer each")
     if grid and grid[0] != shape[0]:
-        raise CheckpointError(f"{layout.path} has {key} in the shape {list(tensor.shape)}, across layers")
+        raise CheckpointError(f"{layout.path} has {key} in shape {list(tensor.shape)}, split across layers")
     for layer in range(shape[0]):
         yield _Atom(
             name=f"{stacked[1]}.{layer}.{stacked[2]}",
@@ -193,14 +192,14 @@ def _atoms(layout: Layout, key: str) -> Iterator[_Atom]:
 
 
 def _grid(what: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
-    """Into how many parts each dim is cut, where each part of the tensor is stored flat.
+    """Return the number of parts along each dim of a tensor whose parts are stored flat.
 
-    So does Megatron before 0.14, with `fully_sharded_model_space`: `[X / x, Y / y, x * y]` for `[X, Y]`.
+    Megatron before 0.14, with `fully_sharded_model_space`, stores `[X, Y]` as `[X / x, Y / y, x * y]`.
     """
     grid = shape[:-1]
     fits = len(grid) == len(whole) and all(n and not whole[i] % n for i, n in enumerate(grid))
     if not fits or prod(shape) != prod(whole):
-        raise CheckpointError(f"{what} has the shape {list(shape)}, and the weight {list(whole)}")
+        raise CheckpointError(f"{what} has shape {list(shape)}, which doesn't fit the weight's {list(whole)}")
     return grid
 
 
@@ -217,7 +216,7 @@ def _shaped(
 
 
 def _joined(atoms: list[_Atom]) -> list[_Atom]:
-    """The atoms with the halves of gated layers put together: gate above value, as the model has them."""
+    """Join the halves of gated layers, the gate above the values, as in the model."""
     halves = {(atom.name, atom.state): atom for atom in atoms if _HALF.fullmatch(atom.name)}
     out = []
     for atom in atoms:
@@ -228,7 +227,7 @@ def _joined(atoms: list[_Atom]) -> list[_Atom]:
         name, half = match.groups()
         other = halves.get((f"{name}_{'v' if half == 'w' else 'w'}", atom.state))
         if other is None or other.shape[1:] != atom.shape[1:] or other.dtype != atom.dtype:
-            raise CheckpointError(f"{atom.key} has no other half that fits")
+            raise CheckpointError(f"{atom.key} has no matching other half")
         if half == "w":
             shape = (atom.shape[0] + other.shape[0], *atom.shape[1:])
             read = partial(_stack, atom.read, other.read)

@@ -1,12 +1,12 @@
-"""Megatron's `common.pt`: what isn't split among the ranks.
+"""Megatron's `common.pt`: everything that isn't split among the ranks.
 
     args                 the command line: degrees, samples consumed
-    iteration            steps taken
-    optimizer            hyperparameters of the groups, the count of its steps, fp16's loss scale
-    opt_param_scheduler  the schedule
+    iteration            number of steps
+    optimizer            hyperparameters of the groups, number of steps, fp16's loss scale
+    opt_param_scheduler  the LR schedule
 
-Which parameters are in which group isn't stored. By default Megatron makes two: one without weight decay, of
-biases and whatever else has one dimension, and one of all others.
+The parameters of each group aren't stored. By default Megatron makes two groups: biases and other
+one-dimensional parameters, without weight decay, and the rest.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
-from uni3d.importers.dcp.optimizer import HOW_NOT_WHAT, kind_of
+from uni3d.importers.dcp.optimizer import kind_of
 from uni3d.importers.pickles import StandIn, plain
-from uni3d.importers.source import OptimizerState, Options
-from uni3d.importers.torch_files import TorchFile
-from uni3d.importers.torch_tensors import StoredTensor
+from uni3d.importers.source import IMPLEMENTATION_FLAGS, OptimizerState, Options
+from uni3d.importers.torch_files import load
+from uni3d.importers.torch_tensors import item
 
 _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
     *("momentum", "dampening", "nesterov"),
 )
-"""Those of torch's; the rest of a group is Megatron's own."""
+"""Hyperparameters of torch's optimizers; the rest of a group is Megatron's own."""
 _DEGREES = (
     *("world_size", "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("context_parallel_size", "expert_model_parallel_size"),
 )
 _TAKEN = ("args", "iteration", "optimizer", "checkpoint_version", "content_metadata")
 _RULE = (
-    "optimizer.param_groups: which parameters are in which isn't stored; as by Megatron's defaults, biases "
-    "and all else of one dimension are taken to be in the one without weight decay"
+    "optimizer.param_groups: their parameters aren't stored; by Megatron's default, biases and other "
+    "one-dimensional parameters are assigned to the group without weight decay"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What is in the file."""
+    """Content of the file."""
 
     where: str
     step: int
@@ -51,38 +51,36 @@ class Common:
     client_state: dict[str, Any]
     left_out: list[str]
     loss_scale: dict[str, Any] | None
-    """As our manifest has it."""
+    """In the manifest's form."""
     groups: list[dict[str, Any]]
-    """As Megatron has them."""
+    """In Megatron's form."""
     optimizer_steps: set[float]
-    """How many steps the optimizer has taken, wherever that is said."""
+    """Numbers of steps found in the optimizer; more than one is a contradiction."""
     arguments: Mapping[str, Any]
     sharding: str | None
-    """Name of the format in which a distributed optimizer is kept."""
+    """Name of the distributed optimizer's format."""
     no_groups: str | None = None
-    """Why the groups can't be made out, if they can't."""
+    """Reason why the groups' parameters can't be derived; None if they can."""
     of_groups: list[str] = field(default_factory=list)
-    """What to know of them."""
+    """Lines about the groups, for the user."""
 
     def optimizer(self, trained: Mapping[str, tuple[int, ...]], states: set[str]) -> OptimizerState:
-        """The optimizer's state beside its arrays.
+        """Return the optimizer's state except its arrays.
 
-        Args:
-            trained: shapes of the parameters that it trains, by name.
-            states: names of its states.
+        `trained` has the shapes of the trained parameters by name; `states` are the names of their states.
 
         Raises:
-            CheckpointError: the count of its steps is missing.
+            CheckpointError: the number of steps is missing or contradictory.
         """
         adam = "exp_avg" in states
         if adam and len(self.optimizer_steps) != 1:
-            found = ", ".join(map(str, sorted(self.optimizer_steps))) or "nothing"
-            raise CheckpointError(f"{self.where} says of the steps that the optimizer has taken: {found}")
+            found = ", ".join(map(str, sorted(self.optimizer_steps))) or "none"
+            raise CheckpointError(f"{self.where} should have one number of optimizer steps; found {found}")
         step = {"step": next(iter(self.optimizer_steps))} if adam else {}
         groups = [
             {
                 "params": [n for n, shape in trained.items() if self._index(n, shape) == i],
-                **{key: plain(_number(group[key])) for key in _HYPERPARAMETERS if key in group},
+                **{key: plain(item(group[key])) for key in _HYPERPARAMETERS if key in group},
             }
             for i, group in enumerate(self.groups)
         ]
@@ -92,7 +90,7 @@ class Common:
         return OptimizerState(type=kind, groups=groups, scalars={name: dict(step) for name in trained})
 
     def _index(self, name: str, shape: tuple[int, ...]) -> int:
-        """Of the parameter's group."""
+        """Return the index of the parameter's group."""
         if len(self.groups) == 1:
             return 0
         spared = len(shape) == 1 or name.endswith(".bias")
@@ -105,14 +103,14 @@ def read_common(path: Path, options: Options) -> Common:
     """Read the file.
 
     Raises:
-        CheckpointError: it is missing or damaged, or has something in it that isn't read.
+        CheckpointError: it is missing or damaged, or contains something unsupported.
     """
     file = path / "common.pt"
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing, which Megatron writes beside the tensors")
-    content = TorchFile(file, verify=options.verify, stand_ins=options.stand_ins).load()
+        raise CheckpointError(f"{file} is missing; Megatron always writes it")
+    content = load(file, options)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, not Megatron's state")
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dict")
     args = content.get("args")
     arguments = args.state if isinstance(args, StandIn) and isinstance(args.state, Mapping) else {}
     optimizer = content.get("optimizer")
@@ -127,7 +125,7 @@ def read_common(path: Path, options: Options) -> Common:
         sharding = content_metadata.get("distrib_optim_sharding_type")
     return Common(
         where=str(file),
-        step=int(_number(content.get("iteration", 0))),
+        step=int(item(content.get("iteration", 0))),
         samples=int(arguments.get("consumed_train_samples") or 0),
         batch=arguments.get("global_batch_size"),
         writer={key: arguments[key] for key in _DEGREES if isinstance(arguments.get(key), int)},
@@ -144,17 +142,18 @@ def read_common(path: Path, options: Options) -> Common:
 
 
 def _check_groups(optimizer: Mapping[Any, Any], groups: list[dict[str, Any]]) -> tuple[str | None, list[str]]:
-    """Why it isn't known which parameters are in which group, if so; and what to know of them if it is."""
+    """Return why the groups' parameters can't be derived, or None; and lines on them."""
     if not groups:
         several = any(isinstance(key, int) for key in optimizer)
-        what = "several optimizers in a chain" if several else "no parameter groups"
-        return f"common.pt has {what}, so that it isn't known which parameters have which hyperparameters", []
+        what = "chained optimizers" if several else "no parameter groups"
+        return f"common.pt has {what}, so the parameters' hyperparameters are unknown", []
     if any(group.get("is_expert_parallel") for group in groups):
-        return "the optimizer has parameter groups of experts, which aren't read", []
+        return "the optimizer has parameter groups of experts, which aren't supported", []
     if any(group.get("bias_correction") is False for group in groups):
-        return "the optimizer is an Adam without bias correction, which torch hasn't", []
+        return "the optimizer is Adam without bias correction, which torch doesn't have", []
     own = sorted(
-        {key for group in groups for key in group} - {*_HYPERPARAMETERS, *HOW_NOT_WHAT, "params", "step"}
+        {key for group in groups for key in group}
+        - {*_HYPERPARAMETERS, *IMPLEMENTATION_FLAGS, "params", "step"}
     )
     notes = [f"optimizer.param_groups: {', '.join(own)}: Megatron's own"] if own else []
     if len(groups) == 1:
@@ -165,40 +164,40 @@ def _check_groups(optimizer: Mapping[Any, Any], groups: list[dict[str, Any]]) ->
     decays = [_decay(group) for group in groups]
     if len(groups) > 2 or rates[0] != rates[1] or None in decays or (decays[0] == 0) == (decays[1] == 0):
         return (
-            f"the optimizer has {len(groups)} parameter groups that aren't Megatron's default ones, with and "
-            "without weight decay, and which parameters are in which isn't stored"
+            f"the optimizer has {len(groups)} parameter groups that aren't Megatron's default ones (with and "
+            "without weight decay), and their parameters aren't stored"
         ), []
     return None, [*notes, _RULE]
 
 
 def _decay(group: Mapping[str, Any]) -> Any:
-    """The factor on a group's weight decay."""
+    """Return the factor on a group's weight decay."""
     return group.get("wd_mult", group.get("pre_wd_mult"))
 
 
 def _optimizer_steps(inner: Any, groups: list[dict[str, Any]]) -> set[float]:
-    """They are kept once for all, or in each group."""
+    """Return the numbers of steps, stored once for all groups or in each group."""
     state = inner.get("state") if isinstance(inner, Mapping) else None
     found = [group.get("step") for group in groups]
     if isinstance(state, Mapping):
         found.append(state.get("common_step"))
-    return {float(_number(step)) for step in found if step is not None}
+    return {float(item(step)) for step in found if step is not None}
 
 
 def _loss_scale(scaler: Any) -> dict[str, Any] | None:
     if not isinstance(scaler, Mapping) or "growth_tracker" not in scaler:
         return None
     return {
-        "scale": float(_number(scaler["scale"])),
+        "scale": float(item(scaler["scale"])),
         "terms": None,
-        # At nought Megatron lowers the scale at each overflow, as we do at one.
+        # Megatron at 0 lowers the scale at each overflow, like uni3d at 1.
         "hysteresis": max(1, int(scaler["hysteresis_tracker"])),
         "good_steps": int(scaler["growth_tracker"]),
     }
 
 
 def _rest(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What goes into the client state, and what doesn't."""
+    """Return the client state, and a line for everything left out of it."""
     client_state = {}
     left_out = []
     for key, value in content.items():
@@ -209,15 +208,10 @@ def _rest(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
         except TypeError as error:
             left_out.append(f"{key}: {error}")
     if "args" in content:
-        left_out.append("args: Megatron's command line, but for its degrees and counters")
+        left_out.append("args: Megatron's command line, except its degrees and counters")
     if "opt_param_scheduler" in client_state:
         left_out.append(
-            "opt_param_scheduler: Megatron's schedule, which goes into the client state; the rate of the "
-            "next step is that of the optimizer's groups"
+            "opt_param_scheduler: Megatron's LR schedule, stored only in the client state; the next step "
+            "uses the learning rate of the optimizer's groups"
         )
     return client_state, left_out
-
-
-def _number(value: Any) -> Any:
-    """The number in a tensor of one element."""
-    return value.read().reshape(()).item() if isinstance(value, StoredTensor) else value
