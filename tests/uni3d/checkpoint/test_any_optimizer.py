@@ -199,7 +199,7 @@ class Unsummed(torch.optim.SGD):
 def test_a_sum_that_is_not_summed_is_refused(alone: None, tmp_path: Path) -> None:
     engine = make_engine(seeded(Stack), optimizer=lambda groups: Unsummed(groups, lr=0.1))
     engine.optimizer.step()
-    with pytest.raises(ckpt.CheckpointError, match="mean is a sum that isn't summed yet"):
+    with pytest.raises(ckpt.CheckpointError, match="mean is a partial sum"):
         engine.save_checkpoint(tmp_path)
 
 

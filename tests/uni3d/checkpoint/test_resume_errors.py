@@ -130,7 +130,7 @@ def test_groups_with_other_members(alone: None, tmp_path: Path) -> None:
     other = seeded(Stack)
     engine = make_engine(other, model_parameters=swapped_groups(other))
     text = refused(engine, tmp_path, tag="two")
-    assert text.startswith("out.weight is in parameter group 0, but in 1 of the checkpoint")
+    assert text.startswith("out.weight is in parameter group 0, but in group 1 of the checkpoint")
 
 
 def test_no_optimizer_in_the_checkpoint(alone: None, tmp_path: Path) -> None:

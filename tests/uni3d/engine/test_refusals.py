@@ -50,7 +50,7 @@ def test_a_scheduler_that_cannot_be_saved(alone: None) -> None:
 def test_another_scheduler_than_was_saved(alone: None, tmp_path: Path) -> None:
     make_engine(seeded(Stack), lr_scheduler=lambda o: CosineAnnealingLR(o, 100)).save_checkpoint(tmp_path)
     other = make_engine(seeded(Stack), lr_scheduler=lambda o: StepLR(o, 1))
-    with pytest.raises(ckpt.CheckpointError, match="another scheduler than this run's StepLR"):
+    with pytest.raises(ckpt.CheckpointError, match="the checkpoint's scheduler isn't this run's StepLR"):
         other.load_checkpoint(tmp_path)
     changed = make_engine(seeded(Stack), lr_scheduler=lambda o: CosineAnnealingLR(o, 5000))
     with pytest.warns(UserWarning, match="T_max is 5000 in this run, 100 in the checkpoint"):

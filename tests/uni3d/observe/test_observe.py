@@ -66,7 +66,7 @@ def test_a_monitor_that_fails_ends_itself_and_not_the_training(alone: None, tmp_
     (tmp_path / "job").write_text("a file where the folder should be")
     monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     engine = make_engine(seeded(Stack), config={"csv_monitor": monitor})
-    with pytest.warns(UserWarning, match="CsvMonitor gets no more values"):
+    with pytest.warns(UserWarning, match="CsvMonitor is disabled after an error"):
         assert len(train(engine, global_batches(2))) == 2
 
 
@@ -120,7 +120,7 @@ def not_logged_in_case() -> tuple[int, list[str]]:
 
 def test_a_monitor_that_cannot_be_made_on_rank_0_does_not_leave_the_others_waiting(ranks: Ranks) -> None:
     first, second = ranks.run(2, not_logged_in_case)
-    assert first == (2, ["Wandb gets no more values: no API key"])
+    assert first == (2, ["Wandb is disabled after an error: no API key"])
     assert second == (2, [])
 
 
@@ -357,7 +357,7 @@ def test_a_profile_that_cannot_be_written_ends_no_training(alone: None, tmp_path
     (tmp_path / "file").touch()
     section = {"enabled": True, "output_file": str(tmp_path / "file" / "profile.txt")}
     batches = global_batches(2)
-    with pytest.warns(UserWarning, match="the profile isn't written: "):
+    with pytest.warns(UserWarning, match="can't write the FLOPs profile: "):
         losses = train(make_engine(seeded(OwnLoss), config={"flops_profiler": section}), batches)
     assert losses == train(make_engine(seeded(OwnLoss)), batches)
 
