@@ -23,7 +23,7 @@ class Monitor(Protocol):
 
 
 class CsvMonitor:
-    """Files `<output_path>/<job_name>/Train_Samples_<name>.csv`; columns are `step` (samples) and the name."""
+    """Files `<output_path>/<job_name>/Train_Samples_<name>.csv`, with columns `step` (samples) and name."""
 
     def __init__(self, config: CsvMonitorConfig) -> None:
         self._folder = Path(config.output_path) / config.job_name

@@ -25,7 +25,7 @@ MODELS = {"own_loss": OwnLoss, "loss_fn": Stack}
 
 
 def steps_by_hand(engine: Any, batches: list[Any]) -> list[float]:
-    """The losses of training with forward, backward and step."""
+    """Train with forward, backward and step; return the losses."""
     micro, losses = micro_batches(batches, engine), []
     for _ in batches:
         parts = []

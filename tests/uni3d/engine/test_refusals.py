@@ -1,4 +1,4 @@
-"""What would go wrong without a word later is refused at once."""
+"""Mistakes that would silently go wrong later are refused at once."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_a_whole_batch_between_micro_batches(alone: None) -> None:
     batches = micro_batches(global_batches(2), engine)
     inputs, _ = next(batches)
     engine.backward(engine(inputs).sum())
-    with pytest.raises(RuntimeError, match=r"train_batch\(\) can't be called between .*; call step\(\) first"):
+    with pytest.raises(RuntimeError, match=r"train_batch\(\) can't be called between .* call step\(\)"):
         engine.train_batch(batches)
 
 
 class LocalMoments(torch.optim.SGD):
-    """Keeps its state in plain tensors of the local part, as some fused optimizers do."""
+    """Optimizer with states as plain tensors of the local part, like some fused optimizers."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: printed lines, curves, times, FLOPs."""
+"""Monitoring of a run: printed lines, curves, times, FLOPs."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ class NotLoggedIn(ModuleType):
 def not_logged_in_case() -> tuple[int, list[str]]:
     sys.modules["wandb"] = NotLoggedIn("wandb")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             engine = make_engine(seeded(Stack), config={"wandb": {"enabled": True}})
             losses = train(engine, global_batches(2))
     finally:
         del sys.modules["wandb"]
-    return len(losses), [str(w.message) for w in told if "gets no more" in str(w.message)]
+    return len(losses), [str(w.message) for w in caught if "is disabled" in str(w.message)]
 
 
 def test_a_monitor_that_cannot_be_made_on_rank_0_does_not_leave_the_others_waiting(ranks: Ranks) -> None:
@@ -191,7 +191,7 @@ def test_speed_is_of_the_steps_since_the_last_line_also_after_a_load(
 
 
 class FakeEvent:
-    """A GPU's: its time is known when the GPU has come so far."""
+    """Stand-in for a GPU's event: its time is known once the GPU has reached it."""
 
     clock = 0.0
     computed = 0.0
@@ -270,7 +270,7 @@ SHAPE: dict[str, Any] = {
 
 
 def by_hand() -> int:
-    """Of one forward pass of a global batch, written out."""
+    """Return the FLOPs of one forward pass of a global batch, written out."""
     tokens, seq = oracle.BATCH * oracle.SEQ_LEN, oracle.SEQ_LEN
     kv = HIDDEN // HEADS * KV_HEADS
     block = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv + 3 * HIDDEN * FFN  # q, o; k, v; gate, up, down
