@@ -51,7 +51,7 @@ class WriterRecord:
 
     @property
     def ranks(self) -> Ranks | None:
-        """The ranks that wrote the checkpoint; None if the manifest doesn't say."""
+        """Ranks that wrote the checkpoint; None if the manifest lacks them."""
         try:
             return Ranks(**{axis: self.topology[axis] for axis in _AXES}, zero=self.zero_stage)  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError):
@@ -80,7 +80,7 @@ class ModelRecord:
     """The model's own description (`uni3d.checkpoint.model_spec`)."""
 
     def trains(self, parameter: str) -> bool:
-        """Return whether the parameter required a gradient; True if the manifest doesn't say."""
+        """Return whether the parameter required a gradient; True if the manifest lacks it."""
         return self.requires_grad.get(parameter, True)
 
     def document(self) -> Json:
@@ -154,7 +154,7 @@ class RunManifest:
 
     @property
     def written_on(self) -> Ranks | None:
-        """The ranks that wrote the checkpoint; None if the manifest doesn't say, or for an import."""
+        """Ranks that wrote the checkpoint; None for an import, or if the manifest lacks them."""
         return self.writer.ranks if self.writer.imported is None else None
 
     @property

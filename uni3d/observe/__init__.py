@@ -86,7 +86,7 @@ class Observer:
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """Time a phase of a step, for `wall_clock_breakdown`."""
-        return nullcontext() if self._times is None else self._times.of(phase)
+        return nullcontext() if self._times is None else self._times.measure(phase)
 
     def step_taken(self, record: StepRecord) -> None:
         """Record a step."""
@@ -195,7 +195,7 @@ class _Times:
         self._events: deque[tuple[str, Any, Any]] = deque()
 
     @contextmanager
-    def of(self, phase: str) -> Iterator[None]:
+    def measure(self, phase: str) -> Iterator[None]:
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()

@@ -40,6 +40,8 @@ class CsvMonitor:
 
 
 class TensorBoard:
+    """Event files of TensorBoard in `<output_path>/<job_name>`."""
+
     def __init__(self, config: TensorBoardConfig) -> None:
         module = _imported("torch.utils.tensorboard", "tensorboard")
         self._writer = module.SummaryWriter(log_dir=str(Path(config.output_path) / config.job_name))
@@ -51,6 +53,8 @@ class TensorBoard:
 
 
 class Wandb:
+    """A run of Weights & Biases."""
+
     def __init__(self, config: WandbConfig) -> None:
         self._wandb = _imported("wandb", "wandb")
         self._wandb.init(project=config.project, group=config.group, entity=config.team)

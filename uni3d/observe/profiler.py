@@ -32,6 +32,7 @@ class Profile:
 
     @property
     def forward(self) -> float:
+        """Forward FLOPs of the whole model."""
         return self.flops[""]
 
 

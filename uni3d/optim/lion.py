@@ -36,7 +36,7 @@ class Lion(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg"] = torch.zeros_like(parameter)  # a DTensor too, as checkpoints need
                 weight, gradient, momentum = map(local, (parameter, parameter.grad, state["exp_avg"]))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 direction = torch.lerp(gradient, momentum, in_step).sign_()

@@ -36,6 +36,7 @@ class LossScale:
 
     @property
     def dynamic(self) -> bool:
+        """True if the config doesn't fix the scale."""
         return self._config.loss_scale == 0
 
     @property

@@ -101,6 +101,7 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     everywhere = [Replicate()] * like.device_mesh.ndim
+    # All ranks have the same values, so no check is needed, and taking a part needs no communication.
     copies = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
     part = copies.redistribute(placements=like.placements).to_local()
     return torch.empty_like(local(like)).copy_(part)

@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def resume_case(name: str, run: Path, first: int) -> Any:
-    """Train with and without an interruption after `first` steps, compare, and return both lists of losses."""
+    """Train with and without an interruption after `first` steps and compare; return both lists of losses."""
     given = {k: v for k, v in CASES[name].items() if k != "model"}
     batches = global_batches(STEPS)
     engine = make_engine(seeded(CASES[name]["model"]), **given)

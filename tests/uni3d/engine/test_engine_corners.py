@@ -169,4 +169,4 @@ def test_a_rank_that_looks_changes_nothing(ranks: Ranks) -> None:
     assert samples == others == 5 * 4, "all batches were taken"
     assert weights == their_weights
     assert norms[1] != norms[1], "NaN, as it was"
-    assert None in norms, "and told by all in the next step"
+    assert None in norms, "raised by all in the next step"

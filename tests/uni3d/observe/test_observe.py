@@ -216,7 +216,7 @@ def test_a_gpus_times_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     times = _Times(torch.device("cuda"))
     for _ in range(2):
         for phase in ("data", "step"):
-            with times.of(phase):
+            with times.measure(phase):
                 pass
     FakeEvent.computed = 5.0  # both phases of the first step, and the next one's begin
     assert times.line() == "time since the last line: data 1.0 ms (50%) | step 1.0 ms (50%)"
