@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "megatron_gpt"
@@ -25,8 +26,8 @@ sys.path.insert(0, str(EXAMPLE))
 from model import GPT, GPTConfig  # noqa: E402
 
 import parallel  # noqa: E402
-from parallel.pipeline import Loss  # noqa: E402
-from parallel.tensor import STYLES, expand_plan  # noqa: E402
+from parallel.loss import Loss  # noqa: E402
+from parallel.tensor import DTENSOR_STYLES, expand_plan  # noqa: E402
 
 REPEATS = 15
 
@@ -43,7 +44,9 @@ def main() -> None:
 
     plain, wrapped = make(), make()
     plan = expand_plan(wrapped, wrapped.tp_plan)
-    parallelize_module(wrapped, mesh, {name: STYLES[style]() for name, style in plan.items()})
+    parallelize_module(
+        wrapped, mesh, {name: DTENSOR_STYLES[style](Replicate()) for name, style in plan.items()}
+    )
 
     def step(model: GPT) -> float:
         loss = Loss.of(model.loss_fn(model(tokens[:, :-1]), tokens[:, 1:]))

@@ -1,32 +1,48 @@
 """Data, tensor and pipeline parallelism with ZeRO sharding, on torch.distributed.
 
-    Topology          the ranks on a mesh (pp, replicate, shard, tp); made once and handed on
-    settings          what `build` is told beside the model and the topology
-    stages, placement, pipeline, torch_stage  a model that is a chain of layers, cut into stages, which are
-                      placed on ranks and run by torch's schedules
-    combinations      what can't be combined, and why
-    blocks            the layers that repeat: gathered one by one, recomputed, compiled
-    tensor, replicas  a model's `tp_plan` applied as DTensor styles; whether it left out what it shouldn't
-    zero, records     ZeRO stages 0-3 as settings of `fully_shard`; what is used of its private records
-    masters           fp32 parameters, of whatever type a model came with
-    experts           stacked experts under tensor parallelism
-    weights           initial values that don't depend on the topology
-    gradients         tied weights, the global norm
-    layout            which part of a tensor this rank and the others of its stage hold
-    names             a module's parameters and buffers by name
-    failures          what the others are told when a rank fails
-    whole             a sharded module's tensors as wholes
-    comm              values between the ranks' CPUs, apart from training's collectives
+Rules, which load no torch:
 
-This package knows nothing of files, configs or engines.
+    degrees           parallel degrees and the number of ranks
+    settings          settings of `build`
+    combinations      settings that can't be combined, and why
+    placement         where a chain of layers is cut into stages, and which rank runs which
+    tp_styles         tensor-parallel styles: what they cut, which degrees they take
+
+The parallel model:
+
+    parallelize       `build`: from a plain model to this rank's part of it
+    topology          the ranks on a mesh (pp, replicate, shard, tp)
+    tensor, experts   a model's `tp_plan` applied as DTensor styles; stacked experts
+    replica_check     parameters outside the `tp_plan`: whether their gradients agree
+    stages            a model's layers, split into pipeline stages
+    pipeline, pipeline_stage  torch's pipeline schedules and stages, told about ZeRO
+    loss              losses that add up over micro batches and ranks
+    zero, fsdp_internals  ZeRO stages 0-3 as settings of `fully_shard`; the private parts of it in use
+    layers            repeated layers: sharding units, activation checkpointing, compilation
+    weights           initial weights and fp32 masters, the same on every topology
+    gradients         tied weights, the global norm
+    layout            which part of a tensor each rank of a stage holds
+    tensors           a sharded module's tensors by name, and gathered
+    failures          errors of other ranks
+    host_comm         collectives between CPUs, apart from training's
+
+This package knows nothing of files, configs or engines. Importing it loads no torch: each public name is
+imported from its module when it is first asked for.
 """
 
-from parallel.combinations import check_micro_batches
-from parallel.failures import Failures, RankFailedError
-from parallel.host_comm import HostComm
-from parallel.parallelize import ParallelModel, build
-from parallel.settings import Compile, Precision, Recompute, Settings
-from parallel.topology import Degrees, Topology, resolve_degrees, start_process_group
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parallel.combinations import check_micro_batches
+    from parallel.degrees import Degrees, Ranks, resolve_degrees
+    from parallel.failures import Failures, RankFailedError
+    from parallel.host_comm import HostComm
+    from parallel.parallelize import ParallelModel, build
+    from parallel.settings import Compile, Precision, Recompute, Settings
+    from parallel.topology import Topology, start_process_group
 
 __all__ = [
     "Compile",
@@ -36,6 +52,7 @@ __all__ = [
     "ParallelModel",
     "Precision",
     "RankFailedError",
+    "Ranks",
     "Recompute",
     "Settings",
     "Topology",
@@ -44,3 +61,30 @@ __all__ = [
     "resolve_degrees",
     "start_process_group",
 ]
+
+_HOME = {
+    "Compile": "settings",
+    "Degrees": "degrees",
+    "Failures": "failures",
+    "HostComm": "host_comm",
+    "ParallelModel": "parallelize",
+    "Precision": "settings",
+    "RankFailedError": "failures",
+    "Ranks": "degrees",
+    "Recompute": "settings",
+    "Settings": "settings",
+    "Topology": "topology",
+    "build": "parallelize",
+    "check_micro_batches": "combinations",
+    "resolve_degrees": "degrees",
+    "start_process_group": "topology",
+}
+"""Module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'parallel' has no attribute {name!r}")
+    value = getattr(import_module(f"parallel.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,7 +1,7 @@
-"""Tensor parallelism of experts whose weights are stacked in one tensor, as Hugging Face's are.
+"""Tensor parallelism of experts with stacked weights, as in Hugging Face's models.
 
 The plan names the module (`moe_tp_experts`) and its parameters: `gate_up_proj (experts, 2 F, D)` is
-`packed_colwise`, and `down_proj (experts, D, F)` `rowwise`. Each rank computes its part of every expert's F.
+`packed_colwise`, and `down_proj (experts, D, F)` is `rowwise`. Each rank computes a part of every expert's F.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-PARAMETER_STYLES = ("packed_colwise", "rowwise")
+from parallel.tp_styles import EXPERT_STYLES, expert_division
 
 
 def _placement(style: str) -> Placement:
-    """How a parameter of experts is stored.
+    """Return how a parameter of experts is stored.
 
-    A rank's parts of gate and up don't lie side by side, so all ranks store both whole; ZeRO stages 1 to 3
-    still split them over dp.
+    A rank's parts of gate and up aren't adjacent, so all ranks store both whole. ZeRO stages 1 to 3 still
+    shard them over dp.
     """
     return Replicate() if style == "packed_colwise" else Shard(-1)
 
 
 class ExpertsParallel(ParallelStyle):
-    """Experts `(hidden states, indices, weights) -> hidden states`: the ranks' parts are summed."""
+    """Style of experts `(hidden states, indices, weights) -> hidden states`; sums the ranks' outputs."""
 
     def __init__(self, parameters: Mapping[str, str]) -> None:
-        """`parameters` are the module's own, by name, with their styles."""
+        """Take the styles of the module's own parameters, by name."""
         super().__init__()
         self._styles = parameters
 
@@ -58,7 +58,7 @@ class ExpertsParallel(ParallelStyle):
 
 
 def check_experts(model: nn.Module, plan: Mapping[str, str], degree: int) -> None:
-    """Check that the parameters that an expanded plan names are ones of experts, and can be split.
+    """Check that the parameters that an expanded plan names belong to experts and can be split.
 
     Raises:
         ValueError: naming the parameter and its style.
@@ -68,21 +68,17 @@ def check_experts(model: nn.Module, plan: Mapping[str, str], degree: int) -> Non
         if name not in parameters:
             continue
         owner = name.rpartition(".")[0]
-        if plan.get(owner) != "moe_tp_experts" or style not in PARAMETER_STYLES:
+        if plan.get(owner) != "moe_tp_experts" or style not in EXPERT_STYLES:
             raise ValueError(
-                f"tp_plan has {style!r} for the parameter {name}; parameters can only be split in a module "
-                f"with 'moe_tp_experts', by {' or '.join(map(repr, PARAMETER_STYLES))}"
+                f"tp_plan has {style!r} for the parameter {name}; only parameters of a module with "
+                f"'moe_tp_experts' can be split, by {' or '.join(map(repr, EXPERT_STYLES))}"
             )
-        packed = style == "packed_colwise"
-        size = parameters[name].shape[-2] // 2 if packed else parameters[name].shape[-1]
-        if size % degree:
-            raise ValueError(
-                f"tp({degree}) doesn't divide the {size} features of {name} ({style}); choose a tp that does"
-            )
+        if (why := expert_division(name, style, parameters[name].shape).refusal(degree)) is not None:
+            raise ValueError(f"tp({degree}) {why}; choose a tp that does")
 
 
 def _local(parameter: Any, style: str, mesh: DeviceMesh) -> Tensor:
-    """This rank's part, for use: with `packed_colwise`, of both halves of the dim before the last."""
+    """Return this rank's part to compute with; of `packed_colwise`, its part of both gate and up."""
     if style != "packed_colwise":
         part: Tensor = parameter.to_local()
         return part
@@ -92,7 +88,7 @@ def _local(parameter: Any, style: str, mesh: DeviceMesh) -> Tensor:
 
 
 def _partial_gradient(value: Any, mesh: DeviceMesh) -> Any:
-    """An input that all ranks have, and whose gradient is the sum over the ranks."""
+    """Mark an input that all ranks have, so that its gradient is summed over the ranks."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return DTensor.from_local(value, mesh, [Replicate()], run_check=False).to_local(

@@ -1,7 +1,7 @@
-"""What the ranks tell each other when one of them fails in the midst of a step.
+"""Reasons of a rank's failure, told to the other ranks.
 
-Its peers wait for it in a collective, and would only learn that a connection was lost. So the rank that fails
-leaves word in the store through which the ranks met, and the others look there for the reason.
+When a rank fails in the middle of a step, its peers wait for it in a collective, and would only see a lost
+connection. So the failing rank writes its error to the rendezvous store, where the others look it up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 PATIENCE_S = 5.0
-"""How long a rank looks for the reason of a lost connection."""
+"""Seconds for which a rank looks for the reason of a lost connection."""
 
 
 class RankFailedError(RuntimeError):
@@ -21,23 +21,25 @@ class RankFailedError(RuntimeError):
 
 
 class Failures:
-    """Of one engine's ranks."""
+    """Errors of one engine's ranks."""
 
     def __init__(self) -> None:
-        """Collective."""
+        """Open the engine's own part of the store. Collective."""
         self._rank = dist.get_rank()
         store = dist.distributed_c10d._get_default_store()
-        nth = store.add(f"uni3d/failures/{self._rank}", 1)  # ranks make theirs in the same order
+        nth = store.add(f"uni3d/failures/{self._rank}", 1)  # ranks create them in the same order
         self._store = dist.PrefixStore(f"uni3d/failures/{nth}", store)  # type: ignore[attr-defined]
-        self._count = 0  # of what was begun together, the same on all ranks
+        self._count = 0  # number of works begun, the same on all ranks
 
     @contextmanager
     def told(self, work: str, *, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-        """Around a piece of work that the ranks do together, with a name for it.
+        """Enclose work that the ranks do together; `work` names it in the message.
+
+        An error of this rank is told to the others and raised unchanged. Errors of the types `alike` are
+        those that all ranks raise, so they aren't told.
 
         Raises:
-            RankFailedError: another rank failed in it; which, and of what. What fails on this rank is raised
-                as it is; errors of the types `alike` are those that all ranks raise, and nobody need tell.
+            RankFailedError: another rank failed in this work; names the rank and its error.
         """
         self._count += 1
         try:
@@ -59,11 +61,11 @@ class Failures:
             self._store.compare_set(
                 str(self._count), "", f"rank {self._rank}: {type(error).__name__}: {text}"
             )
-        except RuntimeError:  # the store went with its host: there is nobody left to tell
+        except RuntimeError:  # the store's host is gone, and nobody can read it
             return
 
     def _reason(self, work: str) -> str:
-        """What the first rank that failed has said."""
+        """Return the error of the first rank that failed."""
         deadline = time.monotonic() + PATIENCE_S
         try:
             while time.monotonic() < deadline:
@@ -72,18 +74,18 @@ class Failures:
                 time.sleep(0.05)
         except RuntimeError:  # its host is gone
             pass
-        return f"{work} failed: the connection to another rank was lost; see what that one printed last"
+        return f"{work} failed: the connection to another rank was lost; see its last output"
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the model raised: torch's pipeline stages wrap that in a page of their arguments."""
+    """Return the model's own error, which torch's pipeline stages wrap in a page of their arguments."""
     if error.__cause__ is not None and "failed to run forward" in str(error):
         return error.__cause__
     return error
 
 
 def _is_lost_connection(error: BaseException | None) -> bool:
-    """Whether a rank or the network has gone, as the backends say it: gloo has no error type of its own."""
+    """Return whether a connection was lost. gloo has no error type of its own, so its message decides."""
     while error is not None:
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             return True

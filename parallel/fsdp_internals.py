@@ -1,8 +1,8 @@
-"""What is used of fully_shard's private records of parameters, and what is changed in them.
+"""Access to the private parameter records of torch's fully_shard, and changes to them.
 
-torch gives no public way to these: gradients of zero where a rank used a parameter not at all, gradients of a
-single rank taken as they are, parameters that are computed with where they lie. All of it is here, and
-`check_records` refuses a torch in which something is missing.
+torch has no public API for three things: zero gradients for parameters that a rank didn't use, adopting a
+single rank's gradients without reduction, and computing with a parameter in place. They are all here, and
+`check_records` refuses a torch that lacks one of the attributes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ PARAMETER_RECORDS = (
     "init_all_gather_outputs",
     "free_unsharded_param",
 )
-"""What is used of fully_shard's private records; read in torch 2.13."""
+"""Attributes in use, as of torch 2.13."""
 
 
 def parameters_of(module: FSDPModule) -> list[Any]:
-    """fully_shard's own records of the parameters that it gathers together with `module`."""
+    """Return fully_shard's records of the parameters that it gathers together with `module`."""
     group = group_of(module)
     return [] if group is None else list(group.fsdp_params)
 
 
 def group_of(module: FSDPModule) -> Any:
-    """fully_shard's own record of what it gathers together with `module`; None if that is nothing."""
+    """Return fully_shard's parameter group of `module`, or None if it has no parameters."""
     return module._get_fsdp_state()._fsdp_param_group
 
 
 def adopt_gradient(parameter: Any) -> None:
-    """Take what a single rank has accumulated for the sum over the ranks."""
+    """Make a single rank's accumulated gradient the reduced one."""
     unsharded = getattr(parameter, "_unsharded_param", None)
     if parameter.unsharded_accumulated_grad is not None:
         whole = parameter.unsharded_accumulated_grad_data
@@ -53,18 +53,19 @@ def adopt_gradient(parameter: Any) -> None:
         whole = whole.to(parameter.orig_dtype).contiguous()
     gradient = parameter.to_sharded_dtensor(whole.view(parameter.sharded_size))
     sharded = parameter.sharded_param
-    # There is one already if something was evaluated in the midst of the step.
+    # There is one already if an evaluation ran in the middle of the step.
     sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
 
 
 def count_unused(parameter: Any) -> None:
     """Give a trained parameter that took no part in a backward pass a gradient of zero.
 
-    What is reduced together has no names: if ranks, or micro batches that are summed late, use different
-    parameters, as experts are, gradients would be added up that don't belong together. torch's own
-    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if others were accumulated in another type.
+    Gradients are reduced in one flat buffer, without names. If ranks, or micro batches that are reduced late,
+    used different parameters, such as experts, gradients of different parameters would be summed. torch's own
+    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if other gradients were accumulated in another
+    type.
     """
-    accumulate = parameter.accumulate_unsharded_grad_if_needed  # the first thing after each backward pass
+    accumulate = parameter.accumulate_unsharded_grad_if_needed  # called first after each backward pass
 
     def fill_and_accumulate() -> None:
         whole = getattr(parameter, "_unsharded_param", None)
@@ -77,10 +78,10 @@ def count_unused(parameter: Any) -> None:
 
 
 def check_records(module: FSDPModule) -> None:
-    """See that torch's records, which are its private matter, have what is used of them here.
+    """Check that torch's private records have the attributes in use here.
 
     Raises:
-        RuntimeError: they haven't.
+        RuntimeError: an attribute is missing.
     """
     state = module._get_fsdp_state()
     group = getattr(state, "_fsdp_param_group", None)
@@ -96,18 +97,18 @@ def check_records(module: FSDPModule) -> None:
 
 
 def compute_in_place(parameter: Any) -> None:
-    """Let a parameter whose shard is the whole be computed with where it lies.
+    """Compute with a parameter in place, where its shard is the whole parameter.
 
-    fully_shard makes a whole copy before use even if there is nobody to gather from. In fp32 that is the
-    same again, which would double the memory of ZeRO stage 0 and of a single rank.
+    fully_shard copies parameters before use even if there is no other rank to gather from. In fp32 the copy
+    equals the shard, and would double the parameters' memory at ZeRO stage 0 and on a single rank.
     """
 
     def init_all_gather_outputs(*_: Any) -> None:
         data = parameter._sharded_param_data
         if not parameter.all_gather_outputs or parameter.all_gather_outputs[0] is not data:
-            parameter.all_gather_outputs = [data]  # gathering is then a copy of a tensor onto itself: none
+            parameter.all_gather_outputs = [data]  # gathering then copies the tensor onto itself, a no-op
             if hasattr(parameter, "_unsharded_param"):
-                del parameter._unsharded_param  # a view of memory that the parameter has left
+                del parameter._unsharded_param  # a view of the previous memory
 
     parameter.init_all_gather_outputs = init_all_gather_outputs
     parameter.free_unsharded_param = lambda: None

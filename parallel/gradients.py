@@ -1,4 +1,4 @@
-"""Gradients across ranks: tied weights, the global norm, one scaling."""
+"""Gradients across ranks: tied weights, scalar parameters, the global norm."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.pipeline import Loss
+from parallel.loss import Loss
 from parallel.placement import Placement
 from parallel.topology import Topology
 
 
 class TiedGradients:
-    """Weights that several pipeline stages hold copies of: their gradients are summed over the stages.
+    """Gradients of tied weights that several pipeline stages hold, summed over these stages.
 
     The copies then take the same optimizer steps, so they stay equal bit for bit.
     """
@@ -28,12 +28,12 @@ class TiedGradients:
         placement: Placement,
         topology: Topology,
     ) -> None:
-        """`ties` maps each alias to its first name; `stage_names` are the parameter names on each stage."""
+        """Take `ties` (alias -> first name) and the parameter names on each stage."""
         self._topology = topology
         self._ranks = placement.ranks
         self._shared: list[tuple[dict[int, nn.Parameter], list[int]]] = []
         self.copies: set[str] = set()
-        """Names of this rank's parameters that an earlier stage holds too, and counts and saves."""
+        """This rank's parameters that an earlier stage holds too; that stage counts and saves them."""
         mine = dict(module.named_parameters())
         for first in sorted(set(ties.values())):
             names = {first, *(alias for alias, name in ties.items() if name == first)}
@@ -50,21 +50,22 @@ class TiedGradients:
                 self.copies |= {name for stage, name in here.items() if stage != holders[0]}
 
     def sum(self) -> None:
-        """Collective over the pipeline: replace each copy's gradient by the sum over its stages."""
+        """Replace each copy's gradient by the sum over its stages. Collective over the pipeline."""
         for copies, holders in self._shared:
             gradients = {stage: _gradient(parameter) for stage, parameter in copies.items()}
             example = next(iter(gradients.values()))
-            if example.numel() == 0:  # an uneven shard with nothing in it is empty on every stage
+            if example.numel() == 0:  # a shard that is empty here is empty on every stage
                 continue
             terms = {stage: torch.empty_like(example) for stage in holders if stage not in copies}
             terms |= {stage: gradient.clone() for stage, gradient in gradients.items()}
             self._exchange(terms, copies.keys())
-            total = torch.stack([terms[stage] for stage in holders]).sum(0)  # in stage order
+            # In stage order on every rank, so that the copies get the same bits.
+            total = torch.stack([terms[stage] for stage in holders]).sum(0)
             for gradient in gradients.values():
                 gradient.copy_(total)
 
     def _exchange(self, terms: Mapping[int, Tensor], mine: Collection[int]) -> None:
-        """Send this rank's terms to the other holders and receive theirs, in the order of stages."""
+        """Send this rank's terms to the other holders and receive theirs, in stage order."""
         group, me = self._topology.pp_group, self._topology.pp_rank
         others = {self._ranks[stage] for stage in terms} - {me}
         operations = []
@@ -82,14 +83,14 @@ class TiedGradients:
 
 
 class ScalarGradients:
-    """Parameters without a dim, as a temperature: whole on every rank, since there is nothing to shard."""
+    """Gradients of parameters without a dim, such as a temperature, which every rank holds whole."""
 
     def __init__(self, module: nn.Module, topology: Topology) -> None:
         self._topology = topology
         self._scalars = [p for p in module.parameters() if p.ndim == 0 and p.requires_grad]
 
     def sum(self) -> None:
-        """Collective over the data-parallel ranks: sum their gradients, which nothing else does."""
+        """Sum them over the data-parallel ranks, since fully_shard ignores these parameters. Collective."""
         if not self._scalars:
             return
         device = self._topology.device
@@ -102,19 +103,19 @@ class ScalarGradients:
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
-    """This rank's parts of the gradients, the live memory; None where there is none."""
+    """Return this rank's parts of the gradients, as live memory; None for a parameter without a gradient."""
     gradients = [parameter.grad for parameter in parameters]
     return [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
 
 
 def counts_here(parameter: nn.Parameter, topology: Topology) -> bool:
-    """Whether this rank's part counts in a sum over all ranks: of several that hold it, the first's does."""
+    """Return whether this rank's part counts in a sum over all ranks: only the first holder's does."""
     coordinates = {axis: topology.mesh.get_local_rank(axis) for axis in ("replicate", "shard", "tp")}
     return all(coordinates[axis] == 0 for axis in coordinates.keys() - _cut_by(parameter))
 
 
 def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
-    """This rank's contribution to the squared norm of all gradients, a float64 scalar."""
+    """Return this rank's contribution to the squared norm of all gradients, a float64 scalar."""
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(counted, 2)
@@ -124,15 +125,15 @@ def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
 def sum_over_ranks(
     loss: Loss | None, counted: list[Tensor], topology: Topology, alarm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Collective: summed loss, the number of its terms and the squared gradient norm, in float64.
+    """Return summed loss, number of its terms, squared gradient norm and number of alarms. Collective.
 
-    `loss` is None on the ranks that don't know it; `counted` are the gradients that count on this one.
-    The last result is how many ranks gave an `alarm`: what they have to tell each other between steps
-    travels along.
+    `loss` is None on ranks that don't know it; `counted` are the gradients that count on this rank. `alarm`
+    is a flag that ranks raise between steps; it is summed along to save a collective. All results are float64
+    scalars.
     """
     square = square_sum(counted, topology.device)
     known = torch.zeros_like(square), torch.zeros_like(square)
-    if loss is not None and topology.tp_rank == 0:  # tensor-parallel ranks all know the same loss
+    if loss is not None and topology.tp_rank == 0:  # all tensor-parallel ranks have the same loss
         known = loss.total.double(), loss.tokens.to(square)
     sums = torch.stack([*known, square, torch.full_like(square, alarm)])
     dist.all_reduce(sums)
@@ -141,16 +142,16 @@ def sum_over_ranks(
 
 
 def _cut_by(parameter: nn.Parameter) -> set[str]:
-    """The mesh axes over which no rank holds the whole."""
+    """Return the mesh axes that cut the parameter."""
     if not isinstance(parameter, DTensor):
         return set()
     names = parameter.device_mesh.mesh_dim_names or ()
-    # Two kinds of placement are shards: cut by one axis alone, and cut by two on the same dim.
+    # Not `is_shard`, which is false for the strided shards of a dim that two axes cut.
     return {n for n, p in zip(names, parameter.placements, strict=True) if not p.is_replicate()}
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:  # this stage doesn't use it
+    if parameter.grad is None:  # this stage holds the parameter without using it
         parameter.grad = torch.zeros_like(parameter)
     return _local(parameter.grad)
 

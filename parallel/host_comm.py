@@ -1,4 +1,4 @@
-"""Small collectives on host memory, for those who plan and check things together."""
+"""Small collectives in host memory, for planning and checks."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from torch import Tensor
 Bytes = npt.NDArray[np.uint8]
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: as long as the slowest one may take to write its part."""
+"""Longest wait for the other ranks, which includes the slowest rank's write of a checkpoint."""
 
 SLOT_BYTES = 1 << 10
+"""Size of a value that is sent along with its length."""
 
 
 class HostComm:
-    """All ranks of a job, exchanging Python values and bytes through their CPUs.
+    """Collectives of Python values and bytes between the CPUs of all ranks.
 
-    It has connections of its own: what it does, in whichever thread, can't come between training's
-    collectives, and it outlives `destroy_process_group`, so that work in the background can end.
+    It has connections of its own, so it can be used from any thread without disturbing training's
+    collectives. It outlives `destroy_process_group`, so that background work can finish.
     """
 
     def __init__(self) -> None:
-        """Collective."""
+        """Connect the ranks. Collective."""
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
-        nth = store.add(f"uni3d/host_comm/{self.rank}", 1)  # ranks make theirs in the same order
+        nth = store.add(f"uni3d/host_comm/{self.rank}", 1)  # ranks create them in the same order
         own = distributed.PrefixStore(f"uni3d/host_comm/{nth}", store)
         self._group: Any = dist.ProcessGroupGloo(own, self.rank, self.size, TIMEOUT)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+        """Return every rank's value, by rank."""
         return self._collect(value, on_all=True)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on rank 0; on the others an empty list."""
+        """Return every rank's value, by rank, on rank 0; an empty list on the others."""
         return self._collect(value, on_all=False)
 
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
-        """Send `outgoing[r]` to rank r; returns what each rank sent here, of the sizes announced."""
+        """Send `outgoing[r]` to rank r; return the bytes that each rank sent here, of the announced sizes."""
         sent = torch.from_numpy(np.concatenate(outgoing))
         received = torch.empty(sum(incoming_sizes), dtype=torch.uint8)
         sizes = [part.nbytes for part in outgoing]
@@ -56,7 +57,7 @@ class HostComm:
 
     def _collect(self, value: Any, *, on_all: bool) -> list[Any]:
         data = pickle.dumps(value)
-        # One collective carries every rank's length and, where all are short, as most are, the values.
+        # One collective carries every rank's length and, if all are short, which is usual, the values.
         slots = self._all_gather(len(data).to_bytes(8, "little") + data[:SLOT_BYTES], 8 + SLOT_BYTES)
         lengths = [int.from_bytes(slot[:8], "little") for slot in slots]
         if max(lengths) <= SLOT_BYTES:
@@ -66,7 +67,9 @@ class HostComm:
         else:
             parts = self._gather(data, max(lengths))
         values = zip(parts, lengths, strict=False)
-        return [pickle.loads(part[:length]) for part, length in values]  # the ranks' own, in memory
+        return [
+            pickle.loads(part[:length]) for part, length in values
+        ]  # bytes of our own ranks, never of a file
 
     def _all_gather(self, data: bytes, size: int) -> list[bytes]:
         everyone = [torch.empty(size, dtype=torch.uint8) for _ in range(self.size)]

@@ -1,4 +1,4 @@
-"""The layers that repeat: gathered one by one, computed again in the backward pass, compiled."""
+"""Repeated layers: units of ZeRO's gathering, of activation checkpointing and of compilation."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ KEPT = frozenset(
         torch.ops._c10d_functional.all_gather_into_tensor.default,
     }
 )
-"""What selective recomputation keeps: what costs more to compute, or to send, than to keep."""
+"""Operations whose outputs selective recomputation keeps: computing or sending them again costs more."""
 
 
 def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Module]:
-    """A whole model's layers: the entries of its outermost module lists and dicts, and of those in them.
+    """Return a model's layers: the entries of its outermost module lists and dicts, nested ones included.
 
-    Of a chain, whose links are named, those links that are in module lists; without any, all with parameters.
+    With `links`, the layers of a chain, return the links that are in module lists or, if there are none, all
+    links with parameters.
     """
     if links is not None:
         chain = {name: model.get_submodule(name) for name in links}
         parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in links}
         listed = [link for name, link in chain.items() if isinstance(parents[name], nn.ModuleList)]
         return listed or [link for link in chain.values() if next(link.parameters(), None) is not None]
-    found: dict[int, nn.Module] = {}  # each once, wherever it is used
+    found: dict[int, nn.Module] = {}  # each once, even if it is used twice
 
     def walk(parent: nn.Module, listed: bool) -> None:
         for child in parent.children():
@@ -62,10 +63,10 @@ def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Modu
 
 
 def units(candidates: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those of a model's layers that ZeRO gathers one by one.
+    """Return the layers that ZeRO gathers one by one.
 
-    One stays with the root if it shares a weight with another (both must be gathered together) or has no
-    matrices (a collective of its own would cost more than it moves).
+    A layer stays with the root if it shares a weight with another (both must be gathered together) or has no
+    matrices (a collective of its own would cost more than it saves).
     """
     owners: dict[int, int] = {}
     for layer in candidates:
@@ -80,10 +81,10 @@ def units(candidates: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def change_forward(layers: Sequence[nn.Module], again: Recompute | None, compiled: Compile | None) -> None:
-    """Make the layers' forward passes recompute, and compile them, in place.
+    """Apply activation checkpointing and compilation to the layers' `forward`, in place.
 
-    Only `forward` is replaced: modules keep their names, and ZeRO's hooks, which come later, stay outside, so
-    that a layer's parameters are there when it is computed again.
+    Only `forward` is replaced, so modules keep their names. ZeRO's hooks are registered later and stay
+    outside, so that a layer's parameters are gathered when it is recomputed.
     """
     for i, layer in enumerate(layers):
         forward: Callable[..., Any] = layer.forward

@@ -1,4 +1,4 @@
-"""Which part of a tensor this rank and others hold, read off the tensor itself: nobody is asked."""
+"""Parts of a tensor that this rank and others hold, computed from its placements without communication."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Place = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class LocalPart(NamedTuple):
-    """This rank's part of a logical tensor, as an offset and a shape in its elements."""
+    """This rank's part of a logical tensor, with its offset in elements."""
 
     data: Tensor
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
 
 
 def local_part(tensor: Tensor) -> LocalPart:
-    """The part of `tensor` on this rank; a plain tensor is held whole.
+    """Return the part of `tensor` on this rank, the whole of a plain tensor.
 
     The data is the live memory, not a copy. Exact for uneven shards, and where tensor parallelism and
     ZeRO cut the same dim.
@@ -45,10 +45,10 @@ def local_part(tensor: Tensor) -> LocalPart:
 
 
 class StageLayout:
-    """What each rank that has the same pipeline stages as this one holds of a tensor.
+    """Parts of a tensor on each rank that has the same pipeline stages as this one.
 
-    They all have the same modules, each its part by its place on the mesh, so each can tell what the others
-    hold. Ranks at other places on the pipeline axis hold other tensors.
+    These ranks have the same modules, cut by their places on the mesh, so each can compute the parts of the
+    others. Ranks at other places on the pipeline axis hold other tensors.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -64,7 +64,10 @@ class StageLayout:
         self._known: dict[object, dict[int, Place]] = {}
 
     def places(self, tensor: Tensor) -> dict[int, Place]:
-        """By rank; the same object for tensors that are cut alike. A plain tensor is held whole by all."""
+        """Return the place of each rank's part; every rank holds the whole of a plain tensor.
+
+        The result is the same object for tensors that are cut alike.
+        """
         if not isinstance(tensor, DTensor):
             return {rank: ((0,) * tensor.ndim, tuple(tensor.shape)) for rank in self._places}
         mesh, shape = tensor.device_mesh, tuple(tensor.shape)
@@ -80,7 +83,7 @@ class StageLayout:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of `tensor`: the live memory, the same object as long as `tensor` keeps it."""
+    """Return this rank's part of `tensor`: the live memory, the same object while `tensor` keeps it."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
@@ -97,7 +100,7 @@ def _place(
 
 
 def narrow_to(full: Tensor, part: LocalPart) -> Tensor:
-    """The view of a whole tensor that corresponds to `part`."""
+    """Return the view of a whole tensor that corresponds to `part`."""
     for dim, (start, length) in enumerate(zip(part.offset, part.data.shape, strict=True)):
         full = full.narrow(dim, start, length)
     return full

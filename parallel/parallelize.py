@@ -1,4 +1,4 @@
-"""From a plain model to this rank's part of it, in order: check, cut, split, change layers, shard, fill."""
+"""From a plain model to this rank's part of it: check, split into stages and tensors, shard, initialize."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from parallel.combinations import check_combination
+from parallel.combinations import check_combination, pipeline_refusal
 from parallel.gradients import ScalarGradients, TiedGradients
 from parallel.layers import blocks, change_forward, units
-from parallel.pipeline import LossFn, Pipeline
+from parallel.loss import LossFn
+from parallel.pipeline import Pipeline
 from parallel.placement import Placement
 from parallel.replica_check import Replicas
 from parallel.settings import Settings
@@ -24,6 +25,7 @@ from parallel.tensor import (
     tied_names,
 )
 from parallel.topology import Topology
+from parallel.tp_styles import no_plan
 from parallel.weights import broadcast_from_first_rank, check_can_materialise, is_meta, materialise
 from parallel.zero import Zero, ZeroStages
 
@@ -37,32 +39,32 @@ class ParallelModel:
     topology: Topology
     zero: ZeroStages
     ties: dict[str, str]
-    """Other names of tied parameters -> the first name, over the whole model."""
+    """First name of each other name of a tied parameter, over the whole model."""
     tied: TiedGradients
     scalars: ScalarGradients
     replicas: Replicas
     loss_fn: LossFn | None
     """`loss_fn(outputs, targets)`; None for a model that computes its own loss."""
     pipeline: Pipeline | None
-    """Runs whole batches; None where there is one stage, which needs no schedule."""
+    """Pipeline that runs whole batches; None for a single stage, which needs no schedule."""
     rowwise: set[str]
     """Weights that tensor parallelism, of any degree, cuts along their second dim."""
     sequence_parallel: bool
-    """Whether the tensor-parallel ranks split sequences."""
+    """True if the tensor-parallel ranks split sequences."""
     layers: list[list[str]] | None
-    """By place on the pipeline axis, the layers there; None for a model that isn't a chain."""
+    """Layers at each place on the pipeline axis; None for a model that isn't a chain."""
 
     def first_name(self, name: str) -> str:
-        """The name under which a parameter of this rank is known everywhere."""
+        """Return the name of one of this rank's parameters in the whole model."""
         return self.ties.get(name, name)
 
 
 def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelModel:
-    """Collective: turn `model`, built alike on every rank, into this rank's part of it.
+    """Turn `model`, built alike on every rank, into this rank's part of it. Collective.
 
-    The model may say how it is split: `pipeline_layers`, `tp_plan` and `tp_units`; what to train:
-    `loss_fn(outputs, targets)`; and, when it was built on the meta device, how to fill its parameters:
-    `init_parameter(name, tensor, generator)`. `model` itself is used up.
+    The model may have attributes that say how to split it (`pipeline_layers`, `tp_plan`, `tp_units`), its
+    loss (`loss_fn(outputs, targets)`) and, for a model on the meta device, how to initialize its parameters
+    (`init_parameter(name, tensor, generator)`). `model` can't be used afterwards.
 
     Raises:
         ValueError: the model can't be split this way; the message names the layer, the size, the degree.
@@ -81,7 +83,9 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     stretches: Sequence[nn.Module] = [model]
     kept: list[list[str]] | None = None
     if layers is not None:
-        placement = Placement.of(settings, degrees.pp)
+        placement = Placement.of(
+            degrees.pp, schedule=settings.schedule, virtual_stages=settings.virtual_stages
+        )
         stages = split_layers(model, layers, placement.stages, settings.balance)
         stage_names = [_names(model, names) for names in stages]
         kept = [[name for i in placement.on(place) for name in stages[i]] for place in range(degrees.pp)]
@@ -99,7 +103,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
             precision=settings.precision,
             offload=settings.offload,
             persistence_threshold=settings.persistence_threshold,
-            output=torch.float32 if loss_fn is not None and placement.is_last(stage) else None,  # for losses
+            output=torch.float32 if loss_fn is not None and placement.is_last(stage) else None,
         )
         for stage, stretch in zip(placement.on(topology.pp_rank), stretches, strict=True)
     ]
@@ -125,7 +129,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
 
 
 def _names(model: nn.Module, layers: Sequence[str] | None = None) -> set[str]:
-    """All names of the parameters of a model, or of some of its layers."""
+    """Return all names of the parameters of a model, or of some of its layers."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if layers is None:
         return names
@@ -135,19 +139,20 @@ def _names(model: nn.Module, layers: Sequence[str] | None = None) -> set[str]:
 def _check_splits(
     model: nn.Module, topology: Topology, settings: Settings, layers: Sequence[str] | None
 ) -> dict[str, str]:
-    """Check that the model can be split as is wanted; returns its expanded tensor-parallel plan."""
+    """Check that the model can be split as asked; return its expanded tensor-parallel plan."""
     degrees = topology.degrees
     kind, virtual = type(model).__name__, settings.virtual_stages
-    check_combination(settings, degrees)
-    pipeline = f"pp({degrees.pp})" if virtual == 1 else f"virtual_stages({virtual})"
-    if degrees.pp * virtual > 1 and layers is None:
-        raise ValueError(f"{pipeline} needs a model with pipeline_layers, which {kind} hasn't; use pp 1")
-    if degrees.pp * virtual > 1 and getattr(model, "loss_fn", None) is None:
-        raise ValueError(f"{pipeline} needs a model with a loss_fn(outputs, targets), which {kind} hasn't")
+    check_combination(settings)
+    count, loss_fn = None if layers is None else len(layers), getattr(model, "loss_fn", None) is not None
+    if why := pipeline_refusal(kind, count, loss_fn=loss_fn, pp=degrees.pp, virtual_stages=virtual):
+        given = f"pp({degrees.pp})" if virtual == 1 else f"virtual_stages({virtual})"
+        raise ValueError(
+            f"{given} {why}; use pp=1" if virtual == 1 else f"{given} {why}; use virtual_stages=1"
+        )
     declared = getattr(model, "tp_plan", None)
     if degrees.tp > 1 and not declared:
-        raise ValueError(f"tp({degrees.tp}) needs a model with a tp_plan, which {kind} hasn't; use tp 1")
-    if degrees.tp == 1:  # then a plan may have styles that aren't known here: nothing is split
+        raise ValueError(f"tp({degrees.tp}) {no_plan(kind)}; use tp=1")
+    if degrees.tp == 1:  # nothing is split, so the plan may have unknown styles
         return {}
     plan = expand_plan(model, declared or {})
     check_plan(

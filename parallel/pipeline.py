@@ -1,4 +1,4 @@
-"""Running a pipeline: torch's stages and schedules, with ZeRO told when each backward pass comes.
+"""Pipeline parallelism with torch's stages and schedules. ZeRO is told of each backward pass.
 
 A model of one stage needs no schedule: see `ParallelModel.pipeline`.
 
@@ -9,8 +9,7 @@ The schedules: GPipe (Huang et al. 2019), 1F1B (PipeDream-Flush, Narayanan et al
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,79 +21,17 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from parallel.combinations import MANY_STAGES
+from parallel.loss import Loss, LossFn, split_logits
 from parallel.pipeline_stage import TorchStage
 from parallel.placement import Placement
 from parallel.settings import Schedule
 from parallel.topology import Topology
 from parallel.zero import Zero
 
-LossFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-"""`(outputs, targets)` of a micro batch -> its loss summed and the number it was summed over, or its mean."""
-
-
 KEPT_SCHEDULES = 4
-"""Schedules that are kept: training's, evaluation's, and some for batches of another shape."""
-
-
-class Loss(NamedTuple):
-    """A loss that can be added up over micro batches and ranks before the division."""
-
-    total: Tensor
-    tokens: Tensor
-    """How many values `total` is the sum of."""
-
-    @classmethod
-    def of(cls, value: Tensor | tuple[Tensor, Tensor]) -> Loss:
-        """What a loss function gave; a single value is a mean, and weighs as one.
-
-        Raises:
-            ValueError: it is neither; a model's loss beside its logits, say.
-        """
-        if isinstance(value, tuple) and not _is_sum_and_count(value):
-            raise ValueError(
-                "a loss is one value, or a tuple of its sum and the number of its terms; got a tuple of "
-                f"{', '.join(map(_described, value))}; return the loss alone, or an object with a .loss"
-            )
-        total, count = value if isinstance(value, tuple) else (value, torch.ones((), device=value.device))
-        if isinstance(total, DTensor):  # computed on logits that were split by vocabulary
-            total = total.full_tensor()
-        if isinstance(count, DTensor):
-            count = count.full_tensor()
-        return cls(total, torch.as_tensor(count, device=total.device))
-
-    def lifted(self, factor: float) -> Tensor:
-        """What a backward pass begins with: the total, multiplied by a loss scale in fp32."""
-        return self.total if factor == 1.0 else self.total.float() * factor
-
-    @classmethod
-    def sum(cls, losses: Sequence[Loss]) -> Loss:
-        # Not in a type of 16 bits, which ends at 65,504 or counts to 256.
-        return cls(
-            torch.stack([loss.total.float() for loss in losses]).sum(),
-            torch.stack([loss.tokens.double() for loss in losses]).sum(),
-        )
-
-
-def _is_sum_and_count(value: tuple[Any, ...]) -> bool:
-    if len(value) != 2 or not isinstance(value[0], Tensor) or value[0].numel() != 1:
-        return False
-    count = value[1]
-    if isinstance(count, Tensor):
-        return count.numel() == 1 and not count.requires_grad
-    return isinstance(count, int | float)
-
-
-def _described(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def split_logits(topology: Topology) -> AbstractContextManager[None]:
-    """Makes cross-entropy work on logits that are split by vocabulary; forward and backward run inside."""
-    return loss_parallel() if topology.degrees.tp > 1 else nullcontext()
+"""Number of schedules that are kept: training's, evaluation's, and some for batches of another shape."""
 
 
 class Pipeline:
@@ -108,7 +45,7 @@ class Pipeline:
         loss_fn: LossFn,
         schedule: Schedule,
     ) -> None:
-        """`zeros` are this rank's stages."""
+        """Take `zeros`, this rank's stages in the placement's order."""
         self._stages = dict(zip(placement.on(topology.pp_rank), zeros, strict=True))
         self._placement = placement
         self._topology = topology
@@ -121,10 +58,11 @@ class Pipeline:
     def run(
         self, batches: Sequence[tuple[Tensor, Tensor]], *, train: bool, factor: float = 1.0
     ) -> Loss | None:
-        """Collective over the pipeline: forward, and with `train` backward, of each micro batch.
+        """Run the forward pass of each micro batch and, with `train`, the backward pass.
 
-        `batches` are this rank's micro batches `(inputs, targets)`, of one size, the same on every stage; the
-        first stage uses the inputs, the last the targets. Gradients are of the summed loss times `factor`.
+        Collective over the pipeline. `batches` are this rank's micro batches `(inputs, targets)`, of equal
+        size and the same on every stage. The first stage uses the inputs, the last the targets. Gradients are
+        those of the summed loss times `factor`.
 
         Returns the summed loss on the rank of the last stage, None on the others.
         """
@@ -140,24 +78,25 @@ class Pipeline:
             run(*args, target=targets if ends_here else None, return_outputs=False)
         if not ends_here:
             return None
-        return Loss.sum(self._losses[-len(batches) :])  # a schedule's first run also tries one for its shapes
+        # The last ones, since a new schedule first runs a micro batch to infer shapes.
+        return Loss.sum(self._losses[-len(batches) :])
 
     def _schedule(self, inputs: Tensor, targets: Tensor, micro_batches: int, train: bool) -> Any:
-        """torch's schedules are made for one shape; keep one for each that comes along.
+        """Return the schedule for these shapes; torch makes a schedule for one shape.
 
-        A new one tries the stages out, with ZeRO's collectives in it. Data-parallel ranks may have other
-        shapes than this one, so if one of them needs a new schedule, all make one.
+        A new schedule runs the stages once to infer shapes, ZeRO's collectives included. Data-parallel ranks
+        may differ in shapes, so if one of them needs a new schedule, all make one.
         """
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype, micro_batches, train)
         if self._topology.degrees.dp > 1:
-            # On the host where there is a way: to read it there, nobody waits for a GPU.
+            # On the CPU where there is a backend for it: reading the result then waits for no GPU.
             device = "cpu" if "cpu" in dist.get_backend_config() else self._topology.device
             missing = torch.tensor(float(key not in self._schedules), device=device)
             dist.all_reduce(missing, dist.ReduceOp.MAX)
             if missing > 0:
                 self._schedules.pop(key, None)
         if key not in self._schedules:
-            if len(self._schedules) == KEPT_SCHEDULES:  # each has buffers of its own
+            if len(self._schedules) == KEPT_SCHEDULES:  # each has its own buffers
                 del self._schedules[next(iter(self._schedules))]
             self._schedules[key] = self._make_schedule(micro_batches)
         return self._schedules[key]
@@ -165,7 +104,7 @@ class Pipeline:
     def _make_schedule(self, micro_batches: int) -> Any:
         stages = [TorchStage(zero, i, self._placement, self._topology) for i, zero in self._stages.items()]
         kind = self._kind
-        # With fewer micro batches than stages 1F1B has no steady state; torch wants GPipe then.
+        # With fewer micro batches than stages 1F1B has no steady state, and torch refuses it.
         if kind == "1f1b" and micro_batches < self._placement.stages:
             kind = "gpipe"
         given = stages if kind in MANY_STAGES else stages[0]
@@ -175,9 +114,7 @@ class Pipeline:
         loss = Loss.of(self._loss_fn(outputs, targets))
         self._losses.append(Loss(loss.total.detach(), loss.tokens))
         lifted = loss.lifted(self._factor)
-        return (
-            lifted.clone() if lifted._is_view() else lifted
-        )  # split backward passes detach it where it lies
+        return lifted.clone() if lifted._is_view() else lifted  # split backward passes detach it in place
 
 
 _SCHEDULES: dict[Schedule, Callable[..., Any]] = {

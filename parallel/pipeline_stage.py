@@ -1,4 +1,4 @@
-"""torch's pipeline stage: ZeRO is told when each backward pass comes, what torch overlooks is set right."""
+"""torch's pipeline stage, which tells ZeRO of each backward pass, with work-arounds for torch 2.11-2.13."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from parallel.zero import Zero
 
 
 class _Hidden(nn.Module):
-    """Hides that a module is sharded, so that torch's stage leaves gradients and resharding to `Zero`.
+    """Wrapper that hides that a module is sharded, so that gradients and resharding are left to `Zero`.
 
-    Left to itself the stage keeps gradients whole until the last micro batch, which is ZeRO stage 1 only.
+    torch's stage would keep gradients whole until the last micro batch, which is right for ZeRO stage 1 only.
     """
 
     def __init__(self, zero: Zero, *, is_last: bool) -> None:
@@ -27,21 +27,21 @@ class _Hidden(nn.Module):
         self._is_last = is_last
 
     def forward(self, *args: Any) -> Any:
-        output = self.module(args if len(args) > 1 else args[0])  # a layer that gave a tuple gave one value
+        output = self.module(args if len(args) > 1 else args[0])  # torch unpacks a tuple between stages
         if isinstance(output, tuple | list) and len(output) == 1 and not self._is_last:
             raise ValueError(
                 "the last layer of a pipeline stage returned a tuple of one tensor, which the next stage "
-                "would get as a tensor; return the tensor"
+                "would receive as a tensor; return the tensor"
             )
         return output
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those in the graph, which torch's split backward pass looks for: a sharded one isn't there."""
+        """Return the unsharded parameters: torch's split backward pass looks for those in the graph."""
         return self._zero.whole_parameters()
 
 
 class TorchStage(PipelineStage):
-    """One stage of a pipeline, as torch's schedules run it."""
+    """A pipeline stage for torch's schedules."""
 
     def __init__(self, zero: Zero, index: int, placement: Placement, topology: Topology) -> None:
         super().__init__(
@@ -66,12 +66,12 @@ class TorchStage(PipelineStage):
             if self._cannot_be_split(bwd_chunk_id):
                 super().backward_one_chunk(bwd_chunk_id, loss, True, False)
                 self._whole.add(bwd_chunk_id)
-                self.dw_runner[bwd_chunk_id] = lambda: None  # which a schedule looks for
+                self.dw_runner[bwd_chunk_id] = lambda: None  # the schedule expects an entry
                 return
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        if not self.has_backward:  # an evaluation goes through the same schedule
+        if not self.has_backward:  # an evaluation runs the same schedule
             return
         self._zero.before_weight_backward()
         if bwd_chunk_id in self._whole:
@@ -82,25 +82,27 @@ class TorchStage(PipelineStage):
         self._zero.after_weight_backward(last=last_backward)
 
     def _cannot_be_split(self, chunk: int) -> bool:
-        """Whether no input needs a gradient, as after frozen layers: torch finds the weights' from there, and
-        would find none. (It knows of the first stage, whose inputs never do.)
+        """Return whether no input needs a gradient, as after frozen layers.
+
+        torch starts from the inputs' gradients to find the weights', and would find none. (It handles the
+        first stage, whose inputs never need a gradient.)
         """
         if self.is_first or not self.has_backward:
             return False
         return not any(isinstance(x, Tensor) and x.requires_grad for x in self.fwd_cache[chunk][1])
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
-        """As torch's, which refuses to be asked in an evaluation, though the V schedule asks."""
+        """Return nothing in an evaluation, where the V schedule asks too and torch's method raises."""
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
-    # --- the run by which torch learns the shapes ------------------------------------------------------
+    # --- shape inference ---------------------------------------------------------------------------------
 
     def _compute_outputs(self, *args: Any, module: nn.Module, **kwargs: Any) -> Any:
-        """Run the stage on made-up inputs, of which its buffers (running means, counts) must not learn."""
+        """Run the stage on made-up inputs, which must not change its buffers (running means, counts)."""
         owners = [(m, n, b) for m in module.modules() for n, b in m._buffers.items() if b is not None]
         for owner, name, buffer in owners:
             owner._buffers[name] = buffer.clone()
@@ -111,8 +113,10 @@ class TorchStage(PipelineStage):
                 owner._buffers[name] = buffer
 
     def _to_tensor(self, arg: Any) -> Tensor:
-        """Zeros for what comes from another stage: torch leaves there what was in the memory, and the numbers
-        may be looked up in a table."""
+        """Return zeros for inputs from another stage, which torch leaves uninitialized.
+
+        They may be indices into an embedding.
+        """
         tensor: Tensor = super()._to_tensor(arg)
         if isinstance(arg, Tensor):
             return tensor

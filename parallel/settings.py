@@ -1,4 +1,4 @@
-"""How a model is to be split and run, apart from the number of ranks: what `build` is told."""
+"""Settings of `parallel.build`: everything apart from the model and the number of ranks. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"]
 Balance = Literal["flops", "parameters", "uniform"]
+DType = Literal["fp32", "bf16", "fp16"]
+
+ITEMSIZE: Mapping[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Which type each job is done in. Parameters, summed gradients and optimizer states are always fp32."""
+    """Types of computation and reduction. Parameters, reduced gradients and optimizer states stay fp32."""
 
-    compute: torch.dtype = torch.float32
-    """Of forward and backward passes: fp32, bf16 or fp16."""
-    reduce: torch.dtype = torch.float32
-    """In which gradients are accumulated and summed over the data-parallel ranks."""
+    compute: DType = "fp32"
+    """Type of forward and backward passes."""
+    reduce: DType = "fp32"
+    """Type in which gradients are accumulated and summed over the data-parallel ranks."""
 
     @property
     def mixed(self) -> bool:
-        """Whether anything is done in another type than fp32."""
-        return (self.compute, self.reduce) != (torch.float32, torch.float32)
+        """True if anything is done in another type than fp32."""
+        return (self.compute, self.reduce) != ("fp32", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute:
-    """Activation checkpointing: what isn't kept in the forward pass is computed again in the backward one."""
+    """Activation checkpointing: layers run again in the backward pass instead of keeping activations."""
 
     mode: Literal["full", "selective"] = "full"
-    """"full" keeps each layer's input; "selective" also keeps what matrix products and attention gave."""
+    """"full" keeps each layer's input; "selective" also keeps outputs of matrix products and attention."""
     every: int = 1
-    """Of how many layers one is recomputed."""
+    """Recompute one of this many layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +50,23 @@ class Compile:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that `parallel.build` is told beside the model and the topology."""
+    """All arguments of `parallel.build` beside the model and the topology."""
 
-    seed: int
-    """Of the initial weights of a model on the meta device."""
+    seed: int = 0
+    """Seed of the initial weights of a model on the meta device."""
     zero_stage: int = 0
     precision: Precision = Precision()
     offload: bool = False
-    """Whether sharded parameters, gradients and optimizer states lie in the host's memory."""
+    """True if sharded parameters, gradients and optimizer states stay in host memory."""
     persistence_threshold: int = 0
-    """At ZeRO stage 3, layers of fewer elements are kept whole from the forward pass to the backward one."""
+    """At ZeRO stage 3, layers with fewer elements stay whole from the forward pass to the backward pass."""
     schedule: Schedule = "1f1b"
-    """Of the pipeline."""
+    """Pipeline schedule."""
     virtual_stages: int = 1
     """Pipeline stages on each rank."""
     balance: Balance = "flops"
-    """What is as even as can be between pipeline stages."""
+    """Quantity that the pipeline stages share out evenly."""
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks split the sequence where they don't split the features."""
+    """True if tensor-parallel ranks split the sequence wherever they don't split the features."""
     recompute: Recompute | None = None
     compile: Compile | None = None

@@ -1,39 +1,39 @@
-"""Cutting a model into pipeline stages.
+"""Splitting a model into pipeline stages.
 
-A model that can be cut is a chain: it names its layers in order (`pipeline_layers`), and each takes what
-the one before it gives. A rank keeps the stretches of its stages under the names of the unsplit model, and
-drops the rest.
+A model that can be split is a chain: it names its layers in order (`pipeline_layers`), and each layer takes
+the output of the one before it. A rank keeps the layers of its stages under the names of the unsplit model
+and drops the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from parallel.placement import balanced_cuts, check_layers
 from parallel.settings import Balance
 
 
 class Chain(nn.Module):
-    """Some stretches of a model's chain of layers, with the parameter names of the whole model."""
+    """A rank's pipeline stages: stretches of a model's layers, under the names of the whole model."""
 
     def __init__(self, model: nn.Module, stretches: Sequence[Sequence[str]]) -> None:
-        """Takes the submodules out of `model`, which is no longer of use.
+        """Take the submodules out of `model`, which can't be used afterwards.
 
-        `stretches` are the layers of each of a rank's pipeline stages. What two of them share they hold apart
-        from here on, each its own copy: stages are sharded and computed each by itself.
+        `stretches` are the layers of each of the rank's pipeline stages. Parameters that two stages share are
+        copied, one for each: every stage is sharded and run by itself.
         """
         super().__init__()
         _prune(model, [name for names in stretches for name in names])
-        _part(model, stretches)
+        _untie(model, stretches)
         self._modules = model._modules
-        # Beside the tree of names, not in it: names with an underscore, as a submodule may have any other.
+        # A plain list, not registered as submodules, which would give every parameter a second name.
         self._stretches = [nn.Sequential(*map(self.get_submodule, names)) for names in stretches]
 
     def stretches(self) -> list[nn.Sequential]:
-        """The layers of each stage, as a module that runs them one after the other."""
+        """Return each stage's layers, as a module that runs them in order."""
         return self._stretches
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ class Chain(nn.Module):
 
 
 def layer_names(model: nn.Module) -> list[str] | None:
-    """The chain that the model declares as `pipeline_layers`; None if it declares none.
+    """Return the model's `pipeline_layers`, or None if it declares none.
 
     Raises:
-        ValueError: it names something that isn't there, or twice, or leaves parameters out.
+        ValueError: they name a module that doesn't exist, or name one twice, or leave parameters out.
     """
     declared: list[str] | None = getattr(model, "pipeline_layers", None)
     if declared is None:
@@ -56,13 +56,11 @@ def layer_names(model: nn.Module) -> list[str] | None:
         if name not in known:
             raise ValueError(f"pipeline_layers names {name!r}, but {type(model).__name__} has no such module")
         if sum(name == other or name.startswith(f"{other}.") for other in declared) > 1:
-            raise ValueError(
-                f"pipeline_layers names {name!r} twice, or a part of it; a layer runs once, as one link"
-            )
+            raise ValueError(f"pipeline_layers names {name!r} twice, or a part of it; name each layer once")
     for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if not any(name.startswith(f"{layer}.") for layer in declared):
             raise ValueError(
-                f"{name} is in none of the pipeline_layers; every parameter must belong to a layer"
+                f"{name} is in none of the pipeline_layers; every parameter and buffer must belong to a layer"
             )
     return list(declared)
 
@@ -70,19 +68,16 @@ def layer_names(model: nn.Module) -> list[str] | None:
 def split_layers(
     model: nn.Module, layers: Sequence[str], stages: int, balance: Balance = "flops"
 ) -> list[list[str]]:
-    """The layers of each stage: adjoining, and as even as can be by `balance`.
+    """Return the layers of each stage, consecutive and as evenly balanced as possible.
 
-    "flops" counts multiplications per token, which is the elements of a layer's matrices (looking up an
-    embedding costs none); "parameters" all parameters' elements; "uniform" layers. What a layer costs may
-    also be said by the model itself, in `pipeline_costs`: a number for each of the layers; that comes first.
+    `balance` "flops" counts multiplications per token, which is the number of elements of a layer's matrices
+    (an embedding lookup has none), "parameters" counts the elements of all parameters, "uniform" counts
+    layers. The model's own `pipeline_costs`, one number for each layer, take precedence.
 
     Raises:
-        ValueError: there are fewer layers than stages, or not as many costs as layers.
+        ValueError: there are fewer layers than stages, or `pipeline_costs` has another length.
     """
-    if len(layers) < stages:
-        raise ValueError(
-            f"a pipeline of {stages} stages needs at least {stages} layers, but the model has {len(layers)}"
-        )
+    check_layers(len(layers), stages)
     costs: Sequence[int] | None = getattr(model, "pipeline_costs", None)
     if costs is None:
         costs = layer_costs(model, layers, balance)
@@ -92,37 +87,12 @@ def split_layers(
 
 
 def layer_costs(model: nn.Module, layers: Sequence[str], balance: Balance) -> list[int]:
-    """What each of the layers counts for, by `balance`; see `split_layers`."""
+    """Return the cost of each layer by `balance`, see `split_layers`."""
     return [_COSTS[balance](model.get_submodule(name)) for name in layers]
 
 
-def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
-    """Cut `costs` into `parts` non-empty runs so that the most costly run is as cheap as possible.
-
-    The linear partition problem, by dynamic programming over the position of the last cut.
-    """
-    total = [0, *accumulate(costs)]
-    # best[p][n]: the cheapest possible worst run when the first n are cut into p runs; cut[p][n]: where
-    # the last of these runs begins.
-    best = [[0.0] + [float("inf")] * len(costs)]
-    cut: list[list[int]] = [[0] * (len(costs) + 1)]
-    for p in range(1, parts + 1):
-        best.append([float("inf")] * (len(costs) + 1))
-        cut.append([0] * (len(costs) + 1))
-        for n in range(p, len(costs) + 1):
-            for start in range(p - 1, n):
-                worst = max(best[p - 1][start], total[n] - total[start])
-                if worst < best[p][n]:
-                    best[p][n], cut[p][n] = worst, start
-    runs, end = [], len(costs)
-    for p in range(parts, 0, -1):
-        runs.append((cut[p][end], end))
-        end = cut[p][end]
-    return runs[::-1]
-
-
 def _flops(layer: nn.Module) -> int:
-    """Multiplications per token, and one for what is none."""
+    """Return the multiplications per token, plus 1 so that no layer is free."""
     matrices = (
         parameter.numel()
         for module in layer.modules()
@@ -141,7 +111,7 @@ _COSTS: dict[Balance, Callable[[nn.Module], int]] = {
 
 
 def _prune(model: nn.Module, keep: Sequence[str]) -> None:
-    """Delete the submodules that neither are nor contain nor belong to one of `keep`."""
+    """Delete the submodules that neither are, contain nor belong to one of `keep`."""
     for name, _ in list(model.named_modules()):
         wanted = any(
             name == "" or name == k or k.startswith(f"{name}.") or name.startswith(f"{k}.") for k in keep
@@ -150,13 +120,13 @@ def _prune(model: nn.Module, keep: Sequence[str]) -> None:
             parent, _, child = name.rpartition(".")
             try:
                 del model.get_submodule(parent)._modules[child]
-            except AttributeError:  # went with its parent
+            except AttributeError:  # deleted with its parent
                 continue
 
 
 @torch.no_grad()
-def _part(model: nn.Module, stretches: Sequence[Sequence[str]]) -> None:
-    """Give each stretch parameters of its own in the place of those that it shares with an earlier one."""
+def _untie(model: nn.Module, stretches: Sequence[Sequence[str]]) -> None:
+    """Replace the parameters that a stretch shares with an earlier one by copies of its own."""
     taken: set[int] = set()
     for names in stretches:
         copies: dict[int, nn.Parameter] = {}

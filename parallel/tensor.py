@@ -1,14 +1,13 @@
 """Tensor parallelism: a model's plan (module pattern -> style) applied with torch's DTensor styles.
 
-The styles have the names that Hugging Face's `tp_plan` gave them, and three more: a head whose logits stay
-split by vocabulary, so that the loss is computed without any rank ever holding all of them
-(`colwise_logits`, with torch's `loss_parallel`); and a module of which several layers use the same input,
-which is then gathered once, and its gradient summed once (`gather_input`).
+The styles are those of Hugging Face's `tp_plan`, and two more. `colwise_logits` is a head whose logits stay
+split by vocabulary, so that no rank ever holds all of them (with torch's `loss_parallel`). `gather_input` is
+a module with several layers that take its input, which is then gathered once, and its gradient reduced once.
 
 With sequence parallelism (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
-Models") the ranks also share out what lies between the split layers: embeddings and row-wise layers give each
-rank its stretch of the sequence, norms (`sequence_parallel`) work on it, column-wise layers gather it.
-Their activations, and what pipeline stages send each other, are smaller by tp.
+Models") the ranks also split the sequence between the split layers: embeddings and row-wise layers return a
+rank's part of the sequence, norms (`sequence_parallel`) work on it, column-wise layers gather it. These
+activations, and those sent between pipeline stages, are smaller by a factor of tp.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from parallel.experts import ExpertsParallel, check_experts
+from parallel.tp_styles import STYLES, match_plan, module_division, sequence_refusal
 
-STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
+DTENSOR_STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
     "colwise": lambda between: ColwiseParallel(input_layouts=between),
     "rowwise": lambda between: RowwiseParallel(output_layouts=between),
     "colwise_gather_output": lambda between: ColwiseParallel(
@@ -47,39 +47,32 @@ STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
         input_layouts=between, desired_input_layouts=Replicate()
     ),
     "sequence_parallel": lambda _: SequenceParallel(sequence_dim=-2, use_local_output=True),
-    # A norm over each head: what it normalises is whole, and the dim before it, the heads, is split.
+    # A norm over each head: the features are whole, and the heads, in the dim before them, are split.
     "replicated_with_grad_allreduce": lambda _: SequenceParallel(sequence_dim=-2, use_local_output=True),
 }
-"""By name, how a module is split; given is how activations lie between the split layers."""
-
-_KNOWN = (*STYLES, "moe_tp_experts", "packed_colwise")
-"""Those, and the ones that only `parallel.experts` has."""
+"""DTensor style of each style of modules, given the placement of activations between the split layers."""
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"), (nn.Linear,)),
     "colwise_logits": (nn.Linear,),
     "embedding_rowwise": (nn.Embedding,),
 }
-"""Which modules torch's styles know how to split."""
-
-_EVENLY = ("colwise", "rowwise", "rowwise_split_input")
-"""Styles of linear layers between others, whose parts must all be of one size."""
+"""Modules that torch's styles can split."""
 
 
 def expand_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Name -> style, for every module, or parameter of experts, that a pattern of the plan names.
+    """Return the style of every module, or parameter of experts, that a pattern of the plan names.
 
     Raises:
-        ValueError: a pattern that names no module, or a style that isn't known.
+        ValueError: a pattern names no module, or a style is unknown.
     """
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     expanded: dict[str, str] = {}
-    for pattern, style in plan.items():
-        if style not in _KNOWN:
-            raise ValueError(f"tp_plan[{pattern!r}] is {style!r}; expected one of {', '.join(_KNOWN)}")
-        matches = [name for name in modules if fnmatchcase(name, pattern)]
-        matches = matches or [name for name in parameters if fnmatchcase(name, pattern)]
+    for pattern, matches in match_plan(plan, modules, parameters).items():
+        style = plan[pattern]
+        if style not in STYLES:
+            raise ValueError(f"tp_plan[{pattern!r}] is {style!r}; expected one of {', '.join(STYLES)}")
         if not matches:
             raise ValueError(f"tp_plan names {pattern!r}, but {type(model).__name__} has no such module")
         expanded |= dict.fromkeys(matches, style)
@@ -94,11 +87,11 @@ def check_plan(
     *,
     sequence_parallel: bool = False,
 ) -> None:
-    """Check that an expanded plan's styles suit their layers, and that `degree` divides what they cut.
+    """Check that an expanded plan's styles suit their layers, and that `degree` divides the dims they cut.
 
-    `units` (pattern -> number) says how many indivisible parts a layer's dimension has, where that isn't
-    its size: attention heads. Where a model has none for a layer, its parent's `head_dim` says it, as in
-    Hugging Face's attention. Embeddings and logits may be cut unevenly, linear layers between may not.
+    `units` (pattern -> number) gives the number of indivisible parts of a layer's dim, where that isn't its
+    size: attention heads. For other layers the parent's `head_dim` decides, as in Hugging Face's attention.
+    Embeddings and logits may be cut unevenly, linear layers between them may not.
 
     Raises:
         ValueError: naming the layer, the size and the degree.
@@ -113,40 +106,31 @@ def check_plan(
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which the style {style!r} can't split; "
-                f"it needs {expected}"
+                f"expected {expected}"
             )
-        if style not in _EVENLY or not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear):
             continue
-        size = module.out_features if style == "colwise" else module.in_features
-        parts = next((n for pattern, n in units.items() if fnmatchcase(name, pattern)), None)
-        if parts is None:
-            parts = size // getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", 1)
-        if parts % degree:
-            what = f"{parts} heads" if parts != size else f"{size} features"
-            raise ValueError(
-                f"tp({degree}) doesn't divide the {what} of {name} ({style}); choose a tp that does"
-            )
-    if sequence_parallel and not {"sequence_parallel", "embedding_rowwise"} <= set(plan.values()):
-        raise ValueError(
-            "sequence_parallel needs a tp_plan that says where the sequence is split: 'embedding_rowwise' "
-            "for the embeddings and 'sequence_parallel' for the norms, which "
-            f"{type(model).__name__}'s doesn't"
-        )
+        division = module_division(name, style, module.weight.shape, units, _head_dim(model, name))
+        if division is not None and (why := division.refusal(degree)) is not None:
+            raise ValueError(f"tp({degree}) {why}; choose a tp that does")
+    why = sequence_refusal(type(model).__name__, set(plan.values())) if sequence_parallel else None
+    if why is not None:
+        raise ValueError(why)
 
 
 def units_by_head(model: nn.Module, plan: Mapping[str, str], units: Mapping[str, int]) -> dict[str, int]:
-    """Name -> number of parts, for layers of an expanded plan of which not `units` but a `head_dim` says it.
+    """Return the number of heads of the layers that `units` doesn't name but whose parent has a `head_dim`.
 
-    See `check_plan`.
+    By name, for the layers of an expanded plan; see `check_plan`.
     """
     found: dict[str, int] = {}
     for name, style in plan.items():
-        if style not in _EVENLY or not _has(model, name) or any(fnmatchcase(name, p) for p in units):
+        if not _has(model, name) or any(fnmatchcase(name, p) for p in units):
             continue
-        head = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", 1)
-        module = model.get_submodule(name)
+        head, module = _head_dim(model, name), model.get_submodule(name)
         if head != 1 and isinstance(module, nn.Linear):
-            found[name] = (module.out_features if style == "colwise" else module.in_features) // head
+            division = module_division(name, style, module.weight.shape, {}, head)
+            found |= {} if division is None else {name: division.parts}
     return found
 
 
@@ -154,7 +138,7 @@ def check_sequence(shape: Sequence[int], degree: int) -> None:
     """Check that `degree` divides the sequence of token ids `(..., sequence)`.
 
     Raises:
-        ValueError: it doesn't.
+        ValueError: it doesn't divide it.
     """
     if shape[-1] % degree:
         raise ValueError(
@@ -164,8 +148,8 @@ def check_sequence(shape: Sequence[int], degree: int) -> None:
 
 
 def rowwise_weights(model: nn.Module, plan: Mapping[str, str]) -> set[str]:
-    """Names of the weights that a plan cuts along their second dim, whatever the degree."""
-    patterns = [pattern for pattern, style in plan.items() if style in ("rowwise", "rowwise_split_input")]
+    """Return the names of the weights that a plan cuts along their second dim, whatever the degree."""
+    patterns = [pattern for pattern, style in plan.items() if style in STYLES and STYLES[style].dim == 1]
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -176,12 +160,12 @@ def rowwise_weights(model: nn.Module, plan: Mapping[str, str]) -> set[str]:
 def apply_tensor_parallel(
     model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, sequence_parallel: bool = False
 ) -> None:
-    """Split the modules of an expanded plan over `mesh`, in place; what it leaves out is replicated.
+    """Split the modules of an expanded plan over `mesh`, in place; all others are replicated.
 
-    A module that is left out must see the same input on all ranks (`Replicas` looks whether it did).
+    A replicated module must see the same input on all ranks (`Replicas` checks that it did).
 
-    On one rank the styles would only turn each operation into its DTensor form with the same result,
-    which makes a small model slower (`benchmarks/RESULTS.md`), so nothing is wrapped.
+    On one rank nothing is wrapped: the styles would only turn each operation into its DTensor form with the
+    same result, which makes a small model slower (`benchmarks/RESULTS.md`).
     """
     if mesh.size() == 1:
         return
@@ -198,17 +182,18 @@ def apply_tensor_parallel(
             own = {n.removeprefix(f"{name}."): s for n, s in plan.items() if n.rpartition(".")[0] == name}
             present[name] = ExpertsParallel(own)
             continue
-        # Told that its input is split where it is gathered already, a layer would sum its gradient alone.
+        # A layer below `gather_input` has a whole input. Declared as split, it would reduce the gradient
+        # alone.
         gathered = style == "colwise" and name.startswith(gathering)
-        present[name] = STYLES[style](Replicate() if gathered else between)
+        present[name] = DTENSOR_STYLES[style](Replicate() if gathered else between)
         if sequence_parallel and style == "embedding_rowwise":
             model.get_submodule(name).register_forward_pre_hook(partial(_check_ids, mesh.size()))
     parallelize_module(model, mesh, present)
-    for alias, name in ties.items():  # each module got its own split copy; make them one again
+    for alias, name in ties.items():  # each module got its own split copy; tie them again
         owner, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(trained[name])  # not every style keeps it
+        parameter.requires_grad_(trained[name])  # some styles reset it
 
 
 def _check_ids(degree: int, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -216,13 +201,19 @@ def _check_ids(degree: int, _: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """The other names of parameters that have several: `{alias: first name}`."""
+    """Return the other names of parameters that have several, as `{alias: first name}`."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
             ties[name] = first[id(parameter)]
     return ties
+
+
+def _head_dim(model: nn.Module, name: str) -> int:
+    """Return the `head_dim` of a module's parent, 1 if it has none."""
+    size: int = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", 1)
+    return size
 
 
 def _has(model: nn.Module, name: str) -> bool:

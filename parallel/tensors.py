@@ -1,16 +1,25 @@
-"""A module's tensors by name, found fast: a checkpoint looks for them while training waits.
+"""A module's tensors by name, as they are sharded or gathered to whole tensors.
 
-The same names in the same order as torch's `named_parameters()` and `named_buffers()`, which take
-milliseconds where this takes tenths of one.
+Names and order are those of torch's `named_parameters()` and `named_buffers()`, which take milliseconds. This
+takes tenths of one, since a checkpoint asks while training waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from parallel.layout import copy_from_full
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters, each once, under its first name."""
+    """Return the parameters, each once, under its first name."""
     seen: set[int] = set()
     found = []
     for prefix, owner in _modules(module):
@@ -22,7 +31,7 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers that belong to the module's `state_dict`, each once, under its first name."""
+    """Return the buffers in the module's `state_dict`, each once, under its first name."""
     seen: set[int] = set()
     found = []
     for prefix, owner in _modules(module):
@@ -34,8 +43,32 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return found
 
 
+def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers, gathered one by one into host memory.
+
+    Collective over the ranks of a stage. A tied parameter comes once, under its first name.
+    """
+    for name, tensor in [*named_parameters(module), *persistent_buffers(module)]:
+        yield name, _whole(tensor)
+
+
+@contextmanager
+def whole_module(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a copy of the module with whole plain parameters in host memory, and write them back at the end.
+
+    Collective over the ranks of a stage, which must write the same values; each keeps its own part of them.
+    Buffers are the live ones. The copy has no hooks, so none of sharding's either. Every rank needs host
+    memory for the whole stage.
+    """
+    sharded = [parameter for _, parameter in named_parameters(module)]
+    wholes = [nn.Parameter(_whole(p).clone(), requires_grad=p.requires_grad) for p in sharded]
+    yield _copy(module, {id(p): whole for p, whole in zip(sharded, wholes, strict=True)}, {})
+    for parameter, whole in zip(sharded, wholes, strict=True):
+        copy_from_full(parameter, whole.detach())
+
+
 def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`(prefix of its tensors' names, module)`, parents before children, each module once."""
+    """Return `(prefix of its tensors' names, module)`, parents before children, each module once."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     stack = [("", module)]
@@ -48,3 +81,29 @@ def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
         children = [(f"{prefix}{name}.", c) for name, c in owner._modules.items() if c is not None]
         stack.extend(reversed(children))
     return found
+
+
+def _copy(module: nn.Module, parameters: dict[int, nn.Parameter], made: dict[int, nn.Module]) -> nn.Module:
+    """Copy the tree of modules, replacing parameters."""
+    if id(module) in made:
+        return made[id(module)]
+    kind: type[nn.Module] = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    copy: nn.Module = kind.__new__(kind)
+    copy.__dict__ = {k: type(v)() if k.endswith("_hooks") else v for k, v in module.__dict__.items()}
+    made[id(module)] = copy
+    copy._parameters = {
+        name: None if p is None else parameters[id(p)] for name, p in module._parameters.items()
+    }
+    copy._modules = {
+        name: None if child is None else _copy(child, parameters, made)
+        for name, child in module._modules.items()
+    }
+    return copy
+
+
+@torch.no_grad()
+def _whole(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        here = cast(DTensor, tensor.to(tensor.device_mesh.device_type))  # it may be offloaded
+        return here.full_tensor().detach().cpu()
+    return tensor.detach().cpu()

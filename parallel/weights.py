@@ -1,8 +1,8 @@
-"""Initial weights that don't depend on the topology.
+"""Initial weights that don't depend on the topology, and fp32 masters of low-precision parameters.
 
 Each parameter is drawn whole from a generator of its own, seeded by the run's seed and the parameter's
-name, and each rank keeps the part that is its own. The draw is made on the CPU, so that it is the same
-wherever the run is. At most one whole parameter is in memory at a time.
+name, and each rank keeps its own part. The draw is made on the CPU, so that it is the same on every
+device. At most one whole parameter is in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from parallel.layout import copy_from_full
 
 InitParameter = Callable[[str, Tensor, torch.Generator], None]
 
+LOW = (torch.bfloat16, torch.float16)
+
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but `seed` and `name`."""
+    """Return a CPU generator that depends on nothing but `seed` and `name`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def is_meta(module: nn.Module) -> bool:
-    """Whether the module was built on the meta device. Half and half is an error.
+    """Return whether the module was built on the meta device.
 
     Raises:
         ValueError: some parameters are on the meta device and some aren't.
@@ -38,10 +40,10 @@ def is_meta(module: nn.Module) -> bool:
 
 
 def check_can_materialise(model: nn.Module) -> InitParameter:
-    """The model's `init_parameter(name, tensor, generator)`, which a model on the meta device must have.
+    """Return the `init_parameter(name, tensor, generator)` that a model on the meta device must have.
 
     Raises:
-        ValueError: it has none, or it has buffers, whose content can't be known.
+        ValueError: it has none, or it has buffers, whose content isn't known.
     """
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
@@ -67,12 +69,12 @@ def materialise(
     device: torch.device,
     first_names: Mapping[str, str],
 ) -> None:
-    """Give a sharded module on the meta device its memory (this rank's parts alone) and initial values.
+    """Allocate a sharded module on the meta device (this rank's parts alone) and fill in initial values.
 
-    `first_names` maps the other names of tied parameters to the ones that they are seeded by.
+    `first_names` maps the other names of tied parameters to the names that seed them.
     """
     module.to_empty(device=device)
-    # One piece of memory for all draws: of pieces taken and given back for each, an allocator keeps some.
+    # One buffer for all draws: an allocator would keep some of the memory of many that come and go.
     largest = max((p.numel() * p.element_size() for p in module.parameters()), default=0)
     scratch = torch.empty(largest, dtype=torch.uint8)
     for name, parameter in module.named_parameters():
@@ -85,8 +87,37 @@ def materialise(
 
 @torch.no_grad()
 def broadcast_from_first_rank(module: nn.Module) -> None:
-    """Collective: give every rank rank 0's values, for a model that each rank built on its own."""
+    """Copy rank 0's values to every rank, for a model that each rank built on its own. Collective."""
     for tensor in [*module.parameters(), *module.buffers()]:
         whole = tensor.data.contiguous()
-        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # as bytes: gloo doesn't know every type
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # as bytes: gloo doesn't support every type
         tensor.data.copy_(whole)
+
+
+@torch.no_grad()
+def make_masters(model: nn.Module) -> list[str]:
+    """Convert bf16 and fp16 parameters, and then buffers, to fp32 in place; return the parameters' names.
+
+    The optimizer always updates fp32 parameters, whatever type the model computes in. Parameters also become
+    contiguous, as sharding requires. They stay the same objects, so an optimizer over them stays valid.
+
+    Raises:
+        ValueError: a parameter has another type; names it.
+    """
+    changed = []
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in LOW:
+            parameter.data = parameter.data.float()
+            changed.append(name)
+        elif parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {parameter.dtype}; parameters must be torch.float32, torch.bfloat16 or "
+                "torch.float16" + ("; call model.float()" if parameter.dtype == torch.float64 else "")
+            )
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    if changed:
+        for buffer in model.buffers():
+            if buffer.dtype in LOW:
+                buffer.data = buffer.data.float()
+    return changed

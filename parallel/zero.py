@@ -6,9 +6,10 @@
 | 2          | sharded         | reduce-scattered every micro batch    | whole from step to step         |
 | 3          | sharded         | reduce-scattered every micro batch    | gathered for each layer's use   |
 
-(ZeRO, Rajbhandari et al. 2020, section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`.
-With a shard group smaller than dp, stages 2 and 3 sum over the groups only at the boundary. With more than
-one data-parallel rank, a trained parameter that a rank doesn't use counts as having a gradient of zero.
+The boundary is the end of gradient accumulation, before the optimizer step. (ZeRO, Rajbhandari et al. 2020,
+section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`. With a shard group smaller than
+dp, stages 2 and 3 sum over the groups only at the boundary. With more than one data-parallel rank, a trained
+parameter that a rank doesn't use has a gradient of zero.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import (
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from parallel.degrees import check_zero_stage
 from parallel.fsdp_internals import (
     adopt_gradient,
     check_records,
@@ -37,13 +39,13 @@ from parallel.fsdp_internals import (
     group_of,
     parameters_of,
 )
-from parallel.settings import Precision
+from parallel.settings import DType, Precision
 
-STAGES = (0, 1, 2, 3)
+_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Zero:
-    """A module whose parameters, gradients and optimizer state are sharded as the ZeRO stage says.
+    """A module sharded by a ZeRO stage: parameters, gradients and optimizer state.
 
     Gradients are summed over the data-parallel ranks, not averaged: the engine divides once, by the
     number of tokens in the global batch.
@@ -63,25 +65,24 @@ class Zero:
     ) -> None:
         """Shard `root` in place. `units` are its submodules that are gathered and freed one by one.
 
-        At stage 3, one of fewer than `persistence_threshold` elements stays whole from forward to backward.
-        With `offload`, sharded parameters and all that is of their shape lie in the host's memory.
-        `output` is the type that the root's outputs are cast to, None that in which they are computed.
+        At stage 3, a unit of fewer than `persistence_threshold` elements stays whole from forward to
+        backward. With `offload`, sharded parameters, their gradients and optimizer states stay in host
+        memory. `output` is the type to which the root's outputs are cast, None for the type of computation.
 
         Raises:
             ValueError: `stage` isn't 0, 1, 2 or 3.
-            RuntimeError: this torch's fully_shard isn't one that this class knows.
+            RuntimeError: this torch's fully_shard lacks internals that this class uses.
         """
-        if stage not in STAGES:
-            raise ValueError(f"ZeRO stage {stage} doesn't exist; expected 0, 1, 2 or 3")
+        check_zero_stage(stage)
         self.stage = stage
         self._sums_late = stage >= 2 and mesh["replicate"].size() > 1
         self.precision = precision
         self.offload = offload
         self.root = cast(FSDPModule, root)
-        # With one rank there is nothing to sum, and fully_shard would copy gradients twice for it.
+        # A single rank has nothing to sum, and fully_shard would copy its gradients twice.
         self._alone = mesh.size() == 1 and not offload
-        if self._alone and precision.compute == torch.float32:
-            units = ()  # nothing to gather, to cast or to free: their hooks would only take time
+        if self._alone and precision.compute == "fp32":
+            units = ()  # there is nothing to gather, cast or free, so their hooks would only take time
         self._shard(units, mesh, persistence_threshold, output)
         self._sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
         self._records = [record for sharded in self._sharded for record in parameters_of(sharded)]
@@ -91,10 +92,12 @@ class Zero:
     def _shard(
         self, units: Sequence[nn.Module], mesh: DeviceMesh, threshold: int, output: torch.dtype | None
     ) -> None:
-        """Apply fully_shard to batch norms, to the units, and to the root with what is left."""
+        """Apply fully_shard to batch norms, to the units, and to the root with the remaining parameters."""
         root, precision = cast(nn.Module, self.root), self.precision
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.offload else OffloadPolicy()
-        scalars = {p for p in root.parameters() if p.ndim == 0}  # fully_shard takes none without a dim
+        scalars = {
+            p for p in root.parameters() if p.ndim == 0
+        }  # fully_shard refuses parameters without a dim
         statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
         parts = [*statistics, *(unit for unit in units if unit not in statistics)]
         sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
@@ -115,15 +118,16 @@ class Zero:
             )
 
     def _set_up(self, sharded: FSDPModule, mesh: DeviceMesh) -> None:
-        """Change what fully_shard does by itself with the parameters gathered together with `sharded`."""
+        """Configure reduction, prefetching and copies of the parameters gathered together with `sharded`."""
         check_records(sharded)
         sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
         if self.stage < 3:
-            # In the backward pass all is there. Left alone, torch gathers a layer ahead, which at the end
-            # of accumulation is one that it has just freed; this has each gather but itself.
+            # In the backward pass every layer is whole already. By default torch prefetches the next layer,
+            # which at the end of accumulation is one that it has just freed. So each layer prefetches only
+            # itself.
             sharded.set_modules_to_backward_prefetch([sharded])
-        in_place = mesh["shard"].size() == 1 and self.precision.compute == torch.float32 and not self.offload
+        in_place = mesh["shard"].size() == 1 and self.precision.compute == "fp32" and not self.offload
         for parameter in parameters_of(sharded):
             if mesh.size() > 1:
                 count_unused(parameter)
@@ -131,9 +135,9 @@ class Zero:
                 compute_in_place(parameter)
 
     def before_backward(self, *, last: bool) -> None:
-        """Set what the next backward pass does with gradients and parameters.
+        """Set how the next backward pass treats gradients and parameters.
 
-        `last` says that it is the accumulation's last: the boundary before an optimizer step.
+        `last` marks the last one of the accumulation, before an optimizer step.
         """
         self.root.set_requires_gradient_sync((last or self.stage >= 2) and not self._alone)
         if self._sums_late:
@@ -142,23 +146,23 @@ class Zero:
         self.root.set_is_last_backward(last)
 
     def before_input_backward(self) -> None:
-        """Set up the half of a split backward pass that gives the inputs' gradients, and no parameter's.
+        """Set up the half of a split backward pass that computes the inputs' gradients, not the weights'.
 
-        fully_shard sums gradients over the ranks in hooks on a layer's inputs, which run in this half: too
-        early. `before_weight_backward` and `after_weight_backward` enclose the half that gives them.
+        fully_shard reduces gradients in hooks on a layer's inputs, which run in this half: too early.
+        `before_weight_backward` and `after_weight_backward` enclose the other half, where they are reduced.
         """
         self.root.set_requires_gradient_sync(False)
         self.root.set_reshard_after_backward(self.stage == 3)
         self.root.set_is_last_backward(False)
 
     def before_weight_backward(self) -> None:
-        """Make the whole parameters be there, all at once, as no hook says which are needed in this half."""
+        """Gather all parameters at once: no hook tells which ones this half needs."""
         self.before_input_backward()
         for module in self._sharded:
             module.unshard()
 
     def after_weight_backward(self, *, last: bool) -> None:
-        """Do what an unsplit backward pass does in its hooks: add up or sum gradients, free parameters."""
+        """Do the work of an unsplit backward pass's hooks: accumulate or reduce gradients, free memory."""
         self.before_backward(last=last)
         for module in reversed(self._sharded):
             group = group_of(module)
@@ -167,16 +171,16 @@ class Zero:
         cast(Any, self.root)._get_fsdp_state()._root_post_backward_final_callback()
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that a forward pass computed with, even if their memory was freed after it."""
+        """Yield the parameters that a forward pass computed with, even if their memory was freed after it."""
         for record in self._records:
             yield record._unsharded_param
         yield from (p for p in cast(nn.Module, self.root).parameters() if p.ndim == 0)  # not fully_shard's
 
     def reshard(self) -> None:
-        """Free the whole parameters, so that the sharded ones are what `parameters()` gives.
+        """Free the whole parameters, so that `parameters()` returns the sharded ones.
 
-        Needed before the sharded ones are read or written from outside the step: whole copies that were
-        left from a forward pass would be used again, stale.
+        Call it before the sharded ones are read or written outside of a step: the whole copies that a forward
+        pass has left would be used again, though stale.
         """
         for module in self._sharded:
             module.reshard()
@@ -185,14 +189,14 @@ class Zero:
                 adopt_gradient(record)
 
     def drop_gradients(self) -> None:
-        """Forget all gradients, those too that are being accumulated."""
+        """Drop all gradients, including those being accumulated."""
         for parameter in cast(nn.Module, self.root).parameters():
             if parameter.ndim == 0:
                 parameter.grad = None
         for module in self._sharded:
             group = group_of(module)
             if group is not None:
-                group._partial_reduce_output = None  # summed over a shard group, not yet over the groups
+                group._partial_reduce_output = None  # reduced within the shard group, not yet over the groups
         for record in self._records:
             record.unsharded_accumulated_grad = None
             record.sharded_param.grad = None
@@ -201,14 +205,14 @@ class Zero:
 
 
 class ZeroStages:
-    """What is told to all pipeline stages of a rank, each of which is sharded by itself."""
+    """All pipeline stages of a rank, each of which is sharded by itself."""
 
     def __init__(self, stages: Sequence[Zero]) -> None:
-        """`stages` is not empty."""
+        """Take at least one stage."""
         self._stages = stages
         self.stage = stages[0].stage
-        """ZeRO's."""
-        self.precision, self.offload = stages[0].precision, stages[0].offload
+        """ZeRO stage."""
+        self.compute_dtype, self.offload = _DTYPES[stages[0].precision.compute], stages[0].offload
 
     def before_backward(self, *, last: bool) -> None:
         for zero in self._stages:
@@ -224,10 +228,10 @@ class ZeroStages:
 
 
 def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
-    """Give outputs that are views memory of their own.
+    """Clone outputs that are views.
 
-    fully_shard hangs the gathering for the backward pass on them, and an operation in place on a view
-    (`x += y` in the layer above) would drop that without a word.
+    fully_shard hangs the gathering for the backward pass on a module's outputs, and an in-place operation on
+    a view (`x += y` in the layer above) would silently drop that hook.
     """
     if not torch.is_grad_enabled():
         return output
@@ -238,12 +242,14 @@ def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionP
     if not precision.mixed:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(
-        param_dtype=precision.compute, reduce_dtype=precision.reduce, output_dtype=output
+        param_dtype=_DTYPES[precision.compute], reduce_dtype=_DTYPES[precision.reduce], output_dtype=output
     )
 
 
 def _statistics_policy(precision: Precision) -> MixedPrecisionPolicy:
-    """Of batch norms, which average over steps what only fp32 tells apart: they compute in fp32."""
+    """Return the policy of batch norms: they compute in fp32, which their running averages need."""
     return MixedPrecisionPolicy(
-        param_dtype=torch.float32, reduce_dtype=precision.reduce, output_dtype=precision.compute
+        param_dtype=torch.float32,
+        reduce_dtype=_DTYPES[precision.reduce],
+        output_dtype=_DTYPES[precision.compute],
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt import CheckpointError
-from uni3d.estimate.save import Ranks
+from parallel.degrees import Ranks
 from uni3d.version import __version__
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def small(tmp_path: Path) -> Path:
 def test_bad_degrees_are_one_line(tmp_path: Path) -> None:
     result = train(tmp_path / "run", 1, "--pp", "2", "--dp", "2", "--tp", "3")
     assert result.returncode == 1
-    assert result.stderr == "error: pp(2) * dp(2) * tp(3) = 12, but 1 processes were started\n"
+    assert result.stderr == "error: pp(2) * dp(2) * tp(3) = 12, but the world size is 1; change one of them\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
 import hf_models
 
 import ckpt
-from uni3d.estimate import save as paper
-from uni3d.estimate.saved import Cut, Source
+import parallel
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.state import Inventory
 
@@ -33,14 +33,14 @@ def case(kind: str, zero: int, run: str) -> list[Any]:
 def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: str, zero: int) -> None:
     found = hf_ranks.run(4, case, kind, zero, str(tmp_path))
     checkpoint = ckpt.open_checkpoint(tmp_path)
-    source = Source(checkpoint.arrays, RunManifest.of(checkpoint))
+    source = SavedModel(checkpoint.arrays, RunManifest.of(checkpoint))
     assert source.refuses_tp(2) is None
     assert "heads of model.layers.0.self_attn" in (source.refuses_tp(3) or "")
     assert source.refuses_pp(2) is not None
-    ranks = paper.Ranks(pp=1, dp=2, tp=2, zero=zero)
+    ranks = parallel.Ranks(pp=1, dp=2, tp=2, zero=zero)
     told: list[list[Any]] = [[] for _ in range(4)]
-    for part in source.places(1, Cut())[0]:
-        for rank, box in enumerate(part.boxes(ranks, Cut().shards(ranks))):
+    for part in source.places(1)[0]:
+        for rank, box in enumerate(part.boxes(ranks, ranks.shards())):
             told[rank].append((tuple(part.info.key), tuple(box)))
     assert found == [sorted(boxes) for boxes in told]
-    assert any(part.tp_dim is not None for part in source.places(1, Cut())[0])
+    assert any(part.tp_dim is not None for part in source.places(1)[0])

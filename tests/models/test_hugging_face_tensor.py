@@ -92,8 +92,8 @@ def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> st
 @pytest.mark.parametrize(
     ("kind", "plan", "options", "message"),
     [
-        ("gpt2", {}, {}, "tp(2) needs a model with a tp_plan, which GPT2LMHeadModel hasn't; use tp 1"),
-        ("bert", {}, {}, "tp(2) needs a model with a tp_plan, which BertForSequenceClassification hasn't"),
+        ("gpt2", {}, {}, "tp(2) needs a model with a tp_plan, but GPT2LMHeadModel has none; use tp=1"),
+        ("bert", {}, {}, "tp(2) needs a model with a tp_plan, but BertForSequenceClassification has none"),
         (
             "llama",
             {},
@@ -110,7 +110,7 @@ def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> st
             "gpt2",
             {"transformer.h.*.attn.c_attn": "colwise"},
             {},
-            "transformer.h.0.attn.c_attn is a Conv1D, which the style 'colwise' can't split; it needs Linear",
+            "transformer.h.0.attn.c_attn is a Conv1D, which the style 'colwise' can't split; expected Linear",
         ),
     ],
 )

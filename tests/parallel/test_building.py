@@ -1,4 +1,4 @@
-"""A model on the meta device is built in the memory of a rank's share and about one layer."""
+"""Building a model on the meta device takes the memory of a rank's share and about one layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import parallel
 MIB = 1 << 20
 WIDTH = 2048
 LAYER = 4 * WIDTH**2
-"""Bytes of a layer: one matrix in fp32."""
+"""Bytes of a layer, which is one matrix in fp32."""
 
 
 class Net(nn.Module):
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def resident(key: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most."""
+    """Return this process's resident bytes: VmRSS for now, VmHWM for the peak."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith(key))
 
@@ -55,22 +55,22 @@ def build(topology: parallel.Topology, layers: int, device: str) -> parallel.Par
 
 
 def growth_case(degrees: tuple[int, int], layers: int, device: str, rank: int | None) -> tuple[int, int, int]:
-    """What building adds to resident memory: at most, and at its end; and the bytes of the share.
+    """Return what building adds to resident memory at its peak and at its end, and the bytes of the share.
 
-    With a `rank`, this process is that one of ranks that aren't there: building a model on the meta device
-    sends nothing.
+    With a `rank`, this process stands for that rank of a group that doesn't exist: building a model on the
+    meta device sends nothing.
     """
     pp, dp = degrees
     if rank is not None:
         dist.destroy_process_group()
         dist.init_process_group("fake", rank=rank, world_size=pp * dp, store=FakeStore())
     topology = parallel.Topology(parallel.Degrees(pp=pp, dp=dp, tp=1), zero_stage=3)
-    build(topology, pp, device)  # what the first one loads is no part of a model
+    build(topology, pp, device)  # the first build also loads modules
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as counters:
-        counters.write("5")  # the peak is counted anew
+        counters.write("5")  # resets the peak
     built = build(topology, layers, device)
     peak = resident("VmHWM")
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -97,7 +97,7 @@ def test_building_peaks_at_the_share_and_a_layer(
 
 
 def test_a_model_on_the_cpu_is_built_whole(ranks: Ranks) -> None:
-    """What the test above would see if the whole model were made."""
+    """Check that the test above would notice a model that is built whole."""
     layers = 8
     for peak, _, _ in ranks.run(4, growth_case, (1, 4), layers, "cpu", None):
         assert peak > layers * LAYER

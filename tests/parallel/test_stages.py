@@ -1,4 +1,4 @@
-"""Cutting a chain of layers into stages."""
+"""A chain of layers, split into pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from model import GPT, GPTConfig
 from torch import nn
 
-from parallel.placement import Placement
-from parallel.settings import Settings
-from parallel.stages import Chain, balanced_cuts, layer_names, split_layers
+from parallel.placement import Placement, balanced_cuts
+from parallel.stages import Chain, layer_names, split_layers
 
 
 def every_cut(n: int, parts: int) -> list[list[tuple[int, int]]]:
-    """All ways to cut n things into non-empty runs."""
+    """Return all ways to cut n things into non-empty runs."""
     return [list(pairwise((0, *inner, n))) for inner in combinations(range(1, n), parts - 1)]
 
 
@@ -42,7 +41,7 @@ def gpt(**options: object) -> GPT:
 
 
 def matrix_elements(model: nn.Module, layers: list[str]) -> int:
-    """What the linear layers of these layers have to multiply with."""
+    """Return the number of elements of the matrices in these layers."""
     return sum(
         module.weight.numel()
         for name in layers
@@ -73,7 +72,7 @@ def all_elements(model: nn.Module, layers: list[str]) -> int:
 @pytest.mark.parametrize("num_layers", [5, 7])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_each_balance_is_as_even_as_can_be(num_layers: int, stages: int) -> None:
-    """A large vocabulary costs parameters at both ends, but multiplications at one."""
+    """Use a large vocabulary, which costs parameters at both ends, but multiplications at one."""
     model = gpt(vocab_size=400, num_layers=num_layers)
     layers = model.pipeline_layers
     costs = {"flops": matrix_elements, "parameters": all_elements, "uniform": lambda _, names: len(names)}
@@ -86,7 +85,7 @@ def test_each_balance_is_as_even_as_can_be(num_layers: int, stages: int) -> None
 
 
 def test_what_each_balance_counts() -> None:
-    """An embedding has parameters, but multiplies nothing."""
+    """Put in an embedding, which has parameters but multiplies nothing."""
     model = nn.Sequential(nn.Embedding(100, 4), *(nn.Linear(4, 4) for _ in range(4)))
     names = [str(i) for i in range(5)]
     assert [len(stage) for stage in split_layers(model, names, 2, "flops")] == [3, 2]
@@ -118,8 +117,7 @@ def test_costs_of_other_layers() -> None:
 def test_every_stage_has_one_rank(pp: int, virtual: int) -> None:
     schedules: list[Any] = ["interleaved", "zero_bubble", *(["zero_bubble_v"] if virtual == 2 else [])]
     for schedule in schedules:
-        settings = Settings(seed=0, schedule=schedule, virtual_stages=virtual)
-        placement = Placement.of(settings, pp)
+        placement = Placement.of(pp, schedule=schedule, virtual_stages=virtual)
         assert placement.stages == pp * virtual
         assert sorted(s for rank in range(pp) for s in placement.on(rank)) == list(range(pp * virtual))
         assert all(len(placement.on(rank)) == virtual for rank in range(pp))
@@ -131,7 +129,7 @@ def test_every_stage_has_one_rank(pp: int, virtual: int) -> None:
 
 @pytest.mark.parametrize("deal", [lambda i: i % 2, lambda i: i % 3], ids=["two", "three"])
 def test_stretches_on_one_rank_share_no_parameter(deal: Any) -> None:
-    """Each has a copy of what is tied, under its own name, and together they run as the model."""
+    """Each has a copy of a tied weight, under its own name, and together they run as the model."""
     model = gpt(num_layers=4, tied_head=True)
     tokens = torch.randint(0, 61, (2, 8))
     expected, names = model(tokens), dict(model.named_parameters(remove_duplicate=False))
@@ -169,7 +167,7 @@ def test_the_stages_in_a_row_are_the_model(pp: int, num_layers: int, tied_head: 
 
 
 class Custom(nn.Module):
-    """A chain that the test describes."""
+    """A chain with the given `pipeline_layers`."""
 
     def __init__(self, layers: list[str] | None, loose: str | None = None) -> None:
         super().__init__()

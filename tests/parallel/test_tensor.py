@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel
-from parallel.pipeline import Loss, split_logits
+from parallel.loss import Loss, split_logits
 from parallel.tensor import check_plan, expand_plan, tied_names
 
 GPT_OPTIONS: dict[str, Any] = {
@@ -46,7 +46,7 @@ SPLIT_DIM = {
     "o": 1,
     "down": 1,
 }
-"""By the last part of a module's name."""
+"""Dim of the weight that is split, by the last part of the module's name."""
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_the_unsplit_gpt(ranks: Ranks, name: str
             assert (gradients[key] - parameter.grad).abs().max() <= 1e-5 * scale, key
             half = list(parameter.shape)
             dim = SPLIT_DIM.get(key.split(".")[-2])
-            if dim is not None:  # the first rank's half is rounded up
+            if dim is not None:  # rounded up on the first rank
                 half[dim] = (half[dim] + 1 - rank) // 2
             assert list(sizes[key]) == half, key
 
@@ -170,7 +170,7 @@ def test_a_degree_that_does_not_divide(options: dict[str, Any], tp: int, message
 
 
 def test_a_degree_that_does_divide() -> None:
-    for tp in (1, 2):  # 61 rows of the vocabulary are no reason
+    for tp in (1, 2):  # the 61 rows of the vocabulary may be split unevenly
         check_plan(gpt(), expand_plan(gpt(), gpt().tp_plan), gpt().tp_units, tp)
 
 
@@ -180,7 +180,7 @@ def test_other_names_of_tied_weights() -> None:
 
 
 def splits_case() -> list[str]:
-    """What can't be split is said before any work is done."""
+    """Return the errors of models that can't be split, raised before any work is done."""
     errors = []
     for model, pp, tp in ((nn.Linear(2, 2), 1, 2), (nn.Linear(2, 2), 2, 1), (gpt(ffn_size=27), 1, 2)):
         topology = parallel.Topology(parallel.Degrees(pp=pp, dp=1, tp=tp), zero_stage=0)
@@ -193,6 +193,24 @@ def splits_case() -> list[str]:
 def test_models_that_do_not_say_how_they_are_split(ranks: Ranks) -> None:
     one, other = ranks.run(2, splits_case)
     assert one == other
-    assert one[0] == "tp(2) needs a model with a tp_plan, which Linear hasn't; use tp 1"
-    assert one[1] == "pp(2) needs a model with pipeline_layers, which Linear hasn't; use pp 1"
+    assert one[0] == "tp(2) needs a model with a tp_plan, but Linear has none; use tp=1"
+    assert one[1] == "pp(2) needs a model with pipeline_layers, but Linear has none; use pp=1"
     assert one[2].startswith("tp(2) doesn't divide the 27 features of layers.0.ffn.gate")
+
+
+def no_plan_case() -> str:
+    model = GPT(GPTConfig(**oracle.MODEL))
+    plan = {name: style for name, style in model.tp_plan.items() if style != "sequence_parallel"}
+    model.__class__ = type("Plain", (GPT,), {"tp_plan": plan})
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=0)
+    with pytest.raises(ValueError, match="sequence_parallel") as caught:
+        parallel.build(model, topology, parallel.Settings(seed=0, sequence_parallel=True))
+    return str(caught.value)
+
+
+def test_a_plan_without_sequence_parallelism_is_refused(ranks: Ranks) -> None:
+    for error in ranks.run(2, no_plan_case):
+        assert error == (
+            "sequence_parallel needs a tp_plan that says where the sequence is split, but that of Plain has "
+            "no 'sequence_parallel' for the norms"
+        )

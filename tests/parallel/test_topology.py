@@ -24,29 +24,38 @@ def test_degrees_that_multiply(pp: int, dp: int, tp: int) -> None:
     assert resolve_degrees(world, pp="auto", dp=dp, tp=tp) == expected
     assert resolve_degrees(world, pp=pp, dp="auto", tp=tp) == expected
     assert resolve_degrees(world, pp=pp, dp=dp, tp="auto") == expected
-    with pytest.raises(ValueError, match=f"= {world}, but {world + 1} processes were started$"):
+    with pytest.raises(ValueError, match=f"= {world}, but the world size is {world + 1}; change one"):
         resolve_degrees(world + 1, pp=pp, dp=dp, tp=tp)
 
 
 def test_by_default_all_ranks_are_data_parallel() -> None:
     assert resolve_degrees(6) == Degrees(pp=1, dp=6, tp=1)
     assert str(resolve_degrees(6, tp=2)) == "(pp, dp, tp) = (1, 3, 2)"
+    assert resolve_degrees(None, pp=2) == Degrees(pp=2, dp=1, tp=1), "without a world size"
 
 
 @pytest.mark.parametrize(
     ("world", "given", "message"),
     [
-        (8, {"pp": 2, "dp": 2, "tp": 3}, "pp(2) * dp(2) * tp(3) = 12, but 8 processes were started"),
-        (4, {"pp": 1, "dp": 2, "tp": 1}, "pp(1) * dp(2) * tp(1) = 2, but 4 processes were started"),
+        (
+            8,
+            {"pp": 2, "dp": 2, "tp": 3},
+            "pp(2) * dp(2) * tp(3) = 12, but the world size is 8; change one of them",
+        ),
+        (
+            4,
+            {"pp": 1, "dp": 2, "tp": 1},
+            "pp(1) * dp(2) * tp(1) = 2, but the world size is 4; change one of them",
+        ),
         (
             8,
             {"pp": 3, "dp": "auto", "tp": 1},
-            "pp(3) * dp(auto) * tp(1) can't be 8: 8 processes were started, which 3 doesn't divide",
+            "pp(3) * tp(1) = 3 doesn't divide the world size 8; change one of them",
         ),
         (
             2,
             {"pp": "auto", "dp": 4, "tp": 1},
-            "pp(auto) * dp(4) * tp(1) can't be 2: 2 processes were started, which 4 doesn't divide",
+            "dp(4) * tp(1) = 4 doesn't divide the world size 2; change one of them",
         ),
         (
             4,
@@ -68,7 +77,7 @@ PLACES = [(1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 
 
 def places_case() -> list[dict[str, Any]]:
-    """What each topology says of this rank."""
+    """Return this rank's place on each topology."""
     places = []
     for pp, dp, tp in PLACES:
         for zero_stage in (0, 3):
@@ -103,14 +112,14 @@ def test_ranks_are_where_an_arange_puts_them(ranks: Ranks) -> None:
 
 
 def mismatch_case() -> str:
-    with pytest.raises(ValueError, match="processes were started") as caught:
+    with pytest.raises(ValueError, match="world size") as caught:
         Topology(Degrees(pp=2, dp=2, tp=1), zero_stage=1)
     return str(caught.value)
 
 
 def test_a_topology_of_another_size_is_refused(ranks: Ranks) -> None:
     for message in ranks.run(2, mismatch_case):
-        assert message == "pp(2) * dp(2) * tp(1) = 4, but 2 processes were started"
+        assert message == "pp(2) * dp(2) * tp(1) = 4, but the world size is 2; change one of them"
 
 
 def refused_case(zero: int, group: int) -> str:
@@ -122,14 +131,14 @@ def refused_case(zero: int, group: int) -> str:
 @pytest.mark.parametrize(
     ("zero", "group", "message"),
     [
-        (1, 3, "dp(2) = groups * shard_group(3) has no solution; choose a shard group that divides dp"),
-        (3, 4, "dp(2) = groups * shard_group(4) has no solution; choose a shard group that divides dp"),
-        (2, 0, "dp(2) = groups * shard_group(0) has no solution; choose a shard group that divides dp"),
+        (1, 3, "a shard group of 3 doesn't divide dp(2); choose a shard group that does"),
+        (3, 4, "a shard group of 4 doesn't divide dp(2); choose a shard group that does"),
+        (2, 0, "a shard group of 0 doesn't divide dp(2); choose a shard group that does"),
         (
             0,
             2,
-            "a shard group of 2 needs ZeRO stage 1, 2 or 3: stage 0 shards nothing; "
-            "choose another stage, or give no shard group",
+            "a shard group of 2 needs ZeRO stage 1, 2 or 3, because stage 0 shards nothing; "
+            "choose another stage, or leave the shard group out",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def drawn_case(places: list[tuple[int, int, int, int]], seed: int) -> list[dict[
 
 
 def drawn_plainly(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The rule, as documented: a CPU generator seeded by the hash of seed and name, and one whole draw."""
+    """Draw as documented: once and whole, from a CPU generator seeded by the hash of seed and name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator)

@@ -1,4 +1,4 @@
-"""ZeRO: what each rank holds at each moment, to the element, and that gradients are sums over ranks."""
+"""ZeRO: elements that each rank holds at each moment, and gradients as sums over ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor
 
 import parallel
 from parallel.gradients import counts_here, local_gradients, square_sum
+from parallel.settings import DType
 
 DP = 3
 
 
 class Net(nn.Module):
-    """Sizes that 3 doesn't divide, one of them smaller than 3; two layers that are units, and a root."""
+    """A model with two units and a root, of sizes that 3 doesn't divide, one of them smaller than 3."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,24 +41,24 @@ def net() -> Net:
 
 
 def data() -> Tensor:
-    """Two micro batches for each rank, `(2, DP, samples, features)`."""
+    """Return two micro batches for each rank, `(2, DP, samples, features)`."""
     return torch.randn(2, DP, 4, 5, generator=torch.Generator().manual_seed(3))
 
 
 def shard_size(shape: torch.Size, rank: int) -> int:
-    """Elements of a rank's shard: `ceil(n / DP)` rows for the first ranks, what is left for the others."""
+    """Return the elements of a rank's shard: `ceil(n / DP)` rows, the rest on the last ranks."""
     rows = -(-shape[0] // DP)
     mine = max(0, min(rows, shape[0] - rank * rows))
     return mine * shape[1:].numel()
 
 
 def local(tensor: Tensor) -> int:
-    """Elements in this rank's memory, padding not counted."""
+    """Return the elements in this rank's memory, without padding."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
 
 
 def sizes(built: parallel.ParallelModel) -> dict[str, tuple[int, int]]:
-    """What the module's parameters and their gradients hold here, as they are at the moment."""
+    """Return the elements of parameters and of gradients that this rank holds now."""
     return {
         name: (local(p), 0 if p.grad is None else local(p.grad))
         for name, p in built.module.named_parameters()
@@ -184,7 +185,7 @@ def persistent_case(threshold: int) -> dict[str, tuple[int, int]]:
 
 
 def test_small_layers_stay_whole_from_forward_to_backward(ranks: Ranks) -> None:
-    """Of 40 and 42 elements are the two layers, of 12 what is left with the root."""
+    """Use layers of 42 and 40 elements, and 12 elements in the root."""
     shapes = {name: p.shape for name, p in net().named_parameters()}
     for rank, seen in enumerate(ranks.run(DP, persistent_case, 42)):
         for name, (held, _) in seen.items():
@@ -192,8 +193,8 @@ def test_small_layers_stay_whole_from_forward_to_backward(ranks: Ranks) -> None:
             assert held == (shapes[name].numel() if small else shard_size(shapes[name], rank)), name
 
 
-def reduced_case(reduce: torch.dtype, scale: float = 1.0, sample: int | None = None) -> dict[str, Tensor]:
-    """The summed gradients of each rank's own data, or of one sample's on all ranks."""
+def reduced_case(reduce: DType, scale: float = 1.0, sample: int | None = None) -> dict[str, Tensor]:
+    """Return the summed gradients of each rank's own data, or of one sample on all ranks."""
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=DP, tp=1), zero_stage=2)
     settings = parallel.Settings(zero_stage=2, seed=0, precision=parallel.Precision(reduce=reduce))
     built = parallel.build(net(), topology, settings)
@@ -202,8 +203,9 @@ def reduced_case(reduce: torch.dtype, scale: float = 1.0, sample: int | None = N
     return {n: p.grad.full_tensor() for n, p in built.module.named_parameters()}
 
 
-@pytest.mark.parametrize("reduce", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_are_reduced_in_the_type_that_was_chosen(ranks: Ranks, reduce: torch.dtype) -> None:
+@pytest.mark.parametrize("reduce", ["bf16", "fp16"])
+def test_gradients_are_reduced_in_the_type_that_was_chosen(ranks: Ranks, reduce: DType) -> None:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[reduce]
     model, parts = net(), []
     for rank in range(DP):
         model.zero_grad()
@@ -212,10 +214,10 @@ def test_gradients_are_reduced_in_the_type_that_was_chosen(ranks: Ranks, reduce:
     found = ranks.run(DP, reduced_case, reduce)[0]
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, gradient.to(reduce).float()), "it was summed in that type"
+        assert torch.equal(gradient, gradient.to(dtype).float()), "it was summed in that type"
         terms = torch.stack([part[name] for part in parts])
-        # One rounding of each term, and one of each sum that they are added up by.
-        bound = torch.finfo(reduce).eps * terms.abs().sum(0) * DP / 2 + torch.finfo(reduce).tiny
+        # Each term is rounded once, and each partial sum once.
+        bound = torch.finfo(dtype).eps * terms.abs().sum(0) * DP / 2 + torch.finfo(dtype).tiny
         assert torch.all((gradient - terms.sum(0)).abs() <= bound), name
 
 
@@ -223,8 +225,8 @@ def test_a_sum_that_overflows_in_fp16_is_not_finite(ranks: Ranks) -> None:
     model = net()
     model(data()[0, 0]).backward()
     largest = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
-    scale = 60_000 / largest  # of one rank they are finite in fp16
-    for gradients in ranks.run(DP, reduced_case, torch.float16, scale, 0):
+    scale = 60_000 / largest  # a single rank's gradients are finite in fp16
+    for gradients in ranks.run(DP, reduced_case, "fp16", scale, 0):
         assert not all(g.isfinite().all() for g in gradients.values())
-    for gradients in ranks.run(DP, reduced_case, torch.float16, scale / (DP + 0.1), 0):
+    for gradients in ranks.run(DP, reduced_case, "fp16", scale / (DP + 0.1), 0):
         assert all(g.isfinite().all() for g in gradients.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import parallel
-from parallel.pipeline import Loss, split_logits
+from parallel.loss import Loss, split_logits
 
 
 def run_batch(built: parallel.ParallelModel, inputs: Tensor, targets: Tensor, micro_batches: int) -> Loss:

@@ -15,8 +15,7 @@ from tied_gpt import gpt_engine
 from torch import Tensor, nn
 
 import uni3d
-from uni3d.estimate import save as paper
-from uni3d.estimate.saved import Cut
+from parallel import Ranks, Settings
 from uni3d.pipe import PipelineModule
 from uni3d.state import Inventory
 
@@ -83,15 +82,14 @@ class Place(NamedTuple):
         return self.pp * self.dp * self.tp
 
     @property
-    def ranks(self) -> paper.Ranks:
-        return paper.Ranks(pp=self.pp, dp=self.dp, tp=self.tp, zero=self.zero)
+    def ranks(self) -> Ranks:
+        return Ranks(pp=self.pp, dp=self.dp, tp=self.tp, zero=self.zero)
 
     @property
-    def cut(self) -> Cut:
+    def settings(self) -> Settings:
+        schedule: Any = self.schedule
         balance: Any = self.balance
-        return Cut(
-            schedule=self.schedule, virtual_stages=self.virtual, balance=balance, shard_group=self.group
-        )
+        return Settings(schedule=schedule, virtual_stages=self.virtual, balance=balance)
 
     def __str__(self) -> str:
         name = f"{self.model}-pp{self.pp}dp{self.dp}tp{self.tp}z{self.zero}"

@@ -14,8 +14,7 @@ from torch import Tensor
 import ckpt
 from parallel import HostComm, ParallelModel
 from parallel.host_comm import Bytes
-from parallel.tensors import named_parameters, persistent_buffers
-from parallel.whole import whole_tensors
+from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
 
 
 def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Tensor]:
@@ -57,7 +56,7 @@ def save_16bit(
     if "://" in str(folder):
         raise ckpt.CheckpointError(f"save_16bit_model writes into folders, not to {folder}")
     path = Path(folder) / filename
-    weights = whole_on_first_rank(model, comm, model.zero.precision.compute, frozen=frozen)
+    weights = whole_on_first_rank(model, comm, model.zero.compute_dtype, frozen=frozen)
     ckpt.agreed(comm, lambda: write(path, weights) if comm.rank == 0 else None)
 
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 from parallel import HostComm
-from parallel.whole import whole_module
+from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import Background, threads_per_rank
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer

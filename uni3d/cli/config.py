@@ -20,64 +20,30 @@ def config(
     as_json: AsJson = False,
 ) -> None:
     """Print a config with all defaults, and where training differs from DeepSpeed."""
+    from parallel.degrees import check_shard_group, resolve_degrees
     from uni3d.config import batch_triad, load_config
     from uni3d.config.deepspeed_differences import differences
 
     settings = load_config(file)
     asked = settings.parallel
-    degrees = degrees_of(
+    degrees = resolve_degrees(
         world_size, pp=asked.pp if pp is None else pp, dp=asked.dp, tp=asked.tp if tp is None else tp
     )
-    triad = batch_triad(settings, degrees["dp"])
-    _check_shard_group(settings.shard_group, degrees["dp"])
+    triad = batch_triad(settings, degrees.dp)
+    check_shard_group(degrees.dp, settings.zero_optimization.stage, settings.shard_group)
     resolved = {
         "world_size": world_size,
-        **degrees,
+        **vars(degrees),
         **triad.model_dump(),
         "precision": settings.precision,
         **_sections(settings),
     }
-    found = differences(settings, degrees["pp"])
+    found = differences(settings, degrees.pp)
     if as_json:
         pairs = [{"key": key, "difference": text} for key, text in found]
         say_json({"config": resolved, "differences": pairs})
         return
     _print(resolved, found)
-
-
-def degrees_of(world_size: int, *, pp: int | str, dp: int | str, tp: int | str) -> dict[str, int]:
-    """What `parallel.resolve_degrees` gives, which needs torch.
-
-    Raises:
-        ValueError: as there.
-    """
-    given = {"pp": pp, "dp": dp, "tp": tp}
-    known = {axis: degree for axis, degree in given.items() if isinstance(degree, int)}
-    open_axes = [axis for axis in given if axis not in known]
-    if len(open_axes) > 1:
-        raise ValueError(
-            f"{' and '.join(open_axes)} are both 'auto'; give at least two of pp, dp, tp as numbers"
-        )
-    for axis, degree in known.items():
-        if degree < 1:
-            raise ValueError(f"{axis}({degree}) must be at least 1")
-    product = 1
-    for degree in known.values():
-        product *= degree
-    equation = " * ".join(f"{axis}({degree})" for axis, degree in given.items())
-    if open_axes and world_size % product:
-        raise ValueError(
-            f"{equation} can't be {world_size}: {world_size} processes were started, "
-            f"which {product} doesn't divide"
-        )
-    if not open_axes and product != world_size:
-        raise ValueError(f"{equation} = {product}, but {world_size} processes were started")
-    return {axis: known.get(axis, world_size // product) for axis in given}
-
-
-def _check_shard_group(size: int | None, dp: int) -> None:
-    if size is not None and dp % size:
-        raise ValueError(f"config: the shard group size {size} must divide dp({dp})")
 
 
 def _sections(settings: Any) -> dict[str, Any]:

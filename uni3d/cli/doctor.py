@@ -100,8 +100,8 @@ def _other_checkpoints(run: str, error: CheckpointError) -> str:
 def _asked(
     world: int, pp: int | None, dp: int | None, tp: int | None, zero: int | None, memory: str | None
 ) -> Asked:
+    from parallel.degrees import check_world_size
     from uni3d.doctor.topologies import Asked
-    from uni3d.estimate.save import check_world_size
 
     given = {axis: n for axis, n in {"pp": pp, "dp": dp, "tp": tp}.items() if n is not None}
     check_world_size(world, given)

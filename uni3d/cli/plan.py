@@ -12,6 +12,7 @@ from uni3d.cli.terminal import AsJson, say, say_json
 from uni3d.units import BYTES, COUNTS, FLOPS, RATES, parse
 
 if TYPE_CHECKING:
+    from parallel.degrees import Ranks
     from uni3d.estimate.gpt import GPTShape
     from uni3d.estimate.job import Job
     from uni3d.estimate.search import Machine
@@ -153,39 +154,28 @@ def _job(
     """Return the job that the options describe, with the config's settings for those left out."""
     from uni3d.estimate.gpt import derive
     from uni3d.estimate.job import Job, config_of, model_of, read_document, settings_of
-    from uni3d.estimate.save import Ranks
 
     if path is None:
         shape: GPTShape = derive(asked, **sizes)
-        ranks = Ranks(**_degrees({"pp": 1, "dp": "auto", "tp": 1}, degrees), zero=_or(degrees["zero"], 1))
+        ranks = _ranks({"pp": 1, "dp": "auto", "tp": 1}, degrees, zero=1)
         return Job(shape=shape, ranks=ranks, **{**DEFAULTS, "accumulation": 4 * ranks.pp, **given})
     doubled = [f"--{n.replace('_', '-')}" for n in _given(params=asked, **sizes)]
     if doubled:
         raise ValueError(f"{doubled[0]} and {path} both describe the model; leave one out")
     document = read_document(path)
     config = config_of(document)
-    counts = _degrees(config.parallel.model_dump(include={"pp", "dp", "tp"}), degrees)
-    ranks = Ranks(**counts, zero=_or(degrees["zero"], config.zero_optimization.stage))
+    axes = config.parallel.model_dump(include={"pp", "dp", "tp"})
+    ranks = _ranks(axes, degrees, zero=config.zero_optimization.stage)
     settings = {"seq_len": document["seq_len"], **settings_of(config, ranks.dp), **given}
     return Job(shape=model_of(document), ranks=ranks, **settings)
 
 
-def _degrees(known: Mapping[str, Any], given: Mapping[str, int | None]) -> dict[str, int]:
+def _ranks(known: Mapping[str, Any], given: Mapping[str, int | None], zero: int) -> Ranks:
     """Return the degrees given as options, else the config's, resolving "auto" by the world size."""
+    from parallel.degrees import Ranks, resolve_degrees
+
     wanted: dict[str, Any] = {axis: _or(given[axis], known[axis]) for axis in ("pp", "dp", "tp")}
-    world = given["world_size"]
-    auto = [axis for axis, degree in wanted.items() if degree == "auto"]
-    if len(auto) > 1:
-        raise ValueError(f'{" and ".join(auto)} are both "auto" in the config; give --{auto[0]} as a number')
-    product = 1
-    for axis, degree in wanted.items():
-        if degree != "auto" and degree < 1:
-            raise ValueError(f"{axis}({degree}) must be at least 1")
-        product *= 1 if degree == "auto" else degree
-    equation = " * ".join(f"{axis}({degree})" for axis, degree in wanted.items())
-    if world is not None and (world % product if auto else world != product):
-        raise ValueError(f"{equation} can't be --world-size {world}; give other degrees, or leave --dp out")
-    return {**wanted, **dict.fromkeys(auto, 1 if world is None else world // product)}
+    return Ranks(**vars(resolve_degrees(given["world_size"], **wanted)), zero=_or(given["zero"], zero))
 
 
 def _or(value: int | None, default: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from parallel.combinations import fills_rounds
+from parallel.settings import Schedule
 from uni3d.config.strict import Strict
 
 
@@ -55,3 +57,18 @@ def batch_triad(sizes: BatchSizes, dp: int) -> BatchTriad:
     if micro * steps * dp != total or micro < 1 or steps < 1:
         raise ValueError(f"config: {given.replace('None', '?')} has no solution in whole numbers; change one")
     return BatchTriad(train_batch=total, micro_batch=micro, accumulation=steps)
+
+
+def nearest_batch(
+    share: int, *, micro: float, schedule: Schedule = "1f1b", pp: int = 1
+) -> tuple[int, int] | None:
+    """Return micro batch and accumulation that multiply to a data-parallel rank's share of a global batch.
+
+    The micro batch is the one nearest to `micro`; if two are equally near, the smaller one. None if the
+    schedule can run none of them.
+    """
+    divisors = (n for n in range(1, share + 1) if share % n == 0)
+    for size in sorted(divisors, key=lambda n: (abs(n - micro), n)):
+        if fills_rounds(schedule, pp, share // size):
+            return size, share // size
+    return None

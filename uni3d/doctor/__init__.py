@@ -6,7 +6,6 @@ planned_reads      what it would read for that
 doctor_memory      what that takes of its memory
 doctor_fit         which topologies there are, and why not others
 doctor_config      what the manifest and a config make a resume refuse, or warn of
-doctor_rules       what a config refuses by itself
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import ckpt
 from uni3d.config import load_config
 from uni3d.doctor import checks as doctor_config
 from uni3d.doctor.memory import Known
-from uni3d.doctor.topologies import Answer, Asked, Fitter, Topology
+from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
 from uni3d.estimate.planned_reads import reads
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
 
@@ -40,7 +39,7 @@ def examine(
     """
     checkpoint = ckpt.open_checkpoint(run, tag)
     manifest = RunManifest.of(checkpoint)
-    source = Source(checkpoint.arrays, manifest)
+    source = SavedModel(checkpoint.arrays, manifest)
     known = None if model is None else Known(model, source)
     values = _values(config_path, known)
     config = None if values is None else load_config(values)
@@ -93,7 +92,7 @@ def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
     return values
 
 
-def _about(manifest: RunManifest, source: Source, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
+def _about(manifest: RunManifest, source: SavedModel, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
     ranks = manifest.written_on
     return {
         "tag": checkpoint.tag,
@@ -147,7 +146,7 @@ def _nothing(answer: Answer, asked: Asked) -> str:
     return f"there is no topology of {asked.world} ranks{f' with {given}' if given else ''}{why}"
 
 
-def _row(topology: Topology) -> dict[str, Any]:
+def _row(topology: Candidate) -> dict[str, Any]:
     batch = topology.batch
     return {
         **{axis: getattr(topology, axis) for axis in ("pp", "dp", "tp")},
@@ -163,7 +162,7 @@ def _row(topology: Topology) -> dict[str, Any]:
 
 
 def _recommended(
-    topology: Topology, fitter: Fitter, checkpoint: ckpt.Checkpoint, readable: bool
+    topology: Candidate, fitter: Fitter, checkpoint: ckpt.Checkpoint, readable: bool
 ) -> dict[str, Any]:
     """A topology with its place in a config, its memory, and what its ranks would read."""
     ranks, batch = topology.ranks, topology.batch
@@ -182,7 +181,9 @@ def _recommended(
         "config": config,
         "samples_per_rank": batch.share,
         "memory": {**topology.need._asdict(), "total": topology.need.total},
-        "reads": reads(checkpoint, fitter.source, ranks, fitter.cut)._asdict() if readable else None,
+        "reads": reads(checkpoint, fitter.source, ranks, fitter.settings, fitter.shard_group)._asdict()
+        if readable
+        else None,
     }
 
 

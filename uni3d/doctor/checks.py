@@ -10,9 +10,11 @@ from collections.abc import Iterator
 
 from ckpt import Checkpoint
 from ckpt.read import WEIGHT_STATES
+from parallel.combinations import combination_refusal
+from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
 from uni3d.config.optimizer import OptimizerConfig
-from uni3d.doctor.rules import refused_combination
+from uni3d.config.settings import parallel_settings
 from uni3d.manifest import Json, RunManifest
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
 
@@ -74,7 +76,7 @@ def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:
 
 def _refused_configs(config: Config, manifest: RunManifest) -> Iterator[str]:
     """Yield the reasons why the config is refused by itself, or with this model."""
-    if (why := refused_combination(config)) is not None:
+    if (why := combination_refusal(parallel_settings(config))) is not None:
         yield why
     if "num_stages" in manifest.model.declared and "balance" in config.parallel.model_fields_set:
         yield "parallel.balance is in the config, but a PipelineModule is cut by its partition_method"
@@ -101,15 +103,13 @@ def notes(config: Config | None, manifest: RunManifest) -> Iterator[str]:
 
 def as_it_is(config: Config, world: int) -> tuple[dict[str, int] | None, str | None]:
     """The degrees and batches that a config, unchanged, makes of so many ranks; or why it refuses them."""
-    from uni3d.cli.config import degrees_of
-
     p = config.parallel
     try:
-        degrees = degrees_of(world, pp=p.pp, dp=p.dp, tp=p.tp)
-        triad = batch_triad(config, degrees["dp"])
+        degrees = resolve_degrees(world, pp=p.pp, dp=p.dp, tp=p.tp)
+        triad = batch_triad(config, degrees.dp)
     except ValueError as error:
         return None, str(error)
-    return {**degrees, **triad.model_dump()}, None
+    return {**vars(degrees), **triad.model_dump()}, None
 
 
 def _class(config: OptimizerConfig) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import Cut, Kind, Source
+from parallel.degrees import Ranks
+from parallel.settings import ITEMSIZE, Settings
+from uni3d.estimate.saved import Kind, SavedModel
 from uni3d.estimate.zero import MASTER_BYTES, beside_shards
 
 
@@ -31,19 +32,19 @@ class Need(NamedTuple):
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.other
 
 
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """Bytes of an element, and where shards lie."""
-
-    compute: int = 4
-    reduce: int = 4
-    offload: bool = False
-
-
-def needs(source: Source, ranks: Ranks, cut: Cut, precision: Precision, accumulation: int) -> list[Need]:
-    """What the states take at each place of the pipeline, exactly by the checkpoint's arrays."""
-    kinds = source.kinds(ranks.pp, cut)
-    return [_of_place(counts, ranks, cut, precision, accumulation) for counts in kinds]
+def needs(
+    source: SavedModel,
+    ranks: Ranks,
+    settings: Settings,
+    *,
+    shard_group: int | None = None,
+    accumulation: int = 1,
+) -> list[Need]:
+    """Return the memory of the states at each place of the pipeline, exact by the checkpoint's arrays."""
+    return [
+        _of_place(counts, ranks, settings, ranks.shards(shard_group), accumulation)
+        for counts in source.kinds(ranks.pp, settings)
+    ]
 
 
 def most(needs: list[Need]) -> Need:
@@ -51,10 +52,9 @@ def most(needs: list[Need]) -> Need:
 
 
 def _of_place(
-    counts: Mapping[Kind, int], ranks: Ranks, cut: Cut, precision: Precision, accumulation: int
+    counts: Mapping[Kind, int], ranks: Ranks, settings: Settings, shards: int, accumulation: int
 ) -> Need:
-    """Of the place's first rank: of what is cut, nobody has more."""
-    shards = cut.shards(ranks)
+    """Return the memory of the place's first rank, the largest of its shards."""
     shard = trained_shard = optimizer = buffers = whole = trained = 0
     for kind, n in counts.items():
         size = n * kind.largest(ranks.tp, shards)
@@ -73,12 +73,12 @@ def _of_place(
         trained,
         stage=ranks.zero,
         shards=shards,
-        compute_bytes=precision.compute,
-        reduce_bytes=precision.reduce,
+        compute_bytes=ITEMSIZE[settings.precision.compute],
+        reduce_bytes=ITEMSIZE[settings.precision.reduce],
         accumulation=accumulation,
-        offload=precision.offload,
+        offload=settings.offload,
     )
-    if precision.offload:
+    if settings.offload:
         return Need(copies, sums, 0, buffers, host=shard + trained_shard + optimizer)
     return Need(shard + copies, max(sums, trained_shard), optimizer, buffers)
 
@@ -89,7 +89,7 @@ def _of_place(
 class Known:
     """An example's GPT, whose whole memory `uni3d plan` can tell."""
 
-    def __init__(self, path: Path, source: Source) -> None:
+    def __init__(self, path: Path, source: SavedModel) -> None:
         """Raises ValueError if the file isn't an example's, or not of the checkpoint's model."""
         from uni3d.estimate.job import model_of, read_document
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
-from uni3d.config import Config
-from uni3d.doctor.memory import Known, Need, Precision, most, needs
-from uni3d.doctor.rules import nearest_batch, refused_zero
-from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import Cut, Refusal, Source
+from parallel.degrees import ZERO_STAGES, Ranks
+from parallel.settings import Settings
+from uni3d.config import Config, load_config
+from uni3d.config.batch import nearest_batch
+from uni3d.config.settings import parallel_settings
+from uni3d.doctor.memory import Known, Need, most, needs
+from uni3d.estimate.saved import USUAL, RefusedDegree, SavedModel
 
 NEARBY = 3
 """How many numbers of ranks are named on either side of one that fits nothing."""
@@ -48,8 +50,8 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Topology:
-    """One on which the run could go on."""
+class Candidate:
+    """Topology on which the run could go on."""
 
     pp: int
     dp: int
@@ -88,12 +90,12 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    topologies: list[Topology]
+    topologies: list[Candidate]
     """Those that the model and the batch can be split by, the preferred first."""
     reasons: list[Reason]
 
     @property
-    def fitting(self) -> list[Topology]:
+    def fitting(self) -> list[Candidate]:
         """Those that fit in the memory, too."""
         return [topology for topology in self.topologies if topology.zero is not None]
 
@@ -102,7 +104,7 @@ class Answer:
 class Fitter:
     """What of a checkpoint and a config decides which topologies there are."""
 
-    source: Source
+    source: SavedModel
     batch: int | None
     """The global batch, that is kept."""
     zero: int
@@ -112,21 +114,17 @@ class Fitter:
     """The config as it was given."""
     known: Known | None = None
 
+    @cached_property
+    def settings(self) -> Settings:
+        return USUAL if self.config is None else parallel_settings(self.config)
+
     @property
-    def cut(self) -> Cut:
-        if self.config is None:
-            return Cut()
-        p = self.config.parallel
-        return Cut(
-            schedule=p.schedule,
-            virtual_stages=p.virtual_stages,
-            balance=p.balance,
-            shard_group=self.config.shard_group,
-        )
+    def shard_group(self) -> int | None:
+        return None if self.config is None else self.config.shard_group
 
     def answer(self, asked: Asked) -> Answer:
         """All topologies of the ranks, in the order of preference: fewest tp, then fewest pp."""
-        found: list[Topology] = []
+        found: list[Candidate] = []
         refused: dict[tuple[str, str], set[int]] = {}
         for pp, dp, tp in _splits(asked):
             reasons = list(self._refused(pp, dp, tp))
@@ -173,18 +171,19 @@ class Fitter:
 
     @cached_property
     def _refused_stages(self) -> dict[int, str | None]:
-        return {n: refused_zero(self.values, n) for n in range(4)}
+        return {stage: _zero_refusal(self.values, stage) for stage in ZERO_STAGES}
 
-    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[Refusal]:
-        """The degrees that can't be."""
-        cut = self.cut
-        sequence = self.config is not None and self.config.parallel.sequence_parallel
-        yield from self.source.refused(pp, dp, tp, cut, self.batch, sequence_parallel=sequence)
-        if sequence and self.known is not None and self.known.document["seq_len"] % tp:
+    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[RefusedDegree]:
+        """Yield the degrees that can't be."""
+        settings = self.settings
+        yield from self.source.refused(pp, dp, tp, settings, batch=self.batch, shard_group=self.shard_group)
+        if settings.sequence_parallel and self.known is not None and self.known.document["seq_len"] % tp:
             length = self.known.document["seq_len"]
-            yield Refusal("tp", tp, f"doesn't divide the sequence of {length} tokens")
+            yield RefusedDegree("tp", tp, f"doesn't divide the sequence of {length} tokens")
         if (self.batch is None or self.batch % dp == 0) and self._batch(pp, dp) is None:
-            yield Refusal("dp", dp, f"leaves a share that schedule {cut.schedule} can't run on pp {pp}")
+            yield RefusedDegree(
+                "dp", dp, f"leaves a share that schedule {settings.schedule} can't run on pp {pp}"
+            )
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
         """A rank's share, in micro batches as near as can be to the config's; None if there are no such."""
@@ -196,30 +195,24 @@ class Fitter:
         micro = self.config.train_micro_batch_size_per_gpu
         steps = self.config.gradient_accumulation_steps
         wanted = micro if micro is not None else share / (steps or 1)  # what DeepSpeed's rule makes of it
-        pair = nearest_batch(share, micro=wanted, schedule=self.cut.schedule, pp=pp)
+        pair = nearest_batch(share, micro=wanted, schedule=self.settings.schedule, pp=pp)
         return None if pair is None else Batch(share, *pair)
 
-    def _topology(self, pp: int, dp: int, tp: int, asked: Asked) -> Topology:
+    def _topology(self, pp: int, dp: int, tp: int, asked: Asked) -> Candidate:
         batch = self._batch(pp, dp)
         assert batch is not None, "refused before"
         stages = self.stages(asked.zero)
         needs = {zero: self._need(Ranks(pp=pp, dp=dp, tp=tp, zero=zero), batch) for zero in stages}
         limit = float("inf") if asked.memory is None else asked.memory
         fits = next((zero for zero in stages if needs[zero].total <= limit), None)
-        return Topology(pp=pp, dp=dp, tp=tp, batch=batch, needs=needs, zero=fits)
+        return Candidate(pp=pp, dp=dp, tp=tp, batch=batch, needs=needs, zero=fits)
 
     def _need(self, ranks: Ranks, batch: Batch) -> Need:
         """With unknown micro batches, as if there were several of them."""
         config, steps = self.config, batch.accumulation or 2
-        precision = Precision()
-        if config is not None:
-            sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
-            precision = Precision(
-                compute=sizes[config.precision],
-                reduce=sizes[config.communication_data_type or "fp32"],
-                offload=config.offload,
-            )
-        held = most(needs(self.source, ranks, self.cut, precision, steps))
+        held = most(
+            needs(self.source, ranks, self.settings, shard_group=self.shard_group, accumulation=steps)
+        )
         if self.known is None or config is None or batch.micro is None:
             return held
         from uni3d.estimate.job import settings_of
@@ -230,6 +223,16 @@ class Fitter:
             "gradient_accumulation_steps": steps,
         }
         return self.known.need(held, ranks, settings_of(config.model_copy(update=triad), ranks.dp))
+
+
+def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:
+    """Return why a config can't have another ZeRO stage, or None if it can."""
+    zero = {**(values.get("zero_optimization") or {}), "stage": stage}
+    try:
+        load_config({**values, "zero_optimization": zero})
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _splits(asked: Asked) -> Iterator[tuple[int, int, int]]:

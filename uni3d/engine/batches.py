@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from parallel import ParallelModel, Topology
-from parallel.pipeline import Loss
+from parallel.loss import Loss
 from parallel.tensor import check_sequence
 from uni3d.config import BatchTriad
 

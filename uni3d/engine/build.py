@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import parallel
-from parallel.masters import make_masters
+from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
+from uni3d.config.settings import parallel_settings
 from uni3d.engine.data import TrainingLoader
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
@@ -98,7 +99,7 @@ def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings,
     check_installed(settings)
     degrees, device = _degrees(settings)
     triad = batch_triad(settings, degrees.dp)
-    split = _parallel_settings(settings)
+    split = parallel_settings(settings)
     parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
     parallel.start_process_group(device)
     topology = parallel.Topology(
@@ -123,30 +124,6 @@ def _train_state(
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
         progress=Progress(train_batch=triad.train_batch),
-    )
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _parallel_settings(config: Config) -> parallel.Settings:
-    """Return the config's part for the `parallel` package."""
-    p, again, compiled = config.parallel, config.activation_checkpointing, config.compile
-    options = {"mode": compiled.mode, "dynamic": compiled.dynamic}
-    return parallel.Settings(
-        seed=config.seed,
-        zero_stage=config.zero_optimization.stage,
-        precision=parallel.Precision(
-            compute=_DTYPES[config.precision], reduce=_DTYPES[config.communication_data_type or "fp32"]
-        ),
-        offload=config.offload,
-        persistence_threshold=config.zero_optimization.stage3_param_persistence_threshold,
-        schedule=p.schedule,
-        virtual_stages=p.virtual_stages,
-        balance=p.balance,
-        sequence_parallel=p.sequence_parallel,
-        recompute=None if again.mode == "none" else parallel.Recompute(mode=again.mode, every=again.every),
-        compile=parallel.Compile(backend=compiled.backend, options=options) if compiled.enabled else None,
     )
 
 

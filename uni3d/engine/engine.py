@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import ckpt
 from parallel import HostComm, ParallelModel
 from parallel.gradients import sum_over_ranks
-from parallel.pipeline import Loss
+from parallel.loss import Loss
 from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
 from uni3d.checkpoint.save import Saver

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from parallel import ParallelModel
 from parallel.gradients import sum_over_ranks
-from parallel.pipeline import Loss, split_logits
+from parallel.loss import Loss, split_logits
 from uni3d.engine.batches import loss_of
 from uni3d.optim.loss_scale import LossScale
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.gradients import counts_here, local_gradients, sum_over_ranks
-from parallel.pipeline import Loss
+from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import Config
 from uni3d.observe import Observer, StepRecord

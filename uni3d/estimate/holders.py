@@ -1,8 +1,8 @@
 """Which rank holds which part of a tensor: as those had it that wrote a checkpoint, and as others would.
 
-What a run that resumes would hold follows from rules (`uni3d.estimate.saved`). What the writers held is a fact,
-whatever their config was: the manifest's `writer` says which layers lay where, and over how many ranks ZeRO
-sharded (docs/format.md).
+What a run that resumes would hold follows from rules (`uni3d.estimate.saved`). What the writers held is a
+fact, whatever their config was: the manifest's `writer` says which layers lay where, and over how many ranks
+ZeRO sharded (docs/format.md).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import BUFFER, PARAMETER, Cut, Part, Source
+from parallel.degrees import Ranks
+from uni3d.estimate.saved import BUFFER, PARAMETER, SavedModel, StageArray
 
 if TYPE_CHECKING:
     import ckpt
@@ -23,7 +23,7 @@ class Holders:
     """The ranks of a topology, and what they hold of a checkpoint's parameters and buffers."""
 
     ranks: Ranks
-    places: Sequence[Mapping[str, Part]]
+    places: Sequence[Mapping[str, StageArray]]
     """By place of the pipeline, and atom."""
     shards: int
     """How many data-parallel ranks share out a tensor."""
@@ -46,7 +46,7 @@ class Holders:
         return None if part is None else part.name
 
 
-def writers(source: Source) -> Holders:
+def writers(source: SavedModel) -> Holders:
     """The ranks that wrote a checkpoint; of an imported one, the process that did.
 
     Raises:
@@ -62,25 +62,24 @@ def writers(source: Source) -> Holders:
             "so nobody knows what they held"
         )
     if ranks.tp > 1 and (why := source.untold_tp()):
-        raise ValueError(f"{why}, so nobody knows what the {ranks.tp} tensor-parallel ranks held")
+        raise ValueError(f"tp({ranks.tp}) {why}, so it isn't known what the ranks held")
     held = [source.parts(None if here is None else frozenset(here)) for here in places]
-    shards = source.writer.shard_group or Cut().shards(ranks)
+    shards = source.writer.shard_group or ranks.shards()
     return Holders(ranks=ranks, places=[_own(parts) for parts in held], shards=shards)
 
 
-def resumed(source: Source, ranks: Ranks) -> Holders:
+def resumed(source: SavedModel, ranks: Ranks) -> Holders:
     """The ranks that would go on from a checkpoint, with one pipeline stage on each.
 
     Raises:
         ValueError: the run can't be split over them, as `uni3d doctor` says too.
     """
-    cut = Cut()
-    if refused := list(source.refused(ranks.pp, ranks.dp, ranks.tp, cut, source.batch)):
+    if refused := list(source.refused(ranks.pp, ranks.dp, ranks.tp, batch=source.batch)):
         raise ValueError("; ".join(map(str, refused)))
-    places = [_own(parts) for parts in source.places(ranks.pp, cut)]
-    return Holders(ranks=ranks, places=places, shards=cut.shards(ranks))
+    places = [_own(parts) for parts in source.places(ranks.pp)]
+    return Holders(ranks=ranks, places=places, shards=ranks.shards())
 
 
-def _own(parts: Sequence[Part]) -> dict[str, Part]:
+def _own(parts: Sequence[StageArray]) -> dict[str, StageArray]:
     """Those of parameters and buffers, without the optimizer's states."""
     return {part.info.key.atom: part for part in parts if part.info.key.state in (PARAMETER, BUFFER)}

@@ -10,19 +10,17 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from parallel.degrees import Ranks, check_shard_group
+from parallel.placement import Placement, balanced_cuts, check_layers
+from parallel.settings import ITEMSIZE, Balance, DType, Schedule
 from uni3d.config import Config, batch_triad, load_config
 from uni3d.estimate.gpt import GPTShape, Link, Weight, from_model_config
-from uni3d.estimate.save import Ranks, balanced_cuts
 
 Weights = tuple[Weight, ...]
-SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of a value."""
-
 MOMENTS = {"SGD": 0, "Lion": 1, "Adagrad": 1, "Muon": 1}
 """Optimizer states of a parameter's own shape; 2 for Adam, AdamW, and those that aren't known here."""
 
-Recompute = Literal["none", "full", "selective"]
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"]
+RecomputeMode = Literal["none", "full", "selective"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +32,15 @@ class Job:
     seq_len: int
     micro_batch: int
     accumulation: int
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    reduce: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: DType = "bf16"
+    reduce: DType = "fp32"
     """In which gradients are accumulated and summed over the ranks."""
-    recompute: Recompute = "none"
+    recompute: RecomputeMode = "none"
     every: int = 1
     """Of how many layers one is recomputed."""
     schedule: Schedule = "1f1b"
     virtual_stages: int = 1
-    balance: Literal["flops", "parameters", "uniform"] = "flops"
+    balance: Balance = "flops"
     sequence_parallel: bool = False
     shard_group: int | None = None
     """Ranks over which ZeRO shards, a divisor of dp; None is all of dp."""
@@ -62,14 +60,8 @@ class Job:
         for name in ("seq_len", "micro_batch", "accumulation", "every", "virtual_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.shard_group is not None and (self.shard_group < 1 or self.ranks.dp % self.shard_group):
-            raise ValueError(f"a shard group of {self.shard_group} doesn't divide dp({self.ranks.dp})")
-        chunks = self.ranks.pp * self.virtual_stages
-        if len(self.shape.links) < chunks:
-            raise ValueError(
-                f"pp({self.ranks.pp}) needs at least {chunks} layers, but the model has "
-                f"{len(self.shape.links)}: {self.shape.layers} blocks, the embedding, the norm and the head"
-            )
+        check_shard_group(self.ranks.dp, self.ranks.zero, self.shard_group)
+        check_layers(len(self.shape.links), self.ranks.pp * self.virtual_stages)
         learned = self.shape.positions == "learned"
         if learned and self.seq_len > self.shape.max_seq_len:
             raise ValueError(
@@ -90,16 +82,16 @@ class Job:
 
     @property
     def compute_bytes(self) -> int:
-        return SIZES[self.precision]
+        return ITEMSIZE[self.precision]
 
     @property
     def reduce_bytes(self) -> int:
-        return SIZES[self.reduce]
+        return ITEMSIZE[self.reduce]
 
     @property
     def shards(self) -> int:
-        """Over how many ranks ZeRO shards."""
-        return 1 if self.ranks.zero == 0 else self.shard_group or self.ranks.dp
+        """Number of ranks over which ZeRO shards."""
+        return self.ranks.shards(self.shard_group)
 
     @property
     def in_place(self) -> bool:
@@ -113,17 +105,13 @@ class Job:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What each rank of the pipeline has."""
-        turns_back = (
-            self.schedule == "zero_bubble_v"
-        )  # the second stretches run from the last rank to the first
-        return _stages(self.shape, self.ranks.pp, self.virtual_stages, self.balance, turns_back)
+        """Part of the model on each rank of the pipeline."""
+        return _cut(self.shape, self.ranks.pp, self.virtual_stages, self.balance, self.schedule)
 
     @property
     def kinds(self) -> tuple[Stage, ...]:
         """One stage of each kind: those with the same weights have one name."""
-        turns_back = self.schedule == "zero_bubble_v"
-        return _kinds(self.shape, self.ranks.pp, self.virtual_stages, self.balance, turns_back)
+        return _kinds(self.shape, self.ranks.pp, self.virtual_stages, self.balance, self.schedule)
 
     def whole(self, weights: Weights) -> int:
         """Elements of these weights on a tensor-parallel rank."""
@@ -170,7 +158,7 @@ class Stage:
 
 
 @lru_cache
-def _stages(shape: GPTShape, pp: int, v: int, balance: str, turns_back: bool) -> tuple[Stage, ...]:
+def _cut(shape: GPTShape, pp: int, v: int, balance: Balance, schedule: Schedule) -> tuple[Stage, ...]:
     links = shape.links
     costs = {
         "flops": [link.cost for link in links],
@@ -178,10 +166,11 @@ def _stages(shape: GPTShape, pp: int, v: int, balance: str, turns_back: bool) ->
         "uniform": [1] * len(links),
     }[balance]
     parts = [tuple(links[a:b]) for a, b in balanced_cuts(costs, pp * v)]
+    placement = Placement.of(pp, schedule=schedule, virtual_stages=v)
     return tuple(
         _stage(
-            tuple(parts[i * pp + (pp - 1 - rank if turns_back and i % 2 else rank)] for i in range(v)),
-            turns=turns_back and v > 1 and rank == pp - 1,
+            tuple(parts[stage] for stage in placement.on(rank)),
+            turns=schedule == "zero_bubble_v" and v > 1 and rank == pp - 1,
         )
         for rank in range(pp)
     )
@@ -189,7 +178,7 @@ def _stages(shape: GPTShape, pp: int, v: int, balance: str, turns_back: bool) ->
 
 @lru_cache
 def _kinds(*job: Any) -> tuple[Stage, ...]:
-    stages = _stages(*job)
+    stages = _cut(*job)
     return tuple({(s.turns, *(link.weights for link in s.links)): s for s in stages}.values())
 
 

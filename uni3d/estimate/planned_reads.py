@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from uni3d.estimate.save import Ranks
-from uni3d.estimate.saved import Cut, Part, Source
+from parallel.degrees import Ranks
+from parallel.settings import Settings
+from uni3d.estimate.saved import SavedModel, StageArray
 
 if TYPE_CHECKING:
     import ckpt
@@ -25,7 +26,13 @@ class Reads(NamedTuple):
     """Chunks that the checkpoint has of these arrays; each is read by some rank."""
 
 
-def reads(checkpoint: ckpt.Checkpoint, source: Source, ranks: Ranks, cut: Cut) -> Reads:
+def reads(
+    checkpoint: ckpt.Checkpoint,
+    source: SavedModel,
+    ranks: Ranks,
+    settings: Settings,
+    shard_group: int | None = None,
+) -> Reads:
     """What a load by these ranks would read, by the checkpoint's own chunks; nothing is read of them here.
 
     Arrays that are alike are counted once.
@@ -36,10 +43,10 @@ def reads(checkpoint: ckpt.Checkpoint, source: Source, ranks: Ranks, cut: Cut) -
     from ckpt.checksums import Blocks
     from ckpt.read import pieces
 
-    shards, n = cut.shards(ranks), ranks.of_a_stage
+    shards, n = ranks.shards(shard_group), ranks.of_a_stage
     known: dict[Any, list[tuple[int, int]]] = {}
 
-    def of(part: Part) -> list[tuple[int, int]]:
+    def of(part: StageArray) -> list[tuple[int, int]]:
         info = part.info
         blocks = {Blocks.of_record(record).size for record in info.chunks.values()}
         alike = (info.shape, info.chunk_shape, info.dtype, part.tp_dim, part.whole)
@@ -54,7 +61,7 @@ def reads(checkpoint: ckpt.Checkpoint, source: Source, ranks: Ranks, cut: Cut) -
         return known[key]
 
     by_rank: list[tuple[int, int]] = []
-    for place in source.places(ranks.pp, cut):
+    for place in source.places(ranks.pp, settings):
         columns = [of(part) for part in place]
         by_rank += [(sum(c[i][0] for c in columns), sum(c[i][1] for c in columns)) for i in range(n)]
     sizes, files = zip(*by_rank, strict=True)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -23,6 +22,8 @@ from ckpt.checksums import block_bytes
 from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
 from ckpt.gather import Gathering, rounds
 from ckpt.plan import ArrayPlan
+from parallel.degrees import Ranks
+from parallel.placement import balanced_cuts, check_layers
 from uni3d.estimate.gpt import GPTShape, Link
 
 DTYPE = "float32"
@@ -31,49 +32,6 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 CHECKSUM_BYTES = 4
 """At the end of each chunk's file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """How many there are along each axis; numbered with pp outermost and tp innermost."""
-
-    pp: int
-    dp: int
-    tp: int
-    zero: int
-    """The ZeRO stage. 1, 2 and 3 keep the same parts from step to step; 0 keeps copies."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what can't be."""
-        for axis, degree in {"pp": self.pp, "dp": self.dp, "tp": self.tp}.items():
-            if degree < 1:
-                raise ValueError(f"{axis}({degree}) must be at least 1")
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"ZeRO stage {self.zero} doesn't exist; expected 0, 1, 2 or 3")
-
-    def __str__(self) -> str:
-        return f"pp{self.pp} dp{self.dp} tp{self.tp} zero{self.zero}"
-
-    @property
-    def of_a_stage(self) -> int:
-        return self.dp * self.tp
-
-    @property
-    def total(self) -> int:
-        return self.pp * self.of_a_stage
-
-
-def check_world_size(world: int, degrees: Mapping[str, int]) -> None:
-    """Check that some degrees, or all three, go with a number of ranks.
-
-    Raises:
-        ValueError: they don't; shows the equation.
-    """
-    product, equation = prod(degrees.values()), " * ".join(f"{axis}({n})" for axis, n in degrees.items())
-    if world % product:
-        raise ValueError(f"{equation} doesn't divide --world-size {world}; change one of them")
-    if len(degrees) == 3 and product != world:
-        raise ValueError(f"{equation} = {product} isn't --world-size {world}; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,38 +112,14 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
 
 
 def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
-    """The links of each pipeline stage.
+    """Return the links of each pipeline stage.
 
     Raises:
         ValueError: there are fewer links than stages.
     """
     links = shape.links
-    if len(links) < pp:
-        raise ValueError(
-            f"pp({pp}) needs at least {pp} layers, but the model has {len(links)}: {shape.layers} blocks, "
-            "the embedding, the norm and the head"
-        )
+    check_layers(len(links), pp)
     return [list(links[a:b]) for a, b in balanced_cuts([link.cost for link in links], pp)]
-
-
-def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
-    """`parallel.stages.balanced_cuts`, which can't be had without torch; a test holds the two together."""
-    total = [0, *accumulate(costs)]
-    inf = float("inf")
-    best = [0.0] + [inf] * len(costs)  # of the first n costs in p runs, the cheapest possible worst run
-    cuts: list[list[int]] = []  # and where its last run begins
-    for p in range(1, parts + 1):
-        pairs = [
-            min(((max(best[a], total[n] - total[a]), a) for a in range(p - 1, n)), default=(inf, 0))
-            for n in range(len(total))
-        ]
-        best = [worst for worst, _ in pairs]
-        cuts.append([start for _, start in pairs])
-    runs, end = [], len(costs)
-    for starts in reversed(cuts):
-        runs.append((starts[end], end))
-        end = starts[end]
-    return runs[::-1]
 
 
 def stage_layout(
@@ -199,8 +133,7 @@ def stage_layout(
             alike = (weight.shape, weight.tp_dim)
             if alike not in boxes:
                 first = stage * ranks.of_a_stage
-                shards = 1 if ranks.zero == 0 else ranks.dp
-                parts = part_boxes(*alike, dp=ranks.dp, tp=ranks.tp, shards=shards)
+                parts = part_boxes(*alike, dp=ranks.dp, tp=ranks.tp, shards=ranks.shards())
                 boxes[alike] = {first + i: box for i, box in enumerate(parts)}
             fine_dim = 1 if weight.tp_dim == 1 else None
             for state in states:

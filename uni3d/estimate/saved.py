@@ -1,25 +1,36 @@
 """What each rank of any topology holds of a checkpoint's arrays: without ranks, torch or the model.
 
-The manifest says which layers the model is a chain of, which modules tensor parallelism cuts and how
-(`uni3d.checkpoint.model_spec`); the arrays say their shapes. From these follow the boxes that the ranks of a run would
-load, by the rules by which training cuts a model: pipeline stages (`parallel.stages`), tensor parallelism
-along the dim that a style says (`parallel.tensor`), ZeRO along the first dim (`uni3d.estimate.save.part_boxes`).
-Ranks at different places of the pipeline hold different arrays, those at the same place other boxes of the
-same ones. Who held what when a checkpoint was written is `uni3d.estimate.holders`.
+The manifest names the layers of the model's chain and the modules that tensor parallelism cuts
+(`uni3d.checkpoint.model_spec`); the arrays have their shapes. The boxes that a run's ranks would load follow
+by the rules of training: pipeline stages (`parallel.placement`), tensor parallelism along the dim of a style
+(`parallel.tp_styles`), ZeRO along the first dim (`uni3d.estimate.save.part_boxes`). Ranks at different places
+of the pipeline hold different arrays, ranks at the same place different boxes of the same arrays. The ranks
+that wrote a checkpoint are in `uni3d.estimate.holders`.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ckpt.read import WEIGHT_STATES
-from uni3d.estimate.save import Ranks, balanced_cuts, part_boxes
+from parallel.combinations import pipeline_refusal
+from parallel.degrees import Ranks
+from parallel.placement import Placement, balanced_cuts
+from parallel.settings import Balance, Settings
+from parallel.tp_styles import (
+    STYLES,
+    Division,
+    expert_division,
+    match_plan,
+    module_division,
+    no_plan,
+    sequence_refusal,
+)
+from uni3d.estimate.save import part_boxes
 
 if TYPE_CHECKING:
     import ckpt
@@ -29,44 +40,15 @@ if TYPE_CHECKING:
 PARAMETER, BUFFER = WEIGHT_STATES
 """The states that are a parameter's and a buffer's own value."""
 
-_TP_DIMS = {
-    **dict.fromkeys(("colwise", "colwise_gather_output", "colwise_logits", "embedding_rowwise"), 0),
-    **dict.fromkeys(("rowwise", "rowwise_split_input"), 1),
-}
-"""By style, the dim of a weight that is cut; a bias is cut along its only one, or not at all."""
+USUAL = Settings()
+"""Settings of a run whose config isn't known."""
 
-_WHOLE = (
-    "gather_input",
-    "sequence_parallel",
-    "replicated_with_grad_allreduce",
-    "moe_tp_experts",
-    "packed_colwise",
-)
-"""Styles that leave a module's weights whole, but for those of experts (`Source.tp_dim`)."""
-
-STYLES = (*_TP_DIMS, *_WHOLE)
-
-_EVENLY = ("colwise", "rowwise", "rowwise_split_input")
-"""Styles that need a degree that divides."""
+_UNDECLARED = "can't be checked: the manifest doesn't say how the model may be split"
+_CutBy = tuple[int, str, int, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a run is split beside its degrees; the words are the config's."""
-
-    schedule: str = "1f1b"
-    virtual_stages: int = 1
-    balance: Literal["flops", "parameters", "uniform"] = "flops"
-    shard_group: int | None = None
-    """Ranks over which ZeRO shards, a divisor of dp; None is all of dp."""
-
-    def shards(self, ranks: Ranks) -> int:
-        """Over how many ranks ZeRO shards."""
-        return 1 if ranks.zero == 0 else self.shard_group or ranks.dp
-
-
-class Refusal(NamedTuple):
-    """A degree that can't be."""
+class RefusedDegree(NamedTuple):
+    """A degree that a model or its batch can't be split by."""
 
     axis: str
     degree: int
@@ -76,7 +58,7 @@ class Refusal(NamedTuple):
         return f"{self.axis} {self.degree} {self.why}"
 
 
-class Part(NamedTuple):
+class StageArray(NamedTuple):
     """An array of which every rank at one place of the pipeline holds a box."""
 
     info: ArrayInfo
@@ -114,13 +96,13 @@ class Kind(NamedTuple):
         return prod(shape)
 
 
-def _kind(part: Part) -> Kind:
+def _kind(part: StageArray) -> Kind:
     info, role = part.info, part.role
     size = info.nbytes // max(1, prod(info.shape))
     return Kind(info.shape, size, part.tp_dim, part.whole, role)
 
 
-class Source:
+class SavedModel:
     """A checkpoint's tensors, and what is known of how they may be split."""
 
     def __init__(self, arrays: Mapping[ckpt.ArrayKey, ArrayInfo], manifest: RunManifest) -> None:
@@ -140,8 +122,8 @@ class Source:
             name for name, infos in self._states.items() if any(i.key.state == PARAMETER for i in infos)
         ]
         self.buffers = [name for name in self._states if name not in set(self.parameters)]
-        self._kinds: dict[tuple[int, Cut], list[dict[Kind, int]]] = {}
-        self._places: dict[tuple[int, Cut], list[list[Part]]] = {}
+        self._kinds: dict[_CutBy, list[dict[Kind, int]]] = {}
+        self._places: dict[_CutBy, list[list[StageArray]]] = {}
 
     @property
     def layers(self) -> list[str] | None:
@@ -166,81 +148,78 @@ class Source:
     # --- what can't be -----------------------------------------------------------------------------------
 
     def refused(
-        self, pp: int, dp: int, tp: int, cut: Cut, batch: int | None, *, sequence_parallel: bool = False
-    ) -> Iterator[Refusal]:
-        """The degrees that the model, or a global batch of so many samples, can't be split by."""
-        if why := self.refuses_tp(tp, sequence_parallel=sequence_parallel):
-            yield Refusal("tp", tp, why)
-        if why := self.refuses_pp(pp, cut.virtual_stages):
-            yield Refusal("pp", pp, why)
+        self,
+        pp: int,
+        dp: int,
+        tp: int,
+        settings: Settings = USUAL,
+        *,
+        batch: int | None = None,
+        shard_group: int | None = None,
+    ) -> Iterator[RefusedDegree]:
+        """Yield the degrees by which the model, or a global batch of so many samples, can't be split."""
+        if why := self.refuses_tp(tp, sequence_parallel=settings.sequence_parallel):
+            yield RefusedDegree("tp", tp, why)
+        if why := self.refuses_pp(pp, settings.virtual_stages):
+            yield RefusedDegree("pp", pp, why)
         if batch is not None and batch % dp:
-            yield Refusal("dp", dp, f"doesn't divide the global batch of {batch}")
-        if cut.shard_group is not None and dp % cut.shard_group:
-            yield Refusal("dp", dp, f"isn't a multiple of the config's shard group of {cut.shard_group}")
+            yield RefusedDegree("dp", dp, f"doesn't divide the global batch of {batch}")
+        if shard_group is not None and dp % shard_group:
+            yield RefusedDegree("dp", dp, f"isn't a multiple of the config's shard group of {shard_group}")
 
     def refuses_pp(self, pp: int, virtual_stages: int = 1) -> str | None:
-        """Why the model can't be cut into so many stages on so many ranks; None if it can."""
-        stages, kind = pp * virtual_stages, self.declared.get("class", "the model")
-        if stages == 1:
-            return None
-        if "pipeline_layers" not in self.declared:
-            return f"{self._unsaid('pipeline_layers')}, so that pp must be 1"
-        if self.layers is None:
-            return "the manifest is older than those that say what layers cost, so that pp must be 1"
-        if not self.declared.get("loss_fn"):
-            return f"{kind} has no loss_fn(outputs, targets), which a pipeline needs; pp must be 1"
-        if len(self.layers) < stages:
-            of_rank = "" if virtual_stages == 1 else f", {virtual_stages} on each rank,"
-            return f"has more stages{of_rank} than {kind} has pipeline_layers, {len(self.layers)}"
-        return None
+        """Return why the model can't be cut into this many stages on as many ranks, or None if it can."""
+        if pp * virtual_stages > 1:
+            if not self.declared:
+                return _UNDECLARED
+            if "pipeline_layers" in self.declared and self.layers is None:
+                return "needs the costs of the layers, which the manifest doesn't have"
+        return pipeline_refusal(
+            self._model,
+            None if self.layers is None else len(self.layers),
+            loss_fn=bool(self.declared.get("loss_fn")),
+            pp=pp,
+            virtual_stages=virtual_stages,
+        )
 
     def refuses_tp(self, tp: int, *, sequence_parallel: bool = False) -> str | None:
-        """Why the model's layers can't be split so many ways; None if they can. See `parallel.check_plan`."""
+        """Return why the model's layers can't be split this many ways, or None if they can."""
         if tp == 1:
             return None
         if why := self.untold_tp():
-            return f"{why}, so that tp must be 1"
+            return why
         if "tp_refused" in self.declared:
-            return f"{self.declared['tp_refused']}; tp must be 1"
-        for name, (style, parts, size) in self._indivisible.items():
-            if parts % tp:
-                what = f"{parts} heads" if parts != size else f"{size} features"
-                return f"doesn't divide the {what} of {name} ({style})"
-        styles = set(self.plan.values())
-        if sequence_parallel and not {"sequence_parallel", "embedding_rowwise"} <= styles:
-            return (
-                "sequence_parallel needs 'embedding_rowwise' and 'sequence_parallel' in the model's tp_plan"
-            )
-        return None
+            return f"doesn't suit the model: {self.declared['tp_refused']}"
+        refusals = (division.refusal(tp) for division in self._divisions)
+        if (why := next((why for why in refusals if why is not None), None)) is not None:
+            return why
+        return sequence_refusal(self._model, set(self.plan.values())) if sequence_parallel else None
 
     def untold_tp(self) -> str | None:
-        """Why nobody knows here what tensor parallelism cuts; None if it is known."""
-        if "tp_plan" not in self.declared:
-            return self._unsaid("tp_plan")
-        odd = next(((name, style) for name, style in self.plan.items() if style not in STYLES), None)
-        return odd and f"the tp_plan has the style {odd[1]!r} for {odd[0]}, which isn't known here"
-
-    def _unsaid(self, what: str) -> str:
+        """Return why tensor parallelism can't be derived from the manifest, or None if it can."""
         if not self.declared:
-            return "the manifest doesn't say how the model may be split"
-        return f"{self.declared.get('class', 'the model')} has no {what}"
+            return _UNDECLARED
+        if "tp_plan" not in self.declared:
+            return no_plan(self._model)
+        odd = next(((name, style) for name, style in self.plan.items() if style not in STYLES), None)
+        return odd and f"needs the style {odd[1]!r} of the tp_plan for {odd[0]}, which is unknown here"
+
+    @property
+    def _model(self) -> str:
+        return str(self.declared.get("class", "the model"))
 
     @cached_property
-    def _indivisible(self) -> dict[str, tuple[str, int, int]]:
-        """Of each module that must be cut evenly: style, number of parts, size of the dim that is cut."""
-        found: dict[str, tuple[str, int, int]] = {}
+    def _divisions(self) -> list[Division]:
+        """Modules and parameters of experts that must be cut evenly."""
+        found: list[Division | None] = []
         units: dict[str, int] = self.declared.get("tp_units", {})
         parameters = {*self.parameters, *self.aliases}
         for name, style in self.plan.items():
-            if name in parameters:  # of experts, stacked: gate and up lie one behind the other
-                packed = style == "packed_colwise"
-                size = self.shape(name)[-2] // 2 if packed else self.shape(name)[-1]
-                found[name] = style, size, size
-            elif style in _EVENLY and f"{name}.weight" in parameters:
-                size = self.shape(f"{name}.weight")[_TP_DIMS[style]]
-                parts = next((n for pattern, n in units.items() if fnmatchcase(name, pattern)), size)
-                found[name] = style, parts, size
-        return found
+            if name in parameters:
+                found.append(expert_division(name, style, self.shape(name)))
+            elif f"{name}.weight" in parameters:
+                found.append(module_division(name, style, self.shape(f"{name}.weight"), units))
+        return [division for division in found if division is not None]
 
     # --- tensor parallelism ------------------------------------------------------------------------------
 
@@ -252,11 +231,10 @@ class Source:
         """
         parameters = [*self.parameters, *self.aliases]
         modules = list(dict.fromkeys(o for name in [*parameters, *self.buffers] for o in _owners(name)))
+        plan: dict[str, str] = self.declared.get("tp_plan", {})
         expanded: dict[str, str] = {}
-        for pattern, style in self.declared.get("tp_plan", {}).items():
-            matches = [name for name in modules if fnmatchcase(name, pattern)]
-            matches = matches or [name for name in parameters if fnmatchcase(name, pattern)]
-            expanded |= dict.fromkeys(matches, style)
+        for pattern, names in match_plan(plan, modules, parameters).items():
+            expanded |= dict.fromkeys(names, plan[pattern])
         return expanded
 
     def tp_dim(self, parameter: str) -> int | None:
@@ -265,32 +243,35 @@ class Source:
         style = self.plan.get(owner, "")
         if style == "moe_tp_experts":
             return len(self.shape(parameter)) - 1 if self.plan.get(parameter) == "rowwise" else None
-        dim = _TP_DIMS.get(style)
+        dim = STYLES[style].dim if style in STYLES else None
         return None if dim is None or dim >= len(self.shape(parameter)) else dim
 
     # --- pipeline stages ---------------------------------------------------------------------------------
 
-    def places(self, pp: int, cut: Cut) -> list[list[Part]]:
-        """For each place of the pipeline, the arrays of its stages; one twice that two of them have."""
-        if (pp, cut) in self._places:
-            return self._places[pp, cut]
-        places: list[list[Part]] = [[] for _ in range(pp)]
-        for stage, layers in enumerate(self._stretches(pp * cut.virtual_stages, cut.balance)):
-            turn, rank = divmod(stage, pp)
-            back = cut.schedule == "zero_bubble_v" and turn % 2
-            places[pp - 1 - rank if back else rank] += self.parts(layers)
-        self._places[pp, cut] = places
+    def places(self, pp: int, settings: Settings = USUAL) -> list[list[StageArray]]:
+        """Return the arrays at each place of the pipeline; one that two of its stages have comes twice."""
+        key = _cut_by(pp, settings)
+        if key in self._places:
+            return self._places[key]
+        places: list[list[StageArray]] = [[] for _ in range(pp)]
+        placement = Placement.of(pp, schedule=settings.schedule, virtual_stages=settings.virtual_stages)
+        for rank, layers in zip(
+            placement.ranks, self._stretches(placement.stages, settings.balance), strict=True
+        ):
+            places[rank] += self.parts(layers)
+        self._places[key] = places
         return places
 
-    def kinds(self, pp: int, cut: Cut) -> list[dict[Kind, int]]:
-        """For each place, how many of its arrays there are of each kind: those with the same memory."""
-        if (pp, cut) not in self._kinds:
-            self._kinds[pp, cut] = [
-                dict(Counter(_kind(part) for part in parts)) for parts in self.places(pp, cut)
+    def kinds(self, pp: int, settings: Settings = USUAL) -> list[dict[Kind, int]]:
+        """Return the number of arrays of each kind, hence of equal memory, at each place of the pipeline."""
+        key = _cut_by(pp, settings)
+        if key not in self._kinds:
+            self._kinds[key] = [
+                dict(Counter(_kind(part) for part in parts)) for parts in self.places(pp, settings)
             ]
-        return self._kinds[pp, cut]
+        return self._kinds[key]
 
-    def parts(self, layers: Collection[str] | None) -> list[Part]:
+    def parts(self, layers: Collection[str] | None) -> list[StageArray]:
         """The arrays of a stretch of layers, or of the model. Of a tied one's names the first here counts."""
         here: dict[str, str] = {}
         for name in self._of([*self.parameters, *self.aliases], layers):
@@ -301,9 +282,9 @@ class Source:
             for info in self._states[atom]:
                 alike = info.shape == self.shape(atom)
                 role: Any = own if info.key.state == PARAMETER else "state"
-                parts.append(Part(info, name, dim if alike else None, not alike, role))
+                parts.append(StageArray(info, name, dim if alike else None, not alike, role))
         for name in self._of(self.buffers, layers):
-            parts += [Part(info, name, None, True, "buffer") for info in self._states[name]]
+            parts += [StageArray(info, name, None, True, "buffer") for info in self._states[name]]
         return parts
 
     def _of(self, names: Sequence[str], layers: Collection[str] | None) -> list[str]:
@@ -312,7 +293,7 @@ class Source:
             return list(names)
         return [name for name in names if any(owner in layers for owner in _owners(name))]
 
-    def _stretches(self, stages: int, balance: str) -> list[Collection[str] | None]:
+    def _stretches(self, stages: int, balance: Balance) -> list[Collection[str] | None]:
         """The layers of each stage; None for all the model."""
         layers = self.layers
         if layers is None:
@@ -334,6 +315,11 @@ class Source:
 
 
 _cuts = lru_cache(balanced_cuts)
+
+
+def _cut_by(pp: int, settings: Settings) -> _CutBy:
+    """Return the settings that decide on the stages, as a key."""
+    return pp, settings.schedule, settings.virtual_stages, settings.balance
 
 
 def _owners(name: str) -> Iterator[str]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from parallel.degrees import Ranks
 from uni3d.estimate.gpt import GPTShape
-from uni3d.estimate.job import Job, Recompute
+from uni3d.estimate.job import Job, RecomputeMode
 from uni3d.estimate.memory import StageMemory, memory, worst
-from uni3d.estimate.save import Ranks
 from uni3d.estimate.traffic import Traffic, bubble, traffic
 
 
@@ -51,7 +51,7 @@ class Proposal:
         return self.memory.peak.total
 
 
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTE: tuple[RecomputeMode, ...] = ("none", "selective", "full")
 AGAIN = {"none": 0.0, "selective": 0.03, "full": 1 / 3}
 """What recomputation adds to a step's time: a forward pass to the three that a step takes; what isn't a
 matrix product or attention is cheap, but not free."""

@@ -36,20 +36,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from parallel.degrees import shard_count
+
 MASTER_BYTES = 4
 """Of a parameter as the optimizer updates it, and of its reduced gradient: fp32."""
-
-
-class Held(NamedTuple):
-    """Bytes that a rank holds, each at the fullest moment of a step; with offload, the shards on the host."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
 
 
 class Sent(NamedTuple):
@@ -62,43 +52,6 @@ class Sent(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
-
-
-def held(
-    parameters: int,
-    *,
-    stage: int,
-    dp: int,
-    shard_group: int | None = None,
-    compute_bytes: int = 4,
-    reduce_bytes: int = 4,
-    state_bytes: int = 8,
-    accumulation: int = 1,
-) -> Held:
-    """What a rank holds of a model part of so many trained parameters.
-
-    Args:
-        parameters: elements of this rank's pipeline stage and tensor-parallel part, before ZeRO cuts them.
-        stage: of ZeRO, 0 to 3.
-        dp: data-parallel ranks.
-        shard_group: over how many of them ZeRO shards; all by default.
-        compute_bytes: of an element in forward and backward passes: 2 for bf16 and fp16, 4 for fp32.
-        reduce_bytes: of an element of a gradient that is accumulated or reduced.
-        state_bytes: of the optimizer, per element: 8 for Adam's two moments in fp32.
-        accumulation: micro batches in a step.
-    """
-    s, _ = _groups(stage, dp, shard_group)
-    shard = MASTER_BYTES * parameters // s
-    copies, sums = beside_shards(
-        parameters,
-        parameters,
-        stage=stage,
-        shards=s,
-        compute_bytes=compute_bytes,
-        reduce_bytes=reduce_bytes,
-        accumulation=accumulation,
-    )
-    return Held(shard + copies, max(sums, shard), state_bytes * parameters // s)
 
 
 def beside_shards(
@@ -131,8 +84,19 @@ def sent(
     reduce_bytes: int = 4,
     accumulation: int = 1,
 ) -> Sent:
-    """What ZeRO makes a rank send in a step; the arguments are those of `held`."""
-    s, n = _groups(stage, dp, shard_group)
+    """Return the bytes that ZeRO makes a rank send in a step.
+
+    Args:
+        parameters: elements of this rank's pipeline stage and tensor-parallel part, before ZeRO cuts them.
+        stage: ZeRO stage, 0 to 3.
+        dp: number of data-parallel ranks.
+        shard_group: number of them over which ZeRO shards; all by default.
+        compute_bytes: bytes of an element in forward and backward passes.
+        reduce_bytes: bytes of an element of a gradient that is accumulated or reduced.
+        accumulation: micro batches in a step.
+    """
+    s = shard_count(dp, stage, shard_group)
+    n = dp // s  # groups that hold the same
     gathers = 2 * accumulation if stage == 3 else 1
     scatters = accumulation if stage >= 2 else 1
     gathered, reduced = compute_bytes * parameters, reduce_bytes * parameters
@@ -141,9 +105,3 @@ def sent(
         scatters * reduced * (s - 1) // s,
         2 * reduced * (n - 1) // (n * s),
     )
-
-
-def _groups(stage: int, dp: int, shard_group: int | None) -> tuple[int, int]:
-    """How many ranks shard, and how many of their groups are alike."""
-    s = 1 if stage == 0 else shard_group or dp
-    return s, dp // s

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
 PANELS = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
 X_LABELS = {"step": "optimizer step", "samples": "samples"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     import ckpt
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
 Rectangle = tuple[int, int, int, int]
 """First row, rows, first column, columns."""

@@ -23,7 +23,7 @@ from uni3d.manifest import RunManifest
 
 if TYPE_CHECKING:
     from ckpt.stores import Store
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
 JSON_LINES = "metrics.jsonl"
 """Name of the metrics file in a run's folder. `RUN.jsonl` beside the folder is read too."""
@@ -227,7 +227,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _ranks(row: Mapping[str, Any]) -> Ranks | None:
-    from uni3d.estimate.save import Ranks
+    from parallel.degrees import Ranks
 
     try:
         return Ranks(**{axis: int(row[axis]) for axis in ("pp", "dp", "tp", "zero")})

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from parallel.degrees import Ranks, check_world_size
 from uni3d.estimate.holders import Holders, resumed, writers
-from uni3d.estimate.save import Ranks, check_world_size
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.plot.layout import Side, name_ranks
 
@@ -23,7 +23,7 @@ class Place:
 
     when: str
     """"before" or "after"."""
-    source: Source
+    source: SavedModel
     """Checkpoint whose atoms are drawn."""
     holders: Holders
     tag: str | None = None
@@ -53,7 +53,7 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
 
 def _written(when: str, checkpoint: Checkpoint) -> Place:
     manifest = RunManifest.of(checkpoint)
-    source = Source(checkpoint.arrays, manifest)
+    source = SavedModel(checkpoint.arrays, manifest)
     try:
         holders = writers(source)
     except ValueError as error:

@@ -182,9 +182,15 @@ def test_hypothetical_topologies(trained: Any, capsys: Any, tmp_path: Path) -> N
         ),
         (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
         (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
-        (["--layout", "--dp", "2", "--world-size", "6"], "pp(1) * dp(2) * tp(2) doesn't divide --world-size"),
-        (["--layout", "--dp", "2", "--world-size", "8"], "pp(1) * dp(2) * tp(2) = 4 isn't --world-size 8"),
-        (["--layout", "--world-size", "3"], "pp(1) * tp(2) doesn't divide --world-size 3; change one of"),
+        (
+            ["--layout", "--dp", "2", "--world-size", "6"],
+            "pp(1) * dp(2) * tp(2) = 4, but the world size is 6",
+        ),
+        (
+            ["--layout", "--dp", "2", "--world-size", "8"],
+            "pp(1) * dp(2) * tp(2) = 4, but the world size is 8",
+        ),
+        (["--layout", "--world-size", "3"], "pp(1) * tp(2) = 2 doesn't divide the world size 3; change"),
         (["--layout", "--zero", "4"], "ZeRO stage 4 doesn't exist"),
         (["--layout", "--dp", "0"], "dp(0) must be at least 1"),
     ],
@@ -248,19 +254,34 @@ def save_by_hand(run: Path, writer: dict[str, Any], model: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("writer", "model", "arguments", "message"),
     [
-        ((1, 1, 2), {}, ["--tp", "1"], "nobody knows what the 2 tensor-parallel ranks held"),
-        ((1, 1, 1), {}, ["--tp", "2"], "tp 2 the manifest doesn't say how the model may be split"),
+        ((1, 1, 2), {}, ["--tp", "1"], "so it isn't known what the ranks held"),
+        ((1, 1, 1), {}, ["--tp", "2"], "tp 2 can't be checked: the manifest doesn't say how"),
         (
             (1, 1, 1),
             {"declared": {"class": "Net"}},
             ["--tp", "2"],
-            "Net has no tp_plan, so that tp must",
+            "tp 2 needs a model with a tp_plan, but Net has none",
         ),
-        ((1, 1, 1), {"declared": {"class": "Net"}}, ["--pp", "2"], "Net has no pipeline_layers, so that pp"),
+        (
+            (1, 1, 1),
+            {"declared": {"class": "Net"}},
+            ["--pp", "2"],
+            "pipeline_layers, but Net has none",
+        ),
         ((2, 1, 1), {}, ["--pp", "1"], "which layers lay on which of the 2 pipeline ranks"),
         (None, {}, ["--dp", "2"], "doesn't say on which topology it was written"),
-        ((1, 1, 1), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "2"], "the style 'odd' for a, which"),
-        ((1, 1, 2), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "1"], "the style 'odd' for a, which"),
+        (
+            (1, 1, 1),
+            {"declared": {"tp_plan": {"a": "odd"}}},
+            ["--tp", "2"],
+            "the style 'odd' of the tp_plan",
+        ),
+        (
+            (1, 1, 2),
+            {"declared": {"tp_plan": {"a": "odd"}}},
+            ["--tp", "1"],
+            "the style 'odd' of the tp_plan",
+        ),
     ],
 )
 def test_a_manifest_that_does_not_say_it(

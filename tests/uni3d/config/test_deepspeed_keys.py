@@ -284,13 +284,13 @@ def test_keys_are_resolved() -> None:
 
 
 def test_zero_settings_reach_the_parallel_package() -> None:
-    from uni3d.engine.build import _parallel_settings
+    from uni3d.config.settings import parallel_settings
 
     on = load_config({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}})
-    assert _parallel_settings(on).offload
-    assert not _parallel_settings(load_config({"zero_optimization": {"stage": 1}})).offload
+    assert parallel_settings(on).offload
+    assert not parallel_settings(load_config({"zero_optimization": {"stage": 1}})).offload
     kept = load_config({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1e5}})
-    assert _parallel_settings(kept).persistence_threshold == 100_000
+    assert parallel_settings(kept).persistence_threshold == 100_000
 
 
 def test_the_given_dict_is_not_modified() -> None:

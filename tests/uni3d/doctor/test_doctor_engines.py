@@ -16,18 +16,13 @@ from tied_gpt import TIED, gpt_engine
 from torch import nn
 
 import ckpt
-import parallel
-from parallel import tensor
-from parallel.combinations import check_combination
 from parallel.tensor import check_plan, expand_plan
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import load_config
 from uni3d.doctor import examine
 from uni3d.doctor.checks import judged
-from uni3d.doctor.rules import fills_rounds, nearest_batch, refused_combination
 from uni3d.doctor.topologies import Asked
-from uni3d.estimate import saved as resharding
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import ModelRecord, RunManifest
 
 # --- topologies ----------------------------------------------------------------------------------------
@@ -103,12 +98,12 @@ def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, mode
     expected = {
         "gpt": "doesn't divide the 26 features of layers.0.ffn.gate (colwise)",
         "own": "doesn't divide the global batch of 6",
-        "short": "has more stages than Stack has pipeline_layers, 3",
+        "short": "needs more layers than the 3 pipeline_layers of Stack",
     }[model]
     assert expected in reasons
 
 
-# --- rules that are written down twice -------------------------------------------------------------------
+# --- tensor parallelism, from names and shapes alone ------------------------------------------------------
 
 
 WIDE = {"hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "tied_head": False}
@@ -166,7 +161,7 @@ def test_which_tp_others_take(kind: type[nn.Module]) -> None:
 
 
 def compare_degrees(model: Any) -> None:
-    """The degrees that the doctor takes, from names and shapes, are those that `parallel` takes."""
+    """Check that the doctor takes the degrees that `parallel` takes."""
     parameters = dict(model.named_parameters())
     keys = {name: ckpt.ArrayKey(name, "fp32") for name in parameters}
     arrays: Any = {
@@ -174,7 +169,7 @@ def compare_degrees(model: Any) -> None:
         for name, p in parameters.items()
     }
     said = {"declared": declared(model), "parameters": {n: {"requires_grad": True} for n in parameters}}
-    source = Source(arrays, RunManifest.read({"model": said}))
+    source = SavedModel(arrays, RunManifest.read({"model": said}))
     refused = {}
     for degree in range(2, 14):
         try:
@@ -188,59 +183,14 @@ def compare_degrees(model: Any) -> None:
         assert why in refused[degree] or "tp_refused" in said["declared"]
 
 
-def test_the_styles_that_are_known() -> None:
-    assert set(resharding.STYLES) == set(tensor._KNOWN)
-    arrays: Any = {
-        (key := ckpt.ArrayKey("a.weight", "fp32")): ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})
-    }
-    for style in (*tensor._KNOWN, "by a later release"):
-        declares = ModelRecord(declared={"tp_plan": {"a": style}})
-        source = Source(arrays, RunManifest(model=declares))
-        assert (source.untold_tp() is None) == (style in tensor._KNOWN)
+def test_a_style_of_a_later_release() -> None:
+    key = ckpt.ArrayKey("a.weight", "fp32")
+    arrays: Any = {key: ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})}
+    declares = ModelRecord(declared={"tp_plan": {"a": "diagonal"}})
+    source = SavedModel(arrays, RunManifest(model=declares))
     assert source.refuses_tp(1) is None
-    assert (source.refuses_tp(2) or "").startswith("the tp_plan has the style 'by a later release' for a")
-
-
-@pytest.mark.parametrize("virtual", [1, 2, 3])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zero_bubble_v"])
-def test_which_schedules_go_with_what(schedule: Any, virtual: int) -> None:
-    for mode, compiled in product(("none", "full"), (False, True)):
-        config = load_config(
-            {
-                "parallel": {"schedule": schedule, "virtual_stages": virtual},
-                "activation_checkpointing": {"mode": mode},
-                "compile": {"enabled": compiled},
-            }
-        )
-        settings = parallel.Settings(
-            seed=0,
-            schedule=schedule,
-            virtual_stages=virtual,
-            recompute=None if mode == "none" else parallel.Recompute(),
-            compile=parallel.Compile() if compiled else None,
-        )
-        try:
-            check_combination(settings, parallel.Degrees(pp=2, dp=1, tp=1))
-            refused = False
-        except ValueError:
-            refused = True
-        assert (refused_combination(config) is not None) == refused, (mode, compiled)
-        for pp, batches in product(range(1, 6), range(1, 13)):
-            try:
-                parallel.check_micro_batches(settings, pp, batches)
-                runs = True
-            except ValueError:
-                runs = False
-            assert fills_rounds(schedule, pp, batches) == runs, (pp, batches)
-
-
-def test_micro_batches_are_the_nearest_that_multiply() -> None:
-    assert nearest_batch(12, micro=4) == (4, 3)
-    assert nearest_batch(12, micro=5) == (4, 3)
-    assert nearest_batch(10, micro=3.5) == (2, 5), "of two as near the smaller"
-    assert nearest_batch(7, micro=3) == (1, 7)
-    assert nearest_batch(10, micro=2, schedule="interleaved", pp=2) == (1, 10), "5 make no two rounds"
-    assert nearest_batch(5, micro=5, schedule="interleaved", pp=2) == (5, 1)
+    why = "needs the style 'diagonal' of the tp_plan for a, which is unknown here"
+    assert source.refuses_tp(2) == source.untold_tp() == why
 
 
 # --- configs ---------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_what_is_refused(alone: None) -> None:
     text = refused(seeded(Stack), config={"optimizer": None, "scheduler": {"type": "WarmupLR"}})
     assert "a scheduler but no optimizer" in text
     text = refused(seeded(Stack), config={"parallel": {"pp": 3, "tp": 2, "dp": 1}})
-    assert text == "pp(3) * dp(1) * tp(2) = 6, but 1 processes were started"
+    assert text == "pp(3) * dp(1) * tp(2) = 6, but the world size is 1; change one of them"
     assert "got it 0 times" in refused_config()
     assert "got it 2 times" in refused_config(config={}, config_params={})
 

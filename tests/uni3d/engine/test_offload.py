@@ -15,21 +15,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from parallel import Degrees, Precision, start_process_group
+from parallel.settings import DType
 
 pytestmark = pytest.mark.slow
 
 STEPS = 3
 
 
-def run_case(degrees: Degrees, zero: int, group: int | None, precision: str, offload: bool) -> Any:
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def run_case(degrees: Degrees, zero: int, group: int | None, precision: DType, offload: bool) -> Any:
     engine = build_engine(
         seeded(Stack),
         degrees,
         zero=zero,
         group=group,
         config={} if precision == "fp32" else {precision: {"enabled": True}},
-        precision=Precision(compute=types[precision]),
+        precision=Precision(compute=precision),
         offload=offload,
     )
     for owner in engine.module.modules():
@@ -65,7 +65,7 @@ def test_training_is_the_oracles(ranks: Ranks, degrees: Degrees, zero: int, grou
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3], ids="zero{}".format)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_is_the_same_bits_with_offload(ranks: Ranks, precision: str, zero: int) -> None:
+def test_low_precision_is_the_same_bits_with_offload(ranks: Ranks, precision: DType, zero: int) -> None:
     places = on(1, 2), zero, None, precision
     expected = ranks.run(2, run_case, *places, False)
     found = ranks.run(2, run_case, *places, True)
@@ -99,8 +99,7 @@ def test_a_model_from_the_meta_device_under_tensor_parallelism(ranks: Ranks, zer
             torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-4, atol=1e-6, msg=name)
 
 
-def gpu_case(zero: int, precision: str) -> Any:
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+def gpu_case(zero: int, precision: DType) -> Any:
     config = {} if precision == "fp32" else {precision: {"enabled": True}}
     engine = build_engine(
         seeded(Stack),
@@ -108,7 +107,7 @@ def gpu_case(zero: int, precision: str) -> Any:
         zero=zero,
         device="cuda",
         config=config,
-        precision=Precision(compute=types[precision]),
+        precision=Precision(compute=precision),
         offload=True,
     )
     losses = []

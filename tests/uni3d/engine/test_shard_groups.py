@@ -133,7 +133,7 @@ def test_gradients_that_were_dropped_before_their_last_sum(ranks: Ranks) -> None
 
 def mixed_case(zero: int) -> list[float]:
     degrees = Degrees(pp=1, dp=4, tp=1)
-    precision = Precision(compute=torch.bfloat16)
+    precision = Precision(compute="bf16")
     config = {"bf16": {"enabled": True}}
     engine = build_engine(seeded(Taking), degrees, zero=zero, config=config, precision=precision)
     loss = engine.train_batch(micro_batches(global_batches(1), engine)).item()

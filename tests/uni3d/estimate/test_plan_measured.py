@@ -24,14 +24,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
+from zero_held import held
 
+import parallel
 import uni3d
-from uni3d.estimate import save as paper
 from uni3d.estimate.gpt import from_model_config
 from uni3d.estimate.job import Job
 from uni3d.estimate.memory import Memory, memory
 from uni3d.estimate.traffic import traffic
-from uni3d.estimate.zero import held
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ class Case(NamedTuple):
     def job(self) -> Job:
         return Job(
             shape=from_model_config(MODELS[self.model]),
-            ranks=paper.Ranks(pp=self.pp, dp=self.dp, tp=self.tp, zero=self.zero),
+            ranks=parallel.Ranks(pp=self.pp, dp=self.dp, tp=self.tp, zero=self.zero),
             seq_len=64,
             micro_batch=4 if self.precision == "fp32" else 2,  # CPUs are slow at bf16
             accumulation=self.accumulation,

@@ -21,6 +21,7 @@ from model import GPT, GPTConfig, next_token_loss
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 
+import parallel
 from parallel import layers as blocks
 from parallel.stages import Chain, split_layers
 from uni3d.estimate import save as paper
@@ -49,7 +50,7 @@ def real_model(model: dict[str, Any]) -> GPT:
 def make_job(shape: GPTShape, pp: int = 1, dp: int = 1, tp: int = 1, zero: int = 1, **settings: Any) -> Job:
     defaults: dict[str, Any] = {"seq_len": 64, "micro_batch": 2, "accumulation": 4}
     defaults |= {"precision": "fp32", "device": "cpu"}
-    return Job(shape=shape, ranks=paper.Ranks(pp=pp, dp=dp, tp=tp, zero=zero), **(defaults | settings))
+    return Job(shape=shape, ranks=parallel.Ranks(pp=pp, dp=dp, tp=tp, zero=zero), **(defaults | settings))
 
 
 # --- the shape -----------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) 
 
 def test_a_tied_head_is_saved_once() -> None:
     figures = paper.on_paper(
-        from_model_config(SMALL | {"tied_head": True}), paper.Ranks(pp=2, dp=2, tp=1, zero=1)
+        from_model_config(SMALL | {"tied_head": True}), parallel.Ranks(pp=2, dp=2, tp=1, zero=1)
     )
     parameters = sum(p.numel() for p in real_model(SMALL | {"tied_head": True}).parameters())
     assert figures.parameters == parameters
@@ -418,8 +419,8 @@ def test_the_command_needs_no_torch() -> None:
     ("arguments", "message"),
     [
         ("CONFIG --params 1e9", "--params and"),
-        ("CONFIG --world-size 6 --pp 4", "pp(4) * dp(auto) * tp(1) can't be --world-size 6"),
-        ("CONFIG --world-size 8 --tp 3 --dp 1 --pp 1", "can't be --world-size 8"),
+        ("CONFIG --world-size 6 --pp 4", "pp(4) * tp(1) = 4 doesn't divide the world size 6"),
+        ("CONFIG --world-size 8 --tp 3 --dp 1 --pp 1", "pp(1) * dp(1) * tp(3) = 3, but the world size is 8"),
         ("CONFIG --world-size 24 --tp 3", "tp(3) doesn't divide the 16 heads"),
         ("CONFIG --seq-len 4096", "seq_len 4096 is more than the 2048 learned positions"),
         ("CONFIG --precision fp8", "--precision fp8 is unknown; give one of fp32, bf16, fp16"),

@@ -11,11 +11,11 @@ from ranks import Ranks
 from resharding_cases import Place, held_case, save_case
 
 import ckpt
-from uni3d.doctor.memory import Precision, needs
-from uni3d.estimate import save as paper
+import parallel
+from uni3d.doctor.memory import needs
 from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.planned_reads import reads
-from uni3d.estimate.saved import Source
+from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 
 FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1, 1)]
@@ -68,9 +68,9 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return run_of
 
 
-def source_of(run: Path) -> tuple[ckpt.Checkpoint, Source]:
+def source_of(run: Path) -> tuple[ckpt.Checkpoint, SavedModel]:
     checkpoint = ckpt.open_checkpoint(run)
-    return checkpoint, Source(checkpoint.arrays, RunManifest.of(checkpoint))
+    return checkpoint, SavedModel(checkpoint.arrays, RunManifest.of(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -81,29 +81,31 @@ def test_what_is_told_is_what_real_ranks_do(
 ) -> None:
     run = runs(place.model)
     checkpoint, source = source_of(run)
-    assert not list(source.refused(place.pp, place.dp, place.tp, place.cut, 12))
+    assert not list(
+        source.refused(place.pp, place.dp, place.tp, place.settings, batch=12, shard_group=place.group)
+    )
     found = ranks.run(place.world, held_case, place, str(run), str(tmp_path))
     check_boxes(source, place, [rank["held"] for rank in found])
     check_writers(source, place, tmp_path, [rank["held"] for rank in found])
 
     read = [rank["read"] for rank in found]
-    planned = reads(checkpoint, source, place.ranks, place.cut)
+    planned = reads(checkpoint, source, place.ranks, place.settings, place.group)
     assert (planned.most, planned.least, planned.total) == (max(read), min(read), sum(read))
     check_memory(source, place, found)
 
 
-def check_boxes(source: Source, place: Place, held: list[Any]) -> None:
+def check_boxes(source: SavedModel, place: Place, held: list[Any]) -> None:
     """The rules tell what the ranks hold of every array."""
     told: list[list[Any]] = [[] for _ in range(place.world)]
     of_stage = place.dp * place.tp
-    for stage, parts in enumerate(source.places(place.pp, place.cut)):
+    for stage, parts in enumerate(source.places(place.pp, place.settings)):
         for part in parts:
-            for i, box in enumerate(part.boxes(place.ranks, place.cut.shards(place.ranks))):
+            for i, box in enumerate(part.boxes(place.ranks, place.ranks.shards(place.group))):
                 told[stage * of_stage + i].append((tuple(part.info.key), tuple(box)))
     assert held == [sorted(boxes) for boxes in told]
 
 
-def check_writers(source: Source, place: Place, saved: Path, held: list[Any]) -> None:
+def check_writers(source: SavedModel, place: Place, saved: Path, held: list[Any]) -> None:
     """The checkpoint that the ranks wrote tells what they held, and of other ranks what `source` tells."""
     _, written = source_of(saved)
     assert (written.declared, written.shapes) == (source.declared, source.shapes)
@@ -122,9 +124,9 @@ def by_rank(holders: Holders) -> list[dict[str, Any]]:
     return found
 
 
-def check_memory(source: Source, place: Place, found: list[Any]) -> None:
+def check_memory(source: SavedModel, place: Place, found: list[Any]) -> None:
     of_stage = place.dp * place.tp
-    for stage, need in enumerate(needs(source, place.ranks, place.cut, Precision(), 1)):
+    for stage, need in enumerate(needs(source, place.ranks, place.settings, shard_group=place.group)):
         most = {
             key: max(rank[key] for rank in found[stage * of_stage : (stage + 1) * of_stage])
             for key in ("fp32", "value", "states", "trained", "whole")
@@ -132,7 +134,7 @@ def check_memory(source: Source, place: Place, found: list[Any]) -> None:
         }
         assert (need.optimizer, need.buffers) == (most["states"], most["value"])
         assert need.gradients == most["trained"]
-        if place.zero == 3 or place.cut.shards(place.ranks) == 1:
+        if place.zero == 3 or place.ranks.shards(place.group) == 1:
             assert need.parameters == most["fp32"]
         elif "whole" in most:
             assert need.parameters == most["fp32"] + 4 * most["whole"]
@@ -140,7 +142,7 @@ def check_memory(source: Source, place: Place, found: list[Any]) -> None:
 
 def test_the_cases_are_of_all_kinds(runs: Callable[[str], Path]) -> None:
     """The test of the test above: ranks for which nothing is left, experts."""
-    biased = by_rank(resumed(source_of(runs("biased"))[1], paper.Ranks(pp=1, dp=3, tp=1, zero=2)))
+    biased = by_rank(resumed(source_of(runs("biased"))[1], parallel.Ranks(pp=1, dp=3, tp=1, zero=2)))
     assert any(0 in shape for held in biased for _, shape in held.values())
     mixtral = source_of(runs("mixtral"))[1]
     assert any(len(shape) == 3 and mixtral.tp_dim(name) == 2 for name, shape in mixtral.shapes.items())

@@ -11,9 +11,11 @@ from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from zero_held import Held, held
 
 import parallel
-from uni3d.estimate.zero import Held, Sent, held, sent
+from parallel.settings import ITEMSIZE, DType
+from uni3d.estimate.zero import Sent, sent
 
 pytestmark = pytest.mark.slow
 
@@ -39,13 +41,12 @@ class Case(NamedTuple):
     stage: int
     dp: int
     group: int | None = None
-    compute: torch.dtype = torch.float32
-    reduce: torch.dtype = torch.float32
+    compute: DType = "fp32"
+    reduce: DType = "fp32"
     accumulation: int = ACCUMULATION
 
     def __str__(self) -> str:
-        types = f"{self.compute}-{self.reduce}".replace("torch.", "")
-        return f"z{self.stage}dp{self.dp}g{self.group}-{types}-{self.accumulation}"
+        return f"z{self.stage}dp{self.dp}g{self.group}-{self.compute}-{self.reduce}-{self.accumulation}"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -53,19 +54,19 @@ class Case(NamedTuple):
             "stage": self.stage,
             "dp": self.dp,
             "shard_group": self.group,
-            "compute_bytes": self.compute.itemsize,
-            "reduce_bytes": self.reduce.itemsize,
+            "compute_bytes": ITEMSIZE[self.compute],
+            "reduce_bytes": ITEMSIZE[self.reduce],
             "accumulation": self.accumulation,
         }
 
 
 CASES = [
     *(Case(stage, 2) for stage in range(4)),
-    *(Case(stage, 4, None, torch.bfloat16) for stage in range(4)),
-    *(Case(stage, 4, 2, torch.bfloat16, torch.bfloat16) for stage in (1, 2, 3)),
-    *(Case(stage, 2, None, torch.bfloat16, torch.float32, 1) for stage in range(4)),
+    *(Case(stage, 4, None, "bf16") for stage in range(4)),
+    *(Case(stage, 4, 2, "bf16", "bf16") for stage in (1, 2, 3)),
+    *(Case(stage, 2, None, "bf16", "fp32", 1) for stage in range(4)),
     Case(3, 1),
-    Case(2, 1, None, torch.bfloat16),
+    Case(2, 1, None, "bf16"),
 ]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import ckpt
+from parallel import Ranks
 from uni3d.config.sections import CsvMonitorConfig
-from uni3d.estimate.save import Ranks
 from uni3d.observe.monitors import CsvMonitor
 from uni3d.plot.metrics import CSV_NAMES, find_metrics, read_marks, read_metrics, resizes_between
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+import parallel
 from uni3d.estimate import save as paper
 from uni3d.plot.curves import draw_curves, topology_label
 from uni3d.plot.figure import renderer_of
@@ -30,7 +31,7 @@ def metrics_of(tmp_path: Path, rows: list[dict[str, Any]]) -> Metrics:
 
 def test_what_is_drawn(tmp_path: Path) -> None:
     """Pieces, abandoned stretches, gaps and NaN of a curve; resizes through all panels; checkpoints."""
-    a, b = paper.Ranks(pp=1, dp=2, tp=1, zero=1), paper.Ranks(pp=2, dp=2, tp=1, zero=1)
+    a, b = parallel.Ranks(pp=1, dp=2, tp=1, zero=1), parallel.Ranks(pp=2, dp=2, tp=1, zero=1)
     rows = [{"step": n, "loss": 9.0 - n, "grad_norm": 1.0, "lr": 0.1, **vars(a)} for n in range(1, 7)]
     rows += [{"step": n, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, **vars(b)} for n in (5, 6, 7, 60)]
     rows[7]["loss"] = math.nan
@@ -91,7 +92,7 @@ def test_topologies_are_labelled_where_there_is_room(
 ) -> None:
     """Topologies without room are in the legend, and no label overlaps another."""
     metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0} for n in range(1000)])
-    places = [paper.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(len(resized) + 1)]
+    places = [parallel.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(len(resized) + 1)]
     resizes = [Resize(at, *pair) for at, pair in zip(resized, pairwise(places), strict=True)]
     figure = draw_curves("x", metrics, resizes, [])
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -104,7 +105,7 @@ def test_topologies_are_labelled_where_there_is_room(
 
 def test_many_resizes_keep_their_labels_apart(tmp_path: Path) -> None:
     metrics = metrics_of(tmp_path, [{"step": n, "loss": 1.0} for n in range(1000)])
-    places = [paper.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(41)]
+    places = [parallel.Ranks(pp=n + 1, dp=64, tp=8, zero=1) for n in range(41)]
     resizes = [Resize(20 * n + 20, *pair) for n, pair in enumerate(pairwise(places))]
     figure = draw_curves("x", metrics, resizes, [])
     assert len(figure.axes[0].texts) >= 3
@@ -137,7 +138,7 @@ def assert_apart(figure: Figure, texts: list[Any]) -> None:
 
 
 def side(parts: dict[int, Any], **degrees: int) -> Side:
-    ranks = paper.Ranks(**{"pp": 1, "dp": 1, "tp": 1, "zero": 1, **degrees})
+    ranks = parallel.Ranks(**{"pp": 1, "dp": 1, "tp": 1, "zero": 1, **degrees})
     return Side(title="", ranks=ranks, parts=parts, notes=[])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckpt import CheckpointError
 from uni3d.importers.deepspeed import optimizer_state as deepspeed_state
-from uni3d.importers.deepspeed.folders import Ranks, checkpoint_folder
+from uni3d.importers.deepspeed.folders import RankFiles, checkpoint_folder
 from uni3d.importers.deepspeed.model_files import buffer_names, buffers, numbered_parts, untrained
 from uni3d.importers.deepspeed.tensor_parallel import Rule, Rules, join
 from uni3d.importers.deepspeed.zero import Part, Rank, groups_of, parts
@@ -25,7 +25,7 @@ def read_deepspeed(path: Path, options: Options) -> Source:
     folder = checkpoint_folder(path, options.tag)
     if folder is None:
         raise CheckpointError(f"{path} has no checkpoint of DeepSpeed's")
-    ranks, left_out = Ranks(folder, options), list[str]()
+    ranks, left_out = RankFiles(folder, options), list[str]()
     rules = Rules(joining(ranks), options, str(folder))
     if options.in_model_order and ranks.of_stage[0][0].optimizers:
         raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
@@ -47,7 +47,7 @@ def read_deepspeed(path: Path, options: Options) -> Source:
 def assemble(
     kind: str,
     folder: Path,
-    ranks: Ranks,
+    ranks: RankFiles,
     *,
     trained: Mapping[str, Part],
     trained_by_tp: Sequence[Mapping[str, Part]],
@@ -150,7 +150,7 @@ def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
     )
 
 
-def joining(ranks: Ranks) -> Mapping[str, Any] | None:
+def joining(ranks: RankFiles) -> Mapping[str, Any] | None:
     """What the checkpoint says of how tensor-parallel parts go together."""
     rank = ranks.of_stage[0][0]
     for file in (*rank.models, *rank.optimizers):
@@ -172,7 +172,7 @@ def _optimizer_file(rank: Rank) -> Mapping[str, Any]:
     return found
 
 
-def _writer(ranks: Ranks, config: Mapping[str, Any]) -> dict[str, Any]:
+def _writer(ranks: RankFiles, config: Mapping[str, Any]) -> dict[str, Any]:
     """What wrote it, for information."""
     dp, zero = ranks.first.get("dp_world_size"), config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, Mapping) else 0

@@ -51,7 +51,7 @@ def is_universal(folder: Path) -> bool:
     return (folder / "zero").is_dir()
 
 
-class Ranks:
+class RankFiles:
     """The ranks that a folder's files are of.
 
     Attributes:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ckpt import CheckpointError
 from uni3d.importers.deepspeed import assemble, joining
-from uni3d.importers.deepspeed.folders import Ranks, checkpoint_folder, is_universal
+from uni3d.importers.deepspeed.folders import RankFiles, checkpoint_folder, is_universal
 from uni3d.importers.deepspeed.tensor_parallel import Rules
 from uni3d.importers.deepspeed.zero import Checked, Part, Read
 from uni3d.importers.source import PARAMETER, Options, Source
@@ -32,7 +32,7 @@ def read_universal(path: Path, options: Options) -> Source:
         raise CheckpointError(f"{folder or path} has no folder zero/, so it isn't a universal checkpoint")
     if options.in_model_order:
         raise CheckpointError(f"{folder} says whose its optimizer's states are; leave --in-model-order out")
-    ranks = Ranks(folder, options)
+    ranks = RankFiles(folder, options)
     common = _open(folder / "zero" / "optimizer_state.pt", options)
     inner = common.get("optimizer_state_dict", common)  # ZeRO-3's keeps what is below it
     groups = [dict(group) for group in inner["param_groups"]]
@@ -53,7 +53,7 @@ def read_universal(path: Path, options: Options) -> Source:
     )
 
 
-def _homes(ranks: Ranks, groups: list[dict[str, Any]], *, stage3: bool) -> dict[str, tuple[int, int]]:
+def _homes(ranks: RankFiles, groups: list[dict[str, Any]], *, stage3: bool) -> dict[str, tuple[int, int]]:
     """Of each trained parameter, its parameter group and the number of the flat group it was in."""
     homes: dict[str, tuple[int, int]] = {}
     for stages in ranks.by_tp:
@@ -73,7 +73,7 @@ def _part(
     folder: Path,
     name: str,
     home: tuple[int, int],
-    ranks: Ranks,
+    ranks: RankFiles,
     inner: Mapping[str, Any],
     options: Options,
 ) -> Part:
@@ -116,7 +116,7 @@ class _Shaped:
         return self._tensor.read().reshape(self._shape)
 
 
-def _shape(tensor: StoredTensor, name: str, ranks: Ranks) -> tuple[int, ...]:
+def _shape(tensor: StoredTensor, name: str, ranks: RankFiles) -> tuple[int, ...]:
     """As the model files have it: of ZeRO-3's, the converter leaves the tensors flat."""
     if ranks.tp > 1:  # there only the parts' shapes are known
         return tensor.shape

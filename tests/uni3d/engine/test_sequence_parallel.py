@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-import parallel
 import uni3d
 
 STEPS = 3
@@ -162,19 +161,3 @@ def test_a_sequence_that_does_not_divide_is_refused_on_all_ranks(
 ) -> None:
     for error in ranks.run(2 * degrees[0], refusal_case, degrees):
         assert error.startswith("sequence_parallel: tp(2) doesn't divide the sequence's 7 tokens; pad")
-
-
-def no_plan_case() -> str:
-    model = GPT(GPTConfig(**oracle.MODEL))
-    plan = {name: style for name, style in model.tp_plan.items() if style != "sequence_parallel"}
-    model.__class__ = type("Plain", (GPT,), {"tp_plan": plan})
-    topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=0)
-    with pytest.raises(ValueError, match="sequence_parallel") as caught:
-        parallel.build(model, topology, parallel.Settings(seed=0, sequence_parallel=True))
-    return str(caught.value)
-
-
-def test_a_plan_without_it_is_refused(ranks: Ranks) -> None:
-    for error in ranks.run(2, no_plan_case):
-        assert error.startswith("sequence_parallel needs a tp_plan that says where the sequence is split")
-        assert error.endswith("which Plain's doesn't")
