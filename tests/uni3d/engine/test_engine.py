@@ -98,7 +98,7 @@ def test_the_step_comes_at_the_accumulation_boundary(alone: None, tmp_path: Any)
     assert boundaries == [False, False, True] * 2
     assert engine.global_steps == 2
     assert not torch.equal(before["out.weight"], whole(engine.module)["out.weight"])
-    with pytest.raises(RuntimeError, match="after one backward"):
+    with pytest.raises(RuntimeError, match=r"one backward\(\) per micro batch; this one had 0"):
         engine.step()
 
 
