@@ -89,7 +89,7 @@ def test_the_step_comes_at_the_accumulation_boundary(alone: None, tmp_path: Any)
         boundaries.append(engine.is_gradient_accumulation_boundary())
         engine.backward(engine(*batch))
         if not boundaries[-1]:
-            with pytest.raises(RuntimeError, match="between a step.s micro batches"):
+            with pytest.raises(RuntimeError, match=r"between a step.s micro batches"):
                 engine.save_checkpoint(tmp_path)
         engine.step()
         if len(boundaries) < 3:
