@@ -1,11 +1,11 @@
-"""Everything a manifest says beside its arrays: written and read here, and nowhere else.
+"""The manifest apart from its arrays: written and read here, and nowhere else.
 
-`RunManifest` is the typed form of the keys "for whoever resumes the training" in docs/format.md. Every save
-and every import builds one and writes its `document()`; everybody who asks a checkpoint about its run reads
-one with `RunManifest.of(checkpoint)`. The arrays, sizes and checksums in the same file belong to `ckpt`.
+`RunManifest` is the typed form of the keys "for whoever resumes the training" in docs/format.md. Saves and
+imports build one and write its `document()`; readers get one from `RunManifest.of(checkpoint)`. The arrays,
+sizes and checksums in the same file belong to `ckpt`.
 
-Every key may be missing: `ckpt.save` by itself writes none of them, and an import only those it knows.
-The single exception to "nowhere else" is `uni3d/zero_to_fp32.py`, which must run without this package.
+Any key may be missing: `ckpt.save` by itself writes none, and an import only those it knows. The only other
+reader is `uni3d/zero_to_fp32.py`, which must run without this package.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an 
 
 @dataclass(frozen=True, kw_only=True)
 class WriterRecord:
-    """The job that wrote the checkpoint. For information: a reader must do without it."""
+    """The job that wrote the checkpoint. For information only: no reader may depend on it."""
 
     uni3d: str | None = __version__
-    """Release that wrote it; this one, unless it was read."""
+    """Release that wrote it; this one by default."""
     torch: str | None = None
     topology: Mapping[str, int] = field(default_factory=dict)
     """Degrees of `pp`, `dp` and `tp`; 1 x 1 x 1 for an import."""
@@ -47,11 +47,11 @@ class WriterRecord:
     layers: list[list[str]] | None = None
     """Names of the layers on each pipeline rank; None if the model isn't a chain of layers."""
     imported: Json | None = None
-    """For an import: `from`, the kind of its source, and the source's own account of its writer."""
+    """For an import: the kind of its source as `from`, and the source's own record of its writer."""
 
     @property
     def ranks(self) -> Ranks | None:
-        """The ranks that wrote the checkpoint; None if the manifest doesn't say."""
+        """Ranks that wrote the checkpoint; None if the manifest lacks them."""
         try:
             return Ranks(**{axis: self.topology[axis] for axis in _AXES}, zero=self.zero_stage)  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError):
@@ -75,12 +75,12 @@ class ModelRecord:
     """One entry per parameter."""
     buffers: list[str] = field(default_factory=list)
     left_out: list[str] | None = None
-    """Frozen parameters that the save excluded; None if it wasn't asked to exclude them."""
+    """Frozen parameters that the save excluded; None if it included them."""
     declared: Json = field(default_factory=dict)
     """The model's own description (`uni3d.checkpoint.model_spec`)."""
 
     def trains(self, parameter: str) -> bool:
-        """Return whether the parameter required a gradient; True if the manifest doesn't say."""
+        """Return whether the parameter required a gradient; True if the manifest lacks it."""
         return self.requires_grad.get(parameter, True)
 
     def document(self) -> Json:
@@ -95,7 +95,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecord:
-    """The optimizer without its arrays."""
+    """The optimizer apart from its arrays."""
 
     type: str
     """Name of its class."""
@@ -122,7 +122,7 @@ class EngineRecord:
 
     @property
     def order(self) -> dict[str, int]:
-        """The numbers that fix the order of samples, as far as they are known."""
+        """Known ones of the two numbers that fix the order of samples."""
         known = {"seed": self.seed, "train_batch_size": self.train_batch_size}
         return {key: number for key, number in known.items() if number is not None}
 
@@ -142,7 +142,7 @@ class RunManifest:
 
     step: int | None = None
     created: str | None = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    """Time in UTC, ISO 8601; now, unless it was read."""
+    """Time in UTC, ISO 8601; now by default."""
     writer: WriterRecord = field(default_factory=WriterRecord)
     model: ModelRecord = field(default_factory=ModelRecord)
     optimizer: OptimizerRecord | None = None
@@ -154,7 +154,7 @@ class RunManifest:
 
     @property
     def written_on(self) -> Ranks | None:
-        """The ranks that wrote the checkpoint; None if the manifest doesn't say, or for an import."""
+        """Ranks that wrote the checkpoint; None for an import, or if the manifest lacks them."""
         return self.writer.ranks if self.writer.imported is None else None
 
     @property
@@ -172,7 +172,7 @@ class RunManifest:
     # --- writing -----------------------------------------------------------------------------------------
 
     def document(self) -> Json:
-        """Return the keys and values that `ckpt.save` is to write, in their order in the file."""
+        """Return the keys and values for `ckpt.save`, in the order of the file."""
         return {
             "step": self.step,
             "created": self.created,
@@ -186,7 +186,7 @@ class RunManifest:
         }
 
     def merged(self, others: Iterable[RunManifest]) -> RunManifest:
-        """Return the whole model's manifest; `self` and `others` are those of its pipeline stages, in order.
+        """Merge the manifests of all pipeline stages, `self` and `others` in order, into the whole model's.
 
         Raises:
             CheckpointError: a parameter group has different hyperparameters on two stages.
@@ -252,7 +252,7 @@ def _merged(mine: OptimizerRecord | None, other: OptimizerRecord | None) -> Opti
 
 
 class _Section:
-    """One object of the manifest. Checks the type of each value as it is read; None if the key is missing."""
+    """One JSON object of the manifest; checks the type of each value read. A missing key reads as None."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values, self.where = values, where
@@ -276,7 +276,7 @@ class _Section:
     def map_of(self, key: str, kind: type) -> dict[str, Any]:
         values = self.get(key, dict) or {}
         for name, value in values.items():
-            if not isinstance(value, kind):  # before the text is made: there may be tens of thousands
+            if not isinstance(value, kind):  # before the text is made: there may be thousands
                 _check(value, kind, f"{self.where}: {key}[{name!r}]")
         return values
 
@@ -288,7 +288,7 @@ class _Section:
 
 
 def _check(value: Any, kind: type, where: str) -> None:
-    # In Python a bool is an int; in JSON it isn't.
+    # A bool is an int in Python but not in JSON.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise CheckpointError(f"{where} is {value!r:.80}; expected {_JSON_NAMES[kind]}; use another tag")
 

@@ -1,11 +1,11 @@
-"""The rules of a resume: what it refuses, and what it changes and reports.
+"""Rules of a resume: its refusals, and the changes that it reports.
 
-`compare` holds a checkpoint's manifest against the run that is to resume from it. The engine asks it before
-it touches a tensor, with its own optimizer and scheduler (`uni3d.checkpoint.restore`). `uni3d doctor` asks it
-on paper, with as much of the run as a config tells.
+`compare` checks a checkpoint's manifest against the run that resumes from it. The engine calls it before any
+tensor changes, with its own optimizer and scheduler (`uni3d.checkpoint.restore`); `uni3d doctor` calls it
+with as much of the run as the config defines.
 
-Arrays aren't compared here: `ckpt.load` finds those that are missing or have another shape. `missing_arrays`
-foresees that for the doctor.
+Arrays aren't compared here: `ckpt.load` finds those that are missing or have another shape, and
+`missing_arrays` predicts that for the doctor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IMPLEMENTATION_KEYS = frozenset({"params", "foreach", "fused", "capturable", "di
 """Entries of a parameter group that choose an implementation, not the result of a step."""
 
 _STATES = {"amsgrad": "another moment", "momentum": "a momentum", "centered": "a mean gradient"}
-"""Hyperparameters that give an optimizer a further state, and that state."""
+"""Hyperparameters that add a state to an optimizer, with the name of that state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +32,23 @@ class GivenOptimizer:
     groups: Sequence[Mapping[str, Any]] | None = None
     """Its parameter groups, as in the manifest; None if only the script knows them."""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    """The config's, which count where a group has none of its own; used if `groups` isn't known."""
+    """Defaults from the config for groups without their own; used if `groups` is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenScheduler:
-    """This run's learning rate scheduler."""
+    """This run's learning-rate scheduler."""
 
     type: str
     keys: Collection[str]
     """Keys of its `state_dict`."""
     state: Mapping[str, Any]
-    """The values in it that are known, without those that its steps move."""
+    """Known values of the `state_dict`, without those that change at each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """The run that is to resume; None for parts of it that aren't to be restored, or that it hasn't."""
+    """The run that resumes. A part that it lacks, or that isn't to be restored, is None."""
 
     whose: str
     """The subject in messages: "this run" or "the config"."""
@@ -68,11 +68,11 @@ class Comparison(NamedTuple):
     refusals: list[str]
     """Reasons why the checkpoint can't be loaded."""
     changes: list[str]
-    """Differences with which the run goes on, each with the value that it goes on with."""
+    """Differences that don't stop the run, each with the value that is used."""
 
 
 def compare(saved: RunManifest, given: Given) -> Comparison:
-    """Compare a checkpoint's run with the one that is to resume from it, in all but the arrays."""
+    """Compare a checkpoint's run with the one that resumes from it, except for the arrays."""
     return Comparison(list(_refusals(saved, given)), list(_changes(saved, given)))
 
 
@@ -90,11 +90,11 @@ def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
     if mine is not None and saved.scheduler is None:
         yield f"the checkpoint has no scheduler, but {given.whose} has {mine.type}; {advice}"
     elif mine is not None and saved.scheduler is not None and {*saved.scheduler} != {*mine.keys}:
-        yield f"the checkpoint has another scheduler than {given.whose}'s {mine.type}; {advice}"
+        yield f"the checkpoint's scheduler isn't {given.whose}'s {mine.type}: its keys differ; {advice}"
 
 
 def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose: str) -> Iterator[str]:
-    """Yield the first reason why one optimizer can't take up the state of the other."""
+    """Yield the first reason why the run's optimizer can't load the saved one's state, if there is one."""
     if saved is None:
         yield "the checkpoint has no optimizer; load it with load_optimizer_states=False"
     elif given.type is not None and saved.type != given.type:
@@ -109,16 +109,15 @@ def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose
         for i, group in enumerate(given.groups):
             for name in group["params"]:
                 if home.get(name) != i:
-                    where = home.get(name, "none")
+                    where = f"group {home[name]}" if name in home else "none"
                     yield f"{name} is in parameter group {i}, but in {where} of the checkpoint"
                     return
 
 
 def missing_arrays(saved: RunManifest, given: Given, *, any_states: bool) -> Iterator[str]:
-    """Yield the reasons, as far as they can be foreseen, why a strict load would miss arrays.
+    """Yield predictable reasons why a strict load would miss arrays.
 
-    `any_states`: whether the checkpoint has states of an optimizer. Without, a load leaves the optimizer as
-    it is made.
+    `any_states` is True if the checkpoint has optimizer states. Without any, a load leaves the optimizer new.
     """
     if left := saved.model.left_out:
         yield (
@@ -140,7 +139,7 @@ def missing_arrays(saved: RunManifest, given: Given, *, any_states: bool) -> Ite
 
 
 def _changes(saved: RunManifest, given: Given) -> Iterator[str]:
-    """Yield a line for each value with which the run won't go on as it was given, or as it was saved."""
+    """Yield a line for each value of the run, or of the checkpoint, that won't be used."""
     if given.optimizer is not None and saved.optimizer is not None:
         yield from _hyperparameters(saved.optimizer, given.optimizer, given.whose)
         if given.scheduler is None and saved.scheduler is not None:
@@ -155,7 +154,7 @@ def _changes(saved: RunManifest, given: Given) -> Iterator[str]:
 
 
 def _hyperparameters(saved: OptimizerRecord, given: GivenOptimizer, whose: str) -> Iterator[str]:
-    """Yield a line for each hyperparameter; those that a scheduler moves don't count."""
+    """Yield a line for each different hyperparameter, except those that a scheduler moves."""
     if given.groups is None:
         if saved.type == given.type:
             yield from _of_config(saved.groups, given.hyperparameters, whose)
@@ -169,7 +168,7 @@ def _hyperparameters(saved: OptimizerRecord, given: GivenOptimizer, whose: str) 
 
 
 def _of_config(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any], whose: str) -> Iterator[str]:
-    """Yield a line for each value of the config that no group has; a group may have one of its own."""
+    """Yield a line for each value of the config that no group has; a script may set some groups' own."""
     for key, value in given.items():
         having = [group for group in groups if key in group]
         moves = any(f"initial_{key}" in group for group in having)
@@ -198,18 +197,18 @@ def _order(saved: RunManifest, given: Given) -> Iterator[str]:
         here = given.order.get(key)
         if here is not None and here != there:
             yield (
-                f"{key} is {here} in {given.whose}, {there} in the checkpoint: samples change order, unless "
-                f"you set it to {there}"
+                f"{key} is {here} in {given.whose}, {there} in the checkpoint: the order of samples changes "
+                f"unless you set it to {there}"
             )
     if saved.engine.seed is None and saved.engine.global_samples is not None:  # another framework's
         yield (
-            "the checkpoint doesn't say in which order its samples came: this run's own order goes on at "
+            "the checkpoint doesn't say in which order its samples came: this run's own order continues at "
             f"sample {saved.engine.global_samples}"
         )
 
 
 def _kept(name: str, here: Any, there: Any, whose: str) -> str:
-    return f"{name} is {here} in {whose}, {there} in the checkpoint, which is kept"
+    return f"{name} is {here} in {whose}, {there} in the checkpoint; the checkpoint's is kept"
 
 
 def _same(here: Any, there: Any) -> bool:

@@ -1,7 +1,7 @@
-"""The joint between `parallel` and `ckpt`: a model and an optimizer as named shards, and back.
+"""The link between `parallel` and `ckpt`: a model and an optimizer as named shards, and back.
 
-Each tensor's part on this rank, and on the others that save it too, is read off the tensor
-(`parallel.layout`) and handed to `ckpt` as numpy memory with a box.
+`parallel.layout` computes each tensor's part on this rank and on the others that save it; `ckpt` gets it as
+numpy memory with a box.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from parallel.layout import Place, StageLayout, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
 
 PARAMETER, BUFFER = WEIGHT_STATES
-"""States under which an atom keeps a parameter's and a buffer's own value."""
+"""State names of a parameter's and a buffer's own value."""
 
 _NOBODY: Mapping[int, Place] = {}
 
 
 class Held(NamedTuple):
-    """One array of which this rank holds a part."""
+    """Part of an array on this rank."""
 
     spec: ShardSpec
     tensor: Tensor
-    """The part, the live memory."""
+    """Live memory of the part."""
     savers: Mapping[int, Place]
-    """The ranks that save it, with their parts. Of copies that others speak for: loaded, but not saved."""
+    """Ranks that save the array, with their parts. Empty for a copy that is loaded but not saved."""
 
 
 class Inventory:
     """The arrays of a model and an optimizer on this rank.
 
-    Asked for at every save, while training waits, so what it found of a tensor is kept as long as its
-    memory is the same object.
+    Training waits for it at every save, so the entry of a tensor is reused while its local tensor is the same
+    object.
     """
 
     def __init__(self, model: ParallelModel) -> None:
         self._model = model
         self._stage = StageLayout(model.topology)
-        self._known: dict[tuple[str, str, bool], Held] = {}  # by name, state, and whether it is saved
+        self._known: dict[tuple[str, str, bool], Held] = {}  # by name, state, and True if it is saved
         self._before: dict[tuple[str, str, bool], Held] = {}
 
     def arrays(
@@ -59,17 +59,17 @@ class Inventory:
         *,
         frozen: bool = True,
     ) -> list[Held]:
-        """Every parameter, buffer and optimizer state of which this rank has a part, the live tensors.
+        """Return this rank's parts of all parameters, buffers and optimizer states.
 
-        `with_states` names the parameters whose optimizer states are wanted; None is all. Without `frozen`,
-        parameters that don't require a gradient are left out.
+        `with_states` names the parameters whose optimizer states are included; None is all. With
+        `frozen=False`, parameters that don't require a gradient are left out.
 
         Raises:
-            CheckpointError: one has a type that can't be stored, or doesn't say what part of a whole it is.
+            CheckpointError: a tensor has a dtype that can't be stored, or its place in the whole is unknown.
         """
         model = self._model
         model.zero.reshard()
-        self._before, self._known = self._known, {}  # what isn't found again is forgotten
+        self._before, self._known = self._known, {}  # entries not found again are dropped
         arrays = []
         for name, parameter in named_parameters(model.module):
             if not (frozen or parameter.requires_grad):
@@ -81,17 +81,17 @@ class Inventory:
             wanted = optimizer if with_states is None or first in with_states else None
             for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
                 if isinstance(value, Tensor) and value.ndim > 0:
-                    _check_says_its_part(name, key, parameter, value)
+                    _check_has_placement(name, key, parameter, value)
                     fine = fine_dim if value.shape == parameter.shape else None
                     arrays.append(self._held(first, key, value, savers, fine))
-        speaker = self._stage.ranks[0]  # replicas may differ, so one speaks: the first, at dp and tp rank 0
+        saver = self._stage.ranks[0]  # copies may differ between ranks: dp and tp rank 0 saves its own
         for name, buffer in persistent_buffers(model.module):
             place = ((0,) * buffer.ndim, tuple(buffer.shape))
-            arrays.append(self._held(name, BUFFER, buffer, {speaker: place}, None))
+            arrays.append(self._held(name, BUFFER, buffer, {saver: place}, None))
         return arrays
 
     def layout(self, arrays: Iterable[Held]) -> ckpt.Layout:
-        """What each of the ranks that have the same stages saves."""
+        """Return the arrays' layout over the ranks that have the same stages."""
         layout: dict[int, list[ShardSpec]] = {rank: [] for rank in self._stage.ranks}
         for spec, _, savers in arrays:
             for rank, place in savers.items():
@@ -106,8 +106,8 @@ class Inventory:
         savers: Mapping[int, Place] | None,
         fine_dim: int | None,
     ) -> Held:
-        """`savers` None is all ranks that have the same stages."""
-        key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter's copy beside the first
+        """Return the entry of a tensor. `savers=None` is all ranks that have the same stages."""
+        key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter and its copy
         known = self._before.get(key)
         if known is not None and known.tensor is local_tensor(tensor):
             self._known[key] = known
@@ -120,8 +120,7 @@ class Inventory:
             )
         if isinstance(tensor, DTensor) and any(p.is_partial() for p in tensor.placements):
             raise CheckpointError(
-                f"{name}/{state} is a sum that isn't summed yet: its placements are {tensor.placements}; "
-                "reduce it before a save"
+                f"{name}/{state} is a partial sum ({tensor.placements}); reduce it before saving"
             )
         places = self._stage.places(tensor)
         part = local_tensor(tensor)
@@ -134,7 +133,7 @@ class Inventory:
 
 
 def parts_to_save(arrays: Iterable[Held], parts: Mapping[ArrayKey, Box]) -> list[tuple[ShardSpec, Tensor]]:
-    """The live memory of those parts of this rank's arrays."""
+    """Return the live memory of this rank's share of `parts`, which may be smaller than its arrays."""
     found = []
     for spec, tensor, savers in arrays:
         box = parts.get(spec.key) if savers else None
@@ -148,15 +147,15 @@ def parts_to_save(arrays: Iterable[Held], parts: Mapping[ArrayKey, Box]) -> list
 
 
 def on_host(spec: ShardSpec, tensor: Tensor) -> Shard:
-    """The part as `ckpt` sees it: the tensor's own memory, or a copy of a GPU's."""
+    """Return the part for `ckpt`: the tensor's own memory, or a copy from the GPU."""
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # numpy knows it only by another package, and torch not by that
+    if tensor.dtype == torch.bfloat16:  # torch can't convert to the numpy type, which is ml_dtypes'
         return Shard(spec, tensor.view(torch.int16).numpy().view(ckpt.numpy_dtype("bfloat16")))
     return Shard(spec, tensor.numpy())
 
 
 def finish_load(arrays: Iterable[Held], targets: Iterable[Shard]) -> None:
-    """Carry what was loaded into host copies over to the tensors behind them."""
+    """Copy loaded data to the tensors whose load went into a host copy."""
     for array, target in zip(arrays, targets, strict=True):
         loaded = to_torch(target.data)
         if loaded.data_ptr() != array.tensor.data_ptr():
@@ -165,34 +164,34 @@ def finish_load(arrays: Iterable[Held], targets: Iterable[Shard]) -> None:
 
 
 def to_torch(array: npt.NDArray[Any]) -> Tensor:
-    """A tensor of the array's memory."""
+    """Return a tensor that shares the array's memory."""
     if array.dtype == ckpt.numpy_dtype("bfloat16"):
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def create_states(model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer that has taken no step yet create its states, so that they can be loaded into."""
-    get_optimizer_state_dict(model.module, optimizer)  # torch has it take a step with no gradients, no rate
+    """Create the states of an optimizer that has taken no step, as targets of a load."""
+    get_optimizer_state_dict(model.module, optimizer)  # takes a step with zero gradients and zero rate
 
 
 def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
-    """Drop the states of all parameters but those named, as if these had never had a gradient."""
+    """Drop the states of all parameters except `but`, as if they had never had a gradient."""
     for name, parameter in model.module.named_parameters():
         if model.first_name(name) not in but:
             optimizer.state.pop(parameter, None)
 
 
-def _check_says_its_part(name: str, key: str, parameter: Tensor, value: Tensor) -> None:
-    if not isinstance(value, DTensor) and _is_cut(parameter):
+def _check_has_placement(name: str, key: str, parameter: Tensor, value: Tensor) -> None:
+    if not isinstance(value, DTensor) and _is_sharded(parameter):
         raise CheckpointError(
-            f"the optimizer's {key!r} of {name} is a plain tensor, which doesn't say "
-            "what part of the whole it is; use one whose states are made by zeros_like(parameter)"
+            f"the optimizer's {key!r} of {name} is a plain tensor, but the parameter is sharded; use an "
+            "optimizer that creates its states by zeros_like(parameter)"
         )
 
 
-def _is_cut(parameter: Tensor) -> bool:
-    """Whether no rank holds the whole parameter."""
+def _is_sharded(parameter: Tensor) -> bool:
+    """Return whether each rank holds only a part of the parameter."""
     return isinstance(parameter, DTensor) and any(
         not placement.is_replicate() and size > 1
         for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True)

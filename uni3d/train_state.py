@@ -1,4 +1,4 @@
-"""Everything that training changes and a checkpoint keeps, handed to whoever needs a part of it."""
+"""State of a run: everything that training changes and a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uni3d.optim.loss_scale import LossScale
 
 @dataclass(kw_only=True)
 class Progress:
-    """Counters of a run, over all its resumes and all ranks."""
+    """Counters of a run over all ranks, continued by a resume."""
 
     train_batch: int
     """Samples per step."""
@@ -31,7 +31,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """A run's model, optimizer, schedule, loss scale and counters on this rank."""
+    """Model, optimizer, scheduler, loss scale and counters of a run on this rank."""
 
     model: ParallelModel
     optimizer: Optimizer | None

@@ -1,4 +1,4 @@
-"""Engines over a topology and settings of the test's own, for what a config has no key for yet."""
+"""Engines with the test's own topology and settings, for options without a config key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_engine(
     config: dict[str, Any] | None = None,
     **settings: Any,
 ) -> uni3d.Engine:
-    """An engine with a global batch of 12 and micro batches of one sample: dp 4 accumulates 3 of them."""
+    """Return an engine with a global batch of 12 and micro batches of one sample; dp 4 accumulates 3."""
     values = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 1,

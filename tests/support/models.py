@@ -1,4 +1,4 @@
-"""Small models and their data for the tests of the engine, and plain PyTorch to compare it with."""
+"""Small models and data for tests of the engine, and plain PyTorch to compare it with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import uni3d
 
 WIDTH = 6
 ADAM = {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1, "eps": 0.01}}
-"""With an epsilon that makes a step depend on the scale of the gradients."""
+"""Optimizer settings; the large epsilon makes a step depend on the gradients' scale."""
 
 Batch = tuple[Tensor, Tensor]
 
 
 class OwnLoss(nn.Module):
-    """A plain module that returns its loss, with what plain modules have: ties, frozen parts, buffers."""
+    """Plain module that returns its loss, with ties, frozen parameters and buffers."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class OwnLoss(nn.Module):
 
 
 class Stack(nn.Module):
-    """A chain that can be cut into pipeline stages; its loss is a sum and a number of terms."""
+    """Chain that can be cut into pipeline stages; its loss is a sum and a number of terms."""
 
     def __init__(self, layers: int = 4, width: int = WIDTH) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Stack(nn.Module):
 
 
 def seeded(model: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """The model with the same weights every time."""
+    """Return the model with the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return model(*args)
@@ -78,7 +78,7 @@ def global_batches(steps: int, size: int = 12, seed: int = 0) -> list[Batch]:
 
 
 def micro_batches(batches: list[Batch], engine: uni3d.Engine) -> Iterator[Batch]:
-    """This rank's micro batches of the global batches: its stretch of each, in order."""
+    """Yield this rank's micro batches: its slice of each global batch, in order."""
     size, share = engine.triad.micro_batch, engine.triad.micro_batch * engine.triad.accumulation
     first = engine.model.topology.dp_rank * share
     for x, y in batches:
@@ -89,7 +89,7 @@ def micro_batches(batches: list[Batch], engine: uni3d.Engine) -> Iterator[Batch]
 def make_engine(
     model: nn.Module, *, zero: int = 0, pp: int = 1, micro: int = 3, **given: Any
 ) -> uni3d.Engine:
-    """An engine on the CPU with a global batch of 12 and no clipping; `given` goes to `initialize`."""
+    """Return an engine on the CPU with a global batch of 12 and no clipping; `given` goes to `initialize`."""
     config = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": micro,
@@ -103,19 +103,19 @@ def make_engine(
 
 
 def train(engine: uni3d.Engine, batches: list[Batch]) -> list[float]:
-    """The losses of a step on each of the global batches."""
+    """Take a step on each global batch; return the losses."""
     data = micro_batches(batches, engine)
     return [engine.train_batch(data).item() for _ in batches]
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters and buffers, put together from all ranks by torch itself."""
+    """Return copies of the parameters and buffers, gathered from all ranks by torch."""
     tensors = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """What `ADAM` stands for."""
+    """Return the plain optimizer of `ADAM`."""
     return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1, eps=0.01, foreach=False)
 
 
@@ -126,7 +126,7 @@ def train_plainly(
     clip: float = 0.0,
     loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> tuple[list[float], list[float], nn.Module]:
-    """Losses, gradient norms and the trained copy of `model`: one process, each global batch at once."""
+    """Train a copy of `model` in one process, a global batch at once; return losses, norms and the copy."""
     model = deepcopy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     inner, losses, norms = optimizer(trained), [], []
@@ -141,7 +141,7 @@ def train_plainly(
 
 
 def assert_same(found: dict[str, Tensor], expected: nn.Module, ignore: tuple[str, ...] = ()) -> None:
-    """Both have the same tensors, to rounding."""
+    """Assert that both have the same tensors up to rounding."""
     wanted = whole(expected)
     assert found.keys() == wanted.keys()
     for name in wanted.keys() - set(ignore):

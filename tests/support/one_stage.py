@@ -1,4 +1,4 @@
-"""Forward and backward passes of a model that isn't cut into pipeline stages, with `parallel` alone."""
+"""Forward and backward passes of a model without a pipeline, by `parallel` alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What training should do, in plain PyTorch on one process. Shares no code with uni3d, parallel or ckpt.
+"""Reference training in plain PyTorch on one process. Shares no code with uni3d, parallel or ckpt.
 
 The rules that uni3d documents (initial weights from seed and name, the order of samples, DeepSpeed's
-schedule) are written down here a second time, so that a slip in either is seen.
+schedule) are implemented here a second time, so that an error in either shows.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Trace:
-    """What happened at each step, and the state after it."""
+    """Results of each step, and the states between steps."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     states: list[dict[str, dict[str, Tensor]]] = field(default_factory=list)
-    """After each step: `{name: {"fp32", "exp_avg", "exp_avg_sq"}}`; entry 0 is before the first."""
+    """States after each step, `{name: {"fp32", "exp_avg", "exp_avg_sq"}}`; entry 0 is before the first."""
 
 
 def samples(masked: bool = False) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, `(N_SAMPLES, SEQ_LEN)`; with `masked`, an uneven number of targets is left out."""
+    """Return inputs and targets, `(N_SAMPLES, SEQ_LEN)`; `masked` leaves out an uneven number of targets."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, MODEL["vocab_size"], (N_SAMPLES, SEQ_LEN + 1), generator=generator)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
@@ -94,7 +94,7 @@ def initial_model(config: dict[str, Any]) -> GPT:
 
 
 def learning_rate(step: int) -> float:
-    """Of the optimizer step `step`, counted from 1: DeepSpeed's WarmupCosineLR at iteration step - 2."""
+    """Return the rate of step `step`, counted from 1: DeepSpeed's WarmupCosineLR at iteration step - 2."""
     iteration = step - 2
     if iteration < 0:
         return 0.0
@@ -105,14 +105,14 @@ def learning_rate(step: int) -> float:
 
 
 def batch_indices(step: int) -> list[int]:
-    """Samples of global batch `step`, counted from 0."""
+    """Return the samples of global batch `step`, counted from 0."""
     places = range(step * BATCH, (step + 1) * BATCH)
     order = [np.random.default_rng([SEED, epoch]).permutation(N_SAMPLES) for epoch in range(8)]
     return [int(order[p // N_SAMPLES][p % N_SAMPLES]) for p in places]
 
 
 def train(config: dict[str, Any], steps: int, masked: bool = False) -> Trace:
-    """Train for `steps` steps in one process, the whole batch at once."""
+    """Train for `steps` steps in one process, a global batch at once."""
     model = initial_model(config)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -150,11 +150,10 @@ def _state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, 
 
 
 def train_mixed(config: dict[str, Any], steps: int, dtype: torch.dtype, micro: int, factor: float) -> Trace:
-    """Mixed precision in one process: fp32 masters; forward and backward of each micro batch in `dtype`.
+    """Train in mixed precision in one process: fp32 masters, each micro batch in `dtype`.
 
-    What is cast where: the parameters before each micro batch; the logits before the loss, which is in fp32;
-    the gradients before they are added up, in fp32. The loss is multiplied by `factor` before the backward
-    pass.
+    Casts: the parameters before each micro batch; the logits before the loss, to fp32; the gradients before
+    their sum, to fp32. The loss is multiplied by `factor` before the backward pass.
     """
     model = initial_model(config)
     masters = dict(model.named_parameters())

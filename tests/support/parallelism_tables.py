@@ -1,6 +1,6 @@
-"""The tables of `docs/parallelism.md`: what is refused, and what `tests/uni3d/test_parity.py` measures.
+"""Tables of `docs/parallelism.md`: refused combinations, and the errors that `test_parity.py` measures.
 
-python tests/support/parallelism_tables.py                          # what is refused
+python tests/support/parallelism_tables.py                          # refused combinations
 OMP_NUM_THREADS=1 python tests/support/parallelism_tables.py parity # minutes: the errors of each cell, too
 """
 
@@ -19,7 +19,7 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def table_in(page: str, name: str) -> str:
-    """What stands between a table's marks."""
+    """Return the text between a table's marks."""
     begin, end = marks(name)
     return page.partition(begin)[2].partition(end)[0]
 

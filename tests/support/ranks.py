@@ -1,8 +1,8 @@
-"""Real ranks for tests: gloo processes that are started once and run many cases.
+"""Real ranks for tests: gloo processes, started once, that run many cases.
 
-A case is a function in a test file, `case(*args)`, that every rank runs with the process group up. Each
-call gets a group of its own size and a rendezvous of its own, so cases share nothing but warm imports.
-A case that takes too long has the stacks of all its ranks printed, and is a failure.
+A case is a function in a test file, `case(*args)`, that every rank runs in a process group. Each call gets
+its own group and rendezvous, so cases share nothing but imports. A case that takes too long fails, with the
+stacks of all its ranks printed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TIMEOUT_S = 120
 
 
 class RankError(AssertionError):
-    """A case failed on some rank; the message holds each failing rank's traceback."""
+    """Failure of a case; the message has each failing rank's traceback."""
 
 
 class Ranks:
-    """Up to `size` worker processes."""
+    """Pool of up to `size` worker processes."""
 
     def __init__(self, size: int = 4) -> None:
         self._size = size
@@ -43,11 +43,11 @@ class Ranks:
     def run(
         self, world_size: int, case: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S
     ) -> list[Any]:
-        """Run `case(*args)` on ranks 0 to world_size - 1; returns what each returned, by rank."""
+        """Run `case(*args)` on ranks 0 to world_size - 1; return the results by rank."""
         try:
             return self._run(world_size, case, args, timeout)
         except RankError as error:
-            # Gloo, rarely: of thousands of meshes of connections one is refused. That is no case's fault.
+            # Gloo rarely fails to connect, about once in thousands of meshes; the case isn't at fault.
             if "connectFullMesh failed" not in str(error):
                 raise
             self.stop()
@@ -103,7 +103,7 @@ class Ranks:
 
 
 def _work(pipe: Connection) -> None:
-    """A worker's life: run cases until the pipe closes."""
+    """Run cases until the pipe closes: the main loop of a worker."""
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     modules: dict[str, ModuleType] = {}
     while True:
@@ -147,9 +147,9 @@ def _run_case(
 
 
 def _free_groups() -> None:
-    """Let go of a case's process groups: each has threads that wake up now and then, and hundreds add up.
+    """Release a case's process groups: each has threads that wake up now and then, and hundreds add up.
 
-    Engines are in cycles, and torch remembers in caches how it splits what, on meshes that are gone.
+    Engines are in reference cycles, and torch caches sharding decisions with the meshes they are for.
     """
     from torch.distributed.tensor import _redistribute
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache

@@ -1,4 +1,4 @@
-"""Models of several kinds on any topology: what their ranks hold of a checkpoint, and whether they resume."""
+"""Models of several kinds on any topology: their ranks' parts of a checkpoint, and their resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNTIED = oracle.MODEL | {"norm": "layernorm", "positions": "learned", "activatio
 
 
 class Biased(nn.Module):
-    """A chain of linear layers with biases, of sizes that 2 divides and 3 and 4 don't."""
+    """Chain of linear layers with biases, of sizes that 2 divides and 3 and 4 don't."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Place(NamedTuple):
 
 
 def build(place: Place) -> uni3d.Engine:
-    """An engine on this rank."""
+    """Return this rank's engine."""
     parallel = {
         "pp": place.pp,
         "tp": place.tp,
@@ -137,7 +137,7 @@ def save_case(model: str, run: str) -> None:
 
 
 def held_case(place: Place, run: str, saved: str) -> dict[str, Any]:
-    """What this rank has after a load, the bytes that it read, and how much memory its tensors take.
+    """Load; return this rank's tensors, the bytes that it read, and the memory of its tensors.
 
     It takes part in a save of the same.
     """

@@ -1,4 +1,4 @@
-"""The example's GPT, with a tied head unless asked otherwise, as an engine on any topology."""
+"""Engine of the example's GPT on any topology, with a tied head by default."""
 
 from __future__ import annotations
 

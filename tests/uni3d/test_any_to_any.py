@@ -1,4 +1,4 @@
-"""Any topology's checkpoint resumes on any other: every ordered pair, against one-process PyTorch.
+"""Resumes between any two topologies, every ordered pair, against one-process PyTorch.
 
 Each rank pool trains on A and saves; then for each B one engine loads the checkpoint of every A, compares
 parameters and moments with the oracle, and takes one step more.
@@ -34,7 +34,7 @@ class Place(NamedTuple):
     tp: int
     zero: int
     micro: int
-    """Samples in a micro batch."""
+    """Samples per micro batch."""
 
     @property
     def world(self) -> int:
@@ -83,7 +83,7 @@ def make_engine(place: Place, options: dict[str, Any], masked: bool = False) -> 
 
 
 def whole_state(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """The live tensors of this rank's stage, gathered by torch itself."""
+    """Return the live tensors of this rank's stage, gathered by torch."""
 
     def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -107,7 +107,7 @@ def save_case(place: Place, options: dict[str, Any], run: str) -> dict[str, Any]
 
 
 def worst_error(engine: Any, expected: dict[str, dict[str, Tensor]]) -> tuple[float, str]:
-    """The largest difference of this rank's parts, relative to the largest element of their tensor."""
+    """Return the largest error of this rank's parts, relative to the largest element of the tensor."""
     worst = (0.0, "")
     for name, parameter in engine.module.named_parameters():
         first = engine.model.first_name(name)
@@ -193,7 +193,7 @@ def test_every_pair_of_topologies(ranks: Ranks, head: str, tmp_path: Path) -> No
 
 
 def check_atoms(folder: Path, live: dict[str, dict[str, Tensor]]) -> None:
-    """zarr-python and tensorstore read the live model's numbers, bit for bit, each tied weight once."""
+    """Check that zarr-python and tensorstore read the live model bit for bit, each tied weight once."""
     group = zarr.open_group(folder, mode="r")
     assert {name for name, _ in group["atoms"].groups()} == set(live)
     for name, tensors in live.items():

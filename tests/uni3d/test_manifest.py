@@ -47,7 +47,7 @@ def test_round_trip(manifest: RunManifest) -> None:
 
 
 def test_the_keys_of_the_file() -> None:
-    """Their order is that of docs/format.md; what an import doesn't know isn't there."""
+    """Check the keys: ordered as in docs/format.md, and without those that an import doesn't know."""
     saved, imported = STAGE.document(), IMPORT.document()
     top = "step created writer model optimizer aliases scheduler engine client_state"
     assert list(saved) == list(imported) == top.split()

@@ -22,7 +22,7 @@ STEPS = 10
 ACCUMULATION = 2
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE_POWER = 12
-"""Of fp16's loss scale: no step of these overflows."""
+"""Initial loss scale of fp16, at which none of these steps overflows."""
 
 
 class Topology(NamedTuple):
@@ -45,13 +45,13 @@ MODEL = oracle.MODEL | {"tied_head": True, "num_layers": 4}
 
 
 class Errors(NamedTuple):
-    """Largest relative differences from the oracle; of parameters, to the largest element of each."""
+    """Largest errors relative to the oracle; for parameters, relative to the largest element of each."""
 
     loss: float
     norm: float
     parameters: float
     early: float
-    """Of the norms of the first steps, before a rounding in 16 bits has gone the other way somewhere."""
+    """Error of the norms of the first steps, before any 16-bit rounding differs."""
 
 
 EARLY = 3
@@ -60,7 +60,7 @@ LIMITS = {
     "bf16": Errors(5e-4, 2e-2, 1e-1, 1e-5),
     "fp16": Errors(5e-5, 2e-3, 1e-2, 1e-5),
 }
-"""What is promised of each precision, but that `early` holds only where each sum is one process's own."""
+"""Documented limits of each precision; `early` holds only if each sum is computed by one process."""
 
 
 def make_engine(topology: Topology, zero: int, precision: str) -> Any:
@@ -83,7 +83,7 @@ def make_engine(topology: Topology, zero: int, precision: str) -> Any:
 
 
 def cells_case(topology: Topology, cells: list[tuple[int, str]]) -> list[Any]:
-    """Losses, norms and this stage's whole parameters of each `(ZeRO stage, precision)`."""
+    """Return losses, norms and this stage's whole parameters for each `(ZeRO stage, precision)`."""
     results = []
     for zero, precision in cells:
         engine = make_engine(topology, zero, precision)
@@ -110,7 +110,7 @@ def expected(topology: Topology, precision: str) -> oracle.Trace:
 
 
 def measure(ranks: Ranks, topology: Topology, cells: list[tuple[int, str]]) -> dict[tuple[int, str], Errors]:
-    """The errors of each cell, over all ranks."""
+    """Return the errors of each cell over all ranks."""
     everyone = ranks.run(topology.world, cells_case, topology, cells, timeout=600)
     traces = {precision: expected(topology, precision) for _, precision in cells}
     errors = {}

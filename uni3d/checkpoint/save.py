@@ -88,6 +88,7 @@ class Saver:
             taken.append((plan, parts, self._manifest(client_state, frozen)))
             return tag
 
+        # `take` may fail on one rank, for want of memory: all agree before any begins to write.
         ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
         if asynchronous:
             self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))

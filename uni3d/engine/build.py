@@ -44,15 +44,15 @@ def initialize(
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
-    """Collective: build the engine that trains `model` as `config` says, on all processes of the job.
+    """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
     The process group is started if there is none; without torchrun it has one process.
 
     Args:
         args: an object whose `deepspeed_config` is the config's path, if `config` isn't given.
         model: the same on every rank, on the CPU or, with an `init_parameter`, on the meta device. It is
-            used up: `engine.module` is this rank's part of it. `parallel.build` says how a model declares
-            its splits.
+            used up: `engine.module` is this rank's part of it. See `parallel.build` for how a model
+            declares its splits.
         optimizer: over the model's parameters, without state; or a function of parameter groups. Takes
             precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
@@ -139,7 +139,7 @@ def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topolog
     if (changed := make_masters(model)) and topology.rank == 0:
         _log.warning(
             "%d parameters (%s, ...) are in bf16 or fp16: training keeps fp32 master weights and computes in "
-            "%s, as the config says",
+            "%s, the config's precision",
             len(changed),
             changed[0],
             settings.precision,

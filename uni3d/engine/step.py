@@ -33,9 +33,12 @@ class Numbers(NamedTuple):
 
 
 class Outcome(NamedTuple):
+    """Outcome of the last step."""
+
     norm: float | None
     """Gradient norm; None before the first step."""
     applied: bool
+    """True if the step changed the parameters."""
 
 
 class _Trained(NamedTuple):
@@ -57,6 +60,7 @@ class Report:
         self._numbers = numbers
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
+            # Pinned, as a copy to pageable memory would wait for the GPU.
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -134,7 +138,7 @@ class Stepper:
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if self._clip > 0:
-            scale = scale * (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            scale = scale * (self._clip / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         # 3. The step.
         if self.deferred:
             state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]

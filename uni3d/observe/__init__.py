@@ -1,4 +1,10 @@
-"""A run's own account while it trains: lines on the terminal, and, where enabled, curves, times and FLOPs."""
+"""Monitoring of a run: printed lines and, if enabled, curves, times and FLOPs.
+
+Modules:
+    monitors   TensorBoard, Weights & Biases and CSV files
+    profiler   FLOPs by module, counted in a forward pass
+    flops      FLOPs by formula, peak FLOP/s of GPUs, MFU
+"""
 
 from __future__ import annotations
 
@@ -25,28 +31,28 @@ from uni3d.train_state import TrainState
 T = TypeVar("T")
 
 LINE_STEPS, LINE_SECONDS = 10, 30.0
-"""A line is printed after so many steps, or at the first step after so many seconds."""
+"""Steps between printed lines; after so many seconds the next step prints one too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """A step, when its numbers are known."""
+    """Results of a step."""
 
     step: int
     samples: int
-    """Consumed so far, over all ranks."""
+    """Samples consumed so far, over all ranks."""
     loss: float
     norm: float
     rate: float
-    """Learning rate of the first parameter group, with which the step was taken."""
+    """Learning rate of the first parameter group in this step."""
     scale: float | None
-    """fp16's loss scale that it was computed with."""
+    """Loss scale of the step in fp16; None in other precisions."""
     terms: float
-    """Of the loss: its tokens, where it is a sum over them."""
+    """Number of values that the loss is the mean of: tokens, if it is a sum over tokens."""
 
 
 class Observer:
-    """Prints lines, feeds monitors, times phases and counts FLOPs; `profile` is collective, all else local."""
+    """Prints lines, feeds monitors, times phases and counts FLOPs. Local, except for `profile`."""
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class Observer:
         comm: HostComm,
         committed: Callable[[], str | None],
     ) -> None:
-        """`committed` gives the tag of the last checkpoint that this process committed, None before the first."""
+        """`committed` returns the tag of the last checkpoint that this process committed, or None."""
         self._config = config
         self._batch = batch
         self._state = state
@@ -66,25 +72,25 @@ class Observer:
         self._monitors: list[Monitor] = make_monitors(config) if self._speaks else []
         self._committed = committed
         self._every = config.steps_per_print or (LINE_STEPS if config.wall_clock_breakdown else None)
-        # A script that names a number of steps gets that; the default also speaks when steps are slow.
+        # An explicit number of steps is kept; by default, slow steps also print after a time.
         self._patience = math.inf if "steps_per_print" in config.model_fields_set else LINE_SECONDS
         self._total = getattr(getattr(config.scheduler, "params", None), "total_num_steps", None)
         self._last_line = time.perf_counter()
         self._times = _Times(self._device) if config.wall_clock_breakdown and self._speaks else None
         self._profile: profiler.Profile | None = None
-        self._begun: float | None = None  # when the last line was printed
-        self._steps, self._terms = 0, 0.0  # since then; a load changes the steps' numbers
+        self._begun: float | None = None  # time of the last line
+        self._steps, self._terms = 0, 0.0  # counted here since then, as a load changes the step numbers
         self._due: StepRecord | None = None
         self.wanted = bool(self._every or self._monitors)
-        """Whether `step_taken` does anything."""
+        """True if `step_taken` has any effect."""
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
-        """Around a phase of a step, for `wall_clock_breakdown`."""
-        return nullcontext() if self._times is None else self._times.of(phase)
+        """Time a phase of a step, for `wall_clock_breakdown`."""
+        return nullcontext() if self._times is None else self._times.measure(phase)
 
     def step_taken(self, record: StepRecord) -> None:
-        """Tell of a step."""
-        if self._begun is None:  # the first step has allocations and compilation in it: measured from its end
+        """Record a step."""
+        if self._begun is None:  # the first step allocates and compiles, so time is measured from its end
             self._begun = time.perf_counter()
         else:
             self._steps += 1
@@ -92,7 +98,8 @@ class Observer:
         values = {"train_loss": record.loss, "lr": record.rate, "grad_norm": record.norm}
         if record.scale is not None:
             values["loss_scale"] = record.scale
-        values = {name: value for name, value in values.items() if math.isfinite(value)}  # of a skipped step
+        # The loss and norm of a skipped step may not be finite.
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         for monitor in self._monitors:
             monitor.write(values, record.samples)
         if self._every:
@@ -101,7 +108,7 @@ class Observer:
                 self._due = record
 
     def tell(self) -> None:
-        """Print what is due: at the end of a step, when its times are known."""
+        """Print the line that is due. Called at the end of a step, when its times are known."""
         record, self._due = self._due, None
         if record is None:
             return
@@ -113,13 +120,13 @@ class Observer:
         self._steps, self._terms = 0, 0.0
 
     def profiles_next(self) -> bool:
-        """Whether FLOPs are to be counted before the step to come."""
+        """Return whether FLOPs are to be counted before the next step."""
         config, steps = self._config.flops_profiler, self._state.progress.global_steps
-        due = steps + 1 >= config.profile_step  # a resumed run may begin beyond it
+        due = steps + 1 >= config.profile_step  # a resumed run may start after it
         return config.enabled and self._profile is None and due
 
     def profile(self, forward: Callable[[], T], times: int = 1) -> T:
-        """Collective: run `forward` and count its FLOPs; see `profiler.measure`. Returns its output."""
+        """Collective: run `forward` and count its FLOPs; return its output. See `profiler.measure`."""
         outputs: list[T] = []
         self._profile = profiler.measure(
             self._state.model, self._comm, lambda: outputs.append(forward()), times
@@ -138,8 +145,8 @@ class Observer:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(lines) + "\n")
-        except OSError as error:  # on one rank, which the others would wait for: training goes on
-            warnings.warn(f"the profile isn't written: {error}", stacklevel=2)
+        except OSError as error:  # raised on one rank alone, it would leave the others waiting
+            warnings.warn(f"can't write the FLOPs profile: {error}", stacklevel=2)
 
     def _line(self, record: StepRecord) -> str:
         topology = self._state.model.topology
@@ -166,20 +173,20 @@ class Observer:
 
     def _mfu(self, seconds: float) -> list[str]:
         config, device = self._config, self._device
-        peak = None if config.flops_profiler.peak_tflops is None else config.flops_profiler.peak_tflops * 1e12
+        tflops = config.flops_profiler.peak_tflops
+        peak = None if tflops is None else tflops * 1e12
         if peak is None and device.type == "cuda" and config.precision != "fp32":
             peak = peak_flops(torch.cuda.get_device_name(device))
         if self._profile is None or peak is None:
             return []
-        return [
-            f"MFU {utilisation(self._profile.forward, seconds, self._state.model.topology.world_size, peak):.1%}"
-        ]
+        devices = self._state.model.topology.world_size
+        return [f"MFU {utilisation(self._profile.forward, seconds, devices, peak):.1%}"]
 
 
 class _Times:
-    """How long phases take; on a GPU by its own clock, which is read when a line is printed.
+    """Times of a step's phases; on a GPU by events, which are read when a line is printed.
 
-    What the GPU hasn't computed by then belongs to the next line: nobody waits for it.
+    Events that the GPU hasn't reached by then count in the next line, so that nothing waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -188,7 +195,7 @@ class _Times:
         self._events: deque[tuple[str, Any, Any]] = deque()
 
     @contextmanager
-    def of(self, phase: str) -> Iterator[None]:
+    def measure(self, phase: str) -> Iterator[None]:
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -201,7 +208,7 @@ class _Times:
             self._seconds[phase] += time.perf_counter() - began
 
     def line(self) -> str:
-        """What has arrived since the last call, which is then forgotten."""
+        """Return the times since the last call as a line, and reset them."""
         self._collect()
         seconds, self._seconds = self._seconds, defaultdict(float)
         total = sum(seconds.values())
@@ -209,6 +216,6 @@ class _Times:
         return "time since the last line: " + " | ".join(parts)
 
     def _collect(self) -> None:
-        while self._events and self._events[0][2].query():  # in the order in which they were recorded
+        while self._events and self._events[0][2].query():  # events complete in the order of recording
             phase, begin, end = self._events.popleft()
             self._seconds[phase] += begin.elapsed_time(end) / 1e3

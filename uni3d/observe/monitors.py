@@ -1,4 +1,4 @@
-"""Where curves go: TensorBoard, Weights & Biases, CSV files. The names and the x axis are DeepSpeed's."""
+"""Monitors: TensorBoard, Weights & Biases, CSV files. Curve names and the x axis are DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PREFIX = "Train/Samples/"
 
 
 class Monitor(Protocol):
-    """One place."""
+    """A destination of curves."""
 
     def write(self, values: Mapping[str, float], samples: int) -> None:
-        """Add a point to each curve, at so many samples; it is there when this returns, as far as can be."""
+        """Add a point at `samples` to each curve, and flush it where the destination allows."""
 
 
 class CsvMonitor:
-    """`<output_path>/<job_name>/Train_Samples_<name>.csv`, with the columns `step` (samples) and the name."""
+    """Files `<output_path>/<job_name>/Train_Samples_<name>.csv`, with columns `step` (samples) and name."""
 
     def __init__(self, config: CsvMonitorConfig) -> None:
         self._folder = Path(config.output_path) / config.job_name
@@ -40,8 +40,10 @@ class CsvMonitor:
 
 
 class TensorBoard:
+    """Event files of TensorBoard in `<output_path>/<job_name>`."""
+
     def __init__(self, config: TensorBoardConfig) -> None:
-        module = _imported("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        module = _imported("torch.utils.tensorboard", "tensorboard")
         self._writer = module.SummaryWriter(log_dir=str(Path(config.output_path) / config.job_name))
 
     def write(self, values: Mapping[str, float], samples: int) -> None:
@@ -51,20 +53,22 @@ class TensorBoard:
 
 
 class Wandb:
+    """A run of Weights & Biases."""
+
     def __init__(self, config: WandbConfig) -> None:
-        self._wandb = _imported("wandb", "wandb", "wandb")
+        self._wandb = _imported("wandb", "wandb")
         self._wandb.init(project=config.project, group=config.group, entity=config.team)
 
     def write(self, values: Mapping[str, float], samples: int) -> None:
-        # Given a step, wandb keeps a row back for more values of it, and a crash would lose the last one.
+        # Without `commit`, wandb holds a row back for more values, and a crash would lose the last one.
         self._wandb.log({PREFIX + n: value for n, value in values.items()}, step=samples, commit=True)
 
 
 class Guarded:
-    """A monitor that gives up, with a warning, when it fails: training doesn't end for a curve.
+    """A monitor that is disabled with a warning when it fails, so that training goes on.
 
-    Nor does it when it can't be made (no login, a folder that can't be written): rank 0 alone would raise,
-    and the other ranks wait for it.
+    The same holds if it can't be created (no login, a read-only folder): an error on rank 0 alone would leave
+    the other ranks waiting.
     """
 
     def __init__(self, kind: type[Any], config: Any) -> None:
@@ -85,38 +89,37 @@ class Guarded:
 
     def _give_up(self, error: Exception) -> None:
         self._monitor = None
-        warnings.warn(f"{self._name} gets no more values: {error}", stacklevel=3)
+        warnings.warn(f"{self._name} is disabled after an error: {error}", stacklevel=3)
 
 
 def check_installed(config: Config) -> None:
-    """Check that what is enabled can be had.
+    """Check that the packages of the enabled monitors are installed.
 
     Raises:
-        ValueError: naming the package that isn't installed.
+        ValueError: one can't be imported.
     """
     if config.tensorboard.enabled:
-        _imported("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        _imported("torch.utils.tensorboard", "tensorboard")
     if config.wandb.enabled:
-        _imported("wandb", "wandb", "wandb")
+        _imported("wandb", "wandb")
 
 
 def make_monitors(config: Config) -> list[Monitor]:
-    """Those that are enabled; for rank 0."""
-    monitors: list[Monitor] = []
-    if config.tensorboard.enabled:
-        monitors.append(Guarded(TensorBoard, config.tensorboard))
-    if config.wandb.enabled:
-        monitors.append(Guarded(Wandb, config.wandb))
-    if config.csv_monitor.enabled:
-        monitors.append(Guarded(CsvMonitor, config.csv_monitor))
-    return monitors
+    """Return the enabled monitors. Called on rank 0."""
+    sections: list[tuple[type[Any], Any]] = [
+        (TensorBoard, config.tensorboard),
+        (Wandb, config.wandb),
+        (CsvMonitor, config.csv_monitor),
+    ]
+    return [Guarded(kind, section) for kind, section in sections if section.enabled]
 
 
-def _imported(module: str, key: str, package: str) -> Any:
+def _imported(module: str, package: str) -> Any:
+    """Import the package of a monitor, which is also its key in the config."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"{key} is enabled, but its package can't be imported ({error}); pip install {package}, or "
-            f'write "{key}": {{"enabled": false}}'
+            f"{package} is enabled, but its package can't be imported ({error}); pip install {package}, or "
+            f'write "{package}": {{"enabled": false}}'
         ) from None

@@ -1,4 +1,4 @@
-"""FLOPs of a model, counted in a forward pass of a global batch on any topology; see `uni3d.observe.flops`."""
+"""FLOPs by module, counted in a forward pass of a global batch on any topology. See `uni3d.observe.flops`."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one global batch, over all ranks."""
+    """FLOPs and parameters by module, over all ranks."""
 
     flops: dict[str, float]
-    """Of the forward pass, by module, what is below it included; the whole is ""."""
+    """Forward FLOPs of a global batch by module, with its submodules'; "" is the whole model."""
     parameters: dict[str, int]
-    """By module, likewise."""
+    """Number of parameters by module, likewise."""
 
     @property
     def forward(self) -> float:
+        """Forward FLOPs of the whole model."""
         return self.flops[""]
 
 
 def measure(model: ParallelModel, comm: HostComm, forward: Callable[[], Any], times: int = 1) -> Profile:
-    """Collective: run `forward`, this rank's forward passes, and count. A step runs it `times`.
+    """Collective: run `forward`, this rank's forward passes, and count; a step runs it `times` times.
 
-    Products of plain tensors in modules that tensor parallelism doesn't split are computed by each of its
-    ranks, and counted as often.
+    Each tensor-parallel rank computes the modules that aren't split, and they are counted on each.
     """
     counter = _Counter(display=False, custom_mapping=_ON_CPU)
     known = {module: name for name, module in model.module.named_modules() if name}
-    # By itself the tracker calls them after what runs them: a pipeline's stage, numbered from 0 on each.
+    # The tracker's own names start at the module that is run; a pipeline's stages would all start at 0.
     counter.mod_tracker._get_mod_name = lambda m: known.get(m, "around")  # type: ignore[method-assign]
     with counter:
         forward()
@@ -67,7 +67,7 @@ def measure(model: ParallelModel, comm: HostComm, forward: Callable[[], Any], ti
 
 
 class _Counter(FlopCounterMode):
-    """torch's counter sees a product of DTensors on each rank in the sizes of the whole: count its share."""
+    """Counter that divides the FLOPs of DTensors by their ranks: torch's counts the whole product on each."""
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         whole = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, DTensor)), None)
@@ -80,7 +80,7 @@ class _Counter(FlopCounterMode):
 
 
 def table(profile: Profile, config: FlopsProfilerConfig) -> list[str]:
-    """The lines that are printed."""
+    """Return the profile as printed lines."""
     total = profile.forward
     hardware = total * (TRAINING + config.recompute_fwd_factor)
     lines = [
@@ -114,7 +114,7 @@ def _shown(profile: Profile, config: FlopsProfilerConfig) -> Iterable[str]:
 
 
 def _above(name: str) -> list[str]:
-    """The modules that have a parameter below them."""
+    """Return the paths of the modules that contain the parameter `name`."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:n]) for n in range(len(parts) + 1)]
 
@@ -136,9 +136,9 @@ def _short(flops: float) -> str:
 
 
 def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
-    """Of shapes (batch, heads, positions, width): two matrix products, counted in full."""
+    """Return the FLOPs of two full products; shapes are (batch, heads, positions, width)."""
     return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
 _ON_CPU = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-"""What torch's counter doesn't know."""
+"""Operators that torch's counter has no formula for."""

@@ -1,4 +1,11 @@
-"""The optimizer that a config names, over this rank's parts of the parameters."""
+"""Optimizers of a config, over this rank's parts of the parameters.
+
+Modules:
+    lion           Lion
+    muon           Muon for matrices with AdamW for the rest
+    lr_schedules   DeepSpeed's learning-rate schedules
+    loss_scale     the loss scale of fp16
+"""
 
 from __future__ import annotations
 
@@ -16,9 +23,9 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
-    """The optimizer of the config over parameter groups; a group's own hyperparameters come first.
+    """Return the config's optimizer over `groups`, whose own hyperparameters take precedence.
 
-    For Muon the groups must have been split by `split_groups`.
+    Muon needs groups from `split_groups`.
 
     Raises:
         ValueError: torch doesn't accept a hyperparameter's value.
@@ -26,7 +33,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optim
     params = config.hyperparameters
     if isinstance(config, AdamConfig):
         kind = torch.optim.AdamW if config.params.adam_w_mode else torch.optim.Adam
-        return kind(groups, fused=True, **params)  # one pass over memory instead of one for each operation
+        return kind(groups, fused=True, **params)  # one pass over memory instead of one per operation
     if isinstance(config, LionConfig):
         return Lion(groups, **params)
     if isinstance(config, MuonConfig):
@@ -39,7 +46,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optim
 
 
 def split_groups(config: OptimizerConfig, model: nn.Module, groups: Groups) -> Groups:
-    """Groups of parameter names as the config's optimizer needs them; `model` is whole yet."""
+    """Return groups of parameter names as the config's optimizer needs them. `model` isn't split yet."""
     if not isinstance(config, MuonConfig):
         return groups
     params = config.hyperparameters
@@ -49,7 +56,7 @@ def split_groups(config: OptimizerConfig, model: nn.Module, groups: Groups) -> G
 
 
 def check_works_sharded(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer of the user's own that can't train parts of parameters.
+    """Check that a user's optimizer can train sharded parameters.
 
     Raises:
         ValueError: it is one of torch's that can't.

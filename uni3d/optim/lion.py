@@ -1,4 +1,4 @@
-"""Lion: steps of the sign of a momentum (Symbolic discovery of optimization algorithms, Chen et al. 2023)."""
+"""Lion: steps by the sign of a momentum (Symbolic discovery of optimization algorithms, Chen et al. 2023)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 
 class Lion(torch.optim.Optimizer):
-    """Algorithm 2 of the paper. One state, `exp_avg`, of the parameter's shape.
+    """Algorithm 2 of the paper. Its one state, `exp_avg`, has the parameter's shape.
 
-    Elementwise, so each rank steps its own part of a sharded parameter, and needs nothing from the others.
+    Elementwise, so each rank steps its own part of a sharded parameter without communication.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Lion(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
-        """`betas` weigh the momentum in the step, and in the momentum's own update."""
+        """Set the defaults; `betas` weigh the momentum in the step and in the momentum's own update."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class Lion(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg"] = torch.zeros_like(parameter)  # a DTensor too, as checkpoints need
                 weight, gradient, momentum = map(local, (parameter, parameter.grad, state["exp_avg"]))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 direction = torch.lerp(gradient, momentum, in_step).sign_()
@@ -45,5 +45,5 @@ class Lion(torch.optim.Optimizer):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, the live memory."""
+    """Return this rank's part of the tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

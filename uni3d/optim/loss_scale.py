@@ -1,4 +1,4 @@
-"""The loss scale of fp16: small gradients are lifted into fp16's range, and let down again before the step.
+"""The loss scale of fp16: losses are scaled up so that small gradients don't underflow.
 
 (Mixed precision training, Micikevicius et al. 2018, section 3.2; how the scale moves is DeepSpeed's.)
 """
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from uni3d.config import FP16Config
 
 FACTOR = 2.0
-"""By which the scale grows and shrinks."""
+"""Factor by which the scale grows and shrinks."""
 
 
 class LossScale:
-    """By how much losses are multiplied before the backward pass.
+    """Factor by which losses are multiplied before the backward pass.
 
-    A step whose gradients overflow anywhere is skipped. The scale is halved when `hysteresis` steps have
-    been skipped, and doubled after `loss_scale_window` steps without an overflow; a static one stays.
+    A step whose gradients overflow on any rank is skipped. The scale is halved after `hysteresis` skipped
+    steps and doubled after `loss_scale_window` steps without overflow. A static scale doesn't change.
 
-    A loss that is a sum over tokens is also divided by about the number of them in a global batch, as
-    gradients of the sum would overflow at a scale that is right for the mean's. The divisor is a power of
-    two, and so changes no digit; it is fixed by the first batch, and is part of a checkpoint.
+    A loss that is a sum over tokens is also divided by about their number in a global batch, as gradients of
+    the sum would overflow at a scale that suits the mean. The divisor is a power of two, so it rounds
+    nothing; the first batch sets it, and checkpoints keep it.
     """
 
     def __init__(self, config: FP16Config) -> None:
@@ -36,23 +36,24 @@ class LossScale:
 
     @property
     def dynamic(self) -> bool:
+        """True if the config doesn't fix the scale."""
         return self._config.loss_scale == 0
 
     @property
     def factor(self) -> float:
-        """What a micro batch's summed loss is multiplied by."""
-        assert self.terms is not None, "found out before the first backward pass"
+        """Factor of a micro batch's summed loss."""
+        assert self.terms is not None, "set before the first backward pass"
         return self.scale / self.terms
 
     def set_terms(self, terms: float) -> None:
-        """Fix the divisor: the power of two next to the number of a global batch's terms."""
+        """Set the divisor: the power of two nearest to the number of terms in a global batch."""
         self.terms = 2.0 ** round(math.log2(max(1.0, terms)))
 
     def update(self, *, overflow: bool) -> None:
-        """Move the scale after a step was taken or skipped.
+        """Adjust the scale after a step was taken or skipped.
 
         Raises:
-            FloatingPointError: a gradient overflows at the smallest scale that is allowed.
+            FloatingPointError: a gradient overflows at the smallest allowed scale.
         """
         if not self.dynamic:
             return
@@ -84,7 +85,7 @@ class LossScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; a static scale stays what the config says."""
+        """Restore a saved state; a static scale keeps the config's value."""
         if self.dynamic:
             self.scale = state["scale"]
         self.terms = state["terms"]

@@ -1,7 +1,7 @@
 """Learning-rate schedules with DeepSpeed's formulas and timing.
 
-DeepSpeed counts a schedule's iterations from 0, and makes it at iteration -1: an optimizer's first step is
-taken before the schedule has begun. torch's epoch n is DeepSpeed's iteration n - 1.
+DeepSpeed counts a schedule's iterations from 0 and creates it at iteration -1: the optimizer's first step is
+taken before the schedule starts. torch's epoch n is DeepSpeed's iteration n - 1.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from uni3d.config.scheduler import (
 Ratio = Callable[[int], float]
 
 SECOND_BETA = 0.99
-"""What DeepSpeed sets an optimizer's second beta to while it cycles the first."""
+"""Second beta of the optimizer while the first is cycled, as in DeepSpeed."""
 
 HIGHEST_MOMENTUM = 0.999
-"""That `decay_mom_rate` leads to."""
+"""Upper bound of the momentum under `decay_mom_rate`."""
 
 
 def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The schedule of the config over `optimizer`, whose rates it sets at once.
+    """Return the config's schedule over `optimizer`, and set the optimizer's initial rates.
 
     Raises:
-        ValueError: the momentum is to be cycled of an optimizer that has no betas.
+        ValueError: `cycle_momentum` is set, but the optimizer has no betas.
     """
     params = config.params
     peak = _peak(params)
@@ -54,7 +54,7 @@ class CycledMomentum(LambdaLR):
     def __init__(self, optimizer: torch.optim.Optimizer, ratios: list[Ratio], params: OneCycleParams) -> None:
         self._momentum: Ratio = lambda epoch: _one_cycle_momentum(params, epoch)
         for group in optimizer.param_groups:
-            group["initial_betas"] = group["betas"]  # says that a schedule moves them
+            group["initial_betas"] = group["betas"]  # marks them as moved by a schedule, as `initial_lr` does
         super().__init__(optimizer, ratios)
 
     def step(self, epoch: int | None = None) -> None:
@@ -74,11 +74,11 @@ def _has_betas(optimizer: torch.optim.Optimizer, params: OneCycleParams) -> bool
             f"scheduler.params.cycle_momentum is true, but {type(optimizer).__name__} has no betas to cycle; "
             "set it to false"
         )
-    return False  # the default is for optimizers that have
+    return False  # true by default, but not asked for
 
 
 def _peak(params: Any) -> float | None:
-    """The rate that a schedule's ratios are of; None is each group's own."""
+    """Return the rate that the schedule's ratios multiply; None is each group's own."""
     if isinstance(params, WarmupLRParams | WarmupDecayLRParams):
         return params.warmup_max_lr
     if isinstance(params, OneCycleParams):
@@ -87,7 +87,7 @@ def _peak(params: Any) -> float | None:
 
 
 def _ratio(params: Any, lr: float) -> Ratio:
-    """Share of `lr` at torch's epoch n."""
+    """Return the ratio to `lr` as a function of torch's epoch."""
     if isinstance(params, WarmupCosineLRParams):
         return lambda epoch: _cosine(params, epoch - 1)
     if isinstance(params, OneCycleParams):
@@ -101,7 +101,7 @@ def _ratio(params: Any, lr: float) -> Ratio:
 def _rise(
     params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams, iteration: int
 ) -> float | None:
-    """Progress of the warmup in [0, 1); None when it is over."""
+    """Return the progress of the warmup in [0, 1), or None after it."""
     steps = max(2, params.warmup_num_steps)
     if iteration >= steps:
         return None
@@ -146,7 +146,7 @@ def _cycle_sizes(params: OneCycleParams) -> tuple[int, int]:
 
 
 def _height(params: OneCycleParams, epoch: int) -> float:
-    """How far up the cycle an epoch is, in [0, 1]."""
+    """Return the height of an epoch in the cycle, in [0, 1]."""
     first, second = _cycle_sizes(params)
     place = epoch % (first + second)
     rises = place <= first
@@ -158,7 +158,7 @@ def _height(params: OneCycleParams, epoch: int) -> float:
 
 
 def _decayed(params: OneCycleParams, epoch: int) -> float | None:
-    """After the cycle, the steps of decay, in units of its step size; None in the cycle."""
+    """Return the steps since the end of the cycle, in units of the decay's step size; None within it."""
     after = epoch - sum(_cycle_sizes(params))
     if after <= 0:
         return None
@@ -173,10 +173,10 @@ def _one_cycle_lr(params: OneCycleParams, epoch: int) -> float:
 
 
 def _one_cycle_momentum(params: OneCycleParams, epoch: int) -> float:
-    if epoch == 0:  # DeepSpeed begins at the lowest, though the first step's rate is the lowest too
+    if epoch == 0:  # DeepSpeed starts at the lowest momentum, though the rate is at its lowest too
         return params.cycle_min_mom
     decayed = _decayed(params, epoch)
-    if decayed is not None:  # DeepSpeed's formula grows without end, and past 1 no average is left
+    if decayed is not None:  # bounded here: DeepSpeed's formula grows past 1, where it is no average
         grown = params.cycle_max_mom * (1 + params.decay_mom_rate * decayed)
         return min(grown, max(params.cycle_max_mom, HIGHEST_MOMENTUM))
     return params.cycle_max_mom - (params.cycle_max_mom - params.cycle_min_mom) * _height(params, epoch)

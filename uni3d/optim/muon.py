@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest, both right on sharded parameters.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the
-nearest orthogonal matrix. That is of the whole matrix: the parts of it, each made orthogonal, would be
-something else. So every rank gathers one matrix at a time, makes it orthogonal and keeps its own part.
+nearest orthogonal matrix. This needs the whole matrix: orthogonalizing each part would give another result.
+So every rank gathers one matrix at a time, orthogonalizes it and keeps its own part.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.distributed.tensor import DTensor, Replicate
 from uni3d.optim.lion import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; with these, singular values end between about 0.7 and 1.2."""
+"""Coefficients of the quintic iteration; singular values end between about 0.7 and 1.2."""
 ITERATIONS = 5
 _NOT_HIDDEN = ("embed", "lm_head")
 
 
 class MuonWithAdam(torch.optim.Optimizer):
-    """Groups with `use_muon` true are of matrices; the others are AdamW's.
+    """Muon for groups with `use_muon` true, AdamW for the others.
 
-    States are of the parameter's shape: `momentum_buffer`, or `exp_avg` and `exp_avg_sq`; and a count `step`.
+    Muon's state is `momentum_buffer`; AdamW's are `exp_avg`, `exp_avg_sq` and a count `step`.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Collective over the ranks that share parameters."""
+        """Take a step. Collective over the ranks that share parameters."""
         assert closure is None, "the engine has computed the gradients"
         for group in self.param_groups:
             update = self._muon if group["use_muon"] else self._adam
@@ -72,9 +72,9 @@ class MuonWithAdam(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Near U V^T of the matrix's singular value decomposition U S V^T, by Newton and Schulz's iteration.
+    """Return about U V^T of the matrix's singular value decomposition U S V^T, by Newton-Schulz iteration.
 
-    In bfloat16 on a GPU, as is usual; in the matrix's own type elsewhere, so that rounding stays small.
+    Computed in bfloat16 on a GPU, as is usual, and in the matrix's own type on the CPU.
     """
     a, b, c = COEFFICIENTS
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
@@ -88,19 +88,20 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Collective: the whole of a sharded tensor, where the ranks compute, though it may be offloaded."""
+    """Collective: return the whole of a sharded tensor, on the compute device even if it is offloaded."""
     if not isinstance(tensor, DTensor):
         return tensor
     here = tensor.to(tensor.device_mesh.device_type)
-    assert isinstance(here, DTensor), "only its place has changed"
+    assert isinstance(here, DTensor), "only its device has changed"
     return here.full_tensor()
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks have, cut as `like` is, and where its part lies."""
+    """Return this rank's part of a tensor that all ranks have, sharded like `like` and on its device."""
     if not isinstance(like, DTensor):
         return whole
     everywhere = [Replicate()] * like.device_mesh.ndim
+    # All ranks have the same values, so no check is needed, and taking a part needs no communication.
     copies = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
     part = copies.redistribute(placements=like.placements).to_local()
     return torch.empty_like(local(like)).copy_(part)
@@ -109,14 +110,14 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
 def muon_groups(
     model: nn.Module, groups: list[dict[str, Any]], matrices: dict[str, Any], rest: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Split each group of parameter names in two, for Muon and for AdamW, which may be empty.
+    """Split each group of parameter names in two, for Muon and for AdamW; either may be empty.
 
-    DeepSpeed's choice: a parameter's own attribute `use_muon`; without it, matrices are Muon's whose names
-    don't speak of an embedding or the output head. `matrices` and `rest` are the hyperparameters of the two,
-    and those that a group has of its own come first.
+    As in DeepSpeed, a parameter's attribute `use_muon` decides. Without it, Muon takes matrices unless their
+    names contain "embed" or "lm_head". `matrices` and `rest` are the hyperparameters of the two; a group's
+    own take precedence.
 
     Raises:
-        ValueError: `use_muon` is true of something that isn't a matrix.
+        ValueError: `use_muon` is true for a parameter that isn't a matrix.
     """
     parameters = dict(model.named_parameters())
     chosen = {name: _use_muon(name, parameter) for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""States as the optimizer has them, whatever their names and shapes, across topologies; and every dtype."""
+"""Optimizer states of any name and shape across topologies, and arrays of every dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEFORE, STEPS = 3, 5
 
 
 class Odd(torch.optim.Optimizer):
-    """Signs of a running sum; its states are like the parameter, of another type, and single values."""
+    """Optimizer by the sign of a running sum, with parameter-shaped states, another dtype and scalars."""
 
     def __init__(self, params: Any, lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.5)) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "mode": "plain", "nothing": None})
@@ -79,7 +79,7 @@ class Factored(torch.optim.Optimizer):
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """With what each rank has of a mean over a dim that is cut brought together."""
+    """Reduce a partial mean over a sharded dim to the whole mean."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
@@ -138,7 +138,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class AllTypes(nn.Module):
-    """Buffers of every type that a checkpoint keeps, and a frozen parameter."""
+    """Model with buffers of every dtype that a checkpoint stores, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_a_type_that_cannot_be_stored_is_refused(alone: None, tmp_path: Path) ->
 
 
 class Unsummed(torch.optim.SGD):
-    """Keeps a mean of which each rank has a part."""
+    """Optimizer whose state is a partial mean on each rank."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
@@ -199,7 +199,7 @@ class Unsummed(torch.optim.SGD):
 def test_a_sum_that_is_not_summed_is_refused(alone: None, tmp_path: Path) -> None:
     engine = make_engine(seeded(Stack), optimizer=lambda groups: Unsummed(groups, lr=0.1))
     engine.optimizer.step()
-    with pytest.raises(ckpt.CheckpointError, match="mean is a sum that isn't summed yet"):
+    with pytest.raises(ckpt.CheckpointError, match="mean is a partial sum"):
         engine.save_checkpoint(tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_a_hyperparameter_that_cannot_be_kept_is_named_on_all_ranks(ranks: Ranks
 
 
 def roll_back(folder: str) -> float:
-    """The first stage has nothing in the optimizer, so no states either; the last one has."""
+    """Pipeline whose first stage has no parameters in the optimizer and no states; the last one has both."""
     model = seeded(Stack)
     last = [*model.out.parameters()]
     engine = make_engine(model, pp=2, micro=6, model_parameters=last)

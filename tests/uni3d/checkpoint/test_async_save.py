@@ -1,4 +1,4 @@
-"""Saving in the background: what training waits for, what is saved, and what happens to errors."""
+"""Asynchronous saves: the training they delay, the values they write, and their errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @contextmanager
 def held_up() -> Iterator[threading.Event]:
-    """Saves that do nothing in the background until the event is set."""
+    """Block background saves until the event is set."""
     go, write = threading.Event(), Saver._write
 
     def slow(self: Saver, *args: Any) -> Any:
@@ -40,7 +40,7 @@ def held_up() -> Iterator[threading.Event]:
 
 @contextmanager
 def full_disk(on: bool) -> Iterator[None]:
-    """Writes of chunks that fail, on the ranks where it is `on`."""
+    """Make writes of chunks fail on the ranks where it is `on`."""
     from ckpt.write import Writer
 
     def fail(*args: Any) -> Any:
@@ -51,7 +51,7 @@ def full_disk(on: bool) -> Iterator[None]:
 
 
 def overlap_case(run: str, zero: int) -> Any:
-    """Trains on while a save is held up, so that what is written late must be what was there early."""
+    """Train on while a save is blocked; it must write the values from before."""
     engine = make_engine(seeded(OwnLoss), zero=zero)
     batches = global_batches(6)
     train(engine, batches[:2])
@@ -86,7 +86,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(
 
 
 def failing_case(run: str) -> Any:
-    """A save that fails on rank 1 only, and training around it."""
+    """Train around a save that fails on rank 1 only."""
     engine = make_engine(seeded(Stack), zero=1)
     batches = global_batches(8)
     losses, errors = train(engine, batches[:1]), []
@@ -124,7 +124,7 @@ def uninterrupted_case() -> Any:
 
 
 def waiting_case(run: str, how: str) -> Any:
-    """The error of a failed save, by whichever call asks first."""
+    """Return the error of a failed save from the first call that raises it."""
     engine = make_engine(seeded(Stack))
     calls = {
         "wait": engine.wait_for_checkpoint,
@@ -197,7 +197,7 @@ def test_frozen_parameters_are_linked_and_outlive_the_old_tag(alone: None, tmp_p
 
 
 class Listing(torch.optim.lr_scheduler.LambdaLR):
-    """Keeps the rates that it gave in a list, which grows."""
+    """Scheduler with a growing list of its rates in its state."""
 
     def __init__(self, optimizer: Any) -> None:
         self.given: list[float] = []

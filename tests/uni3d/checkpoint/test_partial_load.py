@@ -1,4 +1,4 @@
-"""Loading a part of a checkpoint, or one of several: what is left out is left out exactly, and is said."""
+"""Partial loads and a choice of tags: exactly the excluded parts are left out, and reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "
 
 
 def saved_run(folder: Path, **given: Any) -> tuple[Any, Any]:
-    """An engine that has taken three steps and saved, and the trained oracle."""
+    """Return an engine that has taken three steps and saved, and the trained oracle."""
     engine = make_engine(seeded(Stack), **given)
     train(engine, global_batches(STEPS))
     engine.save_checkpoint(folder)
@@ -23,7 +23,7 @@ def saved_run(folder: Path, **given: Any) -> tuple[Any, Any]:
 
 
 def test_without_optimizer_states(alone: None, tmp_path: Path) -> None:
-    """New moments, and the saved weights, counters and schedule: its rate holds from the next step on."""
+    """Load weights, counters and schedule, not moments; the schedule's rate holds from the next step on."""
     first, _ = saved_run(tmp_path, config={"scheduler": WARMUP})
     engine = make_engine(seeded(Stack), config={"scheduler": WARMUP})
     engine.load_checkpoint(tmp_path, load_optimizer_states=False)
@@ -46,7 +46,7 @@ def test_the_module_only(alone: None, tmp_path: Path) -> None:
 
 
 class Longer(Stack):
-    """One layer more than what was saved, and one less."""
+    """Model with one layer more than the saved one, and one less."""
 
     def __init__(self) -> None:
         super().__init__()

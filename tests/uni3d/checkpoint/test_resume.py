@@ -1,4 +1,4 @@
-"""Resuming: the run goes on as if nothing had happened."""
+"""Resumes: the run continues as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "
 
 
 class PartlyUsed(Stack):
-    """A parameter that takes part in no loss, and so never gets a gradient, nor optimizer states."""
+    """Model with a parameter that is in no loss, so it gets neither a gradient nor optimizer states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def adagrad(groups: Any) -> torch.optim.Optimizer:
 
 
 class Slowing(torch.optim.Optimizer):
-    """An optimizer whose states are numbers alone: how often each parameter was stepped."""
+    """Optimizer whose only state is a number: the count of steps of each parameter."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.05})
@@ -61,7 +61,7 @@ class Slowing(torch.optim.Optimizer):
 
 
 def other_values(model: nn.Module) -> nn.Module:
-    """The same model with every value changed, so that whatever isn't restored shows."""
+    """Return the model with every value changed, so that a value that isn't restored shows."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor += 7
@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def resume_case(name: str, run: Path, first: int) -> Any:
-    """Train without and with an interruption after `first` steps; all that there is to compare."""
+    """Train with and without an interruption after `first` steps and compare; return both lists of losses."""
     given = {k: v for k, v in CASES[name].items() if k != "model"}
     batches = global_batches(STEPS)
     engine = make_engine(seeded(CASES[name]["model"]), **given)
@@ -119,7 +119,7 @@ def test_the_run_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, name: str, fi
 
 
 class Apart(Stack):
-    """A buffer that each rank fills with values of its own, large enough for ranks to share its writing."""
+    """Model with a buffer that differs between ranks and is large enough for them to share its writing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What doesn't fit is refused on all ranks alike, by name, before anything has changed."""
+"""Loads that don't fit: the same error on all ranks, with names, before anything changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save(run: Path, **given: Any) -> uni3d.Engine:
 
 
 def everything(engine: uni3d.Engine) -> list[Any]:
-    """All that a load can change, in a form that can be compared."""
+    """Return everything that a load can change, in a comparable form."""
     assert engine.optimizer is not None
     named = {id(p): name for name, p in engine.module.named_parameters()}
     states = {
@@ -47,7 +47,7 @@ def everything(engine: uni3d.Engine) -> list[Any]:
 
 
 def refused(engine: uni3d.Engine, run: Path, **how: Any) -> str:
-    """The error of a load that changes nothing, after which training goes on."""
+    """Return the error of a load; check that it changed nothing and that training goes on."""
     before = everything(engine)
     with pytest.raises(ckpt.CheckpointError) as caught:
         engine.load_checkpoint(run, **how)
@@ -98,7 +98,7 @@ MISFITS: dict[str, tuple[Callable[[], uni3d.Engine], str]] = {
 
 
 def misfit_case(run: Path, names: list[str]) -> dict[str, list[str]]:
-    """For each misfit the error of a fresh engine, and of one that has trained."""
+    """Return, for each misfit, the error of a new engine and of a trained one."""
     save(run)
     errors = {}
     for name in names:
@@ -130,7 +130,7 @@ def test_groups_with_other_members(alone: None, tmp_path: Path) -> None:
     other = seeded(Stack)
     engine = make_engine(other, model_parameters=swapped_groups(other))
     text = refused(engine, tmp_path, tag="two")
-    assert text.startswith("out.weight is in parameter group 0, but in 1 of the checkpoint")
+    assert text.startswith("out.weight is in parameter group 0, but in group 1 of the checkpoint")
 
 
 def test_no_optimizer_in_the_checkpoint(alone: None, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_tags_that_are_not_there(alone: None, tmp_path: Path) -> None:
 
 
 def damage(run: Path) -> str:
-    """Turn one byte of one chunk over; the name of its array."""
+    """Invert one byte of a chunk; return the name of its array."""
     chunk = sorted((run / "global_step2" / "atoms" / "layers.2.0.weight" / "fp32").glob("c*"))[0]
     data = bytearray(chunk.read_bytes())
     data[1] ^= 0x10
@@ -203,7 +203,7 @@ UNFIT = {
 
 
 def failing_save_case(run: Path) -> Any:
-    """Saves that fail, and then one that doesn't."""
+    """Make several saves fail, then one succeed."""
     rank = torch.distributed.get_rank()
     engine = make_engine(seeded(OwnLoss), zero=1)
     train(engine)

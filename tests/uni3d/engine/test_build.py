@@ -1,4 +1,4 @@
-"""`initialize`: optimizers of the user's own, parameter groups, and what is refused."""
+"""`initialize`: user-made optimizers, parameter groups, and refused arguments."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_groups_keep_their_own_hyperparameters(alone: None) -> None:
 
 
 def test_parameters_that_are_not_given_stay_and_count_in_no_norm(alone: None) -> None:
-    """They need no `requires_grad_(False)`: their gradients neither pile up nor clip those of the others."""
+    """Parameters outside the optimizer: their gradients neither accumulate nor count in the clipping norm."""
     oracle, batches = seeded(Stack), global_batches(STEPS)
     oracle.layers.requires_grad_(False)
     _, norms, model = train_plainly(oracle, batches, clip=0.1)
@@ -127,7 +127,7 @@ def test_parameters_that_are_not_given_stay_and_count_in_no_norm(alone: None) ->
 
 
 class TiedEnds(Stack):
-    """The first and the last layer share a weight, which stays as it is."""
+    """Model whose first and last layer share a frozen weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The order of samples: the same on every topology, and a matter of one integer."""
+"""The order of samples: the same on every topology, with one integer as its state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uni3d.engine.data import GlobalOrder, TrainingLoader
 
 
 class Position:
-    """The samples consumed, as an engine counts them."""
+    """Count of consumed samples, as in an engine."""
 
     def __init__(self, samples: int = 0) -> None:
         self.samples = samples
@@ -37,7 +37,7 @@ def make_loader(n: int, batch: int, micro: int, rank: int, dp: int, position: An
 
 
 def ids(batches: Iterator[Any], count: int) -> list[list[int]]:
-    """The sample numbers of the next `count` micro batches."""
+    """Return the sample numbers of the next `count` micro batches."""
     return [batch[0].tolist() for batch in islice(batches, count)]
 
 

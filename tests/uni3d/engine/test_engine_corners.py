@@ -1,4 +1,4 @@
-"""What scripts do to an engine that is easily answered wrongly, without a word."""
+"""Uses of an engine that are easily handled wrongly without an error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_weights_are_written_while_a_save_goes_on(ranks: Ranks, tmp_path: Path) 
 
 
 class Beside(nn.Module):
-    """Gives something beside its loss."""
+    """Model that returns its loss and something else."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_a_batch_that_is_one_tensor(alone: None) -> None:
 
 
 class Counted(nn.Module):
-    """A sum and a number of terms, both in whatever type it is computed in."""
+    """Loss function that returns a sum and a number of terms, both in the compute dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_the_engines_own_iterator_knows_what_others_have_taken(alone: None) -> N
 
 
 def late_case() -> Any:
-    """As on GPUs: a step's numbers are read in the next. One rank asks in between, as loggers do."""
+    """Read a step's numbers during the next, as on GPUs; one rank asks in between, as loggers do."""
     torch.manual_seed(0)
     engine = engine_of(Tokens(), optimizer={"type": "Adam", "params": {"lr": 0.1}})
     engine._stepper.deferred = True
@@ -169,4 +169,4 @@ def test_a_rank_that_looks_changes_nothing(ranks: Ranks) -> None:
     assert samples == others == 5 * 4, "all batches were taken"
     assert weights == their_weights
     assert norms[1] != norms[1], "NaN, as it was"
-    assert None in norms, "and told by all in the next step"
+    assert None in norms, "raised by all in the next step"

@@ -1,4 +1,4 @@
-"""`eval_batch`: the loss, and nothing learned; and dropout, which is the same after a resume."""
+"""`eval_batch` returns the loss and changes nothing; dropout repeats after a resume."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_it_gives_the_loss_and_learns_nothing(ranks: Ranks, name: str, zero: int
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3], ids="zero{}".format)
 def test_between_the_micro_batches_of_a_step(alone: None, zero: int) -> None:
-    """Gradients that are still being accumulated are as they were."""
+    """Evaluate during gradient accumulation; the gradients don't change."""
     batches = global_batches(STEPS)
     losses = train_plainly(seeded(OwnLoss), batches)[0]
     engine = make_engine(seeded(OwnLoss), zero=zero, micro=4)

@@ -1,4 +1,4 @@
-"""A rank that fails in the midst of a step: the others stop with its reason, and none waits for ever."""
+"""A rank that fails during a step: the others stop with its reason instead of waiting forever."""
 
 from __future__ import annotations
 

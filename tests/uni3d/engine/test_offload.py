@@ -1,4 +1,4 @@
-"""CPU offload: the same steps at every ZeRO stage, precision and topology; states are the host's on a GPU."""
+"""CPU offload: the same steps at every ZeRO stage, precision and topology; on a GPU, states on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is easily wrong under pipelines, beside the same model in one process: plain, or at pp = 1."""
+"""Corner cases of pipelines, compared with one process: plain PyTorch or pp = 1."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_data_parallel_ranks_with_batches_of_other_lengths(ranks: Ranks, zero: i
 
 
 class TwoTables(nn.Module):
-    """Words and positions, of which the head uses the words alone."""
+    """Module with word and position embeddings; a tied head uses only the words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_a_tied_module_of_which_a_stage_uses_a_part(ranks: Ranks) -> None:
 
 
 class WithIds(nn.Module):
-    """Hands tokens on beside activations; looks them up again."""
+    """Layer that passes tokens on with the activations and embeds them again."""
 
     def __init__(self, first: bool = False, last: bool = False) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ class How(NamedTuple):
     virtual: int = 1
     pp: int = 2
     micro: int = 1
-    """Samples in a micro batch."""
+    """Samples per micro batch."""
 
     def __str__(self) -> str:
         return f"{self.schedule}-v{self.virtual}-pp{self.pp}"
@@ -48,7 +48,7 @@ CLASSES = {
     "zero_bubble_v": "ScheduleZBVZeroBubble",
 }
 PLACES = {"zero_bubble_v": {2: [[0, 3], [1, 2]], 4: [[0, 7], [1, 6], [2, 5], [3, 4]]}}
-"""The stages on each rank, where they aren't dealt out round after round."""
+"""Stages on each rank, for schedules that don't assign them round-robin."""
 
 
 def make_engine(how: How, zero: int, options: dict[str, Any], **config: Any) -> Any:
@@ -75,7 +75,7 @@ def make_engine(how: How, zero: int, options: dict[str, Any], **config: Any) -> 
 
 
 def worst_error(engine: Any, expected: dict[str, dict[str, torch.Tensor]]) -> float:
-    """Of this rank's parameters and moments, relative to the largest element of their tensor."""
+    """Return the largest error of this rank's parameters and moments, relative to its tensor's maximum."""
     worst = 0.0
     for name, parameter in engine.module.named_parameters():
         tensors = {"fp32": parameter} | engine.optimizer.state[parameter]
@@ -130,7 +130,7 @@ def check(results: list[list[dict[str, Any]]], how: How, trace: oracle.Trace) ->
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[oracle.Trace, str]]:
-    """The oracle's training by what the model is, and the file of its last state."""
+    """Oracle training for each kind of model, and the file of its last state."""
     found = {}
     for name, options in {"tied": TIED, "untied": UNTIED, "deep": TIED | {"num_layers": 5}}.items():
         trace = oracle.train(oracle.MODEL | options, STEPS + 1)
@@ -143,7 +143,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[oracle.T
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_all_zero_stages_with_a_tied_head(ranks: Ranks, traces: Any, how: How) -> None:
-    """On 2 x 2 ranks; the tied weight is on two ranks, or in the V on two stages of one."""
+    """Test on 2 x 2 ranks; the tied weight is on two ranks or, in the V, on two stages of one."""
     trace, path = traces["tied"]
     check(ranks.run(4, train_case, how, [0, 1, 2, 3], TIED, path), how, trace)
 
@@ -227,7 +227,7 @@ SPLIT = [How("zero_bubble"), How("zero_bubble_v", 2)]
 @pytest.mark.parametrize("how", SPLIT, ids=str)
 @pytest.mark.parametrize("what", ["sequence_parallel", "shard_group", "offload"])
 def test_a_split_backward_pass_beside(ranks: Ranks, traces: Any, how: How, what: str) -> None:
-    """What hangs on hooks that a split backward pass doesn't run the usual way."""
+    """Test features that rely on hooks, which a split backward pass runs differently."""
     trace, _ = traces["tied"]
     tensor = what == "sequence_parallel"
     place = {"tp": 2, "sequence_parallel": True} if tensor else {}
@@ -244,7 +244,7 @@ def test_a_split_backward_pass_beside(ranks: Ranks, traces: Any, how: How, what:
 @pytest.mark.parametrize("how", SPLIT, ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_split_backward_pass_in_16_bits(ranks: Ranks, how: How, precision: str) -> None:
-    """The same numbers as the schedule that doesn't split has, whose parity is tested."""
+    """Compare with the schedule that doesn't split, whose parity is tested."""
     config = {precision: {"enabled": True}}
     plain = ranks.run(2, beside_case, How("1f1b"), config)
     for (losses, norms), (expected, expected_norms) in zip(

@@ -1,4 +1,4 @@
-"""What would go wrong without a word later is refused at once."""
+"""Mistakes that would silently go wrong later are refused at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_scheduler_that_cannot_be_saved(alone: None) -> None:
 def test_another_scheduler_than_was_saved(alone: None, tmp_path: Path) -> None:
     make_engine(seeded(Stack), lr_scheduler=lambda o: CosineAnnealingLR(o, 100)).save_checkpoint(tmp_path)
     other = make_engine(seeded(Stack), lr_scheduler=lambda o: StepLR(o, 1))
-    with pytest.raises(ckpt.CheckpointError, match="another scheduler than this run's StepLR"):
+    with pytest.raises(ckpt.CheckpointError, match="the checkpoint's scheduler isn't this run's StepLR"):
         other.load_checkpoint(tmp_path)
     changed = make_engine(seeded(Stack), lr_scheduler=lambda o: CosineAnnealingLR(o, 5000))
     with pytest.warns(UserWarning, match="T_max is 5000 in this run, 100 in the checkpoint"):
@@ -62,14 +62,12 @@ def test_a_whole_batch_between_micro_batches(alone: None) -> None:
     batches = micro_batches(global_batches(2), engine)
     inputs, _ = next(batches)
     engine.backward(engine(inputs).sum())
-    with pytest.raises(
-        RuntimeError, match=r"train_batch\(\) can't be called between .*; call step\(\) first"
-    ):
+    with pytest.raises(RuntimeError, match=r"train_batch\(\) can't be called between .* call step\(\)"):
         engine.train_batch(batches)
 
 
 class LocalMoments(torch.optim.SGD):
-    """Keeps its state in plain tensors of the local part, as some fused optimizers do."""
+    """Optimizer with states as plain tensors of the local part, like some fused optimizers."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:

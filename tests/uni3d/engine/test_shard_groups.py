@@ -75,7 +75,7 @@ def test_training_is_the_oracles_and_resumes_in_other_groups(
 
 
 class Taking(nn.Module):
-    """Two experts of one size; which of them learns depends on the sample."""
+    """Model with two experts of one size; the sample decides which of them learns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def mixed_case(zero: int) -> list[float]:
 
 @pytest.mark.parametrize("zero", [1, 2], ids="zero{}".format)
 def test_gradients_of_unused_parameters_have_the_type_of_the_others(ranks: Ranks, zero: int) -> None:
-    """In bf16 they are accumulated in fp32, where a zero in bf16 would be refused."""
+    """Check unused parameters' gradients: with bf16 they are fp32, and a bf16 zero would be an error."""
     model, (x, y) = seeded(Taking), global_batches(1)[0]
     total = torch.stack([model(x[i : i + 1], y[i : i + 1]) for i in range(12)]).mean()
     total.backward()

@@ -1,4 +1,4 @@
-"""What a run tells of itself: printed lines, curves, times, FLOPs."""
+"""Monitoring of a run: printed lines, curves, times, FLOPs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_monitor_that_fails_ends_itself_and_not_the_training(alone: None, tmp_
     (tmp_path / "job").write_text("a file where the folder should be")
     monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     engine = make_engine(seeded(Stack), config={"csv_monitor": monitor})
-    with pytest.warns(UserWarning, match="CsvMonitor gets no more values"):
+    with pytest.warns(UserWarning, match="CsvMonitor is disabled after an error"):
         assert len(train(engine, global_batches(2))) == 2
 
 
@@ -109,18 +109,18 @@ class NotLoggedIn(ModuleType):
 def not_logged_in_case() -> tuple[int, list[str]]:
     sys.modules["wandb"] = NotLoggedIn("wandb")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             engine = make_engine(seeded(Stack), config={"wandb": {"enabled": True}})
             losses = train(engine, global_batches(2))
     finally:
         del sys.modules["wandb"]
-    return len(losses), [str(w.message) for w in told if "gets no more" in str(w.message)]
+    return len(losses), [str(w.message) for w in caught if "is disabled" in str(w.message)]
 
 
 def test_a_monitor_that_cannot_be_made_on_rank_0_does_not_leave_the_others_waiting(ranks: Ranks) -> None:
     first, second = ranks.run(2, not_logged_in_case)
-    assert first == (2, ["Wandb gets no more values: no API key"])
+    assert first == (2, ["Wandb is disabled after an error: no API key"])
     assert second == (2, [])
 
 
@@ -191,7 +191,7 @@ def test_speed_is_of_the_steps_since_the_last_line_also_after_a_load(
 
 
 class FakeEvent:
-    """A GPU's: its time is known when the GPU has come so far."""
+    """Stand-in for a GPU's event: its time is known once the GPU has reached it."""
 
     clock = 0.0
     computed = 0.0
@@ -216,7 +216,7 @@ def test_a_gpus_times_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     times = _Times(torch.device("cuda"))
     for _ in range(2):
         for phase in ("data", "step"):
-            with times.of(phase):
+            with times.measure(phase):
                 pass
     FakeEvent.computed = 5.0  # both phases of the first step, and the next one's begin
     assert times.line() == "time since the last line: data 1.0 ms (50%) | step 1.0 ms (50%)"
@@ -270,7 +270,7 @@ SHAPE: dict[str, Any] = {
 
 
 def by_hand() -> int:
-    """Of one forward pass of a global batch, written out."""
+    """Return the FLOPs of one forward pass of a global batch, written out."""
     tokens, seq = oracle.BATCH * oracle.SEQ_LEN, oracle.SEQ_LEN
     kv = HIDDEN // HEADS * KV_HEADS
     block = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv + 3 * HIDDEN * FFN  # q, o; k, v; gate, up, down
@@ -357,7 +357,7 @@ def test_a_profile_that_cannot_be_written_ends_no_training(alone: None, tmp_path
     (tmp_path / "file").touch()
     section = {"enabled": True, "output_file": str(tmp_path / "file" / "profile.txt")}
     batches = global_batches(2)
-    with pytest.warns(UserWarning, match="the profile isn't written: "):
+    with pytest.warns(UserWarning, match="can't write the FLOPs profile: "):
         losses = train(make_engine(seeded(OwnLoss), config={"flops_profiler": section}), batches)
     assert losses == train(make_engine(seeded(OwnLoss)), batches)
 

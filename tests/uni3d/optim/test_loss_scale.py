@@ -1,4 +1,4 @@
-"""fp16's loss scale: how it moves, and that an overflow anywhere skips the step everywhere."""
+"""fp16's loss scale: its changes, and an overflow on one rank, which skips the step on all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FP16 = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}
 
 
 def scale_after(steps: str, **settings: Any) -> float:
-    """`steps` has an "x" for each overflow and a "." for each good step."""
+    """Run `steps`: an "x" for each overflow and a "." for each good step."""
     scaler = LossScale(FP16Config(enabled=True, **settings))
     for step in steps:
         scaler.update(overflow=step == "x")
@@ -55,7 +55,7 @@ def test_an_overflow_at_the_smallest_scale_is_an_error() -> None:
 
 
 class Overflow(torch.autograd.Function):
-    """Nothing, but that its gradient is infinite."""
+    """Identity with an infinite gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Overflow(torch.autograd.Function):
 
 
 class Split(Stack):
-    """A `Stack` that tensor parallelism can split."""
+    """`Stack` that tensor parallelism can split."""
 
     def __init__(self) -> None:
         super().__init__(layers=1)
@@ -138,7 +138,7 @@ def test_the_scale_is_part_of_a_checkpoint(alone: None, tmp_path: Path) -> None:
 
 
 def test_a_resume_in_another_precision_keeps_the_fp32_weights(alone: None, tmp_path: Path) -> None:
-    """Masters are fp32 in every precision, so nothing of them is rounded on the way."""
+    """Resume in another precision: master weights are fp32 in all of them, so nothing is rounded."""
     engine = make_engine(seeded(Stack), config={"bf16": {"enabled": True}})
     train(engine, global_batches(2))
     engine.save_checkpoint(tmp_path)

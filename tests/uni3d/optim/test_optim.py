@@ -22,11 +22,11 @@ from uni3d.optim import make_optimizer
 from uni3d.optim.lr_schedules import make_scheduler
 
 LRS = (0.01, 0.003)
-"""Of two parameter groups."""
+"""Initial rates of the two parameter groups."""
 
 
 def rates(kind: str, params: dict[str, Any], steps: int) -> list[list[float]]:
-    """Each group's rate at the optimizer steps 1 to `steps`."""
+    """Return each group's rate at the optimizer steps 1 to `steps`."""
     config = load_config({"scheduler": {"type": kind, "params": params}}).scheduler
     assert config is not None
     weights = [torch.zeros(1, requires_grad=True) for _ in LRS]
@@ -42,7 +42,7 @@ def rates(kind: str, params: dict[str, Any], steps: int) -> list[list[float]]:
 
 
 def warmup(iteration: int, steps: int, kind: str) -> float:
-    """How far the warmup is: from 0 at iteration 0 to 1 at iteration `steps`."""
+    """Return the progress of the warmup, from 0 at iteration 0 to 1 at iteration `steps`."""
     return math.log(iteration + 1) / math.log(steps) if kind == "log" else iteration / steps
 
 
@@ -114,7 +114,7 @@ def test_warmup_cosine_lr(steps: int, total: int, kind: str, low: float, end: fl
 
 
 def one_cycle(iteration: int, p: dict[str, Any]) -> tuple[float, float]:
-    """Rate and momentum after the scheduler's step number `iteration`, counted from 0.
+    """Return rate and momentum after the scheduler's step `iteration`, counted from 0.
 
     A cycle goes up over the first step size and down over the second, between the two bounds, momentum the
     other way round; with stairs, only at the end of each. After it, both decay by the interval since.
@@ -219,7 +219,7 @@ def test_cycled_momentum_goes_on_after_a_load(alone: None, tmp_path: Path) -> No
 
 
 def test_a_constant_end_of_the_linear_warmup() -> None:
-    """A few numbers by hand, as the formulas above could be wrong in the same way."""
+    """Check a few numbers by hand, as the formulas above could share an error with the code."""
     found = rates("WarmupLR", {"warmup_num_steps": 4, "warmup_type": "linear"}, 7)
     shares = [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert found == [pytest.approx([share * lr for lr in LRS]) for share in shares]

@@ -24,7 +24,7 @@ STEPS, BEFORE = 4, 2
 
 
 class PlainLion(torch.optim.Optimizer):
-    """Lion as its paper's algorithm 2 has it, line by line."""
+    """Lion, written from algorithm 2 of its paper."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -41,7 +41,7 @@ class PlainLion(torch.optim.Optimizer):
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Muon for matrices, AdamW for vectors, as DeepSpeed combines them; written down from Jordan's post."""
+    """Muon for matrices and AdamW for vectors, as in DeepSpeed; written from Jordan's post."""
 
     def __init__(self, params: Any, muon_lr: float, adam_lr: float, weight_decay: float) -> None:
         params = list(params)
@@ -84,7 +84,7 @@ def newton_schulz(g: Tensor) -> Tensor:
 
 
 def gpt_case() -> list[float]:
-    """Where tensor parallelism and ZeRO cut the same dim, so that a rank's rows don't lie side by side."""
+    """Run Muon with tensor parallelism and ZeRO on the same dim: a rank's rows aren't contiguous."""
     config = {
         "train_batch_size": oracle.BATCH,
         "gradient_clipping": 0.0,
@@ -161,7 +161,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Make]] = {
 
 
 def wide() -> nn.Module:
-    """Matrices that are wide, tall and square, of sizes that 2 doesn't divide, and vectors."""
+    """Model with wide, tall and square matrices, sizes that 2 doesn't divide, and vectors."""
     model = Stack(2)
     model.layers[0] = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
     return model
