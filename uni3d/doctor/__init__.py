@@ -1,11 +1,8 @@
-"""Whether a checkpoint would resume on so many ranks: what `uni3d doctor` finds out.
+"""Check, as `uni3d doctor` does, that a checkpoint would resume on a given number of ranks.
 
-resharding         what each rank of a topology would hold of the checkpoint's arrays
-holders            where it comes from
-planned_reads      what it would read for that
-doctor_memory      what that takes of its memory
-doctor_fit         which topologies there are, and why not others
-doctor_config      what the manifest and a config make a resume refuse, or warn of
+topologies     topologies that are possible, and the reasons against the others
+memory         memory that a rank needs to resume
+checks         refusals and warnings, from the manifest and a config
 """
 
 from __future__ import annotations
@@ -16,10 +13,10 @@ from typing import Any
 
 import ckpt
 from uni3d.config import load_config
-from uni3d.doctor import checks as doctor_config
+from uni3d.doctor import checks
 from uni3d.doctor.memory import Known
 from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
-from uni3d.estimate.planned_reads import reads
+from uni3d.estimate.holders import reads
 from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
@@ -55,7 +52,7 @@ def examine(
         values=values or {},
         known=known,
     )
-    refusals, changes = doctor_config.judged(manifest, config, checkpoint)
+    refusals, changes = checks.judged(manifest, config, checkpoint)
     if whole["problems"]:
         refusals.insert(0, _damage(whole))
     report = {
@@ -64,13 +61,13 @@ def examine(
         **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
         "warnings": changes,
-        "notes": list(doctor_config.notes(config, manifest)) + _own_shapes(source),
+        "notes": list(checks.notes(config, manifest)) + _own_shapes(source),
         "whole": whole,
         "config_given": config is not None,
         "activations_counted": known is not None,
     }
     if config is not None:
-        degrees, why = doctor_config.as_it_is(config, asked.world)
+        degrees, why = checks.as_it_is(config, asked.world)
         report["config_as_it_is"] = {"starts_as": degrees, "refused": why}
     return report
 

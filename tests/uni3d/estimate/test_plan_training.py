@@ -24,11 +24,11 @@ from torch.distributed.pipelining import schedules
 import parallel
 from parallel import layers as blocks
 from parallel.stages import Chain, split_layers
-from uni3d.estimate import save as paper
 from uni3d.estimate.activations import of_link, of_loss
 from uni3d.estimate.gpt import GPTShape, from_model_config
 from uni3d.estimate.job import Job
 from uni3d.estimate.memory import in_flight, memory, worst
+from uni3d.estimate.save import on_paper
 from uni3d.estimate.search import Machine, judge, propose
 from uni3d.estimate.traffic import bubble
 
@@ -92,7 +92,7 @@ def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) 
 
 
 def test_a_tied_head_is_saved_once() -> None:
-    figures = paper.on_paper(
+    figures = on_paper(
         from_model_config(SMALL | {"tied_head": True}), parallel.Ranks(pp=2, dp=2, tp=1, zero=1)
     )
     parameters = sum(p.numel() for p in real_model(SMALL | {"tied_head": True}).parameters())

@@ -13,8 +13,7 @@ from resharding_cases import Place, held_case, save_case
 import ckpt
 import parallel
 from uni3d.doctor.memory import needs
-from uni3d.estimate.holders import Holders, resumed, writers
-from uni3d.estimate.planned_reads import reads
+from uni3d.estimate.holders import Holders, reads, resumed, writers
 from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 
