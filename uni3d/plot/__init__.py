@@ -5,4 +5,6 @@
     resize      topologies before and after a resize
     layout      draws the parts that ranks hold of an atom
     figure      common style, and writing to files
+
+matplotlib is loaded only when something is drawn.
 """

@@ -141,7 +141,7 @@ def test_memory_decides(doctor: Command, saved: Path) -> None:
     result = doctor(saved, "--world-size", 4, "--memory", f"{min(needs.values()) - 1}")
     assert result.code == 1
     assert "nothing fits" in result.words
-    assert "a rank: the least is" in result.words
+    assert "per rank: the minimum is" in result.words
 
 
 def test_activations_of_a_model_that_is_known(
@@ -188,7 +188,7 @@ def test_degrees_that_were_asked_for(doctor: Command, saved: Path) -> None:
     result = doctor(saved, "--world-size", 4, "--tp", 4)
     assert result.code == 1
     assert "with tp 4: tp 4 doesn't divide the 26 features" in result.words
-    assert "without these degrees it would do, as pp 1, dp 4, tp 1, ZeRO 1" in result.words
+    assert "without these degrees it would resume as pp 1, dp 4, tp 1, ZeRO 1" in result.words
     assert doctor(saved, "--world-size", 4, "--tp", 2, "--pp", 2).code == 0
 
 
@@ -197,7 +197,7 @@ def test_files_that_are_missing(doctor: Command, run: Path) -> None:
     chunk.unlink()
     result = doctor(run, "--world-size", 2)
     assert (result.code, result.err) == (1, "")
-    assert "the checkpoint isn't whole: layers.1." in result.words
+    assert "the checkpoint is incomplete: layers.1." in result.words
     assert "is missing; other tags: global_step1" in result.words
     assert doctor(run, "--world-size", 2, "--tag", "global_step1").code == 0
     chunk.write_bytes(b"short")

@@ -275,7 +275,7 @@ def test_the_command_prints_what_the_figures_say() -> None:
         ("--params 70e9 --zero 4", "ZeRO stage 4 doesn't exist"),
         ("--params 70e9 --layers 0", "--layers 0 must be at least 1"),
         ("--params 70e9 --layers 4 --hidden 64 --ffn 64", "more than 2% off --params 70,000,000,000"),
-        ("--params 1e5", "change --params, or what you gave of the shape, or --vocab"),
+        ("--params 1e5", "change --params, --vocab or the sizes that you gave"),
         ("--params seventy", "--params seventy: expected a positive number"),
         ("--params 70e9 --hidden 8192 --heads 60", "60 heads don't divide --hidden 8192"),
         ("--layers 4", "give --params, or the shape"),
