@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -89,6 +87,16 @@ def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) 
         assert [job.whole(unit) for unit in stage.units if unit] == sizes
         rest = {id(p): p.numel() for p in chain.parameters() if not any(id(p) in unit for unit in units)}
         assert job.whole(stage.root) == sum(rest.values())
+
+
+def test_the_size_of_a_part_is_the_largest_ranks() -> None:
+    """Rows are cut by `ceil`; what a rank is short of is padded."""
+    shape = from_model_config(SMALL)
+    job = make_job(shape, dp=3)
+    weights = [w for link in shape.links for w in link.weights]
+    expected = sum(-(-w.shape[0] // 3) * prod(w.shape[1:]) for w in weights)
+    stage = job.stages[0]
+    assert sum(job.shard(unit) for unit in [*stage.units, stage.root]) == expected
 
 
 def test_a_tied_head_is_saved_once() -> None:
@@ -358,121 +366,3 @@ def test_tensor_parallelism_stays_inside_a_node() -> None:
     job = make_job(BIG, dp=16, seq_len=512, accumulation=2, precision="bf16")
     found = propose(job, 16, 80 * 2**30, replace(MACHINE, ranks_per_node=2))
     assert {proposal.job.ranks.tp for proposal in found} == {1, 2}
-
-
-# --- the command -----------------------------------------------------------------------------------------
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    uni3d_command = [str(Path(sys.executable).parent / "uni3d"), "plan", *arguments]
-    return subprocess.run(uni3d_command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_the_command_takes_an_examples_config() -> None:
-    config = str(EXAMPLES / "1.3b.json")
-    row = json.loads(command(config, "--world-size", "16", "--pp", "2", "--zero", "1", "--json").stdout)
-    assert row["ranks"] | {"pp": 2, "dp": 8, "tp": 1, "zero": 1, "total": 16} == row["ranks"]
-    training = row["training"]
-    assert training["tokens_per_step"] == 512 * 2048
-    assert (training["micro_batch"], training["accumulation"]) == (2, 32)
-    assert training["bubble"] == pytest.approx(1 / 33)
-    stages = training["memory_by_stage"]
-    assert training["worst_stage"] == max(stages, key=lambda stage: stage["bytes"])["stage"]
-    parts = (
-        "parameters",
-        "optimizer",
-        "gradients",
-        "gathered",
-        "activations",
-        "loss",
-        "communication",
-        "pipeline",
-    )
-    assert all(sum(stage[part] for part in parts) == stage["bytes"] for stage in stages)
-    assert sum(stage["optimizer"] for stage in stages) * 8 == 8 * (
-        row["parameters"] + 50304 * 2048
-    )  # tied: twice
-
-
-def test_the_command_proposes_and_says_by_how_much_it_misses() -> None:
-    config = str(EXAMPLES / "1.3b.json")
-    shown = command(config, "--world-size", "8", "--memory", "40GiB").stdout
-    assert "fit in 40.0 GiB per rank, fastest first:" in shown
-    row = json.loads(command(config, "--world-size", "8", "--memory", "40GiB", "--json").stdout)
-    assert row["fits"]
-    first = row["proposals"][0]
-    assert f"{first['pp']:>4} {first['dp']:>5} {first['tp']:>3}" in shown
-    missed = command(config, "--world-size", "2", "--memory", "1GB")
-    assert missed.returncode == 0
-    assert "nothing fits in 953.7 MiB per rank." in missed.stdout
-
-
-def test_the_command_needs_no_torch() -> None:
-    arguments = ["plan", str(EXAMPLES / "1.3b.json"), "--world-size", "8", "--memory", "40GiB"]
-    code = f"import sys, uni3d.cli\ntry: uni3d.cli.app({arguments})\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("CONFIG --params 1e9", "--params and"),
-        ("CONFIG --world-size 6 --pp 4", "pp(4) * tp(1) = 4 doesn't divide the world size 6"),
-        ("CONFIG --world-size 8 --tp 3 --dp 1 --pp 1", "pp(1) * dp(1) * tp(3) = 3, but the world size is 8"),
-        ("CONFIG --world-size 24 --tp 3", "tp(3) doesn't divide the 16 heads"),
-        ("CONFIG --seq-len 4096", "seq_len 4096 is more than the 2048 learned positions"),
-        ("CONFIG --precision fp8", "--precision fp8 is unknown; give one of fp32, bf16, fp16"),
-        ("CONFIG --recompute some", "--recompute some is unknown; give one of none, full, selective"),
-        ("CONFIG --device tpu", "--device tpu is unknown; give one of cuda, cpu"),
-        ("CONFIG --memory 80", None),
-        ("CONFIG --memory lots", "--memory lots: expected a positive number with a known unit"),
-        ("CONFIG --micro-batch 0", "micro-batch 0 must be at least 1"),
-        ("nowhere.json", "nowhere.json can't be read"),
-        (__file__, "is not JSON"),
-    ],
-)
-def test_mistakes_are_one_line(arguments: str, message: str | None) -> None:
-    result = command(*arguments.replace("CONFIG", str(EXAMPLES / "1.3b.json")).split())
-    if message is None:
-        assert "nothing fits in 80 B" in result.stdout
-        return
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_a_config_that_isnt_one_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    for document, message in [
-        ({"model": {}, "uni3d": {}}, "seq_len is missing"),
-        (
-            {"model": {"hiden_size": 3}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
-            "model.hiden_size isn't",
-        ),
-        (
-            {"model": {"norm": "batchnorm"}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
-            "model.norm is 'batchnorm'",
-        ),
-        (
-            {"model": {"hidden_size": "a"}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
-            "expected a whole number",
-        ),
-        ({"model": {}, "seq_len": 8, "uni3d": {"train_batch_sise": 1}}, "did you mean"),
-    ]:
-        path.write_text(json.dumps(document))
-        result = command(str(path))
-        assert message in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_the_size_of_a_part_is_the_largest_ranks() -> None:
-    """Rows are cut by `ceil`; what a rank is short of is padded."""
-    shape = from_model_config(SMALL)
-    job = make_job(shape, dp=3)
-    weights = [w for link in shape.links for w in link.weights]
-    expected = sum(-(-w.shape[0] // 3) * prod(w.shape[1:]) for w in weights)
-    stage = job.stages[0]
-    assert sum(job.shard(unit) for unit in [*stage.units, stage.root]) == expected

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -237,58 +234,3 @@ def test_seconds_are_the_slowest_ones() -> None:
     assert figures.save_seconds(2, ranks_per_node=8) == (18 + 4) / 2
     assert figures.stall_seconds(4) == 2
     assert figures.balance == 6 / (8 / 3)
-
-
-# --- the command ---------------------------------------------------------------------------------------
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    uni3d_command = [str(Path(sys.executable).parent / "uni3d"), "plan", *arguments]
-    return subprocess.run(uni3d_command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_the_command_prints_what_the_figures_say() -> None:
-    arguments = ["--params", "70e9", "--pp", "8", "--dp", "64", "--tp", "8"]
-    row = json.loads(command(*arguments, "--json", "--bandwidth", "500MB/s").stdout)
-    figures = on_paper(derive(70_000_000_000), parallel.Ranks(pp=8, dp=64, tp=8, zero=1))
-    assert row["parameters"] == figures.parameters
-    assert row["files"] == figures.chunks + figures.documents
-    assert row["bytes"] == sum(figures.written)
-    assert row["bytes_by_rank"]["max"] == max(figures.written)
-    assert row["balance"] == figures.balance
-    assert row["manifest_bytes"] == figures.manifest
-    assert row["save_seconds"] == figures.save_seconds(5e8, 8)
-    assert row["stall_seconds"] == figures.stall_seconds(1e10)
-    lines = command(*arguments).stdout
-    for part in ("80 layers", "68,976,648,192 (70,000,000,000 requested)", f"{row['chunks']:,} chunks"):
-        assert part in lines
-    assert command("--params", "70B", *arguments[2:]).stdout == lines
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--params 70e9 --tp 3", "tp(3) doesn't divide the 64 heads"),
-        ("--params 70e9 --tp 16", "tp(16) doesn't divide the 8 kv heads; give another --tp or --kv-heads"),
-        ("--params 70e9 --pp 84", "a pipeline of 84 stages needs at least 84 layers, but the model has 83"),
-        ("--params 70e9 --dp 0", "dp(0) must be at least 1"),
-        ("--params 70e9 --zero 4", "ZeRO stage 4 doesn't exist"),
-        ("--params 70e9 --layers 0", "--layers 0 must be at least 1"),
-        ("--params 70e9 --layers 4 --hidden 64 --ffn 64", "more than 2% off --params 70,000,000,000"),
-        ("--params 1e5", "change --params, --vocab or the sizes that you gave"),
-        ("--params seventy", "--params seventy: expected a positive number"),
-        ("--params 70e9 --hidden 8192 --heads 60", "60 heads don't divide --hidden 8192"),
-        ("--layers 4", "give --params, or the shape"),
-        ("--params 70e9 --bandwidth 2Gb/s", "e.g. 2GB/s or 500MiB/s"),
-        ("--params 70e9 --memory-bandwidth 0", "--memory-bandwidth 0: expected a positive number"),
-        ("--params 70e9 --ranks-per-node 0", "--ranks-per-node 0 must be at least 1"),
-        ("--params 70e9 --states fp32,fp32", "must be distinct names"),
-    ],
-)
-def test_mistakes_are_one_line(arguments: str, message: str) -> None:
-    result = command(*arguments.split())
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.strip().splitlines()) == 1
