@@ -1,6 +1,6 @@
-"""Planning a training job: its parts against the real model's, a pipeline played through, and the command.
+"""Compare the parts of a planned job with the real model, and its pipeline with a simulation.
 
-That it comes to what real ranks do is in `test_plan_measured.py`.
+`test_plan_measured.py` compares the whole with real ranks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_the_examples_configs_are_counted(path: Path) -> None:
 
 @pytest.mark.parametrize("pp", [1, 2, 3])
 @pytest.mark.parametrize("tied", [True, False])
-def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) -> None:
+def test_stages_and_units_are_those_of_training(pp: int, tied: bool) -> None:
     job = make_job(from_model_config(SMALL | {"tied_head": tied}), pp=pp)
     whole = real_model(SMALL | {"tied_head": tied})
     for kept, stage in zip(split_layers(whole, whole.pipeline_layers, pp), job.stages, strict=True):
@@ -90,7 +90,7 @@ def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) 
 
 
 def test_the_size_of_a_part_is_the_largest_ranks() -> None:
-    """Rows are cut by `ceil`; what a rank is short of is padded."""
+    """Rows are cut by `ceil`, and a rank with fewer pads."""
     shape = from_model_config(SMALL)
     job = make_job(shape, dp=3)
     weights = [w for link in shape.links for w in link.weights]
@@ -112,13 +112,13 @@ def test_a_tied_head_is_saved_once() -> None:
 
 
 def saved(module: nn.Module, function: Any, *inputs: Tensor) -> int:
-    """Bytes of all that autograd keeps of a call, each storage once, beside the module's parameters."""
+    """Return the bytes that autograd saves in a call, each storage once, without the module's parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     found: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in parameters:
-            found[tensor.untyped_storage().data_ptr()] = tensor  # and so it can't be given to another
+            found[tensor.untyped_storage().data_ptr()] = tensor  # keeps the memory from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -128,7 +128,7 @@ def saved(module: nn.Module, function: Any, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
-def test_activations_are_what_autograd_keeps(kind: dict[str, Any], precision: str) -> None:
+def test_activations_are_those_that_autograd_saves(kind: dict[str, Any], precision: str) -> None:
     options = SMALL | kind | {"hidden_size": 128, "num_layers": 1}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = GPT(GPTConfig(**options)).to(dtype)
@@ -139,12 +139,12 @@ def test_activations_are_what_autograd_keeps(kind: dict[str, Any], precision: st
     assert links["embed"] == saved(model.embed, model.embed, tokens)
     assert links["norm"] == saved(model.norm, model.norm, wide)
     assert links["head"] == saved(model.head, model.head, wide)
-    # A layer's also has the tables of rotary angles, which all layers share in fp32.
+    # autograd also saves the tables of rotary angles, which all layers share in fp32.
     shared = 2 * 64 * 16 * 4 if kind["positions"] == "rotary" and precision == "fp32" else 0
     assert links["layers.0"] == saved(model.layers[0], model.layers[0], wide) - shared
     logits = torch.randn(2, 64, 500, requires_grad=True)
     kept, _ = of_loss(job)
-    ids = tokens.nbytes + 4  # the targets, and the number of them
+    ids = tokens.nbytes + 4  # the targets and their number
     assert kept == saved(nn.Identity(), next_token_loss, logits, tokens) - ids + logits.nbytes
 
 
@@ -172,8 +172,8 @@ def test_every_other_layer_is_half_the_saving() -> None:
     assert totals[1] == pytest.approx((totals[0] + totals[2]) / 2, rel=0.2)
 
 
-def test_what_tensor_parallelism_splits() -> None:
-    """What is inside attention and feed-forward; with sequence parallelism, the norms' input too."""
+def test_tensor_parallelism_splits_activations() -> None:
+    """It splits those inside attention and feed-forward; sequence parallelism also splits the norms'."""
     shape = from_model_config(SMALL)
     kept = [
         of_link(make_job(shape, tp=tp, sequence_parallel=sequence), shape.links[1], recomputed=False).kept
@@ -184,11 +184,14 @@ def test_what_tensor_parallelism_splits() -> None:
     assert kept[1] - kept[2] == 2 * (2 * wide + 4 * 128) // 2
 
 
-# --- a pipeline, played through --------------------------------------------------------------------------
+# --- a simulated pipeline --------------------------------------------------------------------------------
 
 
 def play(pp: int, m: int, order: str) -> tuple[float, list[int]]:
-    """Run GPipe or 1F1B, a forward of 1 and a backward of 2: the time, and what each rank held at most."""
+    """Simulate GPipe or 1F1B with a forward of 1 and a backward of 2.
+
+    Return the time, and the largest number of micro batches in flight on each rank.
+    """
     todo = []
     for rank in range(pp):
         warm = m if order == "gpipe" else min(pp - rank, m)
@@ -235,7 +238,7 @@ TORCHS = [
 
 
 def torchs_orders(kind: Any, pp: int, v: int, m: int) -> dict[int, list[Any]]:
-    """What each rank does in one of torch's schedules: `(stage, F, B, I or W, micro batch)`."""
+    """Return each rank's actions in one of torch's schedules: `(stage, F, B, I or W, micro batch)`."""
     stages = [
         SimpleNamespace(
             stage_index=i * pp,
@@ -257,7 +260,10 @@ def torchs_orders(kind: Any, pp: int, v: int, m: int) -> dict[int, list[Any]]:
 
 
 def play_order(orders: dict[int, list[Any]], last_stage: int) -> tuple[float, list[int]]:
-    """As `play`, forward and both halves of a backward taking 1 each; held is what has a half to come."""
+    """Simulate like `play`, with 1 for a forward and for each half of a backward.
+
+    A micro batch is in flight until its second half is done.
+    """
     kinds = schedules._ComputationType
     todo = {rank: list(actions) for rank, actions in orders.items()}
     done: dict[tuple[str, int, int], float] = {}
@@ -265,11 +271,8 @@ def play_order(orders: dict[int, list[Any]], last_stage: int) -> tuple[float, li
     while any(todo.values()):
         for rank, actions in todo.items():
             while actions:
-                stage, kind, i = (
-                    actions[0].stage_index,
-                    actions[0].computation_type,
-                    actions[0].microbatch_index,
-                )
+                first = actions[0]
+                stage, kind, i = first.stage_index, first.computation_type, first.microbatch_index
                 needs = []
                 if kind == kinds.FORWARD and stage > 0:
                     needs = [("F", stage - 1, i)]
@@ -329,7 +332,7 @@ def test_proposals_are_the_quickest_that_fit() -> None:
         assert proposal.job.batch == job.batch
         assert proposal == judge(proposal.job, MACHINE)
         assert worst(memory(proposal.job)).peak.total == proposal.need <= limit
-    # Nothing else that fits is quicker, looking at every setting of one split.
+    # No other setting of the best split fits and is faster.
     best = min(found, key=lambda proposal: proposal.cost.seconds)
     ranks = best.job.ranks
     for zero, mode, micro in itertools.product(range(4), ["none", "selective", "full"], [1, 2, 4, 8]):

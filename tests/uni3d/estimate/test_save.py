@@ -1,4 +1,4 @@
-"""A checkpoint's plan on paper is the plan that real ranks make, and its figures what they write."""
+"""Compare a planned save with the plan that real ranks make and the files that they write."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from uni3d.estimate.gpt import GPTShape, derive
 from uni3d.estimate.save import cut_stages, on_paper, stage_layout
 
 WIDE = GPTShape(layers=2, hidden=512, heads=8, kv_heads=2, ffn=1056, vocab=509)
-"""With matrices large enough to be written in place, small ones, and a vocabulary that nothing divides."""
+"""Shape with matrices large enough to be written in place, small ones, and a prime vocabulary."""
 RAGGED = GPTShape(layers=3, hidden=20, heads=2, kv_heads=2, ffn=26, vocab=61)
-"""With parts that are uneven, or none at all."""
+"""Shape with uneven and empty parts."""
 
 CASES = [
     (WIDE, parallel.Ranks(pp=2, dp=2, tp=1, zero=1)),
@@ -55,7 +55,7 @@ def real_model(shape: GPTShape) -> GPT:
 
 
 def real_case(shape: GPTShape, place: parallel.Ranks, run: str) -> dict[str, Any]:
-    """Train a step and save; what this rank planned, brought, and sent to others."""
+    """Train a step and save. Return this rank's plan, the shards that it brought, and its traffic."""
     settings = oracle.SETTINGS | {
         "train_micro_batch_size_per_gpu": 1,
         "parallel": {"pp": place.pp, "dp": place.dp, "tp": place.tp, "device": "cpu"},
@@ -88,7 +88,7 @@ def real_case(shape: GPTShape, place: parallel.Ranks, run: str) -> dict[str, Any
 
 
 @pytest.mark.parametrize(("shape", "place"), CASES, ids=str)
-def test_paper_is_what_real_ranks_do(
+def test_a_planned_save_is_what_real_ranks_do(
     ranks: Ranks, shape: GPTShape, place: parallel.Ranks, tmp_path: Path
 ) -> None:
     figures = on_paper(shape, place)
@@ -133,7 +133,7 @@ def test_paper_is_what_real_ranks_do(
 
 
 def test_the_cases_are_of_all_kinds() -> None:
-    """The test of the test above: chunks are in place and shared, arrays are gathered."""
+    """Check that the test above covers chunks written in place, shared chunks and gathered arrays."""
     found = [on_paper(shape, ranks) for shape, ranks in CASES]
     assert any(0 < f.sent < sum(f.written) / 2 for f in found)
     assert any(f.sent == 0 for f in found)
@@ -189,7 +189,7 @@ def test_a_derived_shape_has_the_parameters_asked_for(parameters: float) -> None
     assert shape.parameters == pytest.approx(parameters, rel=0.02)
 
 
-def test_what_is_given_of_the_shape_is_kept() -> None:
+def test_given_sizes_are_kept() -> None:
     wanted = {"layers": 30, "heads": 24, "kv_heads": 4, "vocab": 50257}
     shape = derive(3_000_000_000, **wanted)
     assert vars(shape) | wanted == vars(shape)
