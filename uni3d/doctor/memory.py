@@ -91,10 +91,11 @@ class Known:
 
     def __init__(self, path: Path, source: SavedModel) -> None:
         """Raises ValueError if the file isn't an example's config, or describes another model."""
-        from uni3d.estimate.job import model_of, read_document
+        from uni3d.estimate.gpt import from_model_config
+        from uni3d.estimate.job import read_document
 
         self.document: Mapping[str, Any] = read_document(path)
-        self._shape = model_of(self.document)
+        self._shape = from_model_config(self.document["model"])
         links = [(link.name, weight) for link in self._shape.links for weight in link.weights]
         expected = {f"{link}.{w.name}": w.shape for link, w in links if not w.same_as}
         stored = {name: source.shape(name) for name in source.parameters}

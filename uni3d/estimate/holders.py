@@ -24,7 +24,7 @@ class Holders:
     """Ranks of a topology, with the parameters and buffers of a checkpoint that they hold."""
 
     ranks: Ranks
-    places: Sequence[Mapping[str, StageArray]]
+    by_pipeline_rank: Sequence[Mapping[str, StageArray]]
     """Arrays by atom, for each pipeline rank."""
     shards: int
     """Number of data-parallel ranks that share out a tensor."""
@@ -35,7 +35,7 @@ class Holders:
         Only ranks of the pipeline stages that have the atom are included; a tied weight has several.
         """
         found: dict[int, ckpt.Box] = {}
-        for stage, parts in enumerate(self.places):
+        for stage, parts in enumerate(self.by_pipeline_rank):
             if atom in parts:
                 boxes = parts[atom].boxes(self.ranks, self.shards)
                 found |= {stage * self.ranks.of_a_stage + i: box for i, box in enumerate(boxes)}
@@ -43,7 +43,7 @@ class Holders:
 
     def name_at(self, atom: str, stage: int) -> str | None:
         """Return the atom's name on a pipeline rank, which may be an alias of a tied weight, or None."""
-        part = self.places[stage].get(atom)
+        part = self.by_pipeline_rank[stage].get(atom)
         return None if part is None else part.name
 
 
@@ -66,7 +66,7 @@ def writers(source: SavedModel) -> Holders:
         raise ValueError(f"tp({ranks.tp}) {why}, so the parts that the ranks held are unknown")
     held = [source.parts(None if names is None else frozenset(names)) for names in stages]
     shards = source.writer.shard_group or ranks.shards()
-    return Holders(ranks=ranks, places=[_weights(parts) for parts in held], shards=shards)
+    return Holders(ranks=ranks, by_pipeline_rank=[_weights(parts) for parts in held], shards=shards)
 
 
 def resumed(source: SavedModel, ranks: Ranks) -> Holders:
@@ -77,8 +77,8 @@ def resumed(source: SavedModel, ranks: Ranks) -> Holders:
     """
     if refused := list(source.refused(ranks.pp, ranks.dp, ranks.tp, batch=source.batch)):
         raise ValueError("; ".join(map(str, refused)))
-    places = [_weights(parts) for parts in source.places(ranks.pp)]
-    return Holders(ranks=ranks, places=places, shards=ranks.shards())
+    held = [_weights(parts) for parts in source.by_pipeline_rank(ranks.pp)]
+    return Holders(ranks=ranks, by_pipeline_rank=held, shards=ranks.shards())
 
 
 def _weights(parts: Sequence[StageArray]) -> dict[str, StageArray]:
@@ -135,7 +135,7 @@ def reads(
         return known[key]
 
     by_rank: list[tuple[int, int]] = []
-    for parts in source.places(ranks.pp, settings):
+    for parts in source.by_pipeline_rank(ranks.pp, settings):
         columns = [costs_of(part) for part in parts]
         by_rank += [(sum(c[i][0] for c in columns), sum(c[i][1] for c in columns)) for i in range(n)]
     sizes, files = zip(*by_rank, strict=True)

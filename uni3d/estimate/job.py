@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -13,8 +12,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from parallel.degrees import Ranks, check_shard_group
 from parallel.placement import Placement, balanced_cuts, check_layers
 from parallel.settings import ITEMSIZE, Balance, DType, Schedule
-from uni3d.config import Config, batch_triad, load_config
-from uni3d.estimate.gpt import GPTShape, Link, Weight, from_model_config
+from uni3d.config import Config, batch_triad
+from uni3d.estimate.gpt import GPTShape, Link, Weight
 from uni3d.estimate.zero import computes_in_place, largest_part
 
 Weights = tuple[Weight, ...]
@@ -225,14 +224,6 @@ def read_document(path: Path) -> dict[str, Any]:
                 f"{key} is missing or isn't {'a number' if kind is int else 'a section'}"
             )
     return dict(document)
-
-
-def model_of(document: Mapping[str, Any]) -> GPTShape:
-    return from_model_config(document["model"])
-
-
-def config_of(document: Mapping[str, Any]) -> Config:
-    return load_config(document["uni3d"])
 
 
 def settings_of(config: Config, dp: int) -> dict[str, Any]:

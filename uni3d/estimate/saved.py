@@ -70,6 +70,11 @@ class StageArray(NamedTuple):
     role: Literal["trained", "frozen", "state", "buffer"]
     """Trained or frozen parameter, optimizer state, or buffer."""
 
+    @property
+    def kind(self) -> Kind:
+        size = self.info.nbytes // max(1, prod(self.info.shape))
+        return Kind(self.info.shape, size, self.tp_dim, self.whole, self.role)
+
     def boxes(self, ranks: Ranks, shards: int) -> list[ckpt.Box]:
         """Return the boxes of the ranks of one pipeline rank, tensor-parallel neighbours side by side."""
         shards, tp_dim = (1, None) if self.whole else (shards, self.tp_dim)
@@ -88,12 +93,6 @@ class Kind(NamedTuple):
     def largest(self, tp: int, shards: int) -> int:
         """Return the elements of the largest box on a rank."""
         return prod(self.shape) if self.whole else largest_part(self.shape, self.tp_dim, tp=tp, shards=shards)
-
-
-def _kind(part: StageArray) -> Kind:
-    info, role = part.info, part.role
-    size = info.nbytes // max(1, prod(info.shape))
-    return Kind(info.shape, size, part.tp_dim, part.whole, role)
 
 
 class SavedModel:
@@ -117,7 +116,7 @@ class SavedModel:
         ]
         self.buffers = [name for name in self._states if name not in set(self.parameters)]
         self._kinds: dict[_CutBy, list[dict[Kind, int]]] = {}
-        self._places: dict[_CutBy, list[list[StageArray]]] = {}
+        self._by_pipeline_rank: dict[_CutBy, list[list[StageArray]]] = {}
 
     @property
     def layers(self) -> list[str] | None:
@@ -242,27 +241,25 @@ class SavedModel:
 
     # --- pipeline stages ---------------------------------------------------------------------------------
 
-    def places(self, pp: int, settings: Settings = USUAL) -> list[list[StageArray]]:
+    def by_pipeline_rank(self, pp: int, settings: Settings = USUAL) -> list[list[StageArray]]:
         """Return the arrays on each pipeline rank. An array in two of its stages is listed twice."""
         key = _cut_by(pp, settings)
-        if key in self._places:
-            return self._places[key]
-        places: list[list[StageArray]] = [[] for _ in range(pp)]
+        if key in self._by_pipeline_rank:
+            return self._by_pipeline_rank[key]
+        arrays: list[list[StageArray]] = [[] for _ in range(pp)]
         placement = Placement.of(pp, schedule=settings.schedule, virtual_stages=settings.virtual_stages)
-        for rank, layers in zip(
-            placement.ranks, self._stretches(placement.stages, settings.balance), strict=True
-        ):
-            places[rank] += self.parts(layers)
-        self._places[key] = places
-        return places
+        stretches = self._stretches(placement.stages, settings.balance)
+        for rank, layers in zip(placement.ranks, stretches, strict=True):
+            arrays[rank] += self.parts(layers)
+        self._by_pipeline_rank[key] = arrays
+        return arrays
 
     def kinds(self, pp: int, settings: Settings = USUAL) -> list[dict[Kind, int]]:
         """Return the number of arrays of each kind, on each pipeline rank."""
         key = _cut_by(pp, settings)
         if key not in self._kinds:
-            self._kinds[key] = [
-                dict(Counter(_kind(part) for part in parts)) for parts in self.places(pp, settings)
-            ]
+            arrays = self.by_pipeline_rank(pp, settings)
+            self._kinds[key] = [dict(Counter(part.kind for part in parts)) for parts in arrays]
         return self._kinds[key]
 
     def parts(self, layers: Collection[str] | None) -> list[StageArray]:

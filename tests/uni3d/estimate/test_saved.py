@@ -97,7 +97,7 @@ def check_boxes(source: SavedModel, place: Place, held: list[Any]) -> None:
     """Check that the rules give the box of every array on every rank."""
     told: list[list[Any]] = [[] for _ in range(place.world)]
     of_stage = place.dp * place.tp
-    for stage, parts in enumerate(source.places(place.pp, place.settings)):
+    for stage, parts in enumerate(source.by_pipeline_rank(place.pp, place.settings)):
         for part in parts:
             for i, box in enumerate(part.boxes(place.ranks, place.ranks.shards(place.group))):
                 told[stage * of_stage + i].append((tuple(part.info.key), tuple(box)))
@@ -117,7 +117,7 @@ def check_writers(source: SavedModel, place: Place, saved: Path, held: list[Any]
 
 def by_rank(holders: Holders) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{} for _ in range(holders.ranks.total)]
-    for atom in {atom for parts in holders.places for atom in parts}:
+    for atom in {atom for parts in holders.by_pipeline_rank for atom in parts}:
         for rank, box in holders.boxes(atom).items():
             found[rank][atom] = tuple(box)
     return found
