@@ -39,8 +39,8 @@ def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: st
     assert source.refuses_pp(2) is not None
     ranks = parallel.Ranks(pp=1, dp=2, tp=2, zero=zero)
     told: list[list[Any]] = [[] for _ in range(4)]
-    for part in source.places(1)[0]:
+    for part in source.by_pipeline_rank(1)[0]:
         for rank, box in enumerate(part.boxes(ranks, ranks.shards())):
             told[rank].append((tuple(part.info.key), tuple(box)))
     assert found == [sorted(boxes) for boxes in told]
-    assert any(part.tp_dim is not None for part in source.places(1)[0])
+    assert any(part.tp_dim is not None for part in source.by_pipeline_rank(1)[0])

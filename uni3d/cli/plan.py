@@ -152,8 +152,9 @@ def _job(
     given: Mapping[str, Any],
 ) -> Job:
     """Return the job that the options describe, with the config's settings for those left out."""
-    from uni3d.estimate.gpt import derive
-    from uni3d.estimate.job import Job, config_of, model_of, read_document, settings_of
+    from uni3d.config import load_config
+    from uni3d.estimate.gpt import derive, from_model_config
+    from uni3d.estimate.job import Job, read_document, settings_of
 
     if path is None:
         shape: GPTShape = derive(asked, **sizes)
@@ -163,11 +164,11 @@ def _job(
     if doubled:
         raise ValueError(f"{doubled[0]} and {path} both describe the model; leave one out")
     document = read_document(path)
-    config = config_of(document)
+    config = load_config(document["uni3d"])
     axes = config.parallel.model_dump(include={"pp", "dp", "tp"})
     ranks = _ranks(axes, degrees, zero=config.zero_optimization.stage)
     settings = {"seq_len": document["seq_len"], **settings_of(config, ranks.dp), **given}
-    return Job(shape=model_of(document), ranks=ranks, **settings)
+    return Job(shape=from_model_config(document["model"]), ranks=ranks, **settings)
 
 
 def _ranks(known: Mapping[str, Any], given: Mapping[str, int | None], zero: int) -> Ranks:

@@ -1,11 +1,10 @@
-"""Whether a checkpoint would resume on so many ranks: what `uni3d doctor` finds out.
+"""Check, as `uni3d doctor` does, that a checkpoint would resume on a given number of ranks.
 
-resharding         what each rank of a topology would hold of the checkpoint's arrays
-holders            where it comes from
-planned_reads      what it would read for that
-doctor_memory      what that takes of its memory
-doctor_fit         which topologies there are, and why not others
-doctor_config      what the manifest and a config make a resume refuse, or warn of
+    topologies     topologies that are possible, and the reasons against the others
+    memory         memory that a rank needs to resume
+    checks         refusals and warnings, from the manifest and a config
+
+`examine` puts their answers into one report. None of them loads torch.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from typing import Any
 
 import ckpt
 from uni3d.config import load_config
-from uni3d.doctor import checks as doctor_config
+from uni3d.doctor import checks
 from uni3d.doctor.memory import Known
 from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
-from uni3d.estimate.planned_reads import reads
+from uni3d.estimate.holders import reads
 from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
 
 FEW = 3
-"""Reasons that fit into a sentence."""
+"""Most reasons that are put into one sentence."""
 
 
 def examine(
     run: str, tag: str | None, asked: Asked, config_path: Path | None, model: Path | None
 ) -> dict[str, Any]:
-    """All that is found out, as JSON has it; only `would_resume` decides.
+    """Return the report as JSON has it. `would_resume` is the verdict.
 
     Raises:
         CheckpointError: the checkpoint can't be opened.
-        ValueError: a file can't be read, or the ZeRO stage that was asked for can't be.
+        ValueError: a file can't be read, or the config refuses the ZeRO stage asked for.
     """
     checkpoint = ckpt.open_checkpoint(run, tag)
     manifest = RunManifest.of(checkpoint)
@@ -55,7 +54,7 @@ def examine(
         values=values or {},
         known=known,
     )
-    refusals, changes = doctor_config.judged(manifest, config, checkpoint)
+    refusals, changes = checks.judged(manifest, config, checkpoint)
     if whole["problems"]:
         refusals.insert(0, _damage(whole))
     report = {
@@ -64,19 +63,19 @@ def examine(
         **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
         "warnings": changes,
-        "notes": list(doctor_config.notes(config, manifest)) + _own_shapes(source),
+        "notes": list(checks.notes(config, manifest)) + _own_shapes(source),
         "whole": whole,
         "config_given": config is not None,
         "activations_counted": known is not None,
     }
     if config is not None:
-        degrees, why = doctor_config.as_it_is(config, asked.world)
+        degrees, why = checks.as_it_is(config, asked.world)
         report["config_as_it_is"] = {"starts_as": degrees, "refused": why}
     return report
 
 
-def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
-    """The config's content; without a config, that of the model's file."""
+def _values(path: Path | None, known: Known | None) -> dict[str, Any] | None:
+    """Return the config's content; without a config, the one in the model's file."""
     if path is None:
         return None if known is None else dict(known.document["uni3d"])
     try:
@@ -86,7 +85,7 @@ def _values(path: Path | None, known: Any) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON: {error}") from None
     if isinstance(values, dict) and isinstance(values.get("uni3d"), dict):
-        return dict(values["uni3d"])  # an example's file, which has the config in a section
+        return dict(values["uni3d"])  # an example's file has the config in a section
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} holds a {type(values).__name__}; expected an object")
     return values
@@ -110,7 +109,7 @@ def _about(manifest: RunManifest, source: SavedModel, checkpoint: ckpt.Checkpoin
 def _topologies(
     fitter: Fitter, asked: Asked, refusals: list[str], checkpoint: ckpt.Checkpoint, *, readable: bool
 ) -> dict[str, Any]:
-    """The topologies, and the verdict."""
+    """Return the topologies and the verdict."""
     answer = fitter.answer(asked)
     fitting = answer.fitting
     best = next(iter(fitting), None)
@@ -120,7 +119,7 @@ def _topologies(
         nearby = fitter.nearby(asked)
         reasons.append(_nothing(answer, asked))
         if others := fitter.answer(Asked(world=asked.world, memory=asked.memory)).fitting:
-            reasons.append(f"without these degrees it would do, as {others[0]}")
+            reasons.append(f"without these degrees it would resume as {others[0]}")
         if answer.topologies:
             best = min(answer.topologies, key=lambda topology: topology.need.total)
     return {
@@ -136,11 +135,11 @@ def _topologies(
 
 
 def _nothing(answer: Answer, asked: Asked) -> str:
-    """Why there is no topology."""
+    """Return why there is no topology."""
     if answer.topologies and asked.memory is not None:
         least = min(answer.topologies, key=lambda topology: topology.need.total)
         need = format_bytes(least.need.total)
-        return f"nothing fits {format_bytes(asked.memory)} a rank: the least is {need}, as {least}"
+        return f"nothing fits in {format_bytes(asked.memory)} per rank: the minimum is {need}, as {least}"
     given = ", ".join(f"{axis} {n}" for axis in ("pp", "dp", "tp") if (n := getattr(asked, axis)) is not None)
     why = f": {'; '.join(map(str, answer.reasons))}" if len(answer.reasons) <= FEW else ""
     return f"there is no topology of {asked.world} ranks{f' with {given}' if given else ''}{why}"
@@ -164,7 +163,7 @@ def _row(topology: Candidate) -> dict[str, Any]:
 def _recommended(
     topology: Candidate, fitter: Fitter, checkpoint: ckpt.Checkpoint, readable: bool
 ) -> dict[str, Any]:
-    """A topology with its place in a config, its memory, and what its ranks would read."""
+    """Return a topology with its config, its memory, and the reads of its ranks."""
     ranks, batch = topology.ranks, topology.batch
     config: dict[str, Any] = {} if fitter.batch is None else {"train_batch_size": fitter.batch}
     if batch.micro is not None:
@@ -187,19 +186,19 @@ def _recommended(
     }
 
 
-def _own_shapes(source: Any) -> list[str]:
-    """That the memory of some states is a guess."""
+def _own_shapes(source: SavedModel) -> list[str]:
+    """Return a note on states whose split is unknown, if there are any."""
     names = source.states_of_their_own_shape
     if not names:
         return []
     return [
-        f"{len(names)} optimizer states have another shape than their parameter ({names[0]}, ...): how they "
-        "are split is the optimizer's business; they count as whole on every rank"
+        f"{len(names)} optimizer states differ in shape from their parameter ({names[0]}, ...): only the "
+        "optimizer knows how they are split, so they count as whole on every rank"
     ]
 
 
 def _whole(run: str, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
-    """Whether what the manifest names is there, and what lies beside it in the run's folder."""
+    """Return the state of the checkpoint's files, and the other tags and leftovers in the run's folder."""
     objects, size = ckpt.extent(checkpoint)
     found: dict[str, Any] = {
         "files": objects,
@@ -209,7 +208,7 @@ def _whole(run: str, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
         "other_tags": [],
         "leftovers": [],
     }
-    if not checkpoint.folder:  # `run` is the checkpoint's own folder
+    if not checkpoint.folder:  # `run` is the folder of the checkpoint itself
         return found
     store = ckpt.open_store(run)
     try:
@@ -225,4 +224,4 @@ def _damage(whole: dict[str, Any]) -> str:
     problems = whole["problems"]
     others = f"; other tags: {', '.join(reversed(whole['other_tags']))}" if whole["other_tags"] else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"the checkpoint isn't whole: {problems[0]}{more}{others}"
+    return f"the checkpoint is incomplete: {problems[0]}{more}{others}"

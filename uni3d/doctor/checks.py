@@ -1,7 +1,7 @@
 """Compare a checkpoint with the run that a config describes, and with the config's own rules.
 
-`uni3d.resume_rules` compares; the script, which may bring an optimizer, parameter groups or a scheduler of
-its own, isn't known here.
+`uni3d.resume_rules` compares. The script is unknown here, and may have an optimizer, parameter groups or a
+scheduler of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PEAKS = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")
 def judged(manifest: RunManifest, config: Config | None, checkpoint: Checkpoint) -> Comparison:
     """Return the reasons why a run would refuse a checkpoint, and the changes that it would report.
 
-    Without a config, only refusals are known, those that every run has.
+    Without a config, only the refusals of every run are known.
     """
     given = given_by(config, manifest)
     refusals, changes = compare(manifest, given)
@@ -38,13 +38,13 @@ def judged(manifest: RunManifest, config: Config | None, checkpoint: Checkpoint)
 
 
 def given_by(config: Config | None, saved: RunManifest) -> Given:
-    """Return the run that a config describes, as far as it does; the checkpoint's own where it doesn't."""
+    """Return the run that a config describes, completed from the checkpoint."""
     if config is None:
         return Given(whose="the config", optimizer=GivenOptimizer(), scheduler=None)
     optimizer = GivenOptimizer()
     if config.optimizer is not None:
         mine = _class(config.optimizer)
-        # The groups of Muon have each their own hyperparameters.
+        # Each of Muon's groups has its own hyperparameters.
         shared = {} if mine == "MuonWithAdam" else config.optimizer.hyperparameters
         optimizer = GivenOptimizer(type=mine, hyperparameters=shared)
     fp16 = config.fp16 if config.precision == "fp16" else None
@@ -58,7 +58,7 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
 
 
 def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:
-    """Return the config's scheduler, a `LambdaLR`; the other keys of its state are as in the checkpoint."""
+    """Return the config's scheduler, a `LambdaLR`. Other keys of its state are the checkpoint's."""
     if config.scheduler is None:
         return None
     params = config.scheduler.params
@@ -75,7 +75,7 @@ def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:
 
 
 def _refused_configs(config: Config, manifest: RunManifest) -> Iterator[str]:
-    """Yield the reasons why the config is refused by itself, or with this model."""
+    """Yield the reasons why the config is refused, by itself or with this model."""
     if (why := combination_refusal(parallel_settings(config))) is not None:
         yield why
     if "num_stages" in manifest.model.declared and "balance" in config.parallel.model_fields_set:
@@ -83,26 +83,26 @@ def _refused_configs(config: Config, manifest: RunManifest) -> Iterator[str]:
 
 
 def notes(config: Config | None, manifest: RunManifest) -> Iterator[str]:
-    """Yield what can't be told from here, and the script must have as it was."""
+    """Yield notes about settings that can't be checked here and that the script must repeat."""
     saved = manifest.optimizer
     groups = 0 if saved is None else len(saved.groups)
     muon = config is not None and config.optimizer is not None and config.optimizer.type == "Muon"
     if config is not None and config.optimizer is None and saved is not None:
-        yield f"the config names no optimizer: the script's must be {saved.type}"
+        yield f"the config names no optimizer: the script must pass {saved.type}"
     if groups > 1 and not muon:
-        yield f"the optimizer has {groups} parameter groups: the script must make the same"
+        yield f"the optimizer has {groups} parameter groups: the script must create the same"
     if manifest.writer.imported and saved is not None:
         yield (
-            "it was imported: parameter groups and tied weights are those that the import found, which said "
-            "where it had to guess"
+            "the checkpoint was imported: its parameter groups and tied weights are those that the import "
+            "found; the import's own output says which of them were guesses"
         )
     stages = manifest.model.declared.get("num_stages")
     if stages is not None:
-        yield f"the script's PipelineModule says num_stages={stages}: it must say the pp that you choose"
+        yield f"the script's PipelineModule has num_stages={stages}: set it to the pp that you choose"
 
 
 def as_it_is(config: Config, world: int) -> tuple[dict[str, int] | None, str | None]:
-    """The degrees and batches that a config, unchanged, makes of so many ranks; or why it refuses them."""
+    """Return the degrees and batch sizes of an unchanged config on `world` ranks, or why it refuses them."""
     p = config.parallel
     try:
         degrees = resolve_degrees(world, pp=p.pp, dp=p.dp, tp=p.tp)

@@ -1,4 +1,4 @@
-"""What a rank of any topology needs of memory to go on from a checkpoint."""
+"""Memory that a rank of any topology needs to resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from uni3d.estimate.zero import MASTER_BYTES, beside_shards
 
 
 class Need(NamedTuple):
-    """Bytes on the rank that needs most, each at the fullest moment of a step."""
+    """Bytes on the rank that needs most, each field at its own peak in a step."""
 
     parameters: int
-    """Shards in fp32, and whole copies to compute with where they stay from layer to layer."""
+    """Shards in fp32, and whole copies to compute with (but not ZeRO 3's transient ones)."""
     gradients: int
     optimizer: int
     buffers: int
     other: int = 0
-    """Activations and all else of a step's fullest moment, where the model is known."""
+    """Activations and the rest of a step's peak, if the model is known."""
     host: int = 0
-    """Of the host's memory, with offload: the shards of all three."""
+    """Host memory with offload: shards of parameters, gradients and optimizer states."""
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.other
 
 
@@ -40,9 +40,9 @@ def needs(
     shard_group: int | None = None,
     accumulation: int = 1,
 ) -> list[Need]:
-    """Return the memory of the states at each place of the pipeline, exact by the checkpoint's arrays."""
+    """Return the memory of the states on each pipeline rank, from the checkpoint's arrays."""
     return [
-        _of_place(counts, ranks, settings, ranks.shards(shard_group), accumulation)
+        _held(counts, ranks, settings, ranks.shards(shard_group), accumulation)
         for counts in source.kinds(ranks.pp, settings)
     ]
 
@@ -51,10 +51,10 @@ def most(needs: list[Need]) -> Need:
     return max(needs, key=lambda need: (need.total, need.host))
 
 
-def _of_place(
+def _held(
     counts: Mapping[Kind, int], ranks: Ranks, settings: Settings, shards: int, accumulation: int
 ) -> Need:
-    """Return the memory of the place's first rank, the largest of its shards."""
+    """Return the memory of the stage's first rank, the largest of its shards."""
     shard = trained_shard = optimizer = buffers = whole = trained = 0
     for kind, n in counts.items():
         size = n * kind.largest(ranks.tp, shards)
@@ -83,18 +83,19 @@ def _of_place(
     return Need(shard + copies, max(sums, trained_shard), optimizer, buffers)
 
 
-# --- with activations, of a model that is known --------------------------------------------------------
+# --- with activations, for a known model ---------------------------------------------------------------
 
 
 class Known:
-    """An example's GPT, whose whole memory `uni3d plan` can tell."""
+    """An example's GPT, for which `uni3d plan` can estimate all memory."""
 
     def __init__(self, path: Path, source: SavedModel) -> None:
-        """Raises ValueError if the file isn't an example's, or not of the checkpoint's model."""
-        from uni3d.estimate.job import model_of, read_document
+        """Raises ValueError if the file isn't an example's config, or describes another model."""
+        from uni3d.estimate.gpt import from_model_config
+        from uni3d.estimate.job import read_document
 
         self.document: Mapping[str, Any] = read_document(path)
-        self._shape = model_of(self.document)
+        self._shape = from_model_config(self.document["model"])
         links = [(link.name, weight) for link in self._shape.links for weight in link.weights]
         expected = {f"{link}.{w.name}": w.shape for link, w in links if not w.same_as}
         stored = {name: source.shape(name) for name in source.parameters}
@@ -106,10 +107,10 @@ class Known:
             )
 
     def need(self, held: Need, ranks: Ranks, settings: Mapping[str, Any]) -> Need:
-        """What is held from step to step, and what `uni3d plan` says of a step's fullest moment.
+        """Return the memory at the peak of a step as `uni3d plan` estimates it, with the buffers of `held`.
 
         Raises:
-            ValueError: such a job can't be.
+            ValueError: the job is impossible.
         """
         from uni3d.estimate.job import Job
         from uni3d.estimate.memory import memory, worst

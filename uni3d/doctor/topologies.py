@@ -1,4 +1,4 @@
-"""Which topologies of a number of ranks a checkpoint would resume on, and why it wouldn't on the others."""
+"""Topologies of a number of ranks on which a checkpoint would resume, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from uni3d.config.batch import nearest_batch
 from uni3d.config.settings import parallel_settings
 from uni3d.doctor.memory import Known, Need, most, needs
 from uni3d.estimate.saved import USUAL, RefusedDegree, SavedModel
+from uni3d.estimate.search import factorizations
 
 NEARBY = 3
-"""How many numbers of ranks are named on either side of one that fits nothing."""
+"""Number of world sizes proposed on either side of one on which nothing fits."""
 
 LOOKED_AT = 20
-"""And how many are tried for it."""
+"""Number of world sizes tried on either side."""
 
 
 class Batch(NamedTuple):
-    """Of a data-parallel rank, in samples; micro * accumulation = share."""
+    """Samples of a data-parallel rank in a step: `micro * accumulation == share`."""
 
     share: int
     micro: int | None
-    """None where nobody said how large it was."""
+    """Size of a micro batch, or None without a config."""
     accumulation: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a user wants to know: any topology of so many ranks, or with these degrees."""
+    """A user's question: any topology of `world` ranks, or one with given degrees."""
 
     world: int
     pp: int | None = None
@@ -42,11 +43,7 @@ class Asked:
     tp: int | None = None
     zero: int | None = None
     memory: float | None = None
-    """Bytes that a rank has."""
-
-    def of(self, world: int) -> Asked:
-        """The same of another number of ranks."""
-        return Asked(world=world, pp=self.pp, tp=self.tp, zero=self.zero, memory=self.memory)
+    """Memory limit of a rank, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +55,16 @@ class Candidate:
     tp: int
     batch: Batch
     needs: dict[int, Need]
-    """By ZeRO stage."""
+    """Memory by ZeRO stage."""
     zero: int | None
-    """The first stage, by preference, that fits in the memory; None if none does."""
+    """First stage, by preference, that fits in memory; None if none does."""
 
     def __str__(self) -> str:
         return f"pp {self.pp}, dp {self.dp}, tp {self.tp}, ZeRO {self.ranks.zero}"
 
     @property
     def ranks(self) -> Ranks:
-        """With the stage that fits, or else the one that needs least."""
+        """The ranks, at the ZeRO stage that fits, or else at the one that needs the least memory."""
         least = min(self.needs, key=lambda stage: self.needs[stage].total)
         return Ranks(pp=self.pp, dp=self.dp, tp=self.tp, zero=least if self.zero is None else self.zero)
 
@@ -78,7 +75,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """Why some degrees of one axis can't be."""
+    """Reason against some degrees of one axis."""
 
     axis: str
     degrees: list[int]
@@ -91,27 +88,27 @@ class Reason:
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     topologies: list[Candidate]
-    """Those that the model and the batch can be split by, the preferred first."""
+    """Topologies that the model and the batch can be split by, preferred first."""
     reasons: list[Reason]
 
     @property
     def fitting(self) -> list[Candidate]:
-        """Those that fit in the memory, too."""
+        """Topologies that also fit in memory."""
         return [topology for topology in self.topologies if topology.zero is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitter:
-    """What of a checkpoint and a config decides which topologies there are."""
+    """Finds the topologies for a checkpoint and a config."""
 
     source: SavedModel
     batch: int | None
-    """The global batch, that is kept."""
+    """Global batch, which doesn't change."""
     zero: int
-    """The ZeRO stage of the run so far, which is kept if it can be."""
+    """ZeRO stage of the run so far, which is kept if possible."""
     config: Config | None = None
     values: dict[str, Any]
-    """The config as it was given."""
+    """Content of the config's file."""
     known: Known | None = None
 
     @cached_property
@@ -123,31 +120,32 @@ class Fitter:
         return None if self.config is None else self.config.shard_group
 
     def answer(self, asked: Asked) -> Answer:
-        """All topologies of the ranks, in the order of preference: fewest tp, then fewest pp."""
+        """Return all topologies of the ranks, by preference: lowest tp, then lowest pp."""
         found: list[Candidate] = []
         refused: dict[tuple[str, str], set[int]] = {}
-        for pp, dp, tp in _splits(asked):
-            reasons = list(self._refused(pp, dp, tp))
+        for split in _splits(asked):
+            reasons = list(self._refused(*split))
             for axis, n, why in reasons:
                 refused.setdefault((axis, why), set()).add(n)
             if not reasons:
-                found.append(self._topology(pp, dp, tp, asked))
+                found.append(self._topology(*split, asked))
         return Answer(
             topologies=found,
             reasons=[Reason(axis=axis, degrees=sorted(n), why=why) for (axis, why), n in refused.items()],
         )
 
     def nearby(self, asked: Asked) -> list[int]:
-        """Numbers of ranks around the one that was asked for, with a topology that fits in the memory.
+        """Return world sizes around the one asked for that have a topology which fits in memory.
 
-        Of those that the model and the batch can be split by, so many on either side are looked at.
+        Only the nearest `LOOKED_AT` that the model and the batch can be split by are tried on either side.
         """
-        anything = replace(asked, memory=None)
+        anything = replace(asked, dp=None, memory=None)  # dp is what a world size changes
+        limited = replace(asked, dp=None)
         sides = range(asked.world - 1, 0, -1), range(asked.world + 1, 2 * asked.world + 1)
         found: list[int] = []
         for numbers in sides:
-            possible = islice((n for n in numbers if self._fits(anything.of(n))), LOOKED_AT)
-            found += islice((n for n in possible if self._fits(asked.of(n))), NEARBY)
+            possible = islice((n for n in numbers if self._fits(replace(anything, world=n))), LOOKED_AT)
+            found += islice((n for n in possible if self._fits(replace(limited, world=n))), NEARBY)
         return sorted(found)
 
     def _fits(self, asked: Asked) -> bool:
@@ -157,10 +155,10 @@ class Fitter:
         return any(self._topology(*split, asked).zero is not None for split in possible)
 
     def stages(self, asked: int | None) -> list[int]:
-        """ZeRO stages that can be, the preferred first: the one asked for; or the run's own, then the lowest.
+        """Return the possible ZeRO stages: only `asked`, or else the run's own first, then ascending.
 
         Raises:
-            ValueError: the one that was asked for can't be.
+            ValueError: the config refuses the stage asked for.
         """
         refused = self._refused_stages
         if asked is None:
@@ -174,7 +172,7 @@ class Fitter:
         return {stage: _zero_refusal(self.values, stage) for stage in ZERO_STAGES}
 
     def _refused(self, pp: int, dp: int, tp: int) -> Iterator[RefusedDegree]:
-        """Yield the degrees that can't be."""
+        """Yield the impossible degrees."""
         settings = self.settings
         yield from self.source.refused(pp, dp, tp, settings, batch=self.batch, shard_group=self.shard_group)
         if settings.sequence_parallel and self.known is not None and self.known.document["seq_len"] % tp:
@@ -186,7 +184,7 @@ class Fitter:
             )
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
-        """A rank's share, in micro batches as near as can be to the config's; None if there are no such."""
+        """Return a rank's share, with a micro batch as close as possible to the config's, or None."""
         if self.batch is None:
             return Batch(0, None, None)
         share = self.batch // dp
@@ -194,7 +192,7 @@ class Fitter:
             return Batch(share, None, None)
         micro = self.config.train_micro_batch_size_per_gpu
         steps = self.config.gradient_accumulation_steps
-        wanted = micro if micro is not None else share / (steps or 1)  # what DeepSpeed's rule makes of it
+        wanted = micro if micro is not None else share / (steps or 1)  # as DeepSpeed derives it
         pair = nearest_batch(share, micro=wanted, schedule=self.settings.schedule, pp=pp)
         return None if pair is None else Batch(share, *pair)
 
@@ -208,8 +206,8 @@ class Fitter:
         return Candidate(pp=pp, dp=dp, tp=tp, batch=batch, needs=needs, zero=fits)
 
     def _need(self, ranks: Ranks, batch: Batch) -> Need:
-        """With unknown micro batches, as if there were several of them."""
-        config, steps = self.config, batch.accumulation or 2
+        """Return the memory of the rank that needs most."""
+        config, steps = self.config, batch.accumulation or 2  # unknown micro batches count as several
         held = most(
             needs(self.source, ranks, self.settings, shard_group=self.shard_group, accumulation=steps)
         )
@@ -226,7 +224,7 @@ class Fitter:
 
 
 def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:
-    """Return why a config can't have another ZeRO stage, or None if it can."""
+    """Return why a config refuses this ZeRO stage, or None if it doesn't."""
     zero = {**(values.get("zero_optimization") or {}), "stage": stage}
     try:
         load_config({**values, "zero_optimization": zero})
@@ -236,14 +234,8 @@ def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:
 
 
 def _splits(asked: Asked) -> Iterator[tuple[int, int, int]]:
-    """pp, dp, tp of every topology with the degrees that were asked for, fewest tp first, then fewest pp."""
-    for tp in _divisors(asked.world):
-        for pp in _divisors(asked.world // tp):
-            dp = asked.world // tp // pp
-            given = zip((pp, dp, tp), (asked.pp, asked.dp, asked.tp), strict=True)
-            if all(wanted in (None, degree) for degree, wanted in given):
-                yield pp, dp, tp
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """Yield pp, dp and tp of every topology with the degrees asked for, by preference."""
+    for split in factorizations(asked.world):
+        given = zip(split, (asked.pp, asked.dp, asked.tp), strict=True)
+        if all(wanted in (None, degree) for degree, wanted in given):
+            yield split

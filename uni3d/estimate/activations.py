@@ -1,12 +1,12 @@
-"""What a forward pass leaves for the backward one, in bytes on one rank, read off what autograd keeps.
+"""Memory that a forward pass keeps for the backward pass, in bytes on one rank, as autograd saves it.
 
 The method is that of Korthikanti et al. 2022, "Reducing activation recomputation in large transformer
-models", section 4: go through a layer's operations and add up what the backward of each needs, each tensor
-once. The terms are those of `examples/megatron_gpt/model.py` on PyTorch's kernels; attention is a flash or a
+models", section 4: go through a layer's operations and add up the tensors that their backward passes need,
+each tensor once. The model is `examples/megatron_gpt/model.py` on PyTorch's kernels. Attention is a flash or
 memory-efficient kernel, which keeps no S x S matrix. There is no dropout, so there are no masks.
 
-Letters as in the model: S sequence, D hidden size, H heads, E head size, F feed-forward size, V vocabulary;
-T tokens of a micro batch, t tensor-parallel ranks, c bytes of the type that is computed in.
+Letters: S sequence, D hidden size, KV width of keys, F feed-forward size, V vocabulary, T tokens of a micro
+batch, t tensor-parallel ranks, c bytes of the compute type.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from uni3d.estimate.job import Job
 
 
 class Activations(NamedTuple):
-    """Of one link of the chain and one micro batch."""
+    """Activation memory of one link of the chain, for one micro batch."""
 
     kept: int
-    """From its forward to its backward pass."""
+    """Bytes kept from the forward to the backward pass."""
     again: int = 0
-    """Computed again for the backward pass, and there beside what was kept while that lasts."""
+    """Recomputed bytes, which exist during the backward pass on top of `kept`."""
     work: int = 0
-    """Gradients of activations, at the largest, while its backward pass runs."""
+    """Peak of activation gradients during the backward pass."""
     given: int = 0
-    """Of what was kept, the link's input: memory that the link before has made."""
+    """Part of `kept` that is the link's input, allocated by the previous link."""
 
 
 def of_link(job: Job, link: Link, *, recomputed: bool) -> Activations:
-    """What `link` keeps; `recomputed` says that it is one of the layers that are computed again."""
+    """Return the activations of `link`; `recomputed` marks a layer with activation checkpointing."""
     if link.name == "embed":
         ids = 8 * job.tokens
         return Activations(kept=ids if job.shape.positions == "rotary" else ids + 8 * job.seq_len)
@@ -50,10 +50,10 @@ def of_link(job: Job, link: Link, *, recomputed: bool) -> Activations:
 
 
 def norm(job: Job) -> int:
-    """A norm's input and statistics. Its output is the next linear layer's input, and counted there.
+    """Return the bytes of a norm's input and statistics. Its output counts as the next linear layer's input.
 
-    On CPUs RMSNorm is made of single operations, in fp32: its input as fp32 and the normalised one. On GPUs
-    it is one kernel that keeps its input.
+    On CPUs RMSNorm runs as separate operations in fp32, and keeps its input in fp32 and the normalized one.
+    On GPUs it is one kernel that keeps its input.
     """
     c, tokens = job.compute_bytes, _tokens(job)
     if job.shape.norm == "rmsnorm":
@@ -63,10 +63,10 @@ def norm(job: Job) -> int:
 
 
 def attention(job: Job) -> int:
-    """c T (D + (2 D + 2 KV) / t), and the softmax's logarithms; with rotary positions c T D / t more.
+    """Return c T (D + (2 D + 2 KV) / t), plus the log-sum-exp; rotary positions add c T D / t.
 
-    The projections' input; queries, keys and values; the output, of which, where queries were rotated and so
-    are laid out by head, `o` gets a copy laid out by token.
+    The terms are the projections' input, then queries, keys, values and the output. Rotated queries are laid
+    out by head, and so is the output: `o` then keeps a copy laid out by token.
     """
     shape, tp, c = job.shape, job.ranks.tp, job.compute_bytes
     rotary = shape.positions == "rotary"
@@ -77,16 +77,15 @@ def attention(job: Job) -> int:
 
 
 def feed_forward(job: Job) -> int:
-    """c T (D + 4 F / t) with SwiGLU: input, gate, silu of it, up, product. With GELU 2 F: before, after."""
+    """Return c T (D + 4 F / t) for SwiGLU (input; gate, its silu, up, product), or 2 F instead for GELU."""
     features = (4 if job.shape.activation == "swiglu" else 2) * job.shape.ffn // job.ranks.tp
     return job.compute_bytes * job.tokens * (job.shape.hidden + features)
 
 
 def products(job: Job) -> int:
-    """What selective recomputation keeps of a layer beside its input: what matrix products and attention
-    gave.
+    """Return the bytes of a layer's matrix products and attention, which selective recomputation keeps.
 
-    Under tensor parallelism the row-wise layers' results are kept twice, before and after they are summed.
+    With tensor parallelism the row-wise layers' results are kept twice, before and after they are summed.
     """
     shape, tp, c = job.shape, job.ranks.tp, job.compute_bytes
     columns = 2 * shape.hidden + 2 * shape.kv_width
@@ -97,31 +96,32 @@ def products(job: Job) -> int:
 
 
 def of_loss(job: Job) -> tuple[int, int]:
-    """What logits and loss keep of a micro batch, and what their backward pass needs beside: both fp32.
+    """Return the bytes that logits and loss keep, and those that their backward pass adds, for a micro batch.
 
-    Logits and their log-softmax, T V / t each; then the gradients of both. Often the largest tensors of all.
+    Kept are the fp32 logits and their log-softmax, T V / t elements each. Added are the gradients of both.
+    These are often the largest tensors of all.
     """
     logits = 4 * job.tokens * -(-job.shape.vocab // job.ranks.tp)
     return 2 * logits, 2 * logits
 
 
 def _work(job: Job) -> int:
-    """Gradients inside a layer at the feed-forward part, where they are widest."""
+    """Return the bytes of gradients inside a layer's feed-forward part, where they are widest."""
     inner = (2 if job.shape.activation == "swiglu" else 1) * job.shape.ffn // job.ranks.tp
     return job.compute_bytes * job.tokens * (2 * job.shape.hidden + inner)
 
 
 def _given(job: Job) -> int:
-    """Of a norm's `kept`, its input as the link before gave it. RMSNorm on CPUs keeps one in fp32 instead."""
+    """Return the bytes of a norm's input in its `kept`. RMSNorm on CPUs keeps an fp32 copy instead."""
     cast = job.shape.norm == "rmsnorm" and job.device == "cpu" and job.compute_bytes < 4
     return 0 if cast else _wide(job)
 
 
 def _wide(job: Job, *, split: bool = True) -> int:
-    """A tensor (B, S, D); `split` where sequence parallelism would split it."""
+    """Return the bytes of a (B, S, D) tensor; `split` marks one that sequence parallelism splits."""
     return job.compute_bytes * job.shape.hidden * (_tokens(job) if split else job.tokens)
 
 
 def _tokens(job: Job) -> int:
-    """Of a micro batch, on a rank, outside of what tensor parallelism splits."""
+    """Return a micro batch's tokens on a rank, outside of the parts that tensor parallelism splits."""
     return -(-job.tokens // job.ranks.tp) if job.sequence_parallel else job.tokens

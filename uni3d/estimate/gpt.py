@@ -1,7 +1,7 @@
-"""The shape of a GPT: from a number of parameters, and what tensors it is made of.
+"""The shape of a GPT: derived from a number of parameters, and the tensors that follow from it.
 
-The same modules under the same names as `examples/megatron_gpt/model.py` has them, with all its options. Left
-to itself it is Llama-like: RMS norms, rotary positions, SwiGLU, an output head of its own, no biases.
+Modules, names and options are those of `examples/megatron_gpt/model.py`. The defaults are Llama's: RMS norms,
+rotary positions, SwiGLU, an untied output head, no biases.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from math import ceil, prod
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 TOLERANCE = 0.02
-"""How far a derived shape's number of parameters may be from the one that was asked for."""
+"""Largest relative error of a derived shape's number of parameters."""
 
 VOCAB = 32000
-"""Llama 2's."""
+"""Vocabulary of Llama 2."""
 KV_HEADS = 8
-"""Llama 2 70B's, and all of Llama 3's."""
+"""KV heads of Llama 2 70B and of all Llama 3 models."""
 LAYERS_PER_HIDDEN = 80 / 8192
 FFN_PER_HIDDEN = 3.5
-"""Both are the proportions of Llama 2 70B (Touvron et al. 2023): 80 layers, hidden size 8192, 28672."""
-
+"""Proportions of Llama 2 70B (Touvron et al. 2023): 80 layers, hidden size 8192, feed-forward size 28672."""
 
 EMBEDDING = "tokens.weight"
-"""Of the link `embed`; a tied head is another name of it."""
+"""Name of the embedding's weight in the link `embed`. A tied head shares it."""
 
 _SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "max_seq_len")
 
@@ -34,12 +33,12 @@ class Weight(NamedTuple):
     """A parameter of one link of the chain."""
 
     name: str
-    """Below the link's."""
+    """Name within the link."""
     shape: tuple[int, ...]
     tp_dim: int | None
-    """Which dim tensor parallelism cuts; None for what every rank of its axis holds whole."""
+    """Dim that tensor parallelism cuts; None if every rank holds the whole weight."""
     same_as: str | None = None
-    """The full name of the parameter that this is another name of."""
+    """Full name of the parameter that this one shares, if tied."""
 
 
 class Link(NamedTuple):
@@ -50,13 +49,15 @@ class Link(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """As `parallel.stages` counts: the elements of its matrices; looking up an embedding costs none."""
+        """Cost as in `parallel.stages`: elements of the matrices. An embedding's lookup costs nothing."""
         matrices = (prod(w.shape) for w in self.weights if len(w.shape) >= 2)
         return 1 + (0 if self.name == "embed" else sum(matrices))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTShape:
+    """Sizes and kinds that define a GPT's tensors."""
+
     layers: int
     hidden: int
     heads: int
@@ -67,21 +68,19 @@ class GPTShape:
     positions: Literal["rotary", "learned"] = "rotary"
     activation: Literal["swiglu", "gelu"] = "swiglu"
     tied_head: bool = False
-    """Whether the output head shares the embedding's weight."""
+    """True if the output head shares the embedding's weight."""
     max_seq_len: int = 1024
-    """It sizes the table of learned positions."""
+    """Rows of the table of learned positions."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where no model can have this shape."""
+        """Raises ValueError if no model can have this shape."""
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{_option(name)} {getattr(self, name)} must be at least 1")
         if self.hidden % self.heads:
-            raise ValueError(f"{self.heads} heads don't divide --hidden {self.hidden}; give --heads that do")
+            raise ValueError(f"{self.heads} heads don't divide --hidden {self.hidden}; change --heads")
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.kv_heads} kv heads don't divide {self.heads} heads; give --kv-heads that do"
-            )
+            raise ValueError(f"{self.kv_heads} kv heads don't divide {self.heads} heads; change --kv-heads")
 
     def __str__(self) -> str:
         kinds = [self.norm, self.positions, self.activation, "tied head" if self.tied_head else ""]
@@ -96,13 +95,13 @@ class GPTShape:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """The chain, in the order in which it runs."""
+        """The chain of layers, in the order of execution."""
         return _links(self)
 
     @property
     def parameters(self) -> int:
-        """A tied weight counts once."""
-        shallow = _links(replace(self, layers=1))  # of thousands of layers, which are alike, only one is made
+        """Number of parameters. A tied weight counts once."""
+        shallow = _links(replace(self, layers=1))  # there may be thousands of layers, all with one size
         own = [weight for link in shallow for weight in link.weights if not weight.same_as]
         return sum(prod(weight.shape) for weight in own) + (self.layers - 1) * self.per_layer
 
@@ -112,7 +111,7 @@ class GPTShape:
 
     @property
     def kv_width(self) -> int:
-        """Features of the keys, and of the values."""
+        """Number of features of the keys, and of the values."""
         return self.hidden // self.heads * self.kv_heads
 
     def _norm(self, prefix: str) -> tuple[Weight, ...]:
@@ -135,12 +134,12 @@ class GPTShape:
         )
 
     def check_tensor_parallel(self, tp: int) -> None:
-        """Raises ValueError if `tp` doesn't divide what it cuts; the vocabulary may be cut unevenly."""
-        for name, what in {"heads": "heads", "kv_heads": "kv heads", "ffn": "ffn features"}.items():
+        """Raises ValueError if `tp` doesn't divide heads and features. It may cut the vocabulary unevenly."""
+        for name, noun in {"heads": "heads", "kv_heads": "kv heads", "ffn": "ffn features"}.items():
             size = getattr(self, name)
             if size % tp:
                 raise ValueError(
-                    f"tp({tp}) doesn't divide the {size} {what}; give another --tp or {_option(name)}"
+                    f"tp({tp}) doesn't divide the {size} {noun}; give another --tp or {_option(name)}"
                 )
 
 
@@ -158,14 +157,14 @@ def _links(shape: GPTShape) -> tuple[Link, ...]:
 
 
 def from_model_config(model: Mapping[str, Any]) -> GPTShape:
-    """The shape that the fields of the example's `GPTConfig` describe, with its defaults for those left out.
+    """Return the shape that fields of the example's `GPTConfig` describe, with its defaults for the others.
 
     Raises:
-        ValueError: a field that it hasn't, or a value that can't be.
+        ValueError: a field is unknown, or its value invalid.
     """
     given = {"num_kv_heads": None, "ffn_size": None, **_EXAMPLE_DEFAULTS, **model}
     if unknown := sorted(given.keys() - {"num_kv_heads", "ffn_size", *_EXAMPLE_DEFAULTS}):
-        raise ValueError(f"model.{unknown[0]} isn't a field of the example's GPTConfig; leave it out")
+        raise ValueError(f"model.{unknown[0]} isn't a field of the example's GPTConfig; remove it")
     fields = ("hidden_size", "num_heads", "num_layers", "vocab_size", "max_seq_len")
     optional = [name for name in ("num_kv_heads", "ffn_size") if given[name] is not None]
     for name in (*fields, *optional):
@@ -218,15 +217,17 @@ def derive(
     ffn: int | None = None,
     vocab: int | None = None,
 ) -> GPTShape:
-    """A shape of about `parameters`, within `TOLERANCE`. What is given is kept; the rest follows rules:
+    """Return a shape with about `parameters` parameters, within `TOLERANCE`.
 
-    1. the vocabulary is 32,000;
-    2. the hidden size is that with which Llama 2 70B's proportions come nearest, out of the multiples of 1024
-       (from 4096 on), of 512 (from 512 on) and of 64 that leave room for a layer;
-    3. heads are 128 wide (from hidden size 4096 on) or 64; there are 8 kv heads if 8 divides the heads;
-    4. the feed-forward size is 3.5 times the hidden size, and there are as many layers as fit, in fours;
-    5. if the number is still off by more than the tolerance, the feed-forward size is the one that fits, in
-       steps of a sixteenth of the hidden size.
+    Given sizes are kept. The others follow these rules:
+
+    1. The vocabulary is 32,000.
+    2. The hidden size is the one that comes closest to `parameters` with Llama 2 70B's proportions. It is a
+       multiple of 1024 (from 4096 on), of 512 (from 512 on) or of 64, and leaves room for a layer.
+    3. Heads are 128 wide (from hidden size 4096 on) or 64. There are 8 kv heads if 8 divides the heads.
+    4. The feed-forward size is 3.5 times the hidden size. As many layers as fit, in multiples of four.
+    5. If the number is still off by more than the tolerance, the feed-forward size is adjusted in steps of a
+       sixteenth of the hidden size.
 
     Raises:
         ValueError: there is no such shape, or too little is given.
@@ -257,7 +258,7 @@ def derive(
     if abs(found.parameters / parameters - 1) > TOLERANCE:
         raise ValueError(
             f"the nearest shape ({found}) has {found.parameters:,} parameters, more than {TOLERANCE:.0%} off "
-            f"--params {parameters:,}; change --params, or what you gave of the shape, or --vocab"
+            f"--params {parameters:,}; change --params, --vocab or the sizes that you gave"
         )
     return found
 
@@ -271,7 +272,7 @@ def _by_rules(
     kv_heads: int | None,
     vocab: int | None,
 ) -> GPTShape:
-    """What isn't given follows from the hidden size."""
+    """Return the shape with missing sizes derived from the hidden size."""
     heads = max(1, hidden // (128 if hidden >= 4096 else 64)) if heads is None else heads
     return GPTShape(
         layers=max(1, round(LAYERS_PER_HIDDEN * hidden)) if layers is None else layers,

@@ -1,17 +1,18 @@
-"""Which rank holds which part of a tensor: as those had it that wrote a checkpoint, and as others would.
+"""Part of each tensor that each rank holds, for the ranks that wrote a checkpoint and for ranks that resume.
 
-What a run that resumes would hold follows from rules (`uni3d.estimate.saved`). What the writers held is a
-fact, whatever their config was: the manifest's `writer` says which layers lay where, and over how many ranks
-ZeRO sharded (docs/format.md).
+The ranks that resume hold parts that follow from rules (`uni3d.estimate.saved`), and so do their reads. For
+the ranks that wrote it, the manifest's `writer` records which layers each pipeline rank had, and over how
+many ranks ZeRO sharded (docs/format.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parallel.degrees import Ranks
+from parallel.settings import Settings
 from uni3d.estimate.saved import BUFFER, PARAMETER, SavedModel, StageArray
 
 if TYPE_CHECKING:
@@ -20,66 +21,123 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Holders:
-    """The ranks of a topology, and what they hold of a checkpoint's parameters and buffers."""
+    """Ranks of a topology, with the parameters and buffers of a checkpoint that they hold."""
 
     ranks: Ranks
-    places: Sequence[Mapping[str, StageArray]]
-    """By place of the pipeline, and atom."""
+    by_pipeline_rank: Sequence[Mapping[str, StageArray]]
+    """Arrays by atom, for each pipeline rank."""
     shards: int
-    """How many data-parallel ranks share out a tensor."""
+    """Number of data-parallel ranks that share out a tensor."""
 
     def boxes(self, atom: str) -> dict[int, ckpt.Box]:
-        """By rank, the part of an atom that it holds; empty where nothing was left for it.
+        """Return the part of an atom that each rank holds. It is empty if a rank is left without a part.
 
-        Ranks of pipeline stages without the atom are left out. A tied weight is on several.
+        Only ranks of the pipeline stages that have the atom are included; a tied weight has several.
         """
         found: dict[int, ckpt.Box] = {}
-        for place, parts in enumerate(self.places):
+        for stage, parts in enumerate(self.by_pipeline_rank):
             if atom in parts:
                 boxes = parts[atom].boxes(self.ranks, self.shards)
-                found |= {place * self.ranks.of_a_stage + i: box for i, box in enumerate(boxes)}
+                found |= {stage * self.ranks.of_a_stage + i: box for i, box in enumerate(boxes)}
         return found
 
-    def name_at(self, atom: str, place: int) -> str | None:
-        """The atom's name at a place of the pipeline; another one of a tied weight, or None."""
-        part = self.places[place].get(atom)
+    def name_at(self, atom: str, stage: int) -> str | None:
+        """Return the atom's name on a pipeline rank, which may be an alias of a tied weight, or None."""
+        part = self.by_pipeline_rank[stage].get(atom)
         return None if part is None else part.name
 
 
 def writers(source: SavedModel) -> Holders:
-    """The ranks that wrote a checkpoint; of an imported one, the process that did.
+    """Return the ranks that wrote a checkpoint. An imported one was written by one process.
 
     Raises:
-        ValueError: its manifest doesn't say what they held.
+        ValueError: the manifest doesn't record what they held.
     """
     ranks, layers = source.writer.ranks, source.writer.layers
     if ranks is None:
-        raise ValueError("the manifest doesn't say on which topology it was written")
-    places: list[list[str]] | list[None] = layers or [None]
-    if len(places) != ranks.pp:
+        raise ValueError("the manifest doesn't record the topology that wrote the checkpoint")
+    stages: list[list[str]] | list[None] = layers or [None]
+    if len(stages) != ranks.pp:
         raise ValueError(
-            f"the manifest doesn't say which layers lay on which of the {ranks.pp} pipeline ranks, "
-            "so nobody knows what they held"
+            f"the manifest doesn't record which layers each of the {ranks.pp} pipeline ranks had, so the "
+            "parts that the ranks held are unknown"
         )
     if ranks.tp > 1 and (why := source.untold_tp()):
-        raise ValueError(f"tp({ranks.tp}) {why}, so it isn't known what the ranks held")
-    held = [source.parts(None if here is None else frozenset(here)) for here in places]
+        raise ValueError(f"tp({ranks.tp}) {why}, so the parts that the ranks held are unknown")
+    held = [source.parts(None if names is None else frozenset(names)) for names in stages]
     shards = source.writer.shard_group or ranks.shards()
-    return Holders(ranks=ranks, places=[_own(parts) for parts in held], shards=shards)
+    return Holders(ranks=ranks, by_pipeline_rank=[_weights(parts) for parts in held], shards=shards)
 
 
 def resumed(source: SavedModel, ranks: Ranks) -> Holders:
-    """The ranks that would go on from a checkpoint, with one pipeline stage on each.
+    """Return the ranks that would resume from a checkpoint, with one pipeline stage on each.
 
     Raises:
-        ValueError: the run can't be split over them, as `uni3d doctor` says too.
+        ValueError: the run can't be split over them; the message is that of `uni3d doctor`.
     """
     if refused := list(source.refused(ranks.pp, ranks.dp, ranks.tp, batch=source.batch)):
         raise ValueError("; ".join(map(str, refused)))
-    places = [_own(parts) for parts in source.places(ranks.pp)]
-    return Holders(ranks=ranks, places=places, shards=ranks.shards())
+    held = [_weights(parts) for parts in source.by_pipeline_rank(ranks.pp)]
+    return Holders(ranks=ranks, by_pipeline_rank=held, shards=ranks.shards())
 
 
-def _own(parts: Sequence[StageArray]) -> dict[str, StageArray]:
-    """Those of parameters and buffers, without the optimizer's states."""
+def _weights(parts: Sequence[StageArray]) -> dict[str, StageArray]:
+    """Return the arrays of parameters and buffers by atom, without optimizer states."""
     return {part.info.key.atom: part for part in parts if part.info.key.state in (PARAMETER, BUFFER)}
+
+
+class Reads(NamedTuple):
+    """Bytes and files that the ranks of a topology read from a checkpoint."""
+
+    most: int
+    """Bytes read by the rank that reads most."""
+    least: int
+    total: int
+    """Bytes read by all ranks. Chunks that several ranks read count several times."""
+    most_files: int
+    """Files read by the rank that reads the most files."""
+    files: int
+    """Chunks in the checkpoint. Each is read by at least one rank."""
+
+
+def reads(
+    checkpoint: ckpt.Checkpoint,
+    source: SavedModel,
+    ranks: Ranks,
+    settings: Settings,
+    shard_group: int | None = None,
+) -> Reads:
+    """Compute from the manifest's chunk records how much a load by these ranks reads.
+
+    Raises:
+        CheckpointError: the manifest has no record of a chunk.
+    """
+    from ckpt.checksums import Blocks
+    from ckpt.read import pieces
+
+    shards, n = ranks.shards(shard_group), ranks.of_a_stage
+    known: dict[Any, list[tuple[int, int]]] = {}
+
+    def costs_of(part: StageArray) -> list[tuple[int, int]]:
+        info = part.info
+        blocks = {Blocks.of_record(record).size for record in info.chunks.values()}
+        # The layers of a model have arrays with the same chunks: each kind is counted once.
+        kind = (info.shape, info.chunk_shape, info.dtype, part.tp_dim, part.whole)
+        key = (*kind, *blocks) if len(blocks) <= 1 else info.key
+        if key not in known:
+            by_box: dict[Any, tuple[int, int]] = {}
+            boxes = part.boxes(ranks, shards)
+            for box in boxes:
+                if box not in by_box:
+                    costs = [checkpoint.cost(piece) for piece in pieces(info, box)]
+                    by_box[box] = sum(costs), len(costs)
+            known[key] = [by_box[box] for box in boxes]
+        return known[key]
+
+    by_rank: list[tuple[int, int]] = []
+    for parts in source.by_pipeline_rank(ranks.pp, settings):
+        columns = [costs_of(part) for part in parts]
+        by_rank += [(sum(c[i][0] for c in columns), sum(c[i][1] for c in columns)) for i in range(n)]
+    sizes, files = zip(*by_rank, strict=True)
+    chunks = sum(len(info.chunks) for info in checkpoint.arrays.values())
+    return Reads(max(sizes), min(sizes), sum(sizes), max(files), chunks)

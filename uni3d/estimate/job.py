@@ -1,9 +1,8 @@
-"""A training job on paper: the model, the ranks, and the settings that memory and traffic follow from."""
+"""A planned training job: the model, the ranks, and the settings that decide on memory and traffic."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -13,19 +12,20 @@ from typing import Any, Literal, get_args, get_type_hints
 from parallel.degrees import Ranks, check_shard_group
 from parallel.placement import Placement, balanced_cuts, check_layers
 from parallel.settings import ITEMSIZE, Balance, DType, Schedule
-from uni3d.config import Config, batch_triad, load_config
-from uni3d.estimate.gpt import GPTShape, Link, Weight, from_model_config
+from uni3d.config import Config, batch_triad
+from uni3d.estimate.gpt import GPTShape, Link, Weight
+from uni3d.estimate.zero import computes_in_place, largest_part
 
 Weights = tuple[Weight, ...]
 MOMENTS = {"SGD": 0, "Lion": 1, "Adagrad": 1, "Muon": 1}
-"""Optimizer states of a parameter's own shape; 2 for Adam, AdamW, and those that aren't known here."""
+"""Number of optimizer states with the parameter's shape. Adam, AdamW and unknown optimizers have 2."""
 
 RecomputeMode = Literal["none", "full", "selective"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a planned run does; the words are those of the config."""
+    """A planned training run, in the words of the config."""
 
     shape: GPTShape
     ranks: Ranks
@@ -34,24 +34,24 @@ class Job:
     accumulation: int
     precision: DType = "bf16"
     reduce: DType = "fp32"
-    """In which gradients are accumulated and summed over the ranks."""
+    """Type in which gradients are accumulated and reduced."""
     recompute: RecomputeMode = "none"
     every: int = 1
-    """Of how many layers one is recomputed."""
+    """One of this many layers is recomputed."""
     schedule: Schedule = "1f1b"
     virtual_stages: int = 1
     balance: Balance = "flops"
     sequence_parallel: bool = False
     shard_group: int | None = None
-    """Ranks over which ZeRO shards, a divisor of dp; None is all of dp."""
+    """Number of ranks over which ZeRO shards, a divisor of dp; None for all of dp."""
     offload: bool = False
     moments: int = 2
-    """Optimizer states of each parameter's shape, in fp32."""
+    """Number of fp32 optimizer states with the parameter's shape."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Their kernels keep different things for the backward pass."""
+    """Kind of device. CPU and CUDA kernels keep different tensors for the backward pass."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what can't be, naming the option."""
+        """Raises ValueError for an impossible setting, and names its option."""
         self.shape.check_tensor_parallel(self.ranks.tp)
         for name in ("precision", "reduce", "recompute", "schedule", "balance", "device"):
             known = get_args(_HINTS[name])
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a micro batch."""
+        """Tokens in a micro batch."""
         return self.micro_batch * self.seq_len
 
     @property
@@ -95,12 +95,12 @@ class Job:
 
     @property
     def in_place(self) -> bool:
-        """Whether a parameter's shard is what is computed with, so that there is no whole copy of it."""
-        return self.shards == 1 and self.precision == "fp32" and self.reduce == "fp32" and not self.offload
+        """True if passes compute with the parameters themselves, without whole copies."""
+        return computes_in_place(shards=self.shards, compute_bytes=self.compute_bytes, offload=self.offload)
 
     @property
     def order(self) -> Schedule:
-        """The schedule that runs: with fewer micro batches than stages, 1F1B is GPipe."""
+        """Schedule that runs. With fewer micro batches than stages, 1F1B is GPipe."""
         return "gpipe" if self.schedule == "1f1b" and self.accumulation < self.ranks.pp else self.schedule
 
     @property
@@ -110,15 +110,15 @@ class Job:
 
     @property
     def kinds(self) -> tuple[Stage, ...]:
-        """One stage of each kind: those with the same weights have one name."""
+        """One stage of each kind. Stages with the same weights are of one kind."""
         return _kinds(self.shape, self.ranks.pp, self.virtual_stages, self.balance, self.schedule)
 
     def whole(self, weights: Weights) -> int:
-        """Elements of these weights on a tensor-parallel rank."""
+        """Return the number of elements of these weights on a tensor-parallel rank."""
         return _elements(weights, self.ranks.tp, 1)
 
     def shard(self, weights: Weights) -> int:
-        """Elements of these weights that a rank keeps under ZeRO."""
+        """Return the number of elements of these weights that a rank keeps under ZeRO."""
         return _elements(weights, self.ranks.tp, self.shards)
 
 
@@ -127,16 +127,17 @@ _HINTS = get_type_hints(Job)
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline rank's part of the model."""
+    """Part of the model on a pipeline rank."""
 
     chunks: tuple[tuple[Link, ...], ...]
-    """Its stretches of the chain: one, or as many as it has virtual stages."""
+    """Stretches of the chain, one for each virtual stage."""
     units: tuple[Weights, ...]
-    """By link, what ZeRO gathers for it alone; nothing if that lies with the root."""
+    """Weights that ZeRO gathers with each link; empty if the root has them."""
     root: Weights
-    """What is gathered for all: of links without matrices, or that share one (`parallel.layers.units`)."""
+    """Weights gathered for the whole stage: those of links without a matrix, or with a shared one
+    (`parallel.layers.units`)."""
     turns: bool = False
-    """Whether its second stretch follows on its first, as the last rank's do where the order turns back."""
+    """True if the second stretch follows the first directly, as on the last rank of a V schedule."""
 
     @property
     def links(self) -> list[Link]:
@@ -148,12 +149,12 @@ class Stage:
 
     @property
     def ends(self) -> set[str]:
-        """Which ends of the model it has: `embed`, `head`."""
+        """Ends of the model on this stage: `embed`, `head`."""
         return {"embed", "head"} & {link.name for link in self.links}
 
     @property
     def neighbours(self) -> int:
-        """From how many other stretches its own get activations or their gradients."""
+        """Number of other stretches that send activations or gradients to this rank's stretches."""
         return 2 * len(self.chunks) - len(self.ends)
 
 
@@ -199,25 +200,15 @@ def _stage(chunks: tuple[tuple[Link, ...], ...], *, turns: bool) -> Stage:
 
 @lru_cache
 def _elements(weights: Weights, tp: int, shards: int) -> int:
-    """Of these weights' parts on a rank, cut by `tp` and then, along their first dim, in `shards`.
-
-    Parts are of `ceil(n / k)` rows; a rank with fewer keeps room for as many (`fully_shard` pads).
-    """
-    total = 0
-    for weight in weights:
-        shape = list(weight.shape)
-        if weight.tp_dim is not None:
-            shape[weight.tp_dim] = -(-shape[weight.tp_dim] // tp)
-        shape[0] = -(-shape[0] // shards)
-        total += prod(shape)
-    return total
+    """Return the number of elements of these weights on a rank, padding included."""
+    return sum(largest_part(weight.shape, weight.tp_dim, tp=tp, shards=shards) for weight in weights)
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """An example's config: JSON with `model`, `seq_len` and `uni3d`.
+    """Read an example's config: JSON with `model`, `seq_len` and `uni3d`.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the file can't be read, isn't JSON, or lacks a section.
     """
     try:
         document = json.loads(path.read_text())
@@ -235,16 +226,8 @@ def read_document(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def model_of(document: Mapping[str, Any]) -> GPTShape:
-    return from_model_config(document["model"])
-
-
-def config_of(document: Mapping[str, Any]) -> Config:
-    return load_config(document["uni3d"])
-
-
 def settings_of(config: Config, dp: int) -> dict[str, Any]:
-    """What a config says of a job on `dp` data-parallel ranks: the fields of `Job` beside model and ranks."""
+    """Return the fields of `Job`, other than model and ranks, for a config on `dp` data-parallel ranks."""
     triad = batch_triad(config, dp)
     kind = None if config.optimizer is None else config.optimizer.type
     moments = MOMENTS.get(kind or "", 2)

@@ -1,12 +1,12 @@
-"""Memory of each rank, on paper: what is held from step to step, and the fullest moment of a step.
+"""Peak memory of each pipeline rank in a training step, computed without running it.
 
-A step is walked through as the engine takes it: at its fullest, a rank has as many micro batches in flight as
-its schedule lets it, and runs the backward pass of one of them, link by link from the last. The fullest of
-these moments, and of the optimizer's step, is the peak. Ranks of a pipeline stage need the same, so that the
-answer is one for each stage; the worst counts.
+A step is walked through as the engine runs it. At the peak, a rank has as many micro batches in flight as its
+schedule allows, and runs the backward pass of one of them, link by link from the last. Each link is a moment
+with its own memory; the optimizer step is one more. The peak is the largest of them. All ranks of a pipeline
+stage need the same, so there is one result for each stage.
 
-What isn't in it: the process itself, the CUDA context and NCCL's buffers (about 1-2 GiB on a GPU), what the
-allocator keeps for itself, a compiler's own buffers.
+Not included: the process itself, the CUDA context and NCCL's buffers (about 1-2 GiB on a GPU), memory that
+the allocator caches, and a compiler's buffers.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from uni3d.estimate.job import Job, Stage
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank at the fullest moment of a step."""
+    """Bytes on one rank at the peak of a step."""
 
     parameters: int
-    """The sharded ones, in fp32."""
+    """Sharded parameters, in fp32."""
     optimizer: int
     gradients: int
-    """Those that are there at that moment, summed up or not."""
+    """Gradients at that moment, reduced or not."""
     gathered: int
-    """Whole parameters, in the type that is computed in."""
+    """Whole parameters, in the compute type."""
     activations: int
-    """Of all micro batches in flight, and what the backward pass at that moment makes."""
+    """Activations of all micro batches in flight, and tensors of the running backward pass."""
     loss: int
-    """Logits, and what the loss is computed with."""
+    """Logits and the loss's own tensors."""
     communication: int
     """Buffers of ZeRO's collectives."""
     pipeline: int
-    """What is received from and kept for other stages, and the batch itself."""
+    """Buffers for other stages, and the batch itself."""
 
     @property
     def total(self) -> int:
@@ -46,21 +46,21 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """What each rank of one pipeline stage needs."""
+    """Memory of each rank of one pipeline stage."""
 
     rank: int
-    """Of the pipeline."""
+    """Pipeline rank."""
     links: tuple[str, str]
-    """The first and the last that it has."""
+    """First and last link of the stage."""
     peak: Memory
     host: int
-    """Of the host's memory, with offload: parameters, gradients and optimizer states."""
+    """Host memory with offload: parameters, gradients and optimizer states."""
     in_flight: int
-    """Micro batches, of one stretch of layers each, whose activations are held at the same time."""
+    """Micro batches with activations in memory, counted once for each stretch of layers."""
 
 
 def memory(job: Job) -> list[StageMemory]:
-    """What each pipeline rank needs, first to last."""
+    """Return the memory of each pipeline rank, first to last."""
     return [_stage(job, rank, stage) for rank, stage in enumerate(job.stages)]
 
 
@@ -69,11 +69,13 @@ def worst(stages: list[StageMemory]) -> StageMemory:
 
 
 def in_flight(job: Job, rank: int) -> int:
-    """Micro batches whose activations a pipeline rank holds at the same time, counted by stretch of layers.
+    """Return the largest number of micro batches with activations on a pipeline rank.
 
-    GPipe: all. 1F1B: as many as there are stages from here on (Narayanan et al. 2021, section 2.2).
-    Interleaved: its warm-up and one. Zero-bubble keeps activations until the weights' gradients, `rank` micro
-    batches later (Qi et al. 2023, ZB-H1). ZBV: as much as 1F1B's first stage, in stretches of half the size.
+    A micro batch counts once for each stretch of layers.
+
+    GPipe: all. 1F1B: the number of stages from this one on (Narayanan et al. 2021, section 2.2). Interleaved:
+    the warm-up and one more. Zero-bubble keeps activations until the weights' gradients, `rank` micro batches
+    later (Qi et al. 2023, ZB-H1). ZBV: as 1F1B's first stage, in stretches of half the size.
     """
     pp, v, m = job.ranks.pp, job.virtual_stages, job.accumulation
     if pp == 1 and v == 1:
@@ -90,7 +92,7 @@ def in_flight(job: Job, rank: int) -> int:
 
 
 class _Moment(NamedTuple):
-    """What a rank holds at a moment, beside what it holds from step to step."""
+    """Transient memory of a rank at one moment, on top of parameters and optimizer state."""
 
     gradients: int
     gathered: int
@@ -105,7 +107,7 @@ def _stage(job: Job, rank: int, stage: Stage) -> StageMemory:
     last = job.accumulation == 1
     walk = _Walk(job, stage, rank)
     moments = [*walk.backward(flying, again=job.accumulation * job.virtual_stages > flying, last=last)]
-    if not last:  # the last one, when no other is left, and gradients are reduced
+    if not last:  # the step's last backward pass: no other micro batch is left, and gradients are reduced
         moments += walk.backward(1, again=True, last=True)
     moments.append(_Moment(shard, 0, 0, 0, 0))
     fullest = max(moments, key=sum)
@@ -117,14 +119,14 @@ def _stage(job: Job, rank: int, stage: Stage) -> StageMemory:
 
 
 class _Walk:
-    """Through the backward pass of one micro batch on a pipeline stage, link by link from the last."""
+    """Walk through the backward pass of one micro batch on a pipeline stage, link by link from the last."""
 
     def __init__(self, job: Job, stage: Stage, rank: int) -> None:
         self._job = job
         self._rank = rank
         self._stage = stage
         self._acts = _activations(job, stage.links)
-        if "embed" not in stage.ends:  # what the first link keeps of its input lies in the pipeline's buffer
+        if "embed" not in stage.ends:  # the first link's input is the pipeline's receive buffer
             self._acts[0] = self._acts[0]._replace(kept=self._acts[0].kept - self._acts[0].given)
         self._whole = [job.whole(unit) for unit in stage.units]
         self._shard = [job.shard(unit) for unit in stage.units]
@@ -132,23 +134,22 @@ class _Walk:
         self._loss = of_loss(job) if "head" in stage.ends else (0, 0)
 
     def backward(self, flying: int, *, again: bool, last: bool) -> Iterator[_Moment]:
-        """Its moments, while `flying - 1` other micro batches wait for theirs.
+        """Yield the moments of the pass, while `flying - 1` other micro batches wait for theirs.
 
-        `again` says that the micro batches before have left their gradients, `last` that it is the step's
-        last.
+        `again` is True if earlier micro batches have left gradients, `last` if this is the step's last pass.
         """
         job, v = self._job, self._job.virtual_stages
         reduced = last or job.ranks.zero >= 2
         kept = sum(each.kept for each in self._acts)
         alive = kept + max(0, flying - v) * kept // v
-        # In the hands of torch's pipeline stage the logits stay through their micro batch's backward pass; a
-        # single stage has let go of them by then.
+        # torch's pipeline stage keeps the logits through their micro batch's backward pass. Without a
+        # pipeline they are freed before it.
         loss_kept, loss_work = self._loss
         logits = loss_kept // 2
         if job.ranks.pp * v == 1:
             loss_kept, logits = loss_kept - logits, 0
         waiting = loss_kept * ((flying - 1) // v)
-        leaving = 0  # what the link before was summed in: it goes when the next one is summed
+        leaving = 0  # buffer in which the previous link was reduced, freed when the next link is reduced
         for i in reversed(range(len(self._acts))):
             each, gathered = self._acts[i], self._gathered(i)
             before = self._gradients(i, again=again, reduced=reduced)
@@ -169,9 +170,11 @@ class _Walk:
             yield self._halfway(flying, again=again, reduced=reduced)
 
     def _halfway(self, flying: int, *, again: bool, reduced: bool) -> _Moment:
-        """Between the halves of a backward pass: nothing that was kept has gone, and the gradients of what
-        matrix products gave have come, from which the weights' are computed `rank` micro batches later.
-        (torch's first stage, which sends no gradient on, takes both halves at once.)
+        """Return the moment between the two halves of a zero-bubble backward pass.
+
+        All activations are still kept. Added to them are the gradients of matrix products' outputs, from
+        which the weights' gradients are computed `rank` micro batches later. (torch's first stage sends no
+        gradient on and runs both halves at once.)
         """
         job, v, rank = self._job, self._job.virtual_stages, self._rank
         halves = min(rank, flying - 1) + 1  # micro batches between the two
@@ -183,19 +186,20 @@ class _Walk:
         return _Moment(before, self._gathered(0), kept, loss, self._prefetched(0))
 
     def _summed(self, i: int, *, again: bool, reduced: bool) -> tuple[int, int, int]:
-        """Of link `i`'s gradients: themselves as they are made; the most memory that summing them takes, with
-        them and beyond what was there; what is left of that until the next link's are summed.
+        """Return three sizes of link `i`'s gradients.
+
+        The first is the gradients as they are computed. The second is the peak while they are reduced, beyond
+        the memory in use before. The third is the part of it that stays until the next link is reduced.
         """
         job = self._job
         whole = self._whole[i] + (self._root[0] if i == 0 else 0)
         shard = self._shard[i] + (self._root[1] if i == 0 else 0)
         own, buffer = job.compute_bytes * whole, job.reduce_bytes * whole
-        if not reduced:  # added up whole, which needs another tensor if that is in another type
+        if not reduced:  # accumulated whole, which needs another tensor if it is in another type
             return own, own + (0 if again or job.precision == job.reduce else buffer), 0
-        added = (
-            buffer if again and job.ranks.zero <= 1 else 0
-        )  # they were added to what was there, and both go
-        copy = buffer if job.shards == 1 else 0  # fully_shard divides by 1 then, into a tensor of its own
+        # At stages 0 and 1 they were added to the accumulated ones, which are freed with them.
+        added = buffer if again and job.ranks.zero <= 1 else 0
+        copy = buffer if job.shards == 1 else 0  # fully_shard then divides by 1, into a new tensor
         packed = buffer + (0 if added else own)
         return (
             own,
@@ -204,10 +208,10 @@ class _Walk:
         )
 
     def _gradients(self, i: int, *, again: bool, reduced: bool) -> int:
-        """What is there when the backward pass of link `i` begins.
+        """Return the bytes of gradients when the backward pass of link `i` begins.
 
-        ZeRO stages 0 and 1 keep gradients whole while micro batches are accumulated, and reduce them in the
-        step's last backward pass; the others reduce them link by link each time.
+        ZeRO stages 0 and 1 keep gradients whole while micro batches accumulate, and reduce them in the step's
+        last backward pass. The others reduce them link by link in each pass.
         """
         job = self._job
 
@@ -221,21 +225,21 @@ class _Walk:
         return total
 
     def _gathered(self, i: int) -> int:
-        """Whole parameters while link `i` runs its backward pass."""
+        """Return the bytes of whole parameters during the backward pass of link `i`."""
         if self._job.in_place:
             return 0
         units = self._whole if self._job.ranks.zero < 3 else self._whole[i : i + 1]
         return self._job.compute_bytes * (sum(units) + self._root[0])
 
     def _prefetched(self, i: int) -> int:
-        """ZeRO stage 3 gathers the next link while one runs, into a buffer as large."""
+        """Return the bytes of the buffer into which ZeRO stage 3 gathers the next link while `i` runs."""
         if self._job.in_place or self._job.ranks.zero < 3:
             return 0
         return self._job.compute_bytes * next((n for n in reversed(self._whole[:i]) if n), 0)
 
 
 def _activations(job: Job, links: list[Link]) -> list[Activations]:
-    """Of a rank's links; of its layers, every so many are computed again."""
+    """Return the activations of a rank's links; one of every `job.every` layers is recomputed."""
     kinds: dict[tuple[str, bool], Activations] = {}
     found, layer = [], 0
     for link in links:
@@ -250,10 +254,11 @@ def _activations(job: Job, links: list[Link]) -> list[Activations]:
 
 
 def _pipeline(job: Job, stage: Stage) -> int:
-    """The batch as the loader and the pipeline have it; and a buffer for each micro batch and neighbour.
+    """Return the bytes of the batch and of the pipeline's buffers.
 
-    torch's stages keep one for every micro batch of a step, for activations and for their gradients.
+    torch's stages keep a buffer for every micro batch of a step, for activations and for their gradients.
     """
-    batch = 2 * 2 * 8 * job.tokens * job.accumulation  # inputs and targets, int64, one by one and together
+    # Inputs and targets in int64: the loader has them as micro batches, the pipeline as one tensor.
+    batch = 2 * 2 * 8 * job.tokens * job.accumulation
     wide = job.compute_bytes * job.shape.hidden * job.tokens
     return batch + stage.neighbours * job.accumulation * wide

@@ -1,10 +1,10 @@
-"""A checkpoint's plan on paper: what a save would write, and where, without ranks, tensors or torch.
+"""Plan of a save, computed without ranks, tensors or torch: files, their writers and their sizes.
 
-Each rank's part of each tensor follows from the rules by which training cuts them (`parallel`): pipeline
-stages as even as can be, tensor parallelism along the dim that a weight's style says, then ZeRO along the
-first dim, each time into parts of `ceil(n / k)` as `torch.chunk` has them. The parts go to the planner of
-every save, `ckpt.plan_arrays`. Stages that hold the same tensors, in the same order, are planned once: the
-planner sees names only by their order, and ranks only by their number less the stage's first.
+Each rank's part of each tensor follows from the rules of training (`parallel`): balanced pipeline stages,
+tensor parallelism along the dim of a weight's style, then ZeRO along the first dim. Each cut makes parts of
+`ceil(n / k)`, as `torch.chunk` does. The parts go to `ckpt.plan_arrays`, the planner of every save. Stages
+with the same tensors in the same order are planned once, since the planner depends only on the order of names
+and on ranks relative to the stage's first.
 """
 
 from __future__ import annotations
@@ -28,50 +28,53 @@ from uni3d.estimate.gpt import GPTShape, Link
 
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""AdamW's."""
+"""States that a save with AdamW writes."""
 
 CHECKSUM_BYTES = 4
-"""At the end of each chunk's file."""
+"""Bytes of the checksum at the end of each chunk's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a save of a model on these ranks comes to; sizes in bytes."""
+    """Figures of a planned save; sizes in bytes."""
 
     parameters: int
     arrays: int
     chunks: int
-    """Files with data."""
+    """Number of files with data."""
     documents: int
-    """All other files: a `zarr.json` of each array, atom and group, the manifest, `zero_to_fp32.py`."""
+    """Number of other files: the `zarr.json` of arrays, atoms and groups, the manifest, `zero_to_fp32.py`."""
     written: list[int]
-    """Elements that each rank writes, in bytes, the plan's balance."""
+    """Bytes of elements that each rank writes."""
     stored: list[int]
-    """Files that each rank writes: with checksums, and chunks at an array's end filled up to their size."""
+    """File sizes by rank: elements with checksums, and with padding of chunks at an array's end."""
     snapshot: list[int]
-    """What each rank copies for an asynchronous save: all that it writes or sends."""
+    """Bytes that each rank copies for an asynchronous save: all that it writes or sends."""
     sent: int
-    """Between ranks, to gather small and ragged arrays."""
+    """Bytes sent between ranks to gather small and ragged arrays."""
     exchanges: int
-    """Collectives over all ranks in which that is done."""
+    """Number of collectives over all ranks for that."""
     largest_received: int
-    """The most that a rank gets in one of them, and holds in memory beside its own."""
+    """Most bytes that a rank receives in one collective, and holds in addition to its own."""
     manifest: int
-    """Estimated, without the user's `client_state`."""
+    """Estimated size of the manifest, without the user's `client_state`."""
 
     @property
     def balance(self) -> float:
-        """What the rank with most to write has, in terms of the mean."""
+        """Bytes written by the busiest rank, divided by the mean."""
         return max(self.written) * len(self.written) / sum(self.written)
 
     def save_seconds(self, bandwidth: float, ranks_per_node: int) -> float:
-        """Of the files of the slowest node at `bandwidth` bytes per second and node, then the manifest."""
+        """Return the time to write the slowest node's files and then the manifest.
+
+        `bandwidth` is in bytes per second and node.
+        """
         nodes = range(0, len(self.stored), ranks_per_node)
         slowest = max(sum(self.stored[first : first + ranks_per_node]) for first in nodes)
         return (slowest + self.manifest) / bandwidth
 
     def stall_seconds(self, bandwidth: float) -> float:
-        """Of the rank that copies most, at `bandwidth` bytes per second and rank."""
+        """Return the time of the rank that copies most, at `bandwidth` bytes per second and rank."""
         return max(self.snapshot) / bandwidth
 
 
@@ -108,7 +111,7 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
     )
 
 
-# --- what each rank holds ------------------------------------------------------------------------------
+# --- parts of each rank --------------------------------------------------------------------------------
 
 
 def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
@@ -125,7 +128,7 @@ def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
 def stage_layout(
     links: Iterable[Link], ranks: Ranks, stage: int, states: Sequence[str] = STATES
 ) -> list[ArrayLayout]:
-    """What each rank of a pipeline stage holds of its arrays."""
+    """Return the arrays of a pipeline stage, with the box of each of its ranks."""
     boxes: dict[Any, dict[int, Box]] = {}
     arrays = []
     for link in links:
@@ -143,10 +146,10 @@ def stage_layout(
 
 
 def part_boxes(shape: tuple[int, ...], tp_dim: int | None, *, dp: int, tp: int, shards: int) -> list[Box]:
-    """Parts of a tensor by rank of a stage, data-parallel ranks apart and tensor-parallel ones side by side.
+    """Return the part of a tensor on each rank of a stage, with tensor-parallel ranks side by side.
 
-    It is cut by `tp` along `tp_dim`, if that isn't None, and then along the first dim by `shards`, which
-    divides dp. A tensor without dims is whole everywhere.
+    The tensor is cut by `tp` along `tp_dim`, if that isn't None, and then along the first dim by `shards`,
+    which divides dp. A tensor without dims is whole on every rank.
     """
     boxes = []
     for d in range(dp):
@@ -162,19 +165,19 @@ def part_boxes(shape: tuple[int, ...], tp_dim: int | None, *, dp: int, tp: int, 
 
 
 def _part(span: tuple[int, int], parts: int, i: int) -> tuple[int, int]:
-    """Part `i` of a span `(offset, length)` as `torch.chunk` cuts it; the last ones may be short or empty."""
+    """Return part `i` of a span `(offset, length)` cut like `torch.chunk`: the last may be empty."""
     offset, length = span
     size = -(-length // parts)
     begin = min(i * size, length)
     return offset + begin, min(size, length - begin)
 
 
-# --- what it comes to ----------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Tally:
-    """The figures of one stage."""
+    """Figures of one stage."""
 
     written: dict[int, int]
     stored: dict[int, int]
@@ -189,7 +192,7 @@ class _Tally:
 def _tally(plan: Plan) -> _Tally:
     zeros = dict.fromkeys(plan.ranks, 0)
     tally = _Tally(zeros, dict(zeros), dict(zeros))
-    alike: dict[int, list[ArrayPlan]] = defaultdict(list)  # the planner shares what is the same
+    alike: dict[int, list[ArrayPlan]] = defaultdict(list)  # equal arrays share one plan object
     for array in plan.arrays:
         alike[id(array.chunks)].append(array)
     for arrays in alike.values():
@@ -217,7 +220,7 @@ def _add_exchange(tally: _Tally, batch: Sequence[Gathering]) -> None:
 
 
 def _add_chunks(tally: _Tally, array: ArrayPlan, n: int) -> None:
-    """Count `n` arrays that have these chunks."""
+    """Add `n` arrays with the chunks of `array`."""
     size, filled = itemsize(array.dtype), prod(array.chunk_shape) * itemsize(array.dtype)
     tally.chunks += n * len(array.chunks)
     tally.records += n * len(array.chunks) * len(f'"":{_record(filled)},')
@@ -228,7 +231,7 @@ def _add_chunks(tally: _Tally, array: ArrayPlan, n: int) -> None:
 
 
 def _brought(array: ArrayPlan) -> dict[int, int]:
-    """`Plan.parts` of all ranks, in bytes."""
+    """Return the bytes that each rank contributes, as `Plan.parts` has them."""
     boxes: dict[int, list[Box]] = defaultdict(list)
     for rank, box in array.sources or ((chunk.writer, chunk.box) for chunk in array.chunks):
         boxes[rank].append(box)
@@ -237,7 +240,7 @@ def _brought(array: ArrayPlan) -> dict[int, int]:
 
 
 def _record(chunk_bytes: int) -> str:
-    """What the manifest says of a chunk (`ckpt.checksums`), but for the values of its checksums."""
+    """Return a chunk's record in the manifest (`ckpt.checksums`), with zeros for its checksums."""
     block = block_bytes(chunk_bytes)
     record: dict[str, Any] = {"size": chunk_bytes + CHECKSUM_BYTES, "crc32c": "0" * 8}
     if chunk_bytes > block:
@@ -246,8 +249,8 @@ def _record(chunk_bytes: int) -> str:
 
 
 def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:
-    """About how many bytes the manifest has beside what it says of chunks."""
-    size = 2450  # versions, topology, counters, hyperparameters, a schedule, what the model says of itself
+    """Estimate the bytes of the manifest without its chunk records."""
+    size = 2450  # versions, topology, counters, hyperparameters, a schedule, the model's own description
     document = len(f'"/{ZARR}": {{"size":350,"crc32c":"{"0" * 8}"}},')
     for atom in atoms:
         size += len(f'"{atom}":{{"requires_grad":true}},"{atom}",')

@@ -1,11 +1,10 @@
-"""What each rank of any topology holds of a checkpoint's arrays: without ranks, torch or the model.
+"""Boxes of a checkpoint's arrays on the ranks of any topology, computed without ranks, torch or the model.
 
 The manifest names the layers of the model's chain and the modules that tensor parallelism cuts
-(`uni3d.checkpoint.model_spec`); the arrays have their shapes. The boxes that a run's ranks would load follow
-by the rules of training: pipeline stages (`parallel.placement`), tensor parallelism along the dim of a style
-(`parallel.tp_styles`), ZeRO along the first dim (`uni3d.estimate.save.part_boxes`). Ranks at different places
-of the pipeline hold different arrays, ranks at the same place different boxes of the same arrays. The ranks
-that wrote a checkpoint are in `uni3d.estimate.holders`.
+(`uni3d.checkpoint.model_spec`). With the arrays' shapes, the rules of training give the boxes: pipeline
+stages (`parallel.placement`), tensor parallelism along the dim of a style (`parallel.tp_styles`), and ZeRO
+along the first dim (`uni3d.estimate.save.part_boxes`). Different pipeline ranks hold different arrays. Ranks
+that differ only in dp and tp hold boxes of the same arrays.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from parallel.tp_styles import (
     sequence_refusal,
 )
 from uni3d.estimate.save import part_boxes
+from uni3d.estimate.zero import largest_part
 
 if TYPE_CHECKING:
     import ckpt
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
     from uni3d.manifest import RunManifest
 
 PARAMETER, BUFFER = WEIGHT_STATES
-"""The states that are a parameter's and a buffer's own value."""
+"""State names of a parameter's and a buffer's own value."""
 
 USUAL = Settings()
-"""Settings of a run whose config isn't known."""
+"""Settings of a run with an unknown config."""
 
 _UNDECLARED = "can't be checked: the manifest doesn't say how the model may be split"
 _CutBy = tuple[int, str, int, str]
 
 
 class RefusedDegree(NamedTuple):
-    """A degree that a model or its batch can't be split by."""
+    """A degree by which the model or its batch can't be split, with the reason."""
 
     axis: str
     degree: int
@@ -59,25 +59,30 @@ class RefusedDegree(NamedTuple):
 
 
 class StageArray(NamedTuple):
-    """An array of which every rank at one place of the pipeline holds a box."""
+    """An array on one pipeline rank, where every rank holds a box of it."""
 
     info: ArrayInfo
     name: str
-    """Of its tensor there: of a tied one's names the first."""
+    """Name of its tensor on this pipeline rank; the first one if a tied tensor has several."""
     tp_dim: int | None
     whole: bool
-    """Whether every rank has all of it, as of a buffer."""
+    """True if every rank has the whole array, as with buffers."""
     role: Literal["trained", "frozen", "state", "buffer"]
-    """A parameter that is trained or one that isn't, an optimizer's state, a buffer."""
+    """Trained or frozen parameter, optimizer state, or buffer."""
+
+    @property
+    def kind(self) -> Kind:
+        size = self.info.nbytes // max(1, prod(self.info.shape))
+        return Kind(self.info.shape, size, self.tp_dim, self.whole, self.role)
 
     def boxes(self, ranks: Ranks, shards: int) -> list[ckpt.Box]:
-        """By rank of the pipeline's place, tensor-parallel neighbours side by side."""
+        """Return the boxes of the ranks of one pipeline rank, tensor-parallel neighbours side by side."""
         shards, tp_dim = (1, None) if self.whole else (shards, self.tp_dim)
         return part_boxes(self.info.shape, tp_dim, dp=ranks.dp, tp=ranks.tp, shards=shards)
 
 
 class Kind(NamedTuple):
-    """What an array's part of a rank's memory depends on."""
+    """Properties of an array that decide on its share of a rank's memory."""
 
     shape: tuple[int, ...]
     itemsize: int
@@ -86,29 +91,17 @@ class Kind(NamedTuple):
     role: Literal["trained", "frozen", "state", "buffer"]
 
     def largest(self, tp: int, shards: int) -> int:
-        """Elements of the largest box that a rank has: the first, as all are cut in ceil(n / k)."""
-        shape = list(self.shape)
-        if self.whole or not shape:
-            return prod(shape)
-        if self.tp_dim is not None:
-            shape[self.tp_dim] = -(-shape[self.tp_dim] // tp)
-        shape[0] = -(-shape[0] // shards)
-        return prod(shape)
-
-
-def _kind(part: StageArray) -> Kind:
-    info, role = part.info, part.role
-    size = info.nbytes // max(1, prod(info.shape))
-    return Kind(info.shape, size, part.tp_dim, part.whole, role)
+        """Return the elements of the largest box on a rank."""
+        return prod(self.shape) if self.whole else largest_part(self.shape, self.tp_dim, tp=tp, shards=shards)
 
 
 class SavedModel:
-    """A checkpoint's tensors, and what is known of how they may be split."""
+    """Tensors of a checkpoint, and the manifest's rules for splitting them."""
 
     def __init__(self, arrays: Mapping[ckpt.ArrayKey, ArrayInfo], manifest: RunManifest) -> None:
         self._states: dict[str, list[ArrayInfo]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of the parameters and buffers."""
+        """Shapes of the parameters and buffers, by atom."""
         for key, info in arrays.items():
             self._states[key.atom].append(info)
             if key.state in (PARAMETER, BUFFER):
@@ -123,17 +116,17 @@ class SavedModel:
         ]
         self.buffers = [name for name in self._states if name not in set(self.parameters)]
         self._kinds: dict[_CutBy, list[dict[Kind, int]]] = {}
-        self._places: dict[_CutBy, list[list[StageArray]]] = {}
+        self._by_pipeline_rank: dict[_CutBy, list[list[StageArray]]] = {}
 
     @property
     def layers(self) -> list[str] | None:
-        """The chain that pipeline stages are cut from, if the manifest has one and what it is cut by."""
+        """Chain that pipeline stages are cut from; None if the manifest lacks it or its layers' costs."""
         known = "layer_flops" in self.declared or "pipeline_costs" in self.declared
         return self.declared.get("pipeline_layers") if known else None
 
     @property
     def states_of_their_own_shape(self) -> list[str]:
-        """Optimizer states of another shape than their parameter's: how they are cut isn't known here."""
+        """Optimizer states with another shape than their parameter, for which no cutting rule is known."""
         return [
             "/".join(info.key)
             for name in self.parameters
@@ -142,10 +135,10 @@ class SavedModel:
         ]
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """Of a parameter, by any of its names."""
+        """Return the shape of a parameter, given by any of its names."""
         return self.shapes[self.aliases.get(parameter, parameter)]
 
-    # --- what can't be -----------------------------------------------------------------------------------
+    # --- refusals ----------------------------------------------------------------------------------------
 
     def refused(
         self,
@@ -157,7 +150,7 @@ class SavedModel:
         batch: int | None = None,
         shard_group: int | None = None,
     ) -> Iterator[RefusedDegree]:
-        """Yield the degrees by which the model, or a global batch of so many samples, can't be split."""
+        """Yield the degrees by which the model, or a global batch of `batch` samples, can't be split."""
         if why := self.refuses_tp(tp, sequence_parallel=settings.sequence_parallel):
             yield RefusedDegree("tp", tp, why)
         if why := self.refuses_pp(pp, settings.virtual_stages):
@@ -168,7 +161,7 @@ class SavedModel:
             yield RefusedDegree("dp", dp, f"isn't a multiple of the config's shard group of {shard_group}")
 
     def refuses_pp(self, pp: int, virtual_stages: int = 1) -> str | None:
-        """Return why the model can't be cut into this many stages on as many ranks, or None if it can."""
+        """Return why the model can't be cut into stages for `pp` ranks, or None if it can."""
         if pp * virtual_stages > 1:
             if not self.declared:
                 return _UNDECLARED
@@ -210,7 +203,7 @@ class SavedModel:
 
     @cached_property
     def _divisions(self) -> list[Division]:
-        """Modules and parameters of experts that must be cut evenly."""
+        """Modules, and expert parameters, that must be cut evenly."""
         found: list[Division | None] = []
         units: dict[str, int] = self.declared.get("tp_units", {})
         parameters = {*self.parameters, *self.aliases}
@@ -225,9 +218,9 @@ class SavedModel:
 
     @cached_property
     def plan(self) -> dict[str, str]:
-        """Module, or parameter of experts -> style, as `parallel.expand_plan` gives it.
+        """Style by module or expert parameter, as `parallel.expand_plan` returns it.
 
-        A module without parameters or buffers isn't known here, nor does a style change it.
+        Modules without parameters and buffers aren't in a checkpoint. No style changes them.
         """
         parameters = [*self.parameters, *self.aliases]
         modules = list(dict.fromkeys(o for name in [*parameters, *self.buffers] for o in _owners(name)))
@@ -238,7 +231,7 @@ class SavedModel:
         return expanded
 
     def tp_dim(self, parameter: str) -> int | None:
-        """Along which dim tensor parallelism of any degree cuts a parameter; None if it doesn't."""
+        """Return the dim along which tensor parallelism cuts a parameter, or None if it doesn't."""
         owner = parameter.rpartition(".")[0]
         style = self.plan.get(owner, "")
         if style == "moe_tp_experts":
@@ -248,31 +241,29 @@ class SavedModel:
 
     # --- pipeline stages ---------------------------------------------------------------------------------
 
-    def places(self, pp: int, settings: Settings = USUAL) -> list[list[StageArray]]:
-        """Return the arrays at each place of the pipeline; one that two of its stages have comes twice."""
+    def by_pipeline_rank(self, pp: int, settings: Settings = USUAL) -> list[list[StageArray]]:
+        """Return the arrays on each pipeline rank. An array in two of its stages is listed twice."""
         key = _cut_by(pp, settings)
-        if key in self._places:
-            return self._places[key]
-        places: list[list[StageArray]] = [[] for _ in range(pp)]
+        if key in self._by_pipeline_rank:
+            return self._by_pipeline_rank[key]
+        arrays: list[list[StageArray]] = [[] for _ in range(pp)]
         placement = Placement.of(pp, schedule=settings.schedule, virtual_stages=settings.virtual_stages)
-        for rank, layers in zip(
-            placement.ranks, self._stretches(placement.stages, settings.balance), strict=True
-        ):
-            places[rank] += self.parts(layers)
-        self._places[key] = places
-        return places
+        stretches = self._stretches(placement.stages, settings.balance)
+        for rank, layers in zip(placement.ranks, stretches, strict=True):
+            arrays[rank] += self.parts(layers)
+        self._by_pipeline_rank[key] = arrays
+        return arrays
 
     def kinds(self, pp: int, settings: Settings = USUAL) -> list[dict[Kind, int]]:
-        """Return the number of arrays of each kind, hence of equal memory, at each place of the pipeline."""
+        """Return the number of arrays of each kind, on each pipeline rank."""
         key = _cut_by(pp, settings)
         if key not in self._kinds:
-            self._kinds[key] = [
-                dict(Counter(_kind(part) for part in parts)) for parts in self.places(pp, settings)
-            ]
+            arrays = self.by_pipeline_rank(pp, settings)
+            self._kinds[key] = [dict(Counter(part.kind for part in parts)) for parts in arrays]
         return self._kinds[key]
 
     def parts(self, layers: Collection[str] | None) -> list[StageArray]:
-        """The arrays of a stretch of layers, or of the model. Of a tied one's names the first here counts."""
+        """Return the arrays of some layers, or of the whole model. A tied array has the first name found."""
         here: dict[str, str] = {}
         for name in self._of([*self.parameters, *self.aliases], layers):
             here.setdefault(self.aliases.get(name, name), name)
@@ -288,16 +279,16 @@ class SavedModel:
         return parts
 
     def _of(self, names: Sequence[str], layers: Collection[str] | None) -> list[str]:
-        """Those of the names that belong to one of the layers."""
+        """Return the names that belong to one of the layers."""
         if layers is None:
             return list(names)
         return [name for name in names if any(owner in layers for owner in _owners(name))]
 
     def _stretches(self, stages: int, balance: Balance) -> list[Collection[str] | None]:
-        """The layers of each stage; None for all the model."""
+        """Return the layers of each stage; None stands for the whole model."""
         layers = self.layers
         if layers is None:
-            assert stages == 1, "asked for before"
+            assert stages == 1, "refuses_pp was asked first"
             return [None]
         costs = self.declared.get("pipeline_costs")
         if costs is None:
@@ -318,11 +309,11 @@ _cuts = lru_cache(balanced_cuts)
 
 
 def _cut_by(pp: int, settings: Settings) -> _CutBy:
-    """Return the settings that decide on the stages, as a key."""
+    """Return a key of the settings that decide on the stages."""
     return pp, settings.schedule, settings.virtual_stages, settings.balance
 
 
 def _owners(name: str) -> Iterator[str]:
-    """The modules that a parameter or a buffer lies in, outermost first."""
+    """Yield the modules that contain a parameter or buffer, outermost first."""
     parts = name.split(".")[:-1]
     yield from (".".join(parts[: i + 1]) for i in range(len(parts)))

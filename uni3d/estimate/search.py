@@ -1,4 +1,4 @@
-"""Topologies for a world size and a limit of memory, the quickest on paper first."""
+"""Topologies for a world size and a memory limit, fastest first by estimate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from uni3d.estimate.traffic import Traffic, bubble, traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a step's time is estimated with; rates of one rank."""
+    """Rates of one rank, for the estimate of a step's time."""
 
     flops: float
-    """Per second, of matrix products as a model gets them."""
+    """Floating-point operations per second that a model reaches in matrix products."""
     inside: float
     """Bytes per second that a rank sends inside its node."""
     between: float
@@ -28,14 +28,13 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of a step of a job."""
+    """Cost of a job's step; see `cost`."""
 
     bubble: float
     traffic: Traffic
     slow_bytes: int
-    """Of the traffic, what goes between nodes."""
+    """Bytes of the traffic that go between nodes."""
     seconds: float
-    """See `cost`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +42,18 @@ class Proposal:
     job: Job
     cost: Cost
     memory: StageMemory
-    """Of the worst stage."""
+    """Memory of the worst stage."""
 
     @property
     def need(self) -> int:
-        """Bytes of a rank's memory."""
+        """Bytes that a rank needs."""
         return self.memory.peak.total
 
 
 RECOMPUTE: tuple[RecomputeMode, ...] = ("none", "selective", "full")
 AGAIN = {"none": 0.0, "selective": 0.03, "full": 1 / 3}
-"""What recomputation adds to a step's time: a forward pass to the three that a step takes; what isn't a
-matrix product or attention is cheap, but not free."""
+"""Share of a step's time that recomputation adds. Full: a forward pass, a third of a step. Selective: all but
+matrix products and attention, which is cheap but not free."""
 
 LARGEST_MICRO_BATCH = 64
 
@@ -64,22 +63,16 @@ def judge(job: Job, machine: Machine) -> Proposal:
 
 
 def cost(job: Job, machine: Machine) -> Cost:
-    """A step's time, for comparison: 6 floating-point operations for each token and parameter of a matrix,
-    more with recomputation (`AGAIN`), longer by the bubble; and all that is sent, as if nothing of it were
-    hidden.
+    """Estimate a step's time, for comparing jobs.
+
+    A step takes 6 floating-point operations for each token and matrix element, more with recomputation
+    (`AGAIN`), stretched by the bubble. Communication is added as if none of it overlapped.
     """
     waits, sent = bubble(job), traffic(job)
-    slow = sum(
-        n for axis, n in sent._asdict().items() if leaves_node(job.ranks, axis, machine.ranks_per_node)
-    )
-    operations = (
-        6
-        * (1 + AGAIN[job.recompute] / job.every)
-        * _matrices(job.shape)
-        * job.batch
-        * job.seq_len
-        / job.ranks.total
-    )
+    nodes = machine.ranks_per_node
+    slow = sum(n for axis, n in sent._asdict().items() if leaves_node(job.ranks, axis, nodes))
+    passes = 1 + AGAIN[job.recompute] / job.every
+    operations = 6 * passes * _matrices(job.shape) * job.batch * job.seq_len / job.ranks.total
     compute = operations / machine.flops / (1 - waits)
     seconds = compute + (sent.total - slow) / machine.inside + slow / machine.between
     return Cost(bubble=waits, traffic=sent, slow_bytes=slow, seconds=seconds)
@@ -91,18 +84,17 @@ def _matrices(shape: GPTShape) -> int:
 
 
 def leaves_node(ranks: Ranks, axis: str, ranks_per_node: int) -> bool:
-    """Whether neighbours on an axis may be on different nodes: tp is innermost, then dp, then pp."""
+    """Return whether neighbours on an axis may be on different nodes: tp is innermost, then dp, then pp."""
     reach = {"tp": ranks.tp, "dp": ranks.of_a_stage, "pp": ranks.total}
     return getattr(ranks, axis) > 1 and reach[axis] > ranks_per_node
 
 
 def propose(job: Job, world: int, limit: float, machine: Machine) -> list[Proposal]:
-    """The topologies of `world` ranks that fit `limit` bytes on each, quickest first; or the one nearest to
-    it.
+    """Return the topologies of `world` ranks that fit in `limit` bytes per rank, fastest first.
 
-    All take the global batch, the schedule and the precision of `job`. For each split into pp, dp and tp, of
-    all ZeRO stages, micro batches and ways to recompute at least as much as `job` does, the quickest that
-    fits is taken, and of those that are as quick the one that needs least memory.
+    If none fits, return the one that needs the least memory. All keep the global batch, the schedule and the
+    precision of `job`. For each pp x dp x tp, the ZeRO stages, micro batches and recompute modes (at least as
+    much as `job` has) compete. The fastest that fits wins, and among equally fast ones the smallest.
 
     Raises:
         ValueError: no split of the ranks suits the model and the batch.
@@ -130,21 +122,26 @@ def propose(job: Job, world: int, limit: float, machine: Machine) -> list[Propos
 
 
 def splits(job: Job, world: int, ranks_per_node: int) -> Iterator[Ranks]:
-    """Every pp x dp x tp, and ZeRO stage where there is something to shard; tp inside a node."""
-    for tp in _divisors(world):
-        cut = [job.shape.heads, job.shape.kv_heads, job.shape.ffn]
-        if tp > ranks_per_node or any(n % tp for n in [*cut, job.seq_len if job.sequence_parallel else tp]):
+    """Yield every possible topology with tp inside a node. With dp 1 there is nothing to shard: ZeRO 1."""
+    cut = [job.shape.heads, job.shape.kv_heads, job.shape.ffn, *([job.seq_len] * job.sequence_parallel)]
+    for pp, dp, tp in factorizations(world):
+        if tp > ranks_per_node or any(n % tp for n in cut):
             continue
+        if job.batch % dp or pp * job.virtual_stages > len(job.shape.links):
+            continue
+        for zero in (0, 1, 2, 3) if dp > 1 else (1,):
+            yield Ranks(pp=pp, dp=dp, tp=tp, zero=zero)
+
+
+def factorizations(world: int) -> Iterator[tuple[int, int, int]]:
+    """Yield every pp, dp and tp with `pp * dp * tp == world`, by ascending tp, then pp."""
+    for tp in _divisors(world):
         for pp in _divisors(world // tp):
-            dp = world // tp // pp
-            if job.batch % dp or pp * job.virtual_stages > len(job.shape.links):
-                continue
-            for zero in (0, 1, 2, 3) if dp > 1 else (1,):
-                yield Ranks(pp=pp, dp=dp, tp=tp, zero=zero)
+            yield pp, world // tp // pp, tp
 
 
 def _candidates(job: Job, world: int, machine: Machine) -> Iterator[Job]:
-    """Of all splits: recomputation from the job's own on, every micro batch that divides a rank's share."""
+    """Yield the job on each split, with every micro batch and recompute mode to try."""
     for ranks in splits(job, world, machine.ranks_per_node):
         share = job.batch // ranks.dp
         for mode in RECOMPUTE[RECOMPUTE.index(job.recompute) :]:

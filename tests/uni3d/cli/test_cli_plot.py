@@ -254,7 +254,7 @@ def save_by_hand(run: Path, writer: dict[str, Any], model: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("writer", "model", "arguments", "message"),
     [
-        ((1, 1, 2), {}, ["--tp", "1"], "so it isn't known what the ranks held"),
+        ((1, 1, 2), {}, ["--tp", "1"], "so the parts that the ranks held are unknown"),
         ((1, 1, 1), {}, ["--tp", "2"], "tp 2 can't be checked: the manifest doesn't say how"),
         (
             (1, 1, 1),
@@ -268,8 +268,8 @@ def save_by_hand(run: Path, writer: dict[str, Any], model: dict[str, Any]) -> No
             ["--pp", "2"],
             "pipeline_layers, but Net has none",
         ),
-        ((2, 1, 1), {}, ["--pp", "1"], "which layers lay on which of the 2 pipeline ranks"),
-        (None, {}, ["--dp", "2"], "doesn't say on which topology it was written"),
+        ((2, 1, 1), {}, ["--pp", "1"], "which layers each of the 2 pipeline ranks had"),
+        (None, {}, ["--dp", "2"], "doesn't record the topology that wrote the checkpoint"),
         (
             (1, 1, 1),
             {"declared": {"tp_plan": {"a": "odd"}}},

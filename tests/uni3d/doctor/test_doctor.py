@@ -1,4 +1,4 @@
-"""`uni3d doctor`, run as a user would: what it says, and with which exit code."""
+"""Run `uni3d doctor` as a user would: its report and its exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Result(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What was printed, as if on one line."""
+        """Output joined into one line."""
         return " ".join(self.out.split())
 
 
@@ -36,7 +36,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process."""
+    """Command, run in this process."""
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["uni3d", "doctor", *map(str, arguments)])
@@ -66,7 +66,7 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
-    """One's own, to be damaged."""
+    """Copy of the run, for a test to damage."""
     shutil.copytree(saved, tmp_path / "run")
     return tmp_path / "run"
 
@@ -82,7 +82,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-# --- the answer ------------------------------------------------------------------------------------------
+# --- it would resume -------------------------------------------------------------------------------------
 
 
 def test_it_would_resume(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
@@ -100,7 +100,7 @@ def test_it_would_resume(doctor: Command, saved: Path, config: Callable[..., Pat
     assert "warning" not in result.out
 
 
-def test_for_machines(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_json(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
     report = json.loads(doctor(saved, "--world-size", 4, "--config", config(), "--json").out)
     assert report["would_resume"] is True
     assert (report["step"], report["samples"], report["train_batch_size"]) == (2, 24, 12)
@@ -115,7 +115,7 @@ def test_for_machines(doctor: Command, saved: Path, config: Callable[..., Path])
     assert report["whole"]["other_tags"] == ["global_step1"]
 
 
-def test_the_stage_is_the_runs_the_configs_or_the_one_asked_for(
+def test_the_zero_stage_is_the_runs_the_configs_or_the_options(
     doctor: Command, saved: Path, config: Callable[..., Path]
 ) -> None:
     assert "ZeRO 1" in doctor(saved, "--world-size", 2).out.split("\n\n")[0]
@@ -141,10 +141,10 @@ def test_memory_decides(doctor: Command, saved: Path) -> None:
     result = doctor(saved, "--world-size", 4, "--memory", f"{min(needs.values()) - 1}")
     assert result.code == 1
     assert "nothing fits" in result.words
-    assert "a rank: the least is" in result.words
+    assert "per rank: the minimum is" in result.words
 
 
-def test_activations_of_a_model_that_is_known(
+def test_activations_of_a_known_model(
     doctor: Command, saved: Path, config: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = tmp_path / "model.json"
@@ -164,7 +164,7 @@ def test_activations_of_a_model_that_is_known(
     assert "isn't the checkpoint's: layers.3.attn.k.weight is [20, 20], and missing in" in other.err
 
 
-# --- it wouldn't -----------------------------------------------------------------------------------------
+# --- it wouldn't resume ----------------------------------------------------------------------------------
 
 
 def test_numbers_of_ranks_nearby(doctor: Command, saved: Path) -> None:
@@ -184,11 +184,11 @@ def test_numbers_of_ranks_nearby(doctor: Command, saved: Path) -> None:
     assert f"nearby numbers of ranks that work: {', '.join(map(str, nearby))}" in result.words
 
 
-def test_degrees_that_were_asked_for(doctor: Command, saved: Path) -> None:
+def test_given_degrees(doctor: Command, saved: Path) -> None:
     result = doctor(saved, "--world-size", 4, "--tp", 4)
     assert result.code == 1
     assert "with tp 4: tp 4 doesn't divide the 26 features" in result.words
-    assert "without these degrees it would do, as pp 1, dp 4, tp 1, ZeRO 1" in result.words
+    assert "without these degrees it would resume as pp 1, dp 4, tp 1, ZeRO 1" in result.words
     assert doctor(saved, "--world-size", 4, "--tp", 2, "--pp", 2).code == 0
 
 
@@ -197,7 +197,7 @@ def test_files_that_are_missing(doctor: Command, run: Path) -> None:
     chunk.unlink()
     result = doctor(run, "--world-size", 2)
     assert (result.code, result.err) == (1, "")
-    assert "the checkpoint isn't whole: layers.1." in result.words
+    assert "the checkpoint is incomplete: layers.1." in result.words
     assert "is missing; other tags: global_step1" in result.words
     assert doctor(run, "--world-size", 2, "--tag", "global_step1").code == 0
     chunk.write_bytes(b"short")
@@ -208,15 +208,15 @@ def test_another_optimizer(doctor: Command, saved: Path, config: Callable[..., P
     result = doctor(saved, "--world-size", 2, "--config", config(optimizer={"type": "SGD"}))
     assert result.code == 1
     assert "the checkpoint's optimizer is AdamW, but the config's is SGD" in result.words
-    assert "set " not in result.out, "there is nothing to be done with a topology"
+    assert "set " not in result.out, "no topology would help"
 
 
-def test_what_it_would_warn_of(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_warnings(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
     result = doctor(saved, "--world-size", 2, "--config", config(seed=8, train_batch_size=24))
     assert result.code == 0
     assert "warning seed is 8 in the config, 7 in the checkpoint" in result.words
     assert "warning train_batch_size is 24 in the config, 12 in the checkpoint" in result.words
-    assert '"train_batch_size": 12' in result.words, "what is to be set is the run's own"
+    assert '"train_batch_size": 12' in result.words, "the run's own is proposed"
 
 
 def test_weights_alone_are_no_run(doctor: Command, tmp_path: Path) -> None:
@@ -235,10 +235,10 @@ def test_weights_alone_are_no_run(doctor: Command, tmp_path: Path) -> None:
         assert f"{axis} 2 {why}" in result.words
 
 
-# --- there is no answer ----------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_be_read(doctor: Command, tmp_path: Path, run: Path) -> None:
+def test_unreadable_checkpoints(doctor: Command, tmp_path: Path, run: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "half/.saving.global_step5/atoms").mkdir(parents=True)
@@ -248,11 +248,7 @@ def test_nothing_to_be_read(doctor: Command, tmp_path: Path, run: Path) -> None:
         ("file",): "is not a folder",
         ("nowhere",): "is not a folder",
         ("half",): "(not committed, so they can't be loaded: .saving.global_step5)",
-        (
-            "run",
-            "--tag",
-            "global_step3",
-        ): "no committed checkpoint 'global_step3'; the tags there",
+        ("run", "--tag", "global_step3"): "no committed checkpoint 'global_step3'; the tags there",
         ("run",): "no crc32c (committed tags: global_step2, global_step1)",
     }
     for (name, *options), message in cases.items():
@@ -262,7 +258,7 @@ def test_nothing_to_be_read(doctor: Command, tmp_path: Path, run: Path) -> None:
         assert message in " ".join(result.err.split()), name
 
 
-def test_questions_that_can_t_be_answered(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_invalid_options(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
     for options, message in {
         ("--pp", 3): "pp(3) doesn't divide the world size 4",
         ("--pp", 2, "--dp", 1, "--tp", 1): "pp(2) * dp(1) * tp(1) = 2, but the world size is 4",
@@ -276,7 +272,7 @@ def test_questions_that_can_t_be_answered(doctor: Command, saved: Path, config: 
         assert result.err.count("\n") == 1
 
 
-def test_leftovers_and_latest_are_told(doctor: Command, run: Path) -> None:
+def test_leftovers_and_latest_are_reported(doctor: Command, run: Path) -> None:
     (run / ".saving.global_step9").mkdir()
     assert "running save: .saving.global_step9 (see uni3d clean)" in doctor(run, "--world-size", 2).words
     (run / "latest").unlink()

@@ -1,4 +1,4 @@
-"""What the doctor says would resume does, and what it says wouldn't is refused: by real engines."""
+"""Compare the doctor's verdicts with real engines, which resume or refuse."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"train_batch_size": 6, "train_micro_batch_size_per_gpu"
 
 
 def build(model: str, config: dict[str, Any]) -> Any:
-    """An engine of a model on this rank; a global batch of 12, or of 6."""
+    """Make an engine on this rank, with a global batch of 12 for the GPT and of 6 for others."""
     if model == "gpt":
         return gpt_engine(1, 1, 1, 0, **config)
     kinds: dict[str, Any] = {"own": seeded(OwnLoss), "short": seeded(Stack, 2)}
@@ -49,7 +49,7 @@ def save_case(model: str, run: str) -> None:
 
 
 def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str | None]:
-    """For each config, why an engine with it can't be made and resume the run; None if it can."""
+    """Return for each config why no engine can be made that resumes the run, or None if one can."""
     found: list[str | None] = []
     for config in configs:
         parts = config | {"parallel": {**config["parallel"], "device": "cpu"}}
@@ -73,7 +73,7 @@ def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str
     ],
 )
 def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, model: str) -> None:
-    """All of up to four ranks, with the doctor's config where it gives one."""
+    """Try all topologies of up to four ranks, with the doctor's config if it gives one."""
     ranks.run(1, save_case, model, str(tmp_path))
     reasons = []
     for world in (1, 2, 3, 4):
@@ -121,10 +121,8 @@ def test_which_tp_a_model_takes(options: dict[str, Any]) -> None:
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = (
-            nn.Parameter(torch.ones(2, 24, 8)),
-            nn.Parameter(torch.ones(2, 8, 12)),
-        )
+        self.gate_up_proj = nn.Parameter(torch.ones(2, 24, 8))
+        self.down_proj = nn.Parameter(torch.ones(2, 8, 12))
 
 
 class Attention(nn.Module):
@@ -136,7 +134,7 @@ class Attention(nn.Module):
 
 
 class Mixture(nn.Module):
-    """As Hugging Face's have it: heads by `head_dim`, experts stacked."""
+    """Model in the style of Hugging Face: heads by `head_dim`, stacked experts."""
 
     tp_plan = {  # noqa: RUF012 - as models declare it
         "experts": "moe_tp_experts",
@@ -161,7 +159,7 @@ def test_which_tp_others_take(kind: type[nn.Module]) -> None:
 
 
 def compare_degrees(model: Any) -> None:
-    """Check that the doctor takes the degrees that `parallel` takes."""
+    """Check that the doctor accepts the degrees that `parallel` accepts."""
     parameters = dict(model.named_parameters())
     keys = {name: ckpt.ArrayKey(name, "fp32") for name in parameters}
     arrays: Any = {
@@ -200,7 +198,7 @@ SGD = {"type": "SGD", "params": {"lr": 0.02}}
 MOMENTUM = {"type": "SGD", "params": {"lr": 0.02, "momentum": 0.9}}
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
-    # what the checkpoint's run had, what this one has; whether it is refused, whether there is a warning
+    # config of the checkpoint's run, config of the resuming run, number of refusals, number of warnings
     "same": ({}, {}, 0, 0),
     "another optimizer": ({}, {"optimizer": SGD}, 1, 0),
     "adam that decays apart": ({}, {"optimizer": {**ADAM, "type": "Adam"}}, 0, 0),
@@ -236,7 +234,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 
 
 def outcome(run: Path, config: dict[str, Any]) -> tuple[str | None, list[str]]:
-    """Why a real engine refuses the checkpoint, or what it warns of."""
+    """Return a real engine's refusal of the checkpoint, or its warnings."""
     engine = make_engine(seeded(Stack), config=config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

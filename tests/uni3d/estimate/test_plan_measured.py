@@ -1,9 +1,8 @@
-"""What `uni3d plan` says of a training job is what real ranks do: memory at the fullest moment, and bytes
-sent.
+"""Compare the planned peak memory and bytes sent of a training job with those of real ranks.
 
-Memory is torch's own record of every allocation in a step, from the profiler, over what lies there between
-steps. What a collective's own thread frees is missing from that record, so that each step gives two bounds:
-all that was recorded, and that less what was never seen freed. Several steps narrow them.
+Measured memory is the memory in use between steps, plus the peak of torch's profiler record of allocations in
+a step. The record misses memory that a collective's own thread frees. So each step gives two bounds: the
+recorded peak, and that peak less all memory never seen freed. Several steps narrow them.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 
 
 def recorded(engine: Any) -> tuple[int, int]:
-    """Of a step: the most memory that was allocated beyond what was there, and what was never seen freed."""
+    """Return the peak of memory allocated in a step, and the bytes that were never seen freed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         engine.train_batch()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -170,9 +169,9 @@ def tensors_alive() -> list[Tensor]:
 
 
 def memory_case(case: Case) -> dict[str, int]:
-    earlier = {id(t): t for t in tensors_alive()}  # what other cases have left in this process
+    earlier = {id(t): t for t in tensors_alive()}  # left by other cases in this process
     engine = make_engine(case)
-    for _ in range(2):  # the optimizer has its states, the pipeline its buffers
+    for _ in range(2):  # until the optimizer has its states, the pipeline its buffers
         engine.train_batch()
     parameters = [p.detach() for p in engine.module.parameters()]
     states = [v for s in engine.optimizer.state.values() for v in s.values() if v.ndim > 0]
@@ -188,10 +187,10 @@ def memory_case(case: Case) -> dict[str, int]:
 
 
 def check_memory(ranks: Ranks, case: Case) -> None:
-    """The ranks of a stage do the same, so that each one's bounds hold for all of them."""
+    """Compare each stage. Its ranks do the same, so the bounds of each hold for all of them."""
     place = case.job.ranks
     stages = memory(case.job)
-    for _ in range(3):  # until nearly all that was freed was seen freed
+    for _ in range(3):  # until the record misses next to nothing
         found = ranks.run(place.total, memory_case, case)
         of_stage = [found[n * place.of_a_stage : (n + 1) * place.of_a_stage] for n in range(place.pp)]
         bounds = [
@@ -225,11 +224,11 @@ def test_memory_is_what_a_real_step_takes_in_more_places(ranks: Ranks, case: Cas
 # --- bytes sent ----------------------------------------------------------------------------------------
 
 RINGS = {"all_reduce": 2, "allreduce": 2, "all_gather": 1, "allgather": 1, "reduce_scatter": 1}
-"""By a part of their names, how often a collective goes round."""
+"""Rounds of a ring by collective, given as part of its name."""
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes that this rank sends."""
+    """Counter of the bytes that this rank sends."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -242,13 +241,13 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "c10d::send":
             self.sent += tensors[0].nbytes
         elif "c10d" in name and (rounds := next((n for part, n in RINGS.items() if part in name), 0)):
-            size = group_size(args)  # of a collective the larger of what goes in and comes out is all of it
+            size = group_size(args)  # the larger of input and output is the whole tensor
             self.sent += rounds * max(x.nbytes for x in tensors) * (size - 1) // size
         return result
 
 
 def group_size(args: Any) -> int:
-    """Of the group that a collective runs in, which is among its arguments as an object or by its name."""
+    """Return the size of a collective's group, which is among its arguments as an object or a name."""
     for arg in reversed(args):
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return int(dist.ProcessGroup.unbox(arg).size())
@@ -276,19 +275,19 @@ TRAFFIC = [
 
 
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
-def test_what_is_sent_is_what_real_ranks_send(ranks: Ranks, case: Case) -> None:
+def test_planned_traffic_is_what_real_ranks_send(ranks: Ranks, case: Case) -> None:
     planned = traffic(case.job)
     found = ranks.run(case.job.ranks.total, traffic_case, case)
     assert planned.total == pytest.approx(max(found), rel=0.01)
 
 
-# --- beside the formulas of ZeRO -------------------------------------------------------------------------
+# --- against the formulas of ZeRO ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_held_is_zeros_formulas(zero: int, precision: str) -> None:
-    """With activations that are next to nothing, and sizes that dp divides."""
+def test_memory_agrees_with_the_formulas_of_zero(zero: int, precision: str) -> None:
+    """Activations are negligible here, and dp divides all sizes."""
     case = Case(1, 2, 1, zero, precision)
     job = replace(case.job, seq_len=1, micro_batch=1)
     formula = held(
@@ -301,6 +300,6 @@ def test_what_is_held_is_zeros_formulas(zero: int, precision: str) -> None:
     peak = memory(job)[0].peak
     assert peak.optimizer == formula.optimizer
     unit = 4 * max(job.whole(unit) for unit in job.stages[0].units)
-    if zero < 3:  # there the gathered ones come and go
+    if zero < 3:  # at stage 3 gathered parameters are transient
         assert peak.parameters + peak.gathered == formula.parameters
-    assert abs(peak.gradients - formula.gradients) <= unit, "at that moment, not at its own fullest"
+    assert abs(peak.gradients - formula.gradients) <= unit, "at the peak of all memory, not their own"

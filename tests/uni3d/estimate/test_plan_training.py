@@ -1,14 +1,12 @@
-"""Planning a training job: its parts against the real model's, a pipeline played through, and the command.
+"""Compare the parts of a planned job with the real model, and its pipeline with a simulation.
 
-That it comes to what real ranks do is in `test_plan_measured.py`.
+`test_plan_measured.py` compares the whole with real ranks.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -24,11 +22,11 @@ from torch.distributed.pipelining import schedules
 import parallel
 from parallel import layers as blocks
 from parallel.stages import Chain, split_layers
-from uni3d.estimate import save as paper
 from uni3d.estimate.activations import of_link, of_loss
 from uni3d.estimate.gpt import GPTShape, from_model_config
 from uni3d.estimate.job import Job
 from uni3d.estimate.memory import in_flight, memory, worst
+from uni3d.estimate.save import on_paper
 from uni3d.estimate.search import Machine, judge, propose
 from uni3d.estimate.traffic import bubble
 
@@ -77,7 +75,7 @@ def test_the_examples_configs_are_counted(path: Path) -> None:
 
 @pytest.mark.parametrize("pp", [1, 2, 3])
 @pytest.mark.parametrize("tied", [True, False])
-def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) -> None:
+def test_stages_and_units_are_those_of_training(pp: int, tied: bool) -> None:
     job = make_job(from_model_config(SMALL | {"tied_head": tied}), pp=pp)
     whole = real_model(SMALL | {"tied_head": tied})
     for kept, stage in zip(split_layers(whole, whole.pipeline_layers, pp), job.stages, strict=True):
@@ -91,8 +89,18 @@ def test_stages_and_what_is_gathered_at_once_are_trainings(pp: int, tied: bool) 
         assert job.whole(stage.root) == sum(rest.values())
 
 
+def test_the_size_of_a_part_is_the_largest_ranks() -> None:
+    """Rows are cut by `ceil`, and a rank with fewer pads."""
+    shape = from_model_config(SMALL)
+    job = make_job(shape, dp=3)
+    weights = [w for link in shape.links for w in link.weights]
+    expected = sum(-(-w.shape[0] // 3) * prod(w.shape[1:]) for w in weights)
+    stage = job.stages[0]
+    assert sum(job.shard(unit) for unit in [*stage.units, stage.root]) == expected
+
+
 def test_a_tied_head_is_saved_once() -> None:
-    figures = paper.on_paper(
+    figures = on_paper(
         from_model_config(SMALL | {"tied_head": True}), parallel.Ranks(pp=2, dp=2, tp=1, zero=1)
     )
     parameters = sum(p.numel() for p in real_model(SMALL | {"tied_head": True}).parameters())
@@ -104,13 +112,13 @@ def test_a_tied_head_is_saved_once() -> None:
 
 
 def saved(module: nn.Module, function: Any, *inputs: Tensor) -> int:
-    """Bytes of all that autograd keeps of a call, each storage once, beside the module's parameters."""
+    """Return the bytes that autograd saves in a call, each storage once, without the module's parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     found: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in parameters:
-            found[tensor.untyped_storage().data_ptr()] = tensor  # and so it can't be given to another
+            found[tensor.untyped_storage().data_ptr()] = tensor  # keeps the memory from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -120,7 +128,7 @@ def saved(module: nn.Module, function: Any, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
-def test_activations_are_what_autograd_keeps(kind: dict[str, Any], precision: str) -> None:
+def test_activations_are_those_that_autograd_saves(kind: dict[str, Any], precision: str) -> None:
     options = SMALL | kind | {"hidden_size": 128, "num_layers": 1}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = GPT(GPTConfig(**options)).to(dtype)
@@ -131,12 +139,12 @@ def test_activations_are_what_autograd_keeps(kind: dict[str, Any], precision: st
     assert links["embed"] == saved(model.embed, model.embed, tokens)
     assert links["norm"] == saved(model.norm, model.norm, wide)
     assert links["head"] == saved(model.head, model.head, wide)
-    # A layer's also has the tables of rotary angles, which all layers share in fp32.
+    # autograd also saves the tables of rotary angles, which all layers share in fp32.
     shared = 2 * 64 * 16 * 4 if kind["positions"] == "rotary" and precision == "fp32" else 0
     assert links["layers.0"] == saved(model.layers[0], model.layers[0], wide) - shared
     logits = torch.randn(2, 64, 500, requires_grad=True)
     kept, _ = of_loss(job)
-    ids = tokens.nbytes + 4  # the targets, and the number of them
+    ids = tokens.nbytes + 4  # the targets and their number
     assert kept == saved(nn.Identity(), next_token_loss, logits, tokens) - ids + logits.nbytes
 
 
@@ -164,8 +172,8 @@ def test_every_other_layer_is_half_the_saving() -> None:
     assert totals[1] == pytest.approx((totals[0] + totals[2]) / 2, rel=0.2)
 
 
-def test_what_tensor_parallelism_splits() -> None:
-    """What is inside attention and feed-forward; with sequence parallelism, the norms' input too."""
+def test_tensor_parallelism_splits_activations() -> None:
+    """It splits those inside attention and feed-forward; sequence parallelism also splits the norms'."""
     shape = from_model_config(SMALL)
     kept = [
         of_link(make_job(shape, tp=tp, sequence_parallel=sequence), shape.links[1], recomputed=False).kept
@@ -176,11 +184,14 @@ def test_what_tensor_parallelism_splits() -> None:
     assert kept[1] - kept[2] == 2 * (2 * wide + 4 * 128) // 2
 
 
-# --- a pipeline, played through --------------------------------------------------------------------------
+# --- a simulated pipeline --------------------------------------------------------------------------------
 
 
 def play(pp: int, m: int, order: str) -> tuple[float, list[int]]:
-    """Run GPipe or 1F1B, a forward of 1 and a backward of 2: the time, and what each rank held at most."""
+    """Simulate GPipe or 1F1B with a forward of 1 and a backward of 2.
+
+    Return the time, and the largest number of micro batches in flight on each rank.
+    """
     todo = []
     for rank in range(pp):
         warm = m if order == "gpipe" else min(pp - rank, m)
@@ -227,7 +238,7 @@ TORCHS = [
 
 
 def torchs_orders(kind: Any, pp: int, v: int, m: int) -> dict[int, list[Any]]:
-    """What each rank does in one of torch's schedules: `(stage, F, B, I or W, micro batch)`."""
+    """Return each rank's actions in one of torch's schedules: `(stage, F, B, I or W, micro batch)`."""
     stages = [
         SimpleNamespace(
             stage_index=i * pp,
@@ -249,7 +260,10 @@ def torchs_orders(kind: Any, pp: int, v: int, m: int) -> dict[int, list[Any]]:
 
 
 def play_order(orders: dict[int, list[Any]], last_stage: int) -> tuple[float, list[int]]:
-    """As `play`, forward and both halves of a backward taking 1 each; held is what has a half to come."""
+    """Simulate like `play`, with 1 for a forward and for each half of a backward.
+
+    A micro batch is in flight until its second half is done.
+    """
     kinds = schedules._ComputationType
     todo = {rank: list(actions) for rank, actions in orders.items()}
     done: dict[tuple[str, int, int], float] = {}
@@ -257,11 +271,8 @@ def play_order(orders: dict[int, list[Any]], last_stage: int) -> tuple[float, li
     while any(todo.values()):
         for rank, actions in todo.items():
             while actions:
-                stage, kind, i = (
-                    actions[0].stage_index,
-                    actions[0].computation_type,
-                    actions[0].microbatch_index,
-                )
+                first = actions[0]
+                stage, kind, i = first.stage_index, first.computation_type, first.microbatch_index
                 needs = []
                 if kind == kinds.FORWARD and stage > 0:
                     needs = [("F", stage - 1, i)]
@@ -321,7 +332,7 @@ def test_proposals_are_the_quickest_that_fit() -> None:
         assert proposal.job.batch == job.batch
         assert proposal == judge(proposal.job, MACHINE)
         assert worst(memory(proposal.job)).peak.total == proposal.need <= limit
-    # Nothing else that fits is quicker, looking at every setting of one split.
+    # No other setting of the best split fits and is faster.
     best = min(found, key=lambda proposal: proposal.cost.seconds)
     ranks = best.job.ranks
     for zero, mode, micro in itertools.product(range(4), ["none", "selective", "full"], [1, 2, 4, 8]):
@@ -358,121 +369,3 @@ def test_tensor_parallelism_stays_inside_a_node() -> None:
     job = make_job(BIG, dp=16, seq_len=512, accumulation=2, precision="bf16")
     found = propose(job, 16, 80 * 2**30, replace(MACHINE, ranks_per_node=2))
     assert {proposal.job.ranks.tp for proposal in found} == {1, 2}
-
-
-# --- the command -----------------------------------------------------------------------------------------
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    uni3d_command = [str(Path(sys.executable).parent / "uni3d"), "plan", *arguments]
-    return subprocess.run(uni3d_command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_the_command_takes_an_examples_config() -> None:
-    config = str(EXAMPLES / "1.3b.json")
-    row = json.loads(command(config, "--world-size", "16", "--pp", "2", "--zero", "1", "--json").stdout)
-    assert row["ranks"] | {"pp": 2, "dp": 8, "tp": 1, "zero": 1, "total": 16} == row["ranks"]
-    training = row["training"]
-    assert training["tokens_per_step"] == 512 * 2048
-    assert (training["micro_batch"], training["accumulation"]) == (2, 32)
-    assert training["bubble"] == pytest.approx(1 / 33)
-    stages = training["memory_by_stage"]
-    assert training["worst_stage"] == max(stages, key=lambda stage: stage["bytes"])["stage"]
-    parts = (
-        "parameters",
-        "optimizer",
-        "gradients",
-        "gathered",
-        "activations",
-        "loss",
-        "communication",
-        "pipeline",
-    )
-    assert all(sum(stage[part] for part in parts) == stage["bytes"] for stage in stages)
-    assert sum(stage["optimizer"] for stage in stages) * 8 == 8 * (
-        row["parameters"] + 50304 * 2048
-    )  # tied: twice
-
-
-def test_the_command_proposes_and_says_by_how_much_it_misses() -> None:
-    config = str(EXAMPLES / "1.3b.json")
-    shown = command(config, "--world-size", "8", "--memory", "40GiB").stdout
-    assert "fit in 40.0 GiB per rank, fastest first:" in shown
-    row = json.loads(command(config, "--world-size", "8", "--memory", "40GiB", "--json").stdout)
-    assert row["fits"]
-    first = row["proposals"][0]
-    assert f"{first['pp']:>4} {first['dp']:>5} {first['tp']:>3}" in shown
-    missed = command(config, "--world-size", "2", "--memory", "1GB")
-    assert missed.returncode == 0
-    assert "nothing fits in 953.7 MiB per rank." in missed.stdout
-
-
-def test_the_command_needs_no_torch() -> None:
-    arguments = ["plan", str(EXAMPLES / "1.3b.json"), "--world-size", "8", "--memory", "40GiB"]
-    code = f"import sys, uni3d.cli\ntry: uni3d.cli.app({arguments})\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("CONFIG --params 1e9", "--params and"),
-        ("CONFIG --world-size 6 --pp 4", "pp(4) * tp(1) = 4 doesn't divide the world size 6"),
-        ("CONFIG --world-size 8 --tp 3 --dp 1 --pp 1", "pp(1) * dp(1) * tp(3) = 3, but the world size is 8"),
-        ("CONFIG --world-size 24 --tp 3", "tp(3) doesn't divide the 16 heads"),
-        ("CONFIG --seq-len 4096", "seq_len 4096 is more than the 2048 learned positions"),
-        ("CONFIG --precision fp8", "--precision fp8 is unknown; give one of fp32, bf16, fp16"),
-        ("CONFIG --recompute some", "--recompute some is unknown; give one of none, full, selective"),
-        ("CONFIG --device tpu", "--device tpu is unknown; give one of cuda, cpu"),
-        ("CONFIG --memory 80", None),
-        ("CONFIG --memory lots", "--memory lots: expected a positive number with a known unit"),
-        ("CONFIG --micro-batch 0", "micro-batch 0 must be at least 1"),
-        ("nowhere.json", "nowhere.json can't be read"),
-        (__file__, "is not JSON"),
-    ],
-)
-def test_mistakes_are_one_line(arguments: str, message: str | None) -> None:
-    result = command(*arguments.replace("CONFIG", str(EXAMPLES / "1.3b.json")).split())
-    if message is None:
-        assert "nothing fits in 80 B" in result.stdout
-        return
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_a_config_that_isnt_one_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    for document, message in [
-        ({"model": {}, "uni3d": {}}, "seq_len is missing"),
-        (
-            {"model": {"hiden_size": 3}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
-            "model.hiden_size isn't",
-        ),
-        (
-            {"model": {"norm": "batchnorm"}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
-            "model.norm is 'batchnorm'",
-        ),
-        (
-            {"model": {"hidden_size": "a"}, "seq_len": 8, "uni3d": {"train_batch_size": 1}},
-            "expected a whole number",
-        ),
-        ({"model": {}, "seq_len": 8, "uni3d": {"train_batch_sise": 1}}, "did you mean"),
-    ]:
-        path.write_text(json.dumps(document))
-        result = command(str(path))
-        assert message in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_the_size_of_a_part_is_the_largest_ranks() -> None:
-    """Rows are cut by `ceil`; what a rank is short of is padded."""
-    shape = from_model_config(SMALL)
-    job = make_job(shape, dp=3)
-    weights = [w for link in shape.links for w in link.weights]
-    expected = sum(-(-w.shape[0] // 3) * prod(w.shape[1:]) for w in weights)
-    stage = job.stages[0]
-    assert sum(job.shard(unit) for unit in [*stage.units, stage.root]) == expected

@@ -1,10 +1,7 @@
-"""A checkpoint's plan on paper is the plan that real ranks make, and its figures what they write."""
+"""Compare a planned save with the plan that real ranks make and the files that they write."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -25,14 +22,13 @@ import parallel
 import uni3d
 from ckpt import gather
 from parallel.stages import split_layers
-from uni3d.estimate import save as paper
 from uni3d.estimate.gpt import GPTShape, derive
-from uni3d.estimate.save import on_paper, stage_layout
+from uni3d.estimate.save import cut_stages, on_paper, stage_layout
 
 WIDE = GPTShape(layers=2, hidden=512, heads=8, kv_heads=2, ffn=1056, vocab=509)
-"""With matrices large enough to be written in place, small ones, and a vocabulary that nothing divides."""
+"""Shape with matrices large enough to be written in place, small ones, and a prime vocabulary."""
 RAGGED = GPTShape(layers=3, hidden=20, heads=2, kv_heads=2, ffn=26, vocab=61)
-"""With parts that are uneven, or none at all."""
+"""Shape with uneven and empty parts."""
 
 CASES = [
     (WIDE, parallel.Ranks(pp=2, dp=2, tp=1, zero=1)),
@@ -59,7 +55,7 @@ def real_model(shape: GPTShape) -> GPT:
 
 
 def real_case(shape: GPTShape, place: parallel.Ranks, run: str) -> dict[str, Any]:
-    """Train a step and save; what this rank planned, brought, and sent to others."""
+    """Train a step and save. Return this rank's plan, the shards that it brought, and its traffic."""
     settings = oracle.SETTINGS | {
         "train_micro_batch_size_per_gpu": 1,
         "parallel": {"pp": place.pp, "dp": place.dp, "tp": place.tp, "device": "cpu"},
@@ -92,13 +88,13 @@ def real_case(shape: GPTShape, place: parallel.Ranks, run: str) -> dict[str, Any
 
 
 @pytest.mark.parametrize(("shape", "place"), CASES, ids=str)
-def test_paper_is_what_real_ranks_do(
+def test_a_planned_save_is_what_real_ranks_do(
     ranks: Ranks, shape: GPTShape, place: parallel.Ranks, tmp_path: Path
 ) -> None:
     figures = on_paper(shape, place)
     found = ranks.run(place.total, real_case, shape, place, str(tmp_path))
     checkpoint = tmp_path / "global_step1"
-    links = paper.cut_stages(shape, place.pp)
+    links = cut_stages(shape, place.pp)
     stored, snapshot = [], []
     for rank, real in enumerate(found):
         stage = rank // place.of_a_stage
@@ -137,7 +133,7 @@ def test_paper_is_what_real_ranks_do(
 
 
 def test_the_cases_are_of_all_kinds() -> None:
-    """The test of the test above: chunks are in place and shared, arrays are gathered."""
+    """Check that the test above covers chunks written in place, shared chunks and gathered arrays."""
     found = [on_paper(shape, ranks) for shape, ranks in CASES]
     assert any(0 < f.sent < sum(f.written) / 2 for f in found)
     assert any(f.sent == 0 for f in found)
@@ -149,9 +145,9 @@ def test_the_cases_are_of_all_kinds() -> None:
 def test_stages_that_are_alike_are_planned_once(zero: int) -> None:
     shape = GPTShape(layers=22, hidden=512, heads=8, kv_heads=2, ffn=1056, vocab=509)
     ranks = parallel.Ranks(pp=5, dp=3, tp=2, zero=zero)
-    with mock.patch.object(paper, "plan_arrays", wraps=ckpt.plan_arrays) as planner:
+    with mock.patch("uni3d.estimate.save.plan_arrays", wraps=ckpt.plan_arrays) as planner:
         figures = on_paper(shape, ranks)
-    stages = paper.cut_stages(shape, ranks.pp)
+    stages = cut_stages(shape, ranks.pp)
     assert planner.call_count < len(stages)
     written, snapshot = [], []
     for stage, links in enumerate(stages):
@@ -168,7 +164,7 @@ def test_stages_that_are_alike_are_planned_once(zero: int) -> None:
 def test_stages_hold_what_they_hold_in_training(vocab: int, pp: int) -> None:
     shape = replace(RAGGED, vocab=vocab)
     model = real_model(shape)
-    stages = paper.cut_stages(shape, pp)
+    stages = cut_stages(shape, pp)
     assert [[link.name for link in links] for links in stages] == split_layers(
         model, model.pipeline_layers, pp
     )
@@ -193,7 +189,7 @@ def test_a_derived_shape_has_the_parameters_asked_for(parameters: float) -> None
     assert shape.parameters == pytest.approx(parameters, rel=0.02)
 
 
-def test_what_is_given_of_the_shape_is_kept() -> None:
+def test_given_sizes_are_kept() -> None:
     wanted = {"layers": 30, "heads": 24, "kv_heads": 4, "vocab": 50257}
     shape = derive(3_000_000_000, **wanted)
     assert vars(shape) | wanted == vars(shape)
@@ -238,58 +234,3 @@ def test_seconds_are_the_slowest_ones() -> None:
     assert figures.save_seconds(2, ranks_per_node=8) == (18 + 4) / 2
     assert figures.stall_seconds(4) == 2
     assert figures.balance == 6 / (8 / 3)
-
-
-# --- the command ---------------------------------------------------------------------------------------
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    uni3d_command = [str(Path(sys.executable).parent / "uni3d"), "plan", *arguments]
-    return subprocess.run(uni3d_command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_the_command_prints_what_the_figures_say() -> None:
-    arguments = ["--params", "70e9", "--pp", "8", "--dp", "64", "--tp", "8"]
-    row = json.loads(command(*arguments, "--json", "--bandwidth", "500MB/s").stdout)
-    figures = on_paper(derive(70_000_000_000), parallel.Ranks(pp=8, dp=64, tp=8, zero=1))
-    assert row["parameters"] == figures.parameters
-    assert row["files"] == figures.chunks + figures.documents
-    assert row["bytes"] == sum(figures.written)
-    assert row["bytes_by_rank"]["max"] == max(figures.written)
-    assert row["balance"] == figures.balance
-    assert row["manifest_bytes"] == figures.manifest
-    assert row["save_seconds"] == figures.save_seconds(5e8, 8)
-    assert row["stall_seconds"] == figures.stall_seconds(1e10)
-    lines = command(*arguments).stdout
-    for part in ("80 layers", "68,976,648,192 (70,000,000,000 requested)", f"{row['chunks']:,} chunks"):
-        assert part in lines
-    assert command("--params", "70B", *arguments[2:]).stdout == lines
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--params 70e9 --tp 3", "tp(3) doesn't divide the 64 heads"),
-        ("--params 70e9 --tp 16", "tp(16) doesn't divide the 8 kv heads; give another --tp or --kv-heads"),
-        ("--params 70e9 --pp 84", "a pipeline of 84 stages needs at least 84 layers, but the model has 83"),
-        ("--params 70e9 --dp 0", "dp(0) must be at least 1"),
-        ("--params 70e9 --zero 4", "ZeRO stage 4 doesn't exist"),
-        ("--params 70e9 --layers 0", "--layers 0 must be at least 1"),
-        ("--params 70e9 --layers 4 --hidden 64 --ffn 64", "more than 2% off --params 70,000,000,000"),
-        ("--params 1e5", "change --params, or what you gave of the shape, or --vocab"),
-        ("--params seventy", "--params seventy: expected a positive number"),
-        ("--params 70e9 --hidden 8192 --heads 60", "60 heads don't divide --hidden 8192"),
-        ("--layers 4", "give --params, or the shape"),
-        ("--params 70e9 --bandwidth 2Gb/s", "e.g. 2GB/s or 500MiB/s"),
-        ("--params 70e9 --memory-bandwidth 0", "--memory-bandwidth 0: expected a positive number"),
-        ("--params 70e9 --ranks-per-node 0", "--ranks-per-node 0 must be at least 1"),
-        ("--params 70e9 --states fp32,fp32", "must be distinct names"),
-    ],
-)
-def test_mistakes_are_one_line(arguments: str, message: str) -> None:
-    result = command(*arguments.split())
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What a checkpoint says each rank of a topology held, would hold and would read is what real ranks do."""
+"""Compare the parts, reads and memory of ranks, derived from a checkpoint, with those of real ranks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from resharding_cases import Place, held_case, save_case
 import ckpt
 import parallel
 from uni3d.doctor.memory import needs
-from uni3d.estimate.holders import Holders, resumed, writers
-from uni3d.estimate.planned_reads import reads
+from uni3d.estimate.holders import Holders, reads, resumed, writers
 from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 
 FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1, 1)]
-"""What the quick run does: each kind of cut once."""
+"""Cases of the quick run: each kind of cut once."""
 PLACES = [
     Place("gpt", 1, 1, 1, 0),
     Place("gpt", 1, 4, 1, 0),
@@ -76,7 +75,7 @@ def source_of(run: Path) -> tuple[ckpt.Checkpoint, SavedModel]:
 @pytest.mark.parametrize(
     "place", [*FEW, *marked(PLACES, pytest.mark.slow), *marked(MORE, pytest.mark.matrix)], ids=str
 )
-def test_what_is_told_is_what_real_ranks_do(
+def test_derived_parts_reads_and_memory_are_those_of_real_ranks(
     ranks: Ranks, runs: Callable[[str], Path], tmp_path: Path, place: Place
 ) -> None:
     run = runs(place.model)
@@ -95,10 +94,10 @@ def test_what_is_told_is_what_real_ranks_do(
 
 
 def check_boxes(source: SavedModel, place: Place, held: list[Any]) -> None:
-    """The rules tell what the ranks hold of every array."""
+    """Check that the rules give the box of every array on every rank."""
     told: list[list[Any]] = [[] for _ in range(place.world)]
     of_stage = place.dp * place.tp
-    for stage, parts in enumerate(source.places(place.pp, place.settings)):
+    for stage, parts in enumerate(source.by_pipeline_rank(place.pp, place.settings)):
         for part in parts:
             for i, box in enumerate(part.boxes(place.ranks, place.ranks.shards(place.group))):
                 told[stage * of_stage + i].append((tuple(part.info.key), tuple(box)))
@@ -106,7 +105,7 @@ def check_boxes(source: SavedModel, place: Place, held: list[Any]) -> None:
 
 
 def check_writers(source: SavedModel, place: Place, saved: Path, held: list[Any]) -> None:
-    """The checkpoint that the ranks wrote tells what they held, and of other ranks what `source` tells."""
+    """Check that a checkpoint of these ranks records their parts, and resumes like `source`."""
     _, written = source_of(saved)
     assert (written.declared, written.shapes) == (source.declared, source.shapes)
     assert by_rank(writers(written)) == [
@@ -118,7 +117,7 @@ def check_writers(source: SavedModel, place: Place, saved: Path, held: list[Any]
 
 def by_rank(holders: Holders) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{} for _ in range(holders.ranks.total)]
-    for atom in {atom for parts in holders.places for atom in parts}:
+    for atom in {atom for parts in holders.by_pipeline_rank for atom in parts}:
         for rank, box in holders.boxes(atom).items():
             found[rank][atom] = tuple(box)
     return found
@@ -141,7 +140,7 @@ def check_memory(source: SavedModel, place: Place, found: list[Any]) -> None:
 
 
 def test_the_cases_are_of_all_kinds(runs: Callable[[str], Path]) -> None:
-    """The test of the test above: ranks for which nothing is left, experts."""
+    """Check that the test above covers empty parts and experts."""
     biased = by_rank(resumed(source_of(runs("biased"))[1], parallel.Ranks(pp=1, dp=3, tp=1, zero=2)))
     assert any(0 in shape for held in biased for _, shape in held.values())
     mixtral = source_of(runs("mixtral"))[1]

@@ -1,4 +1,4 @@
-"""ZeRO's formulas against live tensors and counted collectives: what a rank holds and sends, within 5%."""
+"""Compare the formulas of ZeRO with live tensors and counted collectives, within 5%."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACCUMULATION = 3
 
 
 class Net(nn.Module):
-    """Half a million parameters, which every degree here divides."""
+    """Model with half a million parameters, divisible by every degree here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ CASES = [
 
 
 def memory(*tensors: Tensor | None) -> dict[int, int]:
-    """The bytes of each storage that the tensors lie in, once."""
+    """Return the bytes of the tensors' storages, by address."""
     found = {}
     for tensor in tensors:
         if tensor is not None:
@@ -82,7 +82,7 @@ def memory(*tensors: Tensor | None) -> dict[int, int]:
 
 
 def live(module: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
-    """Storages of parameters and of gradients, in whatever form torch's fully_shard keeps them."""
+    """Return the storages of parameters and of gradients, in every form that torch's fully_shard keeps."""
     parameters: dict[int, int] = {}
     gradients: dict[int, int] = {}
     for owner in module.modules():
@@ -99,7 +99,7 @@ def live(module: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
 
 
 class Counting(TorchDispatchMode):
-    """Adds up what this rank sends in collectives of `c10d`, as rings send it."""
+    """Counter of the bytes that this rank sends in `c10d` collectives, as rings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def case(case: Case) -> Any:
         sizes = [sum(storages.values()) for storages in live(built.module)]
         largest[:] = map(max, largest, sizes)
 
-    for _ in range(2):  # the second step is as all others
+    for _ in range(2):  # the second step is like all later ones
         largest[:] = 0, 0
         with Counting() as counted:
             for i in range(case.accumulation):

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 import parallel
-from uni3d.estimate import save as paper
+from uni3d.estimate.save import part_boxes
 from uni3d.plot.curves import draw_curves, topology_label
 from uni3d.plot.figure import renderer_of
 from uni3d.plot.layout import Side, draw_layout, drawn_dims, name_ranks
@@ -179,7 +179,7 @@ def test_boxes_are_rectangles_with_their_ranks() -> None:
 @pytest.mark.parametrize("tp_dim", [0, 1])
 def test_labels_stay_apart_with_many_ranks(dp: int, tp: int, tp_dim: int) -> None:
     shape = (4096, 1024)
-    boxes = paper.part_boxes(shape, tp_dim, dp=dp, tp=tp, shards=dp)
+    boxes = part_boxes(shape, tp_dim, dp=dp, tp=tp, shards=dp)
     figure = draw_layout("Which", shape, [side({r: tuple(b) for r, b in enumerate(boxes)}, dp=dp, tp=tp)])
     (axes,) = figure.axes
     assert len(axes.patches) == len(set(boxes))
