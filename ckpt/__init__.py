@@ -15,7 +15,7 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     compare(first, second), statistics(...)      list differences; summarize the numbers
     committed_tags(run), read_latest(run)        list the checkpoints of a run, oldest first; find the newest
     prune(run, retention)                        delete old checkpoints, each in one step
-    agreed, agreed_by_all, from_rank_0           do work on the ranks of a Comm, and fail on all or on none
+    agreed(comm, work), agreed_by_all(...)       do work on the ranks of a Comm, and fail on all or on none
 
     box, chunking, plan, shards                  who holds and who writes which part of an array
     gather, write, save                          writing

@@ -1,17 +1,16 @@
-"""The laws of the house, read off the source: every import of every module, those inside functions too.
+"""The laws of the house, read off the source, function bodies and `TYPE_CHECKING` blocks included.
 
-1. `parallel` and `ckpt` import neither each other nor `uni3d`.
-2. `ckpt` imports no torch; `import ckpt`, `import uni3d` and `uni3d --help` load none.
-3. There are no process-group globals: nothing of `torch.distributed` is called when `parallel` is imported.
-4. `uni3d/state.py` is the joint: the only module that asks `parallel` which part of a tensor a rank holds
-   (`parallel.layout`), and the only one that makes `ckpt`'s boxes and shards, but for
-   `uni3d/estimate/save.py`, whose boxes are of no tensor, and `uni3d/importers/write.py`, whose are of
-   tensors in foreign files. The engine, its checkpointing and its description may know both packages (errors,
-   reports, collectives); every other module at most one. `parallel`'s rules (`RULES`) load no torch and are
-   open to all.
-5. Nothing pickles, but for `parallel/host_comm.py`, which carries values between ranks in memory, as torch's
-   `all_gather_object` does; and files stay short.
-6. `uni3d/manifest.py` is the only module that looks up a manifest's keys, those beside the arrays.
+1. `parallel` and `ckpt` import neither each other nor `uni3d`. `ckpt` imports no torch. `uni3d/state.py` is
+   the joint of tensors and boxes. `parallel`'s rules (`RULES`) load no torch and are open to all.
+2. No two files import each other, directly or by way of others.
+3. Each folder of `uni3d` imports those that `ALLOWED` names. Nobody imports `cli`; nothing below `engine/`
+   names `Engine`.
+4. The folders that need no torch load none; neither do `import ckpt`, `import uni3d` and most commands.
+5. A public class name is defined once; a manifest's keys are looked up in one file; each command is a file of
+   `cli/`; a package's docstring lists exactly its modules.
+6. The tests of `ckpt` and of `parallel` import no `uni3d`.
+7. A function's docstring begins with a verb or a noun; files and functions are short.
+8. No process-group globals; nothing pickles to or from a file.
 """
 
 from __future__ import annotations
@@ -19,67 +18,37 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import source_tree
+from source_tree import (
+    MODULES,
+    PACKAGES,
+    ROOT,
+    SOURCES,
+    called,
+    functions,
+    imported_modules,
+    imports,
+    inside,
+    module,
+    of,
+    packages,
+    parse,
+    relative,
+)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("ckpt", "parallel", "uni3d")
-SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
-LONGEST = 350
-PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-PICKLING = {("torch", "save"), ("torch", "load"), ("np", "save"), ("np", "load")}
-IN_MEMORY = {
-    "parallel/host_comm.py": {("pickle", "dumps"), ("pickle", "loads")},
-    "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
-}
-"""Which file may pickle, and by what: never to or from a file. The unpickler of foreign checkpoints is
-one that refuses whatever isn't known to be inert."""
-
-
-def relative(path: Path) -> str:
-    return path.relative_to(REPOSITORY).as_posix()
-
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), relative(path))
-
-
-def imports(path: Path) -> Iterator[str]:
-    """The full name of every module, and of every name, that a file imports anywhere in it."""
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(REPOSITORY).parent.parts
-            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (above, node.module) if part)
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__", "find_spec"):
-            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
-
-
-def called(node: ast.Call) -> str:
-    """The last part of the name of what is called."""
-    function = node.func
-    return getattr(function, "attr", getattr(function, "id", ""))
-
-
-def packages(path: Path) -> set[str]:
-    """The top-level packages that a file imports."""
-    return {name.split(".")[0] for name in imports(path)}
-
-
-def of(package: str) -> list[Path]:
-    return [path for path in SOURCES if path.relative_to(REPOSITORY).parts[0] == package]
+every_file = pytest.mark.parametrize("path", SOURCES, ids=relative)
 
 
 def test_the_walk_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test of the tests below: an import that the walk overlooks is a law that isn't held."""
-    monkeypatch.setattr(sys.modules[__name__], "REPOSITORY", tmp_path)
+    """An import that the walk overlooks is a law that isn't held."""
+    monkeypatch.setattr(source_tree, "ROOT", tmp_path)
     (tmp_path / "pkg").mkdir()
     path = tmp_path / "pkg" / "m.py"
     path.write_text(
@@ -88,44 +57,32 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.
         "importlib.import_module('p.q')\n"
     )
     assert set(imports(path)) == {"a.b", "d.e", "d.f", "pkg.g", "pkg.h.i", "j", "l", "n.o", "p.q"}
-    assert len(SOURCES) > 20, "or nothing is checked"
+    assert len(SOURCES) > 100, "or nothing is checked"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_who_imports_whom(path: Path) -> None:
-    mine, found = path.relative_to(REPOSITORY).parts[0], packages(path)
-    assert mine == "uni3d" or not found & (set(PACKAGES) - {mine}), "law 1"
-    if mine == "ckpt":
-        assert "torch" not in found, "law 2"
-    assert not found & {"tests", "examples", "benchmarks"}
-
+# --- 1: the three packages -----------------------------------------------------------------------------
 
 RULES = ("degrees", "settings", "combinations", "placement", "tp_styles")
-"""Modules of `parallel` that are arithmetic: they load no torch."""
+"""Modules of `parallel` that are arithmetic."""
 
 
-@pytest.mark.parametrize("module", RULES)
-def test_the_rules_of_parallel_load_no_torch(module: str) -> None:
-    done = run(f"import sys, parallel.{module}; assert 'torch' not in sys.modules")
-    assert done.returncode == 0, done.stderr
+@every_file
+def test_packages(path: Path) -> None:
+    mine, found = path.relative_to(ROOT).parts[0], packages(path)
+    assert mine == "uni3d" or not found & (set(PACKAGES) - {mine})
+    assert mine != "ckpt" or "torch" not in found
+    assert not found & {"tests", "examples", "benchmarks"}
 
 
 def knows_tensors(path: Path) -> bool:
     """Return whether a file imports `parallel` beyond its rules."""
-    rules = tuple(f"parallel.{module}." for module in RULES)
+    rules = tuple(f"parallel.{name}." for name in RULES)
     return any(n.split(".")[0] == "parallel" and not n.startswith(rules) for n in imports(path))
 
 
 def test_one_joint() -> None:
-    users = {relative(p) for p in of("uni3d") if "ckpt" in packages(p) and knows_tensors(p)}
-    names = (
-        "state",
-        "engine/engine",
-        "checkpoint/save",
-        "checkpoint/restore",
-        "checkpoint/optimizer_groups",
-    )
-    assert users == {f"uni3d/{name}.py" for name in names}
+    both = [relative(p) for p in of("uni3d") if "ckpt" in packages(p) and knows_tensors(p)]
+    assert all(name == "uni3d/state.py" or name.split("/")[1] in ("checkpoint", "engine") for name in both)
     layout = {relative(p) for p in of("uni3d") if any(n.startswith("parallel.layout") for n in imports(p))}
     assert layout == {"uni3d/state.py"}
     kinds = {"Box", "Shard", "ShardSpec", "ArrayKey"}
@@ -135,16 +92,166 @@ def test_one_joint() -> None:
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call) and called(node) in kinds
     }
+    # Besides: boxes of no tensor, and of tensors in foreign files.
     assert makers == {"uni3d/state.py", "uni3d/estimate/save.py", "uni3d/importers/write.py"}
     importers = {relative(p) for p in of("uni3d") if {f"ckpt.{kind}" for kind in kinds} & set(imports(p))}
     assert importers == makers
+
+
+# --- 2, 3: who imports whom ----------------------------------------------------------------------------
+
+
+def test_no_circles() -> None:
+    arrows = {name: imported_modules(path) for name, path in MODULES.items()}
+    assert sum(map(len, arrows.values())) > 300, "or nothing is checked"
+    while leaves := {name for name, targets in arrows.items() if not targets}:
+        arrows = {name: targets - leaves for name, targets in arrows.items() if name not in leaves}
+    assert not arrows, "each of these imports another of them"
+
+
+ALLOWED = {
+    **{name: set() for name in ("version", "siblings", "zero_to_fp32", "pipe", "units")},
+    "deepspeed": {"parallel"},
+    "config": {"parallel"},
+    "manifest": {"ckpt", "parallel", "version"},
+    "resume_rules": {"manifest"},
+    "name_map": {"config"},
+    "state": {"ckpt", "parallel"},
+    "optim": {"config"},
+    "train_state": {"optim", "parallel"},
+    "observe": {"config", "parallel", "train_state"},
+    "checkpoint": {
+        *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32")
+    },
+    "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
+    "engine": {
+        *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),
+        "pipe",
+    },
+    "estimate": {"ckpt", "parallel", "config", "manifest", "units"},
+    "doctor": {"ckpt", "parallel", "config", "estimate", "manifest", "resume_rules", "units"},
+    "plot": {"ckpt", "parallel", "estimate", "manifest", "units"},
+    "export": {"ckpt", "manifest", "name_map", "zero_to_fp32", "units"},
+    "importers": {"ckpt", "config", "manifest", "optim", "zero_to_fp32", "units"},
+    "cli": {
+        *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
+        *("name_map", "recovery", "units", "version", "zero_to_fp32"),
+    },
+}
+"""Imports that each folder and file of `uni3d` may have; `uni3d/__init__.py` may have all but `cli`."""
+
+
+def room(name: str) -> str:
+    """Return a module's package, or its folder or file in `uni3d`."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "uni3d" and len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("path", of("uni3d"), ids=relative)
+def test_allowed_arrows(path: Path) -> None:
+    mine = room(module(path))
+    found = {room(name) for name in imported_modules(path)} - {mine}
+    if mine == "uni3d":
+        assert "cli" not in found
+    else:
+        assert found <= ALLOWED[mine], f"{sorted(found - ALLOWED[mine])} isn't for {mine} to import"
+
+
+def test_every_room_has_its_arrows() -> None:
+    assert {room(module(path)) for path in of("uni3d")} - {"uni3d"} == ALLOWED.keys()
+
+
+def test_nothing_below_the_engine_names_it() -> None:
+    def names(path: Path) -> set[str]:
+        tree = parse(path)
+        words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        return words | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+    users = {relative(path) for path in SOURCES if "Engine" in names(path)}
+    assert users <= {"uni3d/engine/build.py"}, "which makes it"
+
+
+# --- 4: no torch ---------------------------------------------------------------------------------------
+
+NO_TORCH = {
+    **{f"parallel/{name}.py": [MODULES[f"parallel.{name}"]] for name in RULES},
+    "ckpt": of("ckpt"),
+    **{
+        name: [path for path in of("uni3d") if room(module(path)) == name]
+        for name in ("config", "estimate", "doctor", "plot", "export", "importers", "cli")
+    },
+    "files": [
+        MODULES[f"uni3d.{name}"] for name in ("manifest", "resume_rules", "name_map", "units", "zero_to_fp32")
+    ],
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("place", NO_TORCH)
+def test_folders_without_torch(place: str) -> None:
+    names = [module(path) for path in NO_TORCH[place]]
+    assert names
+    done = run(f"import {', '.join(names)}, sys; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+COMMANDS = {
+    "import ckpt": "import ckpt",
+    "import uni3d": "import uni3d",
+    "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
+    "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
+    "uni3d config": "import uni3d.cli, pathlib, tempfile\n"
+    "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
+    'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
+    "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
+    "uni3d doctor": "import ckpt, numpy, tempfile, uni3d.cli\n"
+    "shard = ckpt.Shard(ckpt.ShardSpec(ckpt.ArrayKey('w', 'fp32'), 'float32', (4,), ckpt.Box((0,), (4,))),"
+    " numpy.ones(4, 'float32'))\n"
+    "run, plan = tempfile.mkdtemp(), ckpt.make_plan({0: [shard.spec]})\n"
+    "ckpt.save(run, 't', [shard], plan=plan, comm=ckpt.Solo(), document={'step': 1})\n"
+    "try: uni3d.cli.app(['doctor', run, '--world-size', '2'])\n"
+    "except SystemExit as done: assert done.code == 1",
+    "uni3d plot": "import uni3d.cli, pathlib, tempfile\n"
+    "run = pathlib.Path(tempfile.mkdtemp())\n"
+    'run.joinpath("metrics.jsonl").write_text(\'{"step": 1, "loss": 2.5}\\n\')\n'
+    "try: uni3d.cli.app(['plot', str(run), str(run / 'plot.png')])\n"
+    "except SystemExit as done: assert not done.code",
+    "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_torch_is_loaded(command: str) -> None:
+    report = "\nimport json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = run(COMMANDS[command] + report)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "torch" not in loaded
+    assert {"ckpt", "uni3d"} & loaded
+
+
+# --- 5: one of each ------------------------------------------------------------------------------------
+
+
+def test_a_public_class_name_is_defined_once() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(relative(path))
+    assert len(homes) > 100, "or nothing is checked"
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
 
 
 def test_one_file_for_each_command() -> None:
     from uni3d.cli import app
 
     helpers = {"__init__", "terminal", "plan_report"}
-    files = {path.stem for path in (REPOSITORY / "uni3d" / "cli").glob("*.py")} - helpers
+    files = {path.stem for path in (ROOT / "uni3d" / "cli").glob("*.py")} - helpers
     commands = {command.name: command.callback for command in app.registered_commands}
     assert commands.keys() == {stem.rstrip("_") for stem in files}, "a file is named as the command is typed"
     for name, function in commands.items():
@@ -152,54 +259,16 @@ def test_one_file_for_each_command() -> None:
         assert function.__module__.rstrip("_") == f"uni3d.cli.{name}"
 
 
-def test_only_the_command_line_imports_its_own_files() -> None:
-    others = [path for path in SOURCES if path.parent != REPOSITORY / "uni3d" / "cli"]
-    users = {relative(p) for p in others if any(name.startswith("uni3d.cli") for name in imports(p))}
-    assert not users
+PACKAGE_FILES = [path for path in SOURCES if path.name == "__init__.py"]
 
 
-def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: all but the bodies of functions."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        yield child
-        yield from at_import(child)
-
-
-@pytest.mark.parametrize("path", of("parallel"), ids=relative)
-def test_no_process_group_globals(path: Path) -> None:
-    distributed = set()  # the names by which the file knows things of torch.distributed
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
-            distributed |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found = [alias for alias in node.names if alias.name.startswith("torch.distributed")]
-            distributed |= {alias.asname or "torch" for alias in found}
-    forbidden = distributed | {"HostComm", "Topology"}
-    for node in at_import(parse(path)):
-        if isinstance(node, ast.Call):
-            names = {n.id for n in ast.walk(node.func) if isinstance(n, ast.Name)}
-            assert not names & forbidden, f"line {node.lineno} makes a global of {names & forbidden}"
-    assert not any(isinstance(node, ast.Global) for node in ast.walk(parse(path))), "set later"
-
-
-ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("checkpoint/live_weights", "zero_to_fp32")}
-"""Where a user asks for torch's own file."""
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_nothing_pickles(path: Path) -> None:
-    allowed = IN_MEMORY.get(relative(path), set())
-    assert packages(path) & PICKLERS <= {module for module, _ in allowed}
-    named = [a for node in ast.walk(parse(path)) if isinstance(node, ast.Import) for a in node.names]
-    plain = {alias.name for alias in named if alias.asname is None}
-    assert packages(path) & PICKLERS <= plain, "by its module's own name, so that its use is seen below"
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            pair = (node.value.id, node.attr)
-            assert pair not in PICKLING - ASKED_FOR.get(relative(path), set()), f"line {node.lineno}"
-            assert pair[0] not in PICKLERS or pair in allowed, f"line {node.lineno}"
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=relative)
+def test_a_package_lists_its_modules(path: Path) -> None:
+    lines = re.findall(
+        r"^ {4,}(\w+(?:, \w+)*)  +\S", ast.get_docstring(parse(path), clean=False) or "", re.MULTILINE
+    )
+    listed = [name for line in lines for name in line.split(", ")]
+    assert sorted(listed) == inside(path)
 
 
 MANIFEST_KEYS = {
@@ -241,48 +310,87 @@ def test_one_reader_of_the_manifest(path: Path) -> None:
     assert not [key for mapping, key in found if ast.unparse(mapping).split(".")[-1] == "manifest"]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGEST
+# --- 6, 7: tests, prose, lengths -----------------------------------------------------------------------
 
 
-def run(code: str, *path: Path | str) -> subprocess.CompletedProcess[str]:
-    """Run Python code with these folders first on its path."""
-    folders = os.pathsep.join(str(p) for p in (*path, REPOSITORY))
-    environment = {**os.environ, "PYTHONPATH": folders}
-    return subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize("folder", ["ckpt", "parallel"])
+def test_tests_import_no_uni3d(folder: str) -> None:
+    files = sorted((ROOT / "tests" / folder).glob("*.py"))
+    assert len(files) > 5
+    assert [path.name for path in files if "uni3d" in packages(path)] == []
 
 
-COMMANDS = {
-    "import ckpt": "import ckpt",
-    "import uni3d": "import uni3d",
-    "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
-    "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
-    "uni3d config": "import uni3d.cli, pathlib, tempfile\n"
-    "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
-    'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
-    "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
-    "uni3d doctor": "import ckpt, numpy, tempfile, uni3d.cli\n"
-    "shard = ckpt.Shard(ckpt.ShardSpec(ckpt.ArrayKey('w', 'fp32'), 'float32', (4,), ckpt.Box((0,), (4,))),"
-    " numpy.ones(4, 'float32'))\n"
-    "run, plan = tempfile.mkdtemp(), ckpt.make_plan({0: [shard.spec]})\n"
-    "ckpt.save(run, 't', [shard], plan=plan, comm=ckpt.Solo(), document={'step': 1})\n"
-    "try: uni3d.cli.app(['doctor', run, '--world-size', '2'])\n"
-    "except SystemExit as done: assert done.code == 1",
-    "uni3d plot": "import uni3d.cli, pathlib, tempfile\n"
-    "run = pathlib.Path(tempfile.mkdtemp())\n"
-    'run.joinpath("metrics.jsonl").write_text(\'{"step": 1, "loss": 2.5}\\n\')\n'
-    "try: uni3d.cli.app(['plot', str(run), str(run / 'plot.png')])\n"
-    "except SystemExit as done: assert not done.code",
-    "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app(['plan', '--params', '1B'])\nexcept SystemExit: pass",
+@every_file
+def test_docstrings_begin_with_a_verb_or_a_noun(path: Path) -> None:
+    fragments = re.compile(r"(What|Of|By|Those|That|Whose|Whether|How)\b")
+    found = [f for f in functions(path) if fragments.match(ast.get_docstring(f) or "")]
+    assert [f"{f.name}, line {f.lineno}" for f in found] == []
+
+
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_COMMAND = 400, 60, 30
+
+
+@every_file
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    for function in functions(path):
+        last = function.end_lineno or 0
+        if path.parent.name == "cli" and function.name == path.stem:  # its options and help don't count
+            assert last - function.body[0].end_lineno <= LONGEST_COMMAND, function.name
+        else:
+            assert last - function.lineno < LONGEST_FUNCTION, function.name
+
+
+# --- 8: globals, pickles -------------------------------------------------------------------------------
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes that run when a module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from at_import(child)
+
+
+@pytest.mark.parametrize("path", of("parallel"), ids=relative)
+def test_no_process_group_globals(path: Path) -> None:
+    distributed = set()  # the names by which the file knows things of torch.distributed
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+            distributed |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found = [alias for alias in node.names if alias.name.startswith("torch.distributed")]
+            distributed |= {alias.asname or "torch" for alias in found}
+    forbidden = distributed | {"HostComm", "Topology"}
+    for node in at_import(parse(path)):
+        if isinstance(node, ast.Call):
+            names = {n.id for n in ast.walk(node.func) if isinstance(n, ast.Name)}
+            assert not names & forbidden, f"line {node.lineno} makes a global of {names & forbidden}"
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(parse(path))), "set later"
+
+
+PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+PICKLING = {("torch", "save"), ("torch", "load"), ("np", "save"), ("np", "load")}
+IN_MEMORY = {
+    "parallel/host_comm.py": {("pickle", "dumps"), ("pickle", "loads")},
+    "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
 }
+"""Which file may pickle, and by what: never to or from a file. The unpickler of foreign checkpoints is
+one that refuses whatever isn't known to be inert."""
+ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("checkpoint/live_weights", "zero_to_fp32")}
+"""Where a user asks for torch's own file."""
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_torch_is_loaded(command: str) -> None:
-    report = "\nimport json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    done = run(COMMANDS[command] + report)
-    assert done.returncode == 0, done.stderr
-    loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert "torch" not in loaded
-    assert {"ckpt", "uni3d"} & loaded
+@every_file
+def test_nothing_pickles(path: Path) -> None:
+    allowed = IN_MEMORY.get(relative(path), set())
+    assert packages(path) & PICKLERS <= {module for module, _ in allowed}
+    named = [a for node in ast.walk(parse(path)) if isinstance(node, ast.Import) for a in node.names]
+    plain = {alias.name for alias in named if alias.asname is None}
+    assert packages(path) & PICKLERS <= plain, "by its module's own name, so that its use is seen below"
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            pair = (node.value.id, node.attr)
+            assert pair not in PICKLING - ASKED_FOR.get(relative(path), set()), f"line {node.lineno}"
+            assert pair[0] not in PICKLERS or pair in allowed, f"line {node.lineno}"

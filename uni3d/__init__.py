@@ -5,6 +5,20 @@
     engine.save_checkpoint("run")        # any later run, on any number of GPUs:
     engine.load_checkpoint("run")
 
+The rooms, and the files beside them:
+
+    config                   the JSON config
+    engine, optim, observe   training: the engine, optimizers and schedules, lines and curves
+    checkpoint, recovery     saving and restoring a run; a checkpoint's weights without one
+    train_state, state       all that a step changes; its tensors as named shards
+    manifest, resume_rules   the run's part of a manifest; refusals and changes of a resume
+    estimate, doctor, plot   memory, files and traffic on paper; advice on a resize; pictures
+    export, importers        other frameworks' checkpoints, out and in
+    name_map, zero_to_fp32   renaming of weights; the script that lies in every checkpoint
+    cli, units               the command `uni3d`; sizes and rates as text
+    pipe, deepspeed          names that DeepSpeed scripts import
+    siblings, version        finding `parallel` and `ckpt`; the release
+
 Importing this package loads no torch; `initialize` and `Engine` do when they are first asked for. From then
 on, `import ckpt` and `import parallel` find uni3d's own packages, whatever else is named so.
 """

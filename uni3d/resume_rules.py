@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from uni3d.manifest import OptimizerRecord, RunManifest
 
-HOW_NOT_WHAT = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+IMPLEMENTATION_KEYS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Entries of a parameter group that choose an implementation, not the result of a step."""
 
 _STATES = {"amsgrad": "another moment", "momentum": "a momentum", "centered": "a mean gradient"}
@@ -161,10 +161,10 @@ def _hyperparameters(saved: OptimizerRecord, given: GivenOptimizer, whose: str) 
             yield from _of_config(saved.groups, given.hyperparameters, whose)
         return
     for i, (there, here) in enumerate(zip(saved.groups, given.groups, strict=False)):
-        for key in sorted(there.keys() & here.keys() - HOW_NOT_WHAT):
+        for key in sorted(there.keys() & here.keys() - IMPLEMENTATION_KEYS):
             if not _same(here[key], there[key]) and f"initial_{key}" not in here:
                 yield _kept(f"group {i}'s {key}", here[key], there[key], whose)
-        for key in sorted(there.keys() - here.keys() - HOW_NOT_WHAT):
+        for key in sorted(there.keys() - here.keys() - IMPLEMENTATION_KEYS):
             yield f"group {i}'s {key} ({there[key]}) in the checkpoint has no counterpart in {whose}"
 
 

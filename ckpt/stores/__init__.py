@@ -1,5 +1,9 @@
 """Stores of a run's checkpoints: a local folder, or any URL that fsspec knows.
 
+    local     a folder
+    remote    a URL, through fsspec
+    files     system calls on files and folders: durable writes, renames, links
+
 A store reads and writes objects by their path relative to the run's folder. It also does the three things
 that differ between places: write a checkpoint that nobody sees before its commit, replace `latest` in one
 step, and delete a checkpoint so that a crash half-way leaves nothing that looks like one.

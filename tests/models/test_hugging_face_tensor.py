@@ -110,7 +110,7 @@ def refused_case(kind: str, plan: dict[str, str], options: dict[str, Any]) -> st
             "gpt2",
             {"transformer.h.*.attn.c_attn": "colwise"},
             {},
-            "transformer.h.0.attn.c_attn is a Conv1D, which the style 'colwise' can't split; it needs Linear",
+            "transformer.h.0.attn.c_attn is a Conv1D, which the style 'colwise' can't split; expected Linear",
         ),
     ],
 )

@@ -244,7 +244,7 @@ def disagree_case() -> list[str]:
 def test_num_stages_is_the_configs_pp(ranks: Ranks) -> None:
     for messages in ranks.run(2, disagree_case):
         assert messages == [
-            "num_stages(2) of the PipelineModule isn't parallel.pp(1) of the config; give one of the two",
+            "the PipelineModule has num_stages 2, but the config has parallel.pp 1; set only one of them",
             "(pp, dp, tp) = (2, 1, 1)",
             "(pp, dp, tp) = (2, 1, 1)",
         ]

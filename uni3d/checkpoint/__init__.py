@@ -1,1 +1,10 @@
-"""Saving an engine and restoring it."""
+"""Checkpoints of a run: saving an engine and restoring one.
+
+Modules:
+    save               plan the shards, snapshot them, write them with the manifest
+    restore            check that a checkpoint fits the engine, then load it
+    background         the thread and the host memory of an asynchronous save
+    optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
+    model_spec         the model's own description, for the manifest
+    live_weights       a live model's weights as plain tensors
+"""

@@ -1,4 +1,4 @@
-"""Threads beside training: a save writes a copy of the tensors while training goes on."""
+"""Asynchronous saves: a thread that writes copies of the tensors while training goes on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ckpt.threads import cores
 T = TypeVar("T")
 
 ALIGNMENT = 64
-"""Bytes to which each copy is aligned: a cache line."""
+"""Alignment of each copy in bytes: a cache line."""
 
 
 def threads_per_rank(ranks: int) -> int:
-    """Return how many threads a rank may use for files; `ranks` share the machine if torchrun doesn't say."""
+    """Return how many threads a rank may use for files. Without torchrun, all `ranks` share this machine."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
 
@@ -30,7 +30,7 @@ _all: weakref.WeakSet[Background[Any]] = weakref.WeakSet()
 
 
 class Background(Generic[T]):
-    """A thread for work that must end: the interpreter waits for it at exit, and a failure isn't lost."""
+    """A thread for work that must finish: the interpreter waits for it, and its error isn't lost."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -42,16 +42,16 @@ class Background(Generic[T]):
 
     @property
     def failed(self) -> bool:
-        """Whether the work has failed and `wait` hasn't said so yet."""
+        """True if the work has failed and `wait` hasn't raised its error yet."""
         return self._error is not None
 
     @property
     def result(self) -> T | None:
-        """What the work returned, if it has ended and `wait` hasn't given it yet."""
+        """Result of the work, once it has finished and until `wait` returns it."""
         return self._result
 
     def start(self, work: Callable[[], T]) -> None:
-        """Begin; there must be no other work that hasn't been waited for."""
+        """Start the work. Earlier work must have been waited for."""
         assert self._thread is None, "one at a time"
 
         def run() -> None:
@@ -60,17 +60,17 @@ class Background(Generic[T]):
             except BaseException as error:
                 self._error = error
 
-        # Not a daemon: the interpreter doesn't end before it.
+        # Not a daemon, so that the interpreter waits for it at exit.
         thread = threading.Thread(target=run, name=self._name, daemon=False)
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no more; told like an error of the work
+        except RuntimeError as error:  # out of threads; `wait` raises it like an error of the work
             self._error = error
         else:
             self._thread = thread
 
     def wait(self) -> T | None:
-        """What the work returned, when it has; None where there was none. Raises what it raised, once."""
+        """Wait for the work; return its result, or None if there was none. Raises its error, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -81,13 +81,13 @@ class Background(Generic[T]):
 
     @staticmethod
     def join_all() -> None:
-        """Wait for the work of every other such thread of this process; what they raise stays with them."""
+        """Wait for the work of all instances in this process; each keeps its error for its own `wait`."""
         for background in list(_all):
             if background._thread is not None:
                 background._thread.join()
 
     def _at_exit(self) -> None:
-        """Nobody asked after the last work: a process whose checkpoint failed must not look successful."""
+        """Exit with 1 if an error was never raised: a process whose checkpoint failed must not succeed."""
         if self._error is not None:
             print(f"{self._name} failed: {self._error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
@@ -95,16 +95,16 @@ class Background(Generic[T]):
 
 
 class Snapshot:
-    """Host memory for copies of tensors; allocated once, and again only for other sizes."""
+    """Host memory for copies of tensors, allocated again only if their sizes change."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device` is where the tensors lie; the copies of a GPU's are in pinned memory."""
+        """Copy tensors of `device`; those of a GPU into pinned memory."""
         self._device = device
         self._layout: list[tuple[torch.Size, torch.dtype]] = []
         self._copies: list[Tensor] = []
 
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies, in the host's memory and contiguous; valid until the next call."""
+        """Return contiguous copies in host memory, valid until the next call."""
         layout = [(t.shape, t.dtype) for t in tensors]
         if layout != self._layout:
             self._allocate(layout)
@@ -115,7 +115,7 @@ class Snapshot:
         return self._copies
 
     def _allocate(self, layout: list[tuple[torch.Size, torch.dtype]]) -> None:
-        self._copies, self._layout = [], []  # the old memory goes before the new one comes
+        self._copies, self._layout = [], []  # free the old memory before the new is allocated
         sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
         memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):

@@ -1,6 +1,6 @@
-"""A model and an optimizer beside their arrays: described for the manifest, and restored from it.
+"""The model's and the optimizer's part of the manifest, written and restored.
 
-Scalars of the optimizer (its step counts) and the hyperparameters of its groups travel by parameter name.
+The hyperparameters of groups and the optimizer's scalars (step counts) are stored by parameter name.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from ckpt import CheckpointError
 from parallel import ParallelModel
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.manifest import ModelRecord, OptimizerRecord
-from uni3d.resume_rules import HOW_NOT_WHAT, GivenOptimizer
+from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
 
 
 def describe(
     model: ParallelModel, optimizer: torch.optim.Optimizer | None, declared: dict[str, Any], *, frozen: bool
 ) -> tuple[ModelRecord, OptimizerRecord | None]:
-    """Return the manifest's account of this rank's part of the model and the optimizer.
+    """Return the manifest's records of this rank's part of the model and the optimizer.
 
-    `declared` is the model's own description. Without `frozen`, parameters that don't require a gradient
+    `declared` is the model's own description. With `frozen=False`, parameters that don't require a gradient
     are left out.
     """
     here = {model.first_name(n): p.requires_grad for n, p in named_parameters(model.module)}
     requires_grad = {name: trains for name, trains in here.items() if frozen or trains}
-    about_model = ModelRecord(
+    model_record = ModelRecord(
         requires_grad=requires_grad,
         buffers=[name for name, _ in persistent_buffers(model.module)],
         left_out=None if frozen else [name for name in here if name not in requires_grad],
         declared=declared,
     )
     if optimizer is None:
-        return about_model, None
+        return model_record, None
     names = _names(model)
-    return about_model, OptimizerRecord(
+    return model_record, OptimizerRecord(
         type=type(optimizer).__name__,
         groups=[_group(group, names) for group in optimizer.param_groups],
         scalars={names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items()},
@@ -48,27 +48,27 @@ def describe(
 def given_optimizer(
     model: ParallelModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord | None
 ) -> GivenOptimizer:
-    """Describe this rank's part of an optimizer, to be compared with the saved one."""
+    """Return the description of this rank's optimizer, to compare with the saved one."""
     names = _names(model)
     groups = [_group(group, names) for group in optimizer.param_groups]
     for group, given, values in zip(
         optimizer.param_groups, groups, [] if saved is None else saved.groups, strict=False
     ):
         for key, value in group.items():
-            # A tensor rounds: it is the saved value if that one would be rounded to it.
+            # A tensor hyperparameter has rounded the value; it is equal if the saved one rounds to the same.
             if isinstance(value, Tensor) and key in values and value == _like(value, values[key]):
                 given[key] = values[key]
     return GivenOptimizer(type=type(optimizer).__name__, groups=groups)
 
 
 def restore_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
-    """Set the groups' hyperparameters and the states' scalars to the saved ones.
+    """Restore the groups' hyperparameters and the states' scalars.
 
     Raises:
-        CheckpointError: a parameter has other scalars than the saved ones.
+        CheckpointError: a parameter's scalars have other names than the saved ones.
     """
     for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
-        for key in values.keys() & group.keys() - HOW_NOT_WHAT:
+        for key in values.keys() & group.keys() - IMPLEMENTATION_KEYS:
             group[key] = _like(group[key], values[key])
     for name, parameter in named_parameters(model.module):
         state = optimizer.state.get(parameter, {})
@@ -76,43 +76,43 @@ def restore_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, sa
         here = {key for key, value in state.items() if not (isinstance(value, Tensor) and value.ndim)}
         if here != scalars.keys():
             raise CheckpointError(
-                f"the optimizer's numbers for {name} are {sorted(here)}, "
-                f"but {sorted(scalars)} in the checkpoint"
+                f"the optimizer has the scalars {sorted(here)} for {name}, but the checkpoint has "
+                f"{sorted(scalars)}"
             )
-        for key, number in scalars.items():
-            state[key] = _like(state[key], number)
+        for key, scalar in scalars.items():
+            state[key] = _like(state[key], scalar)
 
 
 def _names(model: ParallelModel) -> dict[int, str]:
-    """Return the name of each parameter in the unsplit model, by its id."""
+    """Return each parameter's name in the whole model, by its id."""
     return {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
 
 
 def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    # Two stages on one rank may each have a copy of a tied parameter: one name.
+    # Two stages on one rank may each have a copy of a tied parameter, under one name.
     values: dict[str, Any] = {"params": list(dict.fromkeys(names[id(p)] for p in group["params"]))}
     for key, value in group.items():
-        if key in HOW_NOT_WHAT:
+        if key in IMPLEMENTATION_KEYS:
             continue
         if isinstance(value, Tensor):
             value = value.item()
-        # Copied, as training may change what is in it before it is written.
+        # Copied: training may change a list or dict before it is written.
         values[key] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
     return values
 
 
 def _like(current: Any, saved: Any) -> Any:
-    """A saved value in the form in which the optimizer keeps it."""
+    """Convert a saved value to the optimizer's own type."""
     if isinstance(current, Tensor):
         return torch.full_like(current, saved)
     return tuple(saved) if isinstance(current, tuple) else saved
 
 
 def _scalars(name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The states of a parameter that are single values.
+    """Return a parameter's states that are single values.
 
     Raises:
-        CheckpointError: one is neither a tensor nor a JSON value, so it can't be stored.
+        CheckpointError: a state is neither a tensor nor a JSON value.
     """
     scalars: dict[str, Any] = {}
     for key, value in state.items():
@@ -130,9 +130,9 @@ def _scalars(name: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _item(value: Tensor, what: str) -> Any:
-    """The value of a tensor of one element, without asking other ranks."""
+    """Return the value of a tensor of one element, without a collective."""
     if isinstance(value, DTensor):
         if not all(placement.is_replicate() for placement in value.placements):
-            raise CheckpointError(f"{what} is one number of which each rank has a part; reduce it first")
+            raise CheckpointError(f"{what} is a partial sum on each rank; reduce it before saving")
         value = value.to_local()
     return value.item()

@@ -1,4 +1,4 @@
-"""From a checkpoint to an engine: what fits is agreed by all ranks, then everything is filled."""
+"""Loads of a checkpoint into an engine: all ranks agree that it fits before anything changes."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from uni3d.state import Inventory
 from uni3d.train_state import TrainState
 
 CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
-"""A script's own way of loading the model's weights, called with the keywords `src` and `dst`."""
+"""A script's own loader of the model's weights, called with the keywords `src` and `dst`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What of a checkpoint is to be loaded."""
+    """Parts of a checkpoint to load."""
 
     strict: bool = True
-    """Whether what the engine has and what the checkpoint has must be the same."""
+    """True if missing or unexpected arrays are an error."""
     optimizer: bool = True
     scheduler: bool = True
     counters: bool = True
-    """Steps, samples, the loss scale."""
+    """True for steps, samples and the loss scale."""
     custom: CustomLoad | None = None
-    """Loads parameters and buffers in our stead."""
+    """Loads parameters and buffers; None loads them by name."""
 
 
 class Restorer:
-    """Loads checkpoints into one engine. Every call is collective."""
+    """Loads checkpoints into one engine. All calls are collective."""
 
     def __init__(self, state: TrainState, config: Config, *, comm: HostComm, inventory: Inventory) -> None:
         self._state = state
@@ -56,18 +56,18 @@ class Restorer:
     def load(
         self, run: str | Path, tag: str | None, wanted: Wanted
     ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
-        """Fill the model, the optimizer, the schedule and the counters; see `Engine.load_checkpoint`.
+        """Load the model, the optimizer, the scheduler and the counters; see `Engine.load_checkpoint`.
 
         Raises:
-            ckpt.CheckpointError: something doesn't fit; nothing has changed.
-            ckpt.PartialLoadError: it failed half-way.
+            ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
+            ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
-        Background.join_all()  # another engine of this process may be writing what this one looks for
+        Background.join_all()  # another engine of this process may still be writing it
         checkpoint = self._open(run, tag)
-        return self._fill(checkpoint, wanted), checkpoint
+        return self._load(checkpoint, wanted), checkpoint
 
     def latest(self, run: str | Path) -> str | None:
-        """Return the newest committed tag, the same on all ranks whatever their file systems show yet."""
+        """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
         Background.join_all()
         return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
 
@@ -79,11 +79,11 @@ class Restorer:
         chosen = ckpt.from_rank_0(self._comm, find)
         return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
-    def _fill(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
+    def _load(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
-        # Before anything changes, and by all ranks or none.
+        # All ranks refuse together, before any of them changes a tensor.
         changes = ckpt.agreed(
             self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
         )
@@ -92,7 +92,7 @@ class Restorer:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
             ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
-        except ckpt.CheckpointError as error:  # the arrays have been loaded
+        except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
         if wanted.counters:
             self._restore_counters(saved.engine)
@@ -101,7 +101,7 @@ class Restorer:
         return report
 
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
-        """Let the script fill whole parameters; each rank keeps its part of them."""
+        """Run the script's loader on the whole module; each rank keeps its part of the parameters."""
         with whole_module(self._state.model.module) as module:
             src = StoredWeights(checkpoint)
             ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
@@ -114,7 +114,7 @@ class Restorer:
             restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
             scheduler.load_state_dict(saved.scheduler)
-            if optimizer is None:  # its groups, which hold the rate of the next step, were left as they are
+            if optimizer is None:  # its groups weren't restored, and they hold the next step's rate
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
 
@@ -137,10 +137,10 @@ class Restorer:
         *,
         counters: bool,
     ) -> list[str]:
-        """Compare everything but the arrays; return the changes to be reported.
+        """Compare everything but the arrays; return the changes to report.
 
         Raises:
-            ckpt.CheckpointError: with every reason why the checkpoint can't be loaded.
+            ckpt.CheckpointError: the checkpoint can't be loaded; the text lists all reasons.
         """
         model, scaler = self._state.model, self._state.scaler
         given = Given(
@@ -166,15 +166,15 @@ class Restorer:
         def leave(key: ckpt.ArrayKey) -> str | None:
             if not _is_moment(key):
                 return None if wanted.custom is None else "custom_load_fn loads the model"
-            return "optimizer states were not asked for" if optimizer is None else None
+            return "optimizer states were not requested" if optimizer is None else None
 
         model = self._state.model
         fresh = optimizer is not None and not optimizer.state
-        stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # parameters that have states
+        stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # they have states
         if optimizer is not None and saved.optimizer is not None:
             stored |= saved.optimizer.scalars.keys()
         try:
-            if optimizer is not None and stored:  # on all ranks or none; whether it is fresh may differ
+            if optimizer is not None and stored:  # the same on all ranks, while `fresh` may differ
                 ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
@@ -208,7 +208,7 @@ def _is_moment(key: ckpt.ArrayKey) -> bool:
 
 
 def _given(scheduler: LRScheduler) -> GivenScheduler:
-    """Describe a scheduler, to be compared with the saved one."""
+    """Return the scheduler's description, to compare with the saved one."""
     moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
     state = scheduler.state_dict()
     return GivenScheduler(

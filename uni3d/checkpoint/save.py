@@ -1,4 +1,4 @@
-"""Saving a run: shards through `ckpt`, everything else in the manifest."""
+"""Saves of a run: `ckpt` writes the arrays, the manifest holds everything else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from uni3d.train_state import TrainState
 
 
 class Saver:
-    """Saves a run. Every call is collective, but for `failed` and `agree`.
+    """Saves a run. Calls are collective unless marked as local.
 
     Attributes:
-        report: what the last save that has ended wrote, or None.
+        report: report of the last completed save, or None.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Saver:
         """`model_spec` is the model's own description for the manifest.
 
         Raises:
-            ValueError: the schedule's state can't be saved; better now than at the first save.
+            ValueError: the scheduler's state can't be saved. Checked here, before any training is lost.
         """
         if state.lr_scheduler is not None:
             try:
@@ -51,7 +51,7 @@ class Saver:
         self._config = config
         self._model_spec = model_spec
         self._comm = comm
-        self._writing = HostComm()  # a save's own, as it goes on while others use the first
+        self._writing = HostComm()  # separate: a background save talks while `comm` is in use
         self._inventory = inventory
         self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
@@ -69,20 +69,20 @@ class Saver:
         update_latest: bool,
         frozen: bool = True,
     ) -> None:
-        """Write checkpoint `tag`, or with `async_save` begin to; see `Engine.save_checkpoint`.
+        """Write checkpoint `tag`, or start writing it with `async_save`; see `Engine.save_checkpoint`.
 
-        Without `frozen`, parameters that don't require a gradient are left out.
+        With `frozen=False`, parameters that don't require a gradient are left out.
         """
         self.wait()
-        Background.join_all()  # at most one save may be going on in a run's folder
+        Background.join_all()  # another engine of this process may be saving into the same run
         asynchronous = self._config.checkpoint.async_save
         if "://" not in str(run):
-            run = Path(run).absolute()  # the script may change its folder meanwhile
+            run = Path(run).absolute()  # the script may change directory before the write
         taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], RunManifest]] = []
 
         def take() -> str:
             plan, parts = self._parts(frozen)
-            if asynchronous:  # the one thing that training waits for
+            if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
             taken.append((plan, parts, self._manifest(client_state, frozen)))
@@ -95,38 +95,38 @@ class Saver:
             self.report = self._write(run, tag, *taken[0], update_latest)
 
     def wait(self) -> None:
-        """Wait for the save that goes on in the background, if any; raises what it raised."""
+        """Wait for the background save, if there is one, and raise its error if it failed."""
         self._agreed_failure = False
         report = self._background.wait()
         if report is not None:
             self.report = report
 
     def committed(self) -> str | None:
-        """Return the tag of the last save that has ended well, waited for or not. Local."""
+        """Return the tag of the last successful save, waited for or not. Local."""
         report = self._background.result or self.report
         return None if report is None else report.tag
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background has failed, as far as this rank knows. Local."""
+        """True if the background save has failed on this rank. Local."""
         return self._background.failed
 
     def agree(self, failed: bool) -> None:
-        """All ranks have learnt that the save failed on some; so the next `check` raises on all."""
+        """Note that the save failed on some rank. All ranks note it in the same step. Local."""
         self._agreed_failure |= failed
 
     def check(self) -> None:
-        """Raise what the save in the background raised, if all ranks know that it failed."""
+        """Raise the background save's error, once all ranks know that it failed."""
         if self._agreed_failure:
             self.wait()
-            raise ckpt.CheckpointError("the save in the background failed on another rank; save again")
+            raise ckpt.CheckpointError("the background save failed on another rank; save again")
 
     def forget_plan(self) -> None:
-        """Let go of the tensors of the last save, which a load may replace. Local."""
+        """Release the tensors of the last save, which a load may replace. Local."""
         self._held, self._plan = [], None
 
     def _parts(self, frozen: bool) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
-        """The plan, made anew only if what is saved has changed, and this rank's parts by it. Local."""
+        """Return the plan and this rank's parts by it; plan again only if the arrays have changed. Local."""
         held = self._inventory.arrays(self._state.optimizer, frozen=frozen)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same:
@@ -144,10 +144,10 @@ class Saver:
         manifest: RunManifest,
         update_latest: bool,
     ) -> ckpt.SaveReport:
-        """The save itself, in whichever thread. Torch's process groups may be gone by then."""
+        """Write the checkpoint, in either thread. Torch's process groups may be destroyed by then."""
         settings = self._config.checkpoint
-        described = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
-        stages = [part for part in described if part is not None]  # on rank 0, whose word counts
+        gathered = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
+        stages = [part for part in gathered if part is not None]  # rank 0 has all, and writes the manifest
         whole = ckpt.agreed(self._writing, lambda: stages[0].merged(stages[1:]) if stages else manifest)
         shards = ckpt.agreed(self._writing, lambda: [on_host(*part) for part in parts])
         return ckpt.save(
@@ -165,15 +165,15 @@ class Saver:
         )
 
     def _manifest(self, client_state: dict[str, Any], frozen: bool) -> RunManifest:
-        """Return the manifest as this rank's stage has it. Local.
+        """Return the manifest of this rank's stage. Local.
 
-        Copies what training may change before it is written.
+        Values that training may change before the write are copied.
         """
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, topology = self._state.scaler, model.topology
         degrees = topology.degrees
-        about_model, optimizer = describe(model, self._state.optimizer, self._model_spec, frozen=frozen)
-        # Now, so that the script's mistake is raised by its call; the rest is checked while it is written.
+        model_record, optimizer = describe(model, self._state.optimizer, self._model_spec, frozen=frozen)
+        # Checked here so that the script's own call raises; everything else is checked by the write.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         return RunManifest(
             step=progress.global_steps,
@@ -184,7 +184,7 @@ class Saver:
                 shard_group=topology.mesh["shard"].size(),
                 layers=model.layers,
             ),
-            model=about_model,
+            model=model_record,
             optimizer=optimizer,
             aliases=model.ties,
             scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),

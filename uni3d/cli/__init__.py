@@ -1,4 +1,12 @@
-"""The command `uni3d`: one file per command, and none of them loads torch to answer `--help`."""
+"""The command `uni3d`: one file per command, and none of them loads torch to answer `--help`.
+
+inspect, verify, diff     look into checkpoints
+doctor, plan, plot        ask about topologies, before and after a resize
+export, import_           weights out, other frameworks' checkpoints in
+prune, clean              delete old checkpoints, and what crashed saves left
+config                    check a config
+terminal, plan_report     printing
+"""
 
 from __future__ import annotations
 
@@ -12,9 +20,9 @@ from typing import Annotated
 
 import typer
 
-from uni3d import __version__
 from uni3d.cli import clean, config, diff, doctor, export, import_, inspect, plan, plot, prune, verify
 from uni3d.cli.terminal import CommandError, complain, say
+from uni3d.version import __version__
 
 app = typer.Typer(
     name="uni3d",

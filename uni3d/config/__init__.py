@@ -6,6 +6,7 @@
     scheduler                       `scheduler`
     deepspeed_keys                  DeepSpeed's other keys: refused, or accepted without effect
     deepspeed_differences           differences from DeepSpeed for a given config
+    settings                        the config as `parallel.Settings`
     strict                          validation, and its error messages
 
 No key is ignored silently: an unknown one is an error that names the nearest known key.

@@ -1,1 +1,11 @@
-"""The engine: `build.initialize` makes one, `engine.Engine` trains."""
+"""Training: `initialize` builds an engine, `Engine` trains.
+
+Modules:
+    build           `initialize`: from a model and a config to an engine
+    engine          the engine's public methods
+    micro_batches   forward and backward passes of a step, without a pipeline
+    step            the optimizer step: from summed gradients to updated parameters
+    batches         checks of micro batches, the loss of one, dropout's random state
+    data            the order of samples and the data loader
+    guard           failures during collective calls
+"""

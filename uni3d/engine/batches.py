@@ -1,4 +1,4 @@
-"""Micro batches as a data iterator gives them: checked, moved to the device, turned into a loss."""
+"""Micro batches: checks, the move to the device, the loss of one, and dropout's random state."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from uni3d.config import BatchTriad
 
 
 class BatchError(ValueError):
-    """The data iterator's micro batches aren't those that the config announces."""
+    """The data iterator's micro batches don't fit the config or the model."""
 
 
 def check_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad) -> None:
-    """Check the micro batches of a step, before the ranks begin to compute together.
+    """Check the micro batches of a step, before any rank computes and waits for the others.
 
     Raises:
-        BatchError: one is of a type that can't be unpacked into the model's arguments; or, for a model with a
-            `loss_fn`, isn't a pair, has another size than the config's, or a sequence that tp doesn't divide.
+        BatchError: a batch can't be unpacked into the model's arguments; or, for a model with a `loss_fn`,
+            isn't a pair, has another size than the config's, or a sequence length that tp doesn't divide.
     """
     for batch in batches:
         if model.loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
@@ -47,7 +47,7 @@ def check_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad) -
             f"the data iterator gave micro batches of {sizes} samples; expected "
             f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
         )
-    if model.sequence_parallel:  # the first stage's embedding checks too, but the others would wait for it
+    if model.sequence_parallel:  # the embedding checks this too, but only on the first stage
         for inputs, _ in batches:
             try:
                 check_sequence(inputs.shape, model.topology.degrees.tp)
@@ -59,7 +59,7 @@ def loss_of(model: ParallelModel, batch: Any) -> Loss:
     """Run the model forward on one micro batch; return its loss.
 
     Raises:
-        ValueError: the output is no loss and has none.
+        ValueError: the output's `loss` is None.
     """
     if model.loss_fn is not None:
         inputs, targets = batch
@@ -70,12 +70,12 @@ def loss_of(model: ParallelModel, batch: Any) -> Loss:
         output = model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
     loss = getattr(output, "loss", output)
     if loss is None:
-        raise ValueError(f"the {type(output).__name__} has no loss; does the batch have labels?")
+        raise ValueError(f"the loss of the {type(output).__name__} is None; does the batch have labels?")
     return Loss.of(loss)
 
 
 def on_device(values: Any, device: torch.device) -> Any:
-    """Return a batch, or a model's arguments, with its tensors on the device; any mapping becomes a dict."""
+    """Return a batch or a model's arguments with its tensors on the device; a mapping becomes a dict."""
     if isinstance(values, Mapping):
         values = dict(values)
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, values)
@@ -85,18 +85,18 @@ def on_device(values: Any, device: torch.device) -> Any:
 def random_state(
     topology: Topology, *, seed: int, step: int, micro_step: int, nth: int = 0
 ) -> Iterator[None]:
-    """Draw dropout from (seed, step, rank's place), so that a resume on the same topology draws the same.
+    """Seed dropout from (seed, step, rank), so that a resume on the same topology draws the same masks.
 
-    `nth` counts the forward passes of one micro batch, each of which draws other numbers. Tensor-parallel
-    ranks draw alike, as most activations that they drop out of are the same. Where each has other features
-    or, under sequence parallelism, other tokens, these get equal masks.
+    `nth` numbers the forward passes of a micro batch; each draws other masks. Tensor-parallel ranks draw the
+    same ones, as most of their activations are the same. Where a rank has other features or, under sequence
+    parallelism, other tokens, their masks repeat.
     """
-    place = (seed, step, micro_step, topology.pp_rank, topology.dp_rank, *([nth] if nth else []))
-    digest = hashlib.sha256(repr(place).encode()).digest()
+    key = (seed, step, micro_step, topology.pp_rank, topology.dp_rank, *([nth] if nth else []))
+    digest = hashlib.sha256(repr(key).encode()).digest()
     seed_here = int.from_bytes(digest[:7], "little")
     devices = [topology.device] if topology.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed_here)  # torch.manual_seed does all devices, and is slow
+        torch.default_generator.manual_seed(seed_here)  # torch.manual_seed seeds all devices, which is slow
         if devices:
             torch.cuda.manual_seed(seed_here)
         yield

@@ -1,4 +1,4 @@
-"""From a model and a config to an engine, with DeepSpeed's arguments and results."""
+"""`initialize`: from a model and a config to an engine, with DeepSpeed's arguments and results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 import parallel
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
-from uni3d.config import Config, batch_triad, load_config
+from uni3d.config import BatchTriad, Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.data import TrainingLoader
@@ -44,67 +44,46 @@ def initialize(
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
-    """Collective: make `model` train as `config` says, on all processes that torchrun started.
+    """Collective: build the engine that trains `model` as `config` says, on all processes of the job.
 
-    The process group is started here if it wasn't; without torchrun it is a group of one.
+    The process group is started if there is none; without torchrun it has one process.
 
     Args:
         args: an object whose `deepspeed_config` is the config's path, if `config` isn't given.
-        model: built alike on every rank, on the CPU or, with an `init_parameter`, on the meta device.
-            It is used up: `engine.module` is this rank's part of it. See `parallel.build` for what a
-            model can say of how it is split.
-        optimizer: over the model's parameters, with no state yet; or a function of parameter groups.
-            Comes before the config's.
-        model_parameters: tensors of the model or dicts of groups with their own hyperparameters; by
+        model: the same on every rank, on the CPU or, with an `init_parameter`, on the meta device. It is
+            used up: `engine.module` is this rank's part of it. `parallel.build` says how a model declares
+            its splits.
+        optimizer: over the model's parameters, without state; or a function of parameter groups. Takes
+            precedence over the config's.
+        model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
         training_data: a map-style dataset of `(inputs, targets)`.
-        lr_scheduler: over `optimizer`, or a function of it. Comes before the config's.
+        lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
         collate_fn: for the data loader.
         config: the path of a JSON file, or its content.
-        config_params: the old name of `config`.
+        config_params: DeepSpeed's old name of `config`.
 
     Returns:
         The engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
 
     Raises:
-        ValueError: what doesn't fit, before any work is done; the same on all ranks.
+        ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
     """
     if model is None:
         raise ValueError("initialize needs a model")
-    settings = load_config(_one_config(args, config, config_params))
-    settings = _with_what_the_model_says(settings, model)
-    check_installed(settings)
-    degrees, device = _degrees(settings)
-    triad = batch_triad(settings, degrees.dp)
-    how = parallel_settings(settings)
-    parallel.check_micro_batches(how, degrees.pp, triad.accumulation)
-    parallel.start_process_group(device)
-    topology = parallel.Topology(
-        degrees,
-        zero_stage=settings.zero_optimization.stage,
-        shard_group=settings.shard_group,
-        device_type=device,
-    )
+    settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
+    topology, split, triad = _distribute(settings)
     _make_masters(model, settings, topology)
-    _name_what_has_no_meaning(settings, topology)
-    groups = _named_groups(model, optimizer, model_parameters)
-    if optimizer is None and settings.optimizer is not None:
-        groups = split_groups(settings.optimizer, model, groups)
+    _warn_without_effect(settings, topology)
+    groups = _named_groups(settings, model, optimizer, model_parameters)
     spec = declared(model)  # before `build`, which uses the model up
-    built = parallel.build(model, topology, how)
+    built = parallel.build(model, topology, split)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
-    state = TrainState(
-        model=built,
-        optimizer=inner,
-        lr_scheduler=scheduler,
-        scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
-        progress=Progress(train_batch=triad.train_batch),
-    )
     engine = Engine(
         config=settings,
         triad=triad,
-        state=state,
+        state=_train_state(settings, triad, built, inner, scheduler),
         model_spec=spec,
         training_data=training_data,
         collate_fn=collate_fn,
@@ -112,19 +91,55 @@ def initialize(
     return engine, inner, engine.training_dataloader, scheduler
 
 
-def _name_what_has_no_meaning(config: Config, topology: parallel.Topology) -> None:
-    """Say once that keys of DeepSpeed's were accepted that change nothing here."""
+def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
+    """Collective: start the process group; return the topology, `parallel`'s settings and the batch sizes.
+
+    Checks the config before the process group is started, as ranks that wait there can't report an error.
+    """
+    check_installed(settings)
+    degrees, device = _degrees(settings)
+    triad = batch_triad(settings, degrees.dp)
+    split = parallel_settings(settings)
+    parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
+    parallel.start_process_group(device)
+    topology = parallel.Topology(
+        degrees,
+        zero_stage=settings.zero_optimization.stage,
+        shard_group=settings.shard_group,
+        device_type=device,
+    )
+    return topology, split, triad
+
+
+def _train_state(
+    settings: Config,
+    triad: BatchTriad,
+    model: parallel.ParallelModel,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Scheduler | None,
+) -> TrainState:
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
+        progress=Progress(train_batch=triad.train_batch),
+    )
+
+
+def _warn_without_effect(config: Config, topology: parallel.Topology) -> None:
+    """Warn once of DeepSpeed's keys that are accepted but change nothing."""
     if config.without_meaning and topology.rank == 0:
         grouped = by_reason(config.without_meaning)
         reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
-        warnings.warn(f"keys of the config that have no meaning here: {reasons}", stacklevel=3)
+        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=3)
 
 
 def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:
     if (changed := make_masters(model)) and topology.rank == 0:
         _log.warning(
-            "%d parameters (%s, ...) came in bf16 or fp16: training updates fp32 masters of them, and "
-            "computes in %s, as the config says",
+            "%d parameters (%s, ...) are in bf16 or fp16: training keeps fp32 master weights and computes in "
+            "%s, as the config says",
             len(changed),
             changed[0],
             settings.precision,
@@ -132,7 +147,7 @@ def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topolog
 
 
 def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
-    """The config, from whichever of its places it was given in."""
+    """Return the config, from whichever argument has it."""
     from_args = getattr(args, "deepspeed_config", None)
     configs = [c for c in (*given, from_args) if c is not None]
     if len(configs) != 1:
@@ -144,8 +159,8 @@ def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str
     return config
 
 
-def _with_what_the_model_says(settings: Config, model: nn.Module) -> Config:
-    """The config with what a `PipelineModule` says of its running, as scripts for DeepSpeed have it there."""
+def _with_pipeline_options(settings: Config, model: nn.Module) -> Config:
+    """Return the config with the run options of a `PipelineModule`, where DeepSpeed's scripts set them."""
     if not isinstance(model, PipelineModule):
         return settings
     p, again = settings.parallel, settings.activation_checkpointing
@@ -157,8 +172,8 @@ def _with_what_the_model_says(settings: Config, model: nn.Module) -> Config:
     if model.num_stages is not None:
         if "pp" in p.model_fields_set and p.pp not in (model.num_stages, "auto"):
             raise ValueError(
-                f"num_stages({model.num_stages}) of the PipelineModule isn't parallel.pp({p.pp}) of the "
-                "config; give one of the two"
+                f"the PipelineModule has num_stages {model.num_stages}, but the config has parallel.pp "
+                f"{p.pp}; set only one of them"
             )
         p = p.model_copy(update={"pp": model.num_stages})
     if model.activation_checkpoint_interval and again.mode == "none":
@@ -178,15 +193,18 @@ def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
     return parallel.resolve_degrees(world_size, pp=p.pp, dp=p.dp, tp=p.tp), device
 
 
-def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> Groups:
-    """Parameter groups with names for parameters, which outlive the tensors that sharding replaces."""
+def _named_groups(
+    settings: Config, model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None
+) -> Groups:
+    """Return parameter groups of names instead of tensors: sharding replaces the tensors, the names stay."""
     names = {id(p): name for name, p in model.named_parameters()}
     if isinstance(optimizer, torch.optim.Optimizer):
         check_works_sharded(optimizer)
         if optimizer.state:
             raise ValueError(
-                f"the {type(optimizer).__name__} optimizer has states of parameters that will yet be split; "
-                "give it before its first step, or, if it makes them at once, give a function of its groups"
+                f"the {type(optimizer).__name__} optimizer has states, but its parameters are yet to be "
+                "sharded; pass it before its first step or, if its constructor makes states, pass a function "
+                "of parameter groups"
             )
         given: list[Any] = optimizer.param_groups
     elif model_parameters is None:
@@ -201,14 +219,17 @@ def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[A
         group["params"] = [params] if isinstance(params, torch.Tensor) else list(params)
         if unknown := sum(id(p) not in names for p in group["params"]):
             raise ValueError(f"model_parameters has {unknown} tensors that are not parameters of the model")
-    return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+    if optimizer is None and settings.optimizer is not None:
+        return split_groups(settings.optimizer, model, groups)
+    return groups
 
 
 def _make_optimizer(
     settings: Config, given: Any, groups: Groups, built: parallel.ParallelModel
 ) -> torch.optim.Optimizer | None:
-    """The optimizer over this rank's parts of the parameters; groups that have none here stay, empty."""
-    here: dict[str, list[nn.Parameter]] = {}  # several where two stages on this rank share a weight
+    """Return the optimizer over this rank's parts of the parameters; groups without any stay, empty."""
+    here: dict[str, list[nn.Parameter]] = {}  # several if two stages on this rank share a weight
     for name, parameter in built.module.named_parameters():
         here.setdefault(built.first_name(name), []).append(parameter)
     local = [{**g, "params": [p for name in g["params"] for p in here.get(name, [])]} for g in groups]
@@ -229,11 +250,11 @@ def _make_scheduler(
     if given is None and settings.scheduler is None:
         return None
     if optimizer is None:
-        raise ValueError("there is a scheduler but no optimizer; give one, or name one in the config")
+        raise ValueError("there is a scheduler but no optimizer; pass one or name one in the config")
     if given is None:
         assert settings.scheduler is not None, "checked above"
         return make_scheduler(settings.scheduler, optimizer)
     scheduler: Scheduler = given if isinstance(given, Scheduler) else given(optimizer)
     if scheduler.optimizer is not optimizer:
-        raise ValueError("lr_scheduler is over another optimizer; give initialize that optimizer too")
+        raise ValueError("lr_scheduler is over another optimizer; pass initialize() that optimizer too")
     return scheduler

@@ -1,8 +1,8 @@
 """The order of samples: one global order that doesn't depend on the topology.
 
-In each epoch the samples come in an order drawn from `(seed, epoch)`. Global batch k is the samples at the
-places `k * B` to `(k + 1) * B` of that endless order, and each data-parallel rank takes its stretch of it.
-So the whole state is one integer, the samples consumed, and it means the same on every topology.
+Each epoch is a permutation drawn from `(seed, epoch)`; the epochs follow each other without end. Global
+batch k has the samples `k * B` to `(k + 1) * B` of that order, and each data-parallel rank takes its slice.
+The state is one integer, the samples consumed, which means the same on every topology.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from uni3d.engine.batches import check_batches, on_device
 
 
 class GlobalOrder:
-    """Sample index at each place of the endless order."""
+    """The endless order: maps a position to a sample index."""
 
     def __init__(self, n_samples: int, seed: int) -> None:
         if n_samples < 1:
@@ -39,7 +39,7 @@ class GlobalOrder:
 
 
 class _MicroBatchSampler(Sampler[list[int]]):
-    """Endless lists of sample indices: this rank's micro batches, from `start` samples on."""
+    """Endless lists of sample indices: this rank's micro batches after the first `start` samples."""
 
     def __init__(self, order: GlobalOrder, start: int, triad: BatchTriad, dp_rank: int) -> None:
         self._order, self._start, self._triad = order, start, triad
@@ -56,10 +56,10 @@ class _MicroBatchSampler(Sampler[list[int]]):
 
 
 class TrainingLoader:
-    """Endless micro batches of this rank, from where training stands.
+    """Endless micro batches of this rank, starting at the current position.
 
-    `iter(loader)` begins at the first sample that hasn't been consumed. An iterator that was begun before
-    a checkpoint was loaded would give the wrong samples, and refuses to go on.
+    `iter(loader)` starts at the first sample that hasn't been consumed. An iterator made before a checkpoint
+    was loaded is at the wrong position, so its next batch is an error.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TrainingLoader:
         position: Callable[[], int],
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        """`position` gives the samples consumed so far, over all ranks."""
+        """`position` returns the number of samples consumed so far, over all ranks."""
         self._dataset = dataset
         self._order = GlobalOrder(len(dataset), seed)  # type: ignore[arg-type]
         self._triad, self._dp_rank = triad, dp_rank
@@ -81,7 +81,7 @@ class TrainingLoader:
         self._generation = 0
 
     def moved(self) -> None:
-        """Invalidate iterators begun before: the position has jumped."""
+        """Invalidate existing iterators: the position has changed."""
         self._generation += 1
 
     def __iter__(self) -> Iterator[Any]:
@@ -90,33 +90,32 @@ class TrainingLoader:
         for batch in DataLoader(self._dataset, batch_sampler=sampler, collate_fn=self._collate_fn):
             if generation != self._generation:
                 raise RuntimeError(
-                    "this data iterator was made before a checkpoint was loaded, and would give samples "
+                    "this data iterator was made before a checkpoint was loaded, so its samples would be "
                     "out of order; call iter() on the loader again"
                 )
             yield batch
 
 
 class BatchSource:
-    """Takes each step's micro batches, from a script's iterator or from the engine's own loader."""
+    """Source of each step's micro batches: the script's iterator or the engine's own loader."""
 
     def __init__(self, loader: TrainingLoader | None, model: ParallelModel, triad: BatchTriad) -> None:
-        """`loader` is the engine's own."""
         self._loader = loader
         self._model = model
         self._triad = triad
         self._iterator: Iterator[Any] | None = None
 
     def take(self, data_iter: Iterator[Any] | None) -> list[Any]:
-        """Return a step's micro batches of `data_iter`, or of the loader where it is None, on the device.
+        """Return a step's micro batches on the device, from `data_iter`, or from the loader if it is None.
 
         Raises:
-            ValueError: there is neither, or `check_batches` refuses them.
+            ValueError: there is no data, or `check_batches` refuses it.
         """
         if data_iter is not None:
-            self._iterator = None  # the loader begins anew, where training stands then
+            self._iterator = None  # the loader's next use starts at the position of that time
         else:
             if self._loader is None:
-                raise ValueError("give a data iterator, or training_data to initialize")
+                raise ValueError("no data: pass a data iterator, or training_data to initialize()")
             if self._iterator is None:
                 self._iterator = iter(self._loader)
             data_iter = self._iterator
@@ -126,7 +125,7 @@ class BatchSource:
         return batches
 
     def moved(self) -> None:
-        """Begin anew at the next step: the position in the training data has jumped."""
+        """Restart the loader at the next step: the position in the training data has changed."""
         self._iterator = None
         if self._loader is not None:
             self._loader.moved()

@@ -1,4 +1,4 @@
-"""Collective calls of an engine: one rank's failure stops all, and spoils the engine if it came half-way."""
+"""Failures in collective calls: one rank's error stops all; half-way through a step it ends the engine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from parallel import Failures
 from uni3d.engine.batches import BatchError
 from uni3d.train_state import Progress
 
-ALIKE = (FloatingPointError, CheckpointError)
+RAISED_BY_ALL = (FloatingPointError, CheckpointError)
 """Errors that all ranks raise at the same place."""
 
 
 class Guard:
-    """Encloses an engine's collective calls, and knows whether the engine can still be used.
+    """Context of an engine's collective calls; knows whether the engine can still be used.
 
     Attributes:
-        begun: True once the call at hand may have changed something on some rank; set by the call.
+        begun: True once the current call may have changed something on some rank; set by the call.
         unusable: why the engine can't be used any more, or None.
     """
 
@@ -31,18 +31,19 @@ class Guard:
 
     @contextmanager
     def together(self, call: str, *, begun: bool = False) -> Iterator[None]:
-        """Enclose a call by name: if one rank fails, all stop with that one's reason.
+        """Run the body as the collective `call`: if one rank fails, all stop with its reason.
 
-        After errors that all ranks raise alike, and errors before the call has begun, training may go on.
+        Training may go on after an error that all ranks raise, or one before the call has begun.
         """
         self.begun = begun
         try:
-            with self._failures.told(f"step {self._progress.global_steps + 1}: {call}()", alike=ALIKE):
+            work = f"step {self._progress.global_steps + 1}: {call}()"
+            with self._failures.told(work, alike=RAISED_BY_ALL):
                 yield
-        except (*ALIKE, BatchError):
+        except (*RAISED_BY_ALL, BatchError):
             raise
         except Exception as error:
-            if self.begun:  # in the midst of a step, so its state is of no more use
+            if self.begun:  # the ranks have stopped at different places of a step
                 self.unusable = f"{call}() failed: {type(error).__name__}: {error}"
             raise
 

@@ -1,7 +1,7 @@
-"""Forward and backward passes of one step's micro batches, where a rank holds the whole model.
+"""Forward and backward passes of a step's micro batches, without a pipeline.
 
 `Engine.train_batch` runs them in a loop; a script that calls `forward`, `backward` and `step` runs them one
-by one. Pipelines have a loop of their own, torch's schedule.
+by one. In a pipeline, torch's schedule is the loop.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from uni3d.optim.loss_scale import LossScale
 
 
 class MicroBatches:
-    """The micro batches of a step: how many are done, and their losses.
+    """Progress within a step: the micro batches done and their losses.
 
     Attributes:
-        index: number of the micro batch at hand, counted from 0.
+        index: number of the current micro batch, counted from 0.
         losses: losses of the backward passes since the last step, detached.
     """
 
     def __init__(self, model: ParallelModel, scaler: LossScale | None, steps: int) -> None:
-        """Begin a step of `steps` micro batches."""
+        """Start a step of `steps` micro batches."""
         self._model = model
         self._scaler = scaler
         self._steps = steps
@@ -39,17 +39,17 @@ class MicroBatches:
         self.clear()
 
     def clear(self) -> None:
-        """Begin the step anew."""
+        """Restart the step."""
         self.index = 0
         self.losses: list[Loss] = []
         self._begin_next()
 
     def drop(self) -> None:
-        """Drop all gradients and begin the step anew, with a warning if that loses any."""
+        """Drop all gradients and restart the step; warn if gradients are lost."""
         if self.losses:
             warnings.warn(
-                f"zero_grad() drops the gradients of {len(self.losses)} micro batches, of {self._steps} for "
-                "a step; step() drops them itself when it has taken one",
+                f"zero_grad() drops the gradients of {len(self.losses)} of the step's {self._steps} micro "
+                "batches; it isn't needed, as step() zeroes the gradients itself",
                 stacklevel=3,
             )
         self._model.zero.drop_gradients()
@@ -57,11 +57,11 @@ class MicroBatches:
 
     def _begin_next(self) -> None:
         self._backwards = 0
-        self._forwards = {True: 0, False: 0}  # by the module's mode
+        self._forwards = {True: 0, False: 0}  # by the module's `training`
 
     @property
     def is_boundary(self) -> bool:
-        """True if the micro batch at hand is the step's last."""
+        """True if the current micro batch is the step's last."""
         return self.index + 1 == self._steps
 
     @property
@@ -70,7 +70,7 @@ class MicroBatches:
         return self.is_boundary and not self._inside_no_sync
 
     def check_whole(self, call: str) -> None:
-        """Raise RuntimeError if this rank has only some of the pipeline's stages."""
+        """Raise RuntimeError if this rank has only a part of the pipeline."""
         pp = self._model.topology.degrees.pp
         if pp > 1:
             raise RuntimeError(
@@ -78,14 +78,14 @@ class MicroBatches:
             )
 
     def check_none(self, call: str) -> None:
-        """Raise RuntimeError in the midst of a step."""
+        """Raise RuntimeError between the micro batches of a step."""
         if self.losses or self._inside_no_sync:
-            raise RuntimeError(f"{call}() comes after step(), not between micro batches of a step")
+            raise RuntimeError(f"{call}() can't be called between a step's micro batches; call step() first")
 
     # --- the loop --------------------------------------------------------------------------------------
 
     def train(self, batches: Iterable[Any]) -> Loss:
-        """Run a whole step's micro batches forward and backward; return the summed loss."""
+        """Run forward and backward passes of a step's micro batches; return the summed loss."""
         for batch in batches:
             with split_logits(self._model.topology):
                 loss = loss_of(self._model, batch)
@@ -94,33 +94,33 @@ class MicroBatches:
         return self.take()
 
     def evaluate(self, batches: Iterable[Any]) -> Loss:
-        """Run micro batches forward alone; return the summed loss."""
+        """Run forward passes alone; return the summed loss."""
         with split_logits(self._model.topology):
             return Loss.sum([loss_of(self._model, batch) for batch in batches])
 
     # --- one micro batch -------------------------------------------------------------------------------
 
     def count_forward(self) -> int:
-        """Count a forward pass; return how many this micro batch had before it in the module's mode."""
+        """Count a forward pass; return the number of earlier ones of this micro batch in the same mode."""
         mode = self._model.module.training
         self._forwards[mode] += 1
         return self._forwards[mode] - 1
 
     def forward(self, call: Callable[[], Any]) -> Any:
-        """Return the output of `call`, a forward pass of the module, with whole tensors in it."""
+        """Run `call`, a forward pass of the module; return its output with DTensors made whole."""
         if torch.is_inference_mode_enabled():
-            # Parameters that ZeRO gathers in inference mode couldn't be used for training afterwards.
+            # Parameters that ZeRO gathers in inference mode couldn't be trained afterwards.
             with torch.inference_mode(False), torch.no_grad(), split_logits(self._model.topology):
                 output = call()
         else:
             with split_logits(self._model.topology):
                 output = call()
         if not torch.is_grad_enabled():
-            self._model.zero.reshard()  # a script's writes into the parameters must reach the next forward
+            self._model.zero.reshard()  # the script may write to the parameters before the next forward pass
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
     def backward(self, loss: Loss, *, retain_graph: bool = False, counts: bool = True) -> None:
-        """Accumulate the gradients of `loss`; with `counts` false its terms aren't counted in the step's."""
+        """Accumulate the gradients of `loss`. With `counts=False` its terms don't add to the step's."""
         zero, topology = self._model.zero, self._model.topology
         last = self.ends_step
         zero.before_backward(last=last)
@@ -131,20 +131,20 @@ class MicroBatches:
             factor = 1.0 if self._scaler is None else self._scaler.factor
             loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             if last:
-                zero.reshard()  # the step's gradients are in `.grad` now
+                zero.reshard()  # moves the step's gradients to `.grad`
         self.losses.append(Loss(loss.total.detach(), loss.tokens if counts else loss.tokens * 0))
         self._backwards += not self._inside_no_sync
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Keep the gradients of the backward passes inside on this rank; see `Engine.no_sync`."""
+        """Accumulate gradients locally, without communication; see `Engine.no_sync`."""
         if self._model.zero.stage >= 2:
             raise RuntimeError(
                 f"no_sync() needs whole gradients, which ZeRO stage {self._model.zero.stage} doesn't keep; "
                 "use stage 0 or 1, or more gradient_accumulation_steps"
             )
         if self._inside_no_sync:
-            raise RuntimeError("no_sync() can't be entered twice")
+            raise RuntimeError("no_sync() can't be nested")
         self._inside_no_sync = True
         try:
             yield
@@ -153,11 +153,11 @@ class MicroBatches:
 
     @property
     def inside_no_sync(self) -> bool:
-        """True between entering and leaving `no_sync`."""
+        """True inside `no_sync`."""
         return self._inside_no_sync
 
     def end(self) -> None:
-        """End the micro batch at hand.
+        """End the current micro batch.
 
         Raises:
             RuntimeError: it had no backward pass, or several, or `no_sync` is still open.
@@ -165,12 +165,12 @@ class MicroBatches:
         if self._inside_no_sync:
             raise RuntimeError("step() can't be called inside no_sync()")
         if self._backwards != 1:
-            raise RuntimeError("step() comes after one backward() of each micro batch")
+            raise RuntimeError(f"step() needs one backward() per micro batch; this one had {self._backwards}")
         self.index += 1
         self._begin_next()
 
     def take(self) -> Loss:
-        """Return the step's summed loss, and begin the next step."""
+        """Return the step's summed loss and start the next step."""
         losses = self.losses
         self.clear()
         return Loss.sum(losses)

@@ -1,4 +1,4 @@
-"""The end of a step: from the summed gradients of a global batch to updated parameters."""
+"""Optimizer steps: from the summed gradients of a global batch to updated parameters."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from uni3d.train_state import TrainState
 
 
 class Numbers(NamedTuple):
-    """What is known of a step when it has been taken, the same on all ranks."""
+    """Results of a step, the same on all ranks."""
 
     loss: float
     """Mean over the global batch."""
     norm: float
-    """Of all gradients together, before clipping."""
+    """Global gradient norm before clipping."""
     finite: float
-    """1 if both are, else 0."""
+    """1 if the loss and the norm are finite, else 0."""
     alarms: float
-    """How many ranks had an alarm to raise."""
+    """Number of ranks whose background save has failed."""
     terms: float
-    """How many values the loss is the mean of."""
+    """Number of values that the loss is the mean of."""
 
 
 class Outcome(NamedTuple):
     norm: float | None
-    """Of the gradients; None before the first step."""
+    """Gradient norm; None before the first step."""
     applied: bool
 
 
 class _Trained(NamedTuple):
     parameters: list[nn.Parameter]
-    """This rank's that the optimizer has."""
+    """Parameters of the optimizer on this rank."""
     counts: list[bool]
-    """Whether each counts on this rank in the norm: each logical parameter counts once."""
+    """True for each that this rank counts in the norm: a logical parameter counts once over all ranks."""
 
 
 class Report:
-    """A step's numbers on their way to the host, which needn't wait for them."""
+    """A step's numbers, copied to the host without waiting for the GPU."""
 
     def __init__(self, step: int, samples: int, rate: float, numbers: Tensor) -> None:
         self.step = step
         self.samples = samples
-        """Consumed when it has been taken."""
+        """Samples consumed, this step's included."""
         self.rate = rate
-        """Learning rate of the first group."""
+        """Learning rate of the first parameter group."""
         self._numbers = numbers
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
@@ -63,7 +63,7 @@ class Report:
             self._arrived.record()
 
     def read(self) -> Numbers:
-        """Waits until they are there."""
+        """Wait for the copy and return the numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return Numbers(*self._numbers.tolist())
@@ -72,49 +72,50 @@ class Report:
 class Stepper:
     """Takes the optimizer steps.
 
-    On a GPU with a fused optimizer the host doesn't wait for a step's numbers: the optimizer itself leaves
-    everything as it is if they aren't finite, and the host reads them while the next step is computed, and
-    then takes back what it counted. Elsewhere it reads them before the optimizer's step.
+    On a GPU with a fused optimizer the host doesn't wait for a step's numbers. The optimizer itself changes
+    nothing if they aren't finite; the host reads them during the next step and then undoes its counting.
+    Otherwise the host reads them before the optimizer's step.
     """
 
     def __init__(self, state: TrainState, config: Config, *, saver: Saver, observer: Observer) -> None:
         """Prepare to step `state`'s optimizer.
 
-        Each step's collective also says whether some rank's save has failed in the background: `saver` knows
-        about this rank's, and is told about the others'.
+        Each step's collective also carries the failures of background saves: from this rank's `saver`, and to
+        it from the other ranks.
         """
         self._state = state
         self._clip = config.gradient_clipping
         self._saver = saver
         self._observer = observer
         self._unread: Report | None = None
-        self._take_back: Callable[[], None] = lambda: None
+        self._undo: Callable[[], None] = lambda: None
         self.norm: float | None = None
-        """Of the last step's gradients."""
+        """Gradient norm of the last step."""
         self.applied = False
-        """Whether the last step changed the parameters."""
+        """True if the last step changed the parameters."""
         self._trained = _Trained([], [])
         fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         model = state.model
-        on_gpu = model.topology.device.type == "cuda" and not model.zero.offload  # where the optimizer works
+        on_gpu = model.topology.device.type == "cuda" and not model.zero.offload  # offload steps on the CPU
         self.deferred = fused and state.scaler is None and on_gpu
-        """Whether a step's numbers are read during the next one."""
+        """True if a step's numbers are read during the next one."""
 
     def finish(self, loss: Loss | None) -> Tensor:
-        """Collective: take the step; returns the global batch's mean loss, a float32 scalar.
+        """Collective: take the step; return the global batch's mean loss, a float32 scalar.
 
         Raises:
-            FloatingPointError: the loss or a gradient isn't finite, and there is no loss scale to lower; it
-                may be those of the step before. No step was taken, of neither batch then.
+            FloatingPointError: the loss or a gradient of this step, or with `deferred` of the previous one,
+                isn't finite, and there is no loss scale to lower. The step was not taken; if the previous
+                one failed, neither was.
         """
         state, model, progress = self._state, self._state.model, self._state.progress
         assert state.optimizer is not None, "checked before the batch was taken"
-        model.zero.reshard()  # a forward pass after the backward one has brought whole copies back
+        model.zero.reshard()  # a forward pass after the last backward has gathered the parameters again
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
         model.scalars.sum()
         model.replicas.check()
         model.tied.sum()
-        #    A save that failed in the background is told along; the next call raises it, on all ranks.
+        #    A failed background save rides along; the next call raises it, on all ranks together.
         gradients, counted = self._gradients()
         total, tokens, square, alarms = sum_over_ranks(
             loss, counted, model.topology, alarm=self._saver.failed
@@ -125,68 +126,68 @@ class Stepper:
         try:
             self.settle()
         except FloatingPointError:
-            progress.global_samples += progress.train_batch  # this step's batch goes with the bad one's
+            progress.global_samples += progress.train_batch  # this step's batch is lost too
             raise
         numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
         samples = progress.global_samples + progress.train_batch
         report = Report(progress.global_steps + 1, samples, state.rate, numbers)
-        # 2. Gradients are of the sum over the global batch: divide, and clip, in one multiplication.
+        # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if self._clip > 0:
             scale = scale * (self._clip / (norm + 1e-6)).clamp(max=1.0)
         # 3. The step.
         if self.deferred:
             state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            self._take_back = self._remember()
+            self._undo = self._undo_of_counting()
             self._update(gradients, scale)
             self._unread = report
-        elif self._judge(report):
+        elif self._conclude(report):
             self._update(gradients, scale)
         return mean_loss.float()
 
     def settle(self) -> None:
-        """Read the numbers of a step that haven't been read yet.
+        """Read the numbers of the last step, if they haven't been read.
 
         Raises:
-            FloatingPointError: they aren't finite; that step wasn't taken, nor is it counted.
+            FloatingPointError: they aren't finite. That step was not taken and isn't counted.
         """
         report, self._unread = self._unread, None
         if report is not None:
-            self._judge(report)
+            self._conclude(report)
 
     def look(self) -> Outcome:
-        """How the last step went. Local: nothing is raised, and nothing taken back, before all ranks do."""
+        """Return the outcome of the last step. Local, so it neither raises nor undoes a step."""
         if self._unread is None:
             return Outcome(self.norm, self.applied)
         numbers = self._unread.read()
         return Outcome(numbers.norm, bool(numbers.finite))
 
-    def _judge(self, report: Report) -> bool:
-        """Whether the step is, or was rightly, taken; without a loss scale, raises if not."""
+    def _conclude(self, report: Report) -> bool:
+        """Record the step's numbers; return whether they are finite. Raises if not, without a loss scale."""
         state, progress = self._state, self._state.progress
         numbers = report.read()
         self.norm = numbers.norm
         self._saver.agree(numbers.alarms > 0)
         self.applied = bool(numbers.finite)
         if self._observer.wanted:
-            self._tell(report, numbers)
+            self._observe(report, numbers)
         if state.scaler is not None:
             if not self.applied:
                 state.model.module.zero_grad()
                 progress.skipped_steps += 1
                 progress.count_step()
             state.scaler.update(overflow=not self.applied)
-        elif not self.applied:  # the same numbers on all ranks, so all raise
-            self._take_back()
+        elif not self.applied:  # the numbers are the same on all ranks, so all raise
+            self._undo()
             state.model.module.zero_grad()
-            progress.global_samples += progress.train_batch  # consumed, as the data iterator has them
+            progress.global_samples += progress.train_batch  # the data iterator is past them
             raise FloatingPointError(
-                f"step {report.step}: the loss is {numbers.loss:g} and the gradients' norm "
-                f"{numbers.norm:g}; no step was taken"
+                f"step {report.step}: the loss is {numbers.loss:g} and the gradient norm {numbers.norm:g}; "
+                "the step was not taken"
             )
         return self.applied
 
-    def _tell(self, report: Report, numbers: Numbers) -> None:
+    def _observe(self, report: Report, numbers: Numbers) -> None:
         scaler = self._state.scaler
         self._observer.step_taken(
             StepRecord(
@@ -206,30 +207,30 @@ class Stepper:
         if gradients:
             torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
         state.optimizer.step()
-        state.model.module.zero_grad()  # those too that the optimizer doesn't have
+        state.model.module.zero_grad()  # also of parameters that the optimizer doesn't have
         if state.lr_scheduler is not None:
             state.lr_scheduler.step()
         state.progress.count_step()
 
-    def _remember(self) -> Callable[[], None]:
-        """What takes back the counting of a step that turns out not to have been taken."""
+    def _undo_of_counting(self) -> Callable[[], None]:
+        """Return a function that undoes the counting of a step, for one that turns out not to be taken."""
         optimizer, scheduler, progress = self._state.optimizer, self._state.lr_scheduler, self._state.progress
         assert optimizer is not None
         counted = progress.global_steps, progress.global_samples
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         schedule = None if scheduler is None else copy.copy(scheduler.state_dict())
 
-        def take_back() -> None:
+        def undo() -> None:
             progress.global_steps, progress.global_samples = counted
             for group, values in zip(optimizer.param_groups, groups, strict=True):
                 group.update(values)
             if scheduler is not None:
                 scheduler.load_state_dict(schedule)  # type: ignore[arg-type]
 
-        return take_back
+        return undo
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's parts of the gradients, and those of them that count on it."""
+        """Return this rank's parts of the gradients, and the ones that it counts in the norm."""
         model, optimizer = self._state.model, self._state.optimizer
         assert optimizer is not None
         trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -32,7 +32,7 @@ def test_without_optimizer_states(alone: None, tmp_path: Path) -> None:
     assert engine.get_lr() == first.get_lr() != make_engine(seeded(Stack)).get_lr()
     assert_same(whole(engine.module), first.module)
     assert len(engine.last_load.dropped) == 2 * 10, "both moments of each parameter"
-    assert set(engine.last_load.dropped.values()) == {"optimizer states were not asked for"}
+    assert set(engine.last_load.dropped.values()) == {"optimizer states were not requested"}
 
 
 def test_the_module_only(alone: None, tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_the_given_dict_is_not_modified() -> None:
 
 def test_training_begins_with_one_warning_about_keys_without_effect(alone: None) -> None:
     zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 5e8}
-    with pytest.warns(UserWarning, match="keys of the config that have no meaning here") as caught:
+    with pytest.warns(UserWarning, match="keys of the config that have no effect") as caught:
         make_engine(seeded(Stack), config={"zero_optimization": zero, "log_level": "info"})
     assert len(caught) == 1
     assert str(caught[0].message).count("\n") == 0

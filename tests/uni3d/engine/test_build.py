@@ -173,10 +173,10 @@ def test_what_is_refused(alone: None) -> None:
     model(torch.ones(1, 6)).sum().backward()
     used.step()
     assert refused(model, optimizer=used).startswith(
-        "the SGD optimizer has states of parameters that will yet be split"
+        "the SGD optimizer has states, but its parameters are yet to be sharded"
     )
     text = refused(model, optimizer=adagrad(model.parameters()))
-    assert text.endswith("if it makes them at once, give a function of its groups")
+    assert text.endswith("if its constructor makes states, pass a function of parameter groups")
     text = refused(seeded(Stack), config={"optimizer": None, "scheduler": {"type": "WarmupLR"}})
     assert "a scheduler but no optimizer" in text
     text = refused(seeded(Stack), config={"parallel": {"pp": 3, "tp": 2, "dp": 1}})

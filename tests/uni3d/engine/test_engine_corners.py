@@ -114,7 +114,7 @@ def test_zero_grad_between_micro_batches_is_no_secret(alone: None) -> None:
     (x, y), *_ = global_batches(1)
     engine.backward(F.mse_loss(engine(x[:4]), y[:4]))
     engine.step()
-    with pytest.warns(UserWarning, match="drops the gradients of 1 micro batches, of 3 for a step"):
+    with pytest.warns(UserWarning, match="drops the gradients of 1 of the step's 3 micro batches"):
         engine.zero_grad()
     engine.zero_grad()
 

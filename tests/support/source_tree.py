@@ -1,0 +1,77 @@
+"""The source tree as the tests of its laws see it: files, their syntax trees, their imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("ckpt", "parallel", "uni3d")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module(path: Path) -> str:
+    """Return a file's dotted name."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in SOURCES}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), path.as_posix())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the full name of every module, and of every name, that a file imports anywhere in it."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parent.parts
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            name = ".".join(part for part in (above, node.module) if part)
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__", "find_spec"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of the three packages that a file imports, itself left out."""
+    found = set()
+    for name in imports(path):
+        while name and name not in MODULES:  # a function's or a class's: the module that holds it
+            name = name.rpartition(".")[0]
+        found |= {name} - {"", module(path)}
+    return found
+
+
+def called(node: ast.Call) -> str:
+    """Return the last part of the called function's name."""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def packages(path: Path) -> set[str]:
+    """Return the top-level packages that a file imports."""
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def of(package: str) -> list[Path]:
+    """Return the files of a package."""
+    return [path for path in SOURCES if path.relative_to(ROOT).parts[0] == package]
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield every function of a file, methods and inner functions too."""
+    yield from (n for n in ast.walk(parse(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def inside(package: Path) -> list[str]:
+    """Return the modules and packages in the folder of a package's `__init__.py`."""
+    files = {path.stem for path in package.parent.glob("*.py")} - {"__init__"}
+    return sorted(files | {path.parent.name for path in package.parent.glob("*/__init__.py")})
