@@ -13,6 +13,7 @@ from pathlib import Path
 import parallelism_tables as tables
 import pytest
 import typer
+from test_laws import ALLOWED
 
 from uni3d.cli import app
 from uni3d.config import load_config
@@ -170,6 +171,14 @@ def test_architecture_names_what_is_there() -> None:
     assert missing == []
     for path, names in named:
         assert set(re.findall(r"`([\w.]+)`", names)) - definitions(ROOT / path) == set(), path
+
+
+def test_architecture_lists_the_allowed_imports() -> None:
+    picture, table = blocks(ARCHITECTURE, "")
+    rows = re.findall(r"^(\w+) +(.*(?:\n +.*)*)", table, re.MULTILINE)
+    allowed = {name: found for name, found in ALLOWED.items() if found}
+    assert {name: set(re.findall(r"\w+", found)) for name, found in rows} == allowed
+    assert allowed.keys() - set(re.findall(r"\w+", picture)) <= {"deepspeed", "resume_rules"}
 
 
 @pytest.mark.parametrize("path", PATHS)
