@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import parallelism_tables as tables
 import pytest
 import typer
+from test_laws import ALLOWED
 
 from uni3d.cli import app
 from uni3d.config import load_config
@@ -19,6 +21,7 @@ from uni3d.config.sections import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 WRAPPED = [p for p in PAGES if p.stem not in ("cli", "format", "from-deepspeed", "importing")]
 LONGEST_LINE = 120
@@ -136,3 +139,58 @@ def test_every_promised_cell_has_been_measured() -> None:
     row = re.compile(rf"\| \((\d), (\d), (\d)\) \| (\d) \| {cell} \| {cell} \| {cell} \|")
     found = [tuple(int(n) for n in match.groups()) for match in map(row.fullmatch, rows) if match]
     assert found == expected
+
+
+PATHS = ("initialize", "train_batch", "save_checkpoint", "load_checkpoint")
+"""Sections of the architecture page that follow a call through the code."""
+FILE_AND_NAMES = r"`[\w/]+\.py` `[\w.]+`(?:, `[\w.]+`)*"
+
+
+def section(title: str) -> list[str]:
+    """Return the lines below a heading of the architecture page."""
+    (text,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", ARCHITECTURE.read_text(), re.M | re.S)
+    return str(text).splitlines()
+
+
+def definitions(path: Path) -> set[str]:
+    """Return the functions, classes and methods (`Class.method`) that a file defines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, kinds):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{member.name}" for member in node.body if isinstance(member, kinds)}
+    return names
+
+
+def test_architecture_names_what_is_there() -> None:
+    named = re.findall(r"`([\w/]+\.py)`((?:,? `[\w.]+`)*)", prose(ARCHITECTURE))
+    assert len(named) > 100
+    missing = [path for path, _ in named if not (ROOT / path).is_file()]
+    assert missing == []
+    for path, names in named:
+        assert set(re.findall(r"`([\w.]+)`", names)) - definitions(ROOT / path) == set(), path
+
+
+def test_architecture_lists_the_allowed_imports() -> None:
+    picture, table = blocks(ARCHITECTURE, "")
+    rows = re.findall(r"^(\w+) +(.*(?:\n +.*)*)", table, re.MULTILINE)
+    allowed = {name: found for name, found in ALLOWED.items() if found}
+    assert {name: set(re.findall(r"\w+", found)) for name, found in rows} == allowed
+    assert allowed.keys() - set(re.findall(r"\w+", picture)) <= {"deepspeed", "resume_rules"}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_architecture_follows_each_path(path: str) -> None:
+    entries = [line for line in section(path) if re.match(r"\d", line)]
+    assert len(entries) >= 6
+    for number, entry in enumerate(entries, start=1):
+        assert re.fullmatch(rf"{number}\. {FILE_AND_NAMES}: .+", entry), entry
+
+
+def test_architecture_says_where_to_look() -> None:
+    rows = [line for line in section("Where do I look?") if line.startswith("| ")][2:]
+    assert len(rows) > 20
+    for row in rows:
+        assert re.fullmatch(rf"\| .+ \| {FILE_AND_NAMES} \|", row), row
