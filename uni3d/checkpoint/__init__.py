@@ -7,4 +7,5 @@ Modules:
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors
+    stored_weights     a checkpoint's weights as plain tensors, read when asked for
 """

@@ -1,11 +1,12 @@
 """The command `uni3d`: one file per command, and none of them loads torch to answer `--help`.
 
-inspect, verify, diff     look into checkpoints
-doctor, plan, plot        ask about topologies, before and after a resize
-export, import_           weights out, other frameworks' checkpoints in
-prune, clean              delete old checkpoints, and what crashed saves left
-config                    check a config
-terminal, plan_report     printing
+Modules:
+    inspect, verify, diff     look into checkpoints
+    doctor, plan, plot        ask about topologies, before and after a resize
+    export, import_           weights out, other frameworks' checkpoints in
+    prune, clean              delete old checkpoints, and the remains of crashed saves
+    config                    check a config
+    terminal, plan_report     printing
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class _Trained(NamedTuple):
     """True for each that this rank counts in the norm: a logical parameter counts once over all ranks."""
 
 
-class Report:
+class PendingNumbers:
     """A step's numbers, copied to the host without waiting for the GPU."""
 
     def __init__(self, step: int, samples: int, rate: float, numbers: Tensor) -> None:
@@ -91,7 +91,7 @@ class Stepper:
         self._clip = config.gradient_clipping
         self._saver = saver
         self._observer = observer
-        self._unread: Report | None = None
+        self._unread: PendingNumbers | None = None
         self._undo: Callable[[], None] = lambda: None
         self.norm: float | None = None
         """Gradient norm of the last step."""
@@ -134,7 +134,7 @@ class Stepper:
             raise
         numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
         samples = progress.global_samples + progress.train_batch
-        report = Report(progress.global_steps + 1, samples, state.rate, numbers)
+        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers)
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if self._clip > 0:
@@ -166,7 +166,7 @@ class Stepper:
         numbers = self._unread.read()
         return Outcome(numbers.norm, bool(numbers.finite))
 
-    def _conclude(self, report: Report) -> bool:
+    def _conclude(self, report: PendingNumbers) -> bool:
         """Record the step's numbers; return whether they are finite. Raises if not, without a loss scale."""
         state, progress = self._state, self._state.progress
         numbers = report.read()
@@ -191,7 +191,7 @@ class Stepper:
             )
         return self.applied
 
-    def _observe(self, report: Report, numbers: Numbers) -> None:
+    def _observe(self, report: PendingNumbers, numbers: Numbers) -> None:
         scaler = self._state.scaler
         self._observer.step_taken(
             StepRecord(

@@ -1,1 +1,6 @@
-"""Exports to other frameworks' folders."""
+"""Exports to other frameworks' folders.
+
+Modules:
+    hugging_face   config.json and tensors by their Hugging Face names
+    new_folder     a folder that appears under its name when it is whole
+"""

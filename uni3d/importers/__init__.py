@@ -1,13 +1,14 @@
 """Readers of other frameworks' checkpoints. None of those frameworks is needed, and none of their code runs.
 
-detect         which framework wrote a file or folder, and the reader for it
-source         the result of a reader: arrays that are read on demand, and everything else
-write          write a source as a checkpoint of uni3d, array by array
-pickles        the restricted unpickler: plain containers, tensors, inert stand-ins; nothing else
-torch_files    files of `torch.save`, mapped into memory
-torch_tensors  tensors in those files; each storage is verified when it is first read
-state_dicts    safetensors files, and `state_dict`s saved by `torch.save`
-dcp            torch's distributed checkpoint
-deepspeed      DeepSpeed's checkpoints, universal ones too
-megatron       Megatron-core's distributed checkpoint
+Modules:
+    detect         which framework wrote a file or folder, and the reader for it
+    source         the result of a reader: arrays that are read on demand, and everything else
+    write          write a source as a checkpoint of uni3d, array by array
+    pickles        the restricted unpickler: plain containers, tensors, inert stand-ins; nothing else
+    torch_files    files of `torch.save`, mapped into memory
+    torch_tensors  tensors in those files; each storage is verified when it is first read
+    state_dicts    safetensors files, and `state_dict`s saved by `torch.save`
+    dcp            torch's distributed checkpoint
+    deepspeed      DeepSpeed's checkpoints, universal ones too
+    megatron       Megatron-core's distributed checkpoint
 """

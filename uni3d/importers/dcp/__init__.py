@@ -9,6 +9,10 @@ A script saves a nested dict of its own making. These usual forms are recognized
     {<parameter>: ...}                      weights alone, with or without a key
 
 Everything else becomes the client state if JSON can represent it.
+
+Modules:
+    layout      the metadata file: each tensor's shape, dtype and pieces in the data files
+    optimizer   optimizer states and parameter groups, by parameter name
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""Reader of DeepSpeed's checkpoints: ZeRO 0 to 3, pipeline stages, tensor-parallel ranks."""
+"""Reader of DeepSpeed's checkpoints: ZeRO 0 to 3, pipeline stages, tensor-parallel ranks.
+
+Modules:
+    folders           the files of a checkpoint, and the ranks that wrote them
+    model_files       buffers, frozen parameters and names, from the model files
+    zero              fp32 masters and moments, out of ZeRO's flat partitions
+    tensor_parallel   parts of tensor-parallel ranks joined into whole tensors
+    optimizer_state   hyperparameters, schedule, counters and loss scale
+    universal         DeepSpeed's universal format
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,9 @@ Its tensors are unsplit and have Megatron's names:
 `common.pt` has everything that isn't split: counters, the command line and the optimizer's groups, but not
 the groups' parameters. If the optimizer is stored in flat buckets, only the run knows the order of the
 parameters in them, so only the weights can be imported.
+
+Modules:
+    common   `common.pt`: the groups, the counters, the command line
 """
 
 from __future__ import annotations
