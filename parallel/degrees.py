@@ -52,6 +52,12 @@ class Ranks(Degrees):
     def __str__(self) -> str:
         return f"pp{self.pp} dp{self.dp} tp{self.tp} zero{self.zero}"
 
+    @property
+    def text(self) -> str:
+        """The number of ranks and their degrees, as a sentence has them."""
+        ranks = self.pp * self.dp * self.tp
+        return f"{ranks} ranks (pp {self.pp} x dp {self.dp} x tp {self.tp}, ZeRO {self.zero})"
+
     def shards(self, shard_group: int | None = None) -> int:
         """Return the number of data-parallel ranks over which ZeRO shards."""
         return shard_count(self.dp, self.zero, shard_group)

@@ -94,18 +94,10 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         stretches = module.stretches()
     apply_tensor_parallel(module, plan, topology.tp_mesh, sequence_parallel=settings.sequence_parallel)
     change_forward(repeating, settings.recompute, settings.compile)
+    stages_here = placement.on(topology.pp_rank)
     zeros = [
-        Zero(
-            stretch,
-            units(repeating if layers is None else list(stretch.children())),
-            topology.zero_mesh,
-            settings.zero_stage,
-            precision=settings.precision,
-            offload=settings.offload,
-            persistence_threshold=settings.persistence_threshold,
-            output=torch.float32 if loss_fn is not None and placement.is_last(stage) else None,
-        )
-        for stage, stretch in zip(placement.on(topology.pp_rank), stretches, strict=True)
+        _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
+        for stretch, output in zip(stretches, _output_types(stages_here, placement, loss_fn), strict=True)
     ]
     if init is not None:
         device = torch.device("cpu") if settings.offload else topology.device
@@ -125,6 +117,32 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         rowwise=rowwise,
         sequence_parallel=settings.sequence_parallel,
         layers=kept,
+    )
+
+
+def _output_types(
+    stages: Sequence[int], placement: Placement, loss_fn: LossFn | None
+) -> list[torch.dtype | None]:
+    """Return the type of each stage's outputs: fp32 where they go into a loss, None for that of computing."""
+    return [torch.float32 if loss_fn is not None and placement.is_last(stage) else None for stage in stages]
+
+
+def _shard(
+    stretch: nn.Module,
+    layers: Sequence[nn.Module],
+    topology: Topology,
+    settings: Settings,
+    output: torch.dtype | None,
+) -> Zero:
+    return Zero(
+        stretch,
+        units(layers),
+        topology.zero_mesh,
+        settings.zero_stage,
+        precision=settings.precision,
+        offload=settings.offload,
+        persistence_threshold=settings.persistence_threshold,
+        output=output,
     )
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
-from parallel import HostComm
+from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import Background, threads_per_rank
@@ -43,6 +44,15 @@ class Wanted:
     """Loads parameters and buffers; None loads them by name."""
 
 
+class Loaded(NamedTuple):
+    """Result of a load."""
+
+    report: ckpt.LoadReport
+    """The arrays that were restored, defaulted and dropped."""
+    url: str
+    client_state: dict[str, Any]
+
+
 class Restorer:
     """Loads checkpoints into one engine. All calls are collective."""
 
@@ -53,9 +63,7 @@ class Restorer:
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
 
-    def load(
-        self, run: str | Path, tag: str | None, wanted: Wanted
-    ) -> tuple[ckpt.LoadReport, ckpt.Checkpoint]:
+    def load(self, run: str | Path, tag: str | None, wanted: Wanted) -> Loaded:
         """Load the model, the optimizer, the scheduler and the counters; see `Engine.load_checkpoint`.
 
         Raises:
@@ -64,7 +72,20 @@ class Restorer:
         """
         Background.join_all()  # another engine of this process may still be writing it
         checkpoint = self._open(run, tag)
-        return self._load(checkpoint, wanted), checkpoint
+        saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
+        report = self._load(checkpoint, saved, wanted)
+        if self._comm.rank == 0:
+            print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
+            self._tell_resize(saved)
+        return Loaded(report, checkpoint.url, saved.client_state)
+
+    def _tell_resize(self, saved: RunManifest) -> None:
+        """Print a line if another topology wrote the checkpoint."""
+        model, before = self._state.model, saved.written_on
+        degrees = model.topology.degrees
+        now = Ranks(pp=degrees.pp, dp=degrees.dp, tp=degrees.tp, zero=model.zero.stage)
+        if before is not None and before != now:
+            print(f"uni3d: resized from {before.text} to {now.text}", file=sys.stderr, flush=True)
 
     def latest(self, run: str | Path) -> str | None:
         """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
@@ -79,10 +100,9 @@ class Restorer:
         chosen = ckpt.from_rank_0(self._comm, find)
         return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
-    def _load(self, checkpoint: ckpt.Checkpoint, wanted: Wanted) -> ckpt.LoadReport:
+    def _load(self, checkpoint: ckpt.Checkpoint, saved: RunManifest, wanted: Wanted) -> ckpt.LoadReport:
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
-        saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         # All ranks refuse together, before any of them changes a tensor.
         changes = ckpt.agreed(
             self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)

@@ -82,9 +82,7 @@ def on_device(values: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def random_state(
-    topology: Topology, *, seed: int, step: int, micro_step: int, nth: int = 0
-) -> Iterator[None]:
+def random_state(topology: Topology, seed: int, step: int, micro_step: int, nth: int = 0) -> Iterator[None]:
     """Seed dropout from (seed, step, rank), so that a resume on the same topology draws the same masks.
 
     `nth` numbers the forward passes of a micro batch; each draws other masks. Tensor-parallel ranks draw the

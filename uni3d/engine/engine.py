@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,7 +26,6 @@ from uni3d.engine.data import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper
-from uni3d.manifest import RunManifest
 from uni3d.observe import Observer
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
@@ -64,8 +62,8 @@ class Engine:
         self.triad = triad
         self.model: ParallelModel = state.model
         self.module: nn.Module = state.model.module
-        topology = state.model.topology
-        self.device, self.global_rank, self.world_size = topology.device, topology.rank, topology.world_size
+        topo = state.model.topology
+        self.device, self.global_rank, self.world_size = topo.device, topo.rank, topo.world_size
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # unset without torchrun
         self.optimizer = state.optimizer
         self.lr_scheduler = state.lr_scheduler
@@ -205,7 +203,7 @@ class Engine:
         return self._micro.is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients on this rank alone, at ZeRO 0 or 1; the next backward pass after it sums them."""
+        """Accumulate gradients on this rank alone; the next backward pass after it sums them. ZeRO 0 or 1."""
         return self._micro.no_sync()
 
     def step(self) -> None:
@@ -238,28 +236,24 @@ class Engine:
         """Write a checkpoint that any topology can load.
 
         Returns when everything has been copied; it is written and committed while training goes on. The next
-        save or load, `wait_for_checkpoint` and the end of the process wait for it, and if it fails, the
-        engine's next call raises. With the config's `checkpoint.async_save` false it is committed on return.
+        save or load, `wait_for_checkpoint` and the end of the process wait for it. If it fails, the engine's
+        next call raises. With the config's `checkpoint.async_save` false it is committed on return.
 
         Args:
-            save_dir, tag: the run's folder on a file system that all ranks see, or a URL that fsspec knows,
-                and the checkpoint's name in it, by default `global_step<N>`.
+            save_dir, tag: the run's folder, seen by all ranks, or a URL that fsspec knows; the checkpoint's
+                name in it, by default `global_step<N>`.
             client_state: the script's own state: dicts, lists, strings, numbers, booleans, None.
             save_latest: whether `latest` shall name it.
-            exclude_frozen_parameters: leave these out; load such a checkpoint with `load_module_strict=False`.
+            exclude_frozen_parameters: leave them out; load with `load_module_strict=False` then.
 
         Raises:
-            ckpt.CheckpointError: it failed, or the save before did; the same on all ranks. An older checkpoint
-                of this tag is as it was, and training may go on.
+            ckpt.CheckpointError: it failed, or the save before did; the same on all ranks. An older one of
+                this tag is as it was, and training may go on.
         """
         self._check_ready("save_checkpoint")
-        self._saver.save(
-            save_dir,
-            f"global_step{self.global_steps}" if tag is None else str(tag),
-            client_state or {},
-            update_latest=save_latest,
-            frozen=not exclude_frozen_parameters,
-        )
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        frozen = not exclude_frozen_parameters
+        self._saver.save(save_dir, name, client_state or {}, update_latest=save_latest, frozen=frozen)
         return True
 
     def wait_for_checkpoint(self) -> None:
@@ -268,7 +262,7 @@ class Engine:
 
     @property
     def last_save(self) -> ckpt.SaveReport | None:
-        """What the last save that has ended wrote."""
+        """Report of the last save that has ended."""
         return self._saver.report
 
     def load_checkpoint(
@@ -294,7 +288,7 @@ class Engine:
 
         Raises:
             ckpt.CheckpointError: nothing is there, or something doesn't fit; the engine is as it was.
-            ckpt.PartialLoadError: data is damaged, and the engine of no more use. Both the same on all ranks.
+            ckpt.PartialLoadError: data is damaged, and the engine of no more use.
         """
         self._check_ready("load_checkpoint")
         wanted = Wanted(
@@ -306,16 +300,14 @@ class Engine:
         )
         self._saver.wait()
         try:
-            report, checkpoint = self._restorer.load(load_dir, tag, wanted)
+            loaded = self._restorer.load(load_dir, tag, wanted)
         except ckpt.PartialLoadError as error:
             self._guard.unusable = f"a load failed half-way ({error})"
             raise
         self._saver.forget_plan()
         self._source.moved()
-        self.last_load = report
-        if self.global_rank == 0:
-            print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
-        return checkpoint.url, RunManifest.of(checkpoint).client_state
+        self.last_load = loaded.report
+        return loaded.url, loaded.client_state
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
@@ -337,10 +329,8 @@ class Engine:
     ) -> bool:
         """Write the whole model's `state_dict` as one `torch.save` file, through the memory of rank 0's host.
 
-        Parameters have the type that training computes in; for fp32 there is `uni3d export`.
-
-        Raises:
-            ckpt.CheckpointError: it can't be written; the same on all ranks. The older file is as it was.
+        Parameters have the type that training computes in; for fp32 there is `uni3d export`. Raises
+        CheckpointError, the same on all ranks, if it can't be written; the older file is as it was then.
         """
         self._check_ready("save_16bit_model")
         frozen = not exclude_frozen_parameters
@@ -368,7 +358,6 @@ class Engine:
         return self.module.named_parameters()
 
     def get_lr(self) -> list[float]:
-        """Return each parameter group's learning rate for the next step."""
         return [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer else []
 
     def get_global_grad_norm(self) -> float | None:
@@ -376,7 +365,6 @@ class Engine:
         return self._stepper.look().norm
 
     def get_loss_scale(self) -> float:
-        """Return the factor on losses before the next backward pass; 1 unless training is in fp16."""
         return 1.0 if self.scaler is None else self.scaler.scale
 
     def was_step_applied(self) -> bool:
@@ -396,8 +384,7 @@ class Engine:
         return self.model.zero.stage
 
     def train(self, mode: bool = True) -> None:
-        """Set the module's mode for forward(); train_batch and eval_batch set their own."""
-        self.module.train(mode)
+        self.module.train(mode)  # for forward(); train_batch and eval_batch set their own
 
     def eval(self) -> None:
         self.train(False)
@@ -405,8 +392,8 @@ class Engine:
     # --- checks -------------------------------------------------------------------------------------------
 
     def _random_state(self, nth: int = 0) -> AbstractContextManager[None]:
-        seed, step = self.config.seed, self.global_steps
-        return random_state(self.model.topology, seed=seed, step=step, micro_step=self._micro.index, nth=nth)
+        index = self._micro.index
+        return random_state(self.model.topology, self.config.seed, self.global_steps, index, nth)
 
     def _check_optimizer(self, call: str) -> None:
         if self.optimizer is None:
