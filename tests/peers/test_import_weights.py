@@ -122,7 +122,10 @@ def test_an_index_must_be_true(tmp_path: Path, name: str) -> None:
     assert "is missing" in refused(folder, tmp_path / "run")
     index.unlink()
     told = refused(folder, tmp_path / "run")
-    assert "give one file, or a folder with one index" in told or "give the folder, with their index" in told
+    assert (
+        "give one file, or a folder with one index" in told
+        or "give the folder, which must have their index" in told
+    )
     assert "files; give the folder" in refused(folder / files[0], tmp_path / "run")
 
 
@@ -136,7 +139,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     assert "doesn't exist" in refused(tmp_path / "nothing", tmp_path / "run")
     (tmp_path / "x.txt").write_bytes(content or b"x")
     if content[:2] != b"PK":
-        assert "neither a safetensors file nor one of torch.save" in refused(
+        assert "neither a safetensors file nor a file written by torch.save" in refused(
             tmp_path / "x.txt", tmp_path / "run"
         )
 
