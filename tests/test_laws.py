@@ -121,7 +121,8 @@ ALLOWED = {
     "train_state": {"optim", "parallel"},
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
-        *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32")
+        *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
+        "export",
     },
     "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
     "engine": {
@@ -135,7 +136,7 @@ ALLOWED = {
     "importers": {"ckpt", "config", "manifest", "optim", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
-        *("name_map", "recovery", "units", "version", "zero_to_fp32"),
+        *("name_map", "recovery", "units", "version", "zero_to_fp32", "checkpoint"),
     },
 }
 """Imports that each folder and file of `uni3d` may have; `uni3d/__init__.py` may have all but `cli`."""

@@ -42,7 +42,6 @@ class Engine:
         model, module: this rank's part of the model, with and without what `parallel.build` adds.
         optimizer, lr_scheduler, training_dataloader: as `initialize` made them, or None.
         scaler: the loss scale of fp16, or None.
-        global_steps, global_samples, skipped_steps: over all ranks and resumes; see `Progress`.
         device, global_rank, local_rank, world_size: of this process, as torchrun counts.
         last_load: the report of the last load, or None.
     """
@@ -163,17 +162,13 @@ class Engine:
         self._check_usable()
         self._micro.check_whole("forward")
         args, kwargs = on_device((args, kwargs), self.device)
-        first = self._micro.index == 0 and not self._micro.losses
-        nth = self._micro.count_forward()
+        first, nth = self._micro.begins_step, self._micro.count_forward()
 
         call = partial(self.module, *args, **kwargs)
         if first and torch.is_grad_enabled() and self._observer.profiles_next():
             call = partial(self._observer.profile, call, self.triad.accumulation)
-        with (
-            self._guard.together("forward", begun=True),
-            self._observer.timed("forward"),
-            self._random_state(nth),
-        ):
+        together = self._guard.together("forward", begun=True)
+        with together, self._observer.timed("forward"), self._random_state(nth):
             return self._micro.forward(call)
 
     __call__ = forward
@@ -214,9 +209,8 @@ class Engine:
         self._micro.end()
         self._stepper.applied = False
         if boundary:
-            loss = self._micro.take()
             with self._guard.together("step", begun=True), self._observer.timed("step"):
-                self._stepper.finish(loss)
+                self._stepper.finish(self._micro.take())
             self._observer.tell()
 
     def zero_grad(self) -> None:
@@ -361,8 +355,7 @@ class Engine:
         return [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer else []
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the norm of all gradients of the last step, before clipping; None before the first."""
-        return self._stepper.look().norm
+        return self._stepper.look().norm  # before clipping; None before the first step
 
     def get_loss_scale(self) -> float:
         return 1.0 if self.scaler is None else self.scaler.scale
@@ -388,8 +381,6 @@ class Engine:
 
     def eval(self) -> None:
         self.train(False)
-
-    # --- checks -------------------------------------------------------------------------------------------
 
     def _random_state(self, nth: int = 0) -> AbstractContextManager[None]:
         index = self._micro.index

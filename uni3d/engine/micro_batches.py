@@ -60,6 +60,11 @@ class MicroBatches:
         self._forwards = {True: 0, False: 0}  # by the module's `training`
 
     @property
+    def begins_step(self) -> bool:
+        """True before the first backward pass of a step."""
+        return self.index == 0 and not self.losses
+
+    @property
     def is_boundary(self) -> bool:
         """True if the current micro batch is the step's last."""
         return self.index + 1 == self._steps
