@@ -56,7 +56,8 @@ class Ranks(Degrees):
     def text(self) -> str:
         """The number of ranks and their degrees, as a sentence has them."""
         ranks = self.pp * self.dp * self.tp
-        return f"{ranks} ranks (pp {self.pp} x dp {self.dp} x tp {self.tp}, ZeRO {self.zero})"
+        plural = "" if ranks == 1 else "s"
+        return f"{ranks} rank{plural} (pp {self.pp} x dp {self.dp} x tp {self.tp}, ZeRO {self.zero})"
 
     def shards(self, shard_group: int | None = None) -> int:
         """Return the number of data-parallel ranks over which ZeRO shards."""

@@ -85,7 +85,7 @@ class Restorer:
         degrees = model.topology.degrees
         now = Ranks(pp=degrees.pp, dp=degrees.dp, tp=degrees.tp, zero=model.zero.stage)
         if before is not None and before != now:
-            print(f"uni3d: resized from {before.text} to {now.text}", file=sys.stderr, flush=True)
+            print(f"uni3d: new topology: {before.text} -> {now.text}", file=sys.stderr, flush=True)
 
     def latest(self, run: str | Path) -> str | None:
         """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -73,6 +74,7 @@ def initialize(
         raise ValueError("initialize needs a model")
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
+    _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     _warn_without_effect(settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
@@ -109,6 +111,20 @@ def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings,
         device_type=device,
     )
     return topology, split, triad
+
+
+def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:
+    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none."""
+    if settings.steps_per_print is None or topology.rank != 0:
+        return
+    degrees = topology.degrees
+    ranks = parallel.Ranks(pp=degrees.pp, dp=degrees.dp, tp=degrees.tp, zero=settings.zero_optimization.stage)
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"uni3d: building {type(model).__name__}, {size:,} parameters, on {ranks.text}, {settings.precision}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _train_state(

@@ -187,3 +187,19 @@ def test_the_loader_goes_on_with_the_next_samples(alone: None, tmp_path: Path) -
     with pytest.raises(RuntimeError, match="made before a checkpoint was loaded"):
         other.train_batch(stale)
     assert [other.train_batch().item() for _ in range(4)] == losses[2:]
+
+
+def test_a_resume_on_another_topology_says_so(
+    alone: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    engine = make_engine(seeded(Stack))
+    engine.save_checkpoint(tmp_path)
+    lines = []
+    for zero in (0, 1):
+        resumed = make_engine(seeded(Stack), zero=zero)
+        capsys.readouterr()
+        resumed.resume(tmp_path)
+        lines.append(capsys.readouterr().err.splitlines())
+    assert [len(found) for found in lines] == [1, 2]
+    change = "1 rank (pp 1 x dp 1 x tp 1, ZeRO 0) -> 1 rank (pp 1 x dp 1 x tp 1, ZeRO 1)"
+    assert lines[1][1] == f"uni3d: new topology: {change}"

@@ -196,3 +196,12 @@ def test_without_an_optimizer_there_is_evaluation_only(alone: None) -> None:
     assert engine.eval_batch(micro_batches(global_batches(1), engine)).isfinite()
     with pytest.raises(ValueError, match="train_batch needs an optimizer"):
         engine.train_batch(micro_batches(global_batches(1), engine))
+
+
+def test_it_says_what_it_builds(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
+    make_engine(seeded(Stack))
+    size = sum(p.numel() for p in Stack().parameters())
+    line = f"uni3d: building Stack, {size:,} parameters, on 1 rank (pp 1 x dp 1 x tp 1, ZeRO 0), fp32\n"
+    assert capsys.readouterr().err == line
+    make_engine(seeded(Stack), config={"steps_per_print": None})
+    assert capsys.readouterr().err == ""
