@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  safetensors' numpy reader needs it for bfloat16
 import numpy as np
 import numpy.typing as npt
 import torch.distributed.checkpoint as dcp
