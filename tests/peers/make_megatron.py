@@ -259,14 +259,8 @@ def expect(folder: Path, module: nn.Module, optimizer: Any, scheduler: Any, shar
         return
     stored = {name: key for _, _, of, _ in ranks for name, key in of.items()}
     groups = {name: group for *_, of in ranks for name, group in of.items() if name != "output_layer.weight"}
-    ranks = [tensors for (_, _, dp), tensors, *_ in sorted(ranks, key=lambda rank: rank[0]) if dp == 0]
-    tensors: dict[str, Tensor] = {}
-    for name in {name for of in ranks for name in of}:
-        parts = [of[name] for of in ranks if name in of]
-        tensors[name] = merged([part for part, _ in parts], parts[0][1])
-    for state in ("fp32", *STATES):  # the last stage has the tied weight too
-        head = tensors.pop(f"{state}/output_layer.weight", None)
-        assert head is None or torch.equal(head, tensors[f"{state}/embedding.word_embeddings.weight"])
+    ordered = sorted(ranks, key=lambda rank: rank[0])
+    tensors = joined([of for (_, _, dp), of, *_ in ordered if dp == 0])
     stored.pop("output_layer.weight", None)
     (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
     (step,) = {float(state["step"]) for state in inner.optimizer.state.values()}
@@ -288,6 +282,18 @@ def expect(folder: Path, module: nn.Module, optimizer: Any, scheduler: Any, shar
         "aliases": {"output_layer.weight": "embedding.word_embeddings.weight"},
     }
     write_expected(folder, tensors, facts)
+
+
+def joined(ranks: list[dict[str, tuple[Tensor, Any]]]) -> dict[str, Tensor]:
+    """Merge the tensor-parallel parts, given in the order of the ranks."""
+    tensors: dict[str, Tensor] = {}
+    for name in {name for of in ranks for name in of}:
+        parts = [of[name] for of in ranks if name in of]
+        tensors[name] = merged([part for part, _ in parts], parts[0][1])
+    for state in ("fp32", *STATES):  # the last stage has the tied weight too
+        head = tensors.pop(f"{state}/output_layer.weight", None)
+        assert head is None or torch.equal(head, tensors[f"{state}/embedding.word_embeddings.weight"])
+    return tensors
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def save_case(place: tuple[int, int, int, int], folder: str) -> Any:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """What Hugging Face's index and files hold, read by others' readers."""
+    """Return the tensors of a Hugging Face folder, read with safetensors or torch alone."""
     (index,) = folder.glob("*.index.json")
     content = json.loads(index.read_text())
     tensors: dict[str, Tensor] = {}

@@ -77,7 +77,7 @@ class Source:
     batch: int | None = None
     """Samples in a global batch."""
     loss_scale: dict[str, Any] | None = None
-    """In the manifest's form."""
+    """Loss scale of fp16, in the manifest's form."""
     writer: dict[str, Any] = field(default_factory=dict)
     """Versions and topology of the writer, for information."""
     client_state: dict[str, Any] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class Options:
     in_model_order: bool = False
     """True if numbered optimizer states belong to the parameters in the model's order."""
     frozen: tuple[str, ...] = ()
-    """With `in_model_order`: name patterns of the parameters that weren't trained."""
+    """Name patterns of the parameters that weren't trained, for `in_model_order`."""
     untie: bool = False
     """True if tensors that share memory, or look tied, are stored separately."""
     stand_ins: tuple[str, ...] = ()

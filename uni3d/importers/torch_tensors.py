@@ -75,10 +75,10 @@ class StoredTensor:
     storage: Storage
     dtype: str
     offset: int
-    """In elements."""
+    """Offset in the storage, in elements."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements."""
+    """Strides in elements."""
     requires_grad: bool = False
 
     def __setstate__(self, state: Any) -> None:

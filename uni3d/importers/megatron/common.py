@@ -51,9 +51,9 @@ class Common:
     client_state: dict[str, Any]
     left_out: list[str]
     loss_scale: dict[str, Any] | None
-    """In the manifest's form."""
+    """Loss scale of fp16, in the manifest's form."""
     groups: list[dict[str, Any]]
-    """In Megatron's form."""
+    """Parameter groups, in Megatron's form."""
     optimizer_steps: set[float]
     """Numbers of steps found in the optimizer; more than one is a contradiction."""
     arguments: Mapping[str, Any]
