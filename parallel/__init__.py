@@ -18,10 +18,12 @@ The parallel model:
     pipeline, pipeline_stage  torch's pipeline schedules and stages, told about ZeRO
     loss              losses that add up over micro batches and ranks
     zero, fsdp_internals  ZeRO stages 0-3 as settings of `fully_shard`; the private parts of it in use
-    layers            repeated layers: sharding units, activation checkpointing, compilation
+    layers            repeated layers, the units of sharding
+    activation_checkpointing  recomputing activations; compilation
     weights           initial weights and fp32 masters, the same on every topology
-    gradients         tied weights, the global norm
-    layout            which part of a tensor each rank of a stage holds
+    ties              tied weights and the sum of their gradients
+    gradients         the global norm, clipping
+    dtensor_layout    which part of a tensor each rank of a stage holds
     tensors           a sharded module's tensors by name, and gathered
     failures          errors of other ranks
     host_comm         collectives between CPUs, apart from training's

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
-from parallel.gradients import ScalarGradients, TiedGradients
-from parallel.layers import blocks, change_forward, units
+from parallel.gradients import ScalarGradients
+from parallel.layers import blocks, units
 from parallel.loss import LossFn
 from parallel.pipeline import Pipeline
 from parallel.placement import Placement
@@ -22,8 +23,8 @@ from parallel.tensor import (
     check_plan,
     expand_plan,
     rowwise_weights,
-    tied_names,
 )
+from parallel.ties import TiedGradients, tied_names
 from parallel.topology import Topology
 from parallel.tp_styles import no_plan
 from parallel.weights import broadcast_from_first_rank, check_can_materialise, is_meta, materialise

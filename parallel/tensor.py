@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from parallel.experts import ExpertsParallel, check_experts
+from parallel.ties import tied_names
 from parallel.tp_styles import STYLES, match_plan, module_division, sequence_refusal
 
 DTENSOR_STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
@@ -198,16 +199,6 @@ def apply_tensor_parallel(
 
 def _check_ids(degree: int, _: nn.Module, args: tuple[Any, ...]) -> None:
     check_sequence(args[0].shape, degree)
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the other names of parameters that have several, as `{alias: first name}`."""
-    first: dict[int, str] = {}
-    ties: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            ties[name] = first[id(parameter)]
-    return ties
 
 
 def _head_dim(model: nn.Module, name: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.layout import copy_from_full
+from parallel.dtensor_layout import copy_from_full
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.layout import copy_from_full
+from parallel.dtensor_layout import copy_from_full
 
 InitParameter = Callable[[str, Tensor, torch.Generator], None]
 

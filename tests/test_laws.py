@@ -83,7 +83,9 @@ def knows_tensors(path: Path) -> bool:
 def test_one_joint() -> None:
     both = [relative(p) for p in of("uni3d") if "ckpt" in packages(p) and knows_tensors(p)]
     assert all(name == "uni3d/state.py" or name.split("/")[1] in ("checkpoint", "engine") for name in both)
-    layout = {relative(p) for p in of("uni3d") if any(n.startswith("parallel.layout") for n in imports(p))}
+    layout = {
+        relative(p) for p in of("uni3d") if any(n.startswith("parallel.dtensor_layout") for n in imports(p))
+    }
     assert layout == {"uni3d/state.py"}
     kinds = {"Box", "Shard", "ShardSpec", "ArrayKey"}
     makers = {

@@ -1,7 +1,7 @@
 """The link between `parallel` and `ckpt`: a model and an optimizer as named shards, and back.
 
-`parallel.layout` computes each tensor's part on this rank and on the others that save it; `ckpt` gets it as
-numpy memory with a box.
+`parallel.dtensor_layout` computes each tensor's part on this rank and on the others that save it; `ckpt` gets
+it as numpy memory with a box.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
 from ckpt.read import WEIGHT_STATES
 from parallel import ParallelModel
-from parallel.layout import Place, StageLayout, local_tensor
+from parallel.dtensor_layout import Place, StageLayout, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
 
 PARAMETER, BUFFER = WEIGHT_STATES

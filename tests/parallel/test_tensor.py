@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import parallel
 from parallel.loss import Loss, split_logits
-from parallel.tensor import check_plan, expand_plan, tied_names
+from parallel.tensor import check_plan, expand_plan
+from parallel.ties import tied_names
 
 GPT_OPTIONS: dict[str, Any] = {
     "vocab_size": 61,  # which 2 doesn't divide

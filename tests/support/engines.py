@@ -10,7 +10,7 @@ from torch import nn
 import parallel
 import uni3d
 from uni3d.config import batch_triad, load_config
-from uni3d.optim import make_optimizer
+from uni3d.optim.optimizers import make_optimizer
 
 CLIP = 0.5
 

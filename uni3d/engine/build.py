@@ -20,12 +20,12 @@ from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
-from uni3d.engine.data import TrainingLoader
+from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
-from uni3d.optim import check_works_sharded, make_optimizer, split_groups
 from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.lr_schedules import make_scheduler
+from uni3d.optim.optimizers import check_works_sharded, make_optimizer, split_groups
 from uni3d.pipe import PipelineModule
 from uni3d.train_state import Progress, TrainState
 

@@ -22,7 +22,7 @@ from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import on_device, random_state
-from uni3d.engine.data import BatchSource, TrainingLoader
+from uni3d.engine.data_loader import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallel.gradients import counts_here, local_gradients, sum_over_ranks
+from parallel.gradients import clip_factor, counts_here, local_gradients, sum_over_ranks
 from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import Config
@@ -138,7 +138,7 @@ class Stepper:
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if self._clip > 0:
-            scale = scale * (self._clip / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            scale = scale * clip_factor(norm, self._clip)  # as torch's clip_grad_norm_
         # 3. The step.
         if self.deferred:
             state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]

@@ -1,66 +1,9 @@
-"""Optimizers of a config, over this rank's parts of the parameters.
+"""Optimizers, learning-rate schedules and loss scaling.
 
 Modules:
+    optimizers     the config's optimizer, over this rank's parts of the parameters
     lion           Lion
     muon           Muon for matrices with AdamW for the rest
     lr_schedules   DeepSpeed's learning-rate schedules
     loss_scale     the loss scale of fp16
 """
-
-from __future__ import annotations
-
-from typing import Any
-
-import torch
-from torch import nn
-
-from uni3d.config import torch_optimizers as torch_optim
-from uni3d.config.optimizer import AdamConfig, LionConfig, MuonConfig, OptimizerConfig
-from uni3d.optim.lion import Lion
-from uni3d.optim.muon import MuonWithAdam, muon_groups
-
-Groups = list[dict[str, Any]]
-
-
-def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
-    """Return the config's optimizer over `groups`, whose own hyperparameters take precedence.
-
-    Muon needs groups from `split_groups`.
-
-    Raises:
-        ValueError: torch doesn't accept a hyperparameter's value.
-    """
-    params = config.hyperparameters
-    if isinstance(config, AdamConfig):
-        kind = torch.optim.AdamW if config.params.adam_w_mode else torch.optim.Adam
-        return kind(groups, fused=True, **params)  # one pass over memory instead of one per operation
-    if isinstance(config, LionConfig):
-        return Lion(groups, **params)
-    if isinstance(config, MuonConfig):
-        return MuonWithAdam(groups, {})
-    try:
-        made: torch.optim.Optimizer = getattr(torch.optim, config.type)(groups, **params)
-    except ValueError as error:
-        raise ValueError(f"config: optimizer.params of {config.type}: {error}") from None
-    return made
-
-
-def split_groups(config: OptimizerConfig, model: nn.Module, groups: Groups) -> Groups:
-    """Return groups of parameter names as the config's optimizer needs them. `model` isn't split yet."""
-    if not isinstance(config, MuonConfig):
-        return groups
-    params = config.hyperparameters
-    matrices = {"lr": params["muon_lr"], **{key: params[key] for key in ("momentum", "weight_decay")}}
-    rest = {"lr": params["adam_lr"], **{key: params[key] for key in ("betas", "eps", "weight_decay")}}
-    return muon_groups(model, groups, matrices, rest)
-
-
-def check_works_sharded(optimizer: torch.optim.Optimizer) -> None:
-    """Check that a user's optimizer can train sharded parameters.
-
-    Raises:
-        ValueError: it is one of torch's that can't.
-    """
-    name = type(optimizer).__name__
-    if type(optimizer).__module__.startswith("torch.optim") and name in torch_optim.REFUSED:
-        raise ValueError(f"the optimizer torch.optim.{name} is refused: {torch_optim.REFUSED[name]}")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from uni3d.config import BatchTriad
-from uni3d.engine.data import GlobalOrder, TrainingLoader
+from uni3d.engine.data_loader import GlobalOrder, TrainingLoader
 
 
 class Position:

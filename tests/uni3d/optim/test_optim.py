@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from models import Stack, global_batches, make_engine, seeded, train
 
 from uni3d.config import load_config
-from uni3d.optim import make_optimizer
 from uni3d.optim.lr_schedules import make_scheduler
+from uni3d.optim.optimizers import make_optimizer
 
 LRS = (0.01, 0.003)
 """Initial rates of the two parameter groups."""
