@@ -41,7 +41,7 @@ def test_the_doctor(made: Path) -> None:
     told = " ".join(run("doctor", made, "--world-size", 2).stdout.split())
     assert "imported from deepspeed, 20" in told
     assert "pp1" not in told
-    assert any("which said where it had to guess" in note for note in report["notes"])
+    assert any("says which of them were guesses" in note for note in report["notes"])
     assert said("inspect", made)[0]["written on"] == "imported from deepspeed"  # type: ignore[index]
 
 

@@ -10,7 +10,9 @@ from torch import nn
 import parallel
 import uni3d
 from uni3d.config import batch_triad, load_config
+from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.optimizers import make_optimizer
+from uni3d.train_state import Progress, TrainState
 
 CLIP = 0.5
 
@@ -38,10 +40,12 @@ def build_engine(
     built = parallel.build(model, topology, parallel.Settings(seed=seed, zero_stage=zero, **settings))
     assert resolved.optimizer is not None
     trained = [p for p in built.module.parameters() if p.requires_grad]
-    return uni3d.Engine(
-        config=resolved,
-        triad=batch_triad(resolved, degrees.dp),
+    triad = batch_triad(resolved, degrees.dp)
+    state = TrainState(
         model=built,
         optimizer=make_optimizer(resolved.optimizer, [{"params": trained}]),
         lr_scheduler=None,
+        scaler=LossScale(resolved.fp16) if resolved.precision == "fp16" else None,
+        progress=Progress(train_batch=triad.train_batch),
     )
+    return uni3d.Engine(config=resolved, triad=triad, state=state, model_spec={})

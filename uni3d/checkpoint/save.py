@@ -147,6 +147,8 @@ class Saver:
     ) -> ckpt.SaveReport:
         """Write the checkpoint, in either thread. Torch's process groups may be destroyed by then."""
         settings = self._config.checkpoint
+        # Before the gather, so that a value that JSON can't hold is refused in all ranks' name.
+        ckpt.agreed(self._writing, lambda: ckpt.check_json(manifest.document(), "the checkpoint's document"))
         gathered = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
         stages = [part for part in gathered if part is not None]  # rank 0 has all, and writes the manifest
         whole = ckpt.agreed(self._writing, lambda: stages[0].merged(stages[1:]) if stages else manifest)
