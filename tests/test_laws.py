@@ -379,8 +379,8 @@ IN_MEMORY = {
     "parallel/host_comm.py": {("pickle", "dumps"), ("pickle", "loads")},
     "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
 }
-"""Which file may pickle, and by what: never to or from a file. The unpickler of foreign checkpoints is
-one that refuses whatever isn't known to be inert."""
+"""Files that may pickle, and the calls they may make: never to or from a file. The unpickler of foreign
+checkpoints refuses everything that isn't known to be inert."""
 ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("checkpoint/live_weights", "zero_to_fp32")}
 """Where a user asks for torch's own file."""
 
