@@ -143,6 +143,8 @@ class RunManifest:
     step: int | None = None
     created: str | None = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """Time in UTC, ISO 8601; now by default."""
+    run_id: str | None = None
+    """Identifier of the run, which a resume keeps; None for an import."""
     writer: WriterRecord = field(default_factory=WriterRecord)
     model: ModelRecord = field(default_factory=ModelRecord)
     optimizer: OptimizerRecord | None = None
@@ -176,6 +178,7 @@ class RunManifest:
         return {
             "step": self.step,
             "created": self.created,
+            **({} if self.run_id is None else {"run_id": self.run_id}),
             "writer": self.writer.document(),
             "model": self.model.document(),
             "optimizer": None if self.optimizer is None else self.optimizer.document(),
@@ -229,6 +232,7 @@ class RunManifest:
         return cls(
             step=top.get("step", int),
             created=top.get("created", str),
+            run_id=top.get("run_id", str),
             writer=_read_writer(top.section("writer")),
             model=_read_model(top.section("model")),
             optimizer=None if optimizer is None else _read_optimizer(optimizer),

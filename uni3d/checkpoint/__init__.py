@@ -3,7 +3,7 @@
 Modules:
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
-    background         the thread and the host memory of an asynchronous save
+    background         the host memory of an asynchronous save
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors

@@ -17,7 +17,7 @@ import ckpt
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
-from uni3d.checkpoint.background import Background, threads_per_rank
+from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config import Config
@@ -63,14 +63,13 @@ class Restorer:
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
 
-    def load(self, run: str | Path, tag: str | None, wanted: Wanted) -> Loaded:
+    def load(self, run: str | Path, tag: str | int | None, wanted: Wanted) -> Loaded:
         """Load the model, the optimizer, the scheduler and the counters; see `Engine.load_checkpoint`.
 
         Raises:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
-        Background.join_all()  # another engine of this process may still be writing it
         checkpoint = self._open(run, tag)
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         report = self._load(checkpoint, saved, wanted)
@@ -89,10 +88,9 @@ class Restorer:
 
     def latest(self, run: str | Path) -> str | None:
         """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
-        Background.join_all()
         return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
 
-    def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
+    def _open(self, run: str | Path, tag: str | int | None) -> ckpt.Checkpoint:
         def find() -> str:
             store, folder = ckpt.find_checkpoint(run, tag)
             return store.where(folder)
@@ -115,7 +113,7 @@ class Restorer:
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
         if wanted.counters:
-            self._restore_counters(saved.engine)
+            self._restore_counters(saved.engine, saved.run_id)
         if changes and self._comm.rank == 0:
             warnings.warn(f"{checkpoint.url}: {'; '.join(changes)}", stacklevel=4)
         return report
@@ -138,14 +136,15 @@ class Restorer:
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
 
-    def _restore_counters(self, saved: EngineRecord) -> None:
-        """Restore the counters and, if both runs are in fp16, the loss scale."""
+    def _restore_counters(self, saved: EngineRecord, run_id: str | None) -> None:
+        """Restore the counters, the run's identifier and, if both runs are in fp16, the loss scale."""
         progress, scaler = self._state.progress, self._state.scaler
         assert saved.global_steps is not None, "compared before"
         assert saved.global_samples is not None, "compared before"
         progress.global_steps = saved.global_steps
         progress.global_samples = saved.global_samples
         progress.skipped_steps = saved.skipped_steps
+        progress.run_id = run_id or progress.run_id
         if scaler is not None and saved.loss_scale is not None:
             scaler.load_state_dict(saved.loss_scale)
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ckpt
+from ckpt.background import Background, join_all
 from parallel import HostComm
-from uni3d.checkpoint.background import Background, Snapshot, threads_per_rank
+from uni3d.checkpoint.background import Snapshot, threads_per_rank
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
 from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
 from uni3d.state import Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import TrainState
+
+
+class _Taken(NamedTuple):
+    """All that a save writes, taken while training waits."""
+
+    run: str | Path
+    tag: str
+    plan: ckpt.Plan
+    parts: list[tuple[ckpt.ShardSpec, Tensor]]
+    manifest: RunManifest
 
 
 class Saver:
@@ -63,37 +74,47 @@ class Saver:
     def save(
         self,
         run: str | Path,
-        tag: str,
+        tag: str | int | None,
         client_state: dict[str, Any],
         *,
         update_latest: bool,
         frozen: bool = True,
     ) -> None:
-        """Write checkpoint `tag`, or start writing it with `async_save`; see `Engine.save_checkpoint`.
+        """Write a checkpoint, or start writing it with `async_save`; see `Engine.save_checkpoint`.
 
         With `frozen=False`, parameters that don't require a gradient are left out.
         """
         self.wait()
-        Background.join_all()  # another engine of this process may be saving into the same run
+        join_all()  # another engine of this process may be saving into the same run
         asynchronous = self._config.checkpoint.async_save
-        if "://" not in str(run):
-            run = Path(run).absolute()  # the script may change directory before the write
-        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], RunManifest]] = []
+        taken: list[_Taken] = []
 
         def take() -> str:
+            where, name = self._place(run, tag)
             plan, parts = self._parts(frozen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append((plan, parts, self._manifest(client_state, frozen)))
-            return tag
+            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, frozen)))
+            return name
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
         ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
         if asynchronous:
-            self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))
+            self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
-            self.report = self._write(run, tag, *taken[0], update_latest)
+            self.report = self._write(taken[0], update_latest)
+
+    def _place(self, run: Any, tag: Any) -> tuple[str | Path, str]:
+        """Return the run's folder and the tag to save; on rank 0, check that the tag is this run's. Local."""
+        where = ckpt.check_run(run)
+        name = f"global_step{self._state.progress.global_steps}" if tag is None else ckpt.tag_text(tag)
+        if "://" in str(where):
+            return where, name  # checked by the write, as every request takes its time there
+        where = Path(where).absolute()  # the script may change directory before the write
+        if self._comm.rank == 0:
+            ckpt.check_owner(where, name, self._state.progress.run_id)
+        return where, name
 
     def wait(self) -> None:
         """Wait for the background save, if there is one, and raise its error if it failed."""
@@ -136,17 +157,9 @@ class Saver:
             self._held = held
         return self._plan, parts_to_save(held, self._wanted)
 
-    def _write(
-        self,
-        run: str | Path,
-        tag: str,
-        plan: ckpt.Plan,
-        parts: list[tuple[ckpt.ShardSpec, Tensor]],
-        manifest: RunManifest,
-        update_latest: bool,
-    ) -> ckpt.SaveReport:
+    def _write(self, taken: _Taken, update_latest: bool) -> ckpt.SaveReport:
         """Write the checkpoint, in either thread. Torch's process groups may be destroyed by then."""
-        settings = self._config.checkpoint
+        settings, (run, tag, plan, parts, manifest) = self._config.checkpoint, taken
         # Before the gather, so that a value that JSON can't hold is refused in all ranks' name.
         ckpt.agreed(self._writing, lambda: ckpt.check_json(manifest.document(), "the checkpoint's document"))
         gathered = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
@@ -180,6 +193,7 @@ class Saver:
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         return RunManifest(
             step=progress.global_steps,
+            run_id=progress.run_id,
             writer=WriterRecord(
                 torch=str(torch.__version__),
                 topology={"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
