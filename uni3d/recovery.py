@@ -89,7 +89,8 @@ def load_state_dict_from_zero_checkpoint(
 ) -> nn.Module:
     """Move `model` to the CPU, fill it from a checkpoint and return it.
 
-    Tensors are read one at a time, and converted to the model's types.
+    Tensors are read one at a time, and converted to the model's types. An engine's module (without pipeline
+    stages) stays on its device; each rank that calls this fills its own part, so all must.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or its names or shapes differ from the model's;
@@ -101,12 +102,13 @@ def load_state_dict_from_zero_checkpoint(
         raise ckpt.CheckpointError(
             f"{type(model).__name__} is on the meta device; call model.to_empty(device='cpu') first"
         )
-    targets = {k: v for k, v in model.cpu().state_dict().items() if isinstance(v, Tensor)}
+    if not state.gather_anew(model):
+        model.cpu()
+    targets = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     _check_same(type(model).__name__, targets, weights)
     try:
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(weights[name])
+        for name, target in targets.items():
+            state.fill(target, weights[name])
     except ckpt.CheckpointError as error:
         raise ckpt.PartialLoadError(str(error)) from error
     return model
@@ -124,11 +126,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
     The file is `pytorch_model.bin` or, with `safe_serialization`, `model.safetensors`. Above
     `max_shard_size` ("5GB", "500MiB", bytes) there are several, with an index. A few MiB are in memory at a
-    time for safetensors, one file otherwise. Files get their final names when all are complete.
+    time for safetensors, one file otherwise. Files get their final names when all are complete. Every rank
+    may call it at once: each writes files of its own, the same, of which one remains.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or it is damaged; nothing was written.
-        FileExistsError: a file of one of these names exists; nothing was written.
+        FileExistsError: another file of one of these names exists; nothing was written.
         ValueError: `max_shard_size` isn't a size.
     """
     checkpoint = ckpt.open_checkpoint(checkpoint_dir, tag)

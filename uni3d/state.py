@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
 from ckpt.read import WEIGHT_STATES
 from parallel import ParallelModel
-from parallel.dtensor_layout import Place, StageLayout, local_tensor
+from parallel.dtensor_layout import Place, StageLayout, copy_from_full, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
 
 PARAMETER, BUFFER = WEIGHT_STATES
@@ -168,6 +169,19 @@ def to_torch(array: npt.NDArray[Any]) -> Tensor:
     if array.dtype == ckpt.numpy_dtype("bfloat16"):
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def gather_anew(module: nn.Module) -> bool:
+    """Make sharded modules gather their parameters anew when they next need them; return if there are any."""
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.reshard()
+    return bool(sharded)
+
+
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into `tensor`."""
+    copy_from_full(tensor, whole)
 
 
 def create_states(model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:

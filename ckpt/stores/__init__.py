@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ckpt.background import join_all
 from ckpt.checksums import Buffer
@@ -152,7 +152,7 @@ def open_store(url: str | Path) -> Store:
 
 def as_store(run: str | Path | Store) -> Store:
     """Return the store at a path or URL; a store as it is."""
-    return open_store(run) if run is None or isinstance(run, str | os.PathLike) else run
+    return cast(Store, run) if hasattr(run, "committed_at") else open_store(cast(str, run))
 
 
 def check_run(run: Any) -> str | Path:
@@ -164,7 +164,5 @@ def check_run(run: Any) -> str | Path:
     if isinstance(run, os.PathLike):
         return Path(run)
     if not isinstance(run, str) or not run:
-        raise CheckpointError(
-            f"a run's folder is {run!r}; expected its path or URL ('.' is the current folder)"
-        )
+        raise CheckpointError(f"the folder is {run!r}; expected a path or URL ('.' is the current folder)")
     return run

@@ -55,7 +55,7 @@ def save_16bit(
     """
     if "://" in str(folder):
         raise ckpt.CheckpointError(f"save_16bit_model writes to local folders, not to {folder}")
-    path = Path(folder) / filename
+    path = ckpt.agreed(comm, lambda: Path(ckpt.check_run(folder))) / filename
     weights = whole_on_first_rank(model, comm, model.zero.compute_dtype, frozen=frozen)
     ckpt.agreed(comm, lambda: write(path, weights) if comm.rank == 0 else None)
 

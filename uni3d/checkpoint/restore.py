@@ -121,6 +121,7 @@ class Restorer:
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
         """Run the script's loader on the whole module; each rank keeps its part of the parameters."""
         with whole_module(self._state.model.module) as module:
+            vars(module).pop("__deepcopy__", None)  # the live module's refusal; the script may copy this one
             src = StoredWeights(checkpoint)
             ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 

@@ -61,13 +61,14 @@ def resumed(run: Path) -> Any:
     return whole(other.module)["out.weight"]
 
 
+NEWEST = "global_step2"
 WEIGHTS: list[Callable[[Path], Any]] = [fp32, converted, filled, resumed]
 OTHERS: dict[str, Callable[[Path], Any]] = {
     "latest": ckpt.read_latest,
     "tags": lambda run: ckpt.committed_tags(run)[-1],
     "open": lambda run: ckpt.open_checkpoint(run).tag,
-    "doctor": lambda run: "global_step2" if "global_step2" in command("doctor", str(run), "--world-size", "1") else "older",
-    "inspect": lambda run: "global_step2" if "global_step2" in command("inspect", str(run)) else "older",
+    "doctor": lambda run: NEWEST if NEWEST in command("doctor", str(run), "--world-size", "1") else "older",
+    "inspect": lambda run: NEWEST if NEWEST in command("inspect", str(run)) else "older",
 }
 
 
@@ -94,7 +95,7 @@ def test_weights_read_right_after_a_save(alone: None, tmp_path: Path, zero: int)
 def test_what_is_listed_right_after_a_save(alone: None, tmp_path: Path, reader: str) -> None:
     with slow_saves():
         saved_twice(tmp_path, 0)
-        assert OTHERS[reader](tmp_path) == "global_step2"
+        assert OTHERS[reader](tmp_path) == NEWEST
 
 
 def failing_case(run: Path) -> Any:
