@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
+
+T = TypeVar("T")
 
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules with parameters that an engine of this process trains."""
@@ -37,9 +40,12 @@ def check_model(model: Any) -> nn.Module:
     return model
 
 
-def mark_used(modules: list[nn.Module]) -> None:
-    """Note that these modules are an engine's from now on."""
-    _used.update(module for module in modules if module._parameters)
+def using_up(model: nn.Module, build: Callable[[], T]) -> T:
+    """Return the result of `build`, after which the model's modules are an engine's."""
+    modules = [module for module in model.modules() if module._parameters]  # `build` takes the model apart
+    built = build()
+    _used.update(modules)
+    return built
 
 
 def check_data(training_data: Any) -> None:

@@ -20,7 +20,7 @@ from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
-from uni3d.engine.arguments import check_data, check_model, mark_used, refuse_copies
+from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
@@ -74,7 +74,6 @@ def initialize(
     """
     model = check_model(model)
     check_data(training_data)
-    modules = list(model.modules())  # before `build`, which takes it apart
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
     _announce(settings, model, topology)
@@ -82,8 +81,7 @@ def initialize(
     _warn_without_effect(settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
     spec = declared(model)  # before `build`, which uses the model up
-    built = parallel.build(model, topology, split)
-    mark_used(modules)
+    built = using_up(model, lambda: parallel.build(model, topology, split))
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(
