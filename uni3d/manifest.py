@@ -67,6 +67,30 @@ class WriterRecord:
         return document | {"shard_group": self.shard_group, "layers": self.layers}
 
 
+EXTRA_STATE = "extra_state"
+"""First part of the state names of an extra state's tensors; a JSON pointer to the tensor's place follows."""
+OPTIMIZER_ATOM = ".optimizer"
+"""Atom of the tensors in the optimizer's extra state; no module can have this name."""
+
+
+def is_extra(state: str) -> bool:
+    """Return whether a state is a tensor of an extra state."""
+    return state.partition("/")[0] == EXTRA_STATE
+
+
+@dataclass(frozen=True)
+class ExtraRecord:
+    """Extra state of a module or of the optimizer."""
+
+    value: Any
+    """Its value, with None in the place of each tensor."""
+    tensors: Mapping[str, str]
+    """Place of each tensor, a JSON pointer -> the type of its device."""
+
+    def document(self) -> Json:
+        return {"value": self.value, "tensors": dict(self.tensors)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
     """The model's parameters and buffers, and its own description."""
@@ -78,6 +102,8 @@ class ModelRecord:
     """Frozen parameters that the save excluded; None if it included them."""
     declared: Json = field(default_factory=dict)
     """The model's own description (`uni3d.checkpoint.model_spec`)."""
+    extra_state: Mapping[str, ExtraRecord] | None = None
+    """Extra states of modules by torch's names (`layers.0._extra_state`); None if its writer saves none."""
 
     def trains(self, parameter: str) -> bool:
         """Return whether the parameter required a gradient; True if the manifest lacks it."""
@@ -90,6 +116,8 @@ class ModelRecord:
         }
         if self.left_out is not None:
             document["left_out"] = self.left_out
+        if self.extra_state is not None:
+            document["extra_state"] = {name: extra.document() for name, extra in self.extra_state.items()}
         return document | ({"declared": self.declared} if self.declared else {})
 
 
@@ -103,9 +131,12 @@ class OptimizerRecord:
     """Hyperparameters of each parameter group, with the names of its parameters under `params`."""
     scalars: dict[str, Json]
     """Parameter -> state -> value, for states that aren't arrays, such as step counts."""
+    extra_state: ExtraRecord | None = None
+    """Further keys of its `state_dict`, and its states under strings as `state`; None as in `ModelRecord`."""
 
     def document(self) -> Json:
-        return {"type": self.type, "groups": self.groups, "scalars": self.scalars}
+        document = {"type": self.type, "groups": self.groups, "scalars": self.scalars}
+        return document | ({} if self.extra_state is None else {"extra_state": self.extra_state.document()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +236,9 @@ class RunManifest:
                 requires_grad={**model.requires_grad, **more.requires_grad},
                 buffers=[*model.buffers, *more.buffers],
                 left_out=left_out,
+                extra_state=None
+                if model.extra_state is None
+                else {**model.extra_state, **(more.extra_state or {})},
             )
             whole = replace(whole, model=model, optimizer=_merged(whole.optimizer, other.optimizer))
         return whole
@@ -267,6 +301,11 @@ class _Section:
             _check(value, kind, f"{self.where}: {key}")
         return value
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The object itself, for keys or values of any type."""
+        return self._values
+
     def section(self, key: str) -> _Section | None:
         values = self.get(key, dict)
         return None if values is None else _Section(values, f"{self.where}: {key}")
@@ -314,13 +353,21 @@ def _read_writer(section: _Section | None) -> WriterRecord:
 def _read_model(section: _Section | None) -> ModelRecord:
     if section is None:
         return ModelRecord()
-    parameters = section.map_of("parameters", dict)
+    parameters, extra = section.map_of("parameters", dict), section.section("extra_state")
     return ModelRecord(
         requires_grad={name: _trains(name, values, section.where) for name, values in parameters.items()},
         buffers=section.list_of("buffers", str) or [],
         left_out=section.list_of("left_out", str),
         declared=section.get("declared", dict) or {},
+        extra_state=None if extra is None else {name: _read_extra(extra, name) for name in extra.values},
     )
+
+
+def _read_extra(section: _Section, key: str) -> ExtraRecord:
+    extra = section.section(key)
+    if extra is None or "value" not in extra.values:
+        raise CheckpointError(f"{section.where}: {key} has no 'value'; use another tag")
+    return ExtraRecord(extra.values["value"], extra.map_of("tensors", str))
 
 
 def _trains(name: str, values: Json, where: str) -> bool:
@@ -337,7 +384,10 @@ def _read_optimizer(section: _Section) -> OptimizerRecord:
         _check(group, dict, where)
         _Section(group, where).needed("params", list)
     return OptimizerRecord(
-        type=section.needed("type", str), groups=groups, scalars=section.map_of("scalars", dict)
+        type=section.needed("type", str),
+        groups=groups,
+        scalars=section.map_of("scalars", dict),
+        extra_state=_read_extra(section, "extra_state") if section.get("extra_state", dict) else None,
     )
 
 

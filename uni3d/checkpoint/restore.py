@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,10 +19,12 @@ from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
+from uni3d.checkpoint.extra_load import ExtraLoad
+from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config import Config
-from uni3d.manifest import EngineRecord, RunManifest
+from uni3d.manifest import EngineRecord, RunManifest, is_extra
 from uni3d.resume_rules import Given, GivenScheduler, compare
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
@@ -105,13 +108,18 @@ class Restorer:
         changes = ckpt.agreed(
             self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
         )
-        report = self._load_arrays(checkpoint, saved, optimizer, wanted)
+        model_too = wanted.custom is None
+        extra = ExtraLoad(self._state.model, optimizer, saved, self._comm, model_too=model_too)
+        extra.check(checkpoint.url, strict=wanted.strict)
+        report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
             ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
+            ckpt.agreed(self._comm, extra.restore)
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
+        extra.tell(report)
         if wanted.counters:
             self._restore_counters(saved.engine, saved.run_id)
         if changes and self._comm.rank == 0:
@@ -182,33 +190,37 @@ class Restorer:
         saved: RunManifest,
         optimizer: Optimizer | None,
         wanted: Wanted,
+        extra: ExtraLoad,
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
+            if is_extra(key.state):
+                return extra.reason(key.atom)
             if not _is_moment(key):
                 return None if wanted.custom is None else "custom_load_fn loads the model"
             return "optimizer states were not requested" if optimizer is None else None
 
-        model = self._state.model
-        fresh = optimizer is not None and not optimizer.state
+        model, before = self._state.model, None
         stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # they have states
         if optimizer is not None and saved.optimizer is not None:
             stored |= saved.optimizer.scalars.keys()
         try:
             if optimizer is not None and stored:  # the same on all ranks, while `fresh` may differ
-                ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
+                fresh = not any(isinstance(key, Tensor) for key in optimizer.state)
+                before = ckpt.agreed(self._comm, lambda: _with_states(optimizer) if fresh else None)
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
-                targets,
+                [*targets, *extra.targets(checkpoint)],
                 comm=self._comm,
                 strict=wanted.strict,
                 leave=leave,
                 threads=self._threads,
             )
         except ckpt.CheckpointError:
-            if optimizer is not None and fresh:
+            if optimizer is not None and before is not None:
                 optimizer.state.clear()
+                restore_optimizer_extra(optimizer, before)
             raise
         state.finish_load(held, targets)
         if optimizer is not None:
@@ -223,8 +235,16 @@ class Restorer:
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
 
 
+def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
+    """Create the states of parameters; return the extra state from before, to which it is set back."""
+    before = copy.deepcopy(current_extra(optimizer))
+    state.create_states(optimizer)
+    restore_optimizer_extra(optimizer, copy.deepcopy(before))
+    return before
+
+
 def _is_moment(key: ckpt.ArrayKey) -> bool:
-    return key.state not in (state.PARAMETER, state.BUFFER)
+    return key.state not in (state.PARAMETER, state.BUFFER) and not is_extra(key.state)
 
 
 def _given(scheduler: LRScheduler) -> GivenScheduler:

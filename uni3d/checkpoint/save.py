@@ -13,6 +13,7 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
+from uni3d.checkpoint.extra_state import ExtraStates, check_alike, extra_states
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
 from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
@@ -89,17 +90,21 @@ class Saver:
         asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
 
-        def take() -> str:
+        def take() -> tuple[str, dict[tuple[str, int], bytes]]:
             where, name = self._place(run, tag)
-            plan, parts = self._parts(frozen)
+            model, optimizer = self._state.model, self._state.optimizer
+            extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
+            plan, parts = self._parts(extra.arrays(stage), frozen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, frozen)))
-            return name
+            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
+            return name, extra.digests(stage)
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
-        ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
+        everyone = ckpt.agreed_by_all(self._comm, take)
+        ckpt.check_same_tag([name for name, _ in everyone])
+        check_alike([digests for _, digests in everyone])
         if asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
@@ -147,9 +152,11 @@ class Saver:
         """Release the tensors of the last save, which a load may replace. Local."""
         self._held, self._plan = [], None
 
-    def _parts(self, frozen: bool) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
+    def _parts(
+        self, extra: dict[ckpt.ArrayKey, Tensor], frozen: bool
+    ) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """Return the plan and this rank's parts by it; plan again only if the arrays have changed. Local."""
-        held = self._inventory.arrays(self._state.optimizer, frozen=frozen)
+        held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same:
             self._plan = ckpt.make_plan(self._inventory.layout(held))
@@ -180,7 +187,7 @@ class Saver:
             threads=threads_per_rank(self._comm.size),
         )
 
-    def _manifest(self, client_state: dict[str, Any], frozen: bool) -> RunManifest:
+    def _manifest(self, client_state: dict[str, Any], extra: ExtraStates, frozen: bool) -> RunManifest:
         """Return the manifest of this rank's stage. Local.
 
         Values that training may change before the write are copied.
@@ -188,7 +195,9 @@ class Saver:
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, topology = self._state.scaler, model.topology
         degrees = topology.degrees
-        model_record, optimizer = describe(model, self._state.optimizer, self._model_spec, frozen=frozen)
+        model_record, optimizer = describe(
+            model, self._state.optimizer, self._model_spec, extra, frozen=frozen
+        )
         # Checked here so that the script's own call raises; everything else is checked by the write.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         return RunManifest(

@@ -15,7 +15,7 @@ from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
 from uni3d.config.optimizer import OptimizerConfig
 from uni3d.config.settings import parallel_settings
-from uni3d.manifest import Json, RunManifest
+from uni3d.manifest import Json, RunManifest, is_extra
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
 
 _PEAKS = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")
@@ -29,7 +29,7 @@ def judged(manifest: RunManifest, config: Config | None, checkpoint: Checkpoint)
     """
     given = given_by(config, manifest)
     refusals, changes = compare(manifest, given)
-    states = {key.state for key in checkpoint.arrays} - {*WEIGHT_STATES}
+    states = {key.state for key in checkpoint.arrays if not is_extra(key.state)} - {*WEIGHT_STATES}
     scalars = manifest.optimizer is not None and any(manifest.optimizer.scalars.values())
     refusals += missing_arrays(manifest, given, any_states=bool(states) or scalars)
     if config is None:

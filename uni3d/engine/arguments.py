@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from uni3d.checkpoint.extra_state import check_in_layers
+
 T = TypeVar("T")
 
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -21,7 +23,8 @@ def check_model(model: Any) -> nn.Module:
     """Return the model if it can be split and trained.
 
     Raises:
-        ValueError: it is no module, or an earlier `initialize` has used it, or a part of it, up.
+        ValueError: it is no module, or an earlier `initialize` has used it, or a part of it, up, or its
+            pipeline stages would lose an extra state.
     """
     if model is None:
         raise ValueError("initialize needs a model")
@@ -37,6 +40,7 @@ def check_model(model: Any) -> nn.Module:
                 f"initialize was already called with {what}, and a model can be split only once; build a "
                 "new one for each engine, and give it weights by load_checkpoint(..., load_module_only=True)"
             )
+    check_in_layers(model)
     return model
 
 

@@ -309,7 +309,7 @@ class Engine:
             return None
         return self.load_checkpoint(run)[1]
 
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """Return this stage's part of the whole model's `state_dict`: fp32, in the host's memory."""
         self._check_ready("module_state_dict")
         return live_weights.state_dict_of(self.model, frozen=not exclude_frozen_parameters)
