@@ -78,19 +78,6 @@ def is_extra(state: str) -> bool:
     return state.partition("/")[0] == EXTRA_STATE
 
 
-@dataclass(frozen=True)
-class ExtraRecord:
-    """Extra state of a module or of the optimizer."""
-
-    value: Any
-    """Its value, with None in the place of each tensor."""
-    tensors: Mapping[str, str]
-    """Place of each tensor, a JSON pointer -> the type of its device."""
-
-    def document(self) -> Json:
-        return {"value": self.value, "tensors": dict(self.tensors)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
     """The model's parameters and buffers, and its own description."""
@@ -102,7 +89,7 @@ class ModelRecord:
     """Frozen parameters that the save excluded; None if it included them."""
     declared: Json = field(default_factory=dict)
     """The model's own description (`uni3d.checkpoint.model_spec`)."""
-    extra_state: Mapping[str, ExtraRecord] | None = None
+    extra_state: Mapping[str, Json] | None = None
     """Extra states of modules by torch's names (`layers.0._extra_state`); None if its writer saves none."""
 
     def trains(self, parameter: str) -> bool:
@@ -117,7 +104,7 @@ class ModelRecord:
         if self.left_out is not None:
             document["left_out"] = self.left_out
         if self.extra_state is not None:
-            document["extra_state"] = {name: extra.document() for name, extra in self.extra_state.items()}
+            document["extra_state"] = dict(self.extra_state)
         return document | ({"declared": self.declared} if self.declared else {})
 
 
@@ -131,17 +118,17 @@ class OptimizerRecord:
     """Hyperparameters of each parameter group, with the names of its parameters under `params`."""
     scalars: dict[str, Json]
     """Parameter -> state -> value, for states that aren't arrays, such as step counts."""
-    extra_state: ExtraRecord | None = None
+    extra_state: Json | None = None
     """Further keys of its `state_dict`, and its states under strings as `state`; None as in `ModelRecord`."""
 
     def document(self) -> Json:
         document = {"type": self.type, "groups": self.groups, "scalars": self.scalars}
-        return document | ({} if self.extra_state is None else {"extra_state": self.extra_state.document()})
+        return document | ({} if self.extra_state is None else {"extra_state": self.extra_state})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """The engine's counters, the loss scale of fp16, and the two numbers that fix the order of samples."""
+    """The engine's counters, the loss scale of fp16, and the numbers that fix the order of samples."""
 
     global_steps: int | None = None
     global_samples: int | None = None
@@ -150,11 +137,17 @@ class EngineRecord:
     """State of `LossScale`; None if the run wasn't in fp16."""
     seed: int | None = None
     train_batch_size: int | None = None
+    dataset_length: int | None = None
+    """Samples in the engine's own training data; 0 if the script brought the batches, None if not known."""
 
     @property
     def order(self) -> dict[str, int]:
-        """Known ones of the two numbers that fix the order of samples."""
-        known = {"seed": self.seed, "train_batch_size": self.train_batch_size}
+        """Known ones of the numbers that fix the order of samples, and the global batch."""
+        known = {
+            "seed": self.seed,
+            "train_batch_size": self.train_batch_size,
+            "dataset_length": self.dataset_length,
+        }
         return {key: number for key, number in known.items() if number is not None}
 
     def document(self) -> Json:
@@ -182,6 +175,9 @@ class RunManifest:
     aliases: dict[str, str] = field(default_factory=dict)
     """Other names of tied weights -> the name under which the arrays are stored."""
     scheduler: Json | None = None
+    """State of the learning-rate scheduler."""
+    schedule: Json | None = None
+    """Type and parameters of a schedule from the config; None if the script made the scheduler."""
     engine: EngineRecord = field(default_factory=EngineRecord)
     client_state: Json = field(default_factory=dict)
 
@@ -215,6 +211,7 @@ class RunManifest:
             "optimizer": None if self.optimizer is None else self.optimizer.document(),
             "aliases": self.aliases,
             "scheduler": self.scheduler,
+            **({} if self.schedule is None else {"schedule": self.schedule}),
             "engine": self.engine.document(),
             "client_state": self.client_state,
         }
@@ -272,6 +269,7 @@ class RunManifest:
             optimizer=None if optimizer is None else _read_optimizer(optimizer),
             aliases=top.map_of("aliases", str),
             scheduler=top.get("scheduler", dict),
+            schedule=top.get("schedule", dict),
             engine=_read_engine(top.section("engine")),
             client_state=top.get("client_state", dict) or {},
         )
@@ -300,11 +298,6 @@ class _Section:
         if value is not None:
             _check(value, kind, f"{self.where}: {key}")
         return value
-
-    @property
-    def values(self) -> Mapping[str, Any]:
-        """The object itself, for keys or values of any type."""
-        return self._values
 
     def section(self, key: str) -> _Section | None:
         values = self.get(key, dict)
@@ -353,21 +346,14 @@ def _read_writer(section: _Section | None) -> WriterRecord:
 def _read_model(section: _Section | None) -> ModelRecord:
     if section is None:
         return ModelRecord()
-    parameters, extra = section.map_of("parameters", dict), section.section("extra_state")
+    parameters = section.map_of("parameters", dict)
     return ModelRecord(
         requires_grad={name: _trains(name, values, section.where) for name, values in parameters.items()},
         buffers=section.list_of("buffers", str) or [],
         left_out=section.list_of("left_out", str),
         declared=section.get("declared", dict) or {},
-        extra_state=None if extra is None else {name: _read_extra(extra, name) for name in extra.values},
+        extra_state=section.get("extra_state", dict),
     )
-
-
-def _read_extra(section: _Section, key: str) -> ExtraRecord:
-    extra = section.section(key)
-    if extra is None or "value" not in extra.values:
-        raise CheckpointError(f"{section.where}: {key} has no 'value'; use another tag")
-    return ExtraRecord(extra.values["value"], extra.map_of("tensors", str))
 
 
 def _trains(name: str, values: Json, where: str) -> bool:
@@ -387,7 +373,7 @@ def _read_optimizer(section: _Section) -> OptimizerRecord:
         type=section.needed("type", str),
         groups=groups,
         scalars=section.map_of("scalars", dict),
-        extra_state=_read_extra(section, "extra_state") if section.get("extra_state", dict) else None,
+        extra_state=section.get("extra_state", dict),
     )
 
 
@@ -401,4 +387,5 @@ def _read_engine(section: _Section | None) -> EngineRecord:
         loss_scale=section.get("loss_scale", dict),
         seed=section.get("seed", int),
         train_batch_size=section.get("train_batch_size", int),
+        dataset_length=section.get("dataset_length", int),
     )

@@ -160,6 +160,11 @@ def on_host(spec: ShardSpec, tensor: Tensor) -> Shard:
     return Shard(spec, tensor.numpy())
 
 
+def array_key(atom: str, state: str) -> ArrayKey:
+    """Return the name of an array that is none of a parameter or a buffer."""
+    return ArrayKey(atom, state)
+
+
 def whole_target(info: ArrayInfo) -> Shard:
     """Return new memory into which a whole array can be loaded."""
     spec = ShardSpec(info.key, info.dtype, info.shape, Box.whole(info.shape))

@@ -13,6 +13,7 @@ import ckpt
 from parallel import HostComm, ParallelModel
 from uni3d import state
 from uni3d.checkpoint.extra_state import (
+    ExtraRecord,
     array_key,
     current_extra,
     modules_with_extra,
@@ -20,7 +21,7 @@ from uni3d.checkpoint.extra_state import (
     restore_optimizer_extra,
     takes,
 )
-from uni3d.manifest import OPTIMIZER_ATOM, ExtraRecord, RunManifest
+from uni3d.manifest import OPTIMIZER_ATOM, RunManifest
 
 MISSING, OLD = "not in the checkpoint", "not in the checkpoint: its release saved no extra states"
 
@@ -42,7 +43,7 @@ class ExtraLoad:
         self._modules = modules_with_extra(model.module)
         self._everyone: set[str] = set().union(*comm.all_gather(sorted(self._modules)))
         self._model_too = model_too
-        self._saved: Mapping[str, ExtraRecord] = saved.model.extra_state or {}
+        self._saved: dict[str, ExtraRecord] = {}
         self._further: ExtraRecord | None = None  # the optimizer's, if it is to be restored
         self._further_names: list[str] = []
         self._defaulted: dict[str, str] = {}
@@ -53,6 +54,8 @@ class ExtraLoad:
         """Raise CheckpointError on all ranks if extra states differ. Collective."""
 
         def compare() -> None:
+            for name, document in (self._manifest.model.extra_state or {}).items():
+                self._saved[name] = ExtraRecord.of(document, name)
             problems = [*self._compare_modules(), *self._compare_optimizer()]
             if strict and problems:
                 raise ckpt.CheckpointError(
@@ -78,7 +81,8 @@ class ExtraLoad:
     def _compare_optimizer(self) -> Iterator[str]:
         """Yield a strict load's problems with the optimizer's extra state."""
         record = self._manifest.optimizer
-        saved = None if record is None else record.extra_state
+        document = None if record is None else record.extra_state
+        saved = None if document is None else ExtraRecord.of(document, "optimizer's extra_state")
         value: Mapping[str, Any] = {} if saved is None else saved.value
         names = {key: f"the optimizer's {key}" for key in value if key != "state"}
         everything = [*names.values(), *(f"the optimizer's state[{key!r}]" for key in value.get("state", {}))]

@@ -17,11 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ckpt import ArrayKey, CheckpointError, check_json
-from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM, ExtraRecord
+import ckpt
+from ckpt import CheckpointError, check_json
+from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM, Json
+from uni3d.state import array_key as key_of
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 """Types of tensors that are stored; others mean something that the numbers don't show."""
+
+
+class ExtraRecord(NamedTuple):
+    """One extra state in a manifest."""
+
+    value: Any
+    """The value, with None in the place of each tensor."""
+    tensors: Mapping[str, str]
+    """Place of each tensor in the value, a JSON pointer -> the type of its device."""
+
+    @classmethod
+    def of(cls, document: Json, name: str) -> ExtraRecord:
+        """Read the manifest's record of an extra state.
+
+        Raises:
+            CheckpointError: it has another form.
+        """
+        if "value" not in document or not isinstance(document.get("tensors"), dict):
+            raise CheckpointError(f"the manifest's {name} has no 'value' or no 'tensors'; use another tag")
+        return cls(document["value"], document["tensors"])
 
 
 class Extra(NamedTuple):
@@ -32,11 +54,11 @@ class Extra(NamedTuple):
     tensors: dict[str, Tensor]
     """Tensors by their place in the value, a JSON pointer."""
 
-    def record(self) -> ExtraRecord:
+    def record(self) -> Json:
         """Return the manifest's record."""
-        return ExtraRecord(self.value, {place: t.device.type for place, t in self.tensors.items()})
+        return {"value": self.value, "tensors": {place: t.device.type for place, t in self.tensors.items()}}
 
-    def arrays(self, atom: str) -> dict[ArrayKey, Tensor]:
+    def arrays(self, atom: str) -> dict[ckpt.ArrayKey, Tensor]:
         """Return the tensors by the names of their arrays."""
         return {array_key(atom, place): tensor for place, tensor in self.tensors.items()}
 
@@ -50,9 +72,9 @@ class Extra(NamedTuple):
         return summed.digest()
 
 
-def array_key(atom: str, place: str) -> ArrayKey:
+def array_key(atom: str, place: str) -> ckpt.ArrayKey:
     """Return the name of the array of a tensor at a place of an extra state."""
-    return ArrayKey(atom, EXTRA_STATE + place)
+    return key_of(atom, EXTRA_STATE + place)
 
 
 # --- modules ---------------------------------------------------------------------------------------------
@@ -238,9 +260,9 @@ class ExtraStates(NamedTuple):
     modules: dict[str, Extra]
     optimizer: Extra | None
 
-    def arrays(self, stage: int) -> dict[ArrayKey, Tensor]:
+    def arrays(self, stage: int) -> dict[ckpt.ArrayKey, Tensor]:
         """Return the tensors that a rank of this pipeline stage saves, by the names of their arrays."""
-        found: dict[ArrayKey, Tensor] = {}
+        found: dict[ckpt.ArrayKey, Tensor] = {}
         for name, extra in self.modules.items():
             found |= extra.arrays(name)
         if self.optimizer is not None and stage == 0:  # the same on all stages

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
 from parallel import HostComm, Ranks
@@ -24,7 +24,9 @@ from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config import Config
+from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import EngineRecord, RunManifest, is_extra
+from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import Given, GivenScheduler, compare
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
@@ -61,7 +63,7 @@ class Restorer:
 
     def __init__(self, state: TrainState, config: Config, *, comm: HostComm, inventory: Inventory) -> None:
         self._state = state
-        self._seed = config.seed
+        self._config = config
         self._comm = comm
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
@@ -140,7 +142,11 @@ class Restorer:
         if optimizer is not None and saved.optimizer is not None:
             restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
+            rates = [float(rate) for rate in scheduler.base_lrs]
             scheduler.load_state_dict(saved.scheduler)
+            if self._config.scheduler is not None and isinstance(scheduler, LambdaLR):
+                same = saved.schedule in (None, describe_schedule(self._config.scheduler))
+                go_on(scheduler, self._config.scheduler, None if same else rates)
             if optimizer is None:  # its groups weren't restored, and they hold the next step's rate
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
@@ -170,13 +176,15 @@ class Restorer:
         Raises:
             ckpt.CheckpointError: the checkpoint can't be loaded; the text lists all reasons.
         """
-        model, scaler = self._state.model, self._state.scaler
+        model, scaler, progress = self._state.model, self._state.scaler, self._state.progress
         given = Given(
             whose="this run",
             optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
-            scheduler=None if scheduler is None else _given(scheduler),
+            scheduler=None if scheduler is None else _given(scheduler, self._config),
             counters=counters,
-            order={"seed": self._seed, "train_batch_size": self._state.progress.train_batch},
+            order={"seed": self._config.seed, "train_batch_size": progress.train_batch},
+            dataset_length=progress.dataset_length,
+            accepted=self._config.checkpoint.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
@@ -247,7 +255,7 @@ def _is_moment(key: ckpt.ArrayKey) -> bool:
     return key.state not in (state.PARAMETER, state.BUFFER) and not is_extra(key.state)
 
 
-def _given(scheduler: LRScheduler) -> GivenScheduler:
+def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
     moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
     state = scheduler.state_dict()
@@ -255,4 +263,5 @@ def _given(scheduler: LRScheduler) -> GivenScheduler:
         type=type(scheduler).__name__,
         keys=state.keys(),
         state={key: value for key, value in state.items() if key not in moving},
+        schedule=describe_schedule(config.scheduler),
     )

@@ -16,6 +16,7 @@ from uni3d.checkpoint.background import Snapshot, threads_per_rank
 from uni3d.checkpoint.extra_state import ExtraStates, check_alike, extra_states
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
+from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
 from uni3d.state import Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import TrainState
@@ -214,6 +215,7 @@ class Saver:
             optimizer=optimizer,
             aliases=model.ties,
             scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+            schedule=None if scheduler is None else describe_schedule(self._config.scheduler),
             engine=EngineRecord(
                 global_steps=progress.global_steps,
                 global_samples=progress.global_samples,
@@ -221,6 +223,7 @@ class Saver:
                 loss_scale=None if scaler is None else scaler.state_dict(),
                 seed=self._config.seed,
                 train_batch_size=progress.train_batch,
+                dataset_length=progress.dataset_length,
             ),
             client_state=copy.deepcopy(client_state),
         )

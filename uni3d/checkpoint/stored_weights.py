@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ckpt
 from uni3d import state
-from uni3d.checkpoint.extra_state import array_key, put_together
+from uni3d.checkpoint.extra_state import ExtraRecord, array_key, put_together
 from uni3d.manifest import RunManifest
 
 
@@ -51,6 +51,6 @@ class StoredWeights(Mapping[str, Tensor]):
     def extra_state(self, name: str) -> Any:
         """Read a module's extra state; its tensors are on the CPU."""
         return put_together(
-            self.extra_states[name],
+            ExtraRecord.of(self.extra_states[name], name),
             lambda place: state.to_torch(self._checkpoint.read(*array_key(name, place))),
         )

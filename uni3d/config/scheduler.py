@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
@@ -89,6 +89,11 @@ class SchedulerConfig(Strict):
 
     type: str
     params: SerializeAsAny[ScheduleParams]
+
+
+def describe_schedule(config: SchedulerConfig | None) -> dict[str, Any] | None:
+    """Return the schedule's type and all its parameters as JSON; None without a schedule."""
+    return None if config is None else config.model_dump(mode="json")
 
 
 def read_scheduler(section: object) -> SchedulerConfig | None:

@@ -14,6 +14,7 @@ from parallel.combinations import combination_refusal
 from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
 from uni3d.config.optimizer import OptimizerConfig
+from uni3d.config.scheduler import describe_schedule
 from uni3d.config.settings import parallel_settings
 from uni3d.manifest import Json, RunManifest, is_extra
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
@@ -53,6 +54,7 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
         optimizer=optimizer,
         scheduler=_scheduler(config, saved.scheduler or {}),
         order={"seed": config.seed, "train_batch_size": config.train_batch_size},
+        accepted=config.checkpoint.accept_changes,
         loss_scale=None if fp16 is None else fp16.loss_scale or 2.0**fp16.initial_scale_power,
     )
 
@@ -71,6 +73,7 @@ def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:
         type=config.scheduler.type,
         keys={*saved, "lr_lambdas"},
         state={"base_lrs": [peak] * len(rates) if changed else rates} if rates else {},
+        schedule=describe_schedule(config.scheduler),
     )
 
 

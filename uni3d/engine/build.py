@@ -85,9 +85,10 @@ def initialize(
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(
-        config=settings,
+        # A scheduler of the script's own takes the place of the config's.
+        config=settings if lr_scheduler is None else settings.model_copy(update={"scheduler": None}),
         triad=triad,
-        state=_train_state(settings, triad, built, inner, scheduler),
+        state=_train_state(settings, triad, built, inner, scheduler, training_data),
         model_spec=spec,
         training_data=training_data,
         collate_fn=collate_fn,
@@ -136,13 +137,15 @@ def _train_state(
     model: parallel.ParallelModel,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Scheduler | None,
+    training_data: Dataset[Any] | None,
 ) -> TrainState:
+    length = 0 if training_data is None else len(training_data)  # type: ignore[arg-type]
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
-        progress=Progress(train_batch=triad.train_batch),
+        progress=Progress(train_batch=triad.train_batch, dataset_length=length),
     )
 
 
