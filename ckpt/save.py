@@ -199,11 +199,7 @@ def _in_place(plan: Plan, held: Held, rank: int) -> Iterator[Write]:
 
 
 def _write_gathered(
-    rounds: list[list[gather.Gathering]],
-    most: int,
-    writer: Writer,
-    held: Held,
-    comm: Comm,
+    rounds: list[list[gather.Gathering]], most: int, writer: Writer, held: Held, comm: Comm
 ) -> Written:
     """Gather chunks to their writers and write them. Collective.
 

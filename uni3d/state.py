@@ -99,12 +99,7 @@ class Inventory:
         return layout
 
     def _held(
-        self,
-        name: str,
-        state: str,
-        tensor: Tensor,
-        savers: Mapping[int, Place] | None,
-        fine_dim: int | None,
+        self, name: str, state: str, tensor: Tensor, savers: Mapping[int, Place] | None, fine_dim: int | None
     ) -> Held:
         """Return the entry of a tensor. `savers=None` is all ranks that have the same stages."""
         key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter and its copy

@@ -177,11 +177,7 @@ class Restorer:
         return changes
 
     def _load_arrays(
-        self,
-        checkpoint: ckpt.Checkpoint,
-        saved: RunManifest,
-        optimizer: Optimizer | None,
-        wanted: Wanted,
+        self, checkpoint: ckpt.Checkpoint, saved: RunManifest, optimizer: Optimizer | None, wanted: Wanted
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
             if not _is_moment(key):
@@ -199,12 +195,7 @@ class Restorer:
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
-                checkpoint,
-                targets,
-                comm=self._comm,
-                strict=wanted.strict,
-                leave=leave,
-                threads=self._threads,
+                checkpoint, targets, comm=self._comm, strict=wanted.strict, leave=leave, threads=self._threads
             )
         except ckpt.CheckpointError:
             if optimizer is not None and fresh:
