@@ -39,7 +39,7 @@ def check_tag(tag: str) -> str:
     Raises:
         ValueError: it can't be a folder's name.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", tag) or tag == LATEST:
+    if not is_tag(tag):
         raise ValueError(
             f"tag {tag!r} can't name a checkpoint: use up to 200 letters, digits, '_', '-' and '.', "
             f"not '.' or '-' first, and not {LATEST!r}"
@@ -72,11 +72,7 @@ def leftover_tag(name: str) -> str | None:
 
 
 def is_tag(name: str) -> bool:
-    try:
-        check_tag(name)
-    except ValueError:
-        return False
-    return True
+    return name != LATEST and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", name) is not None
 
 
 def atom_path(atom: str) -> str:
@@ -165,11 +161,8 @@ def group_document(members: Mapping[str, Json] | None = None) -> Json:
     """Return the `zarr.json` of a group; with `members` (path -> document), consolidated."""
     document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     if members is not None:
-        document["consolidated_metadata"] = {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": dict(members),
-        }
+        inline = {"kind": "inline", "must_understand": False, "metadata": dict(members)}
+        document["consolidated_metadata"] = inline
     return document
 
 
