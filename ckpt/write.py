@@ -83,9 +83,8 @@ class Writer:
         todo = list(writes)
         written = Written()
         self._make_folders(array_path(*w.plan.key) for w in todo)
-        for write, (record, linked) in zip(
-            todo, for_each(self._write_chunk, todo, self._threads), strict=True
-        ):
+        results = for_each(self._write_chunk, todo, self._threads)
+        for write, (record, linked) in zip(todo, results, strict=True):
             path = array_path(*write.plan.key)
             written.chunks.setdefault(path, {})[chunk_key(write.chunk.index)] = record
             written.bytes_linked += linked * record["size"]
@@ -100,9 +99,8 @@ class Writer:
             if first.setdefault(array.key.atom, array.owner) == rank:
                 documents[atom_path(array.key.atom)] = group_document()
             if array.owner == rank:
-                documents[array_path(*array.key)] = array_document(
-                    array.dtype, array.shape, array.chunk_shape
-                )
+                content = array_document(array.dtype, array.shape, array.chunk_shape)
+                documents[array_path(*array.key)] = content
         self._make_folders(documents)
 
         def write(path: str) -> None:
@@ -144,11 +142,8 @@ class Writer:
         if self._base is None:
             return None
         plan, info = write.plan, self._base.arrays.get(write.plan.key)
-        if info is None or (info.dtype, info.shape, info.chunk_shape) != (
-            plan.dtype,
-            plan.shape,
-            plan.chunk_shape,
-        ):
+        kind = plan.dtype, plan.shape, plan.chunk_shape
+        if info is None or (info.dtype, info.shape, info.chunk_shape) != kind:
             return None
         record = info.chunks.get(chunk_key(write.chunk.index))
         if record is None or record["size"] != len(data) + 4:

@@ -94,23 +94,15 @@ def _on_first_rank(
     for i in range(max(counts)):
         name, tensor = next(mine, ("", torch.empty(0)))
         sends = speaks and i < counts[comm.rank]
-        heads = comm.all_gather((name, str(tensor.dtype), tuple(tensor.shape)) if sends else None)
+        heads = comm.all_gather((name, tensor.dtype, tuple(tensor.shape)) if sends else None)
         nothing = np.empty(0, np.uint8)
         outgoing: list[Bytes] = [nothing] * comm.size
         if sends:
             outgoing[0] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        sizes = [_nbytes(head) if comm.rank == 0 else 0 for head in heads]
+        sizes = [math.prod(head[2]) * head[1].itemsize if head and comm.rank == 0 else 0 for head in heads]
         for head, data in zip(heads, comm.exchange(outgoing, sizes), strict=True):
             if head is not None and comm.rank == 0:
-                kind = getattr(torch, head[1].removeprefix("torch."))
-                yield head[0], torch.from_numpy(data.copy()).view(kind).reshape(head[2])
-
-
-def _nbytes(head: tuple[str, str, tuple[int, ...]] | None) -> int:
-    if head is None:
-        return 0
-    kind: torch.dtype = getattr(torch, head[1].removeprefix("torch."))
-    return math.prod(head[2]) * kind.itemsize
+                yield head[0], torch.from_numpy(data.copy()).view(head[1]).reshape(head[2])
 
 
 def _wanted(model: ParallelModel, *, frozen: bool) -> dict[str, bool]:

@@ -31,6 +31,10 @@ class Need(NamedTuple):
         """Bytes on the device."""
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.other
 
+    def row(self) -> dict[str, int]:
+        """Return the fields and the total as JSON has them."""
+        return {**self._asdict(), "total": self.total}
+
 
 def needs(
     source: SavedModel,

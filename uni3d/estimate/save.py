@@ -23,8 +23,8 @@ from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
 from ckpt.gather import Gathering, rounds
 from ckpt.plan import ArrayPlan
 from parallel.degrees import Ranks
-from parallel.placement import balanced_cuts, check_layers
 from uni3d.estimate.gpt import GPTShape, Link
+from uni3d.estimate.job import cut_stages
 
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -85,7 +85,7 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
         ValueError: the model can't be split over them.
     """
     shape.check_tensor_parallel(ranks.tp)
-    stages = cut_stages(shape, ranks.pp)
+    stages = [stage.links for stage in cut_stages(shape, ranks.pp)]
     known: dict[Any, _Tally] = {}
     tallies = []
     for stage, links in enumerate(stages):
@@ -112,17 +112,6 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
 
 
 # --- parts of each rank --------------------------------------------------------------------------------
-
-
-def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
-    """Return the links of each pipeline stage.
-
-    Raises:
-        ValueError: there are fewer links than stages.
-    """
-    links = shape.links
-    check_layers(len(links), pp)
-    return [list(links[a:b]) for a, b in balanced_cuts([link.cost for link in links], pp)]
 
 
 def stage_layout(

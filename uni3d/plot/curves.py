@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from uni3d.plot.figure import COLOURS, GREY, make_figure, plain, renderer_of, size_of
+from uni3d.plot.figure import COLOURS, GREY, make_figure, plain, renderer_of
 from uni3d.plot.metrics import Curve, Mark, Metrics, Point, Resize
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ def _draw_curve(axes: Axes, curve: Curve, stretches: Sequence[Stretch], legend: 
     spacing = _spacing(curve.points)
     marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(curve.points) <= FEW else {}
     for begin, end, colour, ranks in stretches:
-        part = [point for point in curve.points if begin < point[0] <= end]
-        (line,) = axes.plot(*_lines(part, spacing), color=colour, linewidth=2, **marker)
+        xs, ys = _lines([point for point in curve.points if begin < point[0] <= end], spacing)
+        (line,) = axes.plot(xs, ys, color=colour, linewidth=2, **marker)
         if not marker:
-            axes.plot(*_alone(part, spacing), "o", color=colour, markersize=2.5)
+            axes.plot(*_alone(xs, ys), "o", color=colour, markersize=2.5)
         if ranks is not None and (str(ranks) in legend or len(legend) < MOST_NAMED):
             legend.setdefault(str(ranks), line)
     for lost in curve.abandoned:
@@ -129,18 +129,12 @@ def _spacing(points: Sequence[Point]) -> float:
     return median(distances) if distances else math.inf
 
 
-def _breaks(points: Sequence[Point], spacing: float) -> list[bool]:
-    """Return for each point whether the line is broken before it."""
-    pairs = pairwise(points)
-    return [True, *(b - a > GAP * spacing for (a, _), (b, _) in pairs)][: len(points)]
-
-
 def _lines(points: Sequence[Point], spacing: float) -> tuple[list[float], list[float]]:
     """Return x and y of a line, with NaN where it is broken: at gaps, and at values that aren't finite."""
     xs: list[float] = []
     ys: list[float] = []
-    for (x, y), broken in zip(points, _breaks(points, spacing), strict=True):
-        if broken and xs:
+    for x, y in points:
+        if xs and x - xs[-1] > GAP * spacing:
             xs.append(x)
             ys.append(math.nan)
         xs.append(x)
@@ -148,14 +142,11 @@ def _lines(points: Sequence[Point], spacing: float) -> tuple[list[float], list[f
     return xs, ys
 
 
-def _alone(points: Sequence[Point], spacing: float) -> tuple[list[float], list[float]]:
-    """Return the points without a neighbour, which a line doesn't show."""
-    ends = [not math.isfinite(y) for _, y in points]
-    broken = _breaks(points, spacing)
-    before = [broken[i] or i == 0 or ends[i - 1] for i in range(len(points))]
-    after = [i + 1 == len(points) or broken[i + 1] or ends[i + 1] for i in range(len(points))]
-    alone = [p for p, end, b, a in zip(points, ends, before, after, strict=True) if b and a and not end]
-    return [x for x, _ in alone], [y for _, y in alone]
+def _alone(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the points of a line that have no neighbour, which it doesn't show."""
+    known = [False, *map(math.isfinite, ys), False]
+    alone = [i for i in range(len(ys)) if known[i + 1] and not known[i] and not known[i + 2]]
+    return [xs[i] for i in alone], [ys[i] for i in alone]
 
 
 def _set_scale(axes: Axes, curve: Curve) -> None:
@@ -186,18 +177,19 @@ def _label_topologies(figure: Figure, axes: Axes, stretches: Sequence[Stretch]) 
     for begin, _, colour, ranks in stretches:
         if ranks is None or ranks in labelled:
             continue
-        probe = figure.text(0, 0, topology_label(ranks), fontsize=LABEL_SIZE)
-        width, _ = size_of(probe, renderer)
-        probe.remove()
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(
+            topology_label(ranks), (0, 1), (0, 4), fontsize=LABEL_SIZE, color=colour, **place
+        )
+        width = text.get_window_extent(renderer).width
         start = axes.transData.transform((begin, 0))[0] if math.isfinite(begin) else box.x0
         left = min(start, box.x1 - width)
         if left < free:
+            text.remove()
             continue
         labelled.add(ranks)
         free = left + width + 8 * point
-        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        x = (left - box.x0) / box.width
-        axes.annotate(topology_label(ranks), (x, 1), (0, 4), fontsize=LABEL_SIZE, color=colour, **place)
+        text.xy = (left - box.x0) / box.width, 1
     return labelled
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Distinguishable for colour-blind readers too (Okabe and Ito 2008)."""
@@ -62,12 +61,6 @@ def renderer_of(figure: Figure) -> RendererBase:
     assert isinstance(canvas, FigureCanvasAgg), "make_figure sets the canvas"
     renderer: RendererBase = canvas.get_renderer()  # type: ignore[no-untyped-call]
     return renderer
-
-
-def size_of(text: Text, renderer: RendererBase) -> tuple[float, float]:
-    """Return a text's width and height in pixels."""
-    box = text.get_window_extent(renderer)
-    return box.width, box.height
 
 
 def check_output(path: Path, force: bool) -> None:

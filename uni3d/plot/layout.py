@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from uni3d.plot.figure import COLOURS, GREY, make_figure, renderer_of, size_of
+from uni3d.plot.figure import COLOURS, GREY, make_figure, renderer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,18 +101,13 @@ def _prepare(
     axes.set_ylim(rows, 0)  # downwards, as matrices are written
     axes.set_title(side.title, fontsize=11, loc="left")
     axes.set_xticks(_ticks({0, columns, *(e for _, _, c, n in boxes for e in (c, c + n))}, columns))
-    axes.set_xlabel(
-        "\n".join([_extent(dims[-1], columns) if dims else "a single number", *side.notes]), loc="left"
-    )
+    extent = f"dim {dims[-1]} ({columns:,})" if dims else "a single number"
+    axes.set_xlabel("\n".join([extent, *side.notes]), loc="left")
     axes.set_yticks([])
     if len(dims) == 2:
         axes.set_yticks(_ticks({0, rows, *(e for r, n, _, _ in boxes for e in (r, r + n))}, rows))
-        axes.set_ylabel(_extent(dims[0], rows))
+        axes.set_ylabel(f"dim {dims[0]} ({rows:,})")
     axes.tick_params(labelsize=8)
-
-
-def _extent(dim: int, size: int) -> str:
-    return f"dim {dim} ({size:,})"
 
 
 def _ticks(edges: set[int], size: int) -> list[int]:
@@ -145,7 +140,8 @@ class _Panel:
             tensor, part = held_by[0] % ranks.tp, held_by[0] % ranks.of_a_stage // ranks.tp
             hue, shade = (tensor, part) if by_tensor else (part, 0)
             self._fill(box, _mixed(COLOURS[hue % len(COLOURS)], (0.45, 0.65)[shade % 2]))
-            self._label(box, name_ranks(held_by), _size(box, strip))
+            size = str(box[3]) if strip else f"{box[1]} x {box[3]}"
+            self._label(box, name_ranks(held_by), size)
 
     def _fill(self, box: Rectangle, colour: tuple[float, float, float]) -> None:
         from matplotlib.patches import Rectangle as Patch
@@ -155,25 +151,20 @@ class _Panel:
         patch = Patch((left, first), columns, rows, facecolor=colour, edgecolor="white", linewidth=line)
         self._axes.add_patch(patch)
 
-    def _label(self, box: Rectangle, name: str, size: str) -> None:
+    def _label(self, box: Rectangle, name: str, part: str) -> None:
         """Write the ranks and the size of their part, or the ranks alone, as large as fits."""
         first, rows, left, columns = box
         if (rows, columns) in self._too_small:
             return
         x, y = left + columns / 2, first + rows / 2
-        for words in (f"{name}\n{size}", name):
+        for words in (f"{name}\n{part}", name):
             for points in SIZES:
                 text = self._axes.text(x, y, words, fontsize=points, ha="center", va="center")
-                wide, high = size_of(text, self._renderer)
-                if wide < 0.94 * columns * self._column and high < 0.94 * rows * self._row:
+                size = text.get_window_extent(self._renderer)
+                if size.width < 0.94 * columns * self._column and size.height < 0.94 * rows * self._row:
                     return
                 text.remove()
         self._too_small.add((rows, columns))
-
-
-def _size(box: Rectangle, strip: bool) -> str:
-    _, rows, _, columns = box
-    return str(columns) if strip else f"{rows} x {columns}"
 
 
 def _cut_by_tensor(ranks: Ranks, boxes: Mapping[Rectangle, Sequence[int]]) -> bool:
