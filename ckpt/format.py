@@ -34,11 +34,7 @@ Json = dict[str, Any]
 
 
 def check_tag(tag: str) -> str:
-    """Return the tag.
-
-    Raises:
-        ValueError: it can't be a folder's name.
-    """
+    """Return the tag; raises ValueError if it can't be a folder's name."""
     if not is_tag(tag):
         raise ValueError(
             f"tag {tag!r} can't name a checkpoint: use up to 200 letters, digits, '_', '-' and '.', "
@@ -48,11 +44,7 @@ def check_tag(tag: str) -> str:
 
 
 def check_same_tag(tags: Sequence[str]) -> None:
-    """Check that all ranks were given the same tag, and that it can name a checkpoint.
-
-    Raises:
-        CheckpointError: it can't, or the tags differ.
-    """
+    """Raises CheckpointError if the ranks were given different tags, or one that can't name a checkpoint."""
     if len(set(tags)) > 1:
         raise CheckpointError(
             f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"

@@ -17,9 +17,6 @@ from ckpt.read import Checkpoint, pieces
 from ckpt.shards import ArrayKey, Shard
 from ckpt.threads import cores, for_each
 
-Target = Shard
-"""A rank's part of an array, whose memory a load fills."""
-
 
 @dataclass(kw_only=True)
 class LoadReport:
@@ -43,7 +40,7 @@ class LoadReport:
 
 def load(
     checkpoint: Checkpoint,
-    targets: Sequence[Target],
+    targets: Sequence[Shard],
     *,
     comm: Comm,
     strict: bool = True,
@@ -75,7 +72,7 @@ def load(
 
 def _compare(
     checkpoint: Checkpoint,
-    targets: Sequence[Target],
+    targets: Sequence[Shard],
     everyone: set[ArrayKey],
     strict: bool,
     leave: Callable[[ArrayKey], str | None],
@@ -114,7 +111,7 @@ def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
     return set().union(*comm.all_gather(wanted if speaks else set()))
 
 
-def _read_all(checkpoint: Checkpoint, targets: Sequence[Target], threads: int | None) -> int:
+def _read_all(checkpoint: Checkpoint, targets: Sequence[Shard], threads: int | None) -> int:
     """Read every piece of every target, with a few threads; return the bytes read."""
     jobs = [
         (piece, target.data)

@@ -14,14 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckpt import CheckpointError
+from ckpt import Checkpoint, CheckpointError
 from parallel.degrees import Ranks
 from uni3d.version import __version__
-
-if TYPE_CHECKING:
-    from ckpt import Checkpoint
 
 SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
 """Copied into every checkpoint; extracts the weights without this package."""

@@ -81,7 +81,11 @@ class Inventory:
             wanted = optimizer if with_states is None or first in with_states else None
             for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
                 if isinstance(value, Tensor) and value.ndim > 0:
-                    _check_has_placement(name, key, parameter, value)
+                    if not isinstance(value, DTensor) and _is_sharded(parameter):
+                        raise CheckpointError(
+                            f"the optimizer's {key!r} of {name} is a plain tensor, but the parameter is "
+                            "sharded; use an optimizer that creates its states by zeros_like(parameter)"
+                        )
                     fine = fine_dim if value.shape == parameter.shape else None
                     arrays.append(self._held(first, key, value, savers, fine))
         saver = self._stage.ranks[0]  # copies may differ between ranks: dp and tp rank 0 saves its own
@@ -175,14 +179,6 @@ def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but
     for name, parameter in model.module.named_parameters():
         if model.first_name(name) not in but:
             optimizer.state.pop(parameter, None)
-
-
-def _check_has_placement(name: str, key: str, parameter: Tensor, value: Tensor) -> None:
-    if not isinstance(value, DTensor) and _is_sharded(parameter):
-        raise CheckpointError(
-            f"the optimizer's {key!r} of {name} is a plain tensor, but the parameter is sharded; use an "
-            "optimizer that creates its states by zeros_like(parameter)"
-        )
 
 
 def _is_sharded(parameter: Tensor) -> bool:

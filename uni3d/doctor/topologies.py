@@ -13,7 +13,8 @@ from parallel.settings import Settings
 from uni3d.config import Config, load_config
 from uni3d.config.batch import nearest_batch
 from uni3d.config.settings import parallel_settings
-from uni3d.doctor.memory import Known, Need, most, needs
+from uni3d.doctor.memory import Known, Need, states
+from uni3d.estimate.job import settings_of
 from uni3d.estimate.saved import USUAL, RefusedDegree, SavedModel
 from uni3d.estimate.search import factorizations
 
@@ -185,10 +186,8 @@ class Fitter:
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
         """Return a rank's share, with a micro batch as close as possible to the config's, or None."""
-        if self.batch is None:
-            return Batch(0, None, None)
-        share = self.batch // dp
-        if self.config is None:
+        share = 0 if self.batch is None else self.batch // dp
+        if self.batch is None or self.config is None:
             return Batch(share, None, None)
         micro = self.config.train_micro_batch_size_per_gpu
         steps = self.config.gradient_accumulation_steps
@@ -208,13 +207,9 @@ class Fitter:
     def _need(self, ranks: Ranks, batch: Batch) -> Need:
         """Return the memory of the rank that needs most."""
         config, steps = self.config, batch.accumulation or 2  # unknown micro batches count as several
-        held = most(
-            needs(self.source, ranks, self.settings, shard_group=self.shard_group, accumulation=steps)
-        )
+        held = states(self.source, ranks, self.settings, ranks.shards(self.shard_group), steps)
         if self.known is None or config is None or batch.micro is None:
             return held
-        from uni3d.estimate.job import settings_of
-
         triad = {
             "train_batch_size": self.batch,
             "train_micro_batch_size_per_gpu": batch.micro,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import ckpt
+from ckpt.checksums import Blocks
+from ckpt.read import pieces
 from parallel.degrees import Ranks
 from parallel.settings import Settings
 from uni3d.estimate.saved import BUFFER, PARAMETER, SavedModel, StageArray
-
-if TYPE_CHECKING:
-    import ckpt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,6 @@ def reads(
     Raises:
         CheckpointError: the manifest has no record of a chunk.
     """
-    from ckpt.checksums import Blocks
-    from ckpt.read import pieces
-
     shards, n = ranks.shards(shard_group), ranks.of_a_stage
     known: dict[Any, list[tuple[int, int]]] = {}
 

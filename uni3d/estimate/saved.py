@@ -13,9 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ckpt.read import WEIGHT_STATES
+import ckpt
+from ckpt.read import WEIGHT_STATES, ArrayInfo
 from parallel.combinations import pipeline_refusal
 from parallel.degrees import Ranks
 from parallel.placement import Placement, balanced_cuts
@@ -31,11 +32,7 @@ from parallel.tp_styles import (
 )
 from uni3d.estimate.save import part_boxes
 from uni3d.estimate.zero import largest_part
-
-if TYPE_CHECKING:
-    import ckpt
-    from ckpt.read import ArrayInfo
-    from uni3d.manifest import RunManifest
+from uni3d.manifest import RunManifest
 
 PARAMETER, BUFFER = WEIGHT_STATES
 """State names of a parameter's and a buffer's own value."""

@@ -8,14 +8,13 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from uni3d.plot.figure import COLOURS, GREY, make_figure, plain, renderer_of
+from parallel.degrees import Ranks
+from uni3d.plot.figure import COLOURS, GREY, make_figure, plain
 from uni3d.plot.metrics import Curve, Mark, Metrics, Point, Resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from parallel.degrees import Ranks
 
 PANELS = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
 X_LABELS = {"step": "optimizer step", "samples": "samples"}
@@ -32,7 +31,7 @@ ABANDONED = "abandoned: repeated from an earlier checkpoint"
 NOT_FINITE = "NaN or infinite"
 CHECKPOINT = "checkpoint"
 
-Stretch = tuple[float, float, str, "Ranks | None"]
+Stretch = tuple[float, float, str, Ranks | None]
 """Begin and end of a topology on the x axis, its colour, and the topology, if known."""
 
 
@@ -63,15 +62,17 @@ def draw_curves(
     if "grad_norm" in shown:
         _set_scale(panels[shown.index("grad_norm")], metrics.curves["grad_norm"])
     if compared is not None and "loss" in shown:
-        _draw_compared(panels[shown.index("loss")], *compared, legend)
+        other, points = compared[0], compared[1].curves["loss"].points
+        style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 3}
+        (legend[other],) = panels[shown.index("loss")].plot(*_lines(points, _spacing(points)), **style)
     _mark_checkpoints(panels[-1], marks, xs, legend)
     figure.align_ylabels(list(panels))
     panels[-1].set_xlabel(X_LABELS[metrics.x])
     figure.suptitle(_title(name, shown, resizes))
     for ranks in _label_topologies(figure, panels[0], stretches):
         legend.pop(str(ranks), None)
-    style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
-    figure.legend(list(legend.values()), list(legend), ncols=3, **style)
+    below: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
+    figure.legend(list(legend.values()), list(legend), ncols=3, **below)
     return figure
 
 
@@ -115,12 +116,6 @@ def _draw_curve(axes: Axes, curve: Curve, stretches: Sequence[Stretch], legend: 
         style: dict[str, Any] = {"markersize": 6, "markeredgewidth": 1.5, "color": "black", "clip_on": False}
         (crosses,) = axes.plot(bad, [1.0] * len(bad), "x", transform=above, **style)
         legend.setdefault(NOT_FINITE, crosses)
-
-
-def _draw_compared(axes: Axes, name: str, metrics: Metrics, legend: dict[str, Any]) -> None:
-    points = metrics.curves["loss"].points
-    style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 3}
-    (legend[name],) = axes.plot(*_lines(points, _spacing(points)), **style)
 
 
 def _spacing(points: Sequence[Point]) -> float:
@@ -171,8 +166,8 @@ def _label_topologies(figure: Figure, axes: Axes, stretches: Sequence[Stretch]) 
     A label starts where its stretch does, or ends at the right edge of the axes. One that would run into the
     label before it is left out.
     """
-    renderer, point = renderer_of(figure), figure.dpi / 72
-    box, free = axes.get_window_extent(renderer), -math.inf
+    figure.draw_without_rendering()  # lays it out
+    box, free, point = axes.get_window_extent(), -math.inf, figure.dpi / 72
     labelled: set[Ranks] = set()
     for begin, _, colour, ranks in stretches:
         if ranks is None or ranks in labelled:
@@ -181,7 +176,7 @@ def _label_topologies(figure: Figure, axes: Axes, stretches: Sequence[Stretch]) 
         text = axes.annotate(
             topology_label(ranks), (0, 1), (0, 4), fontsize=LABEL_SIZE, color=colour, **place
         )
-        width = text.get_window_extent(renderer).width
+        width = text.get_window_extent().width
         start = axes.transData.transform((begin, 0))[0] if math.isfinite(begin) else box.x0
         left = min(start, box.x1 - width)
         if left < free:

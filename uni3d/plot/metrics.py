@@ -1,4 +1,4 @@
-"""Read a run's curves from its metrics files, and its checkpoints as marks on them. No torch, no numpy.
+"""Read a run's curves from its metrics files, and its checkpoints as marks on them. Loads no torch.
 
 Two kinds of metrics files are read: JSON lines, one object per step, as `examples/megatron_gpt/train.py`
 writes them; and DeepSpeed's CSV files, one per curve, as `uni3d.observe.monitors` writes them.
@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ckpt import CheckpointError, committed_tags, open_store
+from ckpt.format import MANIFEST, decode_manifest
+from ckpt.stores import Store
+from parallel.degrees import Ranks
 from uni3d.manifest import RunManifest
-
-if TYPE_CHECKING:
-    from ckpt.stores import Store
-    from parallel.degrees import Ranks
 
 JSON_LINES = "metrics.jsonl"
 """Name of the metrics file in a run's folder. `RUN.jsonl` beside the folder is read too."""
@@ -155,8 +155,6 @@ def read_metrics(sources: Sequence[str]) -> Metrics:
 
 def _files(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the name and text of each file."""
-    from ckpt import open_store
-
     for source in sources:
         folder, name = _folder_and_name(source)
         inner = open_store(source)
@@ -168,8 +166,6 @@ def _files(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _folder_and_name(path: str) -> tuple[Store, str]:
-    from ckpt import open_store
-
     folder, separator, name = path.rpartition("/")
     return open_store(folder or ("/" if separator else ".")), name
 
@@ -223,8 +219,6 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _ranks(row: Mapping[str, Any]) -> Ranks | None:
-    from parallel.degrees import Ranks
-
     try:
         return Ranks(**{axis: int(row[axis]) for axis in ("pp", "dp", "tp", "zero")})
     except (KeyError, TypeError, ValueError):
@@ -265,9 +259,6 @@ def read_marks(run: Store, x: str) -> tuple[list[Mark], list[str]]:
 
     `x` is the unit of the x axis, "step" or "samples".
     """
-    from ckpt import CheckpointError, committed_tags
-    from ckpt.format import MANIFEST, decode_manifest
-
     marks, problems = [], []
     for tag in committed_tags(run):
         where = run.where(f"{tag}/{MANIFEST}")
