@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -28,15 +27,13 @@ from ckpt.format import (
     itemsize,
     numpy_dtype,
 )
-from ckpt.shards import ArrayKey
+from ckpt.shards import Array, ArrayKey
 from ckpt.stores import Store, open_store
 from ckpt.tags import read_latest, there_are
 from ckpt.threads import Scratch
 
-WEIGHT_STATES = ("fp32", "value")
+WEIGHT_STATES = PARAMETER, BUFFER = "fp32", "value"
 """States that are a tensor's own value: a parameter in fp32, a buffer in its own type."""
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)

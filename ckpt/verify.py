@@ -16,13 +16,10 @@ from functools import partial
 from urllib.parse import unquote
 
 from ckpt.box import Box, grid
-from ckpt.checksums import Blocks, crc32c
+from ckpt.checksums import CHECKSUM_BYTES, Blocks, crc32c
 from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
 from ckpt.read import ArrayInfo, Checkpoint
 from ckpt.threads import Scratch, cores, for_each
-
-_CHECKSUM = 4
-"""Size of the checksum at the end of a chunk's file, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +178,7 @@ class _Verifier:
         """Return the chunk's checksums; None if its record doesn't fit a chunk of `size` bytes."""
         try:
             blocks, checksum = Blocks.of_record(record), int(record["crc32c"], 16)
-            fits = record["size"] == size + _CHECKSUM and blocks.count == -(-size // blocks.size)
+            fits = record["size"] == size + CHECKSUM_BYTES and blocks.count == -(-size // blocks.size)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
         return blocks if fits and blocks.sum(blocks.count - 1) == checksum else None
@@ -193,7 +190,7 @@ class _Verifier:
         damaged: list[int] = []
         for begin in range(0, size, window):
             length = min(window, size - begin)
-            tail = _CHECKSUM if begin + length == size else 0
+            tail = CHECKSUM_BYTES if begin + length == size else 0
             # Ask for one byte too many at the end, which finds a file that is too long without another call.
             buffer = self._scratch.take(length + tail + bool(tail)).data
             try:
@@ -205,12 +202,12 @@ class _Verifier:
             data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
             damaged += _damaged(blocks, data, begin // blocks.size)
             if got < length + tail:
-                faults.append(f"is cut short at {begin + got} of {size + _CHECKSUM} bytes")
+                faults.append(f"is cut short at {begin + got} of {size + CHECKSUM_BYTES} bytes")
                 break
             if tail and int.from_bytes(buffer[length : length + tail], "little") != checksum:
                 faults.append("doesn't end with its checksum")
             if got > length + tail:
-                faults.append(self._too_long(path, size + _CHECKSUM))
+                faults.append(self._too_long(path, size + CHECKSUM_BYTES))
         if damaged:
             first = f"the first at byte {damaged[0] * blocks.size}"
             faults.insert(0, f"is damaged in {len(damaged)} of {blocks.count} blocks, {first}")

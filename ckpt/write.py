@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt.box import Box
-from ckpt.checksums import Summing, crc32c
+from ckpt.checksums import CHECKSUM_BYTES, Summing, crc32c
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     ZARR,
@@ -27,10 +25,9 @@ from ckpt.format import (
 )
 from ckpt.plan import ArrayPlan, Chunk, Plan
 from ckpt.read import Checkpoint
+from ckpt.shards import Array
 from ckpt.stores import Store
 from ckpt.threads import for_each
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +143,7 @@ class Writer:
         if info is None or (info.dtype, info.shape, info.chunk_shape) != kind:
             return None
         record = info.chunks.get(chunk_key(write.chunk.index))
-        if record is None or record["size"] != len(data) + 4:
+        if record is None or record["size"] != len(data) + CHECKSUM_BYTES:
             return None
         first: str = (record["running"] if "running" in record else record["crc32c"])[:8]
         return record if crc32c(data[: summing.block]) == int(first, 16) else None

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import Checkpoint, CheckpointError
+from ckpt.format import Json
 from parallel.degrees import Ranks
 from uni3d.version import __version__
 
 SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
 """Copied into every checkpoint; extracts the weights without this package."""
-
-Json = dict[str, Any]
 
 _AXES = ("pp", "dp", "tp")
 _JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an object", list: "a list"}
@@ -55,13 +54,8 @@ class WriterRecord:
             return None
 
     def document(self) -> Json:
-        document: Json = {"uni3d": self.uni3d}
-        if self.imported is None:
-            document["torch"] = self.torch
-        document |= {"topology": dict(self.topology), "zero_stage": self.zero_stage}
-        if self.imported is not None:
-            return document | {"imported": self.imported}
-        return document | {"shard_group": self.shard_group, "layers": self.layers}
+        without = {"imported"} if self.imported is None else {"torch", "shard_group", "layers"}
+        return {key: value for key, value in vars(self).items() if key not in without}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +174,7 @@ class RunManifest:
             model, more = whole.model, other.model
             left_out = model.left_out
             if left_out is not None:  # a tied weight may be on both stages
-                left_out = [*left_out, *(name for name in more.left_out or [] if name not in left_out)]
+                left_out = list(dict.fromkeys([*left_out, *(more.left_out or [])]))
             model = replace(
                 model,
                 requires_grad={**model.requires_grad, **more.requires_grad},

@@ -18,13 +18,11 @@ from torch.distributed.tensor import DTensor
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
-from ckpt.read import WEIGHT_STATES
+from ckpt.read import BUFFER
+from ckpt.read import PARAMETER as PARAMETER
 from parallel import ParallelModel
 from parallel.dtensor_layout import Place, StageLayout, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
-
-PARAMETER, BUFFER = WEIGHT_STATES
-"""State names of a parameter's and a buffer's own value."""
 
 _NOBODY: Mapping[int, Place] = {}
 

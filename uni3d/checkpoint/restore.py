@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
+from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
@@ -215,7 +216,7 @@ class Restorer:
 
 
 def _is_moment(key: ckpt.ArrayKey) -> bool:
-    return key.state not in (state.PARAMETER, state.BUFFER)
+    return key.state not in WEIGHT_STATES
 
 
 def _given(scheduler: LRScheduler) -> GivenScheduler:

@@ -157,13 +157,8 @@ def _recommended(
 ) -> dict[str, Any]:
     """Return a topology with its config, its memory, and the reads of its ranks."""
     ranks, batch = topology.ranks, topology.batch
-    config: dict[str, Any] = {} if fitter.batch is None else {"train_batch_size": fitter.batch}
-    if batch.micro is not None:
-        config |= {
-            "train_micro_batch_size_per_gpu": batch.micro,
-            "gradient_accumulation_steps": batch.accumulation,
-        }
-    config |= {
+    config = {
+        **batch.config(fitter.batch),
         "parallel": {"pp": ranks.pp, "dp": ranks.dp, "tp": ranks.tp},
         "zero_optimization": {"stage": ranks.zero},
     }

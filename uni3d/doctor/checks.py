@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckpt import Checkpoint
+from ckpt.format import Json
 from ckpt.read import WEIGHT_STATES
 from parallel.combinations import combination_refusal
 from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
 from uni3d.config.settings import parallel_settings
-from uni3d.manifest import Json, RunManifest
+from uni3d.manifest import RunManifest
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
 
 _PEAKS = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")

@@ -33,6 +33,15 @@ class Batch(NamedTuple):
     """Size of a micro batch, or None without a config."""
     accumulation: int | None
 
+    def config(self, samples: int | None) -> dict[str, int]:
+        """Return the keys of a config for a global batch of `samples`, as far as they are known."""
+        triad = {
+            "train_batch_size": samples,
+            "train_micro_batch_size_per_gpu": self.micro,
+            "gradient_accumulation_steps": self.accumulation,
+        }
+        return {key: number for key, number in triad.items() if number is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -210,12 +219,8 @@ class Fitter:
         held = states(self.source, ranks, self.settings, ranks.shards(self.shard_group), steps)
         if self.known is None or config is None or batch.micro is None:
             return held
-        triad = {
-            "train_batch_size": self.batch,
-            "train_micro_batch_size_per_gpu": batch.micro,
-            "gradient_accumulation_steps": steps,
-        }
-        return self.known.need(held, ranks, settings_of(config.model_copy(update=triad), ranks.dp))
+        sized = config.model_copy(update=batch.config(self.batch))
+        return self.known.need(held, ranks, settings_of(sized, ranks.dp))
 
 
 def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:

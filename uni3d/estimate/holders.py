@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import ckpt
 from ckpt.checksums import Blocks
-from ckpt.read import pieces
+from ckpt.read import WEIGHT_STATES, pieces
 from parallel.degrees import Ranks
 from parallel.settings import Settings
-from uni3d.estimate.saved import BUFFER, PARAMETER, SavedModel, StageArray
+from uni3d.estimate.saved import SavedModel, StageArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def resumed(source: SavedModel, ranks: Ranks) -> Holders:
 
 def _weights(parts: Sequence[StageArray]) -> dict[str, StageArray]:
     """Return the arrays of parameters and buffers by atom, without optimizer states."""
-    return {part.info.key.atom: part for part in parts if part.info.key.state in (PARAMETER, BUFFER)}
+    return {part.info.key.atom: part for part in parts if part.info.key.state in WEIGHT_STATES}
 
 
 class Reads(NamedTuple):

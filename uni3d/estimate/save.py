@@ -9,7 +9,6 @@ and on ranks relative to the stage's first.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import Any, NamedTuple
 
 from ckpt import ArrayKey, ArrayLayout, Box, Plan, plan_arrays
 from ckpt.box import around
-from ckpt.checksums import block_bytes
-from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
+from ckpt.checksums import CHECKSUM_BYTES, block_bytes, chunk_record
+from ckpt.format import ZARR, array_path, atom_path, chunk_key, encode_document, itemsize
 from ckpt.gather import rounds
 from ckpt.plan import ArrayPlan
 from parallel.degrees import Ranks
@@ -29,9 +28,6 @@ from uni3d.estimate.job import cut_stages
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """States that a save with AdamW writes."""
-
-CHECKSUM_BYTES = 4
-"""Bytes of the checksum at the end of each chunk's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +216,9 @@ def _brought(array: ArrayPlan) -> dict[int, int]:
 
 
 def _record(chunk_bytes: int) -> str:
-    """Return a chunk's record in the manifest (`ckpt.checksums`), with zeros for its checksums."""
-    block = block_bytes(chunk_bytes)
-    record: dict[str, Any] = {"size": chunk_bytes + CHECKSUM_BYTES, "crc32c": "0" * 8}
-    if chunk_bytes > block:
-        record |= {"block": block, "running": "0" * 8 * -(-chunk_bytes // block)}
-    return json.dumps(record, separators=(",", ":"))
+    """Return a chunk's record in the manifest, with zeros for its checksums."""
+    blocks = -(-chunk_bytes // block_bytes(chunk_bytes))
+    return encode_document(chunk_record(chunk_bytes, [0] * blocks)).decode()
 
 
 def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:

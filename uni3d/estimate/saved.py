@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 import ckpt
-from ckpt.read import WEIGHT_STATES, ArrayInfo
+from ckpt.read import PARAMETER, WEIGHT_STATES, ArrayInfo
 from parallel.combinations import pipeline_refusal
 from parallel.degrees import Ranks
 from parallel.placement import Placement, balanced_cuts
@@ -33,9 +33,6 @@ from parallel.tp_styles import (
 from uni3d.estimate.save import part_boxes
 from uni3d.estimate.zero import largest_part
 from uni3d.manifest import RunManifest
-
-PARAMETER, BUFFER = WEIGHT_STATES
-"""State names of a parameter's and a buffer's own value."""
 
 USUAL = Settings()
 """Settings of a run with an unknown config."""
@@ -101,7 +98,7 @@ class SavedModel:
         """Shapes of the parameters and buffers, by atom."""
         for key, info in arrays.items():
             self._states[key.atom].append(info)
-            if key.state in (PARAMETER, BUFFER):
+            if key.state in WEIGHT_STATES:
                 self.shapes[key.atom] = info.shape
         self._frozen = {name for name, trains in manifest.model.requires_grad.items() if not trains}
         self.declared = manifest.model.declared

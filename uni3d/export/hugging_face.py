@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
+from ckpt.format import Json
 from uni3d.export.new_folder import new_folder
 from uni3d.manifest import RunManifest
 from uni3d.name_map import NameMap
 from uni3d.zero_to_fp32 import write_files
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
