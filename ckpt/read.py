@@ -230,18 +230,16 @@ class Checkpoint:
         try:
             got = self.store.read_into(self.path(path), buffer, begin)
         except OSError as error:
-            raise CheckpointError(
-                f"{piece.name}: {self.where(path)} can't be read ({error.strerror or error}); use another tag"
-            ) from None
-        if got != len(buffer):
-            raise CheckpointError(
-                f"{piece.name}: {self.where(path)} is cut short at {begin + got} bytes; use another tag"
-            )
-        damaged = blocks.first_damaged(buffer, begin // blocks.size)
-        if damaged is not None:
-            raise CheckpointError(
-                f"{piece.name}: {self.where(path)} is damaged (checksum of block {damaged}); use another tag"
-            )
+            fault = f"can't be read ({error.strerror or error})"
+        else:
+            if got == len(buffer):
+                damaged = blocks.first_damaged(buffer, begin // blocks.size)
+                if damaged is None:
+                    return
+                fault = f"is damaged (checksum of block {damaged})"
+            else:
+                fault = f"is cut short at {begin + got} bytes"
+        raise CheckpointError(f"{piece.name}: {self.where(path)} {fault}; use another tag")
 
 
 @dataclass(frozen=True, slots=True)

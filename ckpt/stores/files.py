@@ -126,14 +126,30 @@ def _reports_errors(release: str) -> bool:
     return [int(n) for n in re.findall(r"\d+", release)[:2]] >= [5, 8]
 
 
-def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
-    """Replace a small file in one step: readers see the old content or the new, never a part."""
+@contextmanager
+def new_file(path: Path, *, durable: bool) -> Iterator[int]:
+    """Yield the descriptor of a file that gets its name when it is whole: if the block fails, it is deleted.
+
+    With `durable`, the file is on the disk before it is renamed, and its folder after it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # left by a process that was killed just here
-    write_file(temporary, [content], durable=durable)
-    os.rename(temporary, path)
+    try:
+        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+            yield fd
+            if durable:
+                os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     if durable:
         sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+    """Replace a small file in one step: readers see the old content or the new, never a part."""
+    with new_file(path, durable=durable) as fd:
+        _write_all(fd, [memoryview(content)])
 
 
 def exchange_folders(a: Path, b: Path) -> None:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from parallel.degrees import Ranks
-from uni3d.plot.figure import COLOURS, GREY, make_figure, plain
+from uni3d.plot.figure import COLOURS, GREY, make_figure
 from uni3d.plot.metrics import Curve, Mark, Metrics, Point, Resize
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def draw_curves(
         axes.set_ylabel(PANELS[key])
         for begin, *_ in stretches[1:]:
             axes.axvline(begin, color=GREY, linewidth=1, linestyle=":")
-        plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.01)
     if "grad_norm" in shown:
         _set_scale(panels[shown.index("grad_norm")], metrics.curves["grad_norm"])
     if compared is not None and "loss" in shown:
