@@ -46,9 +46,8 @@ def check_tag(tag: str) -> str:
 def check_same_tag(tags: Sequence[str]) -> None:
     """Raises CheckpointError if the ranks were given different tags, or one that can't name a checkpoint."""
     if len(set(tags)) > 1:
-        raise CheckpointError(
-            f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
-        )
+        given = ", ".join(sorted(set(tags)))
+        raise CheckpointError(f"the ranks were asked to save different tags: {given}; use one")
     try:
         check_tag(tags[0])
     except ValueError as error:

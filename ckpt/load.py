@@ -17,6 +17,8 @@ from ckpt.read import Checkpoint, pieces
 from ckpt.shards import ArrayKey, Shard
 from ckpt.threads import cores, for_each
 
+Leave = Callable[[ArrayKey], str | None]
+
 
 @dataclass(kw_only=True)
 class LoadReport:
@@ -44,7 +46,7 @@ def load(
     *,
     comm: Comm,
     strict: bool = True,
-    leave: Callable[[ArrayKey], str | None] = lambda key: None,
+    leave: Leave = lambda key: None,
     threads: int | None = None,
 ) -> LoadReport:
     """Fill this rank's `targets` from the checkpoint. Collective.
@@ -60,8 +62,7 @@ def load(
         PartialLoadError: data is damaged; the same on all ranks, and targets may have changed.
     """
     everyone = _wanted_by_all({t.spec.key for t in targets}, comm)
-    report = LoadReport(tag=checkpoint.tag)
-    agreed(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
+    report = agreed(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave))
     there = [t for t in targets if t.spec.key in checkpoint.arrays]
     try:
         report.bytes_read = agreed(comm, lambda: _read_all(checkpoint, there, threads))
@@ -71,14 +72,9 @@ def load(
 
 
 def _compare(
-    checkpoint: Checkpoint,
-    targets: Sequence[Shard],
-    everyone: set[ArrayKey],
-    strict: bool,
-    leave: Callable[[ArrayKey], str | None],
-    report: LoadReport,
-) -> None:
-    """Fill the report; raise if the load can't go ahead. `everyone` holds the targets' keys of all ranks."""
+    checkpoint: Checkpoint, targets: Sequence[Shard], everyone: set[ArrayKey], strict: bool, leave: Leave
+) -> LoadReport:
+    """Return the report; raise if the load can't go ahead. `everyone` has the targets' keys of all ranks."""
     there = checkpoint.arrays
     for target in targets:
         info = there.get(target.spec.key)
@@ -88,13 +84,13 @@ def _compare(
                 f"but the model's is {target.spec.dtype}{list(target.spec.shape)}; "
                 "load it into the model that was saved"
             )
-    report.restored = sorted("/".join(key) for key in everyone & there.keys())
+    restored = sorted("/".join(key) for key in everyone & there.keys())
     missing = sorted("/".join(key) for key in everyone - there.keys())
-    report.defaulted = dict.fromkeys(missing, "not in the checkpoint")
+    defaulted = dict.fromkeys(missing, "not in the checkpoint")
     reasons = {"/".join(key): leave(key) for key in sorted(there.keys() - everyone)}
     unexpected = [name for name, reason in reasons.items() if reason is None]
-    report.dropped = dict.fromkeys(unexpected, "not in the model or its optimizer")  # shown first
-    report.dropped |= {name: reason for name, reason in reasons.items() if reason is not None}
+    dropped = dict.fromkeys(unexpected, "not in the model or its optimizer")  # shown first
+    dropped |= {name: reason for name, reason in reasons.items() if reason is not None}
     if strict and (missing or unexpected):
         problems = [f"{checkpoint.url} doesn't fit the model and optimizer"]
         if missing:
@@ -102,6 +98,7 @@ def _compare(
         if unexpected:
             problems.append(f"{len(unexpected)} unexpected in the checkpoint: {_some(unexpected)}")
         raise CheckpointError("; ".join(problems))
+    return LoadReport(tag=checkpoint.tag, restored=restored, defaulted=defaulted, dropped=dropped)
 
 
 def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:

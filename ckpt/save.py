@@ -256,13 +256,8 @@ def _finish(
             pruned = prune(store, retention)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{store.where(tag)} is committed, but: {error}") from error
-    return SaveReport(
-        tag=tag,
-        url=store.where(tag),
-        bytes_written=whole.bytes_written,
-        bytes_linked=whole.bytes_linked,
-        pruned=tuple(pruned),
-    )
+    sizes = {"bytes_written": whole.bytes_written, "bytes_linked": whole.bytes_linked}
+    return SaveReport(tag=tag, url=store.where(tag), pruned=tuple(pruned), **sizes)
 
 
 def _check_complete(everything: list[Written], documents: dict[str, Json]) -> None:

@@ -39,11 +39,12 @@ class Need(NamedTuple):
         return {**self._asdict(), "total": self.total}
 
 
-def states(source: SavedModel, ranks: Ranks, settings: Settings, shards: int, accumulation: int) -> Need:
-    """Return the memory of the states on the pipeline rank that needs most, from the checkpoint's arrays."""
+def needs(
+    source: SavedModel, ranks: Ranks, settings: Settings, shards: int, accumulation: int = 1
+) -> list[Need]:
+    """Return the memory of the states on each pipeline rank, from the checkpoint's arrays."""
     stages = source.kinds(ranks.pp, settings)
-    needs = [_held(counts, ranks, settings, shards, accumulation) for counts in stages]
-    return max(needs, key=lambda need: (need.total, need.host))
+    return [_held(counts, ranks, settings, shards, accumulation) for counts in stages]
 
 
 def _held(

@@ -13,7 +13,7 @@ from parallel.settings import Settings
 from uni3d.config import Config, load_config
 from uni3d.config.batch import nearest_batch
 from uni3d.config.settings import parallel_settings
-from uni3d.doctor.memory import Known, Need, states
+from uni3d.doctor.memory import Known, Need, needs
 from uni3d.estimate.job import settings_of
 from uni3d.estimate.saved import USUAL, RefusedDegree, SavedModel
 from uni3d.estimate.search import factorizations
@@ -134,15 +134,13 @@ class Fitter:
         found: list[Candidate] = []
         refused: dict[tuple[str, str], set[int]] = {}
         for split in _splits(asked):
-            reasons = list(self._refused(*split))
-            for axis, n, why in reasons:
+            against = list(self._refused(*split))
+            for axis, n, why in against:
                 refused.setdefault((axis, why), set()).add(n)
-            if not reasons:
+            if not against:
                 found.append(self._topology(*split, asked))
-        return Answer(
-            topologies=found,
-            reasons=[Reason(axis=axis, degrees=sorted(n), why=why) for (axis, why), n in refused.items()],
-        )
+        reasons = [Reason(axis=axis, degrees=sorted(n), why=why) for (axis, why), n in refused.items()]
+        return Answer(topologies=found, reasons=reasons)
 
     def nearby(self, asked: Asked) -> list[int]:
         """Return world sizes around the one asked for that have a topology which fits in memory.
@@ -189,9 +187,8 @@ class Fitter:
             length = self.known.document["seq_len"]
             yield RefusedDegree("tp", tp, f"doesn't divide the sequence of {length} tokens")
         if (self.batch is None or self.batch % dp == 0) and self._batch(pp, dp) is None:
-            yield RefusedDegree(
-                "dp", dp, f"leaves a share that schedule {settings.schedule} can't run on pp {pp}"
-            )
+            why = f"leaves a share that schedule {settings.schedule} can't run on pp {pp}"
+            yield RefusedDegree("dp", dp, why)
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
         """Return a rank's share, with a micro batch as close as possible to the config's, or None."""
@@ -216,7 +213,8 @@ class Fitter:
     def _need(self, ranks: Ranks, batch: Batch) -> Need:
         """Return the memory of the rank that needs most."""
         config, steps = self.config, batch.accumulation or 2  # unknown micro batches count as several
-        held = states(self.source, ranks, self.settings, ranks.shards(self.shard_group), steps)
+        by_stage = needs(self.source, ranks, self.settings, ranks.shards(self.shard_group), steps)
+        held = max(by_stage, key=lambda need: (need.total, need.host))
         if self.known is None or config is None or batch.micro is None:
             return held
         sized = config.model_copy(update=batch.config(self.batch))

@@ -62,11 +62,9 @@ class Job:
                 raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         check_shard_group(self.ranks.dp, self.ranks.zero, self.shard_group)
         check_layers(len(self.shape.links), self.ranks.pp * self.virtual_stages)
-        learned = self.shape.positions == "learned"
-        if learned and self.seq_len > self.shape.max_seq_len:
-            raise ValueError(
-                f"seq_len {self.seq_len} is more than the {self.shape.max_seq_len} learned positions"
-            )
+        rows = self.shape.max_seq_len
+        if self.shape.positions == "learned" and self.seq_len > rows:
+            raise ValueError(f"seq_len {self.seq_len} is more than the {rows} learned positions")
         if self.sequence_parallel and self.seq_len % self.ranks.tp:
             raise ValueError(f"sequence parallelism needs a seq_len that tp({self.ranks.tp}) divides")
 

@@ -121,12 +121,8 @@ class SavedModel:
     @property
     def states_of_their_own_shape(self) -> list[str]:
         """Optimizer states with another shape than their parameter, for which no cutting rule is known."""
-        return [
-            "/".join(info.key)
-            for name in self.parameters
-            for info in self._states[name]
-            if info.shape != self.shape(name)
-        ]
+        states = ((name, info) for name in self.parameters for info in self._states[name])
+        return ["/".join(info.key) for name, info in states if info.shape != self.shape(name)]
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Return the shape of a parameter, given by any of its names."""
@@ -161,13 +157,9 @@ class SavedModel:
                 return _UNDECLARED
             if "pipeline_layers" in self.declared and self.layers is None:
                 return "needs the costs of the layers, which the manifest doesn't have"
-        return pipeline_refusal(
-            self._model,
-            None if self.layers is None else len(self.layers),
-            loss_fn=bool(self.declared.get("loss_fn")),
-            pp=pp,
-            virtual_stages=virtual_stages,
-        )
+        layers = None if self.layers is None else len(self.layers)
+        loss_fn = bool(self.declared.get("loss_fn"))
+        return pipeline_refusal(self._model, layers, loss_fn=loss_fn, pp=pp, virtual_stages=virtual_stages)
 
     def refuses_tp(self, tp: int, *, sequence_parallel: bool = False) -> str | None:
         """Return why the model's layers can't be split this many ways, or None if they can."""
