@@ -116,11 +116,11 @@ def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
     ]
 
 
-def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes: int) -> Shape:
+def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, boxes: int) -> Shape:
     """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles if they are large enough."""
     if dim is None:
         return pitch
-    nbytes = math.prod(pitch) * itemsize
+    nbytes = math.prod(pitch) * element_size
     cut = max(1, -(-shape[dim] // pitch[dim]))  # tiles that the ranks' cut already makes
     for tiles, least in TILES.items():
         parts = tiles // cut
@@ -129,11 +129,11 @@ def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes:
     return pitch
 
 
-def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int) -> Shape:
+def _cut_down(pitch: Shape, is_cut: list[bool], element_size: int, chunk_bytes: int) -> Shape:
     """Shrink a chunk to about `chunk_bytes`, first dims first, keeping the boxes whole chunks."""
     shape = list(pitch)
     for dim, length in enumerate(pitch):
-        size = math.prod(shape) * itemsize
+        size = math.prod(shape) * element_size
         if size <= chunk_bytes:
             break
         parts = min(-(-size // chunk_bytes), length)
@@ -158,5 +158,5 @@ def _shares(chunks: _Chunks, n: int) -> Iterator[_Chunks]:
     return (chunks[a:b] for a, b in pairwise(ends))
 
 
-def _run(chunks: _Chunks, itemsize: int) -> Run:
-    return Run(sum(box.size for _, box in chunks) * itemsize, tuple(chunks))
+def _run(chunks: _Chunks, element_size: int) -> Run:
+    return Run(sum(box.size for _, box in chunks) * element_size, tuple(chunks))
