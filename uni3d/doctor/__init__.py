@@ -124,7 +124,7 @@ def _topologies(
         "memory_limit": asked.memory,
         "fitting": len(fitting),
         "topologies": [_row(topology) for topology in answer.topologies],
-        "refused": [vars(reason) for reason in answer.reasons],
+        "refused": [reason._asdict() for reason in answer.reasons],
         "nearby_world_sizes": nearby,
     }
 

@@ -15,7 +15,7 @@ from uni3d.config.batch import nearest_batch
 from uni3d.config.settings import parallel_settings
 from uni3d.doctor.memory import Known, Need, needs
 from uni3d.estimate.job import settings_of
-from uni3d.estimate.saved import USUAL, RefusedDegree, SavedModel
+from uni3d.estimate.saved import USUAL, RefusedDegrees, SavedModel
 from uni3d.estimate.search import factorizations
 
 NEARBY = 3
@@ -84,22 +84,10 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reason:
-    """Reason against some degrees of one axis."""
-
-    axis: str
-    degrees: list[int]
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.axis} {', '.join(map(str, self.degrees))} {self.why}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Answer:
     topologies: list[Candidate]
     """Topologies that the model and the batch can be split by, preferred first."""
-    reasons: list[Reason]
+    reasons: list[RefusedDegrees]
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -135,11 +123,11 @@ class Fitter:
         refused: dict[tuple[str, str], set[int]] = {}
         for split in _splits(asked):
             against = list(self._refused(*split))
-            for axis, n, why in against:
-                refused.setdefault((axis, why), set()).add(n)
+            for axis, degrees, why in against:
+                refused.setdefault((axis, why), set()).update(degrees)
             if not against:
                 found.append(self._topology(*split, asked))
-        reasons = [Reason(axis=axis, degrees=sorted(n), why=why) for (axis, why), n in refused.items()]
+        reasons = [RefusedDegrees(axis, sorted(n), why) for (axis, why), n in refused.items()]
         return Answer(topologies=found, reasons=reasons)
 
     def nearby(self, asked: Asked) -> list[int]:
@@ -179,16 +167,16 @@ class Fitter:
     def _refused_stages(self) -> dict[int, str | None]:
         return {stage: _zero_refusal(self.values, stage) for stage in ZERO_STAGES}
 
-    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[RefusedDegree]:
+    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[RefusedDegrees]:
         """Yield the impossible degrees."""
         settings = self.settings
         yield from self.source.refused(pp, dp, tp, settings, batch=self.batch, shard_group=self.shard_group)
         if settings.sequence_parallel and self.known is not None and self.known.document["seq_len"] % tp:
             length = self.known.document["seq_len"]
-            yield RefusedDegree("tp", tp, f"doesn't divide the sequence of {length} tokens")
+            yield RefusedDegrees("tp", [tp], f"doesn't divide the sequence of {length} tokens")
         if (self.batch is None or self.batch % dp == 0) and self._batch(pp, dp) is None:
             why = f"leaves a share that schedule {settings.schedule} can't run on pp {pp}"
-            yield RefusedDegree("dp", dp, why)
+            yield RefusedDegrees("dp", [dp], why)
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
         """Return a rank's share, with a micro batch as close as possible to the config's, or None."""

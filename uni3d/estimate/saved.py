@@ -41,15 +41,15 @@ _UNDECLARED = "can't be checked: the manifest doesn't say how the model may be s
 _CutBy = tuple[int, str, int, str]
 
 
-class RefusedDegree(NamedTuple):
-    """A degree by which the model or its batch can't be split, with the reason."""
+class RefusedDegrees(NamedTuple):
+    """Degrees of one axis by which the model or its batch can't be split, with the reason."""
 
     axis: str
-    degree: int
+    degrees: list[int]
     why: str
 
     def __str__(self) -> str:
-        return f"{self.axis} {self.degree} {self.why}"
+        return f"{self.axis} {', '.join(map(str, self.degrees))} {self.why}"
 
 
 class StageArray(NamedTuple):
@@ -139,16 +139,16 @@ class SavedModel:
         *,
         batch: int | None = None,
         shard_group: int | None = None,
-    ) -> Iterator[RefusedDegree]:
+    ) -> Iterator[RefusedDegrees]:
         """Yield the degrees by which the model, or a global batch of `batch` samples, can't be split."""
         if why := self.refuses_tp(tp, sequence_parallel=settings.sequence_parallel):
-            yield RefusedDegree("tp", tp, why)
+            yield RefusedDegrees("tp", [tp], why)
         if why := self.refuses_pp(pp, settings.virtual_stages):
-            yield RefusedDegree("pp", pp, why)
+            yield RefusedDegrees("pp", [pp], why)
         if batch is not None and batch % dp:
-            yield RefusedDegree("dp", dp, f"doesn't divide the global batch of {batch}")
+            yield RefusedDegrees("dp", [dp], f"doesn't divide the global batch of {batch}")
         if shard_group is not None and dp % shard_group:
-            yield RefusedDegree("dp", dp, f"isn't a multiple of the config's shard group of {shard_group}")
+            yield RefusedDegrees("dp", [dp], f"isn't a multiple of the config's shard group of {shard_group}")
 
     def refuses_pp(self, pp: int, virtual_stages: int = 1) -> str | None:
         """Return why the model can't be cut into stages for `pp` ranks, or None if it can."""
