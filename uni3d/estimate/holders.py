@@ -119,7 +119,7 @@ def reads(
         info = part.info
         blocks = {Blocks.of_record(record).size for record in info.chunks.values()}
         # The layers of a model have arrays with the same chunks: each kind is counted once.
-        kind = (info.shape, info.chunk_shape, info.dtype, part.tp_dim, part.whole)
+        kind = (info.shape, info.chunk_shape, info.dtype, part.kind.tp_dim, part.kind.whole)
         key = (*kind, *blocks) if len(blocks) <= 1 else info.key
         if key not in known:
             by_box: dict[Any, tuple[int, int]] = {}

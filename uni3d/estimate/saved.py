@@ -16,6 +16,7 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 import ckpt
+from ckpt.format import itemsize
 from ckpt.read import PARAMETER, WEIGHT_STATES, ArrayInfo
 from parallel.combinations import pipeline_refusal
 from parallel.degrees import Ranks
@@ -52,29 +53,6 @@ class RefusedDegrees(NamedTuple):
         return f"{self.axis} {', '.join(map(str, self.degrees))} {self.why}"
 
 
-class StageArray(NamedTuple):
-    """An array on one pipeline rank, where every rank holds a box of it."""
-
-    info: ArrayInfo
-    name: str
-    """Name of its tensor on this pipeline rank; the first one if a tied tensor has several."""
-    tp_dim: int | None
-    whole: bool
-    """True if every rank has the whole array, as with buffers."""
-    role: Literal["trained", "frozen", "state", "buffer"]
-    """Trained or frozen parameter, optimizer state, or buffer."""
-
-    @property
-    def kind(self) -> Kind:
-        size = self.info.nbytes // max(1, prod(self.info.shape))
-        return Kind(self.info.shape, size, self.tp_dim, self.whole, self.role)
-
-    def boxes(self, ranks: Ranks, shards: int) -> list[ckpt.Box]:
-        """Return the boxes of the ranks of one pipeline rank, tensor-parallel neighbours side by side."""
-        shards, tp_dim = (1, None) if self.whole else (shards, self.tp_dim)
-        return part_boxes(self.info.shape, tp_dim, dp=ranks.dp, tp=ranks.tp, shards=shards)
-
-
 class Kind(NamedTuple):
     """Properties of an array that decide on its share of a rank's memory."""
 
@@ -82,11 +60,27 @@ class Kind(NamedTuple):
     itemsize: int
     tp_dim: int | None
     whole: bool
+    """True if every rank has the whole array, as with buffers."""
     role: Literal["trained", "frozen", "state", "buffer"]
+    """Trained or frozen parameter, optimizer state, or buffer."""
 
     def largest(self, tp: int, shards: int) -> int:
         """Return the elements of the largest box on a rank."""
         return prod(self.shape) if self.whole else largest_part(self.shape, self.tp_dim, tp=tp, shards=shards)
+
+
+class StageArray(NamedTuple):
+    """An array on one pipeline rank, where every rank holds a box of it."""
+
+    info: ArrayInfo
+    name: str
+    """Name of its tensor on this pipeline rank; the first one if a tied tensor has several."""
+    kind: Kind
+
+    def boxes(self, ranks: Ranks, shards: int) -> list[ckpt.Box]:
+        """Return the boxes of the ranks of one pipeline rank, tensor-parallel neighbours side by side."""
+        shards, tp_dim = (1, None) if self.kind.whole else (shards, self.kind.tp_dim)
+        return part_boxes(self.info.shape, tp_dim, dp=ranks.dp, tp=ranks.tp, shards=shards)
 
 
 class SavedModel:
@@ -259,9 +253,12 @@ class SavedModel:
             for info in self._states[atom]:
                 alike = info.shape == self.shape(atom)
                 role: Any = own if info.key.state == PARAMETER else "state"
-                parts.append(StageArray(info, name, dim if alike else None, not alike, role))
+                size, tp_dim = itemsize(info.dtype), dim if alike else None
+                parts.append(StageArray(info, name, Kind(info.shape, size, tp_dim, not alike, role)))
         for name in self._of(self.buffers, layers):
-            parts += [StageArray(info, name, None, True, "buffer") for info in self._states[name]]
+            for info in self._states[name]:
+                kind = Kind(info.shape, itemsize(info.dtype), None, True, "buffer")
+                parts.append(StageArray(info, name, kind))
         return parts
 
     def _of(self, names: Sequence[str], layers: Collection[str] | None) -> list[str]:
