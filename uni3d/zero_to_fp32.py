@@ -233,11 +233,7 @@ def write_safetensors(path: Path, arrays: dict[str, Array], aliases: dict[str, s
         head["__metadata__"]["aliases"] = json.dumps(aliases)
     for name, array in sorted(arrays.items(), key=lambda item: -item[1].bits.itemsize):
         places[name], begin, end = end, end, end + array.nbytes
-        head[name] = {
-            "dtype": NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
+        head[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
     data = json.dumps(head).encode()
     data += b" " * (-len(data) % 8)
     with open(path, "wb") as file:

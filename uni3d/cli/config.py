@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from uni3d.cli.terminal import AsJson, out, say_json
 
 
 def config(
-    file: Annotated[Path, typer.Argument(help="JSON config, DeepSpeed's or uni3d's.", show_default=False)],
-    world_size: Annotated[int, typer.Option(help="Number of processes.")] = 1,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages.", show_default="the config's")] = None,
-    tp: Annotated[
-        int | None, typer.Option(help="Tensor-parallel ranks.", show_default="the config's")
-    ] = None,
+    file: Annotated[Path, Argument(help="JSON config, DeepSpeed's or uni3d's.", show_default=False)],
+    world_size: Annotated[int, Option(help="Number of processes.")] = 1,
+    pp: Annotated[int | None, Option(help="Pipeline stages.", show_default="the config's")] = None,
+    tp: Annotated[int | None, Option(help="Tensor-parallel ranks.", show_default="the config's")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a config with all defaults, and where training differs from DeepSpeed."""

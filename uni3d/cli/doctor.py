@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
 from uni3d.cli.terminal import AsJson, CommandError, Run, Tag, plural, say, say_json
 from uni3d.units import BYTES, format_bytes, parse
@@ -25,35 +25,30 @@ LABEL = 12
 SHOWN = 12
 """Maximum of topologies in the table, and of degrees in one line; JSON has all."""
 
-Degree = Annotated[
-    int | None, typer.Option(min=1, help="Only topologies with this degree.", show_default="any")
-]
+Degree = Annotated[int | None, Option(min=1, help="Only topologies with this degree.", show_default="any")]
 
 
 def doctor(
     run: Run,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks to resume on.", show_default=False)],
+    world_size: Annotated[int, Option(min=1, help="Number of ranks to resume on.", show_default=False)],
     tag: Tag = None,
     config: Annotated[
-        Path | None,
-        typer.Option(help="JSON config of the run, to check its batch sizes, precision and optimizer."),
+        Path | None, Option(help="JSON config of the run, to check its batch sizes, precision and optimizer.")
     ] = None,
     pp: Degree = None,
     dp: Degree = None,
     tp: Degree = None,
     zero: Annotated[
         int | None,
-        typer.Option(min=0, max=3, help="Only this ZeRO stage.", show_default="the config's, else the run's"),
+        Option(min=0, max=3, help="Only this ZeRO stage.", show_default="the config's, else the run's"),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="Only topologies that fit this much memory per rank, e.g. 80GB.", show_default="any"
-        ),
+        Option(help="Only topologies that fit this much memory per rank, e.g. 80GB.", show_default="any"),
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="JSON file as in examples/megatron_gpt/configs, to include activation memory."),
+        Option(help="JSON file as in examples/megatron_gpt/configs, to include activation memory."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +74,7 @@ def doctor(
         for line in _lines(report):
             say(line)
     if not report["would_resume"]:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _other_checkpoints(run: str, error: CheckpointError) -> str:

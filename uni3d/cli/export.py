@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say, say_json
 from uni3d.units import format_bytes
@@ -27,7 +27,7 @@ def export(
     run: Run,
     output: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="File to write, or folder with --max-shard-size or --format hf. Must not exist.",
             show_default=False,
         ),
@@ -35,34 +35,32 @@ def export(
     tag: Tag = None,
     file_format: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--format",
             help="safetensors, torch, or hf: a folder that Hugging Face's transformers loads.",
             show_default="from the suffix of OUTPUT",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the parameters: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, Option(help="Type of the parameters: fp32, bf16 or fp16.")] = "fp32",
     max_shard_size: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Write several files of at most this size, and an index, with Hugging Face's file names.",
             show_default="one file; 5GB with --format hf",
         ),
     ] = None,
     include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only tensors whose names match, e.g. 'layers.0.*'. Can be repeated."),
+        list[str] | None, Option(help="Only tensors whose names match, e.g. 'layers.0.*'. Can be repeated.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave out tensors whose names match. Can be repeated.")
+        list[str] | None, Option(help="Leave out tensors whose names match. Can be repeated.")
     ] = None,
     hf_config: Annotated[
-        Path | None,
-        typer.Option(help="With --format hf: the model's config.json, if the checkpoint has none."),
+        Path | None, Option(help="With --format hf: the model's config.json, if the checkpoint has none.")
     ] = None,
     name_map: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="With --format hf: JSON file that maps name patterns (regex) to Hugging Face's names, or to "
             "null to leave tensors out, if the checkpoint has none."
         ),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from uni3d.cli.terminal import AsJson, progress_bar, say, say_json, say_table
 from uni3d.units import format_bytes
@@ -17,48 +17,42 @@ if TYPE_CHECKING:
 
 def import_(
     src: Annotated[
-        Path, typer.Argument(help="Folder of a run or checkpoint, or a file of weights.", show_default=False)
+        Path, Argument(help="Folder of a run or checkpoint, or a file of weights.", show_default=False)
     ],
     dst: Annotated[
         str | None,
-        typer.Argument(
-            help="Folder or URL of the run to write. Optional with --dry-run.", show_default=False
-        ),
+        Argument(help="Folder or URL of the run to write. Optional with --dry-run.", show_default=False),
     ] = None,
     kind: Annotated[
         str,
-        typer.Option(
-            "--from", help="auto, deepspeed, deepspeed-universal, dcp, megatron, safetensors or torch."
-        ),
+        Option("--from", help="auto, deepspeed, deepspeed-universal, dcp, megatron, safetensors or torch."),
     ] = "auto",
     tag: Annotated[
-        str | None, typer.Option(help="Tag to read, if SRC has several.", show_default="its newest")
+        str | None, Option(help="Tag to read, if SRC has several.", show_default="its newest")
     ] = None,
-    as_tag: Annotated[
-        str | None, typer.Option("--as", help="Tag to write.", show_default="global_step<N>")
-    ] = None,
+    as_tag: Annotated[str | None, Option("--as", help="Tag to write.", show_default="global_step<N>")] = None,
     name_map: Annotated[
-        Path | None, typer.Option(help="JSON file of regex -> replacement that renames the tensors.")
+        Path | None, Option(help="JSON file of regex -> replacement that renames the tensors.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be imported and left out; write nothing.")
+        bool, Option("--dry-run", help="Show what would be imported and left out; write nothing.")
     ] = False,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Leave out the optimizer states and the LR schedule.")
+        bool, Option("--weights-only", help="Leave out the optimizer states and the LR schedule.")
     ] = False,
     optimizer: Annotated[
-        str | None, typer.Option(help="Class of the optimizer, e.g. AdamW, if SRC doesn't record it.")
+        str | None, Option(help="Class of the optimizer, e.g. AdamW, if SRC doesn't record it.")
     ] = None,
     buffers: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Names of tensors that are buffers, e.g. '*.inv_freq', if SRC doesn't record it. "
             "Can be repeated."
         ),
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="How to merge tensor-parallel shards, if SRC doesn't record it: 'PATTERN=RULE', where RULE "
             "is 0 or 1 (concatenate along that dim), 0x2 or 0x3 (2 or 3 fused tensors, each split along "
             "dim 0), replicated or average. Can be repeated."
@@ -66,24 +60,21 @@ def import_(
     ] = None,
     in_model_order: Annotated[
         bool,
-        typer.Option(
-            "--in-model-order", help="Match an optimizer's numbered states to parameters by their order."
-        ),
+        Option("--in-model-order", help="Match an optimizer's numbered states to parameters by their order."),
     ] = False,
     frozen: Annotated[
         list[str] | None,
-        typer.Option(help="With --in-model-order: parameters that were not trained. Can be repeated."),
+        Option(help="With --in-model-order: parameters that were not trained. Can be repeated."),
     ] = None,
     untie: Annotated[
-        bool,
-        typer.Option("--untie", help="Store tensors that share memory, or look tied, separately."),
+        bool, Option("--untie", help="Store tensors that share memory, or look tied, separately.")
     ] = False,
     stand_in: Annotated[
         list[str] | None,
-        typer.Option(help="Your own class that is pickled in SRC, to be ignored. Can be repeated."),
+        Option(help="Your own class that is pickled in SRC, to be ignored. Can be repeated."),
     ] = None,
     no_checksums: Annotated[
-        bool, typer.Option("--no-checksums", help="Skip SRC's checksums and the comparison of its copies.")
+        bool, Option("--no-checksums", help="Skip SRC's checksums and the comparison of its copies.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -108,11 +108,7 @@ def _proposal_row(proposal: Proposal) -> dict[str, Any]:
 
 def _settings(planned: Proposal) -> dict[str, Any]:
     job = planned.job
-    return {
-        "micro_batch": job.micro_batch,
-        "accumulation": job.accumulation,
-        "recompute": job.recompute,
-    }
+    return {"micro_batch": job.micro_batch, "accumulation": job.accumulation, "recompute": job.recompute}
 
 
 def _costs(planned: Proposal) -> dict[str, Any]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from uni3d.cli.terminal import AsJson, DryRun, RunOnly, open_run, say, say_json
 
 
 def prune(
     run: RunOnly,
-    keep_last: Annotated[int, typer.Option(min=1, help="Keep the newest N checkpoints.")],
+    keep_last: Annotated[int, Option(min=1, help="Keep the newest N checkpoints.")],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Also keep checkpoints whose step is a multiple of N.")
+        int | None, Option(min=1, help="Also keep checkpoints whose step is a multiple of N.")
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from typer import Argument, Option
 
 from uni3d.units import format_bytes
 
@@ -23,15 +23,11 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
-Run = Annotated[
-    str, typer.Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)
-]
-RunOnly = Annotated[str, typer.Argument(help="Folder or URL of a run.", show_default=False)]
-Tag = Annotated[
-    str | None, typer.Option(help="Tag of the checkpoint.", show_default="the newest committed one")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without doing it.")]
+Run = Annotated[str, Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)]
+RunOnly = Annotated[str, Argument(help="Folder or URL of a run.", show_default=False)]
+Tag = Annotated[str | None, Option(help="Tag of the checkpoint.", show_default="the newest committed one")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, without doing it.")]
 
 
 class CommandError(Exception):

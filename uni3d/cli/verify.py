@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
 from uni3d.cli.terminal import AsJson, Run, Tag, plural, progress_bar, say, say_json
 from uni3d.units import format_bytes
@@ -44,7 +44,7 @@ class _Result:
 def verify(
     run: Run,
     tag: Tag = None,
-    every: Annotated[bool, typer.Option("--all", help="Verify every committed checkpoint.")] = False,
+    every: Annotated[bool, Option("--all", help="Verify every committed checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a checkpoint and check all of its data.
@@ -65,7 +65,7 @@ def verify(
     if as_json:
         say_json([result.row() for result in results])
     if any(result.problems for result in results):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _tags(run: str) -> Sequence[str | None]:

@@ -106,11 +106,7 @@ def _source(
         else:
             arrays[tensor.identity if tied else name] = array
     return Source(
-        kind=kind,
-        where=str(path),
-        arrays=list(arrays.values()),
-        aliases=aliases,
-        left_out=left_out or [],
+        kind=kind, where=str(path), arrays=list(arrays.values()), aliases=aliases, left_out=left_out or []
     )
 
 
