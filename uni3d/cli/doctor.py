@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
-from uni3d.cli.terminal import AsJson, CommandError, Run, Tag, plural, say, say_json
+from uni3d.cli.terminal import AsJson, CommandError, Run, Tag, answer, plural
 from uni3d.units import BYTES, format_bytes, parse
 
 if TYPE_CHECKING:
@@ -68,11 +68,7 @@ def doctor(
     except (CheckpointError, OSError, ValueError) as error:
         others = _other_checkpoints(run, error) if isinstance(error, CheckpointError) else ""
         raise CommandError(f"{error}{others}", exit_code=2) from None
-    if as_json:
-        say_json(report)
-    else:
-        for line in _lines(report):
-            say(line)
+    answer(report, _lines(report), as_json)
     if not report["would_resume"]:
         raise Exit(1)
 

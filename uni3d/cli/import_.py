@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import AsJson, answer, progress_bar, say, say_json, say_table
 from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def import_(
     Never runs code from the checkpoint. Pickles may hold tensors and plain containers; known classes of the
     frameworks become inert stand-ins, and anything else is refused by name.
     """
+    from ckpt import check_tag
     from uni3d.importers.detect import read
     from uni3d.importers.source import Options
 
@@ -104,7 +105,7 @@ def import_(
     if weights_only:
         mapped = mapped.weights_alone()
     _check_optimizer(mapped, optimizer)
-    name = _tag(mapped, as_tag)
+    name = check_tag(f"global_step{mapped.step}" if as_tag is None else as_tag)
     if dry_run:
         _tell(found, mapped, name, as_json=as_json)
     else:
@@ -122,30 +123,21 @@ def _check_arguments(kind: str, src: Path, dst: str | None, dry_run: bool) -> No
         raise ValueError(f"DST {dst} lies inside SRC {src}; choose a folder outside it")
 
 
-def _tag(source: Source, given: str | None) -> str:
-    from ckpt import check_tag
-
-    return check_tag(f"global_step{source.step}" if given is None else given)
-
-
 def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json: bool) -> None:
     import ckpt
     from uni3d.importers.write import write
 
     before = ckpt.committed_tags(dst)
-    with progress_bar("importing", sum(_size(array) for array in source.arrays)) as progress:
+    with progress_bar("importing", sum(array.nbytes for array in source.arrays)) as progress:
         report = write(source, dst, tag, optimizer=optimizer, progress=progress)
-    if as_json:
-        row = {"url": report.url, "tag": tag, "from": source.kind, "arrays": len(source.arrays)}
-        say_json({**row, "bytes": report.bytes_written, **_metadata(source)})
-        return
-    for line in source.left_out:
-        say(f"left out: {line}")
+    row = {"url": report.url, "tag": tag, "from": source.kind, "arrays": len(source.arrays)}
+    row |= {"bytes": report.bytes_written, **_metadata(source)}
     size = format_bytes(report.bytes_written)
-    say(f"{report.url}: {len(source.arrays)} arrays, {size}, from {_origin(source)}")
+    lines = [f"left out: {line}" for line in source.left_out]
+    lines.append(f"{report.url}: {len(source.arrays)} arrays, {size}, from {_origin(source)}")
     if before:
-        say(f"{dst} already had {', '.join(before)}; its latest is now {tag}")
-    say(_resumes(source))
+        lines.append(f"{dst} already had {', '.join(before)}; its latest is now {tag}")
+    answer(row, [*lines, _resumes(source)], as_json)
 
 
 def _tell(found: Source, mapped: Source, tag: str, *, as_json: bool) -> None:
@@ -176,7 +168,7 @@ def _rows(source: Source) -> list[dict[str, Any]]:
             "states": ", ".join(array.state for array in arrays),
             "dtype": arrays[0].dtype,
             "shape": "x".join(map(str, arrays[0].shape)) or "scalar",
-            "bytes": sum(_size(array) for array in arrays),
+            "bytes": sum(array.nbytes for array in arrays),
         }
         for name, arrays in atoms.items()
     ]
@@ -211,21 +203,13 @@ def _origin(source: Source) -> str:
     return f"{source.kind}, step {source.step}" if source.step else source.kind
 
 
-def _size(array: ForeignArray) -> int:
-    from math import prod
-
-    from ckpt import numpy_dtype
-
-    return prod(array.shape) * numpy_dtype(array.dtype).itemsize
-
-
 def _renamed(source: Source, name_map: Path | None) -> Source:
     if name_map is None:
         return source
     from uni3d.name_map import NameMap
 
     names = NameMap.load(name_map)
-    renamed = source.renamed(names.rename)
+    renamed = source.renamed(names.rename_all([*(array.name for array in source.arrays), *source.aliases]))
     idle = [f"pattern {pattern!r} of the name map: it matches no tensor" for pattern in names.unused]
     return replace(renamed, left_out=[*renamed.left_out, *idle])
 
@@ -273,21 +257,20 @@ def _check_used(options: Options, found: Source) -> None:
     from fnmatch import fnmatchcase
 
     deepspeed = found.kind.startswith("deepspeed")
-    for option, given in (("--split", options.split), ("--in-model-order", options.in_model_order)):
-        if given and not deepspeed:
+    for option, given, fits, kinds in (
+        ("--split", options.split, deepspeed, "DeepSpeed"),
+        ("--in-model-order", options.in_model_order, deepspeed, "DeepSpeed"),
+        ("--untie", options.untie, found.kind in ("dcp", "torch"), "torch and dcp"),
+    ):
+        if given and not fits:
             raise ValueError(
-                f"{option} only works with DeepSpeed checkpoints; {found.where} is a {found.kind} one"
+                f"{option} only works with {kinds} checkpoints; {found.where} is a {found.kind} one"
             )
     if options.frozen and not options.in_model_order:
         raise ValueError("--frozen needs --in-model-order; otherwise SRC records what was trained")
-    if options.untie and found.kind not in ("dcp", "torch"):
-        raise ValueError(
-            f"--untie only works with torch and dcp checkpoints; {found.where} is a {found.kind} one"
-        )
     if options.buffers and deepspeed:
         raise ValueError("--buffers doesn't work with DeepSpeed checkpoints, which record their buffers")
     names = {array.name for array in found.arrays}
-    for option, patterns in (("--buffers", options.buffers), ("--split", [p for p, _ in options.split])):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{option} {pattern} matches no tensor of {len(names)} in {found.where}")
+    for pattern in options.buffers:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"--buffers {pattern} matches no tensor of {len(names)} in {found.where}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, say, say_json
+from uni3d.cli.terminal import AsJson, answer
 from uni3d.units import BYTES, COUNTS, FLOPS, RATES, parse
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def plan(
     GPT whose proportions default to those of Llama 2 70B. --memory also lists the topologies that fit,
     fastest first.
     """
-    from uni3d.cli.plan_report import Report
+    from uni3d.cli.plan_report import lines_of, row_of
 
     rates = _rates(bandwidth_per_node=bandwidth, memory_bandwidth_per_rank=memory_bandwidth)
     machine = _machine(flops, fast_link, slow_link, ranks_per_node)
@@ -101,12 +101,8 @@ def plan(
     batches = _given(seq_len=seq_len, micro_batch=micro_batch, accumulation=accumulation)
     settings = batches | _given(precision=precision, recompute=recompute, device=device)
     job = _job(config, asked, sizes, degrees, settings)
-    report = Report(job, machine, names, rates, asked=asked, limit=limit)
-    if as_json:
-        say_json(report.row())
-        return
-    for line in report.lines(bandwidth, memory_bandwidth, flops):
-        say(line)
+    row = row_of(job, machine, names, rates, asked=asked, limit=limit)
+    answer(row, lines_of(row, str(job.shape), bandwidth, memory_bandwidth, flops), as_json)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, Run, err, open_run, plural, say, say_json
+from uni3d.cli.terminal import AsJson, Run, answer, err, open_run, plural
 
 if TYPE_CHECKING:
     from uni3d.plot.metrics import Mark, Metrics, Resize
@@ -82,13 +82,10 @@ def plot(
     check_matplotlib()
     if layout:
         row = _layout(run, path, force, atom, tag, degrees)
+        answer(row, _layout_lines(row), as_json)
     else:
         row = _curves(run, path, force, metrics or [], compare)
-    if as_json:
-        say_json(row)
-    else:
-        for line in (_layout_lines if layout else _curve_lines)(row):
-            say(line)
+        answer(row, _curve_lines(row), as_json)
 
 
 def _name(run: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from uni3d.cli.terminal import AsJson, DryRun, RunOnly, open_run, say, say_json
+from uni3d.cli.terminal import AsJson, DryRun, RunOnly, answer, open_run
 
 
 def prune(
@@ -33,9 +33,6 @@ def prune(
         )
     deleted = ckpt.prune(store, retention, dry_run=dry_run)
     kept = [tag for tag in tags if tag not in deleted]
-    if as_json:
-        say_json({"deleted": deleted, "kept": kept, "dry_run": dry_run})
-        return
-    for tag in deleted:
-        say(f"{'would delete' if dry_run else 'deleted'} {tag}")
-    say(f"{'would keep' if dry_run else 'kept'} {', '.join(kept)}")
+    lines = [f"{'would delete' if dry_run else 'deleted'} {tag}" for tag in deleted]
+    lines.append(f"{'would keep' if dry_run else 'kept'} {', '.join(kept)}")
+    answer({"deleted": deleted, "kept": kept, "dry_run": dry_run}, lines, as_json)

@@ -6,7 +6,7 @@ Commands import `ckpt` when they run, not before, so that `uni3d --help` loads n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,15 @@ def complain(error: object) -> None:
 
 def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
+
+
+def answer(value: Any, lines: Iterable[object], as_json: bool) -> None:
+    """Print a command's result, as JSON or as lines."""
+    if as_json:
+        say_json(value)
+        return
+    for line in lines:
+        say(line)
 
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ INDEX = ".index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """A tensor in a file."""
+class _SafeTensor:
+    """A tensor in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], npt.NDArray[Any]]
-    file: Path
-    identity: Any = None
-    """Equal for tensors that share memory; None if that isn't known."""
+    identity: None = None
+    """Such files don't record which tensors share memory."""
+
+
+_Tensors = Mapping[str, StoredTensor | _SafeTensor]
 
 
 def read_safetensors(path: Path, options: Options) -> Source:
@@ -51,15 +54,14 @@ def read_safetensors(path: Path, options: Options) -> Source:
     Raises:
         CheckpointError: a file is damaged or missing.
     """
-    tensors: dict[str, _Tensor] = {}
+    held: dict[Path, _Tensors] = {}
     aliases: dict[str, str] = {}
     files, placed = _files(path, ".safetensors")
     for file in files:
-        found, other_names = _in_safetensors(file)
-        _add(tensors, found)
+        held[file], other_names = _in_safetensors(file)
         aliases |= other_names
-    _check_index(placed, tensors)
-    return _source("safetensors", path, tensors, aliases, options)
+    _check_index(placed, held)
+    return _source("safetensors", path, held, aliases, options, [])
 
 
 def read_torch(path: Path, options: Options) -> Source:
@@ -68,45 +70,33 @@ def read_torch(path: Path, options: Options) -> Source:
     Raises:
         CheckpointError: a file is damaged or missing, or contains something unsupported.
     """
-    tensors: dict[str, _Tensor] = {}
+    held: dict[Path, _Tensors] = {}
     left_out: list[str] = []
     files, placed = _files(path, ".bin")
     for file in files:
-        found, others = _state_dict(file, load(file, options))
+        held[file], others = _state_dict(file, load(file, options))
         left_out += others
-        _add(
-            tensors,
-            {
-                name: _Tensor(dtype=t.dtype, shape=t.shape, read=t.read, file=file, identity=t.identity)
-                for name, t in found.items()
-            },
-        )
-    _check_index(placed, tensors)
-    return _source("torch", path, tensors, {}, options, left_out)
+    _check_index(placed, held)
+    return _source("torch", path, held, {}, options, left_out)
 
 
 def _source(
     kind: str,
     path: Path,
-    tensors: Mapping[str, _Tensor],
+    held: Mapping[Path, _Tensors],
     aliases: dict[str, str],
     options: Options,
-    left_out: list[str] | None = None,
+    left_out: list[str],
 ) -> Source:
     arrays: dict[Any, ForeignArray] = {}
-    aliases = dict(aliases)
-    for name, tensor in tensors.items():
-        array = array_of(
-            name, tensor.dtype, tensor.shape, tensor.read, options, f"{tensor.file.name}: {name}"
-        )
+    for file, name, tensor in ((file, *item) for file, tensors in held.items() for item in tensors.items()):
+        array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
         tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
-        first = arrays.get(tensor.identity) if tied else None
-        if first is not None:
+        first = arrays.setdefault(tensor.identity if tied else name, array)
+        if first is not array:
             aliases[name] = first.name
-        else:
-            arrays[tensor.identity if tied else name] = array
     return Source(
-        kind=kind, where=str(path), arrays=list(arrays.values()), aliases=aliases, left_out=left_out or []
+        kind=kind, where=str(path), arrays=list(arrays.values()), aliases=aliases, left_out=left_out
     )
 
 
@@ -194,30 +184,28 @@ def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
     return placed
 
 
-def _check_index(placed: Mapping[Path, set[str]], tensors: Mapping[str, _Tensor]) -> None:
-    """Check that each file has the tensors of its index entry and no others."""
+def _check_index(placed: Mapping[Path, set[str]], held: Mapping[Path, _Tensors]) -> None:
+    """Check that each file has the tensors of its index entry and no others, so that none is in two files."""
     for file, wanted in placed.items():
-        found = {name for name, tensor in tensors.items() if tensor.file == file}
-        if missing := sorted(wanted - found):
+        if missing := sorted(wanted - held[file].keys()):
             raise CheckpointError(f"{file} lacks {', '.join(missing[:4])}, expected from the index")
-        if more := sorted(found - wanted):
+        if more := sorted(held[file].keys() - wanted):
             raise CheckpointError(f"{file} has {', '.join(more[:4])}, which the index doesn't list")
 
 
-def _in_safetensors(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+def _in_safetensors(file: Path) -> tuple[_Tensors, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     numpy_dtype("bfloat16")  # numpy knows the name from then on
-    tensors = {}
+    tensors: dict[str, _SafeTensor] = {}
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118  it isn't a dict
                 part = opened.get_slice(name)
                 dtype = _SAFETENSORS.get(part.get_dtype(), part.get_dtype())
-                tensors[name] = _Tensor(
-                    dtype=dtype, shape=tuple(part.get_shape()), read=_reader(file, name), file=file
-                )
+                read = partial(_read, file, name)
+                tensors[name] = _SafeTensor(dtype=dtype, shape=tuple(part.get_shape()), read=read)
         aliases = json.loads(metadata.pop("aliases", "{}"))  # as `uni3d export` writes them
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} isn't a complete safetensors file: {error}") from None
@@ -225,21 +213,18 @@ def _in_safetensors(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
     return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}
 
 
-def _reader(file: Path, name: str) -> Callable[[], npt.NDArray[Any]]:
-    def read() -> npt.NDArray[Any]:
-        from safetensors import SafetensorError, safe_open
+def _read(file: Path, name: str) -> npt.NDArray[Any]:
+    from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                values: npt.NDArray[Any] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
-        return values
-
-    return read
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            values: npt.NDArray[Any] = opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
+    return values
 
 
-def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list[str]]:
+def _state_dict(file: Path, content: Any) -> tuple[_Tensors, list[str]]:
     """Return the tensors by name, and a line for everything else."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a state_dict")
@@ -263,10 +248,3 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors")
     return tensors, [*outside, *others]
-
-
-def _add(tensors: dict[str, _Tensor], more: Mapping[str, _Tensor]) -> None:
-    for name, tensor in more.items():
-        if name in tensors:
-            raise CheckpointError(f"{name} is in both {tensors[name].file} and {tensor.file}")
-        tensors[name] = tensor

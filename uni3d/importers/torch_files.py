@@ -142,9 +142,6 @@ class _Reader:
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self._data, self._at = data, 0
 
-    def seekable(self) -> bool:
-        return True
-
     def tell(self) -> int:
         return self._at
 

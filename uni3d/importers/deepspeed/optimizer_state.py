@@ -15,29 +15,11 @@ from uni3d.importers.source import IMPLEMENTATION_FLAGS, PARAMETER, OptimizerSta
 
 _OWN_KEYS = frozenset(
     {
-        "autotp_size",
-        "buffer_names",
-        "checkpoint_parallel_dimensions",
-        "data_sampler",
-        "dp_world_size",
-        "ds_autoep_layers",
-        "ds_config",
-        "ds_version",
-        "frozen_param_fragments",
-        "frozen_param_shapes",
-        "global_samples",
-        "global_steps",
-        "lr_scheduler",
-        "module",
-        "mp_world_size",
-        "num_experts",
-        "optimizer",
-        "param_shapes",
-        "random_ltd",
-        "shared_params",
-        "skipped_steps",
-        "sparse_tensor_module_names",
-        "universal_checkpoint_info",
+        *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments"),
+        *("shared_params", "sparse_tensor_module_names", "optimizer", "lr_scheduler", "data_sampler"),
+        *("global_samples", "global_steps", "skipped_steps", "random_ltd", "ds_config", "ds_version"),
+        *("dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "autotp_size"),
+        *("num_experts", "ds_autoep_layers", "universal_checkpoint_info"),
     }
 )
 """DeepSpeed's own keys of a model file. The others are the script's `client_state`."""
