@@ -14,6 +14,5 @@ def clean(run: RunOnly, dry_run: DryRun = False, as_json: AsJson = False) -> Non
     store = open_run(run)
     names = store.leftovers() if dry_run else store.clean()
     lines = [f"{'would remove' if dry_run else 'removed'} {name}" for name in names]
-    answer(
-        {"removed": names, "dry_run": dry_run}, lines or [f"{store.where('')}: nothing to remove"], as_json
-    )
+    row = {"removed": names, "dry_run": dry_run}
+    answer(row, lines or [f"{store.where('')}: nothing to remove"], as_json)

@@ -63,7 +63,7 @@ def doctor(
     from uni3d.doctor import examine
 
     try:
-        asked = _asked(world_size, pp, dp, tp, zero, memory)
+        asked = _asked(world_size, {"pp": pp, "dp": dp, "tp": tp}, zero, memory)
         report = examine(run, tag, asked, config, model)
     except (CheckpointError, OSError, ValueError) as error:
         others = _other_checkpoints(run, error) if isinstance(error, CheckpointError) else ""
@@ -88,16 +88,13 @@ def _other_checkpoints(run: str, error: CheckpointError) -> str:
     return found
 
 
-def _asked(
-    world: int, pp: int | None, dp: int | None, tp: int | None, zero: int | None, memory: str | None
-) -> Asked:
+def _asked(world: int, degrees: dict[str, int | None], zero: int | None, memory: str | None) -> Asked:
     from parallel.degrees import check_world_size
     from uni3d.doctor.topologies import Asked
 
-    given = {axis: n for axis, n in {"pp": pp, "dp": dp, "tp": tp}.items() if n is not None}
-    check_world_size(world, given)
+    check_world_size(world, {axis: n for axis, n in degrees.items() if n is not None})
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
-    return Asked(world=world, pp=pp, dp=dp, tp=tp, zero=zero, memory=limit)
+    return Asked(world=world, **degrees, zero=zero, memory=limit)
 
 
 # --- report --------------------------------------------------------------------------------------------

@@ -245,9 +245,7 @@ def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
     for each in split:
         pattern, equals, rule = each.rpartition("=")
         if not equals or rule not in RULES:
-            raise ValueError(
-                f"--split {each}: expected PATTERN=RULE, where RULE is one of {', '.join(RULES)}"
-            )
+            raise ValueError(f"--split {each}: expected PATTERN=RULE with RULE of {', '.join(RULES)}")
         rules.append((pattern, rule))
     return tuple(rules)
 
@@ -257,15 +255,14 @@ def _check_used(options: Options, found: Source) -> None:
     from fnmatch import fnmatchcase
 
     deepspeed = found.kind.startswith("deepspeed")
+    this = f"{found.where} is a {found.kind} one"
     for option, given, fits, kinds in (
         ("--split", options.split, deepspeed, "DeepSpeed"),
         ("--in-model-order", options.in_model_order, deepspeed, "DeepSpeed"),
         ("--untie", options.untie, found.kind in ("dcp", "torch"), "torch and dcp"),
     ):
         if given and not fits:
-            raise ValueError(
-                f"{option} only works with {kinds} checkpoints; {found.where} is a {found.kind} one"
-            )
+            raise ValueError(f"{option} only works with {kinds} checkpoints; {this}")
     if options.frozen and not options.in_model_order:
         raise ValueError("--frozen needs --in-model-order; otherwise SRC records what was trained")
     if options.buffers and deepspeed:

@@ -140,9 +140,7 @@ def _curves_row(
             }
             for key, curve in metrics.curves.items()
         },
-        "resizes": [
-            {"after": resize.at, "from": vars(resize.before), "to": vars(resize.after)} for resize in resizes
-        ],
+        "resizes": [{"after": r.at, "from": vars(r.before), "to": vars(r.after)} for r in resizes],
         "resizes_from": "metrics" if metrics.topologies else "checkpoints",
         "checkpoints": [{"tag": mark.tag, "at": mark.at} for mark in marks],
         "left_out": sum(metrics.left_out.values()),
@@ -152,11 +150,8 @@ def _curves_row(
 def _curve_lines(row: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{curve['points']} of {key}" for key, curve in row["curves"].items())
     lines = [f"{row['output']}: points: {counts}; from {', '.join(row['sources'])}"]
-    abandoned = max(curve["abandoned"] for curve in row["curves"].values())
-    if abandoned:
-        lines.append(
-            f"{plural(abandoned, 'point')} abandoned when the run resumed from an earlier checkpoint"
-        )
+    if n := max(curve["abandoned"] for curve in row["curves"].values()):
+        lines.append(f"{plural(n, 'point')} abandoned when the run resumed from an earlier checkpoint")
     for resize in row["resizes"]:
         before, after = (_topology(resize[key]) for key in ("from", "to"))
         lines.append(f"after {row['x']} {resize['after']:g}: {before} → {after}")

@@ -51,10 +51,13 @@ def verify(
 
     Exits with 1 if anything is damaged or missing.
     """
+    import ckpt
+
     if every and tag is not None:
         raise ValueError(f"--all and --tag {tag} are mutually exclusive")
     results = []
-    for each in _tags(run) if every else [tag]:
+    tags: Sequence[str | None] = ckpt.committed_tags(run) if every else [tag]
+    for each in tags or [None]:  # a single checkpoint's folder has no tags
         results.append(_verify(run, each))
         if not as_json:
             results[-1].print()
@@ -66,13 +69,6 @@ def verify(
         say_json([result.row() for result in results])
     if any(result.problems for result in results):
         raise Exit(1)
-
-
-def _tags(run: str) -> Sequence[str | None]:
-    """Return a run's tags, oldest first, or [None] if `run` is a single checkpoint's folder."""
-    import ckpt
-
-    return ckpt.committed_tags(run) or [None]
 
 
 def _latest(run: str) -> ckpt.Problem | None:

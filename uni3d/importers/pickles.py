@@ -277,6 +277,17 @@ def plain(value: Any) -> Any:
         raise TypeError("nested too deeply") from None
 
 
+def plain_entries(entries: Mapping[Any, Any], what: str, left_out: list[str]) -> dict[str, Any]:
+    """Return the entries that JSON can represent; a line that begins with `what` is added for each other."""
+    found = {}
+    for key, value in entries.items():
+        try:
+            found[str(key)] = plain(value)
+        except TypeError as error:
+            left_out.append(f"{what}{key}: {error}")
+    return found
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str | int) for key in value):

@@ -18,8 +18,8 @@ PARAMETER, BUFFER = WEIGHT_STATES
 
 Array = npt.NDArray[Any]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-IMPLEMENTATION_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Hyperparameters that choose an implementation of the step and don't change its result."""
+Read = Callable[[], Array]
+"""Reads the verified values, in a type that converts to the stored one exactly. Thread-safe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class ForeignArray:
     dtype: str
     """Type in which it will be stored: `float32` for parameters."""
     shape: tuple[int, ...]
-    read: Callable[[], Array]
-    """Returns the verified values, in a type that converts to `dtype` exactly. Thread-safe."""
+    read: Read
     origin: str
     """Place in the source, shown to the user."""
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from ckpt import DTYPES, CheckpointError, numpy_dtype
-from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor
 
@@ -40,7 +38,7 @@ class _SafeTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], npt.NDArray[Any]]
+    read: Read
     identity: None = None
     """Such files don't record which tensors share memory."""
 
@@ -95,18 +93,11 @@ def _source(
         first = arrays.setdefault(tensor.identity if tied else name, array)
         if first is not array:
             aliases[name] = first.name
-    return Source(
-        kind=kind, where=str(path), arrays=list(arrays.values()), aliases=aliases, left_out=left_out
-    )
+    return Source(kind=kind, where=str(path), arrays=[*arrays.values()], aliases=aliases, left_out=left_out)
 
 
 def array_of(
-    name: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    read: Callable[[], npt.NDArray[Any]],
-    options: Options,
-    origin: str,
+    name: str, dtype: str, shape: tuple[int, ...], read: Read, options: Options, origin: str
 ) -> ForeignArray:
     """Return a parameter or a buffer, told apart by name and type alone.
 
@@ -173,9 +164,7 @@ def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
         for name, file in sorted(json.loads(index.read_text())["weight_map"].items(), key=lambda x: x[1]):
             placed.setdefault(index.parent / file, set()).add(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} isn't a valid index of weights: {type(error).__name__}: {error}"
-        ) from None
+        raise CheckpointError(f"{index} isn't an index of weights: {type(error).__name__}: {error}") from None
     for file in placed:
         if file.parent != index.parent or file.suffix != suffix:
             raise CheckpointError(f"{index} names {file}, which isn't a {suffix} file in its folder")
@@ -213,12 +202,12 @@ def _in_safetensors(file: Path) -> tuple[_Tensors, dict[str, str]]:
     return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}
 
 
-def _read(file: Path, name: str) -> npt.NDArray[Any]:
+def _read(file: Path, name: str) -> Array:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as opened:
-            values: npt.NDArray[Any] = opened.get_tensor(name)
+            values: Array = opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
     return values

@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,13 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, leng
 class TorchFile:
     """A file written by `torch.save`."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        data: memoryview | None = None,
-        verify: bool = True,
-        stand_ins: Collection[str] = (),
-    ) -> None:
+    def __init__(self, path: Path, options: Options, data: memoryview | None = None) -> None:
         """Read the archive's directory. `data` is the archive, if it is only a part of the file.
-
-        `verify` says whether checksums are compared; `stand_ins` is as for `pickles.read_pickle`.
 
         Raises:
             CheckpointError: the file isn't such an archive.
         """
-        self.path, self._verify, self._stand_ins = path, verify, stand_ins
+        self.path, self._options = path, options
         try:
             whole = np.memmap(path, np.uint8, mode="r") if data is None else np.frombuffer(data, np.uint8)
         except ValueError:
@@ -69,11 +59,10 @@ class TorchFile:
         """
         entry = self._entries[f"{self._root}data.pkl"]
         data = bytes(self._part(entry))
-        if self._verify and zlib.crc32(data) != entry.CRC:
+        if self._options.verify and zlib.crc32(data) != entry.CRC:
             raise CheckpointError(f"{self.path} is damaged: the CRC-32 of data.pkl doesn't match")
-        return read_pickle(
-            data, str(self.path), stand_ins=self._stand_ins, names=NAMES, persistent=self._storage
-        )
+        stand_ins = self._options.stand_ins
+        return read_pickle(data, str(self.path), stand_ins=stand_ins, names=NAMES, persistent=self._storage)
 
     def _storage(self, pid: Any) -> tuple[Storage, str]:
         """Return the storage of a persistent id, and the type of its elements."""
@@ -87,7 +76,7 @@ class TorchFile:
             found = "nothing" if entry is None else f"{entry.file_size} bytes"
             raise CheckpointError(f"{self.path} is damaged: data/{key} has {found}, expected {size} bytes")
         if key not in self._storages:
-            checksum = entry.CRC if self._verify else None
+            checksum = entry.CRC if self._options.verify else None
             self._storages[key] = Storage(self.path, key, self._part(entry), checksum)
         return self._storages[key], name
 
@@ -98,7 +87,7 @@ class TorchFile:
 
 def load(path: Path, options: Options) -> Any:
     """Return the object in the file, as `TorchFile.load`."""
-    return TorchFile(path, verify=options.verify, stand_ins=options.stand_ins).load()
+    return TorchFile(path, options).load()
 
 
 def is_archive(path: Path) -> bool:

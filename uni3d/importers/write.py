@@ -6,15 +6,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
 from ckpt.threads import cores
-from uni3d.importers.source import BUFFER, PARAMETER, ForeignArray, Source
+from uni3d.importers.source import BUFFER, PARAMETER, Array, ForeignArray, Source
 from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, RunManifest, WriterRecord
 
 
@@ -107,7 +105,7 @@ class _Unread:
         self.shape = array.shape
         self.dtype = ckpt.numpy_dtype(array.dtype)
 
-    def __getitem__(self, part: tuple[slice, ...]) -> npt.NDArray[Any]:
+    def __getitem__(self, part: tuple[slice, ...]) -> Array:
         values = self._recent.read(self._array)[part or ...]
         self._progress(values.nbytes)
         return values
@@ -118,11 +116,11 @@ class _Recent:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._arrays: OrderedDict[tuple[str, str], npt.NDArray[Any]] = OrderedDict()
+        self._arrays: OrderedDict[tuple[str, str], Array] = OrderedDict()
         self._reading: dict[tuple[str, str], threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def read(self, array: ForeignArray) -> npt.NDArray[Any]:
+    def read(self, array: ForeignArray) -> Array:
         with self._lock:
             mine = self._reading.setdefault(array.key, threading.Lock())
         with mine:  # threads that write other chunks of it wait for the one reading it
@@ -137,7 +135,7 @@ class _Recent:
             return found
 
 
-def converted(values: npt.NDArray[Any], array: ForeignArray) -> npt.NDArray[Any]:
+def converted(values: Array, array: ForeignArray) -> Array:
     """Return `values` in the stored type.
 
     Raises:

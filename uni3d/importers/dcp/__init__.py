@@ -108,12 +108,10 @@ def _guessed(optimizer: OptimizerState | None) -> list[str]:
 
 
 def _weight(layout: Layout, name: str, key: str, options: Options, *, trained: bool) -> ForeignArray:
-    tensor, read = layout.tensors[key], partial(layout.read, key)
+    held, read = layout.tensors[key], partial(layout.read, key)
     if not trained:
-        return array_of(name, tensor.dtype, tensor.shape, read, options, key)
-    return ForeignArray(
-        name=name, state=PARAMETER, dtype="float32", shape=tensor.shape, read=read, origin=key
-    )
+        return array_of(name, held.dtype, held.shape, read, options, key)
+    return ForeignArray(name=name, state=PARAMETER, dtype="float32", shape=held.shape, read=read, origin=key)
 
 
 def _tied(
@@ -177,9 +175,7 @@ def _parts(layout: Layout) -> _Parts:
     named = {".".join(map(str, steps)): key for key, steps in found.items()}
     if len(named) < len(found):
         twice = sorted(key for key, steps in found.items() if named[".".join(map(str, steps))] != key)
-        raise CheckpointError(
-            f"{layout.path} has two tensors with the path of {twice[0]} in its planner_data"
-        )
+        raise CheckpointError(f"{layout.path} has two tensors at the path of {twice[0]} in its planner_data")
     weights = {name: key for name, key in named.items() if key in layout.tensors}
     if not weights:
         raise CheckpointError(_no_weights(layout, set()))

@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.importers.pickles import Function, StandIn, TypeName, read_pickle
-from uni3d.importers.source import Options
+from uni3d.importers.source import Array, Options
 from uni3d.importers.torch_files import TorchFile
 from uni3d.importers.torch_tensors import NAMES, StoredTensor
 
@@ -93,7 +92,7 @@ class Layout:
         order = [*(name for name in paths if name in names), *(name for name in names if name not in paths)]
         self.steps: dict[str, Steps] = {name: _steps(paths.get(name, (name,))) for name in order}
 
-    def read(self, name: str, first: int | None = None) -> npt.NDArray[Any]:
+    def read(self, name: str, first: int | None = None) -> Array:
         """Return a verified tensor, or only its row `first`.
 
         Raises:
@@ -103,13 +102,11 @@ class Layout:
         if first is not None:  # each chunk has only one row
             rows = [chunk for chunk in tensor.chunks if chunk.offsets[0] == first]
             part = [replace(chunk, offsets=(0, *chunk.offsets[1:])) for chunk in rows]
-            row: npt.NDArray[Any] = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
+            row: Array = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
             return row
         return self._read(tensor, tensor.shape, tensor.chunks)
 
-    def _read(
-        self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]
-    ) -> npt.NDArray[Any]:
+    def _read(self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> Array:
         if len(chunks) == 1:
             return self._chunk(tensor, chunks[0])
         values = np.empty(shape, numpy_dtype(tensor.dtype))
@@ -219,7 +216,7 @@ class Layout:
             )
         return FileRange(file=file, offset=offset, length=length)
 
-    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> npt.NDArray[Any]:
+    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
         stored = self._open(chunk.place, tensor.name, verify=verify).load()
         what = f"{self.path / chunk.place.file}: {tensor.name} at {list(chunk.offsets)}"
         if not isinstance(stored, StoredTensor):
@@ -241,12 +238,8 @@ class Layout:
                 f"{self.path / place.file} holds {name} as safetensors, written by torch's "
                 "HuggingFaceStorageWriter; consolidate its files and import the result"
             )
-        return TorchFile(
-            self.path / place.file,
-            data=data,
-            verify=verify and self._options.verify,
-            stand_ins=self._options.stand_ins,
-        )
+        options = self._options if verify else replace(self._options, verify=False)
+        return TorchFile(self.path / place.file, options, data)
 
 
 def check_cover(what: str, tensor: ChunkedTensor) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout, Steps
 from uni3d.importers.pickles import plain
-from uni3d.importers.source import FLOATS, IMPLEMENTATION_FLAGS, ForeignArray, OptimizerState
+from uni3d.importers.source import FLOATS, ForeignArray, OptimizerState
 from uni3d.importers.torch_tensors import StoredTensor, item
+from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 
 def read_optimizer(
@@ -59,9 +60,7 @@ def read_optimizer(
                 name, hyperparameter = _split(layout, key, rest, names)
                 own.setdefault(name, {})[hyperparameter] = _number(layout, key, each)
             elif not (kind in ("state", "param_groups") and each in ({}, [])):
-                raise CheckpointError(
-                    f"{layout.path} has {key}, which is neither optimizer state nor a hyperparameter"
-                )
+                raise CheckpointError(f"{layout.path}: {key} is neither optimizer state nor a hyperparameter")
     groups = _listed_groups(layout, listed, names) if listed else _equal_groups(own)
     grouped = {name for group in groups for name in group["params"]}
     for name in (*scalars, *(array.name for array in arrays)):
@@ -70,9 +69,8 @@ def read_optimizer(
                 f"{layout.path} has optimizer state of {name}, but {name} is in no parameter group; with "
                 "pipeline stages, save with flatten_optimizer_state_dict=True"
             )
-    return arrays, OptimizerState(
-        type=kind_of(groups), groups=groups, scalars=scalars, equal_groups=not listed
-    )
+    name_of_class = kind_of(groups)
+    return arrays, OptimizerState(type=name_of_class, groups=groups, scalars=scalars, equal_groups=not listed)
 
 
 def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
@@ -130,9 +128,7 @@ def _number(layout: Layout, key: str, value: Any) -> Any:
     try:
         return plain(item(value) if isinstance(value, StoredTensor) and value.size == 1 else value)
     except TypeError as error:
-        raise CheckpointError(
-            f"{layout.path}: optimizer entry {key} is {error}, which can't be stored"
-        ) from None
+        raise CheckpointError(f"{layout.path}: {key} is {error}, which can't be stored") from None
 
 
 def _listed_groups(
@@ -164,4 +160,4 @@ def _equal_groups(own: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def clean(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's hyperparameters."""
-    return {key: value for key, value in group.items() if key != "params" and key not in IMPLEMENTATION_FLAGS}
+    return {key: value for key, value in group.items() if key not in IMPLEMENTATION_KEYS}

@@ -68,10 +68,8 @@ class RankFolder:
         """
         self._folder, self._options = folder, options
         models, optimizers, layers = _sorted(folder)
-        opened = {m: [self._open(p) for p in paths] for m, paths in models.items()}
-        states = {
-            m: [self._open(p)["optimizer_state_dict"] for p in paths] for m, paths in optimizers.items()
-        }
+        opened = {m: [self._open(path) for path in of] for m, of in models.items()}
+        states = {m: [self._open(p)["optimizer_state_dict"] for p in of] for m, of in optimizers.items()}
         if states and states.keys() != opened.keys():
             raise CheckpointError(
                 f"{folder} has model files of ranks {sorted(opened)}, but optimizer files of ranks "
@@ -102,9 +100,7 @@ class RankFolder:
     def _open(self, path: Path) -> Mapping[str, Any]:
         content = load(path, self._options)
         if not isinstance(content, Mapping):
-            raise CheckpointError(
-                f"{path} holds a {type(content).__name__}, expected a dict as written by DeepSpeed"
-            )
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, expected DeepSpeed's dict")
         return content
 
     def _module(
