@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from uni3d.estimate.job import Job
     from uni3d.estimate.search import Machine
 
-DEFAULTS: dict[str, Any] = {"seq_len": 4096, "micro_batch": 1}
-"""Settings of a job without a config."""
-
 Size = Annotated[int | None, Option(help="Size of the model.", show_default="from --params")]
 
 
@@ -142,7 +139,8 @@ def _job(
     if path is None:
         shape: GPTShape = derive(asked, **sizes)
         ranks = _ranks({"pp": 1, "dp": "auto", "tp": 1}, degrees, zero=1)
-        return Job(shape=shape, ranks=ranks, **{**DEFAULTS, "accumulation": 4 * ranks.pp, **given})
+        settings = {"seq_len": 4096, "micro_batch": 1, "accumulation": 4 * ranks.pp, **given}
+        return Job(shape=shape, ranks=ranks, **settings)
     doubled = [f"--{n.replace('_', '-')}" for n in _given(params=asked, **sizes)]
     if doubled:
         raise ValueError(f"{doubled[0]} and {path} both describe the model; leave one out")

@@ -47,11 +47,7 @@ _Tensors = Mapping[str, StoredTensor | _SafeTensor]
 
 
 def read_safetensors(path: Path, options: Options) -> Source:
-    """Read a safetensors file, or a folder of them.
-
-    Raises:
-        CheckpointError: a file is damaged or missing.
-    """
+    """Read a safetensors file, or a folder of them."""
     held: dict[Path, _Tensors] = {}
     aliases: dict[str, str] = {}
     files, placed = _files(path, ".safetensors")
@@ -63,11 +59,7 @@ def read_safetensors(path: Path, options: Options) -> Source:
 
 
 def read_torch(path: Path, options: Options) -> Source:
-    """Read the state_dict in a file of `torch.save`, or in a folder of them.
-
-    Raises:
-        CheckpointError: a file is damaged or missing, or contains something unsupported.
-    """
+    """Read the state_dict in a file of `torch.save`, or in a folder of them."""
     held: dict[Path, _Tensors] = {}
     left_out: list[str] = []
     files, placed = _files(path, ".bin")

@@ -52,11 +52,7 @@ class TorchFile:
         self._storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """Return the saved object, with a `StoredTensor` for each tensor.
-
-        Raises:
-            CheckpointError: it is damaged, or contains something unsupported.
-        """
+        """Return the saved object, with a `StoredTensor` for each tensor."""
         entry = self._entries[f"{self._root}data.pkl"]
         data = bytes(self._part(entry))
         if self._options.verify and zlib.crc32(data) != entry.CRC:

@@ -54,11 +54,7 @@ class _Parts:
 
 
 def read_dcp(path: Path, options: Options) -> Source:
-    """Read the model and its optimizer from a DCP folder.
-
-    Raises:
-        CheckpointError: something is missing, damaged or ambiguous.
-    """
+    """Read the model and its optimizer from a DCP folder."""
     layout = Layout(path, options)
     parts = _parts(layout)
     left_out = list(parts.left_out)

@@ -69,11 +69,7 @@ class Layout:
     """
 
     def __init__(self, path: Path, options: Options) -> None:
-        """Read `.metadata`, and check that every file exists and is long enough.
-
-        Raises:
-            CheckpointError: something is missing, damaged or unsupported.
-        """
+        """Read `.metadata`, and check that every file exists and is long enough."""
         self.path, self._options = path, options
         self._sizes: dict[str, int] = {}
         content = self._metadata()
@@ -127,26 +123,20 @@ class Layout:
         return self.read(name).reshape(()).item()
 
     def object(self, name: str) -> Any:
-        """Return a value that isn't a tensor, unpickled by `pickles`.
-
-        Raises:
-            CheckpointError: it is damaged, or contains something unsupported.
-        """
+        """Return a value that isn't a tensor, unpickled by `pickles`."""
         return self._open(self.objects[name], name).load()
 
     def _metadata(self) -> StandIn:
         file = self.path / METADATA
         if not file.is_file():
             ranks = sorted(each.name for each in self.path.glob(f"__*{METADATA}"))
-            raise CheckpointError(
-                f"{self.path} has no {METADATA}"
-                + (
+            why = ": it isn't a distributed checkpoint, or its save didn't finish"
+            if ranks:
+                why = (
                     f" but one per rank ({ranks[0]}, ...), as with use_collectives=False, which isn't "
                     "supported; load it with torch and save it again"
-                    if ranks
-                    else ": it isn't a distributed checkpoint, or its save didn't finish"
                 )
-            )
+            raise CheckpointError(f"{self.path} has no {METADATA}{why}")
         found = read_pickle(
             file.read_bytes(), str(file), stand_ins=self._options.stand_ins, names=_METADATA_NAMES
         )

@@ -61,11 +61,7 @@ class RankFolder:
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
-        """Unpickle all files; no tensor is read.
-
-        Raises:
-            CheckpointError: some are missing or unsupported.
-        """
+        """Unpickle all files; no tensor is read."""
         self._folder, self._options = folder, options
         models, optimizers, layers = _sorted(folder)
         opened = {m: [self._open(path) for path in of] for m, of in models.items()}

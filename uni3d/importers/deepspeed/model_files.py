@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ckpt import CheckpointError
-from uni3d.importers.deepspeed.zero import ParameterPart, RankFiles, checked
+from uni3d.importers.deepspeed.zero import ParameterPart, Parts, RankFiles, checked
 from uni3d.importers.source import FLOATS, PARAMETER, Array, Options, Read
 from uni3d.importers.torch_tensors import StoredTensor, item
 
@@ -33,7 +33,7 @@ def buffers(stages: Sequence[RankFiles]) -> dict[str, StoredTensor]:
 
 def untrained(
     stages: Sequence[RankFiles],
-    trained: Mapping[str, ParameterPart],
+    trained: Parts,
     aliases: dict[str, str],
     left_out: list[str],
 ) -> dict[str, ParameterPart]:
@@ -69,7 +69,7 @@ def untrained(
     return found
 
 
-def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, ParameterPart]) -> str | None:
+def _tied_copy(name: str, tensor: StoredTensor, trained: Parts) -> str | None:
     """Return the tied parameter of which a layer's file has a copy, under the layer's name."""
     layer, _, inner = name.partition(".")
     if not layer.isdigit():

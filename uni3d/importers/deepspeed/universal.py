@@ -21,11 +21,7 @@ _STEP = "step"
 
 
 def read_universal(path: Path, options: Options) -> Source:
-    """Read a universal checkpoint; `path` is its folder or that of its run.
-
-    Raises:
-        CheckpointError: files are missing, damaged, inconsistent or unsupported.
-    """
+    """Read a universal checkpoint; `path` is its folder or that of its run."""
     folder = checkpoint_folder(path, options.tag)
     if folder is None or not is_universal(folder):
         raise CheckpointError(f"{folder or path} has no folder zero/, so it isn't a universal checkpoint")

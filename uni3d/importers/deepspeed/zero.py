@@ -40,6 +40,10 @@ class ParameterPart:
     scalars: dict[str, float] = field(default_factory=dict)
 
 
+Parts = Mapping[str, ParameterPart]
+"""Parameters by name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankFiles:
     """Unpickled files of one model-parallel rank."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -42,11 +43,7 @@ _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 
 
 def read_megatron(path: Path, options: Options) -> Source:
-    """Read the model and its optimizer.
-
-    Raises:
-        CheckpointError: something is missing, damaged, or needs Megatron to be read.
-    """
+    """Read the model and its optimizer."""
     _check_backend(path)
     layout = Layout(path, options)
     common = read_common(path, options)
@@ -108,11 +105,8 @@ def _check_backend(path: Path) -> None:
 
 def _objects(layout: Layout) -> list[str]:
     """Return a line for each kind of object that isn't imported; each layer has some extra states."""
-    kinds: dict[str, int] = {}
-    for key in layout.objects:
-        name = key.partition("/shard_")[0]
-        kind = "_extra_state" if name.endswith("_extra_state") else name
-        kinds[kind] = kinds.get(kind, 0) + 1
+    names = [key.partition("/shard_")[0] for key in layout.objects]
+    kinds = Counter("_extra_state" if name.endswith("_extra_state") else name for name in names)
     return [f"{kind}: {n} objects of Megatron that aren't tensors" for kind, n in sorted(kinds.items())]
 
 

@@ -95,11 +95,7 @@ class Common:
 
 
 def read_common(path: Path, options: Options) -> Common:
-    """Read the file.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or contains something unsupported.
-    """
+    """Read the file."""
     file = path / "common.pt"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; Megatron always writes it")
