@@ -47,10 +47,8 @@ def config(
 def _sections(settings: Any) -> dict[str, Any]:
     """Return the config's keys with their defaults, except those that `config` resolves itself."""
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    resolved = dict.fromkeys((*batches, "fp16", "bf16", "data_types"), True)
-    dump: dict[str, Any] = settings.model_dump(
-        mode="json", exclude={**resolved, "parallel": {"pp", "dp", "tp"}}
-    )
+    known = dict.fromkeys((*batches, "fp16", "bf16", "data_types"), True)
+    dump: dict[str, Any] = settings.model_dump(mode="json", exclude={**known, "parallel": {"pp", "dp", "tp"}})
     dump["communication_data_type"] = settings.communication_data_type or "fp32"
     if settings.optimizer is not None:
         dump["optimizer"] = {"is": settings.optimizer.implementation, **settings.optimizer.hyperparameters}

@@ -76,14 +76,12 @@ def export(
     if not hf and (hf_config is not None or name_map is not None):
         raise ValueError("--hf-config and --name-map need --format hf")
     kind = None if hf else _format(output, file_format, whole=max_shard_size is None)
-    checkpoint = ckpt.open_checkpoint(run, tag)
+    checkpoint, of = ckpt.open_checkpoint(run, tag), _DTYPES[dtype]
     if kind is None:
-        files, names = _hugging_face(
-            checkpoint, output, _DTYPES[dtype], max_shard_size or "5GB", hf_config, name_map
-        )
+        files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
-        files = _plain(checkpoint, output, kind, _DTYPES[dtype], max_shard_size, names)
+        files = _plain(checkpoint, output, kind, of, max_shard_size, names)
     kept = set(names)
     left_out = [name for name in ckpt.weights(checkpoint) if name not in kept]
     size = sum(file.stat().st_size for file in files)

@@ -88,7 +88,12 @@ def plan(
     """
     from uni3d.cli.plan_report import lines_of, row_of
 
-    rates = _rates(bandwidth_per_node=bandwidth, memory_bandwidth_per_rank=memory_bandwidth)
+    rates = {
+        "bandwidth_per_node": parse(bandwidth, RATES, "--bandwidth", "2GB/s or 500MiB/s"),
+        "memory_bandwidth_per_rank": parse(
+            memory_bandwidth, RATES, "--memory-bandwidth", "2GB/s or 500MiB/s"
+        ),
+    }
     machine = _machine(flops, fast_link, slow_link, ranks_per_node)
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
     names = _names(states)
@@ -104,11 +109,6 @@ def plan(
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _rates(**given: str) -> dict[str, float]:
-    options = {"bandwidth_per_node": "--bandwidth", "memory_bandwidth_per_rank": "--memory-bandwidth"}
-    return {name: parse(text, RATES, options[name], "2GB/s or 500MiB/s") for name, text in given.items()}
 
 
 def _machine(flops: str, fast_link: str, slow_link: str, ranks_per_node: int) -> Machine:

@@ -56,8 +56,6 @@ class OptimizerState:
     """Hyperparameters of each group, with the names of its parameters under `params`."""
     scalars: dict[str, dict[str, Any]]
     """Parameter -> state -> number."""
-    equal_groups: bool = False
-    """True if the source doesn't record the groups, and parameters with equal hyperparameters form one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -44,47 +44,38 @@ class _SafeTensor:
 
 
 _Tensors = Mapping[str, StoredTensor | _SafeTensor]
+_Content = tuple[_Tensors, dict[str, str], list[str]]
+"""A file's tensors, the aliases of tied ones, and a line for everything else."""
 
 
 def read_safetensors(path: Path, options: Options) -> Source:
     """Read a safetensors file, or a folder of them."""
-    held: dict[Path, _Tensors] = {}
-    aliases: dict[str, str] = {}
-    files, placed = _files(path, ".safetensors")
-    for file in files:
-        held[file], other_names = _in_safetensors(file)
-        aliases |= other_names
-    _check_index(placed, held)
-    return _source("safetensors", path, held, aliases, options, [])
+    return _source("safetensors", path, ".safetensors", options, _in_safetensors)
 
 
 def read_torch(path: Path, options: Options) -> Source:
     """Read the state_dict in a file of `torch.save`, or in a folder of them."""
+    return _source("torch", path, ".bin", options, lambda file: _state_dict(file, load(file, options)))
+
+
+def _source(kind: str, path: Path, suffix: str, options: Options, read: Callable[[Path], _Content]) -> Source:
     held: dict[Path, _Tensors] = {}
+    aliases: dict[str, str] = {}
     left_out: list[str] = []
-    files, placed = _files(path, ".bin")
+    files, placed = _files(path, suffix)
     for file in files:
-        held[file], others = _state_dict(file, load(file, options))
+        held[file], other_names, others = read(file)
+        aliases |= other_names
         left_out += others
     _check_index(placed, held)
-    return _source("torch", path, held, {}, options, left_out)
-
-
-def _source(
-    kind: str,
-    path: Path,
-    held: Mapping[Path, _Tensors],
-    aliases: dict[str, str],
-    options: Options,
-    left_out: list[str],
-) -> Source:
     arrays: dict[Any, ForeignArray] = {}
-    for file, name, tensor in ((file, *item) for file, tensors in held.items() for item in tensors.items()):
-        array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
-        tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
-        first = arrays.setdefault(tensor.identity if tied else name, array)
-        if first is not array:
-            aliases[name] = first.name
+    for file, tensors in held.items():
+        for name, tensor in tensors.items():
+            array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
+            tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
+            first = arrays.setdefault(tensor.identity if tied else name, array)
+            if first is not array:
+                aliases[name] = first.name
     return Source(kind=kind, where=str(path), arrays=[*arrays.values()], aliases=aliases, left_out=left_out)
 
 
@@ -174,7 +165,7 @@ def _check_index(placed: Mapping[Path, set[str]], held: Mapping[Path, _Tensors])
             raise CheckpointError(f"{file} has {', '.join(more[:4])}, which the index doesn't list")
 
 
-def _in_safetensors(file: Path) -> tuple[_Tensors, dict[str, str]]:
+def _in_safetensors(file: Path) -> _Content:
     from safetensors import SafetensorError, safe_open
 
     numpy_dtype("bfloat16")  # numpy knows the name from then on
@@ -191,7 +182,7 @@ def _in_safetensors(file: Path) -> tuple[_Tensors, dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} isn't a complete safetensors file: {error}") from None
     aliases = metadata | aliases  # safetensors' own `save_model` names one weight by another
-    return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}
+    return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}, []
 
 
 def _read(file: Path, name: str) -> Array:
@@ -205,8 +196,7 @@ def _read(file: Path, name: str) -> Array:
     return values
 
 
-def _state_dict(file: Path, content: Any) -> tuple[_Tensors, list[str]]:
-    """Return the tensors by name, and a line for everything else."""
+def _state_dict(file: Path, content: Any) -> _Content:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a state_dict")
     nested = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
@@ -228,4 +218,4 @@ def _state_dict(file: Path, content: Any) -> tuple[_Tensors, list[str]]:
     others = [f"{where}{k}: not a tensor" for k, v in chosen.items() if not isinstance(v, StoredTensor)]
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors")
-    return tensors, [*outside, *others]
+    return tensors, {}, [*outside, *others]

@@ -77,7 +77,17 @@ class TorchFile:
         return self._storages[key], name
 
     def _part(self, entry: zipfile.ZipInfo) -> npt.NDArray[np.uint8]:
-        begin = _begin(self.path, self._bytes, entry)
+        """Return an entry's bytes."""
+        start = entry.header_offset
+        header = bytes(self._bytes[start : start + _LOCAL_HEADER.size])
+        if len(header) < _LOCAL_HEADER.size:
+            raise CheckpointError(f"{self.path} is truncated")
+        signature, name, extra = _LOCAL_HEADER.unpack(header)
+        begin = start + _LOCAL_HEADER.size + name + extra
+        if signature != b"PK\x03\x04" or begin + entry.file_size > len(self._bytes):
+            raise CheckpointError(f"{self.path} is damaged at {entry.filename}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.path} has {entry.filename} compressed; torch.save never compresses")
         return self._bytes[begin : begin + entry.file_size]
 
 
@@ -104,21 +114,6 @@ def _directory(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, zipfile.Zip
             return {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
-
-
-def _begin(path: Path, data: npt.NDArray[np.uint8], entry: zipfile.ZipInfo) -> int:
-    """Return the offset of an entry's bytes in the archive."""
-    start = entry.header_offset
-    header = bytes(data[start : start + _LOCAL_HEADER.size])
-    if len(header) < _LOCAL_HEADER.size:
-        raise CheckpointError(f"{path} is truncated")
-    signature, name, extra = _LOCAL_HEADER.unpack(header)
-    begin = start + _LOCAL_HEADER.size + name + extra
-    if signature != b"PK\x03\x04" or begin + entry.file_size > len(data):
-        raise CheckpointError(f"{path} is damaged at {entry.filename}")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError(f"{path} has {entry.filename} compressed; torch.save never compresses")
-    return int(begin)
 
 
 class _Reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
 from ckpt.threads import cores
-from uni3d.importers.source import BUFFER, PARAMETER, Array, ForeignArray, Source
+from uni3d.importers.source import BUFFER, PARAMETER, Array, ForeignArray, Read, Source
 from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, RunManifest, WriterRecord
 
 
@@ -45,7 +45,7 @@ def write(
     shards = [
         UnreadShard(
             ShardSpec(ArrayKey(*array.key), array.dtype, array.shape, Box.whole(array.shape)),
-            _Unread(array, read, progress),
+            _Unread(array, partial(read, array), progress),
         )
         for array in source.arrays
     ]
@@ -100,17 +100,15 @@ def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
 class _Unread:
     """An array of the source that `ckpt` reads part by part, in the stored type."""
 
-    def __init__(
-        self, array: ForeignArray, read: Callable[[ForeignArray], Array], progress: Callable[[int], None]
-    ) -> None:
-        self._array, self._read, self._progress = array, read, progress
+    def __init__(self, array: ForeignArray, read: Read, progress: Callable[[int], None]) -> None:
+        self._read, self._progress = read, progress
         self._lock = threading.Lock()
         self.shape = array.shape
         self.dtype = ckpt.numpy_dtype(array.dtype)
 
     def __getitem__(self, part: tuple[slice, ...]) -> Array:
         with self._lock:  # threads that write other chunks of it wait for the one reading it
-            values = self._read(self._array)[part or ...]
+            values = self._read()[part or ...]
         self._progress(values.nbytes)
         return values
 

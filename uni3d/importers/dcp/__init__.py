@@ -61,7 +61,7 @@ def read_dcp(path: Path, options: Options) -> Source:
     moments: list[ForeignArray] = []
     optimizer: OptimizerState | None = None
     if parts.optimizer and not options.weights_only:
-        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights)
+        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights, left_out)
     elif parts.optimizer:
         left_out.append("optimizer state: --weights-only")
     grouped = {name for group in optimizer.groups for name in group["params"]} if optimizer else set()
@@ -90,17 +90,8 @@ def read_dcp(path: Path, options: Options) -> Source:
         optimizer=optimizer,
         step=_step(client_state, optimizer),
         client_state=client_state,
-        left_out=[*left_out, *_guessed(optimizer), *others],
+        left_out=[*left_out, *others],
     )
-
-
-def _guessed(optimizer: OptimizerState | None) -> list[str]:
-    if optimizer is None or not optimizer.equal_groups:
-        return []
-    return [
-        "division into parameter groups: not stored; parameters with equal hyperparameters form one group, "
-        f"which makes {len(optimizer.groups)}"
-    ]
 
 
 def _weight(layout: Layout, name: str, key: str, options: Options, *, trained: bool) -> ForeignArray:

@@ -137,9 +137,8 @@ class Layout:
                     "supported; load it with torch and save it again"
                 )
             raise CheckpointError(f"{self.path} has no {METADATA}{why}")
-        found = read_pickle(
-            file.read_bytes(), str(file), stand_ins=self._options.stand_ins, names=_METADATA_NAMES
-        )
+        stand_ins = self._options.stand_ins
+        found = read_pickle(file.read_bytes(), str(file), stand_ins=stand_ins, names=_METADATA_NAMES)
         if not isinstance(found, StandIn) or not found.name.endswith(".Metadata"):
             raise CheckpointError(f"{file} holds {found!r}, expected torch's Metadata")
         return found

@@ -24,7 +24,7 @@ from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 
 def read_optimizer(
-    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any]
+    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any], left_out: list[str]
 ) -> tuple[list[ForeignArray], OptimizerState]:
     """Read the optimizer's arrays, and its other state.
 
@@ -32,6 +32,7 @@ def read_optimizer(
         layout: the checkpoint.
         keys: name of each entry in the checkpoint -> its path below the optimizer's key.
         names: names of the model's tensors.
+        left_out: gets a line if the groups are a guess.
 
     Raises:
         CheckpointError: an entry belongs to no known parameter.
@@ -69,8 +70,12 @@ def read_optimizer(
                 f"{layout.path} has optimizer state of {name}, but {name} is in no parameter group; with "
                 "pipeline stages, save with flatten_optimizer_state_dict=True"
             )
-    name_of_class = kind_of(groups)
-    return arrays, OptimizerState(type=name_of_class, groups=groups, scalars=scalars, equal_groups=not listed)
+    if not listed:
+        left_out.append(
+            "division into parameter groups: not stored; parameters with equal hyperparameters form one "
+            f"group, which makes {len(groups)}"
+        )
+    return arrays, OptimizerState(type=kind_of(groups), groups=groups, scalars=scalars)
 
 
 def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
@@ -79,9 +84,8 @@ def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
     dtype = "float32" if tensor.dtype in FLOATS else tensor.dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"{layout.path}: {key} has type {dtype}, which can't be stored")
-    return ForeignArray(
-        name=name, state=state, dtype=dtype, shape=tensor.shape, read=partial(layout.read, key), origin=key
-    )
+    read = partial(layout.read, key)
+    return ForeignArray(name=name, state=state, dtype=dtype, shape=tensor.shape, read=read, origin=key)
 
 
 def kind_of(groups: list[dict[str, Any]]) -> str | None:

@@ -145,13 +145,9 @@ def _arrays(found: Parts) -> list[ForeignArray]:
 
 
 def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
+    origin = f"{folder.name}: {name}"
     return ForeignArray(
-        name=name,
-        state=BUFFER,
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        read=tensor.read,
-        origin=f"{folder.name}: {name}",
+        name=name, state=BUFFER, dtype=tensor.dtype, shape=tensor.shape, read=tensor.read, origin=origin
     )
 
 

@@ -17,6 +17,7 @@ _LATEST = ("latest", "latest_universal")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
+_Files = dict[int, list[Path]]
 _EXPERTS = re.compile(r"(?:layer_\d+_)?expert_\d+_.*|expp_rank_.*")
 
 
@@ -112,9 +113,7 @@ class RankFolder:
         }
 
 
-def _sorted(
-    folder: Path,
-) -> tuple[dict[int, list[Path]], dict[int, list[Path]], dict[int, list[tuple[int, Path]]]]:
+def _sorted(folder: Path) -> tuple[_Files, _Files, dict[int, list[tuple[int, Path]]]]:
     """Return model and optimizer files by model- and data-parallel rank, and layer files by tp rank."""
     models: dict[int, dict[int, Path]] = defaultdict(dict)
     optimizers: dict[int, dict[int, Path]] = defaultdict(dict)

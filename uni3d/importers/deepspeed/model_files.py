@@ -127,9 +127,7 @@ def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> di
     _check_none_is_frozen(rank, names, [_shape(states, masters, n) for queue in queues for n in queue])
     found: dict[str, ParameterPart] = {}
     for name, tensor in names.items():
-        homes = [
-            g for g, queue in enumerate(queues) if queue and _shape(states, masters, queue[0]) == tensor.shape
-        ]
+        homes = [g for g, q in enumerate(queues) if q and _shape(states, masters, q[0]) == tensor.shape]
         if len(homes) > 1:
             raise CheckpointError(
                 f"{rank.where}: {name} may belong to several parameter groups, judging by its shape, and "

@@ -98,9 +98,8 @@ def _part(
     weights = ranks.of_stage[0][0].module.get(name)
     if options.verify and ranks.tp == 1 and isinstance(weights, StoredTensor) and weights.shape in shapes:
         states[PARAMETER] = partial(checked, states[PARAMETER], weights, f"{folder.name}: {name}")
-    return ParameterPart(
-        shape=shapes.pop(), origin=f"{folder.name}/zero", states=states, group=group, scalars=scalars
-    )
+    origin = f"{folder.name}/zero"
+    return ParameterPart(shape=shapes.pop(), origin=origin, states=states, group=group, scalars=scalars)
 
 
 def _shaped(tensor: StoredTensor, shape: tuple[int, ...]) -> Array:

@@ -76,11 +76,7 @@ def groups_of(rank: RankFiles) -> list[dict[str, Any]]:
 
 
 def parts(rank: RankFiles) -> dict[str, ParameterPart]:
-    """Return the trained parameters of a model-parallel rank, by name.
-
-    Raises:
-        CheckpointError: the files are inconsistent.
-    """
+    """Return the trained parameters of a model-parallel rank, by name."""
     groups_of(rank)
     stage = zero_stage(rank.optimizers[0])
     shapes = rank.models[0].get("param_shapes")

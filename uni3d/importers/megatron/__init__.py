@@ -202,9 +202,8 @@ def _joined(atoms: list[ForeignArray]) -> list[ForeignArray]:
         if half == "w":
             shape = (atom.shape[0] + other.shape[0], *atom.shape[1:])
             read = partial(_stack, atom.read, other.read)
-            out.append(
-                replace(atom, name=name, shape=shape, read=read, origin=f"{atom.origin} and {other.origin}")
-            )
+            origin = f"{atom.origin} and {other.origin}"
+            out.append(replace(atom, name=name, shape=shape, read=read, origin=origin))
     return out
 
 
