@@ -57,11 +57,11 @@ def read_dcp(path: Path, options: Options) -> Source:
     """Read the model and its optimizer from a DCP folder."""
     layout = Layout(path, options)
     parts = _parts(layout)
-    left_out = list(parts.left_out)
+    left_out, guesses = list(parts.left_out), list[str]()
     moments: list[ForeignArray] = []
     optimizer: OptimizerState | None = None
     if parts.optimizer and not options.weights_only:
-        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights, left_out)
+        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights, guesses)
     elif parts.optimizer:
         left_out.append("optimizer state: --weights-only")
     grouped = {name for group in optimizer.groups for name in group["params"]} if optimizer else set()
@@ -90,7 +90,7 @@ def read_dcp(path: Path, options: Options) -> Source:
         optimizer=optimizer,
         step=_step(client_state, optimizer),
         client_state=client_state,
-        left_out=[*left_out, *others],
+        left_out=[*left_out, *guesses, *others],
     )
 
 

@@ -24,7 +24,7 @@ from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 
 def read_optimizer(
-    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any], left_out: list[str]
+    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any], guesses: list[str]
 ) -> tuple[list[ForeignArray], OptimizerState]:
     """Read the optimizer's arrays, and its other state.
 
@@ -32,7 +32,7 @@ def read_optimizer(
         layout: the checkpoint.
         keys: name of each entry in the checkpoint -> its path below the optimizer's key.
         names: names of the model's tensors.
-        left_out: gets a line if the groups are a guess.
+        guesses: gets a line if the checkpoint has no groups.
 
     Raises:
         CheckpointError: an entry belongs to no known parameter.
@@ -71,7 +71,7 @@ def read_optimizer(
                 "pipeline stages, save with flatten_optimizer_state_dict=True"
             )
     if not listed:
-        left_out.append(
+        guesses.append(
             "division into parameter groups: not stored; parameters with equal hyperparameters form one "
             f"group, which makes {len(groups)}"
         )
