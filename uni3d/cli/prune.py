@@ -28,7 +28,9 @@ def prune(
     store = open_run(run)
     tags = ckpt.committed_tags(store)
     if not tags:
-        raise ckpt.CheckpointError(f"{store.where('')} has no committed checkpoint; give the folder of a run")
+        raise ckpt.CheckpointError(
+            f"{store.where('')} holds no committed checkpoint; give the folder of a run"
+        )
     deleted = ckpt.prune(store, retention, dry_run=dry_run)
     kept = [tag for tag in tags if tag not in deleted]
     lines = [f"{'would delete' if dry_run else 'deleted'} {tag}" for tag in deleted]
