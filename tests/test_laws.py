@@ -135,7 +135,7 @@ ALLOWED = {
     "doctor": {"ckpt", "parallel", "config", "estimate", "manifest", "resume_rules", "units"},
     "plot": {"ckpt", "parallel", "estimate", "manifest", "units"},
     "export": {"ckpt", "manifest", "name_map", "zero_to_fp32", "units"},
-    "importers": {"ckpt", "config", "manifest", "optim", "zero_to_fp32", "units"},
+    "importers": {"ckpt", "config", "manifest", "optim", "resume_rules", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
         *("name_map", "recovery", "units", "version", "zero_to_fp32", "checkpoint"),

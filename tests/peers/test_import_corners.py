@@ -44,7 +44,7 @@ def test_a_pickle_cannot_change_a_tensor_that_it_made(tmp_path: Path, state: dic
     build = pickle.dumps(state, protocol=2)[2:-1] + b"b."  # without the protocol; BUILD before the end
     rewritten(tmp_path / "x.pt", lambda data: data[:-1] + build)
     with pytest.raises(CheckpointError, match="a tensor is given a state"):
-        TorchFile(tmp_path / "x.pt").load()
+        TorchFile(tmp_path / "x.pt", Options()).load()
 
 
 def test_a_view_that_negates_is_refused(tmp_path: Path) -> None:
