@@ -72,11 +72,7 @@ def test_what_a_retention_keeps(run):
         assert same(open_checkpoint(run, tag).read("w"), ARRAYS["w", "fp32"])
 
 
-@given(
-    st.lists(st.integers(0, 30), max_size=12),
-    st.integers(1, 5),
-    st.one_of(st.none(), st.integers(1, 5)),
-)
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 5)))
 def test_the_rule(steps, last, every):
     tags = [f"t{i}" for i in range(len(steps))]
     dropped = Retention(keep_last=last, keep_every=every).dropped(tags, steps)

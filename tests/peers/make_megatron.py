@@ -298,10 +298,7 @@ def joined(ranks: list[dict[str, tuple[Tensor, Any]]]) -> dict[str, Tensor]:
 
 def main() -> None:
     out = destination()
-    cases = {
-        "megatron_fp32": (4, 2, 2, None),
-        "megatron_distributed": (4, 2, 1, "fully_reshardable"),
-    }
+    cases = {"megatron_fp32": (4, 2, 2, None), "megatron_distributed": (4, 2, 1, "fully_reshardable")}
     for name, (ranks, *arguments) in cases.items():
         if wanted(name):
             on_ranks(ranks, run, new_folder(out, name), *arguments)

@@ -137,10 +137,7 @@ def test_a_model_that_does_not_fit_stays_as_it_was(alone: None, tmp_path: Path) 
         "out.weight has shape [1, 6] in the checkpoint and [1, 7] in OwnLoss"
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    with (
-        torch.device("meta"),
-        pytest.raises(ckpt.CheckpointError, match=r"call model\.to_empty"),
-    ):
+    with torch.device("meta"), pytest.raises(ckpt.CheckpointError, match=r"call model\.to_empty"):
         uni3d.load_state_dict_from_zero_checkpoint(OwnLoss(), tmp_path)
 
 

@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import (
-    OwnLoss,
-    Stack,
-    assert_same,
-    global_batches,
-    make_engine,
-    seeded,
-    train,
-    train_plainly,
-)
+from models import OwnLoss, Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly
 from ranks import Ranks
 from tied_gpt import TIED, gpt_engine
 from torch import Tensor, nn

@@ -7,16 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
-    OwnLoss,
-    Stack,
-    global_batches,
-    make_engine,
-    seeded,
-    train,
-    train_plainly,
-    whole,
-)
+from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, train_plainly, whole
 from ranks import Ranks
 from torch import nn
 from torch.utils.data import TensorDataset

@@ -109,11 +109,7 @@ def test_a_narrow_terminal_shows_everything(tmp_path: Path) -> None:
             ["--world-size", "3"],
             r"train_batch_size(8) = train_micro_batch_size_per_gp",
         ),
-        (
-            {"train_batch_size": 8},
-            ["--world-size", "3", "--pp", "2"],
-            "= 2 doesn't divide the world size 3",
-        ),
+        ({"train_batch_size": 8}, ["--world-size", "3", "--pp", "2"], "= 2 doesn't divide the world size 3"),
         (
             {"train_batch_size": 8, "zero_optimization": {"stage": 1, "mics_shard_size": 3}},
             ["--world-size", "4"],

@@ -176,10 +176,7 @@ def test_hypothetical_topologies(trained: Any, capsys: Any, tmp_path: Path) -> N
         (["--layout", "--metrics", "x"], "--metrics and --layout are mutually exclusive"),
         (["--layout", "--compare", "x"], "--compare and --layout are mutually exclusive"),
         (["--metrics", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
-        (
-            ["--layout", "--tag", "global_step3"],
-            "no checkpoint after global_step3 on another topology",
-        ),
+        (["--layout", "--tag", "global_step3"], "no checkpoint after global_step3 on another topology"),
         (["--layout", "--tag", "global_step9"], "the tags there are: global_step1"),
         (["--layout", "--atom", "x.weight"], "there is no atom 'x.weight'"),
         (
@@ -262,26 +259,11 @@ def save_by_hand(run: Path, writer: dict[str, Any], model: dict[str, Any]) -> No
             ["--tp", "2"],
             "tp 2 needs a model with a tp_plan, but Net has none",
         ),
-        (
-            (1, 1, 1),
-            {"declared": {"class": "Net"}},
-            ["--pp", "2"],
-            "pipeline_layers, but Net has none",
-        ),
+        ((1, 1, 1), {"declared": {"class": "Net"}}, ["--pp", "2"], "pipeline_layers, but Net has none"),
         ((2, 1, 1), {}, ["--pp", "1"], "which layers each of the 2 pipeline ranks had"),
         (None, {}, ["--dp", "2"], "doesn't record the topology that wrote the checkpoint"),
-        (
-            (1, 1, 1),
-            {"declared": {"tp_plan": {"a": "odd"}}},
-            ["--tp", "2"],
-            "the style 'odd' of the tp_plan",
-        ),
-        (
-            (1, 1, 2),
-            {"declared": {"tp_plan": {"a": "odd"}}},
-            ["--tp", "1"],
-            "the style 'odd' of the tp_plan",
-        ),
+        ((1, 1, 1), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "2"], "the style 'odd' of the tp_plan"),
+        ((1, 1, 2), {"declared": {"tp_plan": {"a": "odd"}}}, ["--tp", "1"], "the style 'odd' of the tp_plan"),
     ],
 )
 def test_a_manifest_that_does_not_say_it(

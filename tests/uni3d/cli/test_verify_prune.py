@@ -52,15 +52,7 @@ def save(run: Path | str, step: int) -> None:
         for key, x in arrays.items()
     ]
     plan, solo = ckpt.make_plan({0: [shard.spec for shard in shards]}), ckpt.Solo()
-    ckpt.save(
-        run,
-        f"global_step{step}",
-        shards,
-        plan=plan,
-        comm=solo,
-        document={"step": step},
-        durable=False,
-    )
+    ckpt.save(run, f"global_step{step}", shards, plan=plan, comm=solo, document={"step": step}, durable=False)
 
 
 @pytest.fixture

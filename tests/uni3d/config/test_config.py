@@ -89,10 +89,7 @@ ADAMW = {"type": "AdamW"}
         ({"train_batchsize": 8}, "unknown key 'train_batchsize'; did you mean 'train_batch_size'?"),
         ({"parallel": {"ppp": 2}}, "unknown key 'parallel.ppp'; did you mean 'pp'?"),
         ({"zero_optimization": {"stge": 1}}, "unknown key 'zero_optimization.stge'; did you mean 'stage'?"),
-        (
-            {"zero_optimization": {"xyz": 1}},
-            "unknown key 'zero_optimization.xyz'; known: mics_shard_size",
-        ),
+        ({"zero_optimization": {"xyz": 1}}, "unknown key 'zero_optimization.xyz'; known: mics_shard_size"),
         (
             {"optimizer": ADAMW | {"params": {"weight_decy": 1}}},
             "unknown key 'optimizer.params.weight_decy'; did you mean 'weight_decay'?",
@@ -134,10 +131,7 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"gradient_clipping": -1}, "gradient_clipping is -1: "),
         ({"seed": -1}, "seed is -1: "),
         ({"parallel": []}, "parallel is []: "),
-        (
-            {"parallel": {"tp": 1.5}},
-            "parallel.tp is 1.5: input should be a valid integer, or",
-        ),
+        ({"parallel": {"tp": 1.5}}, "parallel.tp is 1.5: input should be a valid integer, or"),
         (
             {"parallel": {"device": "tpu"}},
             "parallel.device is 'tpu': input should be 'auto', 'cpu' or 'cuda'",
@@ -173,10 +167,7 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True: expected 0, 1, 2 or 3"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last is 0: "),
         ({"checkpoint": {"keep_every": 2}}, "checkpoint: keep_every needs keep_last"),
-        (
-            {"checkpoint": {"keep_last": 2, "durable": False}},
-            "checkpoint: keep_last deletes checkpoints",
-        ),
+        ({"checkpoint": {"keep_last": 2, "durable": False}}, "checkpoint: keep_last deletes checkpoints"),
         ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.params.total_num_steps is missing"),
         ({"scheduler": {"type": "warmuplr"}}, "scheduler.type: unknown schedule 'warmuplr'; did you mean 'W"),
         ({"scheduler": {"params": {}}}, 'scheduler is {\'params\': {}}: expected {"type": "WarmupLR", '),
@@ -223,10 +214,7 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "none"}}},
             "zero_optimization.cpu_offload is {'device': 'cpu'}, but zero_optimization.offload_opt",
         ),
-        (
-            {"zero_optimization": {"mics_shard_size": 2}},
-            "zero_optimization: a shard group needs stage 1",
-        ),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization: a shard group needs stage 1"),
         (
             {"zero_optimization": {"stage": 3, "mics_shard_size": 0}},
             "zero_optimization: mics_shard_size must be a n",

@@ -66,11 +66,7 @@ def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str
 
 @pytest.mark.parametrize(
     "model",
-    [
-        "own",
-        pytest.param("short", marks=pytest.mark.slow),
-        pytest.param("gpt", marks=pytest.mark.matrix),
-    ],
+    ["own", pytest.param("short", marks=pytest.mark.slow), pytest.param("gpt", marks=pytest.mark.matrix)],
 )
 def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, model: str) -> None:
     """Try all topologies of up to four ranks, with the doctor's config if it gives one."""

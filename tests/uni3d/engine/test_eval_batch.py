@@ -8,16 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import (
-    OwnLoss,
-    Stack,
-    global_batches,
-    make_engine,
-    micro_batches,
-    seeded,
-    train_plainly,
-    whole,
-)
+from models import OwnLoss, Stack, global_batches, make_engine, micro_batches, seeded, train_plainly, whole
 from ranks import Ranks
 
 STEPS = 3

@@ -54,12 +54,7 @@ PLACES = {"zero_bubble_v": {2: [[0, 3], [1, 2]], 4: [[0, 7], [1, 6], [2, 5], [3,
 def make_engine(how: How, zero: int, options: dict[str, Any], **config: Any) -> Any:
     settings = oracle.SETTINGS | {
         "train_micro_batch_size_per_gpu": how.micro,
-        "parallel": {
-            "pp": how.pp,
-            "device": "cpu",
-            "schedule": how.schedule,
-            "virtual_stages": how.virtual,
-        },
+        "parallel": {"pp": how.pp, "device": "cpu", "schedule": how.schedule, "virtual_stages": how.virtual},
         "zero_optimization": {"stage": zero},
     }
     with torch.device("meta"):

@@ -88,11 +88,7 @@ ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in S
 
 @pytest.mark.parametrize(("degrees", "zero", "options", "config"), ALL_CASES)
 def test_the_steps_are_those_of_one_process(
-    ranks: Ranks,
-    degrees: tuple[int, int, int],
-    zero: int,
-    options: dict[str, Any],
-    config: dict[str, Any],
+    ranks: Ranks, degrees: tuple[int, int, int], zero: int, options: dict[str, Any], config: dict[str, Any]
 ) -> None:
     trace = oracle.train(oracle.MODEL | options, STEPS, masked=True)
     world = degrees[0] * degrees[1] * degrees[2]

@@ -8,16 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import CLIP, build_engine
-from models import (
-    WIDTH,
-    Stack,
-    assert_same,
-    global_batches,
-    micro_batches,
-    seeded,
-    train_plainly,
-    whole,
-)
+from models import WIDTH, Stack, assert_same, global_batches, micro_batches, seeded, train_plainly, whole
 from ranks import Ranks
 from torch import Tensor, nn
 

@@ -291,11 +291,7 @@ def test_memory_agrees_with_the_formulas_of_zero(zero: int, precision: str) -> N
     case = Case(1, 2, 1, zero, precision)
     job = replace(case.job, seq_len=1, micro_batch=1)
     formula = held(
-        job.shape.parameters,
-        stage=zero,
-        dp=2,
-        compute_bytes=job.compute_bytes,
-        accumulation=job.accumulation,
+        job.shape.parameters, stage=zero, dp=2, compute_bytes=job.compute_bytes, accumulation=job.accumulation
     )
     peak = memory(job)[0].peak
     assert peak.optimizer == formula.optimizer

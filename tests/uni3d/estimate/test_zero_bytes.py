@@ -122,9 +122,7 @@ def case(case: Case) -> Any:
         parallel.Degrees(pp=1, dp=case.dp, tp=1), zero_stage=case.stage, shard_group=case.group
     )
     settings = parallel.Settings(
-        seed=0,
-        zero_stage=case.stage,
-        precision=parallel.Precision(compute=case.compute, reduce=case.reduce),
+        seed=0, zero_stage=case.stage, precision=parallel.Precision(compute=case.compute, reduce=case.reduce)
     )
     torch.manual_seed(0)
     built = parallel.build(Net(), topology, settings)

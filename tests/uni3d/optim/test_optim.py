@@ -262,10 +262,7 @@ def optimizer_steps(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> t
         ),
         ({"type": "SGD"}, torch.optim.SGD, {"lr": 1e-3}),
         (
-            {
-                "type": "SGD",
-                "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True},
-            },
+            {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True}},
             torch.optim.SGD,
             {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True},
         ),

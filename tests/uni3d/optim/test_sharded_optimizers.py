@@ -144,10 +144,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Make]] = {
         {"lr": 0.003, "betas": [0.8, 0.95], "weight_decay": 0.1},
         lambda p: PlainLion(p, 0.003, (0.8, 0.95), 0.1),
     ),
-    "Muon": (
-        {"lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1},
-        lambda p: PlainMuon(p, 0.02, 0.01, 0.1),
-    ),
+    "Muon": ({"lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1}, lambda p: PlainMuon(p, 0.02, 0.01, 0.1)),
     "RMSprop": (
         {"lr": 0.01, "centered": True, "momentum": 0.5, "eps": 0.01},
         lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5, eps=0.01, foreach=False),
