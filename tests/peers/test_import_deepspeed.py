@@ -13,7 +13,8 @@ import continues_model
 import numpy as np
 import pytest
 from commands import run
-from imported import atoms, differing, expected, imported, manifest, names, refused, source
+from foreign_files import expected
+from imported import atoms, differing, imported, manifest, names, refused, source
 from ranks import Ranks
 
 import uni3d as package
