@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from ckpt_faults import Faults
@@ -29,15 +26,8 @@ def save_at(run: object, tag: str, step: int, minute: int = 0) -> None:
 
 
 @pytest.fixture(params=["folder", "memory"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "folder":
-        yield str(tmp_path / "run")
-        return
-    url = f"memory://{uuid.uuid4().hex}"
-    yield url
-    fs = fsspec.filesystem("memory")
-    if fs.exists(url):
-        fs.rm(url, recursive=True)
+def run(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> str:
+    return memory_url if request.param == "memory" else str(tmp_path / "run")
 
 
 def test_the_order_is_that_of_the_saves_whatever_the_files_say(tmp_path):
