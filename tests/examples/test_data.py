@@ -18,8 +18,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron_gpt"
 def load_example(name: str) -> ModuleType:
     """Load a file of the example as a module. The examples are scripts, not a package."""
     spec = importlib.util.spec_from_file_location(f"megatron_gpt_{name}", EXAMPLE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up here
     spec.loader.exec_module(module)

@@ -187,6 +187,9 @@ def test_a_chain_that_is_not_declared_well() -> None:
         layer_names(Custom(["first", "second", "third"]))
     with pytest.raises(ValueError, match=r"^second\.1\.weight is in none of the pipeline_layers"):
         layer_names(Custom(["first", "second.0"]))
+    for layers in (["first", "second", "second"], ["second", "second.0", "first"]):
+        with pytest.raises(ValueError, match="twice, or a part of it"):
+            layer_names(Custom(layers))
     for loose, name in (("parameter", "scale"), ("buffer", "count")):
         with pytest.raises(ValueError, match=f"^{name} is in none of the pipeline_layers"):
             layer_names(Custom(["first", "second"], loose))

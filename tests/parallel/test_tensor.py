@@ -85,7 +85,6 @@ def test_loss_and_gradients_are_those_of_the_unsplit_gpt(ranks: Ranks, name: str
         assert tokens == (targets != -100).sum()
         assert gradients.keys() == {n for n, _ in model.named_parameters()}
         for key, parameter in model.named_parameters():
-            assert parameter.grad is not None
             scale = parameter.grad.abs().max()
             assert (gradients[key] - parameter.grad).abs().max() <= 1e-5 * scale, key
             half = list(parameter.shape)
@@ -168,11 +167,6 @@ def test_a_degree_that_does_not_divide(options: dict[str, Any], tp: int, message
     with pytest.raises(ValueError, match=r"choose a tp that does$") as caught:
         check_plan(model, expand_plan(model, model.tp_plan), model.tp_units, tp)
     assert str(caught.value).startswith(f"tp({tp}) doesn't divide {message}")
-
-
-def test_a_degree_that_does_divide() -> None:
-    for tp in (1, 2):  # the 61 rows of the vocabulary may be split unevenly
-        check_plan(gpt(), expand_plan(gpt(), gpt().tp_plan), gpt().tp_units, tp)
 
 
 def test_other_names_of_tied_weights() -> None:

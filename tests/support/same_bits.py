@@ -198,8 +198,7 @@ def perform(tree: Path, source: Path, folder: Path) -> Json:
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # the tree is only read
     with tempfile.TemporaryDirectory() as rendezvous:
         torch.multiprocessing.spawn(take_runs, (tree, source, folder, Path(rendezvous)), nprocs=RANKS)
-    record: Json = json.loads((folder / RECORD).read_text())
-    return record
+    return json.loads((folder / RECORD).read_text())
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:

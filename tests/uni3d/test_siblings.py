@@ -31,7 +31,7 @@ def found():
 OURS = str([str(REPOSITORY / name / "__init__.py") for name in NAMES])
 
 
-@pytest.fixture(params=["wheel", "editable"])
+@pytest.fixture(params=[pytest.param("wheel", marks=pytest.mark.slow), "editable"])
 def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """Environment that finds uni3d as an install of that kind does: on the path, or by a finder."""
     site = REPOSITORY

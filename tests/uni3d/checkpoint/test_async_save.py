@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, whole
+from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train, whole
 from ranks import Ranks
 
 import ckpt
@@ -63,7 +63,6 @@ def overlap_case(run: str, zero: int) -> Any:
         late = whole(engine.module)
         go.set()
         engine.wait_for_checkpoint()
-    assert engine.last_save is not None
     resumed = make_engine(seeded(OwnLoss), zero=zero)
     assert resumed.resume(run) == {"at": 2}
     assert resumed.global_steps == 2
@@ -100,9 +99,8 @@ def failing_case(run: str) -> Any:
                 except ckpt.CheckpointError as error:
                     errors.append((str(error), type(error).__name__))
             if i == 1:  # give the thread its time; the ranks learn of it in the step after
-                engine._saver._background._thread.join()  # type: ignore[union-attr]
-    engine.save_checkpoint(run, tag="next")
-    engine.wait_for_checkpoint()
+                engine._saver._background._thread.join()
+    save_and_wait(engine, run, tag="next")
     return losses, errors, whole(engine.module)
 
 
@@ -153,8 +151,7 @@ def test_the_second_save_allocates_nothing(alone: None, tmp_path: Path) -> None:
     train(engine, global_batches(1))
     places = []
     for i in range(3):
-        engine.save_checkpoint(tmp_path, tag=f"t{i}")
-        engine.wait_for_checkpoint()
+        save_and_wait(engine, tmp_path, tag=f"t{i}")
         places.append([copy.data_ptr() for copy in engine._saver._snapshot._copies])
     assert places[0] == places[1] == places[2]
 
@@ -168,8 +165,7 @@ def test_tensors_that_were_replaced_between_saves(alone: None, tmp_path: Path) -
     state["exp_avg"] = state["exp_avg"] + 1
     engine.module.calls = torch.tensor(7)
     engine.module.register_buffer("late", torch.arange(3))
-    engine.save_checkpoint(tmp_path, tag="after")
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path, tag="after")
     checkpoint = ckpt.open_checkpoint(tmp_path)
     expected = state["exp_avg"].full_tensor().numpy()
     assert (checkpoint.read("out.weight", "exp_avg") == expected).all()
@@ -183,13 +179,11 @@ def test_frozen_parameters_are_linked_and_outlive_the_old_tag(alone: None, tmp_p
     inodes = []
     for batch in global_batches(2):
         train(engine, [batch])
-        engine.save_checkpoint(tmp_path)
-        engine.wait_for_checkpoint()
+        save_and_wait(engine, tmp_path)
         folder = tmp_path / f"global_step{engine.global_steps}"
         inodes.append([(folder / path).stat().st_ino for path in (frozen, trained)])
     assert inodes[0][0] == inodes[1][0]
     assert inodes[0][1] != inodes[1][1]
-    assert engine.last_save is not None
     fixed = whole(engine.module)["fixed.weight"].numpy()
     assert engine.last_save.bytes_linked >= fixed.nbytes
     assert ckpt.committed_tags(tmp_path) == ["global_step2"]
@@ -261,7 +255,6 @@ def test_retention_of_the_config(alone: None, tmp_path: Path) -> None:
         engine.save_checkpoint(tmp_path)
     engine.wait_for_checkpoint()
     assert ckpt.committed_tags(tmp_path) == [f"global_step{n}" for n in (3, 6, 7)]
-    assert engine.last_save is not None
     assert engine.last_save.pruned == ("global_step5",)
 
 
@@ -286,7 +279,9 @@ print("end of the script", flush=True)
 """
 
 
-@pytest.mark.parametrize("fail", [False, True], ids=["whole", "failing"])
+@pytest.mark.parametrize(
+    "fail", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "failing"]
+)
 def test_the_process_ends_only_when_the_save_has(tmp_path: Path, fail: bool) -> None:
     paths = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
     script = SCRIPT.format(paths=paths, fail=fail, run=str(tmp_path / "run"))

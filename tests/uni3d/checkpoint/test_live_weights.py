@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import OwnLoss, Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly
+from models import (
+    OwnLoss,
+    Stack,
+    assert_same,
+    global_batches,
+    make_engine,
+    save_and_wait,
+    seeded,
+    train,
+    train_plainly,
+)
 from ranks import Ranks
 from tied_gpt import TIED, gpt_engine
 from torch import Tensor, nn
@@ -62,13 +72,11 @@ def test_frozen_parameters_can_be_left_out(alone: None, tmp_path: Path) -> None:
 def frozen_case(folder: str) -> Any:
     engine = make_engine(seeded(OwnLoss), zero=3)
     train(engine, global_batches(STEPS))
-    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder, exclude_frozen_parameters=True)
     resumed = make_engine(seeded(OwnLoss), zero=3)
     with pytest.raises(ckpt.CheckpointError, match=r"missing in the checkpoint: fixed\.bias/fp32"):
         resumed.load_checkpoint(folder)
     resumed.load_checkpoint(folder, load_module_strict=False)
-    assert resumed.last_load is not None
     return sorted(resumed.last_load.defaulted), train(resumed, global_batches(1, seed=4))
 
 
@@ -95,8 +103,7 @@ class Renamed(Stack):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        out: Tensor = self.final(x)
-        return out
+        return self.final(x)
 
 
 def load_renamed(src: Mapping[str, Tensor], dst: nn.Module) -> None:
@@ -107,8 +114,7 @@ def load_renamed(src: Mapping[str, Tensor], dst: nn.Module) -> None:
 def custom_case(folder: str, zero: int, pp: int) -> Any:
     engine = make_engine(seeded(Stack), zero=1)
     train(engine, global_batches(STEPS))
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder)
     other = make_engine(Renamed(), zero=zero, pp=pp)
     with pytest.raises(ckpt.CheckpointError):
         other.load_checkpoint(folder, load_optimizer_states=False)

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import OwnLoss, Stack, global_batches, make_engine, micro_batches, seeded, whole
+from models import (
+    OwnLoss,
+    Stack,
+    global_batches,
+    make_engine,
+    micro_batches,
+    save_and_wait,
+    seeded,
+    train,
+    whole,
+)
 from ranks import Ranks
 from torch import nn
 
@@ -18,23 +28,15 @@ import uni3d
 STEPS = 2
 
 
-def train(engine: uni3d.Engine, steps: int = STEPS) -> list[float]:
-    batches = global_batches(steps)
-    data = micro_batches(batches, engine)
-    return [engine.train_batch(data).item() for _ in batches]
-
-
 def save(run: Path, **given: Any) -> uni3d.Engine:
     engine = make_engine(seeded(Stack), **given)
-    train(engine)
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    train(engine, global_batches(STEPS))
+    save_and_wait(engine, run)
     return engine
 
 
 def everything(engine: uni3d.Engine) -> list[Any]:
     """Return everything that a load can change, in a comparable form."""
-    assert engine.optimizer is not None
     named = {id(p): name for name, p in engine.module.named_parameters()}
     states = {
         (named[id(p)], key): torch.as_tensor(value).tolist()
@@ -53,7 +55,7 @@ def refused(engine: uni3d.Engine, run: Path, **how: Any) -> str:
         engine.load_checkpoint(run, **how)
     assert everything(engine) == before
     assert not isinstance(caught.value, ckpt.PartialLoadError)
-    train(engine, 1)
+    train(engine, global_batches(1))
     return str(caught.value)
 
 
@@ -206,7 +208,7 @@ def failing_save_case(run: Path) -> Any:
     """Make several saves fail, then one succeed."""
     rank = torch.distributed.get_rank()
     engine = make_engine(seeded(OwnLoss), zero=1)
-    train(engine)
+    train(engine, global_batches(STEPS))
     engine.save_checkpoint(run, tag="before")
     errors: dict[str, str] = {}
     for name, (client_state, _) in UNFIT.items():
@@ -218,7 +220,7 @@ def failing_save_case(run: Path) -> Any:
             engine.save_checkpoint(run, tag=tag)
         errors[name] = str(caught.value)
     assert sorted(path.name for path in Path(run).iterdir()) == ["before", "latest"], "nothing is left behind"
-    train(engine, 1)
+    train(engine, global_batches(1))
     engine.save_checkpoint(run, client_state={"fine": True})
     other = make_engine(seeded(OwnLoss), zero=3)
     assert other.load_checkpoint(run)[1] == {"fine": True}

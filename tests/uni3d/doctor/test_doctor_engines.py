@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import ADAM, OwnLoss, Stack, global_batches, make_engine, seeded, train
+from models import ADAM, OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train
 from ranks import Ranks
 from tied_gpt import TIED, gpt_engine
 from torch import nn
@@ -44,8 +44,7 @@ def save_case(model: str, run: str) -> None:
         engine.train_batch()
     else:
         train(engine, global_batches(1, 6))
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, run)
 
 
 def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str | None]:
@@ -248,8 +247,7 @@ def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) 
     before, after, refusals, warned = CONFIGS[case]
     engine = make_engine(seeded(Stack), config=before)
     train(engine, global_batches(1))
-    engine.save_checkpoint(tmp_path)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path)
     checkpoint = ckpt.open_checkpoint(tmp_path)
     manifest = RunManifest.of(checkpoint)
     values = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM} | after
@@ -266,8 +264,7 @@ def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) 
 @pytest.mark.usefixtures("alone")
 def test_frozen_parameters_that_were_left_out(tmp_path: Path) -> None:
     engine = make_engine(seeded(OwnLoss))
-    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path, exclude_frozen_parameters=True)
     with pytest.raises(ckpt.CheckpointError, match="2 missing in the checkpoint"):
         engine.load_checkpoint(tmp_path)
     checkpoint = ckpt.open_checkpoint(tmp_path)

@@ -7,33 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import Stack, global_batches, make_engine, micro_batches, seeded
+from models import Stack, global_batches, make_engine, micro_batches, save_and_wait, seeded
 from ranks import Ranks
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, StepLR
 
 import ckpt
-from parallel.stages import layer_names
-from uni3d.config import load_config
-
-
-class Repeated(nn.Module):
-    def __init__(self, layers: list[str]) -> None:
-        super().__init__()
-        self.a = nn.Sequential(nn.Linear(2, 2))
-        self.b = nn.Linear(2, 2)
-        self.pipeline_layers = layers
-
-
-@pytest.mark.parametrize("layers", [["a", "b", "b"], ["a", "a.0", "b"]])
-def test_a_layer_in_the_chain_twice(layers: list[str]) -> None:
-    with pytest.raises(ValueError, match="twice, or a part of it"):
-        layer_names(Repeated(layers))
-
-
-def test_disabled_precisions_are_fp32() -> None:
-    off = load_config({"train_batch_size": 1, "fp16": {"enabled": False}, "bf16": {"enabled": False}})
-    assert off.precision == "fp32"
 
 
 def test_a_scheduler_of_another_optimizer(alone: None) -> None:
@@ -69,7 +48,7 @@ def test_a_whole_batch_between_micro_batches(alone: None) -> None:
 class LocalMoments(torch.optim.SGD):
     """Optimizer with states as plain tensors of the local part, like some fused optimizers."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["sum"] = torch.zeros_like(p.to_local())
@@ -92,8 +71,7 @@ def save_to_own_folder(folder: str) -> str:
     engine.save_checkpoint(own)
     with pytest.raises(ckpt.CheckpointError) as caught:
         engine.wait_for_checkpoint()
-    engine.save_checkpoint(f"{folder}/shared")
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, f"{folder}/shared")
     return str(caught.value)
 
 

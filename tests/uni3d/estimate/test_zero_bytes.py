@@ -6,22 +6,54 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
+from dispatch_modes import SentBytes
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from zero_held import Held, held
 
 import parallel
+from parallel.degrees import shard_count
 from parallel.settings import ITEMSIZE, DType
-from uni3d.estimate.zero import Sent, sent
+from uni3d.estimate.zero import MASTER_BYTES, Sent, beside_shards, sent
 
 pytestmark = pytest.mark.slow
 
 WIDTH = 256
 LAYERS = 8
 ACCUMULATION = 3
+
+
+class Held(NamedTuple):
+    """Bytes that a rank holds, each at the fullest moment of a step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def held(
+    parameters: int,
+    *,
+    stage: int,
+    dp: int,
+    shard_group: int | None = None,
+    compute_bytes: int = 4,
+    reduce_bytes: int = 4,
+    accumulation: int = 1,
+) -> Held:
+    """Return what a rank holds of a model part with so many trained parameters, with Adam's two moments."""
+    shards = shard_count(dp, stage, shard_group)
+    shard = MASTER_BYTES * parameters // shards
+    copies, sums = beside_shards(
+        parameters,
+        parameters,
+        stage=stage,
+        shards=shards,
+        compute_bytes=compute_bytes,
+        reduce_bytes=reduce_bytes,
+        accumulation=accumulation,
+    )
+    return Held(shard + copies, max(sums, shard), 2 * shard)
 
 
 class Net(nn.Module):
@@ -98,25 +130,6 @@ def live(module: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
     return parameters, gradients
 
 
-class Counting(TorchDispatchMode):
-    """Counter of the bytes that this rank sends in `c10d` collectives, as rings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: dict[str, float] = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
-            share = (group.size() - 1) / group.size()
-            whole = max(t.nbytes for t in tensors) * share
-            name = func.__name__.replace("_", "")
-            kind = next(kind for kind in self.bytes if kind.replace("_", "") in name)
-            self.bytes[kind] += 2 * whole if kind == "all_reduce" else whole
-        return func(*args, **(kwargs or {}))
-
-
 def case(case: Case) -> Any:
     topology = parallel.Topology(
         parallel.Degrees(pp=1, dp=case.dp, tp=1), zero_stage=case.stage, shard_group=case.group
@@ -135,7 +148,7 @@ def case(case: Case) -> Any:
 
     for _ in range(2):  # the second step is like all later ones
         largest[:] = 0, 0
-        with Counting() as counted:
+        with SentBytes() as counted:
             for i in range(case.accumulation):
                 loss = built.module(torch.randn(2, WIDTH))
                 look()
