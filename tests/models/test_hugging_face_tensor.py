@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import torch
 from dispatch_modes import ComputedShapes
 from models import save_and_wait
 from ranks import Ranks
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
-
-import hf_models
 
 import ckpt
 import parallel

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import torch
 from models import save_and_wait
 from ranks import Ranks
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
-
-import hf_models
 
 pytestmark = pytest.mark.slow
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import oracle
@@ -18,8 +16,6 @@ import uni3d
 from parallel import Ranks, Settings
 from uni3d.pipe import PipelineModule
 from uni3d.state import Inventory
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # on the ranks too
 
 UNTIED = oracle.MODEL | {"norm": "layernorm", "positions": "learned", "activation": "gelu"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import answer
+from commands import answer, refused
 from commands import run as uni3d
 from whole_arrays import save_whole
 
@@ -193,10 +193,7 @@ def test_bad_paths_are_one_line_errors(
     place = place.format(run=run, empty=tmp_path / "empty")
     before = sorted(tmp_path.rglob("*"))
     for command in commands:
-        result = uni3d(command, place, *COMMANDS[command])
-        assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr.startswith(f"error: {place} {message}")
-        assert result.stderr.count("\n") == 1
+        assert refused(command, place, *COMMANDS[command]).startswith(f"{place} {message}")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -218,14 +215,6 @@ def test_bad_options(run: Path, arguments: list[str], code: int, message: str) -
     result = uni3d(*(argument.format(run=run) for argument in arguments))
     assert (result.returncode, result.stdout) == (code, "")
     assert message in result.stderr
-    assert len(ckpt.committed_tags(run)) == 4
-
-
-def test_nothing_is_pruned_while_latest_is_damaged(run: Path) -> None:
-    (run / "latest").write_text("global_step9\n")
-    result = uni3d("prune", run, "--keep-last", 1)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "names 'global_step9', which isn't a committed checkpoint" in result.stderr
     assert len(ckpt.committed_tags(run)) == 4
 
 
