@@ -44,11 +44,6 @@ def test_checksum_is_the_definition_s(data):
     assert crc32c(data) == by_the_definition(data)
 
 
-@given(st.binary(max_size=100), st.binary(max_size=100))
-def test_going_on_from_a_value(head, tail):
-    assert crc32c(tail, crc32c(head)) == crc32c(head + tail)
-
-
 @given(st.integers(1, 1 << 34))
 def test_blocks_are_few_and_neither_tiny_nor_out_of_step_with_the_elements(size):
     block = block_bytes(size)

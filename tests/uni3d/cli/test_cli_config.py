@@ -90,24 +90,12 @@ def test_a_narrow_terminal_shows_everything(tmp_path: Path) -> None:
     assert " ".join(text.split()).endswith("at every ZeRO stage")
 
 
-@pytest.mark.parametrize(
-    ("values", "options", "message"),
-    [
-        ({"zero_optimisation": {}}, [], "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
-        ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage is 4: "),
-        ({}, [], "give train_batch_size or train_micro_batch_size_per_gpu"),
-        (
-            {"train_batch_size": 8},
-            ["--world-size", "3"],
-            r"train_batch_size(8) = train_micro_batch_size_per_gp",
-        ),
-        ({"train_batch_size": 8}, ["--world-size", "3", "--pp", "2"], "= 2 doesn't divide the world size 3"),
-        (
-            {"train_batch_size": 8, "zero_optimization": {"stage": 1, "mics_shard_size": 3}},
-            ["--world-size", "4"],
-            "a shard group of 3 doesn't divide dp(4)",
-        ),
-    ],
-)
-def test_mistakes(tmp_path: Path, values: Any, options: list[str], message: str) -> None:
-    assert message in refused("config", written(tmp_path, values), *options)
+def test_mistakes(tmp_path: Path) -> None:
+    unknown = refused("config", written(tmp_path, {"zero_optimisation": {}}))
+    assert "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?" in unknown
+    sizes = written(tmp_path, {"train_batch_size": 8})
+    assert "= 2 doesn't divide the world size 3" in refused("config", sizes, "--world-size", 3, "--pp", 2)
+    assert "train_batch_size(8) = train_micro_batch_size_per_gp" in refused("config", sizes, "--world-size", 3)
+    grouped = {"train_batch_size": 8, "zero_optimization": {"stage": 1, "mics_shard_size": 3}}
+    error = refused("config", written(tmp_path, grouped), "--world-size", 4)
+    assert "a shard group of 3 doesn't divide dp(4)" in error
