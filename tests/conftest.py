@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 TESTS = Path(__file__).parent
-EXAMPLE = TESTS.parent / "examples" / "megatron_gpt"
-sys.path[:0] = [str(TESTS / "support"), str(TESTS / "models"), str(EXAMPLE)]
+FOLDERS = [TESTS / "support", TESTS / "models", TESTS / "uni3d", TESTS.parent / "examples" / "megatron_gpt"]
+sys.path[:0] = map(str, FOLDERS)
 
 from ranks import Ranks  # noqa: E402
 

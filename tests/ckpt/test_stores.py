@@ -41,9 +41,7 @@ class StoreTests:
         assert store.names() == ["latest", "notes", "t0"]
 
     @pytest.mark.parametrize(("offset", "length", "expected"), [(0, 7, 7), (2, 3, 3), (5, 9, 2), (7, 1, 0)])
-    def test_a_read_stops_only_at_the_end(
-        self, store: Store, offset: int, length: int, expected: int
-    ) -> None:
+    def test_a_read_stops_at_the_end(self, store: Store, offset: int, length: int, expected: int) -> None:
         self.commit(store, "t0", b"abcdefg")
         buffer = bytearray(length)
         assert store.read_into("t0/atoms/c", memoryview(buffer), offset) == expected

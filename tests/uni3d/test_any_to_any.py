@@ -57,6 +57,7 @@ PLACES = [
     Place(3, 1, 1, 2, 6),
     Place(4, 1, 1, 3, 3),
 ]
+States = dict[str, dict[str, Tensor]]
 HEADS = {
     "tied": {"tied_head": True},
     "untied": {"tied_head": False, "norm": "layernorm", "positions": "learned"},
@@ -69,7 +70,7 @@ def make_engine(place: Place, options: dict[str, Any], masked: bool = False) -> 
     return gpt_engine(*degrees, sizes=sizes, groups=True, masked=masked, train_micro_batch_size_per_gpu=micro)
 
 
-def whole_state(engine: Any) -> dict[str, dict[str, Tensor]]:
+def whole_state(engine: Any) -> States:
     """Return the live tensors of this rank's stage, gathered by torch."""
 
     def whole(tensor: Tensor) -> Tensor:
@@ -112,9 +113,7 @@ def load_case(place: Place, options: dict[str, Any], runs: list[str], expected: 
     return results
 
 
-def assert_close(
-    state: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]], where: str
-) -> None:
+def assert_close(state: States, expected: States, where: str) -> None:
     for name, tensors in state.items():
         assert tensors.keys() == expected[name].keys(), f"{where}: {name}"
         for key, tensor in tensors.items():

@@ -107,9 +107,7 @@ def tied_case(pp: int, schedule: str, virtual: int, meta: bool) -> Any:
     ("world", "schedule", "virtual", "meta"),
     [(1, "1f1b", 1, False), (2, "1f1b", 1, False), (2, "1f1b", 1, True), (2, "zero_bubble_v", 2, True)],
 )
-def test_tied_layers_functions_and_tuples(
-    ranks: Ranks, world: int, schedule: str, virtual: int, meta: bool
-) -> None:
+def test_tied_layers_and_tuples(ranks: Ranks, world: int, schedule: str, virtual: int, meta: bool) -> None:
     results = ranks.run(world, tied_case, world, schedule, virtual, meta)
     plain = Plain()
     start = {name: t for _, _, tensors, _ in results for name, t in tensors.items()}

@@ -71,9 +71,7 @@ def overlap_case(run: str, zero: int) -> Any:
 
 
 @pytest.mark.parametrize("zero", [0, 3], ids="zero{}".format)
-def test_what_is_saved_is_what_was_there_when_it_was_asked_for(
-    ranks: Ranks, tmp_path: Path, zero: int
-) -> None:
+def test_what_is_saved_is_what_was_there_when_asked_for(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     for nothing_yet, early, late, loaded, losses, again, tag in ranks.run(
         2, overlap_case, str(tmp_path), zero
     ):
@@ -139,9 +137,7 @@ def waiting_case(run: str, how: str) -> Any:
 
 
 @pytest.mark.parametrize("how", ["wait", "save", "load", "resume"])
-def test_every_call_that_needs_the_save_to_be_done_raises_its_error(
-    ranks: Ranks, tmp_path: Path, how: str
-) -> None:
+def test_every_call_that_needs_the_save_done_raises_its_error(ranks: Ranks, tmp_path: Path, how: str) -> None:
     first, second = ranks.run(2, waiting_case, str(tmp_path), how)
     assert first == second
 
@@ -202,9 +198,7 @@ class Listing(torch.optim.lr_scheduler.LambdaLR):
         self.given.append(self.get_last_lr()[0])
 
 
-def test_what_the_script_changes_while_it_is_written(
-    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_script_changes_while_it_is_written(alone: None, tmp_path: Path, monkeypatch: Any) -> None:
     engine = make_engine(seeded(OwnLoss), lr_scheduler=Listing)
     batches = global_batches(4)
     train(engine, batches[:2])

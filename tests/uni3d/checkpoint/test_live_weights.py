@@ -132,9 +132,7 @@ def test_a_script_loads_the_model_in_its_own_way(ranks: Ranks, zero: int, pp: in
     assert_same({name.replace("final.", "out."): tensor for name, tensor in found.items()}, model)
 
 
-def test_a_script_that_fails_to_load_leaves_an_engine_that_refuses_to_go_on(
-    alone: None, tmp_path: Path
-) -> None:
+def test_a_script_that_fails_to_load_leaves_an_engine_that_refuses(alone: None, tmp_path: Path) -> None:
     engine = make_engine(seeded(Stack))
     engine.save_checkpoint(tmp_path)
 

@@ -173,9 +173,7 @@ def test_the_loader_goes_on_with_the_next_samples(alone: None, tmp_path: Path) -
     assert [other.train_batch().item() for _ in range(4)] == losses[2:]
 
 
-def test_a_resume_on_another_topology_says_so(
-    alone: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_resume_on_another_topology_says_so(alone: None, capsys: Any, tmp_path: Path) -> None:
     engine = make_engine(seeded(Stack))
     engine.save_checkpoint(tmp_path)
     lines = []

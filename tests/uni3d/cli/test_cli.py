@@ -89,9 +89,7 @@ def test_export_writes_only_weights(folder: Path, tmp_path: Path) -> None:
         (["export", "s3://bucket/run", "m.safetensors"], "s3://bucket/run can't be opened"),
     ],
 )
-def test_mistakes_are_one_line_errors(
-    folder: Path, tmp_path: Path, arguments: list[str], message: str
-) -> None:
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert message in refused(*(a.format(run=folder, empty=empty) for a in arguments))

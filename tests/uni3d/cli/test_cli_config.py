@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from commands import answer, refused, run
 
 FILE: dict[str, Any] = {
@@ -95,7 +94,7 @@ def test_mistakes(tmp_path: Path) -> None:
     assert "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?" in unknown
     sizes = written(tmp_path, {"train_batch_size": 8})
     assert "= 2 doesn't divide the world size 3" in refused("config", sizes, "--world-size", 3, "--pp", 2)
-    assert "train_batch_size(8) = train_micro_batch_size_per_gp" in refused("config", sizes, "--world-size", 3)
+    assert "train_batch_size(8) = train_micro_batch_size_per_" in refused("config", sizes, "--world-size", 3)
     grouped = {"train_batch_size": 8, "zero_optimization": {"stage": 1, "mics_shard_size": 3}}
     error = refused("config", written(tmp_path, grouped), "--world-size", 4)
     assert "a shard group of 3 doesn't divide dp(4)" in error

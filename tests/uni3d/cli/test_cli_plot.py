@@ -41,9 +41,7 @@ def train_case(place: tuple[int, int, int, int], run: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[list[dict[str, Any]]]]:
+def trained(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run that was resized twice, and the boxes that each of its ranks held."""
     run = tmp_path_factory.mktemp("plot") / "run"
     found = [ranks.run(place[0] * place[1] * place[2], train_case, place, str(run)) for place in PLACES]

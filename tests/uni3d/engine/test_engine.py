@@ -143,9 +143,7 @@ def nan_case(name: str, pp: int) -> Any:
 
 
 @pytest.mark.parametrize(("name", "pp"), [("loss_fn", 1), ("loss_fn", 2)], ids=["dp2", "pp2"])
-def test_a_loss_that_is_not_a_number_stops_all_ranks_and_changes_nothing(
-    ranks: Ranks, name: str, pp: int
-) -> None:
+def test_a_loss_of_nan_stops_all_ranks_and_changes_nothing(ranks: Ranks, name: str, pp: int) -> None:
     losses, _, _ = train_plainly(seeded(MODELS[name]), global_batches(2))
     results = ranks.run(2, nan_case, name, pp)
     assert len({message for message, *_ in results}) == 1
@@ -171,3 +169,12 @@ def test_single_calls_are_refused_where_a_rank_has_a_stage_only(ranks: Ranks) ->
         for name, message in zip(("forward", "backward", "step"), messages, strict=True):
             assert message.startswith(f"{name}() needs the whole model on a rank, but pp is 2")
             assert "use train_batch()" in message
+
+
+def test_a_whole_batch_between_micro_batches(alone: None) -> None:
+    engine = make_engine(seeded(Stack))
+    batches = micro_batches(global_batches(2), engine)
+    inputs, _ = next(batches)
+    engine.backward(engine(inputs).sum())
+    with pytest.raises(RuntimeError, match=r"train_batch\(\) can't be called between .* call step\(\)"):
+        engine.train_batch(batches)

@@ -159,9 +159,7 @@ def load_case(how: How, zero: int, options: dict[str, Any], run: Path, expected:
 
 
 @pytest.mark.parametrize("name", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
-def test_a_checkpoint_goes_from_any_schedule_to_any(
-    ranks: Ranks, traces: Any, tmp_path: Path, name: str
-) -> None:
+def test_a_checkpoint_goes_to_any_schedule(ranks: Ranks, traces: Any, tmp_path: Path, name: str) -> None:
     options = TIED if name == "tied" else UNTIED
     _, path = traces[name]
     after = oracle.train(oracle.MODEL | options, STEPS + 1).losses[STEPS]

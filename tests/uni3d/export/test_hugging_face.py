@@ -265,9 +265,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("option", "text", "message"), BAD_FILES)
-def test_what_is_wrong_with_a_file(
-    tied_run: Any, tmp_path: Path, option: str, text: str, message: str
-) -> None:
+def test_what_is_wrong_in_a_file(tied_run: Any, tmp_path: Path, option: str, text: str, message: str) -> None:
     (tmp_path / "file").write_text(text)
     error = refused(tied_run[0], tmp_path / "out", "--format", "hf", option, tmp_path / "file")
     assert message in error
@@ -285,9 +283,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_options_that_do_not_go_together(
-    tied_run: Any, tmp_path: Path, options: list[str], message: str
-) -> None:
+def test_options_that_contradict(tied_run: Any, tmp_path: Path, options: list[str], message: str) -> None:
     assert message in refused(tied_run[0], tmp_path / "out", *options)
     assert list(tmp_path.iterdir()) == []
 
@@ -311,9 +307,7 @@ def test_nothing_is_replaced(tied_run: Any, tmp_path: Path, options: list[str]) 
 
 
 @pytest.mark.parametrize("at", ["tensors", "config.json", "sync"])
-def test_a_full_disk_leaves_nothing(
-    tied_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
+def test_a_full_disk_leaves_nothing(tied_run: Any, tmp_path: Path, monkeypatch: Any, at: str) -> None:
     (tmp_path / "mine").write_text("mine")
     seen = []
 

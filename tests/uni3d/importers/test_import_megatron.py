@@ -224,9 +224,7 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tensors_that_are_not_understood_are_refused(
-    tmp_path: Path, tensors: dict[str, Chunks], message: str
-) -> None:
+def test_tensors_that_are_not_understood_are_refused(tmp_path: Path, tensors: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         source_of(write_dist(tmp_path / "it", tensors, common()))
 
@@ -260,9 +258,7 @@ def test_nothing_runs_that_common_names(tmp_path: Path, how: str) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_classes_of_megatrons_stand_in_and_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_of_megatrons_stand_in_and_are_left_out(tmp_path: Path, monkeypatch: Any) -> None:
     module = types.ModuleType("megatron.core.enums")
     backend = type("AttnBackend", (), {"__module__": module.__name__})
     module.AttnBackend = backend
