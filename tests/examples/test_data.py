@@ -109,12 +109,7 @@ def test_too_little_text_is_refused() -> None:
         ("text.md", b"text", "uint16", r"text\.md: expected 'builtin', FILE\.txt \(text\) or FILE\.bin"),
         ("empty.txt", b"", "uint16", r"empty\.txt: the file is empty"),
         ("odd.bin", b"abc", "uint16", r"odd\.bin: 3 bytes are not a whole number of uint16 tokens"),
-        (
-            "float.bin",
-            b"abcd",
-            "float32",
-            r"dtype 'float32' is unknown; expected one of uint8, uint16, uint32",
-        ),
+        ("float.bin", b"abcd", "float32", r"dtype 'float32' is unknown; expected one of uint8, uint16,"),
     ],
 )
 def test_bad_sources_are_refused_in_one_line(

@@ -18,14 +18,7 @@ from parallel.loss import Loss, split_logits
 from parallel.tensor import check_plan, expand_plan
 from parallel.ties import tied_names
 
-GPT_OPTIONS: dict[str, Any] = {
-    "vocab_size": 61,  # which 2 doesn't divide
-    "hidden_size": 16,
-    "num_layers": 2,
-    "num_heads": 4,
-    "ffn_size": 26,
-    "max_seq_len": 8,
-}
+GPT_OPTIONS = oracle.MODEL | {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped_query": {"num_kv_heads": 2},
@@ -34,18 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tied_grouped_layernorm": {"tied_head": True, "num_kv_heads": 2, "norm": "layernorm"},
 }
 
-SPLIT_DIM = {
-    "tokens": 0,
-    "positions": 0,
-    "head": 0,
-    "q": 0,
-    "k": 0,
-    "v": 0,
-    "up": 0,
-    "gate": 0,
-    "o": 1,
-    "down": 1,
-}
+COLUMNS = ("tokens", "positions", "head", "q", "k", "v", "up", "gate")
+SPLIT_DIM = dict.fromkeys(COLUMNS, 0) | {"o": 1, "down": 1}
 """Dim of the weight that is split, by the last part of the module's name."""
 
 

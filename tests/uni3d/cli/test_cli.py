@@ -74,14 +74,8 @@ def test_export_writes_only_weights(folder: Path, tmp_path: Path) -> None:
         (["inspect", "{empty}"], "holds no committed checkpoint"),
         (["export", "{empty}", "{empty}/m.safetensors"], "holds no committed checkpoint"),
         (["export", "{run}", "{run}/model.xyz"], "expected a suffix of .safetensors, .bin, .pt, .pth"),
-        (
-            ["export", "{run}", "{run}/model.bin", "--format", "safetensors"],
-            "its suffix contradicts --format safetensors",
-        ),
-        (
-            ["export", "{run}", "{run}/m.bin", "--format", "gguf"],
-            "--format gguf: expected safetensors, torch or hf",
-        ),
+        (["export", "{run}", "{run}/model.bin", "--format", "safetensors"], "its suffix contradicts"),
+        (["export", "{run}", "{run}/m.bin", "--format", "gguf"], "--format gguf: expected safetensors,"),
         (["export", "{run}", "{run}/m.bin", "--dtype", "fp8"], "--dtype fp8: expected fp32, bf16, fp16"),
         (["export", "{run}", "{run}/m.bin", "--include", "x.*"], "--include x.* matches no tensor of 2"),
         (["export", "{run}", "{run}/m.bin", "--exclude", "*"], "leave no tensor to export"),

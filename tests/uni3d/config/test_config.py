@@ -141,10 +141,7 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"seed": -1}, "seed is -1: "),
         ({"parallel": []}, "parallel is []: "),
         ({"parallel": {"tp": 1.5}}, "parallel.tp is 1.5: input should be a valid integer, or"),
-        (
-            {"parallel": {"device": "tpu"}},
-            "parallel.device is 'tpu': input should be 'auto', 'cpu' or 'cuda'",
-        ),
+        ({"parallel": {"device": "tpu"}}, "parallel.device is 'tpu': input should be 'auto', 'cpu' or"),
         ({"optimizer": {"type": "Lino"}}, "optimizer.type: unknown optimizer 'Lino'; did you mean 'Lion'?"),
         ({"optimizer": {"type": "Optimizer"}}, "optimizer.type: unknown optimizer 'Optimizer'; "),
         ({"optimizer": {"params": {}}}, 'optimizer is {\'params\': {}}: expected {"type": "AdamW", '),
@@ -175,10 +172,7 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"scheduler": {"type": "WarmupLR", "params": {"last_batch_iteration": 5}}},
             "scheduler.params.last_batch_iteration is 5: ",
         ),
-        (
-            {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
-            "fp16 and bf16 are both enabled; enable one",
-        ),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; enable"),
         (fp16(loss_scale=-1), "fp16.loss_scale is -1: input should be greater than or equal to 0"),
         (fp16(loss_scale=float("inf")), "fp16.loss_scale is inf: input should be a finite number"),
         (fp16(loss_scale_window=0), "fp16.loss_scale_window is 0: "),
@@ -215,15 +209,9 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"tensor_parallel": {"autotp_size": 2}, "parallel": {"tp": 4}},
             "tensor_parallel.autotp_size is 2, but parallel.tp, which means the same, is 4; give one",
         ),
-        (
-            {"bf16": {}, "bfloat16": {"enabled": True}},
-            "bfloat16 is {'enabled': True}, but bf16, which means the",
-        ),
+        ({"bf16": {}, "bfloat16": {"enabled": True}}, "bfloat16 is {'enabled': True}, but bf16, which"),
         ({"activation_checkpointing": {"every": 2}}, "activation_checkpointing: every has no effect"),
-        (
-            {"train_batch_size": "auto"},
-            'train_batch_size is "auto", which only Hugging Face\'s Trainer fills',
-        ),
+        ({"train_batch_size": "auto"}, 'train_batch_size is "auto", which only Hugging Face\'s Trainer'),
         (adamw(lr="auto"), 'optimizer.params.lr is "auto", which only Hugging Face'),
     ],
 )

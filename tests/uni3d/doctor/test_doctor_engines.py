@@ -192,6 +192,11 @@ SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_st
 SGD = {"type": "SGD", "params": {"lr": 0.02}}
 MOMENTUM = {"type": "SGD", "params": {"lr": 0.02, "momentum": 0.9}}
 
+
+def adam(**params: Any) -> dict[str, Any]:
+    return {"optimizer": {**ADAM, "params": {**ADAM["params"], **params}}}
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     # config of the checkpoint's run, config of the resuming run, number of refusals, number of warnings
     "same": ({}, {}, 0, 0),
@@ -203,15 +208,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
         1,
         0,
     ),
-    "another moment": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "amsgrad": True}}}, 1, 0),
-    "a moment less": ({"optimizer": {**ADAM, "params": {**ADAM["params"], "amsgrad": True}}}, {}, 1, 0),
+    "another moment": ({}, adam(amsgrad=True), 1, 0),
+    "a moment less": (adam(amsgrad=True), {}, 1, 0),
     "momentum": ({"optimizer": SGD}, {"optimizer": MOMENTUM}, 0, 1),
     "no momentum": ({"optimizer": MOMENTUM}, {"optimizer": SGD}, 1, 0),
     "lion": ({"optimizer": {"type": "Lion"}}, {"optimizer": {"type": "Lion"}}, 0, 0),
     "muon": ({"optimizer": {"type": "Muon"}}, {"optimizer": {"type": "Muon"}}, 0, 0),
-    "another decay": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "weight_decay": 0.2}}}, 0, 1),
-    "betas": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "betas": [0.8, 0.9]}}}, 0, 1),
-    "another rate": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "lr": 0.5}}}, 0, 1),
+    "another decay": ({}, adam(weight_decay=0.2), 0, 1),
+    "betas": ({}, adam(betas=[0.8, 0.9]), 0, 1),
+    "another rate": ({}, adam(lr=0.5), 0, 1),
     "a schedule": ({}, {"scheduler": SCHEDULE}, 1, 0),
     "no schedule": ({"scheduler": SCHEDULE}, {}, 0, 1),
     "the same schedule": ({"scheduler": SCHEDULE}, {"scheduler": SCHEDULE}, 0, 0),
