@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ckpt_helpers import cut, random_array, save_arrays
-from ckpt_saved import Saved, flipped
-from store_contract import CountingStore
+from ckpt_saved import CountingStore, Saved, flipped
 
 import ckpt
 from ckpt import Box, CheckpointError, Problem, open_checkpoint, verify

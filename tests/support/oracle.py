@@ -111,17 +111,22 @@ def batch_indices(step: int) -> list[int]:
     return [int(order[p // N_SAMPLES][p % N_SAMPLES]) for p in places]
 
 
-def train(config: dict[str, Any], steps: int, masked: bool = False) -> Trace:
-    """Train for `steps` steps in one process, a global batch at once."""
-    model = initial_model(config)
+def make_optimizer(model: GPT) -> torch.optim.Optimizer:
+
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         eps=1e-6,
         foreach=False,
     )
+
+
+def train(config: dict[str, Any], steps: int, masked: bool = False) -> Trace:
+    """Train for `steps` steps in one process, a global batch at once."""
+    model = initial_model(config)
+    optimizer = make_optimizer(model)
     inputs, targets = samples(masked)
     trace = Trace(states=[_state(model, optimizer)])
     for step in range(steps):
@@ -157,14 +162,7 @@ def train_mixed(config: dict[str, Any], steps: int, dtype: torch.dtype, micro: i
     """
     model = initial_model(config)
     masters = dict(model.named_parameters())
-    matrices = [p for p in masters.values() if p.ndim >= 2]
-    vectors = [p for p in masters.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        eps=1e-6,
-        foreach=False,
-    )
+    optimizer = make_optimizer(model)
     inputs, targets = samples()
     trace = Trace()
     for step in range(steps):
@@ -179,11 +177,9 @@ def train_mixed(config: dict[str, Any], steps: int, dtype: torch.dtype, micro: i
             (loss * factor).backward()
             total += loss.item()
             for name, parameter in masters.items():
-                assert parameter.grad is not None
                 parameter.grad += low[name].grad.float()
         tokens = BATCH * SEQ_LEN
         for parameter in masters.values():
-            assert parameter.grad is not None
             parameter.grad /= tokens * factor
         trace.losses.append(total / tokens)
         trace.norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP)))

@@ -76,19 +76,6 @@ def test_a_loader_begins_where_training_stands() -> None:
         assert ids(iter(loader), 2) == everything[consumed // 2 : consumed // 2 + 2]
 
 
-def test_an_iterator_from_before_a_load_refuses_to_go_on() -> None:
-    position = Position()
-    loader = make_loader(10, 4, 2, 0, 1, position)
-    before = iter(loader)
-    next(before)
-    position.samples = 8
-    loader.moved()
-    with pytest.raises(RuntimeError, match="made before a checkpoint was loaded"):
-        next(before)
-    position.samples = 0
-    assert ids(iter(loader), 1) == ids(iter(make_loader(10, 4, 2, 0, 1)), 1)
-
-
 def test_the_collate_function_is_used() -> None:
     loader = TrainingLoader(
         TensorDataset(torch.arange(4)),

@@ -88,7 +88,11 @@ def real_case(shape: GPTShape, place: parallel.Ranks, run: str) -> dict[str, Any
     }
 
 
-@pytest.mark.parametrize(("shape", "place"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "place"),
+    [*CASES[1::2], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[::2])],
+    ids=str,
+)
 def test_a_planned_save_is_what_real_ranks_do(
     ranks: Ranks, shape: GPTShape, place: parallel.Ranks, tmp_path: Path
 ) -> None:
