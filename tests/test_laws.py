@@ -13,8 +13,6 @@
 8. No process-group globals; nothing pickles to or from a file.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os

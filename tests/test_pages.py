@@ -1,7 +1,5 @@
 """README and the pages of `docs/` agree with the code, and their links and commands can be followed."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """Helpers of `ckpt`'s tests: ranks as threads, and small checkpoints."""
 
-from __future__ import annotations
-
 import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence

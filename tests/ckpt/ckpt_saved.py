@@ -1,7 +1,5 @@
 """A checkpoint in any store, whose objects can be damaged and restored."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Checksums against their definition, and the manifest's records of a chunk's blocks."""
 
-from __future__ import annotations
-
 import struct
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Damage to any object gives an error that names it, or the right numbers, never wrong ones."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

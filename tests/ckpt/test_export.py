@@ -1,7 +1,5 @@
 """Exported files, as the safetensors library reads them."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Plans of random layouts: each chunk has one writer, who holds or receives all of it."""
 
-from __future__ import annotations
-
 import math
 import os
 import random

@@ -1,7 +1,5 @@
 """Runs in a store without folders and renames, through fsspec: whole objects, the manifest last."""
 
-from __future__ import annotations
-
 import threading
 import uuid
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The contract of `ckpt.stores.Store`, kept by every store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`verify` names every kind of damage to every kind of object, and nothing in a sound checkpoint."""
 
-from __future__ import annotations
-
 import json
 import re
 import tracemalloc

@@ -1,7 +1,5 @@
 """Data of the example: the same on every rank, split without overlap; errors in one clear line."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import sys

@@ -1,7 +1,5 @@
 """Generation from exported weights in plain PyTorch: strict loading, errors in one clear line."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training script and the demo, as a user starts them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

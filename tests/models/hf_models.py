@@ -1,7 +1,5 @@
 """Small random Hugging Face models, their batches, and their training in plain PyTorch."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

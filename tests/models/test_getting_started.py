@@ -1,7 +1,5 @@
 """DeepSpeed's getting-started script runs with only its import changed."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

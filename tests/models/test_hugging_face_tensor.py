@@ -1,7 +1,5 @@
 """Hugging Face models train under tensor parallelism with their own plans."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

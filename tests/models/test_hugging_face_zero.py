@@ -1,7 +1,5 @@
 """Hugging Face models under every ZeRO stage take the steps of plain PyTorch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Unusual but valid modules train under ZeRO unchanged, with the steps of plain PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Building a model on the meta device takes the memory of a rank's share and about one layer."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from typing import Any

@@ -1,7 +1,5 @@
 """Refused combinations give their reason; all others train as plain PyTorch does."""
 
-from __future__ import annotations
-
 import warnings
 from itertools import product
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """A chain of layers, split into pipeline stages."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from itertools import combinations, pairwise
 from typing import Any

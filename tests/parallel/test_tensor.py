@@ -1,7 +1,5 @@
 """Tensor parallelism: the split model has the loss and every gradient of the unsplit one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import oracle

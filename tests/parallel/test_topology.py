@@ -1,7 +1,5 @@
 """Degrees and the places of ranks on the mesh."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Initial weights: the same bits for the same seed and name, wherever they are held."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

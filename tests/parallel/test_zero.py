@@ -1,7 +1,5 @@
 """ZeRO: elements that each rank holds at each moment, and gradients as sums over ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

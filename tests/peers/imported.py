@@ -1,7 +1,5 @@
 """Helpers for tests of `uni3d import`: the fixtures, and reading back the checkpoints made of them."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Make the fixtures of torch.distributed.checkpoint: `python tests/peers/make_dcp.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

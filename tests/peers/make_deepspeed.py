@@ -1,7 +1,5 @@
 """Make the fixtures of DeepSpeed's ZeRO: `python tests/peers/make_deepspeed.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from pathlib import Path

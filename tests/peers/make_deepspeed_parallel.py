@@ -3,8 +3,6 @@
 `python tests/peers/make_deepspeed_parallel.py [OUT [NAME ...]]`
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Make the fixtures of Megatron-core: `python tests/peers/make_megatron.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Helpers for the scripts that make fixtures: local ranks, and files of expected tensors."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Corner cases of `uni3d import`, each of which once gave a wrong result or a traceback."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil

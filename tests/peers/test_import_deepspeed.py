@@ -1,7 +1,5 @@
 """Imports of DeepSpeed's checkpoints equal the live run, and a run resumes from them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

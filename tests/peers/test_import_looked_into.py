@@ -1,7 +1,5 @@
 """Commands about topologies handle imported checkpoints, which have no writer topology."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

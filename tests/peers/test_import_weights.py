@@ -1,7 +1,5 @@
 """Imports of weights from files of transformers, safetensors and torch.save."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run the command `uni3d` in the test's own process, which is faster than starting one per command."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """Records of what a rank computes and sends, by torch's dispatch modes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Helpers for tests of importers: fixtures, and pickles that would run code."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Small models and data for tests of the engine, and plain PyTorch to compare it with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any

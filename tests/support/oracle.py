@@ -4,8 +4,6 @@ The rules that uni3d documents (initial weights from seed and name, the order of
 schedule) are implemented here a second time, so that an error in either shows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Models of several kinds on any topology: their ranks' parts of a checkpoint, and their resumes."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import oracle

@@ -15,8 +15,6 @@ about a minute and a half on 2 cores.
 Results depend on the processor and on torch's version: record and compare on the same machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

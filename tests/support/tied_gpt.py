@@ -1,7 +1,5 @@
 """Engines of the example's GPT on any topology, with a tied head by default, and what they hold."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import oracle

@@ -1,7 +1,5 @@
 """Checkpoints of a few whole arrays, saved by `ckpt` alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

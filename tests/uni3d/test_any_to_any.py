@@ -4,8 +4,6 @@ Each rank pool trains on A and saves; then for each B one engine loads the check
 parameters and moments with the oracle, and takes one step more.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The run's part of a manifest: written and read back, with keys missing, and with values of wrong types."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Name maps: the first pattern that matches a whole name counts; what is wrong is named."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

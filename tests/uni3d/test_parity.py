@@ -3,8 +3,6 @@
 `python tests/support/parallelism_tables.py parity` writes what this measures into `docs/parallelism.md`.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import oracle

@@ -1,7 +1,5 @@
 """A pipeline written as a list of layers, as DeepSpeed's users write it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

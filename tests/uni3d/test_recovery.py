@@ -1,7 +1,5 @@
 """The weights of a checkpoint by DeepSpeed's functions, and by the script in its folder."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Files and folders named `ckpt` or `parallel` beside a user's script are not in uni3d's way."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

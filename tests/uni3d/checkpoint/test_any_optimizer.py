@@ -1,7 +1,5 @@
 """Optimizer states of any name and shape across topologies, and arrays of every dtype."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Asynchronous saves: the training they delay, the values they write, and their errors."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A live model's weights as plain tensors, and weights that a script loads in its own way."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

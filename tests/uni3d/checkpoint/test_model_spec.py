@@ -1,7 +1,5 @@
 """What a model says of itself stands in its checkpoints, whatever topology wrote them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Partial loads and a choice of tags: exactly the excluded parts are left out, and reported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Resumes: the run continues as if it had not been interrupted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

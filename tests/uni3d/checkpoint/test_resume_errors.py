@@ -1,7 +1,5 @@
 """Saves and loads that can't be right: the same error on all ranks, with names, before anything changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

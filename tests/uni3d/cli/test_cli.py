@@ -1,7 +1,5 @@
 """`uni3d inspect`, `export` and `diff`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`uni3d config`: the resolved config, and its differences from DeepSpeed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`uni3d export`: formats, types, sharded output, selected tensors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run `uni3d plan` as a user would: its figures, its proposals and its error messages."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

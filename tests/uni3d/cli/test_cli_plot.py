@@ -1,7 +1,5 @@
 """`uni3d plot`: its pictures, output and errors."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

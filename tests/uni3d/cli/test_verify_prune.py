@@ -1,7 +1,5 @@
 """`uni3d verify`, `clean` and `prune`."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

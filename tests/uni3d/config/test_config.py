@@ -1,7 +1,5 @@
 """The config: batch sizes, and a helpful error for every mistake."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

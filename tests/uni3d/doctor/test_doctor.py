@@ -1,7 +1,5 @@
 """Run `uni3d doctor` as a user would: its report and its exit code."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

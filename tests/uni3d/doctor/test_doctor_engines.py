@@ -1,7 +1,5 @@
 """Compare the doctor's verdicts with real engines, which resume or refuse."""
 
-from __future__ import annotations
-
 import warnings
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`initialize`: user-made optimizers, parameter groups, and refused arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

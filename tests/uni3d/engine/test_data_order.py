@@ -1,7 +1,5 @@
 """The order of samples: the same on every topology, with one integer as its state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """The engine's steps against plain PyTorch, by `train_batch` and by forward, backward and step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

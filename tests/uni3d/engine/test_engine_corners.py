@@ -1,7 +1,5 @@
 """Uses of an engine that are easily handled wrongly without an error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

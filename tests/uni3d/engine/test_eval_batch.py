@@ -1,7 +1,5 @@
 """`eval_batch` returns the loss and changes nothing; dropout repeats after a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A rank that fails during a step: the others stop with its reason instead of waiting forever."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

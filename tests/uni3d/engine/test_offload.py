@@ -1,7 +1,5 @@
 """CPU offload: the same steps at every ZeRO stage, precision and topology; on a GPU, states on the host."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import oracle

@@ -1,7 +1,5 @@
 """Corner cases of pipelines, compared with one process: plain PyTorch or pp = 1."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every pipeline schedule under every ZeRO stage takes the steps of plain one-process PyTorch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

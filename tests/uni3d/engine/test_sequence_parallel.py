@@ -1,7 +1,5 @@
 """Sequence parallelism: the same steps as one process, with activations that are split between the layers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import oracle

@@ -1,7 +1,5 @@
 """Shard groups smaller than dp: the same steps, each gradient counted once, checkpoints for other groups."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ a step. The record misses memory that a collective's own thread frees. So each s
 recorded peak, and that peak less all memory never seen freed. Several steps narrow them.
 """
 
-from __future__ import annotations
-
 import gc
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 `test_plan_measured.py` compares the whole with real ranks.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from dataclasses import replace

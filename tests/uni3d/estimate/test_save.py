@@ -1,7 +1,5 @@
 """Compare a planned save with the plan that real ranks make and the files that they write."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from math import prod
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare the parts, reads and memory of ranks, derived from a checkpoint, with those of real ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Compare the formulas of ZeRO with live tensors and counted collectives, within 5%."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """`uni3d export --format hf` writes a folder that transformers loads, with the live model's outputs."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Imports of torch's distributed checkpoints equal the live run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Imports of Megatron-core's `torch_dist`, from folders in its layout."""
 
-from __future__ import annotations
-
 import sys
 import types
 from pathlib import Path

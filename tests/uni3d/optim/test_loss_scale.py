@@ -1,7 +1,5 @@
 """fp16's loss scale: its changes, and an overflow on one rank, which skips the step on all."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ DeepSpeed's schedules count iterations from 0, and set the rate when they are ma
 the schedule has begun. The first optimizer step is taken with that rate, the second at iteration 0.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every optimizer that a config can name, on sharded parameters, against plain PyTorch on one process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A run's curves, topologies and marks, from its metrics files and checkpoints."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Contents of the pictures of `uni3d plot`, read from matplotlib's objects."""
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import pairwise
