@@ -32,10 +32,7 @@ def buffers(stages: Sequence[RankFiles]) -> dict[str, StoredTensor]:
 
 
 def untrained(
-    stages: Sequence[RankFiles],
-    trained: Parts,
-    aliases: dict[str, str],
-    left_out: list[str],
+    stages: Sequence[RankFiles], trained: Parts, aliases: dict[str, str], left_out: list[str]
 ) -> dict[str, ParameterPart]:
     """Return the frozen parameters of a tensor-parallel rank.
 
