@@ -24,7 +24,8 @@ class Background(Generic[T]):
     def __init__(self, name: str) -> None:
         self._name = name
         self._thread: threading.Thread | None = None
-        self._result: T | None = None
+        self.result: T | None = None
+        """Result of the work, once it has finished and until `wait` returns it."""
         self._error: BaseException | None = None
         self._run: str | None = None
         _all.add(self)
@@ -35,11 +36,6 @@ class Background(Generic[T]):
         """True if the work has failed and `wait` hasn't raised its error yet."""
         return self._error is not None
 
-    @property
-    def result(self) -> T | None:
-        """Result of the work, once it has finished and until `wait` returns it."""
-        return self._result
-
     def start(self, work: Callable[[], T], *, run: str | Path) -> None:
         """Start the work, a save into `run`. Earlier work must have been waited for."""
         assert self._thread is None, "one at a time"
@@ -47,7 +43,7 @@ class Background(Generic[T]):
 
         def body() -> None:
             try:
-                self._result = work()
+                self.result = work()
             except BaseException as error:
                 self._error = error
 
@@ -65,7 +61,7 @@ class Background(Generic[T]):
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        result, error, self._result, self._error = self._result, self._error, None, None
+        result, error, self.result, self._error = self.result, self._error, None, None
         if error is not None:
             raise error
         return result

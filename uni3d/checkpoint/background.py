@@ -32,17 +32,14 @@ class Snapshot:
         """Return contiguous copies in host memory, valid until the next call."""
         layout = [(t.shape, t.dtype) for t in tensors]
         if layout != self._layout:
-            self._allocate(layout)
+            self._copies, self._layout = [], []  # free the old memory before the new is allocated
+            sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):
+                self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
+            self._layout = layout
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
         if self._device.type != "cpu":
             torch.accelerator.synchronize()
         return self._copies
-
-    def _allocate(self, layout: list[tuple[torch.Size, torch.dtype]]) -> None:
-        self._copies, self._layout = [], []  # free the old memory before the new is allocated
-        sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):
-            self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
-        self._layout = layout

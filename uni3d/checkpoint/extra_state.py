@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import ckpt
 from ckpt import CheckpointError, check_json
-from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM, Json
+from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM
 from uni3d.state import array_key as key_of
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -35,7 +35,7 @@ class ExtraRecord(NamedTuple):
     """Place of each tensor in the value, a JSON pointer -> the type of its device."""
 
     @classmethod
-    def of(cls, document: Json, name: str) -> ExtraRecord:
+    def of(cls, document: dict[str, Any], name: str) -> ExtraRecord:
         """Read the manifest's record of an extra state.
 
         Raises:
@@ -54,7 +54,7 @@ class Extra(NamedTuple):
     tensors: dict[str, Tensor]
     """Tensors by their place in the value, a JSON pointer."""
 
-    def record(self) -> Json:
+    def record(self) -> dict[str, Any]:
         """Return the manifest's record."""
         return {"value": self.value, "tensors": {place: t.device.type for place, t in self.tensors.items()}}
 

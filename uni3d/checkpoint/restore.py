@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
+from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
@@ -252,7 +253,7 @@ def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
 
 
 def _is_moment(key: ckpt.ArrayKey) -> bool:
-    return key.state not in (state.PARAMETER, state.BUFFER) and not is_extra(key.state)
+    return key.state not in WEIGHT_STATES and not is_extra(key.state)
 
 
 def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:

@@ -1,7 +1,5 @@
 """Extra state of modules and optimizers: it comes back on any topology, or the save refuses it by name."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

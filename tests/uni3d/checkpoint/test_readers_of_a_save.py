@@ -1,7 +1,5 @@
 """Readers in a process that is saving: they see what was saved last, or raise the save's error."""
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Callable, Iterator

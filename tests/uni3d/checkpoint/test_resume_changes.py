@@ -1,7 +1,5 @@
 """Resumes with other data, another seed or another schedule: an error that names how to accept it."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Arguments that scripts get wrong: a clear error on all ranks, or what was meant."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path
