@@ -31,14 +31,17 @@ def check_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     for name, module in model.named_modules():
-        sharded = isinstance(module, FSDPModule) or any(
-            isinstance(p, DTensor) for p in module._parameters.values()
-        )
-        if sharded or module in _used:
-            what = f"its module {name}" if name else f"this {type(model).__name__}"
+        what = f"its module {name}" if name else f"this {type(model).__name__}"
+        if module in _used:
             raise ValueError(
                 f"initialize was already called with {what}, and a model can be split only once; build a "
                 "new one for each engine, and give it weights by load_checkpoint(..., load_module_only=True)"
+            )
+        parameters = module._parameters.values()
+        if isinstance(module, FSDPModule) or any(isinstance(p, DTensor) for p in parameters):
+            raise ValueError(
+                f"initialize was called with a model that is sharded already ({what}); pass the plain model, "
+                "which it shards itself"
             )
     check_in_layers(model)
     return model
@@ -46,7 +49,10 @@ def check_model(model: Any) -> nn.Module:
 
 def using_up(model: nn.Module, build: Callable[[], T]) -> T:
     """Return the result of `build`, after which the model's modules are an engine's."""
-    modules = [module for module in model.modules() if module._parameters]  # `build` takes the model apart
+    modules = [
+        model,
+        *(module for module in model.modules() if module._parameters),
+    ]  # before it is taken apart
     built = build()
     _used.update(modules)
     return built

@@ -142,6 +142,32 @@ def test_other_readers_of_a_checkpoint_with_extra_states(alone: None, tmp_path: 
     assert ckpt.ArrayKey("layers.1.1._extra_state", "extra_state") in checkpoint.arrays
 
 
+def applied(module: Scaled, x: Tensor) -> Tensor:
+    return module(x).tanh()
+
+
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.mse_loss(outputs, targets)
+
+
+def tied_case(run: Path, first: bool) -> Any:
+    layers = [uni3d.TiedLayerSpec("t", Scaled, 6, 6, forward_fn=applied), uni3d.LayerSpec(nn.Linear, 6, 1)]
+    engine = make_engine(uni3d.PipelineModule(layers, loss_fn=loss), pp=2, micro=6)
+    modules = [link._called[0] for link in engine.module.modules() if hasattr(link, "_called")]
+    if first:
+        for module in modules:
+            module.factor = 3.0
+        engine.save_checkpoint(run)
+    else:
+        engine.resume(run)
+    return [module.factor for module in modules]
+
+
+def test_a_layer_behind_a_function(ranks: Ranks, tmp_path: Path) -> None:
+    for first in (True, False):
+        assert ranks.run(2, tied_case, tmp_path, first) == [[3.0], []]
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 

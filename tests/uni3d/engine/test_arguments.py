@@ -10,6 +10,7 @@ import torch
 from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, whole
 from ranks import Ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -76,10 +77,16 @@ def test_a_model_is_given_to_initialize_once(alone: None, zero: int) -> None:
     train(engine, global_batches(1))
 
 
+def test_a_model_that_the_script_has_sharded(alone: None) -> None:
+    make_engine(seeded(Stack))  # starts the process group
+    with pytest.raises(ValueError, match=r"sharded already \(this FSDPLinear\); pass the plain model"):
+        make_engine(fully_shard(nn.Linear(2, 2)))
+
+
 def test_a_chain_is_given_to_initialize_once(alone: None) -> None:
     model = seeded(Stack)
     make_engine(model)
-    with pytest.raises(ValueError, match="initialize was already called with its module"):
+    with pytest.raises(ValueError, match="initialize was already called with this Stack"):
         make_engine(model)
 
 
@@ -135,6 +142,8 @@ def data_case() -> list[str]:
         errors.append(str(caught.value))
     engine = make_engine(model, zero=1)  # which nothing was done to
     engine.train_batch(iter(DataLoader(samples, batch_size=3)))  # as the messages say
+    with pytest.raises(ValueError, match="training_data is a DataLoader"):
+        engine.loader(DataLoader(samples))  # type: ignore[arg-type]
     return errors
 
 
