@@ -48,11 +48,13 @@ class Saver:
         inventory: Inventory,
         model_spec: dict[str, Any],
     ) -> None:
-        """`model_spec` is the model's own description for the manifest.
+        """Collective. `model_spec` is the model's own description for the manifest.
 
         Raises:
-            ValueError: the scheduler's state can't be saved. Checked here, before any training is lost.
+            ValueError: the scheduler's state can't be saved, or the ranks have training data of different
+                lengths. Checked here, before any training is lost.
         """
+        _check_same_length(comm, state.progress.dataset_length)
         if state.lr_scheduler is not None:
             try:
                 ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
@@ -226,4 +228,19 @@ class Saver:
                 dataset_length=progress.dataset_length,
             ),
             client_state=copy.deepcopy(client_state),
+        )
+
+
+def _check_same_length(comm: HostComm, length: int) -> None:
+    """Check that all ranks have training data of one length: each draws its part of one order. Collective.
+
+    Raises:
+        ValueError: the lengths differ; the same on all ranks.
+    """
+    lengths = comm.all_gather(length)
+    if len(set(lengths)) > 1:
+        other = next(rank for rank, found in enumerate(lengths) if found != lengths[0])
+        raise ValueError(
+            f"training_data has {lengths[0]} samples on rank 0, but {lengths[other]} on rank {other}; pass "
+            "the whole dataset on every rank: the engine gives each its part"
         )

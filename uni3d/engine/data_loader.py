@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from parallel import HostComm, ParallelModel
+from parallel import ParallelModel
 from uni3d.config import BatchTriad
 from uni3d.engine.arguments import check_data
 from uni3d.engine.batches import check_batches, on_device
@@ -37,21 +37,6 @@ class GlobalOrder:
     def __getitem__(self, place: int) -> int:
         epoch, i = divmod(place, self._n)
         return int(self._epoch(epoch)[i])
-
-
-def check_same_length(comm: HostComm, length: int) -> None:
-    """Check that all ranks have training data of one length: each draws its part of one order. Collective.
-
-    Raises:
-        ValueError: the lengths differ; the same on all ranks.
-    """
-    lengths = comm.all_gather(length)
-    if len(set(lengths)) > 1:
-        other = next(rank for rank, found in enumerate(lengths) if found != lengths[0])
-        raise ValueError(
-            f"training_data has {lengths[0]} samples on rank 0, but {lengths[other]} on rank {other}; pass "
-            "the whole dataset on every rank: the engine gives each its part"
-        )
 
 
 class _MicroBatchSampler(Sampler[list[int]]):

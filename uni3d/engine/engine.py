@@ -22,7 +22,7 @@ from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import on_device, random_state
-from uni3d.engine.data_loader import BatchSource, TrainingLoader, check_same_length
+from uni3d.engine.data_loader import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper
@@ -70,7 +70,6 @@ class Engine:
         self.last_load: ckpt.LoadReport | None = None
         self._progress = state.progress
         self._comm = HostComm()
-        check_same_length(self._comm, state.progress.dataset_length)
         inventory = Inventory(state.model)
         self._saver = Saver(state, config, comm=self._comm, inventory=inventory, model_spec=model_spec)
         self._restorer = Restorer(state, config, comm=self._comm, inventory=inventory)
