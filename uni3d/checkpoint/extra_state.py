@@ -102,6 +102,22 @@ def of_modules(model: nn.Module) -> dict[str, Extra]:
     return found
 
 
+def check_nothing_is_lost(model: nn.Module) -> None:
+    """Check that a model's `state_dict` has nothing that a checkpoint lacks, as hooks may add.
+
+    Raises:
+        CheckpointError: it has; names it.
+    """
+    known = {id(t) for t in (*model.parameters(), *model.buffers())}
+    extra = modules_with_extra(model).keys()
+    full = model.state_dict(keep_vars=True)
+    if lost := [name for name, value in full.items() if id(value) not in known and name not in extra]:
+        raise CheckpointError(
+            f"{type(model).__name__}.state_dict() has {', '.join(lost[:5])}, which a checkpoint wouldn't "
+            "keep: it keeps parameters, buffers, and what get_extra_state returns"
+        )
+
+
 def check_in_layers(model: nn.Module) -> None:
     """Check that pipeline stages keep every module that has an extra state.
 

@@ -13,7 +13,7 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
-from uni3d.checkpoint.extra_state import ExtraStates, check_alike, extra_states
+from uni3d.checkpoint.extra_state import ExtraStates, check_alike, check_nothing_is_lost, extra_states
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
@@ -74,6 +74,7 @@ class Saver:
         self._snapshot = Snapshot(state.model.topology.device)
         self._background: Background[ckpt.SaveReport] = Background("uni3d's last save_checkpoint")
         self._agreed_failure = False
+        self._looked_for_others = False
 
     def save(
         self,
@@ -97,6 +98,9 @@ class Saver:
             where, name = self._place(run, tag)
             model, optimizer = self._state.model, self._state.optimizer
             extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
+            if not self._looked_for_others:  # once, as torch's own `state_dict` takes its time
+                check_nothing_is_lost(model.module)
+                self._looked_for_others = True
             plan, parts = self._parts(extra.arrays(stage), frozen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])

@@ -219,6 +219,41 @@ def test_what_cannot_be_kept_is_refused_by_name(ranks: Ranks, tmp_path: Path, ze
         assert expected in one[name], name
 
 
+class Adding(nn.Linear):
+    """Layer that adds a key to its `state_dict` by torch's internal method, as quantized layers do."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scale"] = torch.tensor(2.0)
+
+
+def rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state[f"{prefix}gamma"] = state.pop(f"{prefix}weight")
+
+
+def lost_case(run: Path, zero: int) -> list[str]:
+    model = seeded(Stack)
+    model.out = Adding(6, 1)
+    engine = make_engine(model, zero=zero)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ckpt.CheckpointError) as caught:
+            engine.save_checkpoint(run)
+        errors.append(str(caught.value))
+    renamed = seeded(Stack)
+    renamed.out.register_state_dict_post_hook(rename)
+    make_engine(renamed, zero=zero).save_checkpoint(run)
+    return errors
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_a_key_that_only_state_dict_has_is_refused(ranks: Ranks, tmp_path: Path, zero: int) -> None:
+    one, other = ranks.run(2, lost_case, tmp_path, zero)
+    assert one == other
+    for error in one:
+        assert ".state_dict() has out.scale, which a checkpoint wouldn't keep: it keeps parameters" in error
+
+
 class Getter(nn.Linear):
     def get_extra_state(self) -> Any:
         return 1
