@@ -135,7 +135,7 @@ class FP16Config(Strict):
     initial_scale_power: int = Field(default=16, ge=0, le=127)
     """Initial dynamic scale, as a power of 2."""
     loss_scale_window: int = Field(default=1000, gt=0)
-    """Steps without an overflow after which the scale is doubled."""
+    """Steps without an overflow before one that doubles the scale, as DeepSpeed counts."""
     hysteresis: int = Field(default=2, gt=0)
     """Overflows after which the scale is halved."""
     consecutive_hysteresis: bool = False
