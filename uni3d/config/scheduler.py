@@ -102,6 +102,11 @@ def read_scheduler(section: object) -> SchedulerConfig | None:
         return None
     kind = values["type"]
     if kind not in SCHEDULES:
-        raise ConfigError([f"scheduler.type: {unknown('schedule', kind, SCHEDULES)}"])
+        raise ConfigError(
+            [
+                f"scheduler.type: {unknown('schedule', kind, SCHEDULES)} (pass a schedule of torch's to "
+                "initialize, as lr_scheduler)"
+            ]
+        )
     values["params"] = validate(SCHEDULES[kind], values["params"], "scheduler.params")
     return validate(SchedulerConfig, values, "scheduler")
