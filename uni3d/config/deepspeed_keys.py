@@ -8,11 +8,10 @@ few are other names for our keys: they are *read as* those.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from uni3d.config.forms import as_boolean, as_integer
+from uni3d.config.forms import as_boolean, as_integer, as_json
 
 _OTHER_DATA = "it changes the samples of a step; select them in training_data"
 _INSIDE = "it replaces modules of the model; do so before initialize"
@@ -249,7 +248,7 @@ def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
 
 def sift(values: Mapping[str, Any]) -> Sifted:
     """Return a copy of a config without the DeepSpeed keys that uni3d doesn't have."""
-    left = copy.deepcopy(dict(values))
+    left: dict[str, Any] = as_json(values)
     problems: list[str] = []
     without_meaning: dict[str, str] = {}
     _open_booleans(left)
@@ -330,6 +329,8 @@ def _is_off(key: str, value: Any) -> bool:
     is_number = any(type(wanted) in (int, float) for wanted in neutral)
     if converted:
         value = as_integer(value) if is_number else as_boolean(value)
+    if isinstance(value, str):
+        value = value.lower()  # as DeepSpeed does
     if value is None or any(_same(value, wanted) for wanted in neutral):
         return True
     if key in OFF_BY_FALSE_ONLY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 _BOOLEANS = {
@@ -34,6 +35,15 @@ def plain(value: Any, annotation: Any, *, text: bool) -> Any:
     if bool in kinds and not numbers and not isinstance(value, str):
         return as_boolean(value)
     return value
+
+
+def as_json(value: Any) -> Any:
+    """Return a copy with plain dicts and lists, and Python's numbers for numpy's and tensors."""
+    if isinstance(value, Mapping):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def as_boolean(value: Any) -> Any:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import UserDict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import BaseModel
 
 from uni3d.config import Config, load_config
@@ -164,12 +168,32 @@ def test_a_form_whose_meaning_cant_be_had_is_refused(values: dict[str, Any], mes
         {"amp": {"enabled": 0}},
         {"comms_logger": {"verbose": True, "enabled": "false"}},
         {"dump_state": 0},
+        {"gradient_allreduce_op": "MEAN"},
         {"compile": {"deepcompile": "false"}},
     ],
     ids=json.dumps,
 )
 def test_what_deepspeed_takes_as_off_is_off(values: dict[str, Any]) -> None:
     load_config(values)
+
+
+def test_a_config_made_in_python() -> None:
+    """Mappings other than dicts, tuples, and numbers of numpy and torch, are as good as JSON's."""
+    zero = MappingProxyType({"stage": np.int64(2), "offload_optimizer": MappingProxyType({"device": "cpu"})})
+    params = UserDict({"lr": np.float32(0.5), "betas": (np.float64(0.5), 0.25), "eps": torch.tensor(0.125)})
+    given = {
+        "train_batch_size": np.int32(8),
+        "wall_clock_breakdown": np.bool_(True),
+        ZERO: zero,
+        "optimizer": UserDict({"type": "Adam", "params": params}),
+    }
+    meant = {
+        "train_batch_size": 8,
+        "wall_clock_breakdown": True,
+        ZERO: {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "Adam", "params": {"lr": 0.5, "betas": [0.5, 0.25], "eps": 0.125}},
+    }
+    assert load_config(UserDict(given)) == load_config(given) == load_config(meant)
 
 
 def test_scaling_that_isnt_used_isnt_checked() -> None:
