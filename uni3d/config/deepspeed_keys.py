@@ -297,10 +297,10 @@ def _take(values: dict[str, Any], key: str) -> Iterator[Any]:
 
 
 def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]:
-    """Set the key that `key` is read as, and return the problems with it."""
+    """Set the key that `key` is read as, and return the problems with it; null isn't given."""
+    if value is None:
+        return []
     if key.startswith("zero_optimization.cpu_offload"):
-        if value is None:
-            return []
         if not isinstance(on := as_boolean(value), bool):
             return [f"{key} is {value!r}: expected true or false"]
         value = {"device": "cpu" if on else "none"}
@@ -313,7 +313,7 @@ def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             return []  # the section itself is reported
-    if last in values and values[last] != value:
+    if values.get(last) is not None and values[last] != value:
         return [f"{key} is {value!r}, but {target}, which means the same, is {values[last]!r}; give one"]
     values[last] = value
     return []

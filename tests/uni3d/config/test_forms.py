@@ -53,6 +53,9 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *(({"optimizer": nothing}, {}) for nothing in (None, {}, {"type": None}, {"type": None, "params": {}})),
     *(({"scheduler": nothing}, {}) for nothing in (None, {}, {"type": None}, {"type": None, "params": None})),
     (zero(offload_optimizer=None), zero()),
+    (zero(offload_optimizer=None, cpu_offload=True), zero(offload_optimizer=CPU)),
+    ({"bf16": None, "bfloat16": {"enabled": True}}, {"bf16": {"enabled": True}}),
+    ({"bf16": {"enabled": True}, "bfloat16": None}, {"bf16": {"enabled": True}}),
     # text, where DeepSpeed's models convert it
     ({ZERO: {"stage": "2"}}, {ZERO: {"stage": 2}}),
     ({ZERO: {"stage": True}}, {ZERO: {"stage": 1}}),
