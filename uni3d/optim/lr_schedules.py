@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from uni3d.config.scheduler import (
     LRRangeTestParams,
     OneCycleParams,
+    ScheduleParams,
     SchedulerConfig,
     WarmupCosineLRParams,
     WarmupDecayLRParams,
@@ -39,7 +40,7 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
             than there are parameter groups.
     """
     groups = optimizer.param_groups
-    each = [config.params.of_group(i, len(groups)) for i in range(len(groups))]
+    each = _of_groups(config, optimizer)
     for group, params in zip(groups, each, strict=True):
         if (peak := _peak(params)) is not None:
             group["lr"] = peak
@@ -48,6 +49,12 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
     if cycles and _has_betas(optimizer, cycles[0]):
         return CycledMomentum(optimizer, ratios, cycles)
     return LambdaLR(optimizer, ratios)
+
+
+def _of_groups(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> list[ScheduleParams]:
+    """Return the schedule's parameters for each of the optimizer's groups."""
+    groups = len(optimizer.param_groups)
+    return [config.params.of_group(index, groups) for index in range(groups)]
 
 
 class CycledMomentum(LambdaLR):
