@@ -132,16 +132,21 @@ def load_config(config: str | Path | Mapping[str, Any]) -> Config:
         try:
             read[key] = reader(rest.pop(key, None))
         except ConfigError as error:
-            problems += error.problems
+            problems += _not_among(problems, error.problems)
     try:
         checked = validate(Config, rest | read)
     except ConfigError as error:
-        seen = [problem.split()[0] for problem in problems]  # a problem begins with the key that it is about
-        problems += [problem for problem in error.problems if problem.split()[0] not in seen]
+        problems += _not_among(problems, error.problems)
     if problems:
         raise ConfigError(problems)
     checked._without_meaning = without_meaning
     return checked
+
+
+def _not_among(problems: list[str], more: list[str]) -> list[str]:
+    """Return the further problems of keys that have none yet; each begins with its key."""
+    seen = {problem.split()[0] for problem in problems} - {"unknown"}
+    return [problem for problem in more if problem.split()[0] not in seen]
 
 
 def _read(path: str | Path) -> Any:

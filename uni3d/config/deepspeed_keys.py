@@ -268,7 +268,7 @@ def sift(values: Mapping[str, Any]) -> Sifted:
             if value is not None:
                 without_meaning[key] = reason
     for section in ("tensor_parallel", "pipeline"):  # all their known keys have been removed
-        if left.get(section) == {}:
+        if section in left and left[section] in ({}, None):
             del left[section]
     problems += _autos(left)
     return Sifted(left, problems, without_meaning)

@@ -74,6 +74,8 @@ def validate(section: type[Section], values: object, within: str = "") -> Sectio
                 problems.append(f"{key} is missing")
                 continue
             message = e["msg"].removeprefix("Value error, ")
+            if e["type"] == "model_type":
+                message = "expected an object, {...}"
             if e["type"] == "value_error" and isinstance(
                 e["input"], Mapping
             ):  # keys that contradict each other

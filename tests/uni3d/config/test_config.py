@@ -210,7 +210,8 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "bf16"},
             "data_types.grad_accum_dtype is fp32, but ZeRO stages 0 and 1",
         ),
-        ({"zero_optimization": "true"}, "zero_optimization is 'true': input should be a valid dictionary"),
+        ({"zero_optimization": "true"}, "zero_optimization is 'true': expected an object, {"),
+        ({"fp16": True}, "fp16 is True: expected an object, {"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             "zero_optimization.offload_param.device is 'nvme': offloading to disk isn't supported",
@@ -270,6 +271,14 @@ def test_all_problems_are_reported_at_once() -> None:
     text = error_of({"seed": "x", "fp17": {}, "parallel": {"pp": 0.5, "device": "tpu"}})
     for part in ("seed is 'x'", "unknown key 'fp17'", "parallel.pp", "parallel.device is 'tpu'"):
         assert part in text
+
+
+def test_each_problem_is_reported_once() -> None:
+    params = {"lr": "auto", "weight_decy": 0}
+    text = error_of({"optimizer": {"type": "AdamW", "params": params}, "sead": 1, "fp17": {}})
+    assert text.count("optimizer.params.lr") == 1
+    for key in ("optimizer.params.weight_decy", "sead", "fp17"):
+        assert text.count(f"unknown key {key!r}") == 1
 
 
 def test_files(tmp_path: Path) -> None:

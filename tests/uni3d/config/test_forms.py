@@ -50,6 +50,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (zero(cpu_offload=None), zero()),
     # null for sections, and optimizers without a name
     *(({key: None}, {}) for key in (ZERO, "fp16", "bf16", "bfloat16", "checkpoint", "tensorboard")),
+    *(({key: None}, {}) for key in ("tensor_parallel", "pipeline", "activation_checkpointing", "compile")),
     *(({"optimizer": nothing}, {}) for nothing in (None, {}, {"type": None}, {"type": None, "params": {}})),
     *(({"scheduler": nothing}, {}) for nothing in (None, {}, {"type": None}, {"type": None, "params": None})),
     (zero(offload_optimizer=None), zero()),
@@ -127,7 +128,7 @@ def test_a_form_means_what_it_means_in_deepspeed(given: dict[str, Any], meant: d
         ),
         (
             zero(offload_optimizer="cpu"),
-            "zero_optimization.offload_optimizer is 'cpu': input should be a val",
+            "zero_optimization.offload_optimizer is 'cpu': expected an object",
         ),
         (
             zero(cpu_offload=True, offload_optimizer=False),
