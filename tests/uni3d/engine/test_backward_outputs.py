@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import OwnLoss, global_batches, make_engine, seeded, whole
+from models import OwnLoss, global_batches, make_engine, micro_batches, seeded, whole
 from torch import Tensor
 
 import uni3d
@@ -77,6 +77,30 @@ def test_an_output_without_a_loss_is_an_error(alone: None, output: Any, message:
     engine.backward(loss)  # nothing has happened
     engine.step()
     assert engine.was_step_applied()
+
+
+class MappedLoss(OwnLoss):
+    """`OwnLoss` that returns a mapping."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return {"loss": super().forward(x, y)}
+
+
+def whole_batches_case(model: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    engine = make_engine(seeded({"plain": OwnLoss, "mapped": MappedLoss}[model]), zero=3, micro=3)
+    batches = global_batches(2)
+    data = micro_batches(batches, engine)
+    losses = [engine.train_batch(data).item() for _ in batches]
+    evaluated = [engine.eval_batch(micro_batches(batches[:1], engine)).item()]
+    return losses, evaluated, whole(engine.module)
+
+
+def test_train_batch_opens_a_mapping(ranks: Any) -> None:
+    for (*expected, weights), (*found, mapped) in zip(
+        ranks.run(2, whole_batches_case, "plain"), ranks.run(2, whole_batches_case, "mapped"), strict=True
+    ):
+        assert found == expected
+        assert all(torch.equal(mapped[name], weight) for name, weight in weights.items())
 
 
 def both_ranks_case(kind: str) -> tuple[float, bool]:
