@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -83,6 +84,8 @@ def getting_started_case(
     """Run the page's loop; return the mean losses and the weights."""
     config = json.loads(DS_CONFIG)
     config["zero_optimization"].update(zero)
+    if torch.cuda.is_available():
+        config["parallel"] = {"device": "cpu"}  # as the ranks' process group is
     tokenizer = make_tokenizer()
     model = make_bert(tokenizer)
     with warnings.catch_warnings():
@@ -147,6 +150,24 @@ def test_the_loop_of_getting_started_takes_the_steps_of_plain_pytorch(
             assert weights.keys() == expected.keys()
             for name, weight in expected.items():
                 torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-6, msg=f"{stage} {name}")
+
+
+def short_forms_case() -> list[tuple[list[float], dict[str, Tensor]]]:
+    offload = {"offload_optimizer": True, "offload_param": True}
+    return [
+        getting_started_case({}, True, zero_optimization=True),
+        getting_started_case({"stage": "3", **offload}, True),
+        getting_started_case({"stage": 2.0}, True, steps_per_print=math.inf, train_batch_size=8.0),
+    ]
+
+
+def test_the_loop_with_other_short_forms(hf_ranks: Ranks) -> None:
+    expected, weights = train_plainly(True)
+    for runs in hf_ranks.run(2, short_forms_case):
+        for losses, found in runs:
+            assert losses == pytest.approx(expected, rel=1e-5)
+            for name, weight in weights.items():
+                torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def half_precision_case() -> list[float]:
