@@ -72,9 +72,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     Raises:
         ValueError: the model can't be split this way; the message names the layer, the size, the degree.
     """
-    degrees = topology.degrees
-    layers = layer_names(model)
-    declared = declared_splits(model)
+    degrees, layers, declared = topology.degrees, layer_names(model), declared_splits(model)
     plan = _check_splits(model, declared, topology, settings, layers)
     init = check_can_materialise(model) if is_meta(model) else None
     if init is None:
@@ -96,8 +94,8 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         repeating = blocks(model, layers)
         module = Chain(model, [stages[i] for i in placement.on(topology.pp_rank)])
         stretches = module.stretches()
-    sequence, parts = settings.sequence_parallel, declared.parts
-    apply_tensor_parallel(module, plan, topology.tp_mesh, parts=parts, sequence_parallel=sequence)
+    sequence = settings.sequence_parallel
+    apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
     stages_here = placement.on(topology.pp_rank)
     zeros = [
@@ -120,7 +118,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         if loss_fn is not None and placement.stages > 1
         else None,
         rowwise=rowwise,
-        sequence_parallel=settings.sequence_parallel,
+        sequence_parallel=sequence,
         layers=kept,
     )
 

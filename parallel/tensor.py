@@ -279,8 +279,8 @@ def apply_tensor_parallel(
     model: nn.Module,
     plan: Mapping[str, str],
     mesh: DeviceMesh,
-    *,
     parts: Mapping[str, Parts] | None = None,
+    *,
     sequence_parallel: bool = False,
 ) -> None:
     """Split the modules of an expanded plan over `mesh`, in place; all others are replicated.

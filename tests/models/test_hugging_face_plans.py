@@ -125,18 +125,17 @@ class Passing(nn.Module):
     def __init__(self, name: str, inner: nn.Module) -> None:
         super().__init__()
         self.add_module(name, inner)
-        self.__dict__["inner_name"] = name
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._modules[self.__dict__["inner_name"]], name)
+            if not self._modules:
+                raise
+            return getattr(next(self.children()), name)
 
     def forward(self, **batch: Tensor) -> Any:
-        inner = self._modules[self.inner_name]
-        assert inner is not None
-        return inner(**batch)
+        return next(self.children())(**batch)
 
 
 ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "qkv_proj")
