@@ -40,6 +40,7 @@ from parallel.tp_styles import (
     match_plan,
     module_division,
     part_sizes,
+    scope_of,
     sequence_refusal,
     unwrapped,
     with_adapters,
@@ -208,6 +209,8 @@ def check_plan(
         if division is not None and (why := division.refusal(degree)) is not None:
             raise ValueError(f"tp({degree}) {why}; choose a tp that does")
     check_fused(model, plan, parts or {})
+    if not sequence_parallel:
+        check_whole_norms(model, plan)
     why = sequence_refusal(type(model).__name__, set(plan.values())) if sequence_parallel else None
     if why is not None:
         raise ValueError(why)
@@ -240,9 +243,7 @@ def check_fused(model: nn.Module, plan: Mapping[str, str], parts: Mapping[str, P
     """
     linear = {n: m for n, m in model.named_modules() if n in plan and isinstance(m, nn.Linear)}
     inputs = {n: m.in_features for n, m in linear.items() if plan[n] == "rowwise"}
-    of_class, modules = class_plan(model), [name for name, _ in model.named_modules()]
-    matches = match_plan(of_class, modules, []).items()
-    trusted = {name for pattern, names in matches for name in names if of_class[pattern] == "colwise"}
+    trusted = _trusted(model, "colwise")
     outputs = {
         n: m.out_features
         for n, m in linear.items()
@@ -250,6 +251,40 @@ def check_fused(model: nn.Module, plan: Mapping[str, str], parts: Mapping[str, P
     }
     if (why := fused_refusal(plan, parts, outputs, inputs)) is not None:
         raise ValueError(why)
+
+
+def check_whole_norms(model: nn.Module, plan: Mapping[str, str]) -> None:
+    """Check that a norm whose gradients are summed over the ranks isn't one of what every rank has.
+
+    It would be if it has as many features as the column-wise layers after it take.
+
+    Raises:
+        ValueError: naming the norm, whose gradient would count once for each rank.
+    """
+    linear = {n: m for n, m in model.named_modules() if n in plan and isinstance(m, nn.Linear)}
+    columns = {n: m.in_features for n, m in linear.items() if "colwise" in plan[n]}
+    style = "replicated_with_grad_allreduce"
+    for name in [n for n in plan if plan[n] == style and n not in _trusted(model, style)]:
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        scope = scope_of(name, columns)
+        after = next(
+            (n for n, size in columns.items() if n.startswith(scope) and size == weight.numel()), None
+        )
+        if after is not None and _head_dim(model, name) != weight.numel():
+            raise ValueError(
+                f"tp_plan has {style!r} for {name}, but its {weight.numel()} features are all that {after} "
+                "takes, which every rank has: its gradient would count once for each rank; leave it out of "
+                "the plan, or use 'sequence_parallel'"
+            )
+
+
+def _trusted(model: nn.Module, style: str) -> set[str]:
+    """Return the modules to which the plan of a library's class gives a style."""
+    of_class, modules = class_plan(model), [name for name, _ in model.named_modules()]
+    patterns = [pattern for pattern, given in of_class.items() if given == style]
+    return {name for names in match_plan(patterns, modules, []).values() for name in names}
 
 
 def check_sequence(shape: Sequence[int], degree: int) -> None:

@@ -198,7 +198,7 @@ def fused_refusal(
     layers, by name.
     """
     columns = [name for name, style in plan.items() if "colwise" in style]
-    scopes = {name: _scope(name, columns) for name in inputs}
+    scopes = {name: scope_of(name, columns) for name in inputs}
     for name, size in outputs.items():
         if _declared(name, parts) is not None:
             continue
@@ -221,8 +221,8 @@ def fused_refusal(
     return None
 
 
-def _scope(name: str, columns: Collection[str]) -> str:
-    """Return the prefix of names in the smallest module around a row-wise layer with a column-wise one."""
+def scope_of(name: str, columns: Collection[str]) -> str:
+    """Return the prefix of names in the smallest module around a layer that has one of `columns`."""
     owner = name
     while "." in owner:
         owner = owner.rpartition(".")[0]

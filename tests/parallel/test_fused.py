@@ -232,6 +232,22 @@ def test_parts_that_do_not_fit() -> None:
     ), "by tp_units"
 
 
+def test_norms_of_whole_features_whose_gradients_would_be_summed() -> None:
+    style = "replicated_with_grad_allreduce"
+    plan = {n: s for n, s in PLAN.items() if s != "sequence_parallel"} | {"layers.*.norm2": style}
+    assert refusal(net(), plan, net().tp_parts) == (
+        f"tp_plan has {style!r} for layers.0.norm2, but its 16 features are all that layers.0.attn.qkv "
+        "takes, which every rank has: its gradient would count once for each rank; leave it out of the plan, or use "
+        "'sequence_parallel'"
+    )
+    model, parts = net(), net().tp_parts
+    for layer in model.layers:
+        layer.attn.head_norm = nn.LayerNorm(HEAD)
+    plan = plan | {"layers.*.attn.head_norm": style}
+    del plan["layers.*.norm2"]
+    check_plan(model, expand_plan(model, plan, parts), {}, 2, parts=parts)
+
+
 class Experts(nn.Module):
     def __init__(self, **parameters: tuple[int, ...]) -> None:
         super().__init__()
