@@ -32,15 +32,14 @@ from torch.distributed.tensor.parallel import (
 
 from parallel.experts import ExpertsParallel, check_experts
 from parallel.packed import PackedColwise, PerHead
+from parallel.plan_checks import check_fused, check_head_counts, check_whole_norms, class_plan, head_dim_of
 from parallel.ties import tied_names
 from parallel.tp_styles import (
     STYLES,
     Parts,
-    fused_refusal,
     match_plan,
     module_division,
     part_sizes,
-    scope_of,
     sequence_refusal,
     unwrapped,
     with_adapters,
@@ -144,7 +143,7 @@ def _rows_per_head(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, style in plan.items():
-        head = _head_dim(model, name) if style == "colwise" and _has(model, name) else 1
+        head = head_dim_of(model, name) if style == "colwise" and _has(model, name) else 1
         layer = model.get_submodule(name) if head > 1 else None
         if not isinstance(layer, nn.Linear):
             continue
@@ -154,18 +153,6 @@ def _rows_per_head(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
             key = f"{owner}.{child}" if owner else child
             if shapes == {(layer.out_features // head, head)} and key not in plan:
                 found[key] = "per_head"
-    return found
-
-
-def class_plan(model: nn.Module) -> dict[str, str]:
-    """Return the entries that `transformers` declares for its classes, whatever a config builds of them."""
-    found: dict[str, str] = {}
-    for prefix, module in model.named_modules():
-        if not hasattr(type(module), "base_model_prefix"):  # one of its models, or an inner one
-            continue
-        plans = getattr(type(module), "_tp_plan", None), getattr(module.config, "base_model_tp_plan", None)
-        for pattern, style in [entry for plan in plans if plan for entry in plan.items()]:
-            found[f"{prefix}.{pattern}" if prefix else pattern] = style
     return found
 
 
@@ -203,12 +190,13 @@ def check_plan(
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) and style != "per_head":
             continue
-        head = 1 if style == "per_head" else _head_dim(model, name)
+        head = 1 if style == "per_head" else head_dim_of(model, name)
         assert isinstance(weight, Tensor), name
         division = module_division(name, style, weight.shape, units, head, parts)
         if division is not None and (why := division.refusal(degree)) is not None:
             raise ValueError(f"tp({degree}) {why}; choose a tp that does")
     check_fused(model, plan, parts or {})
+    check_head_counts(model, plan, units)
     if not sequence_parallel:
         check_whole_norms(model, plan)
     why = sequence_refusal(type(model).__name__, set(plan.values())) if sequence_parallel else None
@@ -225,66 +213,12 @@ def units_by_head(model: nn.Module, plan: Mapping[str, str], units: Mapping[str,
     for name, style in plan.items():
         if not _has(model, name) or any(fnmatchcase(name, p) for p in units):
             continue
-        head, module = _head_dim(model, name), model.get_submodule(name)
+        head, module = head_dim_of(model, name), model.get_submodule(name)
         if head != 1 and isinstance(module, nn.Linear):
             dim = 0 if style == "packed_colwise" else STYLES[style].dim
             even = style == "packed_colwise" or STYLES[style].even
             found |= {} if dim is None or not even else {name: module.weight.shape[dim] // head}
     return found
-
-
-def check_fused(model: nn.Module, plan: Mapping[str, str], parts: Mapping[str, Parts]) -> None:
-    """Check that no layer of an expanded plan seems to be several in one, without its `parts` being declared.
-
-    The plan of a library's class is trusted: there, the parts alternate by heads.
-
-    Raises:
-        ValueError: naming the layer, and how to declare its parts.
-    """
-    linear = {n: m for n, m in model.named_modules() if n in plan and isinstance(m, nn.Linear)}
-    inputs = {n: m.in_features for n, m in linear.items() if plan[n] == "rowwise"}
-    trusted = _trusted(model, "colwise")
-    outputs = {
-        n: m.out_features
-        for n, m in linear.items()
-        if plan[n] == "colwise" and not {n, unwrapped(n)} & trusted
-    }
-    if (why := fused_refusal(plan, parts, outputs, inputs)) is not None:
-        raise ValueError(why)
-
-
-def check_whole_norms(model: nn.Module, plan: Mapping[str, str]) -> None:
-    """Check that a norm whose gradients are summed over the ranks isn't one of what every rank has.
-
-    It would be if it has as many features as the column-wise layers after it take.
-
-    Raises:
-        ValueError: naming the norm, whose gradient would count once for each rank.
-    """
-    linear = {n: m for n, m in model.named_modules() if n in plan and isinstance(m, nn.Linear)}
-    columns = {n: m.in_features for n, m in linear.items() if "colwise" in plan[n]}
-    style = "replicated_with_grad_allreduce"
-    for name in [n for n in plan if plan[n] == style and n not in _trusted(model, style)]:
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if not isinstance(weight, Tensor):
-            continue
-        scope = scope_of(name, columns)
-        after = next(
-            (n for n, size in columns.items() if n.startswith(scope) and size == weight.numel()), None
-        )
-        if after is not None and _head_dim(model, name) != weight.numel():
-            raise ValueError(
-                f"tp_plan has {style!r} for {name}, but its {weight.numel()} features are all that {after} "
-                "takes, which every rank has: its gradient would count once for each rank; leave it out of "
-                "the plan, or use 'sequence_parallel'"
-            )
-
-
-def _trusted(model: nn.Module, style: str) -> set[str]:
-    """Return the modules to which the plan of a library's class gives a style."""
-    of_class, modules = class_plan(model), [name for name, _ in model.named_modules()]
-    patterns = [pattern for pattern, given in of_class.items() if given == style]
-    return {name for names in match_plan(patterns, modules, []).values() for name in names}
 
 
 def check_sequence(shape: Sequence[int], degree: int) -> None:
@@ -362,12 +296,6 @@ def apply_tensor_parallel(
 
 def _check_ids(degree: int, _: nn.Module, args: tuple[Any, ...]) -> None:
     check_sequence(args[0].shape, degree)
-
-
-def _head_dim(model: nn.Module, name: str) -> int:
-    """Return the `head_dim` of a layer's parent, 1 if it has none."""
-    size: int = getattr(model.get_submodule(unwrapped(name).rpartition(".")[0]), "head_dim", 1)
-    return size
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -237,8 +237,8 @@ def test_norms_of_whole_features_whose_gradients_would_be_summed() -> None:
     plan = {n: s for n, s in PLAN.items() if s != "sequence_parallel"} | {"layers.*.norm2": style}
     assert refusal(net(), plan, net().tp_parts) == (
         f"tp_plan has {style!r} for layers.0.norm2, but its 16 features are all that layers.0.attn.qkv "
-        "takes, which every rank has: its gradient would count once for each rank; leave it out of the plan, or use "
-        "'sequence_parallel'"
+        "takes, which every rank has: its gradient would count once for each rank; leave it out of the plan, "
+        "or use 'sequence_parallel'"
     )
     model, parts = net(), net().tp_parts
     for layer in model.layers:
@@ -246,6 +246,49 @@ def test_norms_of_whole_features_whose_gradients_would_be_summed() -> None:
     plan = plan | {"layers.*.attn.head_norm": style}
     del plan["layers.*.norm2"]
     check_plan(model, expand_plan(model, plan, parts), {}, 2, parts=parts)
+
+
+class ByHeads(nn.Module):
+    """Attention-like layer that has 4 heads of 4 features on one rank, and of 2 on each of two."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.q(x).view(*x.shape[:2], self.num_heads, -1)
+        return self.o(heads.softmax(-1).flatten(-2))
+
+
+class BySize(ByHeads):
+    head_dim = HEAD
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.q(x).view(*x.shape[:2], -1, self.head_dim)
+        return self.o(heads.softmax(-1).flatten(-2)) * self.num_heads
+
+
+def rearrange(x: Tensor, _: str, h: int) -> Tensor:
+    return x.unflatten(-1, (h, -1))
+
+
+class Rearranged(ByHeads):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = rearrange(self.q(x), "b n (h d) -> b n h d", h=self.num_heads)
+        return self.o(heads.softmax(-1).flatten(-2))
+
+
+def test_shapes_with_the_number_of_all_heads() -> None:
+    """A rank would cut its features into as many heads, of fewer features each."""
+    plan = {"a.q": "colwise", "a.o": "rowwise"}
+    for kind in (ByHeads, Rearranged):
+        assert refusal(nn.ModuleDict({"a": kind()}), plan, {}) == (
+            "the tp_plan gives each rank a part of the heads of a, whose forward pass shapes them by "
+            "self.num_heads (4), the number of all: give the size of a head instead, and -1 for their number"
+        )
+    for model, units in ((BySize(), {}), (ByHeads(2), {"a.q": 4})):
+        check_plan(nn.ModuleDict({"a": model}), plan, units, 2)
 
 
 class Experts(nn.Module):
