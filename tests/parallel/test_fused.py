@@ -308,3 +308,60 @@ def test_parameters_of_experts_that_the_plan_leaves_out() -> None:
     assert refusal(model, plan | {"experts.bias": "colwise"}, {}).startswith(
         "tp_plan has 'colwise' for experts.bias of shape [2, 4]; the weights of experts have the shape"
     )
+
+
+class Transposed(nn.Module):
+    """Experts `(experts, inputs, outputs)`, as Llama 4 stacks them, each with all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(2, WIDTH, 2 * FEATURES) / 4)
+        self.down_proj = nn.Parameter(torch.randn(2, FEATURES, WIDTH) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (x.unsqueeze(0) @ self.gate_up_proj).chunk(2, -1)
+        return ((F.silu(gate) * up) @ self.down_proj).sum(0)
+
+
+class Mixture(nn.Module):
+    tp_plan = {  # noqa: RUF012 - as models declare it
+        "experts": "moe_tp_experts",
+        "experts.gate_up_proj": "packed_rowwise",
+        "experts.down_proj": "colwise",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.experts, self.loss_fn = nn.Linear(WIDTH, WIDTH), Transposed(), nn.MSELoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(self.first(x))
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(6, WIDTH, generator=generator), torch.randn(6, WIDTH, generator=generator)
+
+
+def mixture_case() -> tuple[float, dict[str, Tensor], tuple[int, ...]]:
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=2), zero_stage=1)
+    built = parallel.build(Mixture(), topology, parallel.Settings(seed=0, zero_stage=1))
+    loss = run_batch(built, *tokens(), 1)
+    built.zero.reshard()
+    built.replicas.check(loss)
+    gradients = {n: p.grad for n, p in built.module.named_parameters()}
+    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+    return loss.total.item(), whole, tuple(built.module.experts.down_proj.to_local().shape)
+
+
+def test_transposed_experts(ranks: Ranks) -> None:
+    model = Mixture()
+    inputs, targets = tokens()
+    loss = model.loss_fn(model(inputs), targets)
+    loss.backward()
+    for found, gradients, shape in ranks.run(2, mixture_case):
+        assert found == pytest.approx(loss.item(), rel=1e-6)
+        assert shape == (2, FEATURES // 2, WIDTH)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
