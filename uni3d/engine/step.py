@@ -117,7 +117,7 @@ class Stepper:
         model.zero.reshard()  # a forward pass after the last backward has gathered the parameters again
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
         model.scalars.sum()
-        model.replicas.check()
+        model.replicas.check(loss)
         model.tied.sum()
         #    A failed background save rides along; the next call raises it, on all ranks together.
         gradients, counted = self._gradients()
