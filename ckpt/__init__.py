@@ -22,6 +22,7 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     read, load, verify, tags                     reading, checking, listing and deleting
     bands, export, compare, stats                streaming over whole arrays
     format, checksums, stores                    documents, checksums, and the places where objects lie
+    background                                   saves in a thread, for which readers of the process wait
     comm, threads, errors                        the rest
 
 A run is a folder, or any URL that fsspec knows. This package knows numpy and boxes, but neither the meaning
@@ -34,15 +35,15 @@ from ckpt.comm import Comm, Solo, agreed, agreed_by_all, from_rank_0
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
-from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype
+from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype, tag_text
 from ckpt.load import LoadReport, load
 from ckpt.plan import Layout, Plan, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
 from ckpt.save import SaveReport, save
 from ckpt.shards import ArrayKey, ArrayLayout, Shard, ShardSpec, UnreadShard
 from ckpt.stats import Statistics, statistics
-from ckpt.stores import open_store
-from ckpt.tags import Retention, committed_tags, prune, read_latest
+from ckpt.stores import check_run, open_store
+from ckpt.tags import Retention, check_owner, committed_tags, prune, read_latest
 from ckpt.verify import Problem, absent, extent, verify
 
 __all__ = [
@@ -70,6 +71,8 @@ __all__ = [
     "agreed",
     "agreed_by_all",
     "check_json",
+    "check_owner",
+    "check_run",
     "check_same_tag",
     "check_tag",
     "committed_tags",
@@ -90,6 +93,7 @@ __all__ = [
     "read_latest",
     "save",
     "statistics",
+    "tag_text",
     "verify",
     "weights",
 ]

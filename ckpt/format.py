@@ -43,6 +43,19 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+def tag_text(tag: Any) -> str:
+    """Return a tag that may have been given as an integer.
+
+    Raises:
+        CheckpointError: it is neither a string nor an integer.
+    """
+    if isinstance(tag, str):
+        return tag
+    if isinstance(tag, int | np.integer) and not isinstance(tag, bool):
+        return str(tag)
+    raise CheckpointError(f"the tag is {tag!r}; expected a string or an integer")
+
+
 def check_same_tag(tags: Sequence[str]) -> None:
     """Raises CheckpointError if the ranks were given different tags, or one that can't name a checkpoint."""
     if len(set(tags)) > 1:

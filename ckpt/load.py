@@ -26,6 +26,8 @@ class LoadReport:
 
     tag: str
     restored: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    """Restored values besides the arrays."""
     defaulted: dict[str, str] = field(default_factory=dict)
     """Arrays that were expected but not in the checkpoint, and so left as they were -> the reason."""
     dropped: dict[str, str] = field(default_factory=dict)
@@ -34,7 +36,8 @@ class LoadReport:
     """Bytes that this rank read."""
 
     def __str__(self) -> str:
-        parts = [f"{self.tag}: {len(self.restored)} arrays restored"]
+        besides = f" and {len(self.extra)} extra states" if self.extra else ""
+        parts = [f"{self.tag}: {len(self.restored)} arrays{besides} restored"]
         for label, names in (("defaulted", self.defaulted), ("dropped", self.dropped)):
             parts.append(f"{len(names)} {label}" + (f" ({_some(names)})" if names else ""))
         return ", ".join(parts)

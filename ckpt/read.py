@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import numpy.typing as npt
 
+from ckpt.background import check_last_save
 from ckpt.box import Box, Shape, grid
 from ckpt.checksums import Blocks, crc32c
 from ckpt.errors import CheckpointError
@@ -26,6 +27,7 @@ from ckpt.format import (
     is_tag,
     itemsize,
     numpy_dtype,
+    tag_text,
 )
 from ckpt.shards import Array, ArrayKey
 from ckpt.stores import Store, open_store
@@ -281,7 +283,7 @@ def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
         yield Piece(info, chunk_key(index), part.relative_to(chunk), part.relative_to(box))
 
 
-def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
+def open_checkpoint(run: str | Path, tag: str | int | None = None) -> Checkpoint:
     """Open checkpoint `tag` of the run at `run`, a folder or any fsspec URL, or the one that `latest` names.
 
     `run` may also be a checkpoint's own folder.
@@ -293,16 +295,18 @@ def open_checkpoint(run: str | Path, tag: str | None = None) -> Checkpoint:
     return Checkpoint(*find_checkpoint(run, tag))
 
 
-def find_checkpoint(run: str | Path, tag: str | None = None) -> tuple[Store, str]:
+def find_checkpoint(run: str | Path, tag: str | int | None = None) -> tuple[Store, str]:
     """Return the store and the folder of the checkpoint that `open_checkpoint` would open.
 
     Raises:
         CheckpointError: nothing is committed there, or there is no such tag.
     """
     store = open_store(run)
+    tag = None if tag is None else tag_text(tag)
     if tag is None and store.exists(MANIFEST):
         return store, ""
     if tag is None:
+        check_last_save(store.url)
         tag = read_latest(store)
         if tag is None:
             exists = "holds no committed checkpoint" if store.exists("") else "is not a folder"

@@ -39,7 +39,7 @@ from ckpt.format import (
 from ckpt.plan import Plan
 from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.stores import Store, open_store
-from ckpt.tags import KEEP_ALL, Retention, prune, read_latest
+from ckpt.tags import KEEP_ALL, Retention, check_owner, prune, read_latest
 from ckpt.threads import cores
 from ckpt.write import Write, Writer, Written
 
@@ -82,7 +82,8 @@ def save(
 
     Args:
         shards: at least the parts in `plan.parts(comm.rank)`.
-        document: the manifest's content besides the arrays; rank 0's is written.
+        document: the manifest's content besides the arrays; rank 0's is written. Its `run_id`, if there is
+            one, protects the checkpoints of other runs from being replaced or deleted.
         files: name -> content of further files in the checkpoint's folder; rank 0's are written.
         durable: sync every file and folder to the disk before the commit.
         incremental: hard-link chunks that are byte for byte those of the latest checkpoint, if the store can.
@@ -108,7 +109,8 @@ def save(
     store = agreed(comm, lambda: open_store(run))
     workers, own = store.threads or threads or cores(), uuid.uuid4().hex
     try:
-        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental))
+        owner = document.get("run_id")
+        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental, owner))
         writer = agreed(comm, lambda: _writer(store, tag, token, base, durable, workers))
         written = agreed(comm, lambda: _write_own(writer, plan, held, comm.rank))
         written.add(_write_gathered(rounds, max(check[3] for check in checks), writer, held, comm))
@@ -155,8 +157,11 @@ def _check_same_plans(plans: list[tuple[tuple[int, ...], str]]) -> None:
                 )
 
 
-def _begin(store: Store, tag: str, token: str, incremental: bool) -> tuple[str, str | None]:
+def _begin(
+    store: Store, tag: str, token: str, incremental: bool, run_id: str | None
+) -> tuple[str, str | None]:
     """Prepare the store, on rank 0; return the save's token and the tag whose chunks may be linked to."""
+    check_owner(store, tag, run_id)
     base = None
     if incremental:
         with contextlib.suppress(CheckpointError):  # `latest` is damaged: write everything
@@ -249,11 +254,12 @@ def _finish(
     if files:
         manifest["files"] = {name: object_record(content) for name, content in files.items()}
     last = {**files, ZARR: root, MANIFEST: encode_manifest(manifest)}
+    check_owner(store, tag, document.get("run_id"))
     store.commit(tag, token, last, durable=durable, update_latest=update_latest)
     pruned: list[str] = []
     if update_latest and retention.keep_last is not None:
         try:
-            pruned = prune(store, retention)
+            pruned = prune(store, retention, run_id=document.get("run_id"))
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{store.where(tag)} is committed, but: {error}") from error
     sizes = {"bytes_written": whole.bytes_written, "bytes_linked": whole.bytes_linked}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckpt.background import check_last_save
 from ckpt.errors import CheckpointError
 from ckpt.format import LATEST, MANIFEST, check_tag, decode_manifest, is_tag
-from ckpt.stores import Store, open_store
+from ckpt.stores import Store, as_store
 
 _HEAD_BYTES = 4 << 10
 """Bytes to read of a manifest: its first lines hold the tag, the step and the time."""
@@ -20,7 +21,7 @@ _HEAD_BYTES = 4 << 10
 
 def committed_tags(run: str | Path | Store) -> list[str]:
     """Return the tags of all committed checkpoints, oldest first by their manifests."""
-    store = open_store(run) if isinstance(run, str | Path) else run
+    store = as_store(run)
     return [head.tag for head in sorted(_heads(store), key=lambda head: head.age)]
 
 
@@ -28,9 +29,12 @@ def read_latest(run: str | Path | Store) -> str | None:
     """Return the tag that `latest` names; None if nothing was ever committed.
 
     Raises:
-        CheckpointError: there are checkpoints but no `latest`, or it names one that doesn't exist.
+        CheckpointError: there are checkpoints but no `latest`, or it names one that doesn't exist; or this
+            process's last save into the run failed, and nobody was told yet.
     """
-    store = open_store(run) if isinstance(run, str | Path) else run
+    store = as_store(run)
+    if store is not run:
+        check_last_save(store.url)
     tag = _named_by_latest(store)
     if tag is None or store.exists(f"{tag}/{MANIFEST}"):
         return tag
@@ -73,6 +77,8 @@ class _Head(NamedTuple):
     """True if it was saved under this name, and isn't a user's copy."""
     step: int
     created: str
+    run_id: str | None
+    """Run that saved it; None if the manifest doesn't say."""
     committed_at: float
 
     @property
@@ -83,20 +89,52 @@ class _Head(NamedTuple):
 
 def _heads(store: Store) -> Iterator[_Head]:
     for name in store.names():
-        if not is_tag(name) or not store.exists(f"{name}/{MANIFEST}"):
-            continue
-        values: dict[str, Any] = {}
-        buffer = bytearray(_HEAD_BYTES)
-        with contextlib.suppress(OSError, ValueError):
-            read = store.read_into(f"{name}/{MANIFEST}", memoryview(buffer), 0)
-            for line in bytes(buffer[:read]).decode(errors="replace").split("\n"):
-                found = re.fullmatch(r'\s*"(tag|step|created)": ("[^"]*"|\d+),?', line)
-                if found:
-                    values.setdefault(found[1], json.loads(found[2]))
-        step, created = values.get("step"), str(values.get("created", ""))
-        with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-            when = store.committed_at(name)
-            yield _Head(name, values.get("tag") == name, step if isinstance(step, int) else 0, created, when)
+        if is_tag(name) and (head := _head(store, name)) is not None:
+            yield head
+
+
+def _head(store: Store, name: str) -> _Head | None:
+    """Return the head of a committed checkpoint; None if there is none under this name."""
+    if not store.exists(f"{name}/{MANIFEST}"):
+        return None
+    values: dict[str, Any] = {}
+    buffer = bytearray(_HEAD_BYTES)
+    with contextlib.suppress(OSError, ValueError):
+        read = store.read_into(f"{name}/{MANIFEST}", memoryview(buffer), 0)
+        for line in bytes(buffer[:read]).decode(errors="replace").split("\n"):
+            found = re.fullmatch(r'\s*"(tag|step|created|run_id)": ("[^"]*"|\d+),?', line)
+            if found:
+                values.setdefault(found[1], json.loads(found[2]))
+    step, run_id = values.get("step"), values.get("run_id")
+    try:
+        when = store.committed_at(name)
+    except FileNotFoundError:  # deleted since it was listed
+        return None
+    return _Head(
+        tag=name,
+        own=values.get("tag") == name,
+        step=step if isinstance(step, int) else 0,
+        created=str(values.get("created", "")),
+        run_id=run_id if isinstance(run_id, str) else None,
+        committed_at=when,
+    )
+
+
+def check_owner(run: str | Path | Store, tag: str, run_id: str | None) -> None:
+    """Check that a save of the run `run_id` wouldn't replace another run's checkpoint.
+
+    A checkpoint that doesn't name its run may be replaced, and so may any by a save that doesn't.
+
+    Raises:
+        CheckpointError: `tag` is another run's.
+    """
+    store = as_store(run)
+    head = _head(store, tag) if run_id is not None and is_tag(tag) else None
+    if head is not None and head.run_id not in (None, run_id):
+        raise CheckpointError(
+            f"{store.where(tag)} was saved by another run ({head.run_id}; this one is {run_id}): resume from "
+            "it to go on with that run, or save to another folder or tag, or delete it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +165,22 @@ class Retention:
 KEEP_ALL = Retention()
 
 
-def prune(run: str | Path | Store, retention: Retention, *, dry_run: bool = False) -> list[str]:
+def prune(
+    run: str | Path | Store, retention: Retention, *, run_id: str | None = None, dry_run: bool = False
+) -> list[str]:
     """Delete the checkpoints that `retention` doesn't keep; return their tags.
 
     The checkpoint that `latest` names is always kept, and so are copies under other names. A checkpoint with
     a damaged manifest is neither deleted nor counted as kept. A crash leaves each checkpoint whole or gone.
+    With `run_id`, the same holds for those of other runs.
 
     Raises:
         CheckpointError: `latest` is damaged (then nothing is deleted), or a deletion failed.
     """
-    store = open_store(run) if isinstance(run, str | Path) else run
+    store = as_store(run)
     latest = read_latest(store)
     heads = [head for head in sorted(_heads(store), key=lambda head: head.age) if head.own]
+    heads = [head for head in heads if run_id is None or head.run_id in (None, run_id)]
     kept = 0
     readable: list[_Head] = []
     for head in reversed(heads):  # a damaged checkpoint must not push out a good one

@@ -58,6 +58,17 @@ class WriterRecord:
         return {key: value for key, value in vars(self).items() if key not in without}
 
 
+EXTRA_STATE = "extra_state"
+"""First part of the state names of an extra state's tensors; a JSON pointer to the tensor's place follows."""
+OPTIMIZER_ATOM = ".optimizer"
+"""Atom of the tensors in the optimizer's extra state; no module can have this name."""
+
+
+def is_extra(state: str) -> bool:
+    """Return whether a state is a tensor of an extra state."""
+    return state.partition("/")[0] == EXTRA_STATE
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
     """The model's parameters and buffers, and its own description."""
@@ -69,6 +80,8 @@ class ModelRecord:
     """Frozen parameters that the save excluded; None if it included them."""
     declared: Json = field(default_factory=dict)
     """The model's own description (`uni3d.checkpoint.model_spec`)."""
+    extra_state: Mapping[str, Json] | None = None
+    """Extra states of modules by torch's names (`layers.0._extra_state`); None if its writer saves none."""
 
     def trains(self, parameter: str) -> bool:
         """Return whether the parameter required a gradient; True if the manifest lacks it."""
@@ -81,6 +94,8 @@ class ModelRecord:
         }
         if self.left_out is not None:
             document["left_out"] = self.left_out
+        if self.extra_state is not None:
+            document["extra_state"] = dict(self.extra_state)
         return document | ({"declared": self.declared} if self.declared else {})
 
 
@@ -94,11 +109,17 @@ class OptimizerRecord:
     """Hyperparameters of each parameter group, with the names of its parameters under `params`."""
     scalars: dict[str, Json]
     """Parameter -> state -> value, for states that aren't arrays, such as step counts."""
+    extra_state: Json | None = None
+    """Further keys of its `state_dict`, and its states under strings as `state`; None as in `ModelRecord`."""
+
+    def document(self) -> Json:
+        without = {"extra_state"} if self.extra_state is None else set()
+        return {key: value for key, value in vars(self).items() if key not in without}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """The engine's counters, the loss scale of fp16, and the two numbers that fix the order of samples."""
+    """The engine's counters, the loss scale of fp16, and the numbers that fix the order of samples."""
 
     global_steps: int | None = None
     global_samples: int | None = None
@@ -107,11 +128,17 @@ class EngineRecord:
     """State of `LossScale`; None if the run wasn't in fp16."""
     seed: int | None = None
     train_batch_size: int | None = None
+    dataset_length: int | None = None
+    """Samples in the engine's own training data; 0 if the script brought the batches, None if not known."""
 
     @property
     def order(self) -> dict[str, int]:
-        """Known ones of the two numbers that fix the order of samples."""
-        known = {"seed": self.seed, "train_batch_size": self.train_batch_size}
+        """Known ones of the numbers that fix the order of samples, and the global batch."""
+        known = {
+            "seed": self.seed,
+            "train_batch_size": self.train_batch_size,
+            "dataset_length": self.dataset_length,
+        }
         return {key: number for key, number in known.items() if number is not None}
 
     def document(self) -> Json:
@@ -126,12 +153,17 @@ class RunManifest:
     step: int | None = None
     created: str | None = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """Time in UTC, ISO 8601; now by default."""
+    run_id: str | None = None
+    """Identifier of the run, which a resume keeps; None for an import."""
     writer: WriterRecord = field(default_factory=WriterRecord)
     model: ModelRecord = field(default_factory=ModelRecord)
     optimizer: OptimizerRecord | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     """Other names of tied weights -> the name under which the arrays are stored."""
     scheduler: Json | None = None
+    """State of the learning-rate scheduler."""
+    schedule: Json | None = None
+    """Type and parameters of a schedule from the config; None if the script made the scheduler."""
     engine: EngineRecord = field(default_factory=EngineRecord)
     client_state: Json = field(default_factory=dict)
 
@@ -156,10 +188,12 @@ class RunManifest:
 
     def document(self) -> Json:
         """Return the keys and values for `ckpt.save`: the fields, in the order of the file."""
-        return vars(self) | {
+        without = [key for key in ("run_id", "schedule") if getattr(self, key) is None]
+        document = {key: value for key, value in vars(self).items() if key not in without}
+        return document | {
             "writer": self.writer.document(),
             "model": self.model.document(),
-            "optimizer": None if self.optimizer is None else vars(self.optimizer),
+            "optimizer": None if self.optimizer is None else self.optimizer.document(),
             "engine": self.engine.document(),
         }
 
@@ -180,6 +214,9 @@ class RunManifest:
                 requires_grad={**model.requires_grad, **more.requires_grad},
                 buffers=[*model.buffers, *more.buffers],
                 left_out=left_out,
+                extra_state=None
+                if model.extra_state is None
+                else {**model.extra_state, **(more.extra_state or {})},
             )
             whole = replace(whole, model=model, optimizer=_merged(whole.optimizer, other.optimizer))
         return whole
@@ -204,9 +241,9 @@ class RunManifest:
         """
         top = _Section(manifest, where)
         writer, engine = top.section("writer"), top.section("engine")
-        numbers = ("global_steps", "global_samples", "seed", "train_batch_size")
+        numbers = ("global_steps", "global_samples", "seed", "train_batch_size", "dataset_length")
         return cls(
-            **top.values(step=int, created=str, scheduler=dict),
+            **top.values(step=int, created=str, run_id=str, scheduler=dict, schedule=dict),
             writer=WriterRecord(
                 **writer.values(uni3d=str, torch=str, zero_stage=int, shard_group=int, imported=dict),
                 topology=writer.map_of("topology", int),
@@ -288,6 +325,7 @@ def _read_model(section: _Section) -> ModelRecord:
         buffers=section.list_of("buffers", str) or [],
         left_out=section.list_of("left_out", str),
         declared=section.get("declared", dict) or {},
+        extra_state=section.get("extra_state", dict),
     )
 
 
@@ -308,5 +346,8 @@ def _read_optimizer(top: _Section) -> OptimizerRecord | None:
         _check(group, dict, where)
         _Section(group, where).needed("params", list)
     return OptimizerRecord(
-        type=section.needed("type", str), groups=groups, scalars=section.map_of("scalars", dict)
+        type=section.needed("type", str),
+        groups=groups,
+        scalars=section.map_of("scalars", dict),
+        extra_state=section.get("extra_state", dict),
     )

@@ -225,6 +225,9 @@ class _Applied(nn.Module):
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self._called = (module, function)  # in a tuple, so that it isn't registered as a submodule
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            self.get_extra_state = module.get_extra_state  # type: ignore[method-assign]
+            self.set_extra_state = module.set_extra_state  # type: ignore[method-assign]
 
     def train(self, mode: bool = True) -> _Applied:
         self._called[0].training = mode  # its submodules are also this module's

@@ -7,7 +7,7 @@ They work for every topology and ZeRO stage, and include frozen parameters, buff
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,6 +18,7 @@ import ckpt
 from ckpt.threads import cores, for_each
 from uni3d import state, zero_to_fp32
 from uni3d.checkpoint import live_weights
+from uni3d.checkpoint.extra_state import modules_with_extra
 from uni3d.checkpoint.stored_weights import StoredWeights
 
 
@@ -89,7 +90,8 @@ def load_state_dict_from_zero_checkpoint(
 ) -> nn.Module:
     """Move `model` to the CPU, fill it from a checkpoint and return it.
 
-    Tensors are read one at a time, and converted to the model's types.
+    Tensors are read one at a time, and converted to the model's types. An engine's module (without pipeline
+    stages) stays on its device; each rank that calls this fills its own part, so all must.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or its names or shapes differ from the model's;
@@ -101,12 +103,16 @@ def load_state_dict_from_zero_checkpoint(
         raise ckpt.CheckpointError(
             f"{type(model).__name__} is on the meta device; call model.to_empty(device='cpu') first"
         )
-    targets = {k: v for k, v in model.cpu().state_dict().items() if isinstance(v, Tensor)}
-    _check_same(type(model).__name__, targets, weights)
+    if not state.gather_anew(model):
+        model.cpu()
+    extra = modules_with_extra(model)
+    targets = {k: v for k, v in model.state_dict().items() if k not in extra and isinstance(v, Tensor)}
+    _check_same(type(model).__name__, targets, weights, extra)
     try:
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(weights[name])
+        for name, target in targets.items():
+            state.fill(target, weights[name])
+        for name, module in extra.items():
+            module.set_extra_state(weights.extra_state(name))
     except ckpt.CheckpointError as error:
         raise ckpt.PartialLoadError(str(error)) from error
     return model
@@ -124,11 +130,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
     The file is `pytorch_model.bin` or, with `safe_serialization`, `model.safetensors`. Above
     `max_shard_size` ("5GB", "500MiB", bytes) there are several, with an index. A few MiB are in memory at a
-    time for safetensors, one file otherwise. Files get their final names when all are complete.
+    time for safetensors, one file otherwise. Files get their final names when all are complete. Every rank
+    may call it at once: each writes files of its own, the same, of which one remains.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or it is damaged; nothing was written.
-        FileExistsError: a file of one of these names exists; nothing was written.
+        FileExistsError: another file of one of these names exists; nothing was written.
         ValueError: `max_shard_size` isn't a size.
     """
     checkpoint = ckpt.open_checkpoint(checkpoint_dir, tag)
@@ -203,13 +210,16 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.d
     return clone(item)
 
 
-def _check_same(model: str, targets: Mapping[str, Tensor], weights: StoredWeights) -> None:
-    """Raise CheckpointError if names or shapes in a model's `state_dict` and a checkpoint differ."""
+def _check_same(
+    model: str, targets: Mapping[str, Tensor], weights: StoredWeights, extra: Collection[str]
+) -> None:
+    """Raise CheckpointError if names or shapes in a model's `state_dict` and a checkpoint differ.
+
+    `extra` are the names of the model's extra states.
+    """
     problems = []
-    for what, names in (
-        (f"{model} lacks", weights.keys() - targets.keys()),
-        ("the checkpoint lacks", targets.keys() - weights.keys()),
-    ):
+    mine, theirs = {*targets, *extra}, {*weights, *weights.extra_states}
+    for what, names in ((f"{model} lacks", theirs - mine), ("the checkpoint lacks", mine - theirs)):
         if names:
             problems.append(f"{what} {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}")
     for name in [n for n in targets if n in weights and targets[n].shape != weights.shape(n)][:5]:

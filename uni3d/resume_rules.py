@@ -44,6 +44,8 @@ class GivenScheduler:
     """Keys of its `state_dict`."""
     state: Mapping[str, Any]
     """Known values of the `state_dict`, without those that change at each step."""
+    schedule: Mapping[str, Any] | None = None
+    """Type and parameters of a schedule from the config; None if the script made the scheduler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,11 @@ class Given:
     counters: bool = True
     """True if steps, samples and the loss scale are to be restored."""
     order: Mapping[str, int | None] = field(default_factory=dict)
-    """Seed and global batch size, on which the order of samples depends; None if not known."""
+    """Seed and global batch size; None if not known."""
+    dataset_length: int | None = None
+    """Samples in the engine's own training data; 0 if the script brings the batches, None if not known."""
+    accepted: Collection[str] = ()
+    """Changes that don't stop the run: the config's `checkpoint.accept_changes`."""
     loss_scale: float | None = None
     """Initial loss scale; None if the run isn't in fp16."""
 
@@ -91,6 +97,54 @@ def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
         yield f"the checkpoint has no scheduler, but {given.whose} has {mine.type}; {advice}"
     elif mine is not None and saved.scheduler is not None and {*saved.scheduler} != {*mine.keys}:
         yield f"the checkpoint's scheduler isn't {given.whose}'s {mine.type}: its keys differ; {advice}"
+    elif "scheduler" not in given.accepted and (differences := list(_other_schedule(saved, given))):
+        yield (
+            f"{'; '.join(differences)}: the learning rate would leave its curve; {advice}, or go on with "
+            f"{given.whose}'s schedule at the checkpoint's step {_by('scheduler')}"
+        )
+    for key, difference, effect in _other_data(saved, given):
+        if key not in given.accepted:
+            yield f"{difference}: {effect}; go on nevertheless {_by(key)}"
+
+
+def _by(change: str) -> str:
+    return f'by the config\'s "checkpoint": {{"accept_changes": ["{change}"]}}'
+
+
+def _other_schedule(saved: RunManifest, given: Given) -> Iterator[str]:
+    """Yield the differences between two schedules from configs."""
+    there, mine = saved.schedule, given.scheduler
+    if there is None or mine is None or mine.schedule is None:
+        return
+    before, now = there.get("type"), mine.schedule["type"]
+    if before != now:
+        yield f"the scheduler is {now} in {given.whose}, {before} in the checkpoint"
+        return
+    params = there.get("params") or {}
+    for key, value in mine.schedule["params"].items():
+        if key in params and params[key] != value:
+            yield f"the scheduler's {key} is {value} in {given.whose}, {params[key]} in the checkpoint"
+
+
+def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, str]]:
+    """Yield each change of the order of samples: its name in `accepted`, the difference, the effect.
+
+    The order depends on the seed and the length of the data, and the position counts samples in it, so
+    another batch size changes nothing. A run that hasn't begun has no position to lose.
+    """
+    there, here = saved.engine.dataset_length, given.dataset_length
+    if not given.counters or there is None or not saved.engine.global_samples:
+        return
+    where = f"in {given.whose}"
+    effect = "samples of the current epoch would come twice or not at all"
+    if there == 0 and here:
+        difference = f"training_data gives the samples {where}, but the script gave the checkpoint's"
+        yield "dataset", difference, "those of its current epoch would come again"
+    elif here and here != there:
+        yield "dataset", f"training_data has {here} samples {where}, {there} in the checkpoint", effect
+    seed, mine = saved.engine.seed, given.order.get("seed")
+    if there and here != 0 and None not in (seed, mine) and seed != mine:
+        yield "seed", f"seed is {mine} {where}, {seed} in the checkpoint", effect
 
 
 def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose: str) -> Iterator[str]:
@@ -147,7 +201,7 @@ def _changes(saved: RunManifest, given: Given) -> Iterator[str]:
             rates = f"the learning rate stays at {rates}"
             yield f"{given.whose} doesn't restore the checkpoint's scheduler: {rates}"
     if given.scheduler is not None and saved.scheduler is not None:
-        yield from _schedule(saved.scheduler, given.scheduler, given.whose)
+        yield from _schedule(saved, given)
     if given.counters:
         yield from _loss_scale(saved, given)
         yield from _order(saved, given)
@@ -176,10 +230,15 @@ def _of_config(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any], wh
             yield _kept(key, value, having[0][key], whose)
 
 
-def _schedule(saved: Mapping[str, Any], given: GivenScheduler, whose: str) -> Iterator[str]:
-    for key, value in given.state.items():
-        if not _same(value, saved.get(key)):
-            yield _kept(f"the scheduler's {key}", value, saved.get(key), whose)
+def _schedule(saved: RunManifest, given: Given) -> Iterator[str]:
+    assert given.scheduler is not None
+    assert saved.scheduler is not None
+    changed = list(_other_schedule(saved, given)) if "scheduler" in given.accepted else []
+    yield from (f"{difference}; {given.whose}'s schedule goes on" for difference in changed)
+    for key, value in given.scheduler.state.items():
+        there = saved.scheduler.get(key)
+        if not _same(value, there) and not (changed and key == "base_lrs"):
+            yield _kept(f"the scheduler's {key}", value, there, given.whose)
 
 
 def _loss_scale(saved: RunManifest, given: Given) -> Iterator[str]:
@@ -192,13 +251,20 @@ def _loss_scale(saved: RunManifest, given: Given) -> Iterator[str]:
 
 
 def _order(saved: RunManifest, given: Given) -> Iterator[str]:
-    for key, there in saved.engine.order.items():
-        here = given.order.get(key)
-        if here is not None and here != there:
-            yield (
-                f"{key} is {here} in {given.whose}, {there} in the checkpoint: the order of samples changes "
-                f"unless you set it to {there}"
-            )
+    changed = {key: f"{difference}: {effect}" for key, difference, effect in _other_data(saved, given)}
+    yield from (text for key, text in changed.items() if key in given.accepted)
+    seed, mine = saved.engine.seed, given.order.get("seed")
+    if "seed" not in changed and None not in (seed, mine) and seed != mine:
+        effect = "dropout draws other masks"
+        if saved.engine.dataset_length is None:
+            effect = f"the order of samples changes, unless you set it to {seed}, and {effect}"
+        yield f"seed is {mine} in {given.whose}, {seed} in the checkpoint: {effect}"
+    batch, size = saved.engine.train_batch_size, given.order.get("train_batch_size")
+    if None not in (batch, size) and batch != size:
+        yield (
+            f"train_batch_size is {size} in {given.whose}, {batch} in the checkpoint: the order of samples "
+            f"stays, and goes on at sample {saved.engine.global_samples}"
+        )
     if saved.engine.seed is None and saved.engine.global_samples is not None:  # another framework's
         yield (
             "the checkpoint doesn't say in which order its samples came: this run's own order continues at "

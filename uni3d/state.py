@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
-from ckpt.read import BUFFER
+from ckpt.read import BUFFER, ArrayInfo
 from ckpt.read import PARAMETER as PARAMETER
 from parallel import ParallelModel
-from parallel.dtensor_layout import Place, StageLayout, local_tensor
+from parallel.dtensor_layout import Place, StageLayout, copy_from_full, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
 
 _NOBODY: Mapping[int, Place] = {}
@@ -56,8 +58,9 @@ class Inventory:
         with_states: Collection[str] | None = None,
         *,
         frozen: bool = True,
+        extra: Mapping[ArrayKey, Tensor] = MappingProxyType({}),
     ) -> list[Held]:
-        """Return this rank's parts of all parameters, buffers and optimizer states.
+        """Return this rank's parts of all parameters, buffers and optimizer states, and `extra` tensors.
 
         `with_states` names the parameters whose optimizer states are included; None is all. With
         `frozen=False`, parameters that don't require a gradient are left out.
@@ -90,6 +93,9 @@ class Inventory:
         for name, buffer in persistent_buffers(model.module):
             place = ((0,) * buffer.ndim, tuple(buffer.shape))
             arrays.append(self._held(name, BUFFER, buffer, {saver: place}, None))
+        for key, tensor in extra.items():  # plain, and the same on all ranks of the stage
+            place = ((0,) * tensor.ndim, tuple(tensor.shape))
+            arrays.append(self._held(key.atom, key.state, tensor, {saver: place}, None))
         return arrays
 
     def layout(self, arrays: Iterable[Held]) -> ckpt.Layout:
@@ -151,6 +157,17 @@ def on_host(spec: ShardSpec, tensor: Tensor) -> Shard:
     return Shard(spec, tensor.numpy())
 
 
+def array_key(atom: str, state: str) -> ArrayKey:
+    """Return the name of an array that is none of a parameter or a buffer."""
+    return ArrayKey(atom, state)
+
+
+def whole_target(info: ArrayInfo) -> Shard:
+    """Return new memory into which a whole array can be loaded."""
+    spec = ShardSpec(info.key, info.dtype, info.shape, Box.whole(info.shape))
+    return Shard(spec, np.empty(info.shape, ckpt.numpy_dtype(info.dtype)))
+
+
 def finish_load(arrays: Iterable[Held], targets: Iterable[Shard]) -> None:
     """Copy loaded data to the tensors whose load went into a host copy."""
     for array, target in zip(arrays, targets, strict=True):
@@ -167,9 +184,39 @@ def to_torch(array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(array)
 
 
-def create_states(model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
-    """Create the states of an optimizer that has taken no step, as targets of a load."""
-    get_optimizer_state_dict(model.module, optimizer)  # takes a step with zero gradients and zero rate
+def gather_anew(module: nn.Module) -> bool:
+    """Make sharded modules gather their parameters anew when they next need them; return if there are any."""
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.reshard()
+    return bool(sharded)
+
+
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into `tensor`."""
+    copy_from_full(tensor, whole)
+
+
+def create_states(optimizer: torch.optim.Optimizer) -> None:
+    """Create the states of an optimizer that has taken no step, as targets of a load.
+
+    It takes a step with zero gradients and zero rate. torch's `get_optimizer_state_dict` does the same, but
+    not if there are states under other keys than parameters.
+    """
+    groups = optimizer.param_groups
+    trained = [p for group in groups for p in group["params"] if p.requires_grad]
+    rates = [(group, group["lr"]) for group in groups if "lr" in group]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        for group, rate in rates:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        optimizer.step(closure=None)
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
+        for parameter in trained:
+            parameter.grad = None
 
 
 def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:

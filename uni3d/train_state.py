@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,6 +23,10 @@ class Progress:
     global_samples: int = 0
     skipped_steps: int = 0
     """Steps skipped because a gradient overflowed in fp16."""
+    dataset_length: int = 0
+    """Samples in the engine's own training data; 0 if the script brings its batches."""
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Name of the run in its checkpoints; rank 0's counts."""
 
     def count_step(self) -> None:
         """Count one step and its samples."""

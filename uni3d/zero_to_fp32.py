@@ -12,12 +12,14 @@ is built in memory.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
 import re
 import shutil
 import sys
+import uuid
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from itertools import product
@@ -29,6 +31,7 @@ import numpy as np
 
 Json = dict[str, Any]
 
+EXISTS = "{} exists; delete it, or write to another folder"
 BITS = {"BF16": np.uint16}  # numpy has no bfloat16, so its bits are copied
 NAMES = {
     "bfloat16": "BF16",
@@ -272,20 +275,20 @@ def write_files(
 ) -> list[str]:
     """Write tensors of `sizes` bytes to one or several files, calling `write(path, names, aliases)` for each.
 
-    Files get their final names once all of them are whole. Returns the names, including that of an index.
+    Files get their final names once all of them are whole. Several processes may write the same files at
+    once. Returns the names, including that of an index.
 
     Raises:
-        FileExistsError: a file of one of these names exists; nothing was written.
+        FileExistsError: another file of one of these names exists; nothing was written.
         ValueError: `max_shard_size` isn't a size.
     """
     parts, out = cut(sizes, size_in_bytes(max_shard_size)), Path(output_dir)
     names, index = file_names(len(parts), safe)
-    there = [name for name in (*names, index) if name and (out / name).exists()]
-    if there:
-        raise FileExistsError(f"{out / there[0]} exists; delete it, or write to another folder")
+    for name, part in zip(names, parts, strict=True):  # smaller than its tensors: another file, said at once
+        if (out / name).exists() and (out / name).stat().st_size <= sum(sizes[tensor] for tensor in part):
+            raise FileExistsError(EXISTS.format(out / name))
     out.mkdir(parents=True, exist_ok=True)
-    work = out / ".zero_to_fp32.tmp"
-    shutil.rmtree(work, ignore_errors=True)
+    work = out / f".zero_to_fp32.{uuid.uuid4().hex}.tmp"  # a process's own
     work.mkdir()
     try:
         for name, part in zip(names, parts, strict=True):
@@ -294,6 +297,9 @@ def write_files(
             content = index_of(parts, names, sizes, {} if safe else aliases)
             (work / index).write_text(json.dumps(content, indent=2) + "\n")
             names.append(index)
+        for name in names:  # equal if another process has just written it
+            if (out / name).exists() and not filecmp.cmp(work / name, out / name, shallow=False):
+                raise FileExistsError(EXISTS.format(out / name))
         for name in names:
             os.replace(work / name, out / name)
     finally:

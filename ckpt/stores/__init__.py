@@ -11,10 +11,12 @@ step, and delete a checkpoint so that a crash half-way leaves nothing that looks
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
+from ckpt.background import join_all
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 
@@ -111,12 +113,15 @@ class Store(Protocol):
 def open_store(url: str | Path) -> Store:
     """Open the store at `url`: a path, `file://...`, or a URL of any protocol that fsspec has.
 
+    Saves that this process has in the background are waited for.
+
     Raises:
-        CheckpointError: the protocol is unknown, or its package isn't installed.
+        CheckpointError: `url` is none, the protocol is unknown, or its package isn't installed.
     """
     from ckpt.stores.local import LocalStore
 
-    text = str(url)
+    text = str(check_run(url))
+    join_all()
     scheme, separator, rest = text.partition("://")
     if not separator or scheme in ("file", "local"):
         return LocalStore(text, Path(rest if separator else text))
@@ -126,3 +131,21 @@ def open_store(url: str | Path) -> Store:
         return RemoteStore(text)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{text} can't be opened: {error}") from None
+
+
+def as_store(run: str | Path | Store) -> Store:
+    """Return the store at a path or URL; a store as it is."""
+    return cast(Store, run) if hasattr(run, "committed_at") else open_store(cast(str, run))
+
+
+def check_run(run: Any) -> str | Path:
+    """Return `run` if it can be the folder or the URL of a run.
+
+    Raises:
+        CheckpointError: it is empty or of another type.
+    """
+    if isinstance(run, os.PathLike):
+        return Path(run)
+    if not isinstance(run, str) or not run:
+        raise CheckpointError(f"the folder is {run!r}; expected a path or URL ('.' is the current folder)")
+    return run

@@ -10,6 +10,7 @@ from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, R
 
 STAGE = RunManifest(
     step=3,
+    run_id="4f1c",
     writer=WriterRecord(
         torch="2.11.0",
         topology={"pp": 2, "dp": 1, "tp": 1},
@@ -18,15 +19,28 @@ STAGE = RunManifest(
         layers=[["a"], ["b"]],
     ),
     model=ModelRecord(
-        requires_grad={"a.w": True}, buffers=["a.x"], left_out=["a.f"], declared={"class": "M"}
+        requires_grad={"a.w": True},
+        buffers=["a.x"],
+        left_out=["a.f"],
+        declared={"class": "M"},
+        extra_state={"a._extra_state": {"value": [None], "tensors": {"/0": "cpu"}}},
     ),
     optimizer=OptimizerRecord(
-        type="AdamW", groups=[{"params": ["a.w"], "lr": 0.1}], scalars={"a.w": {"step": 3.0}}
+        type="AdamW",
+        groups=[{"params": ["a.w"], "lr": 0.1}],
+        scalars={"a.w": {"step": 3.0}},
+        extra_state={"value": {}, "tensors": {}},
     ),
     aliases={"b.tied": "a.w"},
     scheduler={"last_epoch": 3},
+    schedule={"type": "WarmupLR", "params": {}},
     engine=EngineRecord(
-        global_steps=3, global_samples=36, loss_scale={"scale": 2.0}, seed=1, train_batch_size=12
+        global_steps=3,
+        global_samples=36,
+        loss_scale={"scale": 2.0},
+        seed=1,
+        train_batch_size=12,
+        dataset_length=100,
     ),
     client_state={"epoch": 1},
 )
@@ -48,20 +62,28 @@ def test_the_keys_of_the_file() -> None:
     """Check the keys: ordered as in docs/format.md, and without those that an import doesn't know."""
     saved, imported = STAGE.document(), IMPORT.document()
     top = "step created writer model optimizer aliases scheduler engine client_state"
-    assert list(saved) == list(imported) == top.split()
+    assert list(imported) == top.split()
+    top = top.replace("created", "created run_id").replace("scheduler", "scheduler schedule")
+    assert list(saved) == top.split()
     assert list(saved["writer"]) == ["uni3d", "torch", "topology", "zero_stage", "shard_group", "layers"]
     assert list(imported["writer"]) == ["uni3d", "topology", "zero_stage", "imported"]
-    assert list(saved["model"]) == ["parameters", "buffers", "left_out", "declared"]
+    assert list(saved["model"]) == ["parameters", "buffers", "left_out", "extra_state", "declared"]
+    assert list(saved["optimizer"]) == ["type", "groups", "scalars", "extra_state"]
     assert list(imported["model"]) == ["parameters", "buffers"]
     counters = ["global_steps", "global_samples", "skipped_steps", "loss_scale"]
-    assert list(saved["engine"]) == [*counters, "seed", "train_batch_size"]
+    assert list(saved["engine"]) == [*counters, "seed", "train_batch_size", "dataset_length"]
     assert list(imported["engine"]) == counters
     assert SCRIPT.is_file()
 
 
 def test_stages_are_merged() -> None:
     other = RunManifest(
-        model=ModelRecord(requires_grad={"b.w": False}, buffers=["b.x"], left_out=["a.f", "b.f"]),
+        model=ModelRecord(
+            requires_grad={"b.w": False},
+            buffers=["b.x"],
+            left_out=["a.f", "b.f"],
+            extra_state={"b._extra_state": {"value": 1, "tensors": {}}},
+        ),
         optimizer=OptimizerRecord(
             type="AdamW", groups=[{"params": ["a.w", "b.w"], "lr": 0.1}], scalars={"b.w": {"step": 3.0}}
         ),
@@ -69,6 +91,7 @@ def test_stages_are_merged() -> None:
     whole = STAGE.merged([other])
     assert whole.model.requires_grad == {"a.w": True, "b.w": False}
     assert (whole.model.buffers, whole.model.left_out) == (["a.x", "b.x"], ["a.f", "b.f"])
+    assert [*whole.model.extra_state] == ["a._extra_state", "b._extra_state"]
     assert whole.optimizer.groups == [{"params": ["a.w", "b.w"], "lr": 0.1}]
     assert whole.optimizer.scalars.keys() == {"a.w", "b.w"}
     differs = OptimizerRecord(type="AdamW", groups=[{"params": [], "lr": 0.2}], scalars={})

@@ -3,7 +3,9 @@
 Modules:
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
-    background         the thread and the host memory of an asynchronous save
+    background         the host memory of an asynchronous save
+    extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
+    extra_load         the extra states of a checkpoint: compared, read, given back
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +17,25 @@ from ckpt.stores import files
 from parallel import HostComm, ParallelModel
 from parallel.host_comm import Bytes
 from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
+from uni3d.checkpoint.extra_state import modules_with_extra
 
 
-def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Tensor]:
+def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Any]:
     """Return this stage's part of the whole model's `state_dict`. Collective over the stage's ranks.
 
     Tensors are whole, in fp32, on the CPU, under the unsplit model's names; tied parameters have each of
-    their names in this stage. Without `frozen`, parameters that don't require a gradient are left out.
+    their names in this stage. Modules' extra states are in it as in torch's. Without `frozen`, parameters
+    that don't require a gradient are left out.
     """
     model.zero.reshard()
     wanted = _wanted(model, frozen=frozen)
-    tensors = {name: tensor for name, tensor in whole_tensors(model.module) if name in wanted}
+    tensors: dict[str, Any] = {name: t for name, t in whole_tensors(model.module) if name in wanted}
     first = {id(p): name for name, p in named_parameters(model.module)}
     for name, parameter in model.module.named_parameters(remove_duplicate=False):
         if first[id(parameter)] in tensors:
             tensors[name] = tensors[first[id(parameter)]]
-    return tensors
+    extra = modules_with_extra(model.module)
+    return tensors | {name: copy.deepcopy(module.get_extra_state()) for name, module in extra.items()}
 
 
 def whole_on_first_rank(
@@ -75,7 +80,7 @@ def save_16bit(
     """
     if "://" in str(folder):
         raise ckpt.CheckpointError(f"save_16bit_model writes to local folders, not to {folder}")
-    path = Path(folder) / filename
+    path = ckpt.agreed(comm, lambda: Path(ckpt.check_run(folder))) / filename
     weights = whole_on_first_rank(model, comm, model.zero.compute_dtype, frozen=frozen)
     ckpt.agreed(comm, lambda: write(path, weights) if comm.rank == 0 else None)
 

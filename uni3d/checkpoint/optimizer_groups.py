@@ -15,12 +15,18 @@ from torch.distributed.tensor import DTensor
 from ckpt import CheckpointError
 from parallel import ParallelModel
 from parallel.tensors import named_parameters, persistent_buffers
+from uni3d.checkpoint.extra_state import ExtraStates
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
 
 
 def describe(
-    model: ParallelModel, optimizer: torch.optim.Optimizer | None, declared: dict[str, Any], *, frozen: bool
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer | None,
+    declared: dict[str, Any],
+    extra: ExtraStates,
+    *,
+    frozen: bool,
 ) -> tuple[ModelRecord, OptimizerRecord | None]:
     """Return the manifest's records of this rank's part of the model and the optimizer.
 
@@ -34,6 +40,7 @@ def describe(
         buffers=[name for name, _ in persistent_buffers(model.module)],
         left_out=None if frozen else [name for name in here if name not in requires_grad],
         declared=declared,
+        extra_state={name: state.record() for name, state in extra.modules.items()},
     )
     if optimizer is None:
         return model_record, None
@@ -41,7 +48,10 @@ def describe(
     return model_record, OptimizerRecord(
         type=type(optimizer).__name__,
         groups=[_group(group, names) for group in optimizer.param_groups],
-        scalars={names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items()},
+        scalars={
+            names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items() if id(p) in names
+        },
+        extra_state=None if extra.optimizer is None else extra.optimizer.record(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,18 +12,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
-from uni3d.checkpoint.background import Background, threads_per_rank
+from uni3d.checkpoint.background import threads_per_rank
+from uni3d.checkpoint.extra_load import ExtraLoad
+from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config import Config
-from uni3d.manifest import EngineRecord, RunManifest
+from uni3d.config.scheduler import describe_schedule
+from uni3d.manifest import EngineRecord, RunManifest, is_extra
+from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import Given, GivenScheduler, compare
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
@@ -59,19 +64,18 @@ class Restorer:
 
     def __init__(self, state: TrainState, config: Config, *, comm: HostComm, inventory: Inventory) -> None:
         self._state = state
-        self._seed = config.seed
+        self._config = config
         self._comm = comm
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
 
-    def load(self, run: str | Path, tag: str | None, wanted: Wanted) -> Loaded:
+    def load(self, run: str | Path, tag: str | int | None, wanted: Wanted) -> Loaded:
         """Load the model, the optimizer, the scheduler and the counters; see `Engine.load_checkpoint`.
 
         Raises:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
-        Background.join_all()  # another engine of this process may still be writing it
         checkpoint = self._open(run, tag)
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         report = self._load(checkpoint, saved, wanted)
@@ -90,10 +94,9 @@ class Restorer:
 
     def latest(self, run: str | Path) -> str | None:
         """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
-        Background.join_all()
         return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
 
-    def _open(self, run: str | Path, tag: str | None) -> ckpt.Checkpoint:
+    def _open(self, run: str | Path, tag: str | int | None) -> ckpt.Checkpoint:
         def find() -> str:
             store, folder = ckpt.find_checkpoint(run, tag)
             return store.where(folder)
@@ -108,15 +111,20 @@ class Restorer:
         changes = ckpt.agreed(
             self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
         )
-        report = self._load_arrays(checkpoint, saved, optimizer, wanted)
+        model_too = wanted.custom is None
+        extra = ExtraLoad(self._state.model, optimizer, saved, self._comm, model_too=model_too)
+        extra.check(checkpoint.url, strict=wanted.strict)
+        report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
             ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
+            ckpt.agreed(self._comm, extra.restore)
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
+        extra.tell(report)
         if wanted.counters:
-            self._restore_counters(saved.engine)
+            self._restore_counters(saved.engine, saved.run_id)
         if changes and self._comm.rank == 0:
             warnings.warn(f"{checkpoint.url}: {'; '.join(changes)}", stacklevel=4)
         return report
@@ -124,6 +132,7 @@ class Restorer:
     def _load_model(self, checkpoint: ckpt.Checkpoint, load: CustomLoad) -> None:
         """Run the script's loader on the whole module; each rank keeps its part of the parameters."""
         with whole_module(self._state.model.module) as module:
+            vars(module).pop("__deepcopy__", None)  # the live module's refusal; the script may copy this one
             src = StoredWeights(checkpoint)
             ckpt.agreed(self._comm, lambda: load(src=src, dst=module))  # type: ignore[call-arg]
 
@@ -134,19 +143,24 @@ class Restorer:
         if optimizer is not None and saved.optimizer is not None:
             restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
+            rates = [float(rate) for rate in scheduler.base_lrs]
             scheduler.load_state_dict(saved.scheduler)
+            if self._config.scheduler is not None and isinstance(scheduler, LambdaLR):
+                same = saved.schedule in (None, describe_schedule(self._config.scheduler))
+                go_on(scheduler, self._config.scheduler, None if same else rates)
             if optimizer is None:  # its groups weren't restored, and they hold the next step's rate
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
 
-    def _restore_counters(self, saved: EngineRecord) -> None:
-        """Restore the counters and, if both runs are in fp16, the loss scale."""
+    def _restore_counters(self, saved: EngineRecord, run_id: str | None) -> None:
+        """Restore the counters, the run's identifier and, if both runs are in fp16, the loss scale."""
         progress, scaler = self._state.progress, self._state.scaler
         assert saved.global_steps is not None, "compared before"
         assert saved.global_samples is not None, "compared before"
         progress.global_steps = saved.global_steps
         progress.global_samples = saved.global_samples
         progress.skipped_steps = saved.skipped_steps
+        progress.run_id = run_id or progress.run_id
         if scaler is not None and saved.loss_scale is not None:
             scaler.load_state_dict(saved.loss_scale)
 
@@ -163,13 +177,15 @@ class Restorer:
         Raises:
             ckpt.CheckpointError: the checkpoint can't be loaded; the text lists all reasons.
         """
-        model, scaler = self._state.model, self._state.scaler
+        model, scaler, progress = self._state.model, self._state.scaler, self._state.progress
         given = Given(
             whose="this run",
             optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
-            scheduler=None if scheduler is None else _given(scheduler),
+            scheduler=None if scheduler is None else _given(scheduler, self._config),
             counters=counters,
-            order={"seed": self._seed, "train_batch_size": self._state.progress.train_batch},
+            order={"seed": self._config.seed, "train_batch_size": progress.train_batch},
+            dataset_length=progress.dataset_length,
+            accepted=self._config.checkpoint.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
@@ -178,29 +194,42 @@ class Restorer:
         return changes
 
     def _load_arrays(
-        self, checkpoint: ckpt.Checkpoint, saved: RunManifest, optimizer: Optimizer | None, wanted: Wanted
+        self,
+        checkpoint: ckpt.Checkpoint,
+        saved: RunManifest,
+        optimizer: Optimizer | None,
+        wanted: Wanted,
+        extra: ExtraLoad,
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
+            if is_extra(key.state):
+                return extra.reason(key.atom)
             if not _is_moment(key):
                 return None if wanted.custom is None else "custom_load_fn loads the model"
             return "optimizer states were not requested" if optimizer is None else None
 
-        model = self._state.model
-        fresh = optimizer is not None and not optimizer.state
+        model, before = self._state.model, None
         stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # they have states
         if optimizer is not None and saved.optimizer is not None:
             stored |= saved.optimizer.scalars.keys()
         try:
             if optimizer is not None and stored:  # the same on all ranks, while `fresh` may differ
-                ckpt.agreed(self._comm, lambda: state.create_states(model, optimizer) if fresh else None)
+                fresh = not any(isinstance(key, Tensor) for key in optimizer.state)
+                before = ckpt.agreed(self._comm, lambda: _with_states(optimizer) if fresh else None)
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
-                checkpoint, targets, comm=self._comm, strict=wanted.strict, leave=leave, threads=self._threads
+                checkpoint,
+                [*targets, *extra.targets(checkpoint)],
+                comm=self._comm,
+                strict=wanted.strict,
+                leave=leave,
+                threads=self._threads,
             )
         except ckpt.CheckpointError:
-            if optimizer is not None and fresh:
+            if optimizer is not None and before is not None:
                 optimizer.state.clear()
+                restore_optimizer_extra(optimizer, before)
             raise
         state.finish_load(held, targets)
         if optimizer is not None:
@@ -215,11 +244,19 @@ class Restorer:
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
 
 
+def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
+    """Create the states of parameters; return the extra state from before, to which it is set back."""
+    before = copy.deepcopy(current_extra(optimizer))
+    state.create_states(optimizer)
+    restore_optimizer_extra(optimizer, copy.deepcopy(before))
+    return before
+
+
 def _is_moment(key: ckpt.ArrayKey) -> bool:
-    return key.state not in WEIGHT_STATES
+    return key.state not in WEIGHT_STATES and not is_extra(key.state)
 
 
-def _given(scheduler: LRScheduler) -> GivenScheduler:
+def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
     moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
     state = scheduler.state_dict()
@@ -227,4 +264,5 @@ def _given(scheduler: LRScheduler) -> GivenScheduler:
         type=type(scheduler).__name__,
         keys=state.keys(),
         state={key: value for key, value in state.items() if key not in moving},
+        schedule=describe_schedule(config.scheduler),
     )

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ckpt
+from ckpt.background import Background, join_all
 from parallel import HostComm
-from uni3d.checkpoint.background import Background, Snapshot, threads_per_rank
+from uni3d.checkpoint.background import Snapshot, threads_per_rank
+from uni3d.checkpoint.extra_state import ExtraStates, check_alike, check_nothing_is_lost, extra_states
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
+from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
 from uni3d.state import Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import TrainState
+
+
+class _Taken(NamedTuple):
+    """All that a save writes, taken while training waits."""
+
+    run: str | Path
+    tag: str
+    plan: ckpt.Plan
+    parts: list[tuple[ckpt.ShardSpec, Tensor]]
+    manifest: RunManifest
 
 
 class Saver:
@@ -35,11 +48,13 @@ class Saver:
         inventory: Inventory,
         model_spec: dict[str, Any],
     ) -> None:
-        """`model_spec` is the model's own description for the manifest.
+        """Collective. `model_spec` is the model's own description for the manifest.
 
         Raises:
-            ValueError: the scheduler's state can't be saved. Checked here, before any training is lost.
+            ValueError: the scheduler's state can't be saved, or the ranks have training data of different
+                lengths. Checked here, before any training is lost.
         """
+        _check_same_length(comm, state.progress.dataset_length)
         if state.lr_scheduler is not None:
             try:
                 ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
@@ -59,41 +74,59 @@ class Saver:
         self._snapshot = Snapshot(state.model.topology.device)
         self._background: Background[ckpt.SaveReport] = Background("uni3d's last save_checkpoint")
         self._agreed_failure = False
+        self._looked_for_others = False
 
     def save(
         self,
         run: str | Path,
-        tag: str,
+        tag: str | int | None,
         client_state: dict[str, Any],
         *,
         update_latest: bool,
         frozen: bool = True,
     ) -> None:
-        """Write checkpoint `tag`, or start writing it with `async_save`; see `Engine.save_checkpoint`.
+        """Write a checkpoint, or start writing it with `async_save`; see `Engine.save_checkpoint`.
 
         With `frozen=False`, parameters that don't require a gradient are left out.
         """
         self.wait()
-        Background.join_all()  # another engine of this process may be saving into the same run
+        join_all()  # another engine of this process may be saving into the same run
         asynchronous = self._config.checkpoint.async_save
-        if "://" not in str(run):
-            run = Path(run).absolute()  # the script may change directory before the write
-        taken: list[tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]], RunManifest]] = []
+        taken: list[_Taken] = []
 
-        def take() -> str:
-            plan, parts = self._parts(frozen)
+        def take() -> tuple[str, dict[tuple[str, int], bytes]]:
+            where, name = self._place(run, tag)
+            model, optimizer = self._state.model, self._state.optimizer
+            extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
+            if not self._looked_for_others:  # once, as torch's own `state_dict` takes its time
+                check_nothing_is_lost(model.module)
+                self._looked_for_others = True
+            plan, parts = self._parts(extra.arrays(stage), frozen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append((plan, parts, self._manifest(client_state, frozen)))
-            return tag
+            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
+            return name, extra.digests(stage)
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
-        ckpt.check_same_tag(ckpt.agreed_by_all(self._comm, take))
+        everyone = ckpt.agreed_by_all(self._comm, take)
+        ckpt.check_same_tag([name for name, _ in everyone])
+        check_alike([digests for _, digests in everyone])
         if asynchronous:
-            self._background.start(lambda: self._write(run, tag, *taken[0], update_latest))
+            self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
-            self.report = self._write(run, tag, *taken[0], update_latest)
+            self.report = self._write(taken[0], update_latest)
+
+    def _place(self, run: Any, tag: Any) -> tuple[str | Path, str]:
+        """Return the run's folder and the tag to save; on rank 0, check that the tag is this run's. Local."""
+        where = ckpt.check_run(run)
+        name = f"global_step{self._state.progress.global_steps}" if tag is None else ckpt.tag_text(tag)
+        if "://" in str(where):
+            return where, name  # checked by the write, as every request takes its time there
+        where = Path(where).absolute()  # the script may change directory before the write
+        if self._comm.rank == 0:
+            ckpt.check_owner(where, name, self._state.progress.run_id)
+        return where, name
 
     def wait(self) -> None:
         """Wait for the background save, if there is one, and raise its error if it failed."""
@@ -126,9 +159,11 @@ class Saver:
         """Release the tensors of the last save, which a load may replace. Local."""
         self._held, self._plan = [], None
 
-    def _parts(self, frozen: bool) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
+    def _parts(
+        self, extra: dict[ckpt.ArrayKey, Tensor], frozen: bool
+    ) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """Return the plan and this rank's parts by it; plan again only if the arrays have changed. Local."""
-        held = self._inventory.arrays(self._state.optimizer, frozen=frozen)
+        held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same:
             self._plan = ckpt.make_plan(self._inventory.layout(held))
@@ -136,17 +171,9 @@ class Saver:
             self._held = held
         return self._plan, parts_to_save(held, self._wanted)
 
-    def _write(
-        self,
-        run: str | Path,
-        tag: str,
-        plan: ckpt.Plan,
-        parts: list[tuple[ckpt.ShardSpec, Tensor]],
-        manifest: RunManifest,
-        update_latest: bool,
-    ) -> ckpt.SaveReport:
+    def _write(self, taken: _Taken, update_latest: bool) -> ckpt.SaveReport:
         """Write the checkpoint, in either thread. Torch's process groups may be destroyed by then."""
-        settings = self._config.checkpoint
+        settings, (run, tag, plan, parts, manifest) = self._config.checkpoint, taken
         # Before the gather, so that a value that JSON can't hold is refused in all ranks' name.
         ckpt.agreed(self._writing, lambda: ckpt.check_json(manifest.document(), "the checkpoint's document"))
         gathered = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
@@ -167,7 +194,7 @@ class Saver:
             threads=threads_per_rank(self._comm.size),
         )
 
-    def _manifest(self, client_state: dict[str, Any], frozen: bool) -> RunManifest:
+    def _manifest(self, client_state: dict[str, Any], extra: ExtraStates, frozen: bool) -> RunManifest:
         """Return the manifest of this rank's stage. Local.
 
         Values that training may change before the write are copied.
@@ -175,11 +202,14 @@ class Saver:
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, topology = self._state.scaler, model.topology
         degrees = topology.degrees
-        model_record, optimizer = describe(model, self._state.optimizer, self._model_spec, frozen=frozen)
+        model_record, optimizer = describe(
+            model, self._state.optimizer, self._model_spec, extra, frozen=frozen
+        )
         # Checked here so that the script's own call raises; everything else is checked by the write.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
         return RunManifest(
             step=progress.global_steps,
+            run_id=progress.run_id,
             writer=WriterRecord(
                 torch=str(torch.__version__),
                 topology={"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
@@ -191,6 +221,7 @@ class Saver:
             optimizer=optimizer,
             aliases=model.ties,
             scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+            schedule=None if scheduler is None else describe_schedule(self._config.scheduler),
             engine=EngineRecord(
                 global_steps=progress.global_steps,
                 global_samples=progress.global_samples,
@@ -198,6 +229,22 @@ class Saver:
                 loss_scale=None if scaler is None else scaler.state_dict(),
                 seed=self._config.seed,
                 train_batch_size=progress.train_batch,
+                dataset_length=progress.dataset_length,
             ),
             client_state=copy.deepcopy(client_state),
+        )
+
+
+def _check_same_length(comm: HostComm, length: int) -> None:
+    """Check that all ranks have training data of one length: each draws its part of one order. Collective.
+
+    Raises:
+        ValueError: the lengths differ; the same on all ranks.
+    """
+    lengths = comm.all_gather(length)
+    if len(set(lengths)) > 1:
+        other = next(rank for rank, found in enumerate(lengths) if found != lengths[0])
+        raise ValueError(
+            f"training_data has {lengths[0]} samples on rank 0, but {lengths[other]} on rank {other}; pass "
+            "the whole dataset on every rank: the engine gives each its part"
         )

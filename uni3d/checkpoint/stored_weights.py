@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ckpt
 from uni3d import state
+from uni3d.checkpoint.extra_state import ExtraRecord, array_key, put_together
 from uni3d.manifest import RunManifest
 
 
@@ -22,6 +24,8 @@ class StoredWeights(Mapping[str, Tensor]):
         """The stored arrays, each tied weight once."""
         self.aliases = {k: v for k, v in manifest.aliases.items() if v in self.infos}
         """Further names of tied weights -> their name in `infos`."""
+        self.extra_states = manifest.model.extra_state or {}
+        """Extra states of modules by torch's names; they aren't in the mapping."""
 
     def __getitem__(self, name: str) -> Tensor:
         info = self.infos[self.aliases.get(name, name)]
@@ -39,3 +43,10 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self.infos[self.aliases.get(name, name)].shape)
+
+    def extra_state(self, name: str) -> Any:
+        """Read a module's extra state; its tensors are on the CPU."""
+        return put_together(
+            ExtraRecord.of(self.extra_states[name], name),
+            lambda place: state.to_torch(self._checkpoint.read(*array_key(name, place))),
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny
 
@@ -118,6 +118,11 @@ class SchedulerConfig(Strict):
 
     type: str
     params: SerializeAsAny[ScheduleParams]
+
+
+def describe_schedule(config: SchedulerConfig | None) -> dict[str, Any] | None:
+    """Return the schedule's type and all its parameters as JSON; None without a schedule."""
+    return None if config is None else config.model_dump(mode="json")
 
 
 def read_scheduler(section: object) -> SchedulerConfig | None:

@@ -104,6 +104,8 @@ class CheckpointConfig(Strict):
     """After each save, delete all but the newest N checkpoints; null keeps all."""
     keep_every: int | None = Field(default=None, gt=0)
     """Also keep checkpoints whose step is a multiple of this."""
+    accept_changes: list[Literal["dataset", "seed", "scheduler"]] = Field(default=[])
+    """Changes with which a resume goes on, with a warning: by default each of these is an error."""
 
     @model_validator(mode="after")
     def _retention_is_safe(self) -> CheckpointConfig:

@@ -14,8 +14,9 @@ from ckpt.read import WEIGHT_STATES
 from parallel.combinations import combination_refusal
 from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
+from uni3d.config.scheduler import describe_schedule
 from uni3d.config.settings import parallel_settings
-from uni3d.manifest import RunManifest
+from uni3d.manifest import RunManifest, is_extra
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
 
 _PEAKS = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")
@@ -29,7 +30,7 @@ def judged(manifest: RunManifest, config: Config | None, checkpoint: Checkpoint)
     """
     given = given_by(config, manifest)
     refusals, changes = compare(manifest, given)
-    states = {key.state for key in checkpoint.arrays} - {*WEIGHT_STATES}
+    states = {key.state for key in checkpoint.arrays if not is_extra(key.state)} - {*WEIGHT_STATES}
     scalars = manifest.optimizer is not None and any(manifest.optimizer.scalars.values())
     refusals += missing_arrays(manifest, given, any_states=bool(states) or scalars)
     if config is None:
@@ -53,6 +54,7 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
         optimizer=optimizer,
         scheduler=_scheduler(config, saved.scheduler or {}),
         order={"seed": config.seed, "train_batch_size": config.train_batch_size},
+        accepted=config.checkpoint.accept_changes,
         loss_scale=None if fp16 is None else fp16.loss_scale or 2.0**fp16.initial_scale_power,
     )
 
@@ -72,6 +74,7 @@ def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:
         type=config.scheduler.type,
         keys={*saved, "lr_lambdas"},
         state={"base_lrs": given if changed else rates} if rates else {},
+        schedule=describe_schedule(config.scheduler),
     )
 
 

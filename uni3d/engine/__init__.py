@@ -2,6 +2,7 @@
 
 Modules:
     build           `initialize`: from a model and a config to an engine
+    arguments       checks of the model and the data, refusals of copies
     engine          the engine's public methods
     micro_batches   forward and backward passes of a step, without a pipeline
     step            the optimizer step: from summed gradients to updated parameters

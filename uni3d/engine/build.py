@@ -20,6 +20,7 @@ from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
+from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
@@ -58,7 +59,8 @@ def initialize(
             precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data: a map-style dataset of `(inputs, targets)`.
+        training_data: a map-style dataset of `(inputs, targets)`. For a DataLoader or an IterableDataset,
+            leave it out and pass an iterator to `train_batch`.
         lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
         collate_fn: for the data loader.
         config: the path of a JSON file, or its content.
@@ -70,8 +72,8 @@ def initialize(
     Raises:
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
     """
-    if model is None:
-        raise ValueError("initialize needs a model")
+    model = check_model(model)
+    check_data(training_data)
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
     _announce(settings, model, topology)
@@ -79,17 +81,19 @@ def initialize(
     _warn_without_effect(settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
     spec = declared(model)  # before `build`, which uses the model up
-    built = parallel.build(model, topology, split)
+    built = using_up(model, lambda: parallel.build(model, topology, split))
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     engine = Engine(
-        config=settings,
+        # A scheduler of the script's own takes the place of the config's.
+        config=settings if lr_scheduler is None else settings.model_copy(update={"scheduler": None}),
         triad=triad,
-        state=_train_state(settings, triad, built, inner, scheduler),
+        state=_train_state(settings, triad, built, inner, scheduler, training_data),
         model_spec=spec,
         training_data=training_data,
         collate_fn=collate_fn,
     )
+    refuse_copies(engine, engine.module)
     return engine, inner, engine.training_dataloader, scheduler
 
 
@@ -133,13 +137,15 @@ def _train_state(
     model: parallel.ParallelModel,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Scheduler | None,
+    training_data: Dataset[Any] | None,
 ) -> TrainState:
+    length = 0 if training_data is None else len(training_data)  # type: ignore[arg-type]
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
-        progress=Progress(train_batch=triad.train_batch),
+        progress=Progress(train_batch=triad.train_batch, dataset_length=length),
     )
 
 

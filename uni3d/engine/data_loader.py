@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from parallel import ParallelModel
 from uni3d.config import BatchTriad
+from uni3d.engine.arguments import check_data
 from uni3d.engine.batches import check_batches, on_device
 
 
@@ -73,6 +74,7 @@ class TrainingLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         """`position` returns the number of samples consumed so far, over all ranks."""
+        check_data(dataset)
         self._dataset = dataset
         self._order = GlobalOrder(len(dataset), seed)  # type: ignore[arg-type]
         self._triad, self._dp_rank = triad, dp_rank

@@ -222,7 +222,7 @@ class Engine:
     def save_checkpoint(
         self,
         save_dir: str | Path,
-        tag: str | None = None,
+        tag: str | int | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
@@ -245,9 +245,8 @@ class Engine:
                 this tag is as it was, and training may go on.
         """
         self._check_ready("save_checkpoint")
-        name = f"global_step{self.global_steps}" if tag is None else str(tag)
         frozen = not exclude_frozen_parameters
-        self._saver.save(save_dir, name, client_state or {}, update_latest=save_latest, frozen=frozen)
+        self._saver.save(save_dir, tag, client_state or {}, update_latest=save_latest, frozen=frozen)
         return True
 
     def wait_for_checkpoint(self) -> None:
@@ -262,7 +261,7 @@ class Engine:
     def load_checkpoint(
         self,
         load_dir: str | Path,
-        tag: str | None = None,
+        tag: str | int | None = None,
         load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
@@ -310,7 +309,7 @@ class Engine:
             return None
         return self.load_checkpoint(run)[1]
 
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """Return this stage's part of the whole model's `state_dict`: fp32, in the host's memory."""
         self._check_ready("module_state_dict")
         return live_weights.state_dict_of(self.model, frozen=not exclude_frozen_parameters)

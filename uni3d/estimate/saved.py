@@ -37,7 +37,7 @@ from parallel.tp_styles import (
 )
 from uni3d.estimate.save import part_boxes
 from uni3d.estimate.zero import largest_part
-from uni3d.manifest import RunManifest
+from uni3d.manifest import RunManifest, is_extra
 
 USUAL = Settings()
 """Settings of a run with an unknown config."""
@@ -95,6 +95,8 @@ class SavedModel:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shapes of the parameters and buffers, by atom."""
         for key, info in arrays.items():
+            if is_extra(key.state):  # small, and no tensor of the model
+                continue
             self._states[key.atom].append(info)
             if key.state in WEIGHT_STATES:
                 self.shapes[key.atom] = info.shape

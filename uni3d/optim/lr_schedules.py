@@ -51,6 +51,25 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
     return LambdaLR(optimizer, ratios)
 
 
+def go_on(scheduler: LambdaLR, config: SchedulerConfig, rates: list[float] | None = None) -> None:
+    """Fit a schedule of `make_scheduler` to its restored state.
+
+    Its ratios are taken anew, for the restored base rates. With `rates`, the schedule has changed: these are
+    its base rates instead, and the next step has the rate that the schedule gives it.
+    """
+    bases = [float(rate) for rate in scheduler.base_lrs] if rates is None else rates
+    each = _of_groups(config, scheduler.optimizer)
+    scheduler.lr_lambdas = [_ratio(params, base) for params, base in zip(each, bases, strict=True)]
+    if rates is None:
+        return
+    scheduler.base_lrs, scheduler._last_lr = [*bases], []
+    for group, base, ratio in zip(scheduler.optimizer.param_groups, bases, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = base, base * ratio(scheduler.last_epoch)
+        scheduler._last_lr.append(group["lr"])
+    if isinstance(scheduler, CycledMomentum):
+        scheduler.set_betas()
+
+
 def _of_groups(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> list[ScheduleParams]:
     """Return the schedule's parameters for each of the optimizer's groups."""
     groups = len(optimizer.param_groups)
@@ -70,6 +89,10 @@ class CycledMomentum(LambdaLR):
 
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)
+        self.set_betas()
+
+    def set_betas(self) -> None:
+        """Set the betas of the current epoch."""
         for group, cycle in zip(self.optimizer.param_groups, self._momentum, strict=True):
             group["betas"] = (_one_cycle_momentum(cycle, self.last_epoch), SECOND_BETA)
 

@@ -181,7 +181,10 @@ def test_another_optimizer(saved: Path, config: Callable[..., Path]) -> None:
 
 
 def test_warnings(saved: Path, config: Callable[..., Path]) -> None:
-    result = doctor(saved, "--world-size", 2, "--config", config(seed=8, train_batch_size=24))
+    accept = {"accept_changes": ["seed"]}
+    result = doctor(
+        saved, "--world-size", 2, "--config", config(seed=8, train_batch_size=24, checkpoint=accept)
+    )
     assert result.returncode == 0
     assert "warning seed is 8 in the config, 7 in the checkpoint" in result.words
     assert "warning train_batch_size is 24 in the config, 12 in the checkpoint" in result.words

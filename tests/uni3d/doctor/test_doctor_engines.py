@@ -211,6 +211,7 @@ def test_a_style_of_a_later_release() -> None:
 # --- configs ---------------------------------------------------------------------------------------------
 
 SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 4}}
+FASTER = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 4}}
 SGD = {"type": "SGD", "params": {"lr": 0.02}}
 MOMENTUM = {"type": "SGD", "params": {"lr": 0.02, "momentum": 0.9}}
 
@@ -242,9 +243,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "a schedule": ({}, {"scheduler": SCHEDULE}, 1, 0),
     "no schedule": ({"scheduler": SCHEDULE}, {}, 0, 1),
     "the same schedule": ({"scheduler": SCHEDULE}, {"scheduler": SCHEDULE}, 0, 0),
-    "a schedule of another rate": (
+    "a schedule of another rate": ({"scheduler": SCHEDULE}, {"scheduler": FASTER}, 1, 0),
+    "the same, accepted": (
         {"scheduler": SCHEDULE},
-        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 4}}},
+        {"scheduler": FASTER, "checkpoint": {"accept_changes": ["scheduler"]}},
         0,
         1,
     ),
