@@ -10,9 +10,10 @@ from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
-from parallel.gradients import ScalarGradients
+from parallel.gradients import ScalarGradients, count_for_all_ranks
 from parallel.layers import blocks, units
 from parallel.loss import LossFn
+from parallel.parameter_hooks import carry_over, find_extras
 from parallel.pipeline import Pipeline
 from parallel.placement import Placement
 from parallel.replica_check import Replicas
@@ -73,6 +74,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     degrees = topology.degrees
     layers = layer_names(model)
     plan = _check_splits(model, topology, settings, layers)
+    extras = find_extras(model)
     init = check_can_materialise(model) if is_meta(model) else None
     if init is None:
         broadcast_from_first_rank(model.to(topology.device))
@@ -103,10 +105,13 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     if init is not None:
         device = torch.device("cpu") if settings.offload else topology.device
         materialise(module, init, seed=settings.seed, device=device, first_names=ties)
+    zero = ZeroStages(zeros)
+    carry_over(module, zero, extras)
+    count_for_all_ranks(module, topology)
     return ParallelModel(
         module=module,
         topology=topology,
-        zero=ZeroStages(zeros),
+        zero=zero,
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, placement, topology),
         scalars=ScalarGradients(module, topology),
@@ -137,7 +142,7 @@ def _shard(
 ) -> Zero:
     return Zero(
         stretch,
-        units(layers),
+        units(stretch, layers),
         topology.zero_mesh,
         settings.zero_stage,
         precision=settings.precision,

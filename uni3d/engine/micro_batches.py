@@ -28,6 +28,7 @@ class MicroBatches:
     Attributes:
         index: number of the current micro batch, counted from 0.
         losses: losses of the backward passes since the last step, detached.
+        share: factor of this step's losses; set before its first backward pass.
     """
 
     def __init__(self, model: ParallelModel, scaler: LossScale | None, steps: int) -> None:
@@ -41,6 +42,7 @@ class MicroBatches:
     def clear(self) -> None:
         """Restart the step."""
         self.index = 0
+        self.share = 1.0
         self.losses: list[Loss] = []
         self._begin_next()
 
@@ -128,13 +130,13 @@ class MicroBatches:
         """Accumulate the gradients of `loss`. With `counts=False` its terms don't add to the step's."""
         zero, topology = self._model.zero, self._model.topology
         last = self.ends_step
-        zero.before_backward(last=last)
         with split_logits(topology):
             if self._scaler is not None and self._scaler.terms is None:
-                _, tokens, _, _ = sum_over_ranks(loss, [], topology)
-                self._scaler.set_terms(tokens.item() * self._steps)
-            factor = 1.0 if self._scaler is None else self._scaler.factor
-            loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                terms = sum_over_ranks(loss, [], topology).terms
+                self._scaler.set_terms(terms.item() * self._steps)
+            factor = self.share if self._scaler is None else self._scaler.factor
+            with zero.backward(last=last):
+                loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             if last:
                 zero.reshard()  # moves the step's gradients to `.grad`
         self.losses.append(Loss(loss.total.detach(), loss.tokens if counts else loss.tokens * 0))
@@ -160,6 +162,11 @@ class MicroBatches:
     def inside_no_sync(self) -> bool:
         """True inside `no_sync`."""
         return self._inside_no_sync
+
+    def expect_means(self) -> None:
+        """Before a step's first backward pass: let its gradients add up to their mean."""
+        if not self.losses:
+            self.share = 1.0 / (self._model.topology.degrees.dp * self._steps)
 
     def end(self) -> None:
         """End the current micro batch.
