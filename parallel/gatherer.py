@@ -74,11 +74,12 @@ class Gatherer:
         group.post_backward = partial(self._post_backward, number, group)
         if fill:
             for record in group.fsdp_params:
-                before_accumulating(record, partial(self._fill, record))
+                before_accumulating(record, partial(self._fill, number, record))
 
     def begin_step(self) -> None:
         """Forget what the last step used."""
         self.used.clear()
+        self._ran: set[int] = set()
         self.order: list[str] = []
         self._crc = 0
 
@@ -92,8 +93,8 @@ class Gatherer:
         if len(self.order) < KEPT:
             self.order.append(self._names[number])
 
-    def _fill(self, record: Any) -> None:
-        if fill_gradient(record):
+    def _fill(self, number: int, record: Any) -> None:
+        if number in self._ran and fill_gradient(record):
             self.used.add(id(record))
 
     # --- in the place of fully_shard's own methods -------------------------------------------------------
@@ -101,6 +102,8 @@ class Gatherer:
     def _unshard(self, number: int, group: Any, async_op: bool = False) -> None:
         if is_whole(group):
             return
+        self._root._get_fsdp_state()._lazy_init()  # a method other than forward may come first
+        self._ran.add(number)
         self._note(number)
         try:
             type(group).unshard(group, async_op)

@@ -38,7 +38,7 @@ def find_extras(model: nn.Module) -> dict[str, Extras]:
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 f"{name} has a hook by register_post_accumulate_grad_hook, which would see one rank's "
-                "gradient before it is reduced; use register_hook, or change .grad between backward() and step()"
+                "gradient before it is reduced; use register_hook, or change .grad before step()"
             )
         hooks = list((parameter._backward_hooks or {}).values())
         if hooks or vars(parameter):

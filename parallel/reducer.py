@@ -131,6 +131,8 @@ class Reducer:
             for group in self._groups:
                 reduce_gradients(group, reduce=False)
         end_backward(self._root)
+        if last:
+            self.reshard()
 
     def _reduces(self, last: bool) -> bool:
         return self._every or (last and self._last)

@@ -137,13 +137,16 @@ class Zero:
             )
 
     def _gather_for_parts(self) -> None:
-        """Gather parameters when a module that owns some is called without the layer that it belongs to.
+        """Gather a layer's parameters also when its parts are called without it.
 
         A root's methods other than `forward` call its parts, as in CLIP; a parent may call a layer's parts.
         """
         for module in self._sharded:
-            for owner in {record._module_info.module for record in parameters_of(module)} - {module}:
-                owner.register_forward_pre_hook(partial(_gather_for_part, group_of(module)))
+            group = group_of(module)
+            owners = {record._module_info.module for record in parameters_of(module)}
+            for part in _parts(cast(nn.Module, module)):
+                if not isinstance(part, FSDPModule) and not owners.isdisjoint(part.modules()):
+                    part.register_forward_pre_hook(partial(_gather_for_part, group))
 
     # --- backward passes ---------------------------------------------------------------------------------
 
@@ -269,6 +272,15 @@ class ZeroStages:
 
     def traces(self) -> list[Trace]:
         return [zero.trace for zero in self._stages]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module's children, and those of containers in their place."""
+    for child in module.children():
+        if type(child).forward is nn.Module.forward:
+            yield from _parts(child)
+        else:
+            yield child
 
 
 def _gather_for_part(group: Any, _module: nn.Module, _args: Any) -> None:
