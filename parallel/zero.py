@@ -87,6 +87,7 @@ class Zero:
         # A single rank has nothing to sum, and fully_shard would copy its gradients twice.
         alone = mesh.size() == 1 and not offload
         in_place = mesh["shard"].size() == 1 and precision.compute == "fp32" and not offload
+        self._layerwise = stage == 3 and not (alone and in_place)
         if alone and in_place:
             units = ()  # there is nothing to gather, cast or free, so their hooks would only take time
         self._mesh = mesh
@@ -102,7 +103,7 @@ class Zero:
             for record in self._records:
                 compute_in_place(record)
         self._driver: Reducer | Gatherer
-        if stage < 3 or (alone and in_place):
+        if not self._layerwise:
             self._driver = Reducer(sharded, mesh, stage, alone=alone)
         else:
             names = {
@@ -125,12 +126,12 @@ class Zero:
         policies = [_statistics_policy(precision) if part in statistics else policy for part in parts]
         policies.append(_policy(precision, output))
         for module, size, policy in zip([*parts, root], sizes, policies, strict=True):
-            if self.stage == 3:
+            if self._layerwise:
                 module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=self.stage == 3 and size >= threshold,
+                reshard_after_forward=self._layerwise and size >= threshold,
                 mp_policy=policy,
                 offload_policy=placed,
                 ignored_params=whole,
