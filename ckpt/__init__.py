@@ -36,10 +36,10 @@ from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
 from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype
 from ckpt.load import LoadReport, load
-from ckpt.plan import ArrayLayout, Layout, Plan, make_plan, plan_arrays
+from ckpt.plan import Layout, Plan, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
 from ckpt.save import SaveReport, save
-from ckpt.shards import ArrayKey, Shard, ShardSpec, UnreadShard
+from ckpt.shards import ArrayKey, ArrayLayout, Shard, ShardSpec, UnreadShard
 from ckpt.stats import Statistics, statistics
 from ckpt.stores import open_store
 from ckpt.tags import Retention, committed_tags, prune, read_latest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from ckpt.box import Box
 from ckpt.format import itemsize, numpy_dtype
 from ckpt.read import ArrayInfo, Checkpoint, pieces
+from ckpt.threads import Scratch
 
 BAND_BYTES = 8 << 20
 """Approximate number of bytes that each thread reads at a time."""
@@ -41,15 +41,12 @@ class BandReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._memory = threading.local()
+        self._scratch = Scratch()
 
     def read(self, info: ArrayInfo, box: Box) -> npt.NDArray[Any]:
         """Return the content of `box`, valid until this thread's next read."""
-        nbytes = box.size * itemsize(info.dtype)
-        held: npt.NDArray[np.uint8] | None = getattr(self._memory, "bytes", None)
-        if held is None or len(held) < nbytes:
-            held = self._memory.bytes = np.empty(max(nbytes, BAND_BYTES), np.uint8)
-        out = held[:nbytes].view(numpy_dtype(info.dtype)).reshape(box.shape)
+        memory = self._scratch.take(box.size * itemsize(info.dtype))
+        out = memory.view(numpy_dtype(info.dtype)).reshape(box.shape)
         for piece in pieces(info, box):
             self._checkpoint.read_piece(piece, out)
         return out

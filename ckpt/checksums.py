@@ -8,13 +8,16 @@ running checksum is the whole chunk's, so each byte is summed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import crc32c as _crc32c
 
 Buffer = bytes | memoryview
+
+CHECKSUM_BYTES = 4
+"""Size of the checksum at the end of a chunk's file."""
 
 BLOCKS = 48
 """Most blocks per chunk. A multiple of 2 and 3, so that halves, thirds, ... of a chunk are whole blocks."""
@@ -97,12 +100,16 @@ class Summing:
             checksum = crc32c(block, checksum)
             self.sums.append(checksum)
             yield block
-        yield checksum.to_bytes(4, "little")
+        yield checksum.to_bytes(CHECKSUM_BYTES, "little")
 
     def record(self) -> dict[str, Any]:
         """Return the manifest's record of the chunk, once all blocks have been summed."""
-        record: dict[str, Any] = {"size": len(self._data) + 4, "crc32c": hexadecimal(self.sums[-1])}
-        if len(self.sums) > 1:
-            record["block"] = self.block
-            record["running"] = "".join(map(hexadecimal, self.sums))
-        return record
+        return chunk_record(len(self._data), self.sums)
+
+
+def chunk_record(nbytes: int, sums: Sequence[int]) -> dict[str, Any]:
+    """Return the manifest's record of a chunk, given the checksum after each of its blocks."""
+    record: dict[str, Any] = {"size": nbytes + CHECKSUM_BYTES, "crc32c": hexadecimal(sums[-1])}
+    if len(sums) > 1:
+        record |= {"block": block_bytes(nbytes), "running": "".join(map(hexadecimal, sums))}
+    return record

@@ -14,6 +14,8 @@ from itertools import pairwise
 
 from ckpt.box import Box, Shape, grid
 from ckpt.errors import CheckpointError
+from ckpt.format import itemsize
+from ckpt.shards import ArrayLayout
 
 GATHER_BELOW_BYTES = 256 << 10
 """Smallest part of an array that is worth a file of its own."""
@@ -57,40 +59,32 @@ class Cut:
     """Gathered arrays only: for each chunk, the ranks that hold a part of it."""
 
 
-def cut_array(
-    name: str,
-    shape: Shape,
-    itemsize: int,
-    boxes: Mapping[int, Box],
-    fine_dim: int | None,
-    chunk_bytes: int,
-    gather_below: int,
-) -> Cut:
-    """Choose the chunks of one array; `boxes` maps each rank to its box. See `ckpt.plan` for the rest.
+def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int) -> Cut:
+    """Choose the chunks of one array. See `ckpt.plan` for the rest.
 
     Raises:
         CheckpointError: the boxes leave gaps or overlap.
     """
+    shape, size = array.shape, itemsize(array.dtype)
     found: dict[Box, list[int]] = defaultdict(list)
-    ranks = tuple(sorted(rank for rank, box in boxes.items() if box.size))
+    ranks = tuple(sorted(rank for rank, box in array.boxes.items() if box.size))
     for rank in ranks:
-        found[boxes[rank]].append(rank)
+        found[array.boxes[rank]].append(rank)
     holders = {box: tuple(found[box]) for box in sorted(found, key=lambda box: (box.offset, box.shape))}
-    ends = _cut_points(name, shape, list(holders))
+    ends = _cut_points("/".join(array.key), shape, list(holders))
     pitch = tuple(math.gcd(*cut) if cut else max(n, 1) for cut, n in zip(ends, shape, strict=True))
-    gathered = not holders or (len(holders) > 1 and math.prod(pitch) * itemsize < gather_below)
+    gathered = not holders or (len(holders) > 1 and math.prod(pitch) * size < gather_below)
     if gathered:  # chunk it as if one rank held all of it
         pitch, ends = tuple(max(n, 1) for n in shape), [[] for _ in shape]
-    pitch = _narrowed(pitch, shape, fine_dim, itemsize, 1 if gathered else len(holders))
-    chunk_shape = _cut_down(pitch, [bool(cut) for cut in ends], itemsize, chunk_bytes)
+    pitch = _narrowed(pitch, shape, array.fine_dim, size, 1 if gathered else len(holders))
+    chunk_shape = _cut_down(pitch, [bool(cut) for cut in ends], size, chunk_bytes)
     if gathered:
         chunks = list(grid(shape, chunk_shape))
         candidates = tuple(_touching(holders, chunk) for _, chunk in chunks)
-        return Cut(
-            holders, ranks, True, chunk_shape, (tuple(_run([c], itemsize) for c in chunks),), candidates
-        )
+        single = tuple(_run([chunk], size) for chunk in chunks)
+        return Cut(holders, ranks, True, chunk_shape, (single,), candidates)
     runs = tuple(
-        tuple(_run(run, itemsize) for run in _shares(list(grid(shape, chunk_shape, box)), len(sharers)))
+        tuple(_run(run, size) for run in _shares(list(grid(shape, chunk_shape, box)), len(sharers)))
         for box, sharers in holders.items()
     )
     return Cut(holders, ranks, False, chunk_shape, runs)
@@ -122,11 +116,11 @@ def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
     ]
 
 
-def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes: int) -> Shape:
+def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, boxes: int) -> Shape:
     """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles if they are large enough."""
     if dim is None:
         return pitch
-    nbytes = math.prod(pitch) * itemsize
+    nbytes = math.prod(pitch) * element_size
     cut = max(1, -(-shape[dim] // pitch[dim]))  # tiles that the ranks' cut already makes
     for tiles, least in TILES.items():
         parts = tiles // cut
@@ -135,11 +129,11 @@ def _narrowed(pitch: Shape, shape: Shape, dim: int | None, itemsize: int, boxes:
     return pitch
 
 
-def _cut_down(pitch: Shape, is_cut: list[bool], itemsize: int, chunk_bytes: int) -> Shape:
+def _cut_down(pitch: Shape, is_cut: list[bool], element_size: int, chunk_bytes: int) -> Shape:
     """Shrink a chunk to about `chunk_bytes`, first dims first, keeping the boxes whole chunks."""
     shape = list(pitch)
     for dim, length in enumerate(pitch):
-        size = math.prod(shape) * itemsize
+        size = math.prod(shape) * element_size
         if size <= chunk_bytes:
             break
         parts = min(-(-size // chunk_bytes), length)
@@ -164,5 +158,5 @@ def _shares(chunks: _Chunks, n: int) -> Iterator[_Chunks]:
     return (chunks[a:b] for a, b in pairwise(ends))
 
 
-def _run(chunks: _Chunks, itemsize: int) -> Run:
-    return Run(sum(box.size for _, box in chunks) * itemsize, tuple(chunks))
+def _run(chunks: _Chunks, element_size: int) -> Run:
+    return Run(sum(box.size for _, box in chunks) * element_size, tuple(chunks))

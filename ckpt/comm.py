@@ -25,15 +25,12 @@ class Comm(Protocol):
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, a small Python object, by rank."""
-        ...
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank, on rank 0, and an empty list on the others."""
-        ...
 
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
         """Send `outgoing[r]` to rank r; return the bytes from each rank, of sizes known beforehand."""
-        ...
 
 
 class Solo:

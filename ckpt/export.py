@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,33 +73,19 @@ def export_safetensors(
         aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in arrays}
     types = {name: exported_type(info, dtype) for name, info in arrays.items()}
     header, places = _header(checkpoint.tag, arrays, types, aliases)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    except OSError as error:
-        raise CheckpointError(f"{target} can't be written: {error.strerror}") from None
-    try:
+    todo = [
+        (info, box, types[name], len(header) + places[name])
+        for name, info in arrays.items()
+        for box in bands(info)
+    ]
+    with ExitStack() as stack:
         try:
-            files.write_at(fd, memoryview(header), 0)
-            copier = _Copier(checkpoint, fd, progress)
-            todo = [
-                (info, box, types[name], len(header) + places[name])
-                for name, info in arrays.items()
-                for box in bands(info)
-            ]
-            for_each(copier.copy, todo, checkpoint.store.threads or cores())
-            size = os.fstat(fd).st_size
-            if durable:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, target)  # only now, so that a crash leaves no file that looks whole
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        files.sync_folder(target.parent)
-    return size
+            fd = stack.enter_context(files.new_file(target, durable=durable))
+        except OSError as error:
+            raise CheckpointError(f"{target} can't be written: {error.strerror}") from None
+        files.write_at(fd, memoryview(header), 0)
+        for_each(_Copier(checkpoint, fd, progress).copy, todo, checkpoint.store.threads or cores())
+        return os.fstat(fd).st_size
 
 
 def exported_type(info: ArrayInfo, dtype: str | None) -> str:

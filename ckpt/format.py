@@ -34,12 +34,8 @@ Json = dict[str, Any]
 
 
 def check_tag(tag: str) -> str:
-    """Return the tag.
-
-    Raises:
-        ValueError: it can't be a folder's name.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", tag) or tag == LATEST:
+    """Return the tag; raises ValueError if it can't be a folder's name."""
+    if not is_tag(tag):
         raise ValueError(
             f"tag {tag!r} can't name a checkpoint: use up to 200 letters, digits, '_', '-' and '.', "
             f"not '.' or '-' first, and not {LATEST!r}"
@@ -48,15 +44,10 @@ def check_tag(tag: str) -> str:
 
 
 def check_same_tag(tags: Sequence[str]) -> None:
-    """Check that all ranks were given the same tag, and that it can name a checkpoint.
-
-    Raises:
-        CheckpointError: it can't, or the tags differ.
-    """
+    """Raises CheckpointError if the ranks were given different tags, or one that can't name a checkpoint."""
     if len(set(tags)) > 1:
-        raise CheckpointError(
-            f"the ranks were asked to save different tags: {', '.join(sorted(set(tags)))}; use one"
-        )
+        given = ", ".join(sorted(set(tags)))
+        raise CheckpointError(f"the ranks were asked to save different tags: {given}; use one")
     try:
         check_tag(tags[0])
     except ValueError as error:
@@ -72,11 +63,7 @@ def leftover_tag(name: str) -> str | None:
 
 
 def is_tag(name: str) -> bool:
-    try:
-        check_tag(name)
-    except ValueError:
-        return False
-    return True
+    return name != LATEST and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", name) is not None
 
 
 def atom_path(atom: str) -> str:
@@ -165,11 +152,8 @@ def group_document(members: Mapping[str, Json] | None = None) -> Json:
     """Return the `zarr.json` of a group; with `members` (path -> document), consolidated."""
     document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     if members is not None:
-        document["consolidated_metadata"] = {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": dict(members),
-        }
+        inline = {"kind": "inline", "must_understand": False, "metadata": dict(members)}
+        document["consolidated_metadata"] = inline
     return document
 
 

@@ -17,8 +17,7 @@ from ckpt.read import Checkpoint, pieces
 from ckpt.shards import ArrayKey, Shard
 from ckpt.threads import cores, for_each
 
-Target = Shard
-"""A rank's part of an array, whose memory a load fills."""
+Leave = Callable[[ArrayKey], str | None]
 
 
 @dataclass(kw_only=True)
@@ -43,11 +42,11 @@ class LoadReport:
 
 def load(
     checkpoint: Checkpoint,
-    targets: Sequence[Target],
+    targets: Sequence[Shard],
     *,
     comm: Comm,
     strict: bool = True,
-    leave: Callable[[ArrayKey], str | None] = lambda key: None,
+    leave: Leave = lambda key: None,
     threads: int | None = None,
 ) -> LoadReport:
     """Fill this rank's `targets` from the checkpoint. Collective.
@@ -63,8 +62,7 @@ def load(
         PartialLoadError: data is damaged; the same on all ranks, and targets may have changed.
     """
     everyone = _wanted_by_all({t.spec.key for t in targets}, comm)
-    report = LoadReport(tag=checkpoint.tag)
-    agreed(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave, report))
+    report = agreed(comm, lambda: _compare(checkpoint, targets, everyone, strict, leave))
     there = [t for t in targets if t.spec.key in checkpoint.arrays]
     try:
         report.bytes_read = agreed(comm, lambda: _read_all(checkpoint, there, threads))
@@ -74,14 +72,9 @@ def load(
 
 
 def _compare(
-    checkpoint: Checkpoint,
-    targets: Sequence[Target],
-    everyone: set[ArrayKey],
-    strict: bool,
-    leave: Callable[[ArrayKey], str | None],
-    report: LoadReport,
-) -> None:
-    """Fill the report; raise if the load can't go ahead. `everyone` holds the targets' keys of all ranks."""
+    checkpoint: Checkpoint, targets: Sequence[Shard], everyone: set[ArrayKey], strict: bool, leave: Leave
+) -> LoadReport:
+    """Return the report; raise if the load can't go ahead. `everyone` has the targets' keys of all ranks."""
     there = checkpoint.arrays
     for target in targets:
         info = there.get(target.spec.key)
@@ -91,13 +84,13 @@ def _compare(
                 f"but the model's is {target.spec.dtype}{list(target.spec.shape)}; "
                 "load it into the model that was saved"
             )
-    report.restored = sorted("/".join(key) for key in everyone & there.keys())
+    restored = sorted("/".join(key) for key in everyone & there.keys())
     missing = sorted("/".join(key) for key in everyone - there.keys())
-    report.defaulted = dict.fromkeys(missing, "not in the checkpoint")
+    defaulted = dict.fromkeys(missing, "not in the checkpoint")
     reasons = {"/".join(key): leave(key) for key in sorted(there.keys() - everyone)}
     unexpected = [name for name, reason in reasons.items() if reason is None]
-    report.dropped = dict.fromkeys(unexpected, "not in the model or its optimizer")  # shown first
-    report.dropped |= {name: reason for name, reason in reasons.items() if reason is not None}
+    dropped = dict.fromkeys(unexpected, "not in the model or its optimizer")  # shown first
+    dropped |= {name: reason for name, reason in reasons.items() if reason is not None}
     if strict and (missing or unexpected):
         problems = [f"{checkpoint.url} doesn't fit the model and optimizer"]
         if missing:
@@ -105,6 +98,7 @@ def _compare(
         if unexpected:
             problems.append(f"{len(unexpected)} unexpected in the checkpoint: {_some(unexpected)}")
         raise CheckpointError("; ".join(problems))
+    return LoadReport(tag=checkpoint.tag, restored=restored, defaulted=defaulted, dropped=dropped)
 
 
 def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
@@ -114,7 +108,7 @@ def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
     return set().union(*comm.all_gather(wanted if speaks else set()))
 
 
-def _read_all(checkpoint: Checkpoint, targets: Sequence[Target], threads: int | None) -> int:
+def _read_all(checkpoint: Checkpoint, targets: Sequence[Shard], threads: int | None) -> int:
     """Read every piece of every target, with a few threads; return the bytes read."""
     jobs = [
         (piece, target.data)

@@ -18,13 +18,13 @@ from functools import cached_property
 from hashlib import blake2b
 from heapq import heapify, heapreplace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckpt.box import Box, Shape, around
 from ckpt.chunking import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize
-from ckpt.shards import ArrayKey, ShardSpec
+from ckpt.shards import ArrayKey, ArrayLayout, ShardSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +92,6 @@ class Plan:
 
 Layout = Mapping[int, Sequence[ShardSpec]]
 """Rank -> the parts that it holds; must include all ranks that hold a part of any array in it."""
-
-
-class ArrayLayout(NamedTuple):
-    """One array and the boxes that ranks hold of it: a `Layout`, seen by array."""
-
-    key: ArrayKey
-    dtype: str
-    shape: Shape
-    boxes: Mapping[int, Box]
-    """Rank -> its box. Arrays that are cut alike may share the mapping, which makes planning fast."""
-    fine_dim: int | None = None
 
 
 def make_plan(
@@ -200,11 +189,7 @@ def _cut_all(
             known[id(array.boxes)] = contents.setdefault(tuple(array.boxes.items()), len(contents))
         kind = (array.dtype, array.shape, array.fine_dim, known[id(array.boxes)])
         if kind not in kinds:
-            size = itemsize(array.dtype)
-            cut = cut_array(
-                "/".join(array.key), array.shape, size, array.boxes, array.fine_dim, chunk_bytes, gather_below
-            )
-            kinds[kind] = _Alike(cut)
+            kinds[kind] = _Alike(cut_array(array, chunk_bytes, gather_below))
         yield array, kinds[kind]
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,14 +27,13 @@ from ckpt.format import (
     itemsize,
     numpy_dtype,
 )
-from ckpt.shards import ArrayKey
+from ckpt.shards import Array, ArrayKey
 from ckpt.stores import Store, open_store
-from ckpt.tags import committed_tags, read_latest
+from ckpt.tags import read_latest, there_are
+from ckpt.threads import Scratch
 
-WEIGHT_STATES = ("fp32", "value")
+WEIGHT_STATES = PARAMETER, BUFFER = "fp32", "value"
 """States that are a tensor's own value: a parameter in fp32, a buffer in its own type."""
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class Checkpoint:
             self.manifest = decode_manifest(self._read_document(MANIFEST), self.where(MANIFEST))
             self.tag: str = folder or self.manifest["tag"]
             self.arrays: dict[ArrayKey, ArrayInfo] = {a.key: a for a in self._arrays()}
-        self._scratch = threading.local()
+        self._scratch = Scratch()
 
     @property
     def url(self) -> str:
@@ -182,7 +179,7 @@ class Checkpoint:
                 self._read_verified(piece, blocks, start, place[done : done + length].data)
                 read += length
             else:
-                scratch = self._buffer(block_end - start)
+                scratch = self._scratch.take(block_end - start)
                 self._read_verified(piece, blocks, start, scratch.data)
                 length = min(block_end - at, len(place) - done)
                 place[done : done + length] = scratch[at - start : at - start + length]
@@ -194,7 +191,7 @@ class Checkpoint:
         """Read the blocks around elements `first` to `last` of the chunk, and pick the piece's elements."""
         blocks = self._blocks(piece)
         begin, end = self._around(piece, blocks, first, last)
-        buffer = self._buffer(end - begin)
+        buffer = self._scratch.take(end - begin)
         step = self._window(blocks)
         for at in range(0, len(buffer), step):
             self._read_verified(piece, blocks, begin + at, buffer[at : at + step].data)
@@ -233,25 +230,16 @@ class Checkpoint:
         try:
             got = self.store.read_into(self.path(path), buffer, begin)
         except OSError as error:
-            raise CheckpointError(
-                f"{piece.name}: {self.where(path)} can't be read ({error.strerror or error}); use another tag"
-            ) from None
-        if got != len(buffer):
-            raise CheckpointError(
-                f"{piece.name}: {self.where(path)} is cut short at {begin + got} bytes; use another tag"
-            )
-        damaged = blocks.first_damaged(buffer, begin // blocks.size)
-        if damaged is not None:
-            raise CheckpointError(
-                f"{piece.name}: {self.where(path)} is damaged (checksum of block {damaged}); use another tag"
-            )
-
-    def _buffer(self, size: int) -> npt.NDArray[np.uint8]:
-        """Return scratch memory of this thread, which its next call reuses."""
-        held = getattr(self._scratch, "memory", None)
-        if held is None or len(held) < size:
-            held = self._scratch.memory = np.empty(size, np.uint8)
-        return held[:size]
+            fault = f"can't be read ({error.strerror or error})"
+        else:
+            if got == len(buffer):
+                damaged = blocks.first_damaged(buffer, begin // blocks.size)
+                if damaged is None:
+                    return
+                fault = f"is damaged (checksum of block {damaged})"
+            else:
+                fault = f"is cut short at {begin + got} bytes"
+        raise CheckpointError(f"{piece.name}: {self.where(path)} {fault}; use another tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +308,5 @@ def find_checkpoint(run: str | Path, tag: str | None = None) -> tuple[Store, str
             exists = "holds no committed checkpoint" if store.exists("") else "is not a folder"
             raise CheckpointError(f"{store.where('')} {exists}; give the folder that a run was saved to")
     elif not is_tag(tag) or not store.exists(f"{tag}/{MANIFEST}"):
-        tags = committed_tags(store)
-        there = f"the tags there are: {', '.join(tags)}" if tags else "there are none"
-        raise CheckpointError(f"{store.where('')} has no committed checkpoint {tag!r}; {there}")
+        raise CheckpointError(f"{store.where('')} has no committed checkpoint {tag!r}; {there_are(store)}")
     return store, tag

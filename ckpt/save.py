@@ -199,11 +199,7 @@ def _in_place(plan: Plan, held: Held, rank: int) -> Iterator[Write]:
 
 
 def _write_gathered(
-    rounds: list[list[gather.Gathering]],
-    most: int,
-    writer: Writer,
-    held: Held,
-    comm: Comm,
+    rounds: list[list[gather.Gathering]], most: int, writer: Writer, held: Held, comm: Comm
 ) -> Written:
     """Gather chunks to their writers and write them. Collective.
 
@@ -260,13 +256,8 @@ def _finish(
             pruned = prune(store, retention)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{store.where(tag)} is committed, but: {error}") from error
-    return SaveReport(
-        tag=tag,
-        url=store.where(tag),
-        bytes_written=whole.bytes_written,
-        bytes_linked=whole.bytes_linked,
-        pruned=tuple(pruned),
-    )
+    sizes = {"bytes_written": whole.bytes_written, "bytes_linked": whole.bytes_linked}
+    return SaveReport(tag=tag, url=store.where(tag), pruned=tuple(pruned), **sizes)
 
 
 def _check_complete(everything: list[Written], documents: dict[str, Json]) -> None:

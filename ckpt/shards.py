@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +37,17 @@ class ShardSpec:
     that a part can be read without the rest of its rows. (A part along the first dim is a range of bytes
     anyway.)
     """
+
+
+class ArrayLayout(NamedTuple):
+    """One array and the boxes that ranks hold of it."""
+
+    key: ArrayKey
+    dtype: str
+    shape: Shape
+    boxes: Mapping[int, Box]
+    """Rank -> its box. Arrays that are cut alike may share the mapping, which makes planning fast."""
+    fine_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

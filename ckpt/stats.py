@@ -41,10 +41,7 @@ class _Part(NamedTuple):
 
 
 def statistics(
-    checkpoint: Checkpoint,
-    keys: Sequence[ArrayKey],
-    *,
-    progress: Callable[[int], None] = lambda n: None,
+    checkpoint: Checkpoint, keys: Sequence[ArrayKey], *, progress: Callable[[int], None] = lambda n: None
 ) -> dict[ArrayKey, Statistics]:
     """Compute statistics of arrays, in float64. `progress` gets the bytes that were read.
 

@@ -38,7 +38,7 @@ def read_latest(run: str | Path | Store) -> str | None:
     if newer != tag:
         return newer
     problem = f"{store.where(LATEST)} names {tag!r}, which isn't a committed checkpoint"
-    raise CheckpointError(f"{problem}; {_there(store)}")
+    raise CheckpointError(f"{problem}; {there_are(store)}")
 
 
 def _named_by_latest(store: Store) -> str | None:
@@ -55,10 +55,11 @@ def _named_by_latest(store: Store) -> str | None:
         problem = f"{where} can't be read: {error.strerror or error}"
     except ValueError as error:
         problem = f"{where} is damaged: {error}"
-    raise CheckpointError(f"{problem} ({_there(store)})")
+    raise CheckpointError(f"{problem} ({there_are(store)})")
 
 
-def _there(store: Store) -> str:
+def there_are(store: Store) -> str:
+    """List the tags of a run, for messages."""
     tags = committed_tags(store)
     return f"the tags there are: {', '.join(tags)}" if tags else "there are none"
 

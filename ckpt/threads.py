@@ -11,6 +11,9 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -18,6 +21,17 @@ R = TypeVar("R")
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Scratch(threading.local):
+    """Memory of each thread, reused by the thread's next `take`."""
+
+    _held: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        if len(self._held) < size:
+            self._held = np.empty(size, np.uint8)
+        return self._held[:size]
 
 
 def for_each(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:

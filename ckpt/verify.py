@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import unquote
 
-import numpy as np
-
 from ckpt.box import Box, grid
-from ckpt.checksums import Blocks, crc32c
+from ckpt.checksums import CHECKSUM_BYTES, Blocks, crc32c
 from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
 from ckpt.read import ArrayInfo, Checkpoint
-from ckpt.threads import cores, for_each
-
-_CHECKSUM = 4
-"""Size of the checksum at the end of a chunk's file, in bytes."""
+from ckpt.threads import Scratch, cores, for_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +51,7 @@ def verify(
     """
     verifier = _Verifier(checkpoint, progress)
     root = verifier.root()
-    jobs = [*verifier.documents(), *verifier.files(), *verifier.chunks()]
+    jobs = [*verifier.documents(), *verifier.chunks()]
     found = for_each(lambda job: job(), jobs, threads or checkpoint.store.threads or cores())
     return [problem for problem in (root, *found) if problem is not None]
 
@@ -67,7 +62,7 @@ def absent(checkpoint: Checkpoint, *, threads: int | None = None) -> list[Proble
     Nothing is read, so this finds files that were deleted, left out of a copy, or cut short, but not bytes
     that changed.
     """
-    expected = dict(_sizes(checkpoint))
+    expected = _sizes(checkpoint)
 
     def look(path: str) -> Problem | None:
         try:
@@ -83,10 +78,8 @@ def absent(checkpoint: Checkpoint, *, threads: int | None = None) -> list[Proble
 
 def extent(checkpoint: Checkpoint) -> tuple[int, int]:
     """Return the number and the total bytes of the objects that the manifest names."""
-    records = [*checkpoint.manifest["documents"].values(), *checkpoint.manifest.get("files", {}).values()]
-    for chunks in checkpoint.manifest["chunks"].values():
-        records += chunks.values()
-    return len(records), sum(record.get("size", 0) for record in records)
+    sizes = _sizes(checkpoint)
+    return len(sizes), sum(sizes.values())
 
 
 _Job = Callable[[], Problem | None]
@@ -99,9 +92,10 @@ class _Verifier:
         self._checkpoint = checkpoint
         self._store = checkpoint.store
         self._manifest = checkpoint.manifest
+        self._records: dict[str, Json] = self._manifest["documents"] | self._manifest.get("files", {})
         self._tell = progress
         self._lock = threading.Lock()
-        self._scratch = threading.local()
+        self._scratch = Scratch()
         self._nodes: dict[str, Json] | None = None
         """Path of a group or an array -> its document in the consolidated one; None if that is damaged."""
 
@@ -113,18 +107,13 @@ class _Verifier:
         return problem
 
     def documents(self) -> Iterator[_Job]:
-        """Yield the check of each other `zarr.json`, including any that should exist but have no record."""
-        recorded = self._manifest["documents"].keys() - {ZARR}
+        """Yield the check of each other document and file, including any `zarr.json` that has no record."""
+        recorded = self._records.keys() - {ZARR}
         for path in sorted(recorded | {f"{node}/{ZARR}" for node in self._nodes or ()}):
             if path in recorded:
                 yield partial(self._check_document, path)
             else:
                 yield partial(self._problem, path, f"has no record of {path}", at=MANIFEST)
-
-    def files(self) -> Iterator[_Job]:
-        """Yield the check of each further file."""
-        for path in sorted(self._manifest.get("files", {})):
-            yield partial(self._check_file, path)
 
     def chunks(self) -> Iterator[_Job]:
         """Yield the check of each chunk that is recorded or should be."""
@@ -134,11 +123,7 @@ class _Verifier:
             yield partial(self._problem, path, what, at=MANIFEST)
         for info in arrays.values():
             wanted = [chunk_key(index) for index, _ in grid(info.shape, info.chunk_shape)]
-            for key in wanted:
-                if key in info.chunks:
-                    yield partial(self._check_chunk, info, key)
-                else:
-                    yield partial(self._problem, f"{info.path}/{key}", "has no record of it", at=MANIFEST)
+            yield from (partial(self._check_chunk, info, key) for key in wanted)
             for key in sorted(info.chunks.keys() - set(wanted)):
                 what = "has a record of it, but there is no such chunk in the array's grid"
                 yield partial(self._problem, f"{info.path}/{key}", what, at=MANIFEST)
@@ -154,20 +139,18 @@ class _Verifier:
 
     def _check_document(self, path: str) -> Problem | None:
         data, problem = self._document(path)
-        if data is None or self._nodes is None:
+        node = path.removesuffix(f"/{ZARR}")
+        if data is None or self._nodes is None or node == path:  # the last is another file
             return problem
         try:
-            same = json.loads(data) == self._nodes.get(path.removesuffix(f"/{ZARR}"))
+            same = json.loads(data) == self._nodes.get(node)
         except ValueError:
             same = False
         return None if same else self._problem(path, f"isn't what the checkpoint's {ZARR} says of it")
 
-    def _check_file(self, path: str) -> Problem | None:
-        return self._document(path, "files")[1]
-
-    def _document(self, path: str, kind: str = "documents") -> tuple[bytes | None, Problem | None]:
+    def _document(self, path: str) -> tuple[bytes | None, Problem | None]:
         """Return a document that has its recorded checksum, or None and the problem."""
-        record = self._manifest[kind][path]
+        record = self._records[path]
         try:
             data = self._store.read(self._checkpoint.path(path))
         except OSError as error:
@@ -183,6 +166,8 @@ class _Verifier:
 
     def _check_chunk(self, info: ArrayInfo, key: str) -> Problem | None:
         path, size = f"{info.path}/{key}", Box.whole(info.chunk_shape).size * itemsize(info.dtype)
+        if key not in info.chunks:
+            return self._problem(path, "has no record of it", at=MANIFEST)
         blocks = self._blocks(info.chunks[key], size)
         if blocks is None:
             return self._problem(path, "has a record of it that can't be followed", at=MANIFEST)
@@ -193,7 +178,7 @@ class _Verifier:
         """Return the chunk's checksums; None if its record doesn't fit a chunk of `size` bytes."""
         try:
             blocks, checksum = Blocks.of_record(record), int(record["crc32c"], 16)
-            fits = record["size"] == size + _CHECKSUM and blocks.count == -(-size // blocks.size)
+            fits = record["size"] == size + CHECKSUM_BYTES and blocks.count == -(-size // blocks.size)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
         return blocks if fits and blocks.sum(blocks.count - 1) == checksum else None
@@ -205,9 +190,9 @@ class _Verifier:
         damaged: list[int] = []
         for begin in range(0, size, window):
             length = min(window, size - begin)
-            tail = _CHECKSUM if begin + length == size else 0
+            tail = CHECKSUM_BYTES if begin + length == size else 0
             # Ask for one byte too many at the end, which finds a file that is too long without another call.
-            buffer = self._buffer(length + tail + bool(tail))
+            buffer = self._scratch.take(length + tail + bool(tail)).data
             try:
                 got = self._store.read_into(self._checkpoint.path(path), buffer, begin)
             except OSError as error:
@@ -217,12 +202,12 @@ class _Verifier:
             data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
             damaged += _damaged(blocks, data, begin // blocks.size)
             if got < length + tail:
-                faults.append(f"is cut short at {begin + got} of {size + _CHECKSUM} bytes")
+                faults.append(f"is cut short at {begin + got} of {size + CHECKSUM_BYTES} bytes")
                 break
             if tail and int.from_bytes(buffer[length : length + tail], "little") != checksum:
                 faults.append("doesn't end with its checksum")
             if got > length + tail:
-                faults.append(self._too_long(path, size + _CHECKSUM))
+                faults.append(self._too_long(path, size + CHECKSUM_BYTES))
         if damaged:
             first = f"the first at byte {damaged[0] * blocks.size}"
             faults.insert(0, f"is damaged in {len(damaged)} of {blocks.count} blocks, {first}")
@@ -234,14 +219,6 @@ class _Verifier:
             return other_size(self._store.size(self._checkpoint.path(path)), size)
         except OSError:
             return f"goes on after its {size} bytes"
-
-    def _buffer(self, size: int) -> memoryview:
-        """Return scratch memory of this thread, reused for each window."""
-        held = getattr(self._scratch, "memory", None)
-        if held is None or len(held) < size:
-            held = self._scratch.memory = np.empty(size, np.uint8)
-        view: memoryview = held[:size].data
-        return view
 
 
 def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
@@ -255,15 +232,13 @@ def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
         begin = (index + 1 - first) * blocks.size
 
 
-def _sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
-    """Yield every object that the manifest names, with its size."""
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the size of every object that the manifest names."""
     manifest = checkpoint.manifest
-    for kind in ("documents", "files"):
-        for path, record in manifest.get(kind, {}).items():
-            yield path, record["size"]
+    records = manifest["documents"] | manifest.get("files", {})
     for array, chunks in manifest["chunks"].items():
-        for key, record in chunks.items():
-            yield f"{array}/{key}", record["size"]
+        records |= {f"{array}/{key}": record for key, record in chunks.items()}
+    return {path: record.get("size", 0) for path, record in records.items()}
 
 
 def _unknown(checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt.box import Box
-from ckpt.checksums import Summing, crc32c
+from ckpt.checksums import CHECKSUM_BYTES, Summing, crc32c
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     ZARR,
@@ -27,10 +25,9 @@ from ckpt.format import (
 )
 from ckpt.plan import ArrayPlan, Chunk, Plan
 from ckpt.read import Checkpoint
+from ckpt.shards import Array
 from ckpt.stores import Store
 from ckpt.threads import for_each
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +80,8 @@ class Writer:
         todo = list(writes)
         written = Written()
         self._make_folders(array_path(*w.plan.key) for w in todo)
-        for write, (record, linked) in zip(
-            todo, for_each(self._write_chunk, todo, self._threads), strict=True
-        ):
+        results = for_each(self._write_chunk, todo, self._threads)
+        for write, (record, linked) in zip(todo, results, strict=True):
             path = array_path(*write.plan.key)
             written.chunks.setdefault(path, {})[chunk_key(write.chunk.index)] = record
             written.bytes_linked += linked * record["size"]
@@ -100,9 +96,8 @@ class Writer:
             if first.setdefault(array.key.atom, array.owner) == rank:
                 documents[atom_path(array.key.atom)] = group_document()
             if array.owner == rank:
-                documents[array_path(*array.key)] = array_document(
-                    array.dtype, array.shape, array.chunk_shape
-                )
+                content = array_document(array.dtype, array.shape, array.chunk_shape)
+                documents[array_path(*array.key)] = content
         self._make_folders(documents)
 
         def write(path: str) -> None:
@@ -144,14 +139,11 @@ class Writer:
         if self._base is None:
             return None
         plan, info = write.plan, self._base.arrays.get(write.plan.key)
-        if info is None or (info.dtype, info.shape, info.chunk_shape) != (
-            plan.dtype,
-            plan.shape,
-            plan.chunk_shape,
-        ):
+        kind = plan.dtype, plan.shape, plan.chunk_shape
+        if info is None or (info.dtype, info.shape, info.chunk_shape) != kind:
             return None
         record = info.chunks.get(chunk_key(write.chunk.index))
-        if record is None or record["size"] != len(data) + 4:
+        if record is None or record["size"] != len(data) + CHECKSUM_BYTES:
             return None
         first: str = (record["running"] if "running" in record else record["crc32c"])[:8]
         return record if crc32c(data[: summing.block]) == int(first, 16) else None

@@ -64,24 +64,16 @@ __all__ = [
     "start_process_group",
 ]
 
-_HOME = {
-    "Compile": "settings",
-    "Degrees": "degrees",
-    "Failures": "failures",
-    "HostComm": "host_comm",
-    "ParallelModel": "parallelize",
-    "Precision": "settings",
-    "RankFailedError": "failures",
-    "Ranks": "degrees",
-    "Recompute": "settings",
-    "Settings": "settings",
-    "Topology": "topology",
-    "build": "parallelize",
-    "check_micro_batches": "combinations",
-    "resolve_degrees": "degrees",
-    "start_process_group": "topology",
+_NAMES = {
+    "combinations": ["check_micro_batches"],
+    "degrees": ["Degrees", "Ranks", "resolve_degrees"],
+    "failures": ["Failures", "RankFailedError"],
+    "host_comm": ["HostComm"],
+    "parallelize": ["ParallelModel", "build"],
+    "settings": ["Compile", "Precision", "Recompute", "Settings"],
+    "topology": ["Topology", "start_process_group"],
 }
-"""Module of each public name."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

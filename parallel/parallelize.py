@@ -19,12 +19,7 @@ from parallel.placement import Placement
 from parallel.replica_check import Replicas
 from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
-from parallel.tensor import (
-    apply_tensor_parallel,
-    check_plan,
-    expand_plan,
-    rowwise_weights,
-)
+from parallel.tensor import apply_tensor_parallel, check_plan, expand_plan, rowwise_weights
 from parallel.ties import TiedGradients, tied_names
 from parallel.topology import Topology
 from parallel.tp_styles import no_plan
@@ -180,10 +175,6 @@ def _check_splits(
         return {}
     plan = expand_plan(model, declared or {})
     check_plan(
-        model,
-        plan,
-        getattr(model, "tp_units", {}),
-        degrees.tp,
-        sequence_parallel=settings.sequence_parallel,
+        model, plan, getattr(model, "tp_units", {}), degrees.tp, sequence_parallel=settings.sequence_parallel
     )
     return plan

@@ -1,15 +1,15 @@
 """Fixtures of all tests."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "examples" / "megatron_gpt")]
+FOLDERS = [TESTS / "support", TESTS / "models", TESTS / "uni3d", TESTS.parent / "examples" / "megatron_gpt"]
+sys.path[:0] = map(str, FOLDERS)
 
 from ranks import Ranks  # noqa: E402
 
@@ -20,3 +20,27 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test's own process is the only rank, as a script that torchrun didn't start."""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def imports_case() -> None:
+    """Do nothing; running it imports this file and its imports on a rank."""
+    import hf_models
+
+    assert hf_models.STEPS
+
+
+@pytest.fixture(scope="session")
+def hf_ranks(ranks: Ranks) -> Ranks:
+    """Ranks that have imported the Hugging Face library, which takes a while."""
+    ranks.run(2, imports_case, timeout=300)
+    return ranks

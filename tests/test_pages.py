@@ -1,7 +1,5 @@
 """README and the pages of `docs/` agree with the code, and their links and commands can be followed."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -10,13 +8,17 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+import cli_page
+import config_page
 import parallelism_tables as tables
 import pytest
 import typer
+from ranks import Ranks
 from test_laws import ALLOWED
 
 from uni3d.cli import app
-from uni3d.config import load_config
+from uni3d.config import Config, load_config
+from uni3d.config.deepspeed_keys import NO_MEANING, READ_AS, REFUSED
 from uni3d.config.sections import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +85,7 @@ def test_shell_commands_exist() -> None:
     group = typer.main.get_command(app)
     known = {
         name: {flag for parameter in command.params for flag in parameter.opts}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        for name, command in group.commands.items()
     }
     found = list(commands())
     ours = [(page, words) for page, words in found if words[0] == "uni3d"]
@@ -194,3 +196,20 @@ def test_architecture_says_where_to_look() -> None:
     assert len(rows) > 20
     for row in rows:
         assert re.fullmatch(rf"\| .+ \| {FILE_AND_NAMES} \|", row), row
+
+
+@pytest.mark.slow
+def test_the_commands_print_what_their_page_shows(ranks: Ranks) -> None:
+    found, written = cli_page.page(ranks).splitlines(), cli_page.PAGE.read_text().splitlines()
+    assert found == written, "update it with python tests/support/cli_page.py"
+
+
+def test_tables_of_config_keys() -> None:
+    text = (ROOT / "docs" / "from-deepspeed.md").read_text().partition("<!-- tables -->\n")[2]
+    update = "replace the text after the mark with the output of `python tests/support/config_page.py`"
+    assert text.strip() == config_page.tables().strip(), update
+    keys = re.findall(r"`([a-z0-9_.]+)`", text)
+    for key in (*NO_MEANING, *REFUSED, *READ_AS):
+        assert keys.count(key) == 1, f"{key} should be in exactly one table"
+        section, _, rest = key.partition(".")
+        assert rest or section not in Config.model_fields, f"{key} is honoured too"

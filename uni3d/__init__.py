@@ -60,22 +60,20 @@ __all__ = [
     "load_state_dict_from_zero_checkpoint",
 ]
 
-_HOME = {
-    "CheckpointError": "ckpt",
-    "Engine": "uni3d.engine.engine",
-    "LayerSpec": "uni3d.pipe",
-    "PipelineModule": "uni3d.pipe",
-    "TiedLayerSpec": "uni3d.pipe",
-    "add_config_arguments": "uni3d.deepspeed",
-    "clone_tensors_for_torch_save": "uni3d.recovery",
-    "convert_zero_checkpoint_to_fp32_state_dict": "uni3d.recovery",
-    "get_fp32_state_dict_from_zero_checkpoint": "uni3d.recovery",
-    "init_distributed": "uni3d.deepspeed",
-    "initialize": "uni3d.engine.build",
-    "load_state_dict_from_zero_checkpoint": "uni3d.recovery",
+_NAMES = {
+    "ckpt": ["CheckpointError"],
+    "uni3d.deepspeed": ["add_config_arguments", "init_distributed"],
+    "uni3d.engine.build": ["initialize"],
+    "uni3d.engine.engine": ["Engine"],
+    "uni3d.pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
+    "uni3d.recovery": [
+        "clone_tensors_for_torch_save",
+        "convert_zero_checkpoint_to_fp32_state_dict",
+        "get_fp32_state_dict_from_zero_checkpoint",
+        "load_state_dict_from_zero_checkpoint",
+    ],
 }
-"""Where each public name lives; looked up when it is first asked for."""
-
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 claim_names()
 

@@ -14,19 +14,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckpt import CheckpointError
+from ckpt import Checkpoint, CheckpointError
+from ckpt.format import Json
 from parallel.degrees import Ranks
 from uni3d.version import __version__
 
-if TYPE_CHECKING:
-    from ckpt import Checkpoint
-
 SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
 """Copied into every checkpoint; extracts the weights without this package."""
-
-Json = dict[str, Any]
 
 _AXES = ("pp", "dp", "tp")
 _JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an object", list: "a list"}
@@ -58,13 +54,8 @@ class WriterRecord:
             return None
 
     def document(self) -> Json:
-        document: Json = {"uni3d": self.uni3d}
-        if self.imported is None:
-            document["torch"] = self.torch
-        document |= {"topology": dict(self.topology), "zero_stage": self.zero_stage}
-        if self.imported is not None:
-            return document | {"imported": self.imported}
-        return document | {"shard_group": self.shard_group, "layers": self.layers}
+        without = {"imported"} if self.imported is None else {"torch", "shard_group", "layers"}
+        return {key: value for key, value in vars(self).items() if key not in without}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +95,6 @@ class OptimizerRecord:
     scalars: dict[str, Json]
     """Parameter -> state -> value, for states that aren't arrays, such as step counts."""
 
-    def document(self) -> Json:
-        return {"type": self.type, "groups": self.groups, "scalars": self.scalars}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
@@ -127,13 +115,8 @@ class EngineRecord:
         return {key: number for key, number in known.items() if number is not None}
 
     def document(self) -> Json:
-        return {
-            "global_steps": self.global_steps,
-            "global_samples": self.global_samples,
-            "skipped_steps": self.skipped_steps,
-            "loss_scale": self.loss_scale,
-            **self.order,
-        }
+        counters = ("global_steps", "global_samples", "skipped_steps", "loss_scale")
+        return {key: getattr(self, key) for key in counters} | self.order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,17 +155,12 @@ class RunManifest:
     # --- writing -----------------------------------------------------------------------------------------
 
     def document(self) -> Json:
-        """Return the keys and values for `ckpt.save`, in the order of the file."""
-        return {
-            "step": self.step,
-            "created": self.created,
+        """Return the keys and values for `ckpt.save`: the fields, in the order of the file."""
+        return vars(self) | {
             "writer": self.writer.document(),
             "model": self.model.document(),
-            "optimizer": None if self.optimizer is None else self.optimizer.document(),
-            "aliases": self.aliases,
-            "scheduler": self.scheduler,
+            "optimizer": None if self.optimizer is None else vars(self.optimizer),
             "engine": self.engine.document(),
-            "client_state": self.client_state,
         }
 
     def merged(self, others: Iterable[RunManifest]) -> RunManifest:
@@ -196,7 +174,7 @@ class RunManifest:
             model, more = whole.model, other.model
             left_out = model.left_out
             if left_out is not None:  # a tied weight may be on both stages
-                left_out = [*left_out, *(name for name in more.left_out or [] if name not in left_out)]
+                left_out = list(dict.fromkeys([*left_out, *(more.left_out or [])]))
             model = replace(
                 model,
                 requires_grad={**model.requires_grad, **more.requires_grad},
@@ -225,16 +203,22 @@ class RunManifest:
             CheckpointError: a value has the wrong type.
         """
         top = _Section(manifest, where)
-        optimizer = top.section("optimizer")
+        writer, engine = top.section("writer"), top.section("engine")
+        numbers = ("global_steps", "global_samples", "seed", "train_batch_size")
         return cls(
-            step=top.get("step", int),
-            created=top.get("created", str),
-            writer=_read_writer(top.section("writer")),
+            **top.values(step=int, created=str, scheduler=dict),
+            writer=WriterRecord(
+                **writer.values(uni3d=str, torch=str, zero_stage=int, shard_group=int, imported=dict),
+                topology=writer.map_of("topology", int),
+                layers=writer.list_of("layers", list),
+            ),
             model=_read_model(top.section("model")),
-            optimizer=None if optimizer is None else _read_optimizer(optimizer),
+            optimizer=_read_optimizer(top),
             aliases=top.map_of("aliases", str),
-            scheduler=top.get("scheduler", dict),
-            engine=_read_engine(top.section("engine")),
+            engine=EngineRecord(
+                **engine.values(**dict.fromkeys(numbers, int), loss_scale=dict),
+                skipped_steps=engine.get("skipped_steps", int) or 0,
+            ),
             client_state=top.get("client_state", dict) or {},
         )
 
@@ -263,9 +247,13 @@ class _Section:
             _check(value, kind, f"{self.where}: {key}")
         return value
 
-    def section(self, key: str) -> _Section | None:
-        values = self.get(key, dict)
-        return None if values is None else _Section(values, f"{self.where}: {key}")
+    def values(self, **kinds: type) -> dict[str, Any]:
+        """Return the value of each of these keys."""
+        return {key: self.get(key, kind) for key, kind in kinds.items()}
+
+    def section(self, key: str) -> _Section:
+        """Return an object in this one. One that is missing has no keys."""
+        return _Section(self.get(key, dict) or {}, f"{self.where}: {key}")
 
     def list_of(self, key: str, kind: type) -> list[Any] | None:
         values = self.get(key, list)
@@ -293,23 +281,7 @@ def _check(value: Any, kind: type, where: str) -> None:
         raise CheckpointError(f"{where} is {value!r:.80}; expected {_JSON_NAMES[kind]}; use another tag")
 
 
-def _read_writer(section: _Section | None) -> WriterRecord:
-    if section is None:
-        return WriterRecord(uni3d=None)
-    return WriterRecord(
-        uni3d=section.get("uni3d", str),
-        torch=section.get("torch", str),
-        topology=section.map_of("topology", int),
-        zero_stage=section.get("zero_stage", int),
-        shard_group=section.get("shard_group", int),
-        layers=section.list_of("layers", list),
-        imported=section.get("imported", dict),
-    )
-
-
-def _read_model(section: _Section | None) -> ModelRecord:
-    if section is None:
-        return ModelRecord()
+def _read_model(section: _Section) -> ModelRecord:
     parameters = section.map_of("parameters", dict)
     return ModelRecord(
         requires_grad={name: _trains(name, values, section.where) for name, values in parameters.items()},
@@ -326,7 +298,10 @@ def _trains(name: str, values: Json, where: str) -> bool:
     return bool(trains)
 
 
-def _read_optimizer(section: _Section) -> OptimizerRecord:
+def _read_optimizer(top: _Section) -> OptimizerRecord | None:
+    if top.get("optimizer", dict) is None:
+        return None
+    section = top.section("optimizer")
     groups = section.needed("groups", list)
     for i, group in enumerate(groups):
         where = f"{section.where}: groups[{i}]"
@@ -334,17 +309,4 @@ def _read_optimizer(section: _Section) -> OptimizerRecord:
         _Section(group, where).needed("params", list)
     return OptimizerRecord(
         type=section.needed("type", str), groups=groups, scalars=section.map_of("scalars", dict)
-    )
-
-
-def _read_engine(section: _Section | None) -> EngineRecord:
-    if section is None:
-        return EngineRecord()
-    return EngineRecord(
-        global_steps=section.get("global_steps", int),
-        global_samples=section.get("global_samples", int),
-        skipped_steps=section.get("skipped_steps", int) or 0,
-        loss_scale=section.get("loss_scale", dict),
-        seed=section.get("seed", int),
-        train_batch_size=section.get("train_batch_size", int),
     )

@@ -187,9 +187,8 @@ def _loss_scale(saved: RunManifest, given: Given) -> Iterator[str]:
     if scale is not None and given.loss_scale is None:
         yield f"the checkpoint's loss scale ({scale['scale']:g}) isn't used: {given.whose} isn't in fp16"
     if scale is None and given.loss_scale is not None:
-        yield (
-            f"the checkpoint has no loss scale, as its run wasn't in fp16: it starts at {given.loss_scale:g}"
-        )
+        start = f"it starts at {given.loss_scale:g}"
+        yield f"the checkpoint has no loss scale, as its run wasn't in fp16: {start}"
 
 
 def _order(saved: RunManifest, given: Given) -> Iterator[str]:

@@ -18,13 +18,11 @@ from torch.distributed.tensor import DTensor
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
-from ckpt.read import WEIGHT_STATES
+from ckpt.read import BUFFER
+from ckpt.read import PARAMETER as PARAMETER
 from parallel import ParallelModel
 from parallel.dtensor_layout import Place, StageLayout, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
-
-PARAMETER, BUFFER = WEIGHT_STATES
-"""State names of a parameter's and a buffer's own value."""
 
 _NOBODY: Mapping[int, Place] = {}
 
@@ -81,7 +79,11 @@ class Inventory:
             wanted = optimizer if with_states is None or first in with_states else None
             for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
                 if isinstance(value, Tensor) and value.ndim > 0:
-                    _check_has_placement(name, key, parameter, value)
+                    if not isinstance(value, DTensor) and _is_sharded(parameter):
+                        raise CheckpointError(
+                            f"the optimizer's {key!r} of {name} is a plain tensor, but the parameter is "
+                            "sharded; use an optimizer that creates its states by zeros_like(parameter)"
+                        )
                     fine = fine_dim if value.shape == parameter.shape else None
                     arrays.append(self._held(first, key, value, savers, fine))
         saver = self._stage.ranks[0]  # copies may differ between ranks: dp and tp rank 0 saves its own
@@ -99,12 +101,7 @@ class Inventory:
         return layout
 
     def _held(
-        self,
-        name: str,
-        state: str,
-        tensor: Tensor,
-        savers: Mapping[int, Place] | None,
-        fine_dim: int | None,
+        self, name: str, state: str, tensor: Tensor, savers: Mapping[int, Place] | None, fine_dim: int | None
     ) -> Held:
         """Return the entry of a tensor. `savers=None` is all ranks that have the same stages."""
         key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter and its copy
@@ -180,14 +177,6 @@ def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but
     for name, parameter in model.module.named_parameters():
         if model.first_name(name) not in but:
             optimizer.state.pop(parameter, None)
-
-
-def _check_has_placement(name: str, key: str, parameter: Tensor, value: Tensor) -> None:
-    if not isinstance(value, DTensor) and _is_sharded(parameter):
-        raise CheckpointError(
-            f"the optimizer's {key!r} of {name} is a plain tensor, but the parameter is sharded; use an "
-            "optimizer that creates its states by zeros_like(parameter)"
-        )
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -12,13 +12,13 @@ is built in memory.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import re
 import shutil
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -233,11 +233,7 @@ def write_safetensors(path: Path, arrays: dict[str, Array], aliases: dict[str, s
         head["__metadata__"]["aliases"] = json.dumps(aliases)
     for name, array in sorted(arrays.items(), key=lambda item: -item[1].bits.itemsize):
         places[name], begin, end = end, end, end + array.nbytes
-        head[name] = {
-            "dtype": NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
+        head[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
     data = json.dumps(head).encode()
     data += b" " * (-len(data) % 8)
     with open(path, "wb") as file:
@@ -325,20 +321,15 @@ def convert(
 
 def main() -> None:
     """Parse the command line, convert, and print the names of the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint_dir", help="a run's folder, or a checkpoint's own folder")
-    parser.add_argument("output_dir", help="folder to write the weights to")
-    parser.add_argument("--max_shard_size", default="5GB", help="largest size of a file, by default 5GB")
-    parser.add_argument(
-        "--safe_serialization", action="store_true", help="safetensors instead of torch's format"
-    )
-    parser.add_argument("-t", "--tag", help="the checkpoint to read; the latest by default")
-    parser.add_argument(
-        "--exclude_frozen_parameters", action="store_true", help="leave out frozen parameters"
-    )
-    parser.add_argument("-d", "--debug", action="store_true", help="print each tensor, and tracebacks")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint_dir", help="a run's folder, or a checkpoint's own folder")
+    add("output_dir", help="folder to write the weights to")
+    add("--max_shard_size", default="5GB", help="largest size of a file, by default 5GB")
+    add("--safe_serialization", action="store_true", help="safetensors instead of torch's format")
+    add("-t", "--tag", help="the checkpoint to read; the latest by default")
+    add("--exclude_frozen_parameters", action="store_true", help="leave out frozen parameters")
+    add("-d", "--debug", action="store_true", help="print each tensor, and tracebacks")
     args = parser.parse_args()
     try:
         folder = find(args.checkpoint_dir, args.tag)

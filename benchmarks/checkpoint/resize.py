@@ -18,10 +18,7 @@ from benchmarks.checkpoint.workspace import settle_disk
 TARGETS = (Place(1, 4, 1, 1), Place(1, 1, 1, 1))
 """Topologies that load; those to which DeepSpeed's data-parallel ZeRO-1 can be resized."""
 
-PUBLISHED = {
-    4: (0.66 + 12 + 2.7, 0.90 + 15 + 2.9),
-    1: (0.66 + 12 + 2.2, 0.90 + 15 + 2.7),
-}
+PUBLISHED = {4: (0.66 + 12 + 2.7, 0.90 + 15 + 2.9), 1: (0.66 + 12 + 2.2, 0.90 + 15 + 2.7)}
 """Seconds of DeepSpeed 0.19.8's save, ds_to_universal and load, by number of loading ranks: least and most of
 3, on another machine of this shape, with the same model except for its norms (`benchmarks/RESULTS.md`)."""
 

@@ -34,7 +34,6 @@ class Store(Protocol):
 
     def where(self, path: str) -> str:
         """Return the object's full name, for messages."""
-        ...
 
     # --- objects ---
 
@@ -42,7 +41,6 @@ class Store(Protocol):
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset` of the object; return the bytes read, fewer only at its end."""
-        ...
 
     def size(self, path: str) -> int: ...
 
@@ -50,32 +48,26 @@ class Store(Protocol):
 
     def names(self) -> list[str]:
         """Return the names directly in the folder; none if the folder doesn't exist."""
-        ...
 
     def make_folders(self, paths: Iterable[str]) -> None:
         """Make these folders, if the place has folders."""
-        ...
 
     def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
         """Write a new object from `parts`, one behind the other.
 
         `durable` announces a later `sync`, so that writing to the disk can begin at once.
         """
-        ...
 
     def same(self, path: str, parts: Sequence[Buffer]) -> bool:
         """Return whether the object consists of exactly these bytes; False if the place has no links."""
-        ...
 
     def link(self, old: str, new: str) -> bool:
         """Give an object a second name without copying it; return False if the place can't."""
-        ...
 
     # --- a checkpoint from its first object to its end ---
 
     def staging(self, tag: str) -> str:
         """Return the folder in which a save writes; every rank derives it from the tag."""
-        ...
 
     def begin(self, tag: str, token: str) -> None:
         """Make that folder anew, marked with `token`, and remove the leftovers of other saves.
@@ -83,15 +75,12 @@ class Store(Protocol):
         Raises:
             CheckpointError: the tag can't be saved here.
         """
-        ...
 
     def begun(self, tag: str, token: str) -> bool:
         """Return whether this process sees the folder that `begin` marked with `token`."""
-        ...
 
     def sync(self, tag: str) -> None:
         """Make everything that this machine wrote for `tag` durable."""
-        ...
 
     def commit(
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
@@ -102,27 +91,21 @@ class Store(Protocol):
             CheckpointError: another save of the tag has begun since, the tag can't be replaced, or the
                 checkpoint is committed but `latest` couldn't be updated.
         """
-        ...
 
     def abandon(self, tag: str, token: str) -> None:
         """Remove the objects of a failed save as far as possible, but not those of another save."""
-        ...
 
     def delete(self, tag: str) -> None:
         """Delete a committed checkpoint. It stops existing in one step, before any object is removed."""
-        ...
 
     def committed_at(self, tag: str) -> float:
         """Return the time of the commit as a number that grows."""
-        ...
 
     def leftovers(self) -> list[str]:
         """Return the names of unfinished saves and deletions."""
-        ...
 
     def clean(self) -> list[str]:
         """Remove the leftovers; return their names."""
-        ...
 
 
 def open_store(url: str | Path) -> Store:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt.checksums import Buffer
@@ -19,6 +20,16 @@ _AT_ONCE = 256 << 10
 """Bytes to collect before a `writev`: few calls, of parts that are still in the processor's cache."""
 
 
+@contextmanager
+def opened(path: str | Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file or a folder, and yield its descriptor."""
+    fd = os.open(path, flags, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurry: bool = False) -> None:
     """Write a new file from `parts`, one behind the other.
 
@@ -28,8 +39,7 @@ def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurr
     Raises:
         FileExistsError: the file exists. Another checkpoint may link to it, so it is never overwritten.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
         waiting: list[memoryview] = []
         size = 0
         for part in parts:
@@ -44,8 +54,6 @@ def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurr
             os.fsync(fd)
         elif hurry and _sync_file_range is not None:
             _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint, so its result doesn't matter
-    finally:
-        os.close(fd)
 
 
 def _write_all(fd: int, views: list[memoryview]) -> None:
@@ -89,11 +97,8 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
 
 def sync_folder(path: str | Path) -> None:
     """Make the folder's entries durable: after a crash, a file is found only if its folder was synced too."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_tree(folder: Path) -> None:
@@ -104,21 +109,15 @@ def sync_tree(folder: Path) -> None:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "syncfs") and _reports_errors(os.uname().release):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
             if libc.syncfs(fd) != 0:
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code), str(folder))
-        finally:
-            os.close(fd)
         return
     for path, _, names in os.walk(folder, topdown=False):  # files before the folders that name them
         for name in names:
-            fd = os.open(os.path.join(path, name), os.O_RDONLY)
-            try:
+            with opened(os.path.join(path, name)) as fd:
                 os.fsync(fd)
-            finally:
-                os.close(fd)
         sync_folder(path)
 
 
@@ -127,14 +126,30 @@ def _reports_errors(release: str) -> bool:
     return [int(n) for n in re.findall(r"\d+", release)[:2]] >= [5, 8]
 
 
-def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
-    """Replace a small file in one step: readers see the old content or the new, never a part."""
+@contextmanager
+def new_file(path: Path, *, durable: bool) -> Iterator[int]:
+    """Yield the descriptor of a file that gets its name when it is whole: if the block fails, it is deleted.
+
+    With `durable`, the file is on the disk before it is renamed, and its folder after it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # left by a process that was killed just here
-    write_file(temporary, [content], durable=durable)
-    os.rename(temporary, path)
+    try:
+        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+            yield fd
+            if durable:
+                os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     if durable:
         sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+    """Replace a small file in one step: readers see the old content or the new, never a part."""
+    with new_file(path, durable=durable) as fd:
+        _write_all(fd, [memoryview(content)])
 
 
 def exchange_folders(a: Path, b: Path) -> None:

@@ -43,11 +43,8 @@ class LocalStore:
             return file.read()
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
-        fd = os.open(self._prefix + path, os.O_RDONLY)
-        try:
+        with files.opened(self._prefix + path) as fd:
             return files.read_into(fd, buffer, offset)
-        finally:
-            os.close(fd)
 
     def size(self, path: str) -> int:
         return os.stat(self._prefix + path).st_size
@@ -75,8 +72,7 @@ class LocalStore:
         files.write_file(self._prefix + path, parts, durable=False, hurry=durable)
 
     def same(self, path: str, parts: Sequence[Buffer]) -> bool:
-        fd = os.open(self._prefix + path, os.O_RDONLY)
-        try:
+        with files.opened(self._prefix + path) as fd:
             if os.fstat(fd).st_size != sum(len(part) for part in parts):
                 return False
             window, offset = np.empty(self.window, np.uint8), 0
@@ -89,8 +85,6 @@ class LocalStore:
                     if not np.array_equal(wanted, found):
                         return False
                     offset += len(wanted)
-        finally:
-            os.close(fd)
         return True
 
     def link(self, old: str, new: str) -> bool:

@@ -59,11 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the checkpoints")
     parser.add_argument(
-        "--save-every",
-        type=int,
-        default=0,
-        metavar="N",
-        help="steps between checkpoints; 0: at the end only",
+        "--save-every", type=int, default=0, metavar="N", help="steps between checkpoints; 0: at the end only"
     )
     parser.add_argument(
         "--eval-batches", type=int, default=2, metavar="N", help="validation batches after each checkpoint"

@@ -1,7 +1,5 @@
 """Helpers of `ckpt`'s tests: ranks as threads, and small checkpoints."""
 
-from __future__ import annotations
-
 import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from ckpt import ArrayKey, Box, Plan, SaveReport, Shard, ShardSpec, Solo, make_plan, save
+from ckpt import ArrayKey, Box, Plan, SaveReport, Shard, ShardSpec, Solo, make_plan, open_checkpoint, save
 
 DOCUMENT = {"step": 3, "aliases": {"head.weight": "embed.weight"}, "client_state": {"note": "kept"}}
 
@@ -152,6 +150,15 @@ def save_arrays(
         return save(run, tag, shards, plan=plan, comm=comm, **options)
 
     return work(Solo()) if len(layout) == 1 else all_ranks(len(layout), work)[0]
+
+
+def holding(candidates: Mapping[str, Arrays], run: Any, tag: str) -> str:
+    """Return the name of the candidate whose numbers the tag holds."""
+    checkpoint = open_checkpoint(run, tag)
+    for name, arrays in candidates.items():
+        if all(same(checkpoint.read(*key), expected) for key, expected in arrays.items()):
+            return name
+    raise AssertionError(f"{tag} holds none of {', '.join(candidates)}")
 
 
 def random_array(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> np.ndarray:

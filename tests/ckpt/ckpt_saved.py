@@ -1,7 +1,5 @@
 """A checkpoint in any store, whose objects can be damaged and restored."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from fsspec.core import url_to_fs
 
 from ckpt import Problem, open_checkpoint, verify
 from ckpt.format import encode_manifest
+from ckpt.stores import Store
 
 
 @dataclass
@@ -97,3 +96,26 @@ def flipped(data: bytes, *places: int) -> bytes:
     for place in places:
         damaged[place] ^= 0x10
     return bytes(damaged)
+
+
+class CountingStore:
+    """Passes every call on to another store, and records the reads."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.calls: list[tuple[str, str]] = []
+        """Name and path of each read, `size` and `exists`."""
+        self.read_bytes = 0
+        """Bytes asked for by `read_into`."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._store, name)
+        if name not in ("read", "read_into", "size", "exists"):
+            return value
+
+        def counted(path: str, *args: Any) -> Any:
+            self.calls.append((name, path))
+            self.read_bytes += args[0].nbytes if name == "read_into" else 0
+            return value(path, *args)
+
+        return counted

@@ -1,16 +1,14 @@
 """Fixtures of the tests of `ckpt`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
-
-pytest.register_assert_rewrite("store_contract")
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +19,13 @@ def memory_path() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="ckpt-tests-", dir=shared if usable else None))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def memory_url() -> Iterator[str]:
+    """An unused place in fsspec's memory."""
+    url = f"memory://{uuid.uuid4().hex}"
+    yield url
+    fs = fsspec.filesystem("memory")
+    if fs.exists(url):
+        fs.rm(url, recursive=True)

@@ -1,7 +1,5 @@
 """Comparison and statistics of checkpoints, against numpy on whole arrays."""
 
-from __future__ import annotations
-
 import math
 
 import ml_dtypes

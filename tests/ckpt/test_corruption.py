@@ -1,7 +1,5 @@
 """Damage to any object gives an error that names it, or the right numbers, never wrong ones."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re
@@ -14,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ckpt_helpers import cut, layout_of, random_array, run_ranks, same, save_arrays, targets_of
+from ckpt_saved import CountingStore
 from crc32c import crc32c
-from store_contract import CountingStore
 
 from ckpt import Box, CheckpointError, Solo, load, open_checkpoint
 from ckpt.read import pieces
@@ -165,16 +163,9 @@ def test_files_of_another_checkpoint(run):
             assert error is None or "numbers-1" in error
 
 
-def test_any_box_is_read_and_no_more_than_its_blocks(run):
-    checkpoint, rng = open_checkpoint(run), np.random.default_rng(3)
-    for key, expected in ARRAYS.items():
-        for _ in range(30):
-            ends = [sorted(map(int, rng.integers(0, n + 1, 2))) for n in expected.shape]
-            box = Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
-            assert same(checkpoint.read(*key, box), expected[box.slices]), (key, box)
-    box = Box((2, 8), (1, PARTS[BIG][1] - 8))
-    specs = layout_of(ARRAYS, {BIG: [box]})[0]
-    report = load(checkpoint, targets_of(specs), comm=Solo(), strict=False)
+def test_no_more_than_a_box_s_blocks_is_read(run):
+    specs = layout_of(ARRAYS, {BIG: [Box((2, 8), (1, PARTS[BIG][1] - 8))]})[0]
+    report = load(open_checkpoint(run), targets_of(specs), comm=Solo(), strict=False)
     assert report.bytes_read == BLOCK
 
 
@@ -190,16 +181,6 @@ def test_a_box_of_sound_blocks_is_read_from_a_damaged_chunk(run):
         for box in (rows(3, 2), rows(4, 2), Box((4, 100), (1, 1)), Box((3, 7), (2, 5))):
             with pytest.raises(CheckpointError, match=r"big/fp32 chunk c\.0\.0.*block 4\)"):
                 checkpoint.read(*BIG, box)
-
-
-def test_a_run_goes_on_after_it(run, tmp_path):
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    report = save_arrays(tmp_path, "next", ARRAYS, BOXES)
-    assert report.bytes_linked == sum(a.nbytes + 4 for a in ARRAYS.values()) + 4
-    for tag in ("numbers-1", "next"):
-        checkpoint = open_checkpoint(tmp_path, tag)
-        assert all(same(checkpoint.read(*key), a) for key, a in ARRAYS.items())
-    assert json.loads((tmp_path / "next" / "manifest.json").read_bytes())["version"] == 2
 
 
 def load_on_two_ranks(run: Path) -> list[object]:
@@ -262,7 +243,7 @@ def test_the_cost_of_a_read_is_the_bytes_that_it_takes(run):
             box = Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
             told = sum(checkpoint.cost(piece) for piece in pieces(checkpoint.info(*key), box))
             assert counting.read_bytes == 0, "nothing was read to tell it"
-            checkpoint.read(*key, box)
+            assert same(checkpoint.read(*key, box), expected[box.slices]), (key, box)
             assert told == counting.read_bytes, (key, box)
             costs.add(told)
             counting.read_bytes = 0

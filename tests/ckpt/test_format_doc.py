@@ -1,7 +1,5 @@
 """The programs, examples and tables of `docs/format.md`, run and checked."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

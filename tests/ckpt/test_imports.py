@@ -1,7 +1,5 @@
 """Modules that importing `ckpt` loads: inspecting a checkpoint must not wait for torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

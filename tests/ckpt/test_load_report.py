@@ -1,7 +1,5 @@
 """Loads of arrays that differ are refused or reported before anything changes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Finding a checkpoint, and the errors if there is none."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

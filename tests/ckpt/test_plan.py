@@ -1,7 +1,5 @@
 """Plans of random layouts: each chunk has one writer, who holds or receives all of it."""
 
-from __future__ import annotations
-
 import math
 import os
 import random
@@ -19,9 +17,9 @@ from ckpt_helpers import Ranks, cut, even_cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt import ArrayKey, Box, CheckpointError, Plan, ShardSpec, make_plan
+from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
 from ckpt.box import grid
-from ckpt.plan import ArrayLayout, ArrayPlan, plan_arrays
+from ckpt.plan import ArrayPlan, plan_arrays
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 Interval = tuple[int, int]

@@ -1,7 +1,5 @@
 """Parts and plans that ranks bring to a save: less, more, by stage, and wrong."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,17 +1,16 @@
 """Runs in a store without folders and renames, through fsspec: whole objects, the manifest last."""
 
-from __future__ import annotations
-
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import fsspec
 import numpy as np
 import pytest
-from ckpt_helpers import Arrays, cut, layout_of, run_ranks, same, save_arrays, shards_of, targets_of
+from ckpt_helpers import Arrays, cut, holding, layout_of, run_ranks, same, save_arrays, shards_of, targets_of
 
 from ckpt import (
     CheckpointError,
@@ -41,15 +40,12 @@ def arrays_of(seed: int) -> Arrays:
 
 
 OLD, NEW = arrays_of(1), arrays_of(2)
+holds = partial(holding, {"old": OLD, "new": NEW})
 
 
 @pytest.fixture
-def run() -> Iterator[str]:
-    url = f"memory://{uuid.uuid4().hex}/runs/mine"
-    yield url
-    fs = fsspec.filesystem("memory")
-    if fs.exists(url):
-        fs.rm(url, recursive=True)
+def run(memory_url: str) -> str:
+    return f"{memory_url}/runs/mine"
 
 
 def saving(run: str, tag: str, arrays: Arrays = NEW) -> Callable[[], list[object]]:
@@ -85,14 +81,6 @@ def failing(k: int, *, forever: bool, error: type[BaseException] = PermissionErr
 
     with mock.patch.object(RemoteStore, "_call", call):
         yield calls
-
-
-def holds(run: str, tag: str) -> str:
-    checkpoint = open_checkpoint(run, tag)
-    for name, arrays in (("old", OLD), ("new", NEW)):
-        if all(same(checkpoint.read(*key), expected) for key, expected in arrays.items()):
-            return name
-    raise AssertionError(f"{tag} holds neither the old numbers nor the new")
 
 
 def test_saved_by_two_and_read_by_three(run: str) -> None:

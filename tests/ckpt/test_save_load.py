@@ -1,7 +1,5 @@
 """Arrays that ranks save, cut in one way, are loaded cut in any other, and read by any zarr reader."""
 
-from __future__ import annotations
-
 import json
 from itertools import chain, pairwise
 

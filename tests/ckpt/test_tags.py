@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from ckpt_faults import Faults
@@ -29,15 +26,8 @@ def save_at(run: object, tag: str, step: int, minute: int = 0) -> None:
 
 
 @pytest.fixture(params=["folder", "memory"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "folder":
-        yield str(tmp_path / "run")
-        return
-    url = f"memory://{uuid.uuid4().hex}"
-    yield url
-    fs = fsspec.filesystem("memory")
-    if fs.exists(url):
-        fs.rm(url, recursive=True)
+def run(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> str:
+    return memory_url if request.param == "memory" else str(tmp_path / "run")
 
 
 def test_the_order_is_that_of_the_saves_whatever_the_files_say(tmp_path):
@@ -72,11 +62,7 @@ def test_what_a_retention_keeps(run):
         assert same(open_checkpoint(run, tag).read("w"), ARRAYS["w", "fp32"])
 
 
-@given(
-    st.lists(st.integers(0, 30), max_size=12),
-    st.integers(1, 5),
-    st.one_of(st.none(), st.integers(1, 5)),
-)
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 5)))
 def test_the_rule(steps, last, every):
     tags = [f"t{i}" for i in range(len(steps))]
     dropped = Retention(keep_last=last, keep_every=every).dropped(tags, steps)

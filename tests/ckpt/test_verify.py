@@ -1,7 +1,5 @@
 """`verify` names every kind of damage to every kind of object, and nothing in a sound checkpoint."""
 
-from __future__ import annotations
-
 import json
 import re
 import tracemalloc
@@ -12,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ckpt_helpers import cut, random_array, save_arrays
-from ckpt_saved import Saved, flipped
-from store_contract import CountingStore
+from ckpt_saved import CountingStore, Saved, flipped
 
 import ckpt
 from ckpt import Box, CheckpointError, Problem, open_checkpoint, verify

@@ -1,7 +1,5 @@
 """Generation from exported weights in plain PyTorch: strict loading, errors in one clear line."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path
@@ -64,8 +62,7 @@ def test_generation_is_reproducible_and_goes_past_the_window(script: Any, tmp_pa
 
     def text(seed: int, prompt: bytes = b"def ", temperature: float = 0.8) -> bytes:
         options = {"seq_len": seq_len, "temperature": temperature, "seed": seed}
-        generated: bytes = script.generate(model, prompt, 40, **options)
-        return generated
+        return script.generate(model, prompt, 40, **options)
 
     assert text(0) == text(0) != text(1)
     assert text(0).startswith(b"def ")

@@ -1,7 +1,5 @@
 """The training script and the demo, as a user starts them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -39,15 +37,24 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics_file(run).read_text().splitlines()]
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a config that trains in an instant."""
     config = json.loads((EXAMPLE / "configs" / "tiny.json").read_text())
     config["model"] |= {"hidden_size": 32, "num_layers": 2}
-    path = tmp_path / "small.json"
     config["uni3d"] |= {"train_batch_size": 24}
+    path = tmp_path_factory.mktemp("config") / "small.json"
     path.write_text(json.dumps(config | {"seq_len": 16}))
     return path
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path, Any]:
+    """Train two steps on one rank and two on a pipeline of two; return the run, and how that ended."""
+    run = tmp_path_factory.mktemp("resumed") / "run"
+    first = train(run, 2, config=small)
+    assert first.returncode == 0, first.stderr
+    return run, train(run, 4, "--pp", "2", processes=2, config=small)
 
 
 def test_bad_degrees_are_one_line(tmp_path: Path) -> None:
@@ -57,31 +64,33 @@ def test_bad_degrees_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, small: Path) -> None:
-    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
-    for run, steps in ((whole, 4), (resumed, 2)):
-        result = train(run, steps, "--save-every", "2", config=small)
-        assert result.returncode == 0, result.stderr
-    result = train(resumed, 4, "--pp", "2", processes=2, config=small)
+def test_a_run_goes_on_from_its_newest_checkpoint(resumed: Any) -> None:
+    run, result = resumed
     assert result.returncode == 0, result.stderr
     assert "step 4: saved; validation loss " in result.stdout
     phases = re.findall(r"start-up: (.+) \d+\.\d s\n", result.stdout)
-    assert phases == ["imports", "process group", "data, model and optimizer", "resume at step 2"], (
-        "of rank 0"
-    )
+    expected = ["imports", "process group", "data, model and optimizer", "resume at step 2"]
+    assert phases == expected, "of rank 0"
     assert "global_step2: 60 arrays restored, 0 defaulted, 0 dropped" in result.stderr
-    rows = metrics(resumed)
+    rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["pp"] for row in rows] == [1, 1, 2, 2]
     assert [row["samples"] for row in rows] == [24, 48, 72, 96]
     assert [row["tokens"] for row in rows] == [row["samples"] * 16 for row in rows]
+
+
+@pytest.mark.slow
+def test_it_is_the_run_without_an_interruption(resumed: Any, tmp_path: Path, small: Path) -> None:
+    whole, (run, _) = tmp_path / "whole", resumed
+    result = train(whole, 4, "--save-every", "2", config=small)
+    assert result.returncode == 0, result.stderr
     for key in ("loss", "grad_norm", "lr"):
         expected = [row[key] for row in metrics(whole)]
-        assert [row[key] for row in rows] == pytest.approx(expected, rel=1e-5), key
-    again = train(resumed, 4, config=small)  # nothing left to do
+        assert [row[key] for row in metrics(run)] == pytest.approx(expected, rel=1e-5), key
+    again = train(run, 4, config=small)
     assert again.returncode == 0, again.stderr
-    assert f"nothing to do: {resumed} is at step 4, and --steps is 4\n" in again.stdout
-    assert len(metrics(resumed)) == 4
+    assert f"nothing to do: {run} is at step 4, and --steps is 4\n" in again.stdout
+    assert len(metrics(run)) == 4
 
 
 @pytest.mark.slow

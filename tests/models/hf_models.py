@@ -1,7 +1,5 @@
 """Small random Hugging Face models, their batches, and their training in plain PyTorch."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -99,8 +97,7 @@ def make_engine(model: nn.Module, zero: int, *, dp: int = 1, tp: int = 1, **conf
         "parallel": {"dp": dp, "tp": tp, "device": "cpu"},
     }
     params = [p for p in model.parameters() if p.requires_grad]
-    engine: uni3d.Engine = uni3d.initialize(model=model, model_parameters=params, config=given | config)[0]
-    return engine
+    return uni3d.initialize(model=model, model_parameters=params, config=given | config)[0]
 
 
 def train(engine: uni3d.Engine, kind: str) -> tuple[list[float], list[float]]:

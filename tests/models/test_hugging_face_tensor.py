@@ -1,29 +1,25 @@
 """Hugging Face models train under tensor parallelism with their own plans."""
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import torch
+from dispatch_modes import ComputedShapes
+from models import save_and_wait
 from ranks import Ranks
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
-
-import hf_models
+import ckpt
+import parallel
+from uni3d.estimate.saved import SavedModel
+from uni3d.manifest import RunManifest
+from uni3d.state import Inventory
 
 LOGITS = {"lm_head": "colwise_logits"}
 
 
-def steps_case(
-    kind: str, zero: int, plan: dict[str, str]
-) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def steps_case(kind: str, zero: int, plan: dict[str, str]) -> Any:
     model: Any = hf_models.make(kind)
     model.tp_plan.update(plan)
     engine = hf_models.make_engine(model, zero, tp=2)
@@ -34,9 +30,7 @@ def steps_case(
 @pytest.mark.parametrize(
     ("kind", "zero", "plan"), [("llama", 0, {}), ("llama", 3, LOGITS), ("qwen3", 3, {}), ("mixtral", 1, {})]
 )
-def test_the_steps_are_those_of_one_process(
-    hf_ranks: Ranks, kind: str, zero: int, plan: dict[str, str]
-) -> None:
+def test_steps_are_those_of_one_process(hf_ranks: Ranks, kind: str, zero: int, plan: dict[str, str]) -> None:
     losses, norms, model = hf_models.train_plainly(kind)
     for found_losses, found_norms, parameters in hf_ranks.run(2, steps_case, kind, zero, plan):
         assert found_losses == pytest.approx(losses, rel=1e-5)
@@ -45,32 +39,15 @@ def test_the_steps_are_those_of_one_process(
             torch.testing.assert_close(parameters[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
 
 
-class LastDims(TorchDispatchMode):
-    """Records the last dim of every plain tensor computed, also inside DTensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # so that it computes on its local tensors, which are seen then
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if type(tensor) is Tensor and not tensor.is_meta and tensor.ndim > 0:
-                self.seen.add(tensor.shape[-1])
-        return output
-
-
 def logits_case(plan: dict[str, str]) -> set[int]:
     model: Any = hf_models.make("llama")
     model.tp_plan.update(plan)
     engine = hf_models.make_engine(model, 3, tp=2)
     (batch, *_) = hf_models.batches("llama")
     micro = [hf_models.rows(batch, start, 4) for start in (0, 4)]
-    with LastDims() as dims:
+    with ComputedShapes() as shapes:
         engine.train_batch(iter(micro))
-    return dims.seen
+    return {shape[-1] for shape in shapes.seen if shape}
 
 
 def test_with_split_logits_no_rank_holds_all_of_them_under_the_models_own_loss(hf_ranks: Ranks) -> None:
@@ -136,3 +113,31 @@ def test_a_norm_over_each_head_that_the_plan_forgets_is_named_at_the_first_step(
             "tp(2) ranks have different gradients of model.layers.0.self_attn.q_norm.weight, "
             "model.layers.1.self_attn.q_norm.weight, which the tp_plan leaves out"
         )
+
+
+def resharding_case(kind: str, zero: int, run: str) -> list[Any]:
+    engine = hf_models.make_engine(hf_models.make(kind), zero, dp=2, tp=2)
+    hf_models.train(engine, kind)
+    save_and_wait(engine, run)
+    arrays = Inventory(engine.model).arrays(engine.optimizer)
+    return sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays)
+
+
+OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3", 0), ("mixtral", 1))]
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("llama", 3), *OTHERS])
+def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: str, zero: int) -> None:
+    found = hf_ranks.run(4, resharding_case, kind, zero, str(tmp_path))
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    source = SavedModel(checkpoint.arrays, RunManifest.of(checkpoint))
+    assert source.refuses_tp(2) is None
+    assert "heads of model.layers.0.self_attn" in (source.refuses_tp(3) or "")
+    assert source.refuses_pp(2) is not None
+    ranks = parallel.Ranks(pp=1, dp=2, tp=2, zero=zero)
+    told: list[list[Any]] = [[] for _ in range(4)]
+    for part in source.by_pipeline_rank(1)[0]:
+        for rank, box in enumerate(part.boxes(ranks, ranks.shards())):
+            told[rank].append((tuple(part.info.key), tuple(box)))
+    assert found == [sorted(boxes) for boxes in told]
+    assert any(part.tp_dim is not None for part in source.by_pipeline_rank(1)[0])

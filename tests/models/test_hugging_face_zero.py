@@ -1,19 +1,14 @@
 """Hugging Face models under every ZeRO stage take the steps of plain PyTorch."""
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import torch
+from models import save_and_wait
 from ranks import Ranks
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))  # on the ranks
-
-import hf_models
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +52,7 @@ def test_the_steps_are_those_of_one_process(hf_ranks: Ranks, kind: str, zero: in
 def save_case(run: str) -> tuple[float, dict[str, Tensor]]:
     engine = hf_models.make_engine(hf_models.make("llama"), 3, dp=2)
     losses, _ = hf_models.train(engine, "llama")
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, run)
     return losses[-1], hf_models.whole(engine.module)
 
 

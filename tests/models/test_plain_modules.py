@@ -1,26 +1,25 @@
 """Unusual but valid modules train under ZeRO unchanged, with the steps of plain PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import WIDTH, assert_same, global_batches, make_engine, seeded, train, train_plainly, whole
 from ranks import Ranks
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-import uni3d
 from parallel.layers import blocks, units
 
-WIDTH, BATCH, STEPS = 6, 8, 3
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+STEPS = 3
+SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}}}
 
 
 class Net(nn.Module):
     """Classifier on top of `features`, with a loss."""
+
+    returns_loss = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class NestedLists(Net):
 
     def features(self, x: Tensor) -> Tensor:
         for row in self.rows:
-            for layer in row:  # type: ignore[attr-defined]
+            for layer in row:
                 x = torch.tanh(layer(x))
         return x
 
@@ -74,8 +73,7 @@ class Recurrent(Net):
         self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, batch_first=True)
 
     def features(self, x: Tensor) -> Tensor:
-        out: Tensor = self.lstm(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1]
-        return out
+        return self.lstm(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1]
 
 
 class Convolutions(Net):
@@ -86,8 +84,7 @@ class Convolutions(Net):
         assert not self.net[0].weight.is_contiguous()
 
     def features(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x.unsqueeze(1)).squeeze(1)
-        return out
+        return self.net(x.unsqueeze(1)).squeeze(1)
 
 
 class Normed(Net):
@@ -95,13 +92,11 @@ class Normed(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())]
-        )
+        layer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
+        self.layers = nn.ModuleList([layer])
 
     def features(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers[0](x)
-        return out
+        return self.layers[0](x)
 
 
 class HalfLow(Net):
@@ -123,51 +118,15 @@ KINDS: dict[str, Callable[[], Net]] = {
 }
 
 
-def make(kind: str) -> Net:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return KINDS[kind]()
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    inputs = torch.randn(STEPS, BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
-    return [(x, x.square().mean(1, keepdim=True)) for x in inputs]
-
-
-def make_engine(model: nn.Module, zero: int, **config: Any) -> uni3d.Engine:
-    given = {
-        "train_batch_size": BATCH,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-        "optimizer": {"type": "SGD", "params": SGD},
-        "zero_optimization": {"stage": zero},
-        "parallel": {"device": "cpu"},
-    }
-    engine: uni3d.Engine = uni3d.initialize(model=model, config=given | config)[0]
-    return engine
-
-
-def train(engine: uni3d.Engine) -> list[float]:
-    losses = []
-    size = engine.train_micro_batch_size_per_gpu()
-    first = engine.model.topology.dp_rank * 2 * size
-    for x, y in batches():
-        parts = [slice(first, first + size), slice(first + size, first + 2 * size)]
-        losses.append(engine.train_batch(iter([(x[part], y[part]) for part in parts])).item())
-    engine.model.zero.reshard()
-    return losses
-
-
-def whole(module: nn.Module) -> dict[str, Tensor]:
-    tensors = {n: p.detach() for n, p in module.named_parameters()}
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=False)
 
 
 def steps_case(zero: int) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
     results = {}
     for kind in KINDS:
-        engine = make_engine(make(kind), zero)
-        results[kind] = (train(engine), whole(engine.module))
+        engine = make_engine(seeded(KINDS[kind]), zero=zero, clip=0.5, config=SGD)
+        results[kind] = (train(engine, global_batches(STEPS)), whole(engine.module))
     return results
 
 
@@ -175,24 +134,11 @@ def steps_case(zero: int) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
 def test_the_steps_are_those_of_one_process(ranks: Ranks, zero: int) -> None:
     results = ranks.run(2, steps_case, zero)
     for kind in KINDS:
-        model = make(kind)
-        optimizer = torch.optim.SGD(model.parameters(), foreach=False, **SGD)
-        losses = []
-        for x, y in batches():
-            loss = model(x, y)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        losses, _, model = train_plainly(seeded(KINDS[kind]), global_batches(STEPS), sgd, clip=0.5)
         for result in results:
-            found, parameters = result[kind]
+            found, state = result[kind]
             assert found == pytest.approx(losses, rel=1e-5), kind
-            assert parameters.keys() == dict(model.named_parameters()).keys()
-            for name, parameter in model.named_parameters():
-                torch.testing.assert_close(
-                    parameters[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=f"{kind}: {name}"
-                )
+            assert_same(state, model)
 
 
 def test_layers_in_nested_containers_are_gathered_one_by_one() -> None:
@@ -204,9 +150,9 @@ def batch_norm_case() -> tuple[list[float], torch.dtype, torch.dtype, float]:
     torch.manual_seed(3)
     model = Normed()
     types: list[torch.dtype] = []
-    model.layers[0][0].register_forward_hook(lambda _m, _a, out: types.append(out.dtype))  # type: ignore
-    engine = make_engine(model, 3, bf16={"enabled": True})
-    losses = train(engine)
+    model.layers[0][0].register_forward_hook(lambda _m, _a, out: types.append(out.dtype))
+    engine = make_engine(model, zero=3, config=SGD | {"bf16": {"enabled": True}})
+    losses = train(engine, global_batches(STEPS))
     norm: Any = engine.module.get_submodule("layers.0.1")
     return losses, types[0], norm.running_mean.dtype, norm.running_mean.abs().sum().item()
 
@@ -222,17 +168,7 @@ def low_case() -> tuple[set[torch.dtype], dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(3)
     model = HalfLow()
     before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    kept = list(model.parameters())
-    engine = uni3d.initialize(
-        model=model,
-        model_parameters=kept,
-        config={
-            "train_batch_size": BATCH,
-            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
-            "parallel": {"device": "cpu"},
-            "zero_optimization": {"stage": 2},
-        },
-    )[0]
+    engine = make_engine(model, zero=2, model_parameters=list(model.parameters()))
     return {p.dtype for p in engine.parameters()}, before, whole(engine.module)
 
 
@@ -247,7 +183,7 @@ def refused_case(dtype: torch.dtype) -> str:
     model = nn.Linear(2, 2)
     model.weight = nn.Parameter(model.weight.detach().to(dtype))
     with pytest.raises(ValueError, match="parameters must be") as caught:
-        make_engine(model, 1)
+        make_engine(model, zero=1)
     return str(caught.value)
 
 

@@ -1,7 +1,5 @@
 """Models that hang on the details of autograd and of sharding train with the steps of plain PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Refused combinations give their reason; all others train as plain PyTorch does."""
 
-from __future__ import annotations
-
 import warnings
 from itertools import product
 from typing import Any, get_args
@@ -69,7 +67,6 @@ def gradients_case(settings: list[parallel.Settings], tp: int = 1) -> list[dict[
             model = GPT(GPTConfig(**MODEL))
         built = parallel.build(model, topology, how)
         inputs, targets = (x[:MICRO_BATCHES] for x in oracle.samples())
-        assert built.pipeline is not None
         with warnings.catch_warnings():
             if how.compile is not None:  # dynamo reads .grad of non-leaf tensors, which warns
                 warnings.simplefilter("ignore")

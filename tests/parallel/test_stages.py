@@ -1,7 +1,5 @@
 """A chain of layers, split into pipeline stages."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from itertools import combinations, pairwise
 from typing import Any
@@ -50,30 +48,16 @@ def matrix_elements(model: nn.Module, layers: list[str]) -> int:
     )
 
 
-@pytest.mark.parametrize("pp", [1, 2, 3, 4])
-@pytest.mark.parametrize("vocab_size", [8, 61, 2000], ids="vocab{}".format)
-def test_stages_of_a_gpt_are_balanced(pp: int, vocab_size: int) -> None:
-    model = gpt(vocab_size=vocab_size)
-    layers = model.pipeline_layers
-    stages = split_layers(model, layers, pp)
-    assert [name for stage in stages for name in stage] == layers
-    worst = max(matrix_elements(model, stage) for stage in stages)
-    options = every_cut(len(layers), pp)
-    best = min(max(matrix_elements(model, layers[a:b]) for a, b in cut) for cut in options)
-    assert worst == best
-    if vocab_size == 2000 and pp == 2:
-        assert stages[1] == ["head"], "a head that costs more than all layers is alone"
-
-
 def all_elements(model: nn.Module, layers: list[str]) -> int:
     return sum(p.numel() for name in layers for p in model.get_submodule(name).parameters())
 
 
+@pytest.mark.parametrize("vocab_size", [8, 61, 400, 2000], ids="vocab{}".format)
 @pytest.mark.parametrize("num_layers", [5, 7])
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_each_balance_is_as_even_as_can_be(num_layers: int, stages: int) -> None:
-    """Use a large vocabulary, which costs parameters at both ends, but multiplications at one."""
-    model = gpt(vocab_size=400, num_layers=num_layers)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_each_balance_is_as_even_as_can_be(num_layers: int, stages: int, vocab_size: int) -> None:
+    """A large vocabulary costs parameters at both ends, but multiplications at one."""
+    model = gpt(vocab_size=vocab_size, num_layers=num_layers)
     layers = model.pipeline_layers
     costs = {"flops": matrix_elements, "parameters": all_elements, "uniform": lambda _, names: len(names)}
     for balance, cost in costs.items():
@@ -82,6 +66,8 @@ def test_each_balance_is_as_even_as_can_be(num_layers: int, stages: int) -> None
         options = every_cut(len(layers), stages)
         best = min(max(cost(model, layers[a:b]) for a, b in option) for option in options)
         assert max(cost(model, stage) for stage in cut) == best, balance
+        if (balance, stages, vocab_size, num_layers) == ("flops", 2, 2000, 5):
+            assert cut[1] == ["head"], "a head that costs more than all layers is alone"
 
 
 def test_what_each_balance_counts() -> None:
@@ -187,6 +173,9 @@ def test_a_chain_that_is_not_declared_well() -> None:
         layer_names(Custom(["first", "second", "third"]))
     with pytest.raises(ValueError, match=r"^second\.1\.weight is in none of the pipeline_layers"):
         layer_names(Custom(["first", "second.0"]))
+    for layers in (["first", "second", "second"], ["second", "second.0", "first"]):
+        with pytest.raises(ValueError, match="twice, or a part of it"):
+            layer_names(Custom(layers))
     for loose, name in (("parameter", "scale"), ("buffer", "count")):
         with pytest.raises(ValueError, match=f"^{name} is in none of the pipeline_layers"):
             layer_names(Custom(["first", "second"], loose))

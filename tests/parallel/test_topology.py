@@ -1,7 +1,5 @@
 """Degrees and the places of ranks on the mesh."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -35,41 +33,21 @@ def test_by_default_all_ranks_are_data_parallel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "given", "message"),
+    ("world", "degrees", "message"),
     [
-        (
-            8,
-            {"pp": 2, "dp": 2, "tp": 3},
-            "pp(2) * dp(2) * tp(3) = 12, but the world size is 8; change one of them",
-        ),
-        (
-            4,
-            {"pp": 1, "dp": 2, "tp": 1},
-            "pp(1) * dp(2) * tp(1) = 2, but the world size is 4; change one of them",
-        ),
-        (
-            8,
-            {"pp": 3, "dp": "auto", "tp": 1},
-            "pp(3) * tp(1) = 3 doesn't divide the world size 8; change one of them",
-        ),
-        (
-            2,
-            {"pp": "auto", "dp": 4, "tp": 1},
-            "dp(4) * tp(1) = 4 doesn't divide the world size 2; change one of them",
-        ),
-        (
-            4,
-            {"pp": "auto", "dp": "auto", "tp": 2},
-            "pp and dp are both 'auto'; give at least two of pp, dp, tp as numbers",
-        ),
-        (4, {"pp": 0, "dp": "auto", "tp": 1}, "pp(0) must be at least 1"),
-        (4, {"pp": -2, "dp": -2, "tp": 1}, "pp(-2) must be at least 1"),
-        (4, {"pp": 2, "dp": 2, "tp": -1}, "tp(-1) must be at least 1"),
+        (8, (2, 2, 3), "pp(2) * dp(2) * tp(3) = 12, but the world size is 8; change one of them"),
+        (4, (1, 2, 1), "pp(1) * dp(2) * tp(1) = 2, but the world size is 4; change one of them"),
+        (8, (3, "auto", 1), "pp(3) * tp(1) = 3 doesn't divide the world size 8; change one of them"),
+        (2, ("auto", 4, 1), "dp(4) * tp(1) = 4 doesn't divide the world size 2; change one of them"),
+        (4, ("auto", "auto", 2), "pp and dp are both 'auto'; give at least two of pp, dp, tp as numbers"),
+        (4, (0, "auto", 1), "pp(0) must be at least 1"),
+        (4, (-2, -2, 1), "pp(-2) must be at least 1"),
+        (4, (2, 2, -1), "tp(-1) must be at least 1"),
     ],
 )
-def test_degrees_that_do_not(world: int, given: dict[str, Any], message: str) -> None:
+def test_degrees_that_do_not(world: int, degrees: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
-        resolve_degrees(world, **given)
+        resolve_degrees(world, **dict(zip(("pp", "dp", "tp"), degrees, strict=True)))
     assert str(caught.value) == message
 
 

@@ -1,7 +1,5 @@
 """Model, data and config of the fixture `deepspeed_continues`, in plain PyTorch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,18 +1,16 @@
 """Helpers for tests of `uni3d import`: the fixtures, and reading back the checkpoints made of them."""
 
-from __future__ import annotations
-
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commands
 import ml_dtypes
 import numpy as np
 import zarr
-from commands import run
-from safetensors.numpy import load_file
-
-FIXTURES = Path(__file__).parent / "fixtures"
+from commands import answer
+from foreign_files import FIXTURES
 
 
 def names(prefix: str) -> list[str]:
@@ -24,26 +22,7 @@ def source(name: str) -> Path:
     return FIXTURES / name / "checkpoint"
 
 
-def expected(name: str, folder: Path = FIXTURES) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the live run's tensors by state and name, and its facts."""
-    arrays = load_file(folder / name / "expected.safetensors")
-    return arrays, json.loads((folder / name / "expected.json").read_text())
-
-
-def imported(*arguments: object) -> dict[str, Any]:
-    """Run `uni3d import`, which must succeed; return its JSON output."""
-    done = run("import", *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def refused(*arguments: object) -> str:
-    """Run `uni3d import`, which must fail with one line and leave nothing behind."""
-    done = run("import", *arguments)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert not done.stdout
-    return done.stderr
+imported, refused = partial(answer, "import"), partial(commands.refused, "import")
 
 
 def atoms(checkpoint: str | Path) -> dict[str, np.ndarray]:

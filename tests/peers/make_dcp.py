@@ -1,14 +1,12 @@
 """Make the fixtures of torch.distributed.checkpoint: `python tests/peers/make_dcp.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from peers_common import destination, hyperparameters, new_folder, on_ranks, wanted, write_expected
+from peers_common import destination, hyperparameters, make, new_folder, wanted, write_expected
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -169,12 +167,9 @@ def weights_only(folder: Path) -> None:
 
 def main() -> None:
     out = destination()
-    if wanted("dcp_fsdp"):
-        on_ranks(2, nested, new_folder(out, "dcp_fsdp"), (2,), ("shard",))
-    if wanted("dcp_fsdp_tp"):
-        on_ranks(4, nested, new_folder(out, "dcp_fsdp_tp"), (2, 2), ("shard", "tp"))
-    if wanted("dcp_torchtitan"):
-        on_ranks(2, titan, new_folder(out, "dcp_torchtitan"))
+    make(out, "dcp_fsdp", 2, nested, (2,), ("shard",))
+    make(out, "dcp_fsdp_tp", 4, nested, (2, 2), ("shard", "tp"))
+    make(out, "dcp_torchtitan", 2, titan)
     if wanted("dcp_weights"):
         weights_only(new_folder(out, "dcp_weights"))
 

@@ -1,7 +1,5 @@
 """Make the fixtures of DeepSpeed's ZeRO: `python tests/peers/make_deepspeed.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from pathlib import Path
@@ -12,8 +10,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from peers_common import destination, hyperparameters, new_folder, on_ranks, wanted, write_expected
+from peers_common import destination, hyperparameters, make, write_expected
 from safetensors.torch import save_file
+from split_model import groups
 from torch import Tensor, nn
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -90,15 +89,6 @@ class Small(nn.Module):
         )
         logits = self.head(self.frozen(hidden) * self.gain)
         return nn.functional.cross_entropy(logits.float(), labels)
-
-
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return two groups: matrices with weight decay, the rest without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def whole(engine: Any, parameter: nn.Parameter, state: str | None) -> Tensor:
@@ -281,10 +271,8 @@ def train(engine: Any, step: int) -> dict[str, float]:
 def main() -> None:
     out = destination()
     for name, (ranks, config) in CASES.items():
-        if wanted(f"deepspeed_{name}"):
-            on_ranks(ranks, zero, new_folder(out, f"deepspeed_{name}"), config)
-    if wanted("deepspeed_continues"):
-        on_ranks(2, continues, new_folder(out, "deepspeed_continues"))
+        make(out, f"deepspeed_{name}", ranks, zero, config)
+    make(out, "deepspeed_continues", 2, continues)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 `python tests/peers/make_deepspeed_parallel.py [OUT [NAME ...]]`
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from deepspeed.checkpoint.ds_to_universal import main as to_universal
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from make_deepspeed import ADAMW, BF16, WARMUP, facts, save, truth
-from peers_common import destination, new_folder, on_ranks, wanted, write_expected
+from peers_common import destination, make, new_folder, wanted, write_expected
 from split_model import (
     HIDDEN,
     PADDED,
@@ -233,8 +231,7 @@ def main() -> None:
         "deepspeed_autotp": (2, autotp),
     }
     for name, (ranks, case, *arguments) in cases.items():
-        if wanted(name):
-            on_ranks(ranks, case, new_folder(out, name), *arguments)
+        make(out, name, ranks, case, *arguments)
     for source in ("deepspeed_zero2_fp16", "deepspeed_zero3_fp32", "deepspeed_3d"):
         if wanted(f"{source}_universal"):
             universal(out, source)

@@ -1,7 +1,5 @@
 """Make the fixtures of Megatron-core: `python tests/peers/make_megatron.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import TransformerConfig
-from peers_common import destination, hyperparameters, new_folder, on_ranks, wanted, write_expected
+from peers_common import destination, hyperparameters, make, write_expected
 from split_model import merged
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -298,13 +296,8 @@ def joined(ranks: list[dict[str, tuple[Tensor, Any]]]) -> dict[str, Tensor]:
 
 def main() -> None:
     out = destination()
-    cases = {
-        "megatron_fp32": (4, 2, 2, None),
-        "megatron_distributed": (4, 2, 1, "fully_reshardable"),
-    }
-    for name, (ranks, *arguments) in cases.items():
-        if wanted(name):
-            on_ranks(ranks, run, new_folder(out, name), *arguments)
+    make(out, "megatron_fp32", 4, run, 2, 2, None)
+    make(out, "megatron_distributed", 4, run, 2, 1, "fully_reshardable")
 
 
 if __name__ == "__main__":

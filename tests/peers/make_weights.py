@@ -1,7 +1,5 @@
 """Make the fixtures of weights alone: `python tests/peers/make_weights.py [OUT [NAME ...]]`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

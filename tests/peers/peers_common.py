@@ -1,7 +1,5 @@
 """Helpers for the scripts that make fixtures: local ranks, and files of expected tensors."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -43,6 +41,12 @@ def on_ranks(world_size: int, case: Callable[..., None], *args: Any) -> None:
     """Run `case(*args)` on gloo ranks with a file store."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (world_size, f"file://{folder}/meet", case, args), nprocs=world_size)
+
+
+def make(out: Path, name: str, world_size: int, case: Callable[..., None], *args: Any) -> None:
+    """Make a fixture, if it is wanted, by `case(folder, *args)` on ranks."""
+    if wanted(name):
+        on_ranks(world_size, case, new_folder(out, name), *args)
 
 
 def _rank(rank: int, world_size: int, meet: str, case: Callable[..., None], args: tuple[Any, ...]) -> None:

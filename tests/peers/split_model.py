@@ -1,7 +1,5 @@
 """A model split by hand like Megatron's: columns, rows, vocabulary, two fused matrices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

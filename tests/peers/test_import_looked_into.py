@@ -1,18 +1,15 @@
 """Commands about topologies handle imported checkpoints, which have no writer topology."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from commands import run
-from imported import expected, imported, source
+from commands import answer, run
+from foreign_files import expected
+from imported import imported, source
+from whole_arrays import save_whole
 
 import ckpt
-from uni3d.manifest import RunManifest
 from uni3d.plot.metrics import read_marks, resizes_between
 
 NAME = "deepspeed_zero3_fp32"
@@ -25,15 +22,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(*arguments: object) -> dict[str, Any]:
-    done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 def test_the_doctor(made: Path) -> None:
-    report = said("doctor", made, "--world-size", 2)
+    report = answer("doctor", made, "--world-size", 2)
     assert (report["written_on"], report["imported_from"]) == (None, "deepspeed")
     best = report["recommended"]
     assert (best["pp"], best["dp"], best["tp"], best["zero"]) == (1, 2, 1, 3), "as the run in DeepSpeed"
@@ -42,12 +32,12 @@ def test_the_doctor(made: Path) -> None:
     assert "imported from deepspeed, 20" in told
     assert "pp1" not in told
     assert any("says which of them were guesses" in note for note in report["notes"])
-    assert said("inspect", made)[0]["written on"] == "imported from deepspeed"  # type: ignore[index]
+    assert answer("inspect", made)[0]["written on"] == "imported from deepspeed"
 
 
 def test_the_picture_of_its_ranks(made: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    row = said("plot", made, tmp_path / "p.png", "--layout", "--dp", 2)
+    row = answer("plot", made, tmp_path / "p.png", "--layout", "--dp", 2)
     shape = list(expected(NAME)[0][f"fp32/{row['atom']}"].shape)
     assert row["before"]["imported_from"] == "deepspeed"
     assert row["before"]["topology"] is None
@@ -65,37 +55,16 @@ def test_the_picture_of_its_ranks(made: Path, tmp_path: Path) -> None:
 def test_it_is_no_resize_of_a_topology(made: Path, tmp_path: Path) -> None:
     """Check the mark and both sides of the picture for a run that resumed on two ranks."""
     pytest.importorskip("matplotlib")
-    run_of = ckpt.open_store(made)
-    spec = ckpt.ShardSpec(ckpt.ArrayKey("embed.weight", "fp32"), "float32", (13, 7), ckpt.Box.whole((13, 7)))
-    ckpt.save(
-        made,
-        "later",
-        [ckpt.Shard(spec, np.zeros((13, 7), np.float32))],
-        plan=ckpt.make_plan({0: [spec]}),
-        comm=ckpt.Solo(),
-        document={
-            "step": 6,
-            "created": "2999-01-02T03:04:05+00:00",
-            "writer": {"topology": {"pp": 1, "dp": 2, "tp": 1}, "zero_stage": 1, "shard_group": 2},
-        },
-        durable=False,
-    )
-    marks, problems = read_marks(run_of, "step")
+    writer = {"topology": {"pp": 1, "dp": 2, "tp": 1}, "zero_stage": 1, "shard_group": 2}
+    arrays = {("embed.weight", "fp32"): np.zeros((13, 7), np.float32)}
+    save_whole(made, "later", arrays, step=6, created="2999-01-02T03:04:05+00:00", writer=writer)
+    marks, problems = read_marks(ckpt.open_store(made), "step")
     assert not problems
     assert [(mark.tag, mark.at, str(mark.ranks)) for mark in marks] == [
         ("global_step5", 5, "None"),
         ("later", 6, "pp1 dp2 tp1 zero1"),
     ]
     assert resizes_between(marks) == []
-    row = said("plot", made, tmp_path / "p.png", "--layout", "--atom", "embed.weight")
+    row = answer("plot", made, tmp_path / "p.png", "--layout", "--atom", "embed.weight")
     assert row["before"]["imported_from"] == "deepspeed"
     assert len(row["after"]["boxes"]) == 2
-
-
-def test_what_manifests_say() -> None:
-    manifest = {"writer": {"topology": {"pp": 1, "dp": 1, "tp": 1}, "zero_stage": 0}}
-    read = RunManifest.read(manifest)
-    assert (str(read.written_on), read.imported_from) == ("pp1 dp1 tp1 zero0", None)
-    manifest["writer"]["imported"] = {"from": "torch"}
-    read = RunManifest.read(manifest)
-    assert (read.written_on, read.imported_from) == (None, "torch")

@@ -1,7 +1,5 @@
 """Imports of weights from files of transformers, safetensors and torch.save."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from commands import run
-from imported import atoms, differing, expected, imported, manifest, refused, source
+from foreign_files import expected
+from imported import atoms, differing, imported, manifest, refused, source
 from safetensors.torch import save_file
 
 import uni3d
@@ -131,19 +130,15 @@ def test_an_index_must_be_true(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(100)])
 def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "empty").mkdir()
     for name in ("x.safetensors", "x.pt"):
         (tmp_path / name).write_bytes(content)
         told = refused(tmp_path / name, tmp_path / "run")
         assert str(tmp_path / name) in told
-    assert "isn't a known kind of checkpoint" in refused(_empty(tmp_path), tmp_path / "run")
+    assert "isn't a known kind of checkpoint" in refused(tmp_path / "empty", tmp_path / "run")
     assert "doesn't exist" in refused(tmp_path / "nothing", tmp_path / "run")
     (tmp_path / "x.txt").write_bytes(content or b"x")
     if content[:2] != b"PK":
         assert "neither a safetensors file nor a file written by torch.save" in refused(
             tmp_path / "x.txt", tmp_path / "run"
         )
-
-
-def _empty(tmp_path: Path) -> Path:
-    (tmp_path / "empty").mkdir(exist_ok=True)
-    return tmp_path / "empty"

@@ -6,8 +6,6 @@ Commands run in a folder with a run that was trained on one topology and then on
 a user may pass by mistake. Times and speeds in their output are replaced.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

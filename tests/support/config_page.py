@@ -1,7 +1,5 @@
 """Print the tables of config keys in `docs/from-deepspeed.md`; a test compares the two."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small models and data for tests of the engine, and plain PyTorch to compare it with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -22,6 +20,8 @@ Batch = tuple[Tensor, Tensor]
 
 class OwnLoss(nn.Module):
     """Plain module that returns its loss, with ties, frozen parameters and buffers."""
+
+    returns_loss = True
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -60,8 +60,7 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        out: Tensor = self.out(x)
-        return out
+        return self.out(x)
 
 
 def seeded(model: Callable[..., nn.Module], *args: Any) -> nn.Module:
@@ -87,25 +86,48 @@ def micro_batches(batches: list[Batch], engine: uni3d.Engine) -> Iterator[Batch]
 
 
 def make_engine(
-    model: nn.Module, *, zero: int = 0, pp: int = 1, micro: int = 3, **given: Any
+    model: nn.Module,
+    *,
+    zero: int = 0,
+    pp: int = 1,
+    micro: int = 3,
+    clip: float = 0.0,
+    group: int = -1,
+    offload: bool = False,
+    **given: Any,
 ) -> uni3d.Engine:
-    """Return an engine on the CPU with a global batch of 12 and no clipping; `given` goes to `initialize`."""
+    """Return an engine on the CPU with a global batch of 12; `given` goes to `initialize`."""
+    offloading = {"device": "cpu" if offload else "none"}
     config = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_clipping": 0.0,
+        "gradient_clipping": clip,
         "optimizer": ADAM,
         "parallel": {"pp": pp, "device": "cpu"},
-        "zero_optimization": {"stage": zero},
+        "zero_optimization": {"stage": zero, "mics_shard_size": group, "offload_optimizer": offloading},
     } | given.pop("config", {})
-    engine: uni3d.Engine = uni3d.initialize(model=model, config=config, **given)[0]
-    return engine
+    return uni3d.initialize(model=model, config=config, **given)[0]
 
 
 def train(engine: uni3d.Engine, batches: list[Batch]) -> list[float]:
     """Take a step on each global batch; return the losses."""
-    data = micro_batches(batches, engine)
-    return [engine.train_batch(data).item() for _ in batches]
+    return take_steps(engine, len(batches), micro_batches(batches, engine))[0]
+
+
+def take_steps(
+    engine: uni3d.Engine, steps: int, data: Iterator[Any] | None = None
+) -> tuple[list[float], list[float]]:
+    """Take steps on `data`, or on the engine's own; return the losses and the norms before clipping."""
+    losses, norms = [], []
+    for _ in range(steps):
+        losses.append(engine.train_batch(data).item())
+        norms.append(engine.get_global_grad_norm() or 0.0)
+    return losses, norms
+
+
+def save_and_wait(engine: uni3d.Engine, run: Any, **how: Any) -> None:
+    engine.save_checkpoint(run, **how)
+    engine.wait_for_checkpoint()
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -131,7 +153,7 @@ def train_plainly(
     trained = [p for p in model.parameters() if p.requires_grad]
     inner, losses, norms = optimizer(trained), [], []
     for x, y in batches:
-        value = model(x, y) if isinstance(model, OwnLoss) else loss(model(x), y)
+        value = model(x, y) if hasattr(model, "returns_loss") else loss(model(x), y)
         value.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip or float("inf"))))
         inner.step()

@@ -4,8 +4,6 @@ The rules that uni3d documents (initial weights from seed and name, the order of
 schedule) are implemented here a second time, so that an error in either shows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -111,17 +109,22 @@ def batch_indices(step: int) -> list[int]:
     return [int(order[p // N_SAMPLES][p % N_SAMPLES]) for p in places]
 
 
-def train(config: dict[str, Any], steps: int, masked: bool = False) -> Trace:
-    """Train for `steps` steps in one process, a global batch at once."""
-    model = initial_model(config)
+def make_optimizer(model: GPT) -> torch.optim.Optimizer:
+
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         eps=1e-6,
         foreach=False,
     )
+
+
+def train(config: dict[str, Any], steps: int, masked: bool = False) -> Trace:
+    """Train for `steps` steps in one process, a global batch at once."""
+    model = initial_model(config)
+    optimizer = make_optimizer(model)
     inputs, targets = samples(masked)
     trace = Trace(states=[_state(model, optimizer)])
     for step in range(steps):
@@ -157,14 +160,7 @@ def train_mixed(config: dict[str, Any], steps: int, dtype: torch.dtype, micro: i
     """
     model = initial_model(config)
     masters = dict(model.named_parameters())
-    matrices = [p for p in masters.values() if p.ndim >= 2]
-    vectors = [p for p in masters.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        eps=1e-6,
-        foreach=False,
-    )
+    optimizer = make_optimizer(model)
     inputs, targets = samples()
     trace = Trace()
     for step in range(steps):
@@ -179,11 +175,9 @@ def train_mixed(config: dict[str, Any], steps: int, dtype: torch.dtype, micro: i
             (loss * factor).backward()
             total += loss.item()
             for name, parameter in masters.items():
-                assert parameter.grad is not None
                 parameter.grad += low[name].grad.float()
         tokens = BATCH * SEQ_LEN
         for parameter in masters.values():
-            assert parameter.grad is not None
             parameter.grad /= tokens * factor
         trace.losses.append(total / tokens)
         trace.norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP)))

@@ -4,8 +4,6 @@ python tests/support/parallelism_tables.py                          # refused co
 OMP_NUM_THREADS=1 python tests/support/parallelism_tables.py parity # minutes: the errors of each cell, too
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -5,8 +5,6 @@ its own group and rendezvous, so cases share nothing but imports. A case that ta
 stacks of all its ranks printed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools

@@ -1,15 +1,11 @@
 """Models of several kinds on any topology: their ranks' parts of a checkpoint, and their resumes."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import oracle
 import torch
 from model import GPT, GPTConfig
-from models import OwnLoss, Stack, global_batches, make_engine, micro_batches, seeded
+from models import OwnLoss, Stack, global_batches, make_engine, micro_batches, save_and_wait, seeded
 from test_pipe import tied_layers, token_loss
 from tied_gpt import gpt_engine
 from torch import Tensor, nn
@@ -18,8 +14,6 @@ import uni3d
 from parallel import Ranks, Settings
 from uni3d.pipe import PipelineModule
 from uni3d.state import Inventory
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # on the ranks too
 
 UNTIED = oracle.MODEL | {"norm": "layernorm", "positions": "learned", "activation": "gelu"}
 
@@ -38,8 +32,7 @@ class Biased(nn.Module):
         self.last = nn.Linear(7, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.inner(x))
-        return out
+        return self.last(self.inner(x))
 
     def loss_fn(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return (outputs - targets).square().sum(), torch.tensor(outputs.numel())
@@ -132,8 +125,7 @@ def save_case(model: str, run: str) -> None:
             "biased": [(torch.ones(12, 5), torch.ones(12, 1))],
         }
         engine.train_batch(micro_batches(data.get(model) or global_batches(1), engine))
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, run)
 
 
 def held_case(place: Place, run: str, saved: str) -> dict[str, Any]:
@@ -143,14 +135,12 @@ def held_case(place: Place, run: str, saved: str) -> dict[str, Any]:
     """
     engine = build(place)
     engine.load_checkpoint(run)
-    engine.save_checkpoint(saved)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, saved)
     arrays = Inventory(engine.model).arrays(engine.optimizer)
     sizes = {"fp32": 0, "value": 0, "states": 0}
     for spec, tensor, _ in arrays:
         kind = spec.key.state if spec.key.state in sizes else "states"
         sizes[kind] += tensor.numel() * tensor.element_size()
-    assert engine.last_load is not None
     found = {
         "held": sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays),
         "read": engine.last_load.bytes_read,

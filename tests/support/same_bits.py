@@ -15,16 +15,12 @@ about a minute and a half on 2 cores.
 Results depend on the processor and on torch's version: record and compare on the same machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
-import gc
 import hashlib
 import importlib.util
 import io
 import json
-import logging
 import os
 import platform
 import re
@@ -33,19 +29,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from same_bits_runs import FURTHER, RUNS, STEPS, Json, Run, resume, train
+from ranks import Ranks
+from same_bits_runs import FURTHER, RUNS, STEPS, Json, resume, train
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = Path("examples", "megatron_gpt")
 PACKAGES = ("uni3d", "parallel", "ckpt")
-RANKS = 4
 RECORD = "record.json"
 SCRIPT = "zero_to_fp32.py"
 """Part of each checkpoint. Its text may change; what it writes may not."""
@@ -56,49 +50,12 @@ VARIES = re.compile(rf'(?P<key>"created": ?|"uni3d": ?|"{SCRIPT}": ?)("[^"]*"|{{
 # --- on the ranks ------------------------------------------------------------------------------------------
 
 
-def take_runs(rank: int, tree: Path, source: Path, folder: Path, rendezvous: Path) -> None:
-    """Do all runs as rank `rank`, resuming from the checkpoints in `source`; rank 0 writes the record.
-
-    Rank 0 takes part in everything, so no checkpoint is read before it is written.
-    """
-    torch.set_num_threads(1)
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice on speed
+def case(tree: Path, task: Callable[..., Any], *args: Any) -> Any:
+    """Do a task on a rank, with the code of `tree` alone."""
     check_origin(tree)
-    results: Json = {}
-    for run in RUNS:
-        try:
-            found = take_run(rank, run, source / run.name, folder / run.name, rendezvous / run.name)
-        except Exception as error:
-            error.add_note(f"in the run {run.name!r}")
-            raise
-        check_origin(tree)
-        if rank == 0:
-            results[run.name] = found | saved(folder / run.name)
-    if rank == 0:
-        record = {"environment": environment(), "runs": results}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def take_run(rank: int, run: Run, source: Path, target: Path, rendezvous: Path) -> Json:
-    """Train and save to `target`, then resume twice from `source`; returns what this rank saw."""
-    tasks: list[tuple[str, int, Callable[[], Any]]] = [
-        ("training", run.split.world, lambda: train(run, target)),
-        ("resumed", run.split.world, lambda: resume(run, run.split, source)),
-        ("resumed elsewhere", run.other.world, lambda: resume(run, run.other, source)),
-    ]
-    found: Json = {"run": asdict(run)}
-    for what, world_size, task in tasks:
-        if rank >= world_size:
-            continue
-        file = rendezvous.with_suffix(f".{what.replace(' ', '_')}")
-        wait = timedelta(seconds=120)
-        dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world_size, timeout=wait)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a line for each load
-                found[what] = task()
-        finally:
-            dist.destroy_process_group()
-            gc.collect()
+    with contextlib.redirect_stderr(io.StringIO()):  # a line for each load
+        found = task(*args)
+    check_origin(tree)
     return found
 
 
@@ -190,16 +147,33 @@ def environment() -> dict[str, str]:
 
 
 def perform(tree: Path, source: Path, folder: Path) -> Json:
-    """Start the ranks with the code of `tree`; returns the record that they leave in `folder`."""
+    """Do all runs with the code of `tree`, resuming from the checkpoints in `source`; returns the record.
+
+    Checkpoints and the record are written to `folder`.
+    """
     paths = [str(tree), str(tree / EXAMPLE)]
     sys.path[:0] = paths  # spawned processes take it over
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # the tree is only read
-    with tempfile.TemporaryDirectory() as rendezvous:
-        torch.multiprocessing.spawn(take_runs, (tree, source, folder, Path(rendezvous)), nprocs=RANKS)
-    record: Json = json.loads((folder / RECORD).read_text())
-    return record
+    record: Json = {"environment": environment(), "runs": {}}
+    pool = Ranks(4)
+    try:
+        for run in RUNS:
+            there, elsewhere = run.split.world, run.other.world
+            target, before = folder / run.name, source / run.name
+            record["runs"][run.name] = {
+                "run": asdict(run),
+                "training": pool.run(there, case, tree, train, run, target)[0],
+                "resumed": pool.run(there, case, tree, resume, run, run.split, before)[0],
+                "resumed elsewhere": pool.run(elsewhere, case, tree, resume, run, run.other, before)[0],
+                **pool.run(1, case, tree, saved, target)[0],
+            }
+    finally:
+        pool.stop()
+    text = json.dumps(record, indent=1)
+    (folder / RECORD).write_text(text + "\n")
+    return json.loads(text)
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:

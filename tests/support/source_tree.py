@@ -1,7 +1,5 @@
 """The source tree as the tests of its laws see it: files, their syntax trees, their imports."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

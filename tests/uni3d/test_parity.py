@@ -3,20 +3,16 @@
 `python tests/support/parallelism_tables.py parity` writes what this measures into `docs/parallelism.md`.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import oracle
 import pytest
 import torch
-from model import GPT, GPTConfig
+from models import take_steps
 from ranks import Ranks
+from tied_gpt import gpt_engine
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import TensorDataset
-
-import uni3d
 
 STEPS = 10
 ACCUMULATION = 2
@@ -63,34 +59,16 @@ LIMITS = {
 """Documented limits of each precision; `early` holds only if each sum is computed by one process."""
 
 
-def make_engine(topology: Topology, zero: int, precision: str) -> Any:
-    fp16 = {"enabled": precision == "fp16", "initial_scale_power": SCALE_POWER}
-    settings = oracle.SETTINGS | {
-        "gradient_accumulation_steps": ACCUMULATION,
-        "parallel": {"pp": topology.pp, "dp": topology.dp, "tp": topology.tp, "device": "cpu"},
-        "zero_optimization": {"stage": zero},
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": fp16,
-    }
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**MODEL))
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2]},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    data = TensorDataset(*oracle.samples())
-    return uni3d.initialize(model=model, model_parameters=groups, training_data=data, config=settings)[0]
-
-
 def cells_case(topology: Topology, cells: list[tuple[int, str]]) -> list[Any]:
     """Return losses, norms and this stage's whole parameters for each `(ZeRO stage, precision)`."""
     results = []
     for zero, precision in cells:
-        engine = make_engine(topology, zero, precision)
-        losses, norms = [], []
-        for _ in range(STEPS):
-            losses.append(engine.train_batch().item())
-            norms.append(engine.get_global_grad_norm())
+        sections = {
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16", "initial_scale_power": SCALE_POWER},
+        }
+        engine = gpt_engine(*topology, zero, sizes=MODEL, groups=True, **sections)
+        losses, norms = take_steps(engine, STEPS)
         parameters: dict[str, Tensor] = {}
         for name, parameter in engine.module.named_parameters():
             whole = parameter.detach()
@@ -142,13 +120,15 @@ def check(topology: Topology, zero: int, precision: str, errors: Errors) -> None
 
 ALL_CELLS = [(zero, precision) for precision in PRECISIONS for zero in range(4)]
 SOME = [
-    (Topology(1, 2, 1), [(0, "bf16"), (2, "bf16"), (1, "fp16"), (3, "fp16")]),
-    (Topology(2, 1, 1), ALL_CELLS[5::4]),
+    (Topology(1, 2, 1), [(2, "bf16"), (3, "fp16")]),
+    (Topology(2, 1, 1), [(1, "fp16")]),
     (Topology(1, 1, 2), [(2, "bf16")]),
+    pytest.param(Topology(1, 2, 1), [(0, "bf16"), (1, "fp16")], marks=pytest.mark.slow),
+    pytest.param(Topology(2, 1, 1), [(1, "bf16")], marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("topology", "cells"), SOME, ids=[str(topology) for topology, _ in SOME])
+@pytest.mark.parametrize(("topology", "cells"), SOME, ids=str)
 def test_some_cells(ranks: Ranks, topology: Topology, cells: list[tuple[int, str]]) -> None:
     for (zero, precision), errors in measure(ranks, topology, cells).items():
         check(topology, zero, precision, errors)

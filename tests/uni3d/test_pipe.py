@@ -1,14 +1,12 @@
 """A pipeline written as a list of layers, as DeepSpeed's users write it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_same, global_batches, make_engine, micro_batches, train_plainly, whole
+from models import assert_same, global_batches, make_engine, micro_batches, train, train_plainly, whole
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -98,8 +96,7 @@ def tied_case(pp: int, schedule: str, virtual: int, meta: bool) -> Any:
     engine = make_engine(model, zero=1, config=config)
     assert engine.model.topology.degrees.pp == pp
     start = {engine.model.first_name(n): t for n, t in whole(engine.module).items()}
-    data = micro_batches(token_batches(), engine)
-    losses = [engine.train_batch(data).item() for _ in range(STEPS)]
+    losses = train(engine, token_batches())
     end = {engine.model.first_name(n): t for n, t in whole(engine.module).items()}
     return losses, engine.get_global_grad_norm(), start, end
 
@@ -108,9 +105,7 @@ def tied_case(pp: int, schedule: str, virtual: int, meta: bool) -> Any:
     ("world", "schedule", "virtual", "meta"),
     [(1, "1f1b", 1, False), (2, "1f1b", 1, False), (2, "1f1b", 1, True), (2, "zero_bubble_v", 2, True)],
 )
-def test_tied_layers_functions_and_tuples(
-    ranks: Ranks, world: int, schedule: str, virtual: int, meta: bool
-) -> None:
+def test_tied_layers_and_tuples(ranks: Ranks, world: int, schedule: str, virtual: int, meta: bool) -> None:
     results = ranks.run(world, tied_case, world, schedule, virtual, meta)
     plain = Plain()
     start = {name: t for _, _, tensors, _ in results for name, t in tensors.items()}

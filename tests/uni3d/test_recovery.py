@@ -1,7 +1,5 @@
 """The weights of a checkpoint by DeepSpeed's functions, and by the script in its folder."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -12,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import OwnLoss, global_batches, make_engine, seeded, train
+from models import OwnLoss, global_batches, make_engine, save_and_wait, seeded, train
 from ranks import Ranks
 from safetensors.torch import load_file
-from tied_gpt import TIED, gpt_engine
+from tied_gpt import TIED, save_case
 from torch import Tensor
 
 import ckpt
@@ -27,14 +25,6 @@ PLACES = [
     (2, 1, 2, 3),
     *(pytest.param(place, marks=pytest.mark.slow) for place in [(1, 2, 1, 3), (2, 1, 1, 1), (1, 1, 2, 2)]),
 ]
-
-
-def save_case(place: tuple[int, int, int, int], folder: str) -> Any:
-    engine = gpt_engine(*place)
-    engine.train_batch()
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
-    return engine.module_state_dict()
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -98,8 +88,7 @@ def trained(folder: Path) -> uni3d.Engine:
     """A model with frozen parameters, a buffer and a tied weight, saved."""
     engine = make_engine(seeded(OwnLoss))
     train(engine, global_batches(1))
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder)
     return engine
 
 
@@ -137,10 +126,7 @@ def test_a_model_that_does_not_fit_stays_as_it_was(alone: None, tmp_path: Path) 
         "out.weight has shape [1, 6] in the checkpoint and [1, 7] in OwnLoss"
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    with (
-        torch.device("meta"),
-        pytest.raises(ckpt.CheckpointError, match=r"call model\.to_empty"),
-    ):
+    with torch.device("meta"), pytest.raises(ckpt.CheckpointError, match=r"call model\.to_empty"):
         uni3d.load_state_dict_from_zero_checkpoint(OwnLoss(), tmp_path)
 
 

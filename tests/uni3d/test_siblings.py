@@ -1,12 +1,11 @@
 """Files and folders named `ckpt` or `parallel` beside a user's script are not in uni3d's way."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +30,7 @@ def found():
 OURS = str([str(REPOSITORY / name / "__init__.py") for name in NAMES])
 
 
-@pytest.fixture(params=["wheel", "editable"])
+@pytest.fixture(params=[pytest.param("wheel", marks=pytest.mark.slow), "editable"])
 def environment(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """Environment that finds uni3d as an install of that kind does: on the path, or by a finder."""
     site = REPOSITORY
@@ -74,9 +73,7 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("strangers", STRANGERS.values(), ids=list(STRANGERS))
-def test_strangers_beside_a_script(
-    project: Path, environment: dict[str, str], strangers: tuple[str, ...]
-) -> None:
+def test_strangers_beside_a_script(project: Path, environment: dict[str, str], strangers: Any) -> None:
     put(project, *strangers)
     code = f"import uni3d, uni3d.cli, ckpt\n{FOUND}\nckpt.save\nprint(found())\n"
     (project / "train.py").write_text(code)

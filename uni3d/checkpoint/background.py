@@ -35,7 +35,8 @@ class Background(Generic[T]):
     def __init__(self, name: str) -> None:
         self._name = name
         self._thread: threading.Thread | None = None
-        self._result: T | None = None
+        self.result: T | None = None
+        """Result of the work, once it has finished and until `wait` returns it."""
         self._error: BaseException | None = None
         _all.add(self)
         atexit.register(self._at_exit)
@@ -45,18 +46,13 @@ class Background(Generic[T]):
         """True if the work has failed and `wait` hasn't raised its error yet."""
         return self._error is not None
 
-    @property
-    def result(self) -> T | None:
-        """Result of the work, once it has finished and until `wait` returns it."""
-        return self._result
-
     def start(self, work: Callable[[], T]) -> None:
         """Start the work. Earlier work must have been waited for."""
         assert self._thread is None, "one at a time"
 
         def run() -> None:
             try:
-                self._result = work()
+                self.result = work()
             except BaseException as error:
                 self._error = error
 
@@ -74,7 +70,7 @@ class Background(Generic[T]):
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        result, error, self._result, self._error = self._result, self._error, None, None
+        result, error, self.result, self._error = self.result, self._error, None, None
         if error is not None:
             raise error
         return result
@@ -107,17 +103,14 @@ class Snapshot:
         """Return contiguous copies in host memory, valid until the next call."""
         layout = [(t.shape, t.dtype) for t in tensors]
         if layout != self._layout:
-            self._allocate(layout)
+            self._copies, self._layout = [], []  # free the old memory before the new is allocated
+            sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):
+                self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
+            self._layout = layout
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
         if self._device.type != "cpu":
             torch.accelerator.synchronize()
         return self._copies
-
-    def _allocate(self, layout: list[tuple[torch.Size, torch.dtype]]) -> None:
-        self._copies, self._layout = [], []  # free the old memory before the new is allocated
-        sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):
-            self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
-        self._layout = layout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 import ckpt
+from ckpt.stores import files
 from parallel import HostComm, ParallelModel
 from parallel.host_comm import Bytes
 from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
@@ -41,7 +41,27 @@ def whole_on_first_rank(
     One tensor of each stage at a time is gathered and sent.
     """
     model.zero.reshard()
-    whole = dict(_on_first_rank(model, comm, dtype, frozen=frozen))
+    wanted = {n: cast for n, cast in _wanted(model, frozen=frozen).items() if n not in model.tied.copies}
+    mine = (
+        (name, tensor.to(dtype) if wanted[name] else tensor)
+        for name, tensor in whole_tensors(model.module)
+        if name in wanted
+    )
+    speaks = model.topology.speaks_for_stage
+    counts = comm.all_gather(len(wanted) if speaks else 0)
+    whole: dict[str, Tensor] = {}
+    for i in range(max(counts)):
+        name, tensor = next(mine, ("", torch.empty(0)))
+        sends = speaks and i < counts[comm.rank]
+        heads = comm.all_gather((name, tensor.dtype, tuple(tensor.shape)) if sends else None)
+        nothing = np.empty(0, np.uint8)
+        outgoing: list[Bytes] = [nothing] * comm.size
+        if sends:
+            outgoing[0] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        sizes = [math.prod(head[2]) * head[1].itemsize if head and comm.rank == 0 else 0 for head in heads]
+        for head, data in zip(heads, comm.exchange(outgoing, sizes), strict=True):
+            if head is not None and comm.rank == 0:
+                whole[head[0]] = torch.from_numpy(data.copy()).view(head[1]).reshape(head[2])
     return whole | {alias: whole[first] for alias, first in model.ties.items() if first in whole}
 
 
@@ -66,51 +86,9 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: the file can't be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _on_first_rank(
-    model: ParallelModel, comm: HostComm, dtype: torch.dtype, *, frozen: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model on rank 0, and nothing on other ranks. Collective."""
-    wanted = {n: cast for n, cast in _wanted(model, frozen=frozen).items() if n not in model.tied.copies}
-    mine = (
-        (name, tensor.to(dtype) if wanted[name] else tensor)
-        for name, tensor in whole_tensors(model.module)
-        if name in wanted
-    )
-    speaks = model.topology.speaks_for_stage
-    counts = comm.all_gather(len(wanted) if speaks else 0)
-    for i in range(max(counts)):
-        name, tensor = next(mine, ("", torch.empty(0)))
-        sends = speaks and i < counts[comm.rank]
-        heads = comm.all_gather((name, str(tensor.dtype), tuple(tensor.shape)) if sends else None)
-        nothing = np.empty(0, np.uint8)
-        outgoing: list[Bytes] = [nothing] * comm.size
-        if sends:
-            outgoing[0] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        sizes = [_nbytes(head) if comm.rank == 0 else 0 for head in heads]
-        for head, data in zip(heads, comm.exchange(outgoing, sizes), strict=True):
-            if head is not None and comm.rank == 0:
-                kind = getattr(torch, head[1].removeprefix("torch."))
-                yield head[0], torch.from_numpy(data.copy()).view(kind).reshape(head[2])
-
-
-def _nbytes(head: tuple[str, str, tuple[int, ...]] | None) -> int:
-    if head is None:
-        return 0
-    kind: torch.dtype = getattr(torch, head[1].removeprefix("torch."))
-    return math.prod(head[2]) * kind.itemsize
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.new_file(path, durable=True) as fd, os.fdopen(fd, "wb", closefd=False) as file:
+        torch.save(tensors, file)
 
 
 def _wanted(model: ParallelModel, *, frozen: bool) -> dict[str, bool]:

@@ -77,11 +77,8 @@ def _hugging_face(model: nn.Module) -> dict[str, Any] | None:
         ckpt.check_json(form, "it")
         hugging_face.parse(form)
     except Exception as error:  # of any kind: the config's class may be anybody's
-        warnings.warn(
-            f"checkpoints won't have a Hugging Face description of {type(model).__name__} "
-            f"(its attribute hugging_face): {error}",
-            stacklevel=4,
-        )
+        what = f"a Hugging Face description of {type(model).__name__} (its attribute hugging_face)"
+        warnings.warn(f"checkpoints won't have {what}: {error}", stacklevel=4)
         return None
     return copy.deepcopy(form)
 

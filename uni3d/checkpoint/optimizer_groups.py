@@ -51,9 +51,8 @@ def given_optimizer(
     """Return the description of this rank's optimizer, to compare with the saved one."""
     names = _names(model)
     groups = [_group(group, names) for group in optimizer.param_groups]
-    for group, given, values in zip(
-        optimizer.param_groups, groups, [] if saved is None else saved.groups, strict=False
-    ):
+    there = [] if saved is None else saved.groups
+    for group, given, values in zip(optimizer.param_groups, groups, there, strict=False):
         for key, value in group.items():
             # A tensor hyperparameter has rounded the value; it is equal if the saved one rounds to the same.
             if isinstance(value, Tensor) and key in values and value == _like(value, values[key]):

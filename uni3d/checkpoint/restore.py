@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
+from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
@@ -177,11 +178,7 @@ class Restorer:
         return changes
 
     def _load_arrays(
-        self,
-        checkpoint: ckpt.Checkpoint,
-        saved: RunManifest,
-        optimizer: Optimizer | None,
-        wanted: Wanted,
+        self, checkpoint: ckpt.Checkpoint, saved: RunManifest, optimizer: Optimizer | None, wanted: Wanted
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
             if not _is_moment(key):
@@ -199,12 +196,7 @@ class Restorer:
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
-                checkpoint,
-                targets,
-                comm=self._comm,
-                strict=wanted.strict,
-                leave=leave,
-                threads=self._threads,
+                checkpoint, targets, comm=self._comm, strict=wanted.strict, leave=leave, threads=self._threads
             )
         except ckpt.CheckpointError:
             if optimizer is not None and fresh:
@@ -224,7 +216,7 @@ class Restorer:
 
 
 def _is_moment(key: ckpt.ArrayKey) -> bool:
-    return key.state not in (state.PARAMETER, state.BUFFER)
+    return key.state not in WEIGHT_STATES
 
 
 def _given(scheduler: LRScheduler) -> GivenScheduler:

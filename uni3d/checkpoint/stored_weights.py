@@ -17,12 +17,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: ckpt.Checkpoint, *, frozen: bool = True) -> None:
         self._checkpoint = checkpoint
-        manifest = RunManifest.of(checkpoint)
-        self.infos = {
-            name: info
-            for name, info in ckpt.weights(checkpoint).items()
-            if frozen or manifest.model.trains(name)
-        }
+        manifest, infos = RunManifest.of(checkpoint), ckpt.weights(checkpoint)
+        self.infos = {name: info for name, info in infos.items() if frozen or manifest.model.trains(name)}
         """The stored arrays, each tied weight once."""
         self.aliases = {k: v for k, v in manifest.aliases.items() if v in self.infos}
         """Further names of tied weights -> their name in `infos`."""

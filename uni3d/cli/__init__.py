@@ -87,17 +87,7 @@ def _paragraphs(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (
-    inspect.inspect,
-    verify.verify,
-    diff.diff,
-    doctor.doctor,
-    export.export,
-    import_.import_,
-    plot.plot,
-    plan.plan,
-    config.config,
-    clean.clean,
-    prune.prune,
-):
-    app.command(command.__name__.rstrip("_"), help=_paragraphs(command))(command)
+for module in (inspect, verify, diff, doctor, export, import_, plot, plan, config, clean, prune):
+    name = module.__name__.rpartition(".")[2]
+    command = getattr(module, name)
+    app.command(name.rstrip("_"), help=_paragraphs(command))(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uni3d.cli.terminal import AsJson, DryRun, RunOnly, open_run, say, say_json
+from uni3d.cli.terminal import AsJson, DryRun, RunOnly, answer, open_run
 
 
 def clean(run: RunOnly, dry_run: DryRun = False, as_json: AsJson = False) -> None:
@@ -13,10 +13,6 @@ def clean(run: RunOnly, dry_run: DryRun = False, as_json: AsJson = False) -> Non
     """
     store = open_run(run)
     names = store.leftovers() if dry_run else store.clean()
-    if as_json:
-        say_json({"removed": names, "dry_run": dry_run})
-        return
-    for name in names:
-        say(f"{'would remove' if dry_run else 'removed'} {name}")
-    if not names:
-        say(f"{store.where('')}: nothing to remove")
+    lines = [f"{'would remove' if dry_run else 'removed'} {name}" for name in names]
+    row = {"removed": names, "dry_run": dry_run}
+    answer(row, lines or [f"{store.where('')}: nothing to remove"], as_json)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from uni3d.cli.terminal import AsJson, out, say_json
 
 
 def config(
-    file: Annotated[Path, typer.Argument(help="JSON config, DeepSpeed's or uni3d's.", show_default=False)],
-    world_size: Annotated[int, typer.Option(help="Number of processes.")] = 1,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages.", show_default="the config's")] = None,
-    tp: Annotated[
-        int | None, typer.Option(help="Tensor-parallel ranks.", show_default="the config's")
-    ] = None,
+    file: Annotated[Path, Argument(help="JSON config, DeepSpeed's or uni3d's.", show_default=False)],
+    world_size: Annotated[int, Option(help="Number of processes.")] = 1,
+    pp: Annotated[int | None, Option(help="Pipeline stages.", show_default="the config's")] = None,
+    tp: Annotated[int | None, Option(help="Tensor-parallel ranks.", show_default="the config's")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a config with all defaults, and where training differs from DeepSpeed."""
@@ -48,15 +46,9 @@ def config(
 
 def _sections(settings: Any) -> dict[str, Any]:
     """Return the config's keys with their defaults, except those that `config` resolves itself."""
-    dump: dict[str, Any] = settings.model_dump(mode="json")
-    for key in (
-        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-        *("fp16", "bf16"),
-    ):
-        del dump[key]
-    for axis in ("pp", "dp", "tp"):
-        del dump["parallel"][axis]
-    del dump["data_types"]
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    known = dict.fromkeys((*batches, "fp16", "bf16", "data_types"), True)
+    dump: dict[str, Any] = settings.model_dump(mode="json", exclude={**known, "parallel": {"pp", "dp", "tp"}})
     dump["communication_data_type"] = settings.communication_data_type or "fp32"
     if settings.optimizer is not None:
         dump["optimizer"] = {"is": settings.optimizer.implementation, **settings.optimizer.hyperparameters}

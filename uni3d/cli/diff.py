@@ -5,17 +5,15 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
 from uni3d.cli.terminal import AsJson, CommandError, Run, progress_bar, say, say_json, say_table
 
 if TYPE_CHECKING:
     import ckpt
 
-FirstTag = Annotated[str | None, typer.Option(help="Tag in FIRST.", show_default="the newest committed one")]
-SecondTag = Annotated[
-    str | None, typer.Option(help="Tag in SECOND.", show_default="the newest committed one")
-]
+FirstTag = Annotated[str | None, Option(help="Tag in FIRST.", show_default="the newest committed one")]
+SecondTag = Annotated[str | None, Option(help="Tag in SECOND.", show_default="the newest committed one")]
 
 
 def diff(
@@ -38,7 +36,7 @@ def diff(
     else:
         _print(a, b, found)
     if found:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _row(found: ckpt.Difference) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
-from uni3d.cli.terminal import AsJson, CommandError, Run, Tag, plural, say, say_json
+from uni3d.cli.terminal import AsJson, CommandError, Run, Tag, answer, plural
 from uni3d.units import BYTES, format_bytes, parse
 
 if TYPE_CHECKING:
@@ -25,35 +25,30 @@ LABEL = 12
 SHOWN = 12
 """Maximum of topologies in the table, and of degrees in one line; JSON has all."""
 
-Degree = Annotated[
-    int | None, typer.Option(min=1, help="Only topologies with this degree.", show_default="any")
-]
+Degree = Annotated[int | None, Option(min=1, help="Only topologies with this degree.", show_default="any")]
 
 
 def doctor(
     run: Run,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks to resume on.", show_default=False)],
+    world_size: Annotated[int, Option(min=1, help="Number of ranks to resume on.", show_default=False)],
     tag: Tag = None,
     config: Annotated[
-        Path | None,
-        typer.Option(help="JSON config of the run, to check its batch sizes, precision and optimizer."),
+        Path | None, Option(help="JSON config of the run, to check its batch sizes, precision and optimizer.")
     ] = None,
     pp: Degree = None,
     dp: Degree = None,
     tp: Degree = None,
     zero: Annotated[
         int | None,
-        typer.Option(min=0, max=3, help="Only this ZeRO stage.", show_default="the config's, else the run's"),
+        Option(min=0, max=3, help="Only this ZeRO stage.", show_default="the config's, else the run's"),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="Only topologies that fit this much memory per rank, e.g. 80GB.", show_default="any"
-        ),
+        Option(help="Only topologies that fit this much memory per rank, e.g. 80GB.", show_default="any"),
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="JSON file as in examples/megatron_gpt/configs, to include activation memory."),
+        Option(help="JSON file as in examples/megatron_gpt/configs, to include activation memory."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -68,18 +63,14 @@ def doctor(
     from uni3d.doctor import examine
 
     try:
-        asked = _asked(world_size, pp, dp, tp, zero, memory)
+        asked = _asked(world_size, {"pp": pp, "dp": dp, "tp": tp}, zero, memory)
         report = examine(run, tag, asked, config, model)
     except (CheckpointError, OSError, ValueError) as error:
         others = _other_checkpoints(run, error) if isinstance(error, CheckpointError) else ""
         raise CommandError(f"{error}{others}", exit_code=2) from None
-    if as_json:
-        say_json(report)
-    else:
-        for line in _lines(report):
-            say(line)
+    answer(report, _lines(report), as_json)
     if not report["would_resume"]:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _other_checkpoints(run: str, error: CheckpointError) -> str:
@@ -97,16 +88,13 @@ def _other_checkpoints(run: str, error: CheckpointError) -> str:
     return found
 
 
-def _asked(
-    world: int, pp: int | None, dp: int | None, tp: int | None, zero: int | None, memory: str | None
-) -> Asked:
+def _asked(world: int, degrees: dict[str, int | None], zero: int | None, memory: str | None) -> Asked:
     from parallel.degrees import check_world_size
     from uni3d.doctor.topologies import Asked
 
-    given = {axis: n for axis, n in {"pp": pp, "dp": dp, "tp": tp}.items() if n is not None}
-    check_world_size(world, given)
+    check_world_size(world, {axis: n for axis, n in degrees.items() if n is not None})
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
-    return Asked(world=world, pp=pp, dp=dp, tp=tp, zero=zero, memory=limit)
+    return Asked(world=world, **degrees, zero=zero, memory=limit)
 
 
 # --- report --------------------------------------------------------------------------------------------

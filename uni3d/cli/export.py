@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say, say_json
+from uni3d.cli.terminal import AsJson, Run, Tag, answer, progress_bar
 from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
-    import ckpt
+    from ckpt import Checkpoint
 
 _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
-
-Write = Callable[[Path, list[str], dict[str, str]], object]
-"""Writes a file atomically, given its path, the names of its tensors and the aliases of tied ones."""
 
 
 def export(
     run: Run,
     output: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="File to write, or folder with --max-shard-size or --format hf. Must not exist.",
             show_default=False,
         ),
@@ -35,34 +30,32 @@ def export(
     tag: Tag = None,
     file_format: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--format",
             help="safetensors, torch, or hf: a folder that Hugging Face's transformers loads.",
             show_default="from the suffix of OUTPUT",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the parameters: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[str, Option(help="Type of the parameters: fp32, bf16 or fp16.")] = "fp32",
     max_shard_size: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Write several files of at most this size, and an index, with Hugging Face's file names.",
             show_default="one file; 5GB with --format hf",
         ),
     ] = None,
     include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only tensors whose names match, e.g. 'layers.0.*'. Can be repeated."),
+        list[str] | None, Option(help="Only tensors whose names match, e.g. 'layers.0.*'. Can be repeated.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave out tensors whose names match. Can be repeated.")
+        list[str] | None, Option(help="Leave out tensors whose names match. Can be repeated.")
     ] = None,
     hf_config: Annotated[
-        Path | None,
-        typer.Option(help="With --format hf: the model's config.json, if the checkpoint has none."),
+        Path | None, Option(help="With --format hf: the model's config.json, if the checkpoint has none.")
     ] = None,
     name_map: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="With --format hf: JSON file that maps name patterns (regex) to Hugging Face's names, or to "
             "null to leave tensors out, if the checkpoint has none."
         ),
@@ -83,93 +76,92 @@ def export(
     if not hf and (hf_config is not None or name_map is not None):
         raise ValueError("--hf-config and --name-map need --format hf")
     kind = None if hf else _format(output, file_format, whole=max_shard_size is None)
-    checkpoint = ckpt.open_checkpoint(run, tag)
+    checkpoint, of = ckpt.open_checkpoint(run, tag), _DTYPES[dtype]
     if kind is None:
-        done = _hugging_face(checkpoint, output, dtype, max_shard_size or "5GB", hf_config, name_map)
+        files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
-        done = _plain(checkpoint, output, kind, dtype, max_shard_size, names)
-    size = sum(file.stat().st_size for file in done.files)
-    if as_json:
-        row = {"output": str(output), "tag": checkpoint.tag, "tensors": done.tensors, "bytes": size}
-        say_json({**row, "files": [str(file) for file in done.files], "left_out": done.left_out})
-        return
-    several = f" in {len(done.files)} files" if len(done.files) > 1 else ""
-    say(f"{output}: {done.tensors} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}")
-    if done.left_out and hf:
-        say(f"left out by the name map: {', '.join(done.left_out)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Done:
-    """Result of an export."""
-
-    files: list[Path]
-    tensors: int
-    left_out: list[str]
-    """Tensors of the checkpoint that were not exported."""
+        files = _plain(checkpoint, output, kind, of, max_shard_size, names)
+    kept = set(names)
+    left_out = [name for name in ckpt.weights(checkpoint) if name not in kept]
+    size = sum(file.stat().st_size for file in files)
+    row = {"output": str(output), "tag": checkpoint.tag, "tensors": len(names), "bytes": size}
+    row |= {"files": [str(file) for file in files], "left_out": left_out}
+    several = f" in {len(files)} files" if len(files) > 1 else ""
+    lines = [f"{output}: {len(names)} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}"]
+    if left_out and hf:
+        lines.append(f"left out by the name map: {', '.join(left_out)}")
+    answer(row, lines, as_json)
 
 
 def _plain(
-    checkpoint: ckpt.Checkpoint,
+    checkpoint: Checkpoint,
     output: Path,
     kind: str,
-    dtype: str,
+    dtype: str | None,
     max_shard_size: str | None,
     names: list[str],
-) -> _Done:
-    """Write one file, or a folder of several, with the checkpoint's own tensor names."""
+) -> list[Path]:
+    """Write one file, or a folder of several, with the checkpoint's own tensor names; return the files."""
     import ckpt
     from uni3d.export.new_folder import new_folder
     from uni3d.manifest import RunManifest
     from uni3d.zero_to_fp32 import write_files
 
     infos = ckpt.weights(checkpoint)
-    sizes = {name: ckpt.exported_bytes(infos[name], _DTYPES[dtype]) for name in names}
+    sizes = {name: ckpt.exported_bytes(infos[name], dtype) for name in names}
     aliases = {k: v for k, v in RunManifest.of(checkpoint).aliases.items() if v in sizes}
     with progress_bar("exporting", sum(sizes.values())) as progress:
-        write = _writer(checkpoint, kind, _DTYPES[dtype], progress)
+
+        def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
+            if kind == "safetensors":
+                ckpt.export_safetensors(checkpoint, path, names=names, dtype=dtype, progress=progress)
+            else:
+                import torch
+
+                from uni3d.checkpoint.stored_weights import StoredWeights
+                from uni3d.recovery import write_torch_file
+
+                weights, rounded = StoredWeights(checkpoint), None if dtype is None else getattr(torch, dtype)
+                write_torch_file(weights, path, names, aliases, dtype=rounded, progress=progress)
+
         if max_shard_size is None:
             if output.exists():
                 raise FileExistsError(f"{output} already exists; delete it, or choose another name")
             write(output, names, aliases)
-            files = [output]
-        else:
-            safe = kind == "safetensors"
-            with new_folder(output) as folder:
-                made = write_files(folder, sizes, aliases, max_shard_size, safe, write)
-            files = [output / name for name in made]
-    return _Done(files=files, tensors=len(names), left_out=[name for name in infos if name not in sizes])
+            return [output]
+        with new_folder(output) as folder:
+            made = write_files(folder, sizes, aliases, max_shard_size, kind == "safetensors", write)
+        return [output / name for name in made]
 
 
 def _hugging_face(
-    checkpoint: ckpt.Checkpoint,
+    checkpoint: Checkpoint,
     output: Path,
-    dtype: str,
+    dtype: str | None,
     max_shard_size: str,
     hf_config: Path | None,
     name_map: Path | None,
-) -> _Done:
-    """Write a folder that transformers loads."""
+) -> tuple[list[Path], list[str]]:
+    """Write a folder that transformers loads; return its files, and the stored names of its tensors."""
     import ckpt
     from uni3d.export import hugging_face
 
     model = hugging_face.find(checkpoint, hf_config, name_map)
     tensors = hugging_face.renamed(checkpoint, model.names)
-    infos, of = ckpt.weights(checkpoint), _DTYPES[dtype]
-    total = sum(ckpt.exported_bytes(infos[held], of) for held in tensors.values())
+    infos = ckpt.weights(checkpoint)
+    total = sum(ckpt.exported_bytes(infos[held], dtype) for held in tensors.values())
     with progress_bar("exporting", total) as progress:
         files = hugging_face.write_folder(
             checkpoint,
             output,
             model.config,
             tensors,
-            dtype=of or "float32",
+            dtype=dtype or "float32",
             max_shard_size=max_shard_size,
             progress=progress,
         )
-    kept = set(tensors.values())
-    return _Done(files=files, tensors=len(tensors), left_out=[name for name in infos if name not in kept])
+    return files, list(tensors.values())
 
 
 def _format(output: Path, asked: str | None, *, whole: bool) -> str:
@@ -197,26 +189,3 @@ def _chosen(names: list[str], include: list[str], exclude: list[str]) -> list[st
     if not kept:
         raise ValueError("--include and --exclude leave no tensor to export")
     return kept
-
-
-def _writer(
-    checkpoint: ckpt.Checkpoint, kind: str, dtype: str | None, progress: Callable[[int], None]
-) -> Write:
-    import ckpt
-
-    if kind == "safetensors":
-        return lambda path, names, _: ckpt.export_safetensors(
-            checkpoint, path, names=names, dtype=dtype, progress=progress
-        )
-    import torch
-
-    from uni3d.checkpoint.stored_weights import StoredWeights
-    from uni3d.recovery import write_torch_file
-
-    weights = StoredWeights(checkpoint)
-    rounded = None if dtype is None else getattr(torch, dtype)
-
-    def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:
-        write_torch_file(weights, path, names, aliases, dtype=rounded, progress=progress)
-
-    return write

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import AsJson, answer, progress_bar, say, say_json, say_table
 from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
@@ -17,48 +17,42 @@ if TYPE_CHECKING:
 
 def import_(
     src: Annotated[
-        Path, typer.Argument(help="Folder of a run or checkpoint, or a file of weights.", show_default=False)
+        Path, Argument(help="Folder of a run or checkpoint, or a file of weights.", show_default=False)
     ],
     dst: Annotated[
         str | None,
-        typer.Argument(
-            help="Folder or URL of the run to write. Optional with --dry-run.", show_default=False
-        ),
+        Argument(help="Folder or URL of the run to write. Optional with --dry-run.", show_default=False),
     ] = None,
     kind: Annotated[
         str,
-        typer.Option(
-            "--from", help="auto, deepspeed, deepspeed-universal, dcp, megatron, safetensors or torch."
-        ),
+        Option("--from", help="auto, deepspeed, deepspeed-universal, dcp, megatron, safetensors or torch."),
     ] = "auto",
     tag: Annotated[
-        str | None, typer.Option(help="Tag to read, if SRC has several.", show_default="its newest")
+        str | None, Option(help="Tag to read, if SRC has several.", show_default="its newest")
     ] = None,
-    as_tag: Annotated[
-        str | None, typer.Option("--as", help="Tag to write.", show_default="global_step<N>")
-    ] = None,
+    as_tag: Annotated[str | None, Option("--as", help="Tag to write.", show_default="global_step<N>")] = None,
     name_map: Annotated[
-        Path | None, typer.Option(help="JSON file of regex -> replacement that renames the tensors.")
+        Path | None, Option(help="JSON file of regex -> replacement that renames the tensors.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be imported and left out; write nothing.")
+        bool, Option("--dry-run", help="Show what would be imported and left out; write nothing.")
     ] = False,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Leave out the optimizer states and the LR schedule.")
+        bool, Option("--weights-only", help="Leave out the optimizer states and the LR schedule.")
     ] = False,
     optimizer: Annotated[
-        str | None, typer.Option(help="Class of the optimizer, e.g. AdamW, if SRC doesn't record it.")
+        str | None, Option(help="Class of the optimizer, e.g. AdamW, if SRC doesn't record it.")
     ] = None,
     buffers: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Names of tensors that are buffers, e.g. '*.inv_freq', if SRC doesn't record it. "
             "Can be repeated."
         ),
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="How to merge tensor-parallel shards, if SRC doesn't record it: 'PATTERN=RULE', where RULE "
             "is 0 or 1 (concatenate along that dim), 0x2 or 0x3 (2 or 3 fused tensors, each split along "
             "dim 0), replicated or average. Can be repeated."
@@ -66,24 +60,21 @@ def import_(
     ] = None,
     in_model_order: Annotated[
         bool,
-        typer.Option(
-            "--in-model-order", help="Match an optimizer's numbered states to parameters by their order."
-        ),
+        Option("--in-model-order", help="Match an optimizer's numbered states to parameters by their order."),
     ] = False,
     frozen: Annotated[
         list[str] | None,
-        typer.Option(help="With --in-model-order: parameters that were not trained. Can be repeated."),
+        Option(help="With --in-model-order: parameters that were not trained. Can be repeated."),
     ] = None,
     untie: Annotated[
-        bool,
-        typer.Option("--untie", help="Store tensors that share memory, or look tied, separately."),
+        bool, Option("--untie", help="Store tensors that share memory, or look tied, separately.")
     ] = False,
     stand_in: Annotated[
         list[str] | None,
-        typer.Option(help="Your own class that is pickled in SRC, to be ignored. Can be repeated."),
+        Option(help="Your own class that is pickled in SRC, to be ignored. Can be repeated."),
     ] = None,
     no_checksums: Annotated[
-        bool, typer.Option("--no-checksums", help="Skip SRC's checksums and the comparison of its copies.")
+        bool, Option("--no-checksums", help="Skip SRC's checksums and the comparison of its copies.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -92,6 +83,7 @@ def import_(
     Never runs code from the checkpoint. Pickles may hold tensors and plain containers; known classes of the
     frameworks become inert stand-ins, and anything else is refused by name.
     """
+    from ckpt import check_tag
     from uni3d.importers.detect import read
     from uni3d.importers.source import Options
 
@@ -113,7 +105,7 @@ def import_(
     if weights_only:
         mapped = mapped.weights_alone()
     _check_optimizer(mapped, optimizer)
-    name = _tag(mapped, as_tag)
+    name = check_tag(f"global_step{mapped.step}" if as_tag is None else as_tag)
     if dry_run:
         _tell(found, mapped, name, as_json=as_json)
     else:
@@ -131,30 +123,21 @@ def _check_arguments(kind: str, src: Path, dst: str | None, dry_run: bool) -> No
         raise ValueError(f"DST {dst} lies inside SRC {src}; choose a folder outside it")
 
 
-def _tag(source: Source, given: str | None) -> str:
-    from ckpt import check_tag
-
-    return check_tag(f"global_step{source.step}" if given is None else given)
-
-
 def _write(source: Source, dst: str, tag: str, optimizer: str | None, *, as_json: bool) -> None:
     import ckpt
     from uni3d.importers.write import write
 
     before = ckpt.committed_tags(dst)
-    with progress_bar("importing", sum(_size(array) for array in source.arrays)) as progress:
+    with progress_bar("importing", sum(array.nbytes for array in source.arrays)) as progress:
         report = write(source, dst, tag, optimizer=optimizer, progress=progress)
-    if as_json:
-        row = {"url": report.url, "tag": tag, "from": source.kind, "arrays": len(source.arrays)}
-        say_json({**row, "bytes": report.bytes_written, **_metadata(source)})
-        return
-    for line in source.left_out:
-        say(f"left out: {line}")
+    row = {"url": report.url, "tag": tag, "from": source.kind, "arrays": len(source.arrays)}
+    row |= {"bytes": report.bytes_written, **_metadata(source)}
     size = format_bytes(report.bytes_written)
-    say(f"{report.url}: {len(source.arrays)} arrays, {size}, from {_origin(source)}")
+    lines = [f"left out: {line}" for line in source.left_out]
+    lines.append(f"{report.url}: {len(source.arrays)} arrays, {size}, from {_origin(source)}")
     if before:
-        say(f"{dst} already had {', '.join(before)}; its latest is now {tag}")
-    say(_resumes(source))
+        lines.append(f"{dst} already had {', '.join(before)}; its latest is now {tag}")
+    answer(row, [*lines, _resumes(source)], as_json)
 
 
 def _tell(found: Source, mapped: Source, tag: str, *, as_json: bool) -> None:
@@ -185,7 +168,7 @@ def _rows(source: Source) -> list[dict[str, Any]]:
             "states": ", ".join(array.state for array in arrays),
             "dtype": arrays[0].dtype,
             "shape": "x".join(map(str, arrays[0].shape)) or "scalar",
-            "bytes": sum(_size(array) for array in arrays),
+            "bytes": sum(array.nbytes for array in arrays),
         }
         for name, arrays in atoms.items()
     ]
@@ -220,21 +203,13 @@ def _origin(source: Source) -> str:
     return f"{source.kind}, step {source.step}" if source.step else source.kind
 
 
-def _size(array: ForeignArray) -> int:
-    from math import prod
-
-    from ckpt import numpy_dtype
-
-    return prod(array.shape) * numpy_dtype(array.dtype).itemsize
-
-
 def _renamed(source: Source, name_map: Path | None) -> Source:
     if name_map is None:
         return source
     from uni3d.name_map import NameMap
 
     names = NameMap.load(name_map)
-    renamed = source.renamed(names.rename)
+    renamed = source.renamed(names.rename_all([*(array.name for array in source.arrays), *source.aliases]))
     idle = [f"pattern {pattern!r} of the name map: it matches no tensor" for pattern in names.unused]
     return replace(renamed, left_out=[*renamed.left_out, *idle])
 
@@ -270,9 +245,7 @@ def _rules(split: list[str]) -> tuple[tuple[str, str], ...]:
     for each in split:
         pattern, equals, rule = each.rpartition("=")
         if not equals or rule not in RULES:
-            raise ValueError(
-                f"--split {each}: expected PATTERN=RULE, where RULE is one of {', '.join(RULES)}"
-            )
+            raise ValueError(f"--split {each}: expected PATTERN=RULE with RULE of {', '.join(RULES)}")
         rules.append((pattern, rule))
     return tuple(rules)
 
@@ -282,21 +255,19 @@ def _check_used(options: Options, found: Source) -> None:
     from fnmatch import fnmatchcase
 
     deepspeed = found.kind.startswith("deepspeed")
-    for option, given in (("--split", options.split), ("--in-model-order", options.in_model_order)):
-        if given and not deepspeed:
-            raise ValueError(
-                f"{option} only works with DeepSpeed checkpoints; {found.where} is a {found.kind} one"
-            )
+    this = f"{found.where} is a {found.kind} one"
+    for option, given, fits, kinds in (
+        ("--split", options.split, deepspeed, "DeepSpeed"),
+        ("--in-model-order", options.in_model_order, deepspeed, "DeepSpeed"),
+        ("--untie", options.untie, found.kind in ("dcp", "torch"), "torch and dcp"),
+    ):
+        if given and not fits:
+            raise ValueError(f"{option} only works with {kinds} checkpoints; {this}")
     if options.frozen and not options.in_model_order:
         raise ValueError("--frozen needs --in-model-order; otherwise SRC records what was trained")
-    if options.untie and found.kind not in ("dcp", "torch"):
-        raise ValueError(
-            f"--untie only works with torch and dcp checkpoints; {found.where} is a {found.kind} one"
-        )
     if options.buffers and deepspeed:
         raise ValueError("--buffers doesn't work with DeepSpeed checkpoints, which record their buffers")
     names = {array.name for array in found.arrays}
-    for option, patterns in (("--buffers", options.buffers), ("--split", [p for p, _ in options.split])):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{option} {pattern} matches no tensor of {len(names)} in {found.where}")
+    for pattern in options.buffers:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"--buffers {pattern} matches no tensor of {len(names)} in {found.where}")

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say_json, say_table
 
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 def inspect(
     run: Run,
     pattern: Annotated[
-        str | None, typer.Argument(help="With --atoms: only atoms whose names match, e.g. 'layers.0.*'.")
+        str | None, Argument(help="With --atoms: only atoms whose names match, e.g. 'layers.0.*'.")
     ] = None,
     tag: Tag = None,
-    atoms: Annotated[bool, typer.Option("--atoms", help="List the atoms of one checkpoint.")] = False,
+    atoms: Annotated[bool, Option("--atoms", help="List the atoms of one checkpoint.")] = False,
     stats: Annotated[
-        bool,
-        typer.Option("--stats", help="With --atoms: read the data and show mean, std, min, max and NaNs."),
+        bool, Option("--stats", help="With --atoms: read the data and show mean, std, min, max and NaNs.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, say, say_json
+from uni3d.cli.terminal import AsJson, answer
 from uni3d.units import BYTES, COUNTS, FLOPS, RATES, parse
 
 if TYPE_CHECKING:
@@ -17,82 +17,66 @@ if TYPE_CHECKING:
     from uni3d.estimate.job import Job
     from uni3d.estimate.search import Machine
 
-DEFAULTS: dict[str, Any] = {"seq_len": 4096, "micro_batch": 1}
-"""Settings of a job without a config."""
-
-Size = Annotated[int | None, typer.Option(help="Size of the model.", show_default="from --params")]
+Size = Annotated[int | None, Option(help="Size of the model.", show_default="from --params")]
 
 
 def plan(
     config: Annotated[
-        Path | None,
-        typer.Argument(help="JSON with model, seq_len and uni3d, as in examples/megatron_gpt/configs."),
+        Path | None, Argument(help="JSON with model, seq_len and uni3d, as in examples/megatron_gpt/configs.")
     ] = None,
-    world_size: Annotated[
-        int | None, typer.Option(help="Number of ranks.", show_default="pp x dp x tp")
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Approximate number of parameters, e.g. 70e9 or 70B.")
-    ] = None,
-    pp: Annotated[
-        int | None, typer.Option(help="Pipeline stages.", show_default="the config's, else 1")
-    ] = None,
+    world_size: Annotated[int | None, Option(help="Number of ranks.", show_default="pp x dp x tp")] = None,
+    params: Annotated[str | None, Option(help="Approximate number of parameters, e.g. 70e9 or 70B.")] = None,
+    pp: Annotated[int | None, Option(help="Pipeline stages.", show_default="the config's, else 1")] = None,
     dp: Annotated[
-        int | None, typer.Option(help="Data-parallel ranks.", show_default="world size / (pp x tp)")
+        int | None, Option(help="Data-parallel ranks.", show_default="world size / (pp x tp)")
     ] = None,
     tp: Annotated[
-        int | None, typer.Option(help="Tensor-parallel ranks.", show_default="the config's, else 1")
+        int | None, Option(help="Tensor-parallel ranks.", show_default="the config's, else 1")
     ] = None,
     zero: Annotated[
-        int | None, typer.Option(help="ZeRO stage, 0 to 3.", show_default="the config's, else 1")
+        int | None, Option(help="ZeRO stage, 0 to 3.", show_default="the config's, else 1")
     ] = None,
     layers: Size = None,
     hidden: Size = None,
     heads: Size = None,
     kv_heads: Size = None,
     ffn: Size = None,
-    vocab: Annotated[int | None, typer.Option(help="Size of the vocabulary.", show_default="32000")] = None,
+    vocab: Annotated[int | None, Option(help="Size of the vocabulary.", show_default="32000")] = None,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per sample.", show_default="the config's, else 4096")
+        int | None, Option(help="Tokens per sample.", show_default="the config's, else 4096")
     ] = None,
     micro_batch: Annotated[
-        int | None,
-        typer.Option(help="Samples per micro batch and rank.", show_default="the config's, else 1"),
+        int | None, Option(help="Samples per micro batch and rank.", show_default="the config's, else 1")
     ] = None,
     accumulation: Annotated[
-        int | None,
-        typer.Option(help="Micro batches per step and rank.", show_default="the config's, else 4 x pp"),
+        int | None, Option(help="Micro batches per step and rank.", show_default="the config's, else 4 x pp")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16.", show_default="the config's, else bf16")
+        str | None, Option(help="fp32, bf16 or fp16.", show_default="the config's, else bf16")
     ] = None,
     recompute: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Activation checkpointing: none, full or selective.", show_default="the config's, else none"
         ),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory per rank, e.g. 80GiB: also list topologies that fit in it.")
+        str | None, Option(help="Memory per rank, e.g. 80GiB: also list topologies that fit in it.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cuda or cpu; their kernels save different activations.")
-    ] = "cuda",
+    device: Annotated[str, Option(help="cuda or cpu; their kernels save different activations.")] = "cuda",
     flops: Annotated[
-        str, typer.Option(help="Model FLOP/s that a rank achieves, to estimate the time of a step.")
+        str, Option(help="Model FLOP/s that a rank achieves, to estimate the time of a step.")
     ] = "400TFLOP/s",
-    fast_link: Annotated[str, typer.Option(help="Bandwidth of a rank within its node.")] = "300GB/s",
-    slow_link: Annotated[str, typer.Option(help="Bandwidth of a rank between nodes.")] = "50GB/s",
+    fast_link: Annotated[str, Option(help="Bandwidth of a rank within its node.")] = "300GB/s",
+    slow_link: Annotated[str, Option(help="Bandwidth of a rank between nodes.")] = "50GB/s",
     states: Annotated[
-        str, typer.Option(help="Arrays in the checkpoint for each parameter, in its shape and float32.")
+        str, Option(help="Arrays in the checkpoint for each parameter, in its shape and float32.")
     ] = "fp32,exp_avg,exp_avg_sq",
     bandwidth: Annotated[
-        str, typer.Option(help="Write bandwidth of each node to storage, with all nodes writing.")
+        str, Option(help="Write bandwidth of each node to storage, with all nodes writing.")
     ] = "2GB/s",
-    ranks_per_node: Annotated[int, typer.Option(help="Ranks per node; consecutive ranks share a node.")] = 8,
-    memory_bandwidth: Annotated[
-        str, typer.Option(help="Copy bandwidth of each rank to host memory.")
-    ] = "10GB/s",
+    ranks_per_node: Annotated[int, Option(help="Ranks per node; consecutive ranks share a node.")] = 8,
+    memory_bandwidth: Annotated[str, Option(help="Copy bandwidth of each rank to host memory.")] = "10GB/s",
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, traffic, speed and checkpoints of training a GPT.
@@ -102,9 +86,14 @@ def plan(
     GPT whose proportions default to those of Llama 2 70B. --memory also lists the topologies that fit,
     fastest first.
     """
-    from uni3d.cli.plan_report import Report
+    from uni3d.cli.plan_report import lines_of, row_of
 
-    rates = _rates(bandwidth_per_node=bandwidth, memory_bandwidth_per_rank=memory_bandwidth)
+    rates = {
+        "bandwidth_per_node": parse(bandwidth, RATES, "--bandwidth", "2GB/s or 500MiB/s"),
+        "memory_bandwidth_per_rank": parse(
+            memory_bandwidth, RATES, "--memory-bandwidth", "2GB/s or 500MiB/s"
+        ),
+    }
     machine = _machine(flops, fast_link, slow_link, ranks_per_node)
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
     names = _names(states)
@@ -114,21 +103,12 @@ def plan(
     batches = _given(seq_len=seq_len, micro_batch=micro_batch, accumulation=accumulation)
     settings = batches | _given(precision=precision, recompute=recompute, device=device)
     job = _job(config, asked, sizes, degrees, settings)
-    report = Report(job, machine, names, rates, asked=asked, limit=limit)
-    if as_json:
-        say_json(report.row())
-        return
-    for line in report.lines(bandwidth, memory_bandwidth, flops):
-        say(line)
+    row = row_of(job, machine, names, rates, asked=asked, limit=limit)
+    answer(row, lines_of(row, str(job.shape), bandwidth, memory_bandwidth, flops), as_json)
 
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _rates(**given: str) -> dict[str, float]:
-    options = {"bandwidth_per_node": "--bandwidth", "memory_bandwidth_per_rank": "--memory-bandwidth"}
-    return {name: parse(text, RATES, options[name], "2GB/s or 500MiB/s") for name, text in given.items()}
 
 
 def _machine(flops: str, fast_link: str, slow_link: str, ranks_per_node: int) -> Machine:
@@ -159,7 +139,8 @@ def _job(
     if path is None:
         shape: GPTShape = derive(asked, **sizes)
         ranks = _ranks({"pp": 1, "dp": "auto", "tp": 1}, degrees, zero=1)
-        return Job(shape=shape, ranks=ranks, **{**DEFAULTS, "accumulation": 4 * ranks.pp, **given})
+        settings = {"seq_len": 4096, "micro_batch": 1, "accumulation": 4 * ranks.pp, **given}
+        return Job(shape=shape, ranks=ranks, **settings)
     doubled = [f"--{n.replace('_', '-')}" for n in _given(params=asked, **sizes)]
     if doubled:
         raise ValueError(f"{doubled[0]} and {path} both describe the model; leave one out")

@@ -15,57 +15,50 @@ SHOWN = 10
 """Maximum of proposals in the table; JSON has all."""
 
 
-class Report:
-    """Figures of a job: its training, its checkpoints, and the topologies that fit in `limit` bytes."""
+def row_of(
+    job: Job,
+    machine: Machine,
+    states: Sequence[str],
+    rates: Mapping[str, float],
+    *,
+    asked: int | None,
+    limit: float | None,
+) -> dict[str, Any]:
+    """Return figures of a job: its training, its checkpoints, the topologies that fit in `limit` bytes."""
+    nodes = machine.ranks_per_node
+    row = {
+        "shape": vars(job.shape),
+        "parameters": job.shape.parameters,
+        "asked": asked,
+        "ranks": {**vars(job.ranks), "total": job.ranks.total, "per_node": nodes},
+        "training": _training_row(judge(job, machine)),
+        **_checkpoint_row(on_paper(job.shape, job.ranks, states), states, rates, nodes),
+    }
+    if limit is not None:
+        proposals = propose(job, job.ranks.total, limit, machine)
+        row["memory_limit"] = limit
+        row["fits"] = proposals[0].need <= limit
+        row["proposals"] = [_proposal_row(proposal) for proposal in proposals]
+    return row
 
-    def __init__(
-        self,
-        job: Job,
-        machine: Machine,
-        states: Sequence[str],
-        rates: Mapping[str, float],
-        *,
-        asked: int | None,
-        limit: float | None,
-    ) -> None:
-        self.job, self.machine, self.limit = job, machine, limit
-        self.proposals = [] if limit is None else propose(job, job.ranks.total, limit, machine)
-        self._states, self._rates, self._asked = states, rates, asked
 
-    def row(self) -> dict[str, Any]:
-        """Return all figures as JSON has them."""
-        job, nodes = self.job, self.machine.ranks_per_node
-        figures = on_paper(job.shape, job.ranks, self._states)
-        row = {
-            "shape": vars(job.shape),
-            "parameters": job.shape.parameters,
-            "asked": self._asked,
-            "ranks": {**vars(job.ranks), "total": job.ranks.total, "per_node": nodes},
-            "training": _training_row(judge(job, self.machine)),
-            **_checkpoint_row(figures, self._states, self._rates, nodes),
-        }
-        if self.limit is not None:
-            row["memory_limit"] = self.limit
-            row["fits"] = self.proposals[0].need <= self.limit
-            row["proposals"] = [_proposal_row(proposal) for proposal in self.proposals]
-        return row
-
-    def lines(self, bandwidth: str, memory_bandwidth: str, flops: str) -> Iterator[str]:
-        """Yield the model, training and save, one labelled line each, then a table of the proposals."""
-        row = self.row()
-        ranks = row["ranks"]
-        asked = "" if self._asked is None else f" ({self._asked:,} requested)"
-        axes = ", ".join(f"{axis} {ranks[axis]}" for axis in ("pp", "dp", "tp"))
-        labelled = {
-            "model": str(self.job.shape),
-            "parameters": f"{row['parameters']:,}{asked}",
-            "ranks": f"{ranks['total']:,}: {axes}, ZeRO {ranks['zero']}",
-            **_training_lines(row["training"], ranks, flops),
-            **_checkpoint_lines(row, bandwidth, memory_bandwidth),
-        }
-        yield from (f"{label:<10} {text}" for label, text in labelled.items())
-        if self.limit is not None:
-            yield from _proposal_table(self.proposals, self.limit)
+def lines_of(
+    row: Mapping[str, Any], shape: str, bandwidth: str, memory_bandwidth: str, flops: str
+) -> Iterator[str]:
+    """Yield the model, training and save, one labelled line each, then a table of the proposals."""
+    ranks = row["ranks"]
+    asked = "" if row["asked"] is None else f" ({row['asked']:,} requested)"
+    axes = ", ".join(f"{axis} {ranks[axis]}" for axis in ("pp", "dp", "tp"))
+    labelled = {
+        "model": shape,
+        "parameters": f"{row['parameters']:,}{asked}",
+        "ranks": f"{ranks['total']:,}: {axes}, ZeRO {ranks['zero']}",
+        **_training_lines(row["training"], ranks, flops),
+        **_checkpoint_lines(row, bandwidth, memory_bandwidth),
+    }
+    yield from (f"{label:<10} {text}" for label, text in labelled.items())
+    if "proposals" in row:
+        yield from _proposal_table(row["proposals"], row["memory_limit"])
 
 
 def _training_row(planned: Proposal) -> dict[str, Any]:
@@ -108,11 +101,7 @@ def _proposal_row(proposal: Proposal) -> dict[str, Any]:
 
 def _settings(planned: Proposal) -> dict[str, Any]:
     job = planned.job
-    return {
-        "micro_batch": job.micro_batch,
-        "accumulation": job.accumulation,
-        "recompute": job.recompute,
-    }
+    return {"micro_batch": job.micro_batch, "accumulation": job.accumulation, "recompute": job.recompute}
 
 
 def _costs(planned: Proposal) -> dict[str, Any]:
@@ -205,15 +194,14 @@ def _checkpoint_lines(row: Mapping[str, Any], bandwidth: str, memory_bandwidth: 
     }
 
 
-def _proposal_table(proposals: Sequence[Proposal], limit: float) -> Iterator[str]:
+def _proposal_table(proposals: Sequence[Mapping[str, Any]], limit: float) -> Iterator[str]:
     """Yield the fastest proposals that fit, or by how much the smallest one exceeds the limit."""
-    first = proposals[0]
-    if first.need > limit:
-        r, job = first.job.ranks, first.job
+    first, need = proposals[0], proposals[0]["memory_bytes"]
+    if need > limit:
         yield (
-            f"nothing fits in {format_bytes(limit)} per rank. The minimum is {format_bytes(first.need)}, "
-            f"{format_bytes(first.need - limit)} too much: pp {r.pp}, dp {r.dp}, tp {r.tp}, ZeRO {r.zero}, "
-            f"micro batch {job.micro_batch}, recompute {job.recompute}"
+            f"nothing fits in {format_bytes(limit)} per rank. The minimum is {format_bytes(need)}, "
+            f"{format_bytes(need - limit)} too much: pp {first['pp']}, dp {first['dp']}, tp {first['tp']}, "
+            f"ZeRO {first['zero']}, micro batch {first['micro_batch']}, recompute {first['recompute']}"
         )
         return
     yield f"\n{len(proposals)} topologies fit in {format_bytes(limit)} per rank, fastest first:"
@@ -221,13 +209,13 @@ def _proposal_table(proposals: Sequence[Proposal], limit: float) -> Iterator[str
         "  pp    dp  tp ZeRO micro batch   recompute      memory  bubble        sent  between nodes     step"
     )
     for p in proposals[:SHOWN]:
-        job, r = p.job, p.job.ranks
-        batches = f"{job.micro_batch} x {job.accumulation}"
-        sent, slow = format_bytes(p.cost.traffic.total), format_bytes(p.cost.slow_bytes)
+        batches = f"{p['micro_batch']} x {p['accumulation']}"
+        sent = p["bytes_sent_per_step"]
+        total = format_bytes(sent["tp"] + sent["pp"] + sent["dp"])
         yield (
-            f"{r.pp:>4} {r.dp:>5} {r.tp:>3} {r.zero:>4} {batches:>12} {job.recompute:>11} "
-            f"{format_bytes(p.need):>11} {p.cost.bubble:>7.1%} {sent:>11} {slow:>14} "
-            f"{_seconds(p.cost.seconds):>8}"
+            f"{p['pp']:>4} {p['dp']:>5} {p['tp']:>3} {p['zero']:>4} {batches:>12} {p['recompute']:>11} "
+            f"{format_bytes(p['memory_bytes']):>11} {p['bubble']:>7.1%} {total:>11} "
+            f"{format_bytes(sent['between_nodes']):>14} {_seconds(p['step_seconds']):>8}"
         )
 
 

@@ -7,15 +7,15 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, Run, err, open_run, plural, say, say_json
+from uni3d.cli.terminal import AsJson, Run, answer, err, open_run, plural
 
 if TYPE_CHECKING:
     from uni3d.plot.metrics import Mark, Metrics, Resize
 
 Degree = Annotated[
-    int | None, typer.Option(help="With --layout: degree after the resize.", show_default="as before")
+    int | None, Option(help="With --layout: degree after the resize.", show_default="as before")
 ]
 
 
@@ -23,47 +23,40 @@ def plot(
     run: Run,
     output: Annotated[
         Path | None,
-        typer.Argument(help="PNG file to write.", show_default="named after the run, in the current folder"),
+        Argument(help="PNG file to write.", show_default="named after the run, in the current folder"),
     ] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="File or URL with the curves: JSON lines, or the CSV file or folder of csv_monitor. Can be "
             "repeated; files are read in the order given.",
             show_default="RUN/metrics.jsonl, RUN.jsonl or RUN/Train_Samples_*.csv",
         ),
     ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(help="Another run, whose loss is drawn as a dashed line."),
-    ] = None,
+    compare: Annotated[str | None, Option(help="Another run, whose loss is drawn as a dashed line.")] = None,
     layout: Annotated[
-        bool,
-        typer.Option("--layout", help="Draw how an atom is sharded over ranks, before and after a resize."),
+        bool, Option("--layout", help="Draw how an atom is sharded over ranks, before and after a resize.")
     ] = False,
     atom: Annotated[
-        str | None,
-        typer.Option(help="With --layout: the atom to draw.", show_default="the largest sharded matrix"),
+        str | None, Option(help="With --layout: the atom to draw.", show_default="the largest sharded matrix")
     ] = None,
     tag: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="With --layout: the checkpoint before the resize.",
             show_default="the newest if degrees are given, else the last one before a resize",
         ),
     ] = None,
     world_size: Annotated[
-        int | None,
-        typer.Option(help="With --layout: ranks after the resize.", show_default="pp x dp x tp"),
+        int | None, Option(help="With --layout: ranks after the resize.", show_default="pp x dp x tp")
     ] = None,
     pp: Degree = None,
     dp: Degree = None,
     tp: Degree = None,
     zero: Annotated[
-        int | None,
-        typer.Option(help="With --layout: ZeRO stage after the resize.", show_default="as before"),
+        int | None, Option(help="With --layout: ZeRO stage after the resize.", show_default="as before")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT if it exists.")] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite OUTPUT if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw a run's training curves, or with --layout how a tensor is sharded.
@@ -89,13 +82,10 @@ def plot(
     check_matplotlib()
     if layout:
         row = _layout(run, path, force, atom, tag, degrees)
+        answer(row, _layout_lines(row), as_json)
     else:
         row = _curves(run, path, force, metrics or [], compare)
-    if as_json:
-        say_json(row)
-    else:
-        for line in (_layout_lines if layout else _curve_lines)(row):
-            say(line)
+        answer(row, _curve_lines(row), as_json)
 
 
 def _name(run: str) -> str:
@@ -150,9 +140,7 @@ def _curves_row(
             }
             for key, curve in metrics.curves.items()
         },
-        "resizes": [
-            {"after": resize.at, "from": vars(resize.before), "to": vars(resize.after)} for resize in resizes
-        ],
+        "resizes": [{"after": r.at, "from": vars(r.before), "to": vars(r.after)} for r in resizes],
         "resizes_from": "metrics" if metrics.topologies else "checkpoints",
         "checkpoints": [{"tag": mark.tag, "at": mark.at} for mark in marks],
         "left_out": sum(metrics.left_out.values()),
@@ -162,11 +150,8 @@ def _curves_row(
 def _curve_lines(row: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{curve['points']} of {key}" for key, curve in row["curves"].items())
     lines = [f"{row['output']}: points: {counts}; from {', '.join(row['sources'])}"]
-    abandoned = max(curve["abandoned"] for curve in row["curves"].values())
-    if abandoned:
-        lines.append(
-            f"{plural(abandoned, 'point')} abandoned when the run resumed from an earlier checkpoint"
-        )
+    if n := max(curve["abandoned"] for curve in row["curves"].values()):
+        lines.append(f"{plural(n, 'point')} abandoned when the run resumed from an earlier checkpoint")
     for resize in row["resizes"]:
         before, after = (_topology(resize[key]) for key in ("from", "to"))
         lines.append(f"after {row['x']} {resize['after']:g}: {before} → {after}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from uni3d.cli.terminal import AsJson, DryRun, RunOnly, open_run, say, say_json
+from uni3d.cli.terminal import AsJson, DryRun, RunOnly, answer, open_run
 
 
 def prune(
     run: RunOnly,
-    keep_last: Annotated[int, typer.Option(min=1, help="Keep the newest N checkpoints.")],
+    keep_last: Annotated[int, Option(min=1, help="Keep the newest N checkpoints.")],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Also keep checkpoints whose step is a multiple of N.")
+        int | None, Option(min=1, help="Also keep checkpoints whose step is a multiple of N.")
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -33,9 +33,6 @@ def prune(
         )
     deleted = ckpt.prune(store, retention, dry_run=dry_run)
     kept = [tag for tag in tags if tag not in deleted]
-    if as_json:
-        say_json({"deleted": deleted, "kept": kept, "dry_run": dry_run})
-        return
-    for tag in deleted:
-        say(f"{'would delete' if dry_run else 'deleted'} {tag}")
-    say(f"{'would keep' if dry_run else 'kept'} {', '.join(kept)}")
+    lines = [f"{'would delete' if dry_run else 'deleted'} {tag}" for tag in deleted]
+    lines.append(f"{'would keep' if dry_run else 'kept'} {', '.join(kept)}")
+    answer({"deleted": deleted, "kept": kept, "dry_run": dry_run}, lines, as_json)

@@ -6,14 +6,14 @@ Commands import `ckpt` when they run, not before, so that `uni3d --help` loads n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from typer import Argument, Option
 
 from uni3d.units import format_bytes
 
@@ -23,15 +23,11 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
-Run = Annotated[
-    str, typer.Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)
-]
-RunOnly = Annotated[str, typer.Argument(help="Folder or URL of a run.", show_default=False)]
-Tag = Annotated[
-    str | None, typer.Option(help="Tag of the checkpoint.", show_default="the newest committed one")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, without doing it.")]
+Run = Annotated[str, Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)]
+RunOnly = Annotated[str, Argument(help="Folder or URL of a run.", show_default=False)]
+Tag = Annotated[str | None, Option(help="Tag of the checkpoint.", show_default="the newest committed one")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, without doing it.")]
 
 
 class CommandError(Exception):
@@ -75,6 +71,15 @@ def complain(error: object) -> None:
 
 def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
+
+
+def answer(value: Any, lines: Iterable[object], as_json: bool) -> None:
+    """Print a command's result, as JSON or as lines."""
+    if as_json:
+        say_json(value)
+        return
+    for line in lines:
+        say(line)
 
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:

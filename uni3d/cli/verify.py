@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
 from uni3d.cli.terminal import AsJson, Run, Tag, plural, progress_bar, say, say_json
 from uni3d.units import format_bytes
@@ -44,17 +44,20 @@ class _Result:
 def verify(
     run: Run,
     tag: Tag = None,
-    every: Annotated[bool, typer.Option("--all", help="Verify every committed checkpoint.")] = False,
+    every: Annotated[bool, Option("--all", help="Verify every committed checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a checkpoint and check all of its data.
 
     Exits with 1 if anything is damaged or missing.
     """
+    import ckpt
+
     if every and tag is not None:
         raise ValueError(f"--all and --tag {tag} are mutually exclusive")
     results = []
-    for each in _tags(run) if every else [tag]:
+    tags: Sequence[str | None] = ckpt.committed_tags(run) if every else [tag]
+    for each in tags or [None]:  # a single checkpoint's folder has no tags
         results.append(_verify(run, each))
         if not as_json:
             results[-1].print()
@@ -65,14 +68,7 @@ def verify(
     if as_json:
         say_json([result.row() for result in results])
     if any(result.problems for result in results):
-        raise typer.Exit(1)
-
-
-def _tags(run: str) -> Sequence[str | None]:
-    """Return a run's tags, oldest first, or [None] if `run` is a single checkpoint's folder."""
-    import ckpt
-
-    return ckpt.committed_tags(run) or [None]
+        raise Exit(1)
 
 
 def _latest(run: str) -> ckpt.Problem | None:

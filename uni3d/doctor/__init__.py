@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from uni3d.doctor import checks
 from uni3d.doctor.memory import Known
 from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
 from uni3d.estimate.holders import reads
+from uni3d.estimate.job import read_json
 from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
@@ -63,7 +64,7 @@ def examine(
         **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
         "warnings": changes,
-        "notes": list(checks.notes(config, manifest)) + _own_shapes(source),
+        "notes": [*checks.notes(config, manifest), *_own_shapes(source)],
         "whole": whole,
         "config_given": config is not None,
         "activations_counted": known is not None,
@@ -78,12 +79,7 @@ def _values(path: Path | None, known: Known | None) -> dict[str, Any] | None:
     """Return the config's content; without a config, the one in the model's file."""
     if path is None:
         return None if known is None else dict(known.document["uni3d"])
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"--config {path} is not JSON: {error}") from None
+    values = read_json(path, f"--config {path}")
     if isinstance(values, dict) and isinstance(values.get("uni3d"), dict):
         return dict(values["uni3d"])  # an example's file has the config in a section
     if not isinstance(values, dict):
@@ -113,8 +109,7 @@ def _topologies(
     answer = fitter.answer(asked)
     fitting = answer.fitting
     best = next(iter(fitting), None)
-    reasons = list(refusals)
-    nearby: list[int] = []
+    reasons, nearby = list(refusals), list[int]()
     if best is None:
         nearby = fitter.nearby(asked)
         reasons.append(_nothing(answer, asked))
@@ -129,7 +124,7 @@ def _topologies(
         "memory_limit": asked.memory,
         "fitting": len(fitting),
         "topologies": [_row(topology) for topology in answer.topologies],
-        "refused": [vars(reason) for reason in answer.reasons],
+        "refused": [reason._asdict() for reason in answer.reasons],
         "nearby_world_sizes": nearby,
     }
 
@@ -153,10 +148,7 @@ def _row(topology: Candidate) -> dict[str, Any]:
         "samples_per_rank": batch.share,
         "micro_batch": batch.micro,
         "accumulation": batch.accumulation,
-        "memory_by_zero_stage": {
-            str(zero): {**need._asdict(), "total": need.total}
-            for zero, need in sorted(topology.needs.items())
-        },
+        "memory_by_zero_stage": {str(zero): need.row() for zero, need in sorted(topology.needs.items())},
     }
 
 
@@ -165,36 +157,28 @@ def _recommended(
 ) -> dict[str, Any]:
     """Return a topology with its config, its memory, and the reads of its ranks."""
     ranks, batch = topology.ranks, topology.batch
-    config: dict[str, Any] = {} if fitter.batch is None else {"train_batch_size": fitter.batch}
-    if batch.micro is not None:
-        config |= {
-            "train_micro_batch_size_per_gpu": batch.micro,
-            "gradient_accumulation_steps": batch.accumulation,
-        }
-    config |= {
+    config = {
+        **batch.config(fitter.batch),
         "parallel": {"pp": ranks.pp, "dp": ranks.dp, "tp": ranks.tp},
         "zero_optimization": {"stage": ranks.zero},
     }
+    read = reads(checkpoint, fitter.source, ranks, fitter.settings, fitter.shard_group) if readable else None
     return {
         **vars(ranks),
         "config": config,
         "samples_per_rank": batch.share,
-        "memory": {**topology.need._asdict(), "total": topology.need.total},
-        "reads": reads(checkpoint, fitter.source, ranks, fitter.settings, fitter.shard_group)._asdict()
-        if readable
-        else None,
+        "memory": topology.need.row(),
+        "reads": read._asdict() if read else None,
     }
 
 
-def _own_shapes(source: SavedModel) -> list[str]:
-    """Return a note on states whose split is unknown, if there are any."""
-    names = source.states_of_their_own_shape
-    if not names:
-        return []
-    return [
-        f"{len(names)} optimizer states differ in shape from their parameter ({names[0]}, ...): only the "
-        "optimizer knows how they are split, so they count as whole on every rank"
-    ]
+def _own_shapes(source: SavedModel) -> Iterator[str]:
+    """Yield a note on states whose split is unknown, if there are any."""
+    if names := source.states_of_their_own_shape:
+        yield (
+            f"{len(names)} optimizer states differ in shape from their parameter ({names[0]}, ...): only the "
+            "optimizer knows how they are split, so they count as whole on every rank"
+        )
 
 
 def _whole(run: str, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckpt import Checkpoint
+from ckpt.format import Json
 from ckpt.read import WEIGHT_STATES
 from parallel.combinations import combination_refusal
 from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
-from uni3d.config.optimizer import OptimizerConfig
 from uni3d.config.settings import parallel_settings
-from uni3d.manifest import Json, RunManifest
+from uni3d.manifest import RunManifest
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
 
 _PEAKS = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")
@@ -43,7 +43,7 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
         return Given(whose="the config", optimizer=GivenOptimizer(), scheduler=None)
     optimizer = GivenOptimizer()
     if config.optimizer is not None:
-        mine = _class(config.optimizer)
+        mine = config.optimizer.implementation.rpartition(".")[2]  # name of its class
         # Each of Muon's groups has its own hyperparameters.
         shared = {} if mine == "MuonWithAdam" else config.optimizer.hyperparameters
         optimizer = GivenOptimizer(type=mine, hyperparameters=shared)
@@ -110,7 +110,3 @@ def as_it_is(config: Config, world: int) -> tuple[dict[str, int] | None, str | N
     except ValueError as error:
         return None, str(error)
     return {**vars(degrees), **triad.model_dump()}, None
-
-
-def _class(config: OptimizerConfig) -> str:
-    return config.implementation.rpartition(".")[2]

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from parallel.degrees import Ranks
 from parallel.settings import ITEMSIZE, Settings
+from uni3d.estimate.gpt import from_model_config
+from uni3d.estimate.job import Job, read_document
+from uni3d.estimate.memory import memory, worst
 from uni3d.estimate.saved import Kind, SavedModel
 from uni3d.estimate.zero import MASTER_BYTES, beside_shards
 
@@ -31,24 +34,17 @@ class Need(NamedTuple):
         """Bytes on the device."""
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.other
 
+    def row(self) -> dict[str, int]:
+        """Return the fields and the total as JSON has them."""
+        return {**self._asdict(), "total": self.total}
+
 
 def needs(
-    source: SavedModel,
-    ranks: Ranks,
-    settings: Settings,
-    *,
-    shard_group: int | None = None,
-    accumulation: int = 1,
+    source: SavedModel, ranks: Ranks, settings: Settings, shards: int, accumulation: int = 1
 ) -> list[Need]:
     """Return the memory of the states on each pipeline rank, from the checkpoint's arrays."""
-    return [
-        _held(counts, ranks, settings, ranks.shards(shard_group), accumulation)
-        for counts in source.kinds(ranks.pp, settings)
-    ]
-
-
-def most(needs: list[Need]) -> Need:
-    return max(needs, key=lambda need: (need.total, need.host))
+    stages = source.kinds(ranks.pp, settings)
+    return [_held(counts, ranks, settings, shards, accumulation) for counts in stages]
 
 
 def _held(
@@ -91,9 +87,6 @@ class Known:
 
     def __init__(self, path: Path, source: SavedModel) -> None:
         """Raises ValueError if the file isn't an example's config, or describes another model."""
-        from uni3d.estimate.gpt import from_model_config
-        from uni3d.estimate.job import read_document
-
         self.document: Mapping[str, Any] = read_document(path)
         self._shape = from_model_config(self.document["model"])
         links = [(link.name, weight) for link in self._shape.links for weight in link.weights]
@@ -112,9 +105,6 @@ class Known:
         Raises:
             ValueError: the job is impossible.
         """
-        from uni3d.estimate.job import Job
-        from uni3d.estimate.memory import memory, worst
-
         job = Job(shape=self._shape, ranks=ranks, seq_len=self.document["seq_len"], **settings)
         stage = worst(memory(replace(job, device="cuda")))
         peak = stage.peak

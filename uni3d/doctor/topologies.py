@@ -13,8 +13,9 @@ from parallel.settings import Settings
 from uni3d.config import Config, load_config
 from uni3d.config.batch import nearest_batch
 from uni3d.config.settings import parallel_settings
-from uni3d.doctor.memory import Known, Need, most, needs
-from uni3d.estimate.saved import USUAL, RefusedDegree, SavedModel
+from uni3d.doctor.memory import Known, Need, needs
+from uni3d.estimate.job import settings_of
+from uni3d.estimate.saved import USUAL, RefusedDegrees, SavedModel
 from uni3d.estimate.search import factorizations
 
 NEARBY = 3
@@ -31,6 +32,15 @@ class Batch(NamedTuple):
     micro: int | None
     """Size of a micro batch, or None without a config."""
     accumulation: int | None
+
+    def config(self, samples: int | None) -> dict[str, int]:
+        """Return the keys of a config for a global batch of `samples`, as far as they are known."""
+        triad = {
+            "train_batch_size": samples,
+            "train_micro_batch_size_per_gpu": self.micro,
+            "gradient_accumulation_steps": self.accumulation,
+        }
+        return {key: number for key, number in triad.items() if number is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +84,10 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reason:
-    """Reason against some degrees of one axis."""
-
-    axis: str
-    degrees: list[int]
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.axis} {', '.join(map(str, self.degrees))} {self.why}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Answer:
     topologies: list[Candidate]
     """Topologies that the model and the batch can be split by, preferred first."""
-    reasons: list[Reason]
+    reasons: list[RefusedDegrees]
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -124,15 +122,13 @@ class Fitter:
         found: list[Candidate] = []
         refused: dict[tuple[str, str], set[int]] = {}
         for split in _splits(asked):
-            reasons = list(self._refused(*split))
-            for axis, n, why in reasons:
-                refused.setdefault((axis, why), set()).add(n)
-            if not reasons:
+            against = list(self._refused(*split))
+            for axis, degrees, why in against:
+                refused.setdefault((axis, why), set()).update(degrees)
+            if not against:
                 found.append(self._topology(*split, asked))
-        return Answer(
-            topologies=found,
-            reasons=[Reason(axis=axis, degrees=sorted(n), why=why) for (axis, why), n in refused.items()],
-        )
+        reasons = [RefusedDegrees(axis, sorted(n), why) for (axis, why), n in refused.items()]
+        return Answer(topologies=found, reasons=reasons)
 
     def nearby(self, asked: Asked) -> list[int]:
         """Return world sizes around the one asked for that have a topology which fits in memory.
@@ -171,24 +167,21 @@ class Fitter:
     def _refused_stages(self) -> dict[int, str | None]:
         return {stage: _zero_refusal(self.values, stage) for stage in ZERO_STAGES}
 
-    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[RefusedDegree]:
+    def _refused(self, pp: int, dp: int, tp: int) -> Iterator[RefusedDegrees]:
         """Yield the impossible degrees."""
         settings = self.settings
         yield from self.source.refused(pp, dp, tp, settings, batch=self.batch, shard_group=self.shard_group)
         if settings.sequence_parallel and self.known is not None and self.known.document["seq_len"] % tp:
             length = self.known.document["seq_len"]
-            yield RefusedDegree("tp", tp, f"doesn't divide the sequence of {length} tokens")
+            yield RefusedDegrees("tp", [tp], f"doesn't divide the sequence of {length} tokens")
         if (self.batch is None or self.batch % dp == 0) and self._batch(pp, dp) is None:
-            yield RefusedDegree(
-                "dp", dp, f"leaves a share that schedule {settings.schedule} can't run on pp {pp}"
-            )
+            why = f"leaves a share that schedule {settings.schedule} can't run on pp {pp}"
+            yield RefusedDegrees("dp", [dp], why)
 
     def _batch(self, pp: int, dp: int) -> Batch | None:
         """Return a rank's share, with a micro batch as close as possible to the config's, or None."""
-        if self.batch is None:
-            return Batch(0, None, None)
-        share = self.batch // dp
-        if self.config is None:
+        share = 0 if self.batch is None else self.batch // dp
+        if self.batch is None or self.config is None:
             return Batch(share, None, None)
         micro = self.config.train_micro_batch_size_per_gpu
         steps = self.config.gradient_accumulation_steps
@@ -208,19 +201,12 @@ class Fitter:
     def _need(self, ranks: Ranks, batch: Batch) -> Need:
         """Return the memory of the rank that needs most."""
         config, steps = self.config, batch.accumulation or 2  # unknown micro batches count as several
-        held = most(
-            needs(self.source, ranks, self.settings, shard_group=self.shard_group, accumulation=steps)
-        )
+        by_stage = needs(self.source, ranks, self.settings, ranks.shards(self.shard_group), steps)
+        held = max(by_stage, key=lambda need: (need.total, need.host))
         if self.known is None or config is None or batch.micro is None:
             return held
-        from uni3d.estimate.job import settings_of
-
-        triad = {
-            "train_batch_size": self.batch,
-            "train_micro_batch_size_per_gpu": batch.micro,
-            "gradient_accumulation_steps": steps,
-        }
-        return self.known.need(held, ranks, settings_of(config.model_copy(update=triad), ranks.dp))
+        sized = config.model_copy(update=batch.config(self.batch))
+        return self.known.need(held, ranks, settings_of(sized, ranks.dp))
 
 
 def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:

@@ -26,6 +26,8 @@ FFN_PER_HIDDEN = 3.5
 EMBEDDING = "tokens.weight"
 """Name of the embedding's weight in the link `embed`. A tied head shares it."""
 
+Size = int | None
+"""A size of the shape, or None to derive it."""
 _SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "max_seq_len")
 
 
@@ -83,15 +85,10 @@ class GPTShape:
             raise ValueError(f"{self.kv_heads} kv heads don't divide {self.heads} heads; change --kv-heads")
 
     def __str__(self) -> str:
-        kinds = [self.norm, self.positions, self.activation, "tied head" if self.tied_head else ""]
-        usual = ["rmsnorm", "rotary", "swiglu", ""]
-        return ", ".join(
-            [
-                f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads, {self.kv_heads} kv heads",
-                f"ffn {self.ffn}, vocab {self.vocab}",
-                *(kind for kind, common in zip(kinds, usual, strict=True) if kind != common),
-            ]
-        )
+        sizes = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads, {self.kv_heads} kv heads"
+        kinds = [self.norm, self.positions, self.activation, *["tied head"] * self.tied_head]
+        unusual = [kind for kind in kinds if kind not in ("rmsnorm", "rotary", "swiglu")]
+        return ", ".join([sizes, f"ffn {self.ffn}, vocab {self.vocab}", *unusual])
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -162,8 +159,8 @@ def from_model_config(model: Mapping[str, Any]) -> GPTShape:
     Raises:
         ValueError: a field is unknown, or its value invalid.
     """
-    given = {"num_kv_heads": None, "ffn_size": None, **_EXAMPLE_DEFAULTS, **model}
-    if unknown := sorted(given.keys() - {"num_kv_heads", "ffn_size", *_EXAMPLE_DEFAULTS}):
+    given = {**_EXAMPLE_DEFAULTS, **model}
+    if unknown := sorted(given.keys() - _EXAMPLE_DEFAULTS.keys()):
         raise ValueError(f"model.{unknown[0]} isn't a field of the example's GPTConfig; remove it")
     fields = ("hidden_size", "num_heads", "num_layers", "vocab_size", "max_seq_len")
     optional = [name for name in ("num_kv_heads", "ffn_size") if given[name] is not None]
@@ -196,6 +193,8 @@ _EXAMPLE_DEFAULTS: dict[str, Any] = {
     "hidden_size": 128,
     "num_layers": 4,
     "num_heads": 4,
+    "num_kv_heads": None,
+    "ffn_size": None,
     "max_seq_len": 1024,
     "norm": "rmsnorm",
     "positions": "rotary",
@@ -208,14 +207,14 @@ _EXAMPLE_DEFAULTS: dict[str, Any] = {
 
 
 def derive(
-    parameters: int | None,
+    parameters: Size,
     *,
-    layers: int | None = None,
-    hidden: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    ffn: int | None = None,
-    vocab: int | None = None,
+    layers: Size = None,
+    hidden: Size = None,
+    heads: Size = None,
+    kv_heads: Size = None,
+    ffn: Size = None,
+    vocab: Size = None,
 ) -> GPTShape:
     """Return a shape with about `parameters` parameters, within `TOLERANCE`.
 
@@ -263,15 +262,7 @@ def derive(
     return found
 
 
-def _by_rules(
-    hidden: int,
-    layers: int | None,
-    ffn: int | None,
-    *,
-    heads: int | None,
-    kv_heads: int | None,
-    vocab: int | None,
-) -> GPTShape:
+def _by_rules(hidden: int, layers: Size, ffn: Size, *, heads: Size, kv_heads: Size, vocab: Size) -> GPTShape:
     """Return the shape with missing sizes derived from the hidden size."""
     heads = max(1, hidden // (128 if hidden >= 4096 else 64)) if heads is None else heads
     return GPTShape(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import ckpt
+from ckpt.checksums import Blocks
+from ckpt.read import WEIGHT_STATES, pieces
 from parallel.degrees import Ranks
 from parallel.settings import Settings
-from uni3d.estimate.saved import BUFFER, PARAMETER, SavedModel, StageArray
-
-if TYPE_CHECKING:
-    import ckpt
+from uni3d.estimate.saved import SavedModel, StageArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def resumed(source: SavedModel, ranks: Ranks) -> Holders:
 
 def _weights(parts: Sequence[StageArray]) -> dict[str, StageArray]:
     """Return the arrays of parameters and buffers by atom, without optimizer states."""
-    return {part.info.key.atom: part for part in parts if part.info.key.state in (PARAMETER, BUFFER)}
+    return {part.info.key.atom: part for part in parts if part.info.key.state in WEIGHT_STATES}
 
 
 class Reads(NamedTuple):
@@ -112,9 +112,6 @@ def reads(
     Raises:
         CheckpointError: the manifest has no record of a chunk.
     """
-    from ckpt.checksums import Blocks
-    from ckpt.read import pieces
-
     shards, n = ranks.shards(shard_group), ranks.of_a_stage
     known: dict[Any, list[tuple[int, int]]] = {}
 
@@ -122,7 +119,7 @@ def reads(
         info = part.info
         blocks = {Blocks.of_record(record).size for record in info.chunks.values()}
         # The layers of a model have arrays with the same chunks: each kind is counted once.
-        kind = (info.shape, info.chunk_shape, info.dtype, part.tp_dim, part.whole)
+        kind = (info.shape, info.chunk_shape, info.dtype, part.kind.tp_dim, part.kind.whole)
         key = (*kind, *blocks) if len(blocks) <= 1 else info.key
         if key not in known:
             by_box: dict[Any, tuple[int, int]] = {}

@@ -62,11 +62,9 @@ class Job:
                 raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         check_shard_group(self.ranks.dp, self.ranks.zero, self.shard_group)
         check_layers(len(self.shape.links), self.ranks.pp * self.virtual_stages)
-        learned = self.shape.positions == "learned"
-        if learned and self.seq_len > self.shape.max_seq_len:
-            raise ValueError(
-                f"seq_len {self.seq_len} is more than the {self.shape.max_seq_len} learned positions"
-            )
+        rows = self.shape.max_seq_len
+        if self.shape.positions == "learned" and self.seq_len > rows:
+            raise ValueError(f"seq_len {self.seq_len} is more than the {rows} learned positions")
         if self.sequence_parallel and self.seq_len % self.ranks.tp:
             raise ValueError(f"sequence parallelism needs a seq_len that tp({self.ranks.tp}) divides")
 
@@ -106,7 +104,7 @@ class Job:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Part of the model on each rank of the pipeline."""
-        return _cut(self.shape, self.ranks.pp, self.virtual_stages, self.balance, self.schedule)
+        return cut_stages(self.shape, self.ranks.pp, self.virtual_stages, self.balance, self.schedule)
 
     @property
     def kinds(self) -> tuple[Stage, ...]:
@@ -159,8 +157,16 @@ class Stage:
 
 
 @lru_cache
-def _cut(shape: GPTShape, pp: int, v: int, balance: Balance, schedule: Schedule) -> tuple[Stage, ...]:
+def cut_stages(
+    shape: GPTShape, pp: int, v: int = 1, balance: Balance = "flops", schedule: Schedule = "1f1b"
+) -> tuple[Stage, ...]:
+    """Return the part of the model on each of `pp` pipeline ranks, with `v` stages on each.
+
+    Raises:
+        ValueError: there are fewer links than stages.
+    """
     links = shape.links
+    check_layers(len(links), pp * v)
     costs = {
         "flops": [link.cost for link in links],
         "parameters": [1 + sum(prod(w.shape) for w in link.weights if not w.same_as) for link in links],
@@ -168,18 +174,14 @@ def _cut(shape: GPTShape, pp: int, v: int, balance: Balance, schedule: Schedule)
     }[balance]
     parts = [tuple(links[a:b]) for a, b in balanced_cuts(costs, pp * v)]
     placement = Placement.of(pp, schedule=schedule, virtual_stages=v)
-    return tuple(
-        _stage(
-            tuple(parts[stage] for stage in placement.on(rank)),
-            turns=schedule == "zero_bubble_v" and v > 1 and rank == pp - 1,
-        )
-        for rank in range(pp)
-    )
+    turning = pp - 1 if schedule == "zero_bubble_v" and v > 1 else None
+    chunks = [tuple(parts[stage] for stage in placement.on(rank)) for rank in range(pp)]
+    return tuple(_stage(own, turns=rank == turning) for rank, own in enumerate(chunks))
 
 
 @lru_cache
 def _kinds(*job: Any) -> tuple[Stage, ...]:
-    stages = _cut(*job)
+    stages = cut_stages(*job)
     return tuple({(s.turns, *(link.weights for link in s.links)): s for s in stages}.values())
 
 
@@ -210,12 +212,7 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file can't be read, isn't JSON, or lacks a section.
     """
-    try:
-        document = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    document = read_json(path, str(path))
     kinds = {"model": dict, "seq_len": int, "uni3d": dict}
     for key, kind in kinds.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
@@ -224,6 +221,20 @@ def read_document(path: Path) -> dict[str, Any]:
                 f"{key} is missing or isn't {'a number' if kind is int else 'a section'}"
             )
     return dict(document)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file; `what` names it in errors.
+
+    Raises:
+        ValueError: it can't be read, or isn't JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{what} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
 
 
 def settings_of(config: Config, dp: int) -> dict[str, Any]:

@@ -160,9 +160,8 @@ class _Walk:
             following = self._prefetched(i)
             busy = alive + each.again + each.work
             loss = waiting + logits
-            yield _Moment(
-                before + own, gathered, busy, loss + (loss_work // 2 if is_head else 0), following + leaving
-            )
+            own_loss = loss_work // 2 if is_head else 0
+            yield _Moment(before + own, gathered, busy, loss + own_loss, following + leaving)
             alive -= each.kept
             yield _Moment(before, gathered, alive, loss, following + peak)
             leaving = leaves
@@ -201,11 +200,8 @@ class _Walk:
         added = buffer if again and job.ranks.zero <= 1 else 0
         copy = buffer if job.shards == 1 else 0  # fully_shard then divides by 1, into a new tensor
         packed = buffer + (0 if added else own)
-        return (
-            own,
-            max(packed, buffer - added + job.reduce_bytes * shard + copy),
-            buffer if job.ranks.dp > 1 else 0,
-        )
+        peak = max(packed, buffer - added + job.reduce_bytes * shard + copy)
+        return own, peak, buffer if job.ranks.dp > 1 else 0
 
     def _gradients(self, i: int, *, again: bool, reduced: bool) -> int:
         """Return the bytes of gradients when the backward pass of link `i` begins.

@@ -9,29 +9,25 @@ and on ranks relative to the stage's first.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt import ArrayKey, ArrayLayout, Box, Plan, plan_arrays
 from ckpt.box import around
-from ckpt.checksums import block_bytes
-from ckpt.format import ZARR, array_path, atom_path, chunk_key, itemsize
-from ckpt.gather import Gathering, rounds
+from ckpt.checksums import CHECKSUM_BYTES, block_bytes, chunk_record
+from ckpt.format import ZARR, array_path, atom_path, chunk_key, encode_document, itemsize
+from ckpt.gather import rounds
 from ckpt.plan import ArrayPlan
 from parallel.degrees import Ranks
-from parallel.placement import balanced_cuts, check_layers
 from uni3d.estimate.gpt import GPTShape, Link
+from uni3d.estimate.job import cut_stages
 
 DTYPE = "float32"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """States that a save with AdamW writes."""
-
-CHECKSUM_BYTES = 4
-"""Bytes of the checksum at the end of each chunk's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +81,7 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
         ValueError: the model can't be split over them.
     """
     shape.check_tensor_parallel(ranks.tp)
-    stages = cut_stages(shape, ranks.pp)
+    stages = [stage.links for stage in cut_stages(shape, ranks.pp)]
     known: dict[Any, _Tally] = {}
     tallies = []
     for stage, links in enumerate(stages):
@@ -105,24 +101,13 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
         stored=[n for t in tallies for n in t.stored.values()],
         snapshot=[n for t in tallies for n in t.snapshot.values()],
         sent=sum(t.sent for t in tallies),
-        exchanges=max(t.exchanges for t in tallies),
-        largest_received=max(t.largest_received for t in tallies),
+        exchanges=max(len(t.received) for t in tallies),
+        largest_received=max((n for t in tallies for n in t.received), default=0),
         manifest=_manifest_of(atoms, states) + sum(t.records for t in tallies),
     )
 
 
 # --- parts of each rank --------------------------------------------------------------------------------
-
-
-def cut_stages(shape: GPTShape, pp: int) -> list[list[Link]]:
-    """Return the links of each pipeline stage.
-
-    Raises:
-        ValueError: there are fewer links than stages.
-    """
-    links = shape.links
-    check_layers(len(links), pp)
-    return [list(links[a:b]) for a, b in balanced_cuts([link.cost for link in links], pp)]
 
 
 def stage_layout(
@@ -175,59 +160,50 @@ def _part(span: tuple[int, int], parts: int, i: int) -> tuple[int, int]:
 # --- figures -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Tally:
+class _Tally(NamedTuple):
     """Figures of one stage."""
 
     written: dict[int, int]
     stored: dict[int, int]
     snapshot: dict[int, int]
-    chunks: int = 0
-    sent: int = 0
-    exchanges: int = 0
-    largest_received: int = 0
-    records: int = 0
+    chunks: int
+    records: int
+    sent: int
+    received: list[int]
+    """Most bytes that a rank receives, in each exchange."""
 
 
 def _tally(plan: Plan) -> _Tally:
-    zeros = dict.fromkeys(plan.ranks, 0)
-    tally = _Tally(zeros, dict(zeros), dict(zeros))
-    alike: dict[int, list[ArrayPlan]] = defaultdict(list)  # equal arrays share one plan object
-    for array in plan.arrays:
-        alike[id(array.chunks)].append(array)
-    for arrays in alike.values():
-        _add_chunks(tally, arrays[0], len(arrays))
-    alike.clear()
-    for array in plan.arrays:
-        alike[id(array.sources or array.chunks)].append(array)
-    for arrays in alike.values():
-        brought = _brought(arrays[0])
-        for rank, nbytes in brought.items():
-            tally.snapshot[rank] += len(arrays) * nbytes
+    written, stored, snapshot = (dict.fromkeys(plan.ranks, 0) for _ in range(3))
+    chunks = records = sent = 0
+    for array, n in _alike(plan, lambda array: array.chunks):
+        size, filled = itemsize(array.dtype), prod(array.chunk_shape) * itemsize(array.dtype)
+        chunks += n * len(array.chunks)
+        records += n * len(array.chunks) * len(f'"":{_record(filled)},')
+        for chunk in array.chunks:
+            written[chunk.writer] += n * chunk.box.size * size
+            stored[chunk.writer] += n * (filled + CHECKSUM_BYTES)
+            records += n * len(chunk_key(chunk.index))
+    for array, n in _alike(plan, lambda array: array.sources or array.chunks):
+        for rank, nbytes in _brought(array).items():
+            snapshot[rank] += n * nbytes
+    received = []
     for batch in rounds(plan):
-        _add_exchange(tally, batch)
-    return tally
+        arriving: dict[int, int] = defaultdict(int)
+        for array, chunk, pieces in batch:
+            size = itemsize(array.dtype)
+            arriving[chunk.writer] += chunk.box.size * size
+            sent += sum(box.size for source, box in pieces if source != chunk.writer) * size
+        received.append(max(arriving.values()))
+    return _Tally(written, stored, snapshot, chunks, records, sent, received)
 
 
-def _add_exchange(tally: _Tally, batch: Sequence[Gathering]) -> None:
-    received: dict[int, int] = defaultdict(int)
-    for array, chunk, pieces in batch:
-        size = itemsize(array.dtype)
-        received[chunk.writer] += chunk.box.size * size
-        tally.sent += sum(box.size for source, box in pieces if source != chunk.writer) * size
-    tally.exchanges += 1
-    tally.largest_received = max(tally.largest_received, *received.values())
-
-
-def _add_chunks(tally: _Tally, array: ArrayPlan, n: int) -> None:
-    """Add `n` arrays with the chunks of `array`."""
-    size, filled = itemsize(array.dtype), prod(array.chunk_shape) * itemsize(array.dtype)
-    tally.chunks += n * len(array.chunks)
-    tally.records += n * len(array.chunks) * len(f'"":{_record(filled)},')
-    for chunk in array.chunks:
-        tally.written[chunk.writer] += n * chunk.box.size * size
-        tally.stored[chunk.writer] += n * (filled + CHECKSUM_BYTES)
-        tally.records += n * len(chunk_key(chunk.index))
+def _alike(plan: Plan, part: Callable[[ArrayPlan], object]) -> Iterable[tuple[ArrayPlan, int]]:
+    """Return one array of each kind and their number. Equal arrays share one object as this part."""
+    kinds: dict[int, list[ArrayPlan]] = defaultdict(list)
+    for array in plan.arrays:
+        kinds[id(part(array))].append(array)
+    return [(arrays[0], len(arrays)) for arrays in kinds.values()]
 
 
 def _brought(array: ArrayPlan) -> dict[int, int]:
@@ -240,12 +216,9 @@ def _brought(array: ArrayPlan) -> dict[int, int]:
 
 
 def _record(chunk_bytes: int) -> str:
-    """Return a chunk's record in the manifest (`ckpt.checksums`), with zeros for its checksums."""
-    block = block_bytes(chunk_bytes)
-    record: dict[str, Any] = {"size": chunk_bytes + CHECKSUM_BYTES, "crc32c": "0" * 8}
-    if chunk_bytes > block:
-        record |= {"block": block, "running": "0" * 8 * -(-chunk_bytes // block)}
-    return json.dumps(record, separators=(",", ":"))
+    """Return a chunk's record in the manifest, with zeros for its checksums."""
+    blocks = -(-chunk_bytes // block_bytes(chunk_bytes))
+    return encode_document(chunk_record(chunk_bytes, [0] * blocks)).decode()
 
 
 def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:

@@ -13,9 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ckpt.read import WEIGHT_STATES
+import ckpt
+from ckpt.format import itemsize
+from ckpt.read import PARAMETER, WEIGHT_STATES, ArrayInfo
 from parallel.combinations import pipeline_refusal
 from parallel.degrees import Ranks
 from parallel.placement import Placement, balanced_cuts
@@ -31,14 +33,7 @@ from parallel.tp_styles import (
 )
 from uni3d.estimate.save import part_boxes
 from uni3d.estimate.zero import largest_part
-
-if TYPE_CHECKING:
-    import ckpt
-    from ckpt.read import ArrayInfo
-    from uni3d.manifest import RunManifest
-
-PARAMETER, BUFFER = WEIGHT_STATES
-"""State names of a parameter's and a buffer's own value."""
+from uni3d.manifest import RunManifest
 
 USUAL = Settings()
 """Settings of a run with an unknown config."""
@@ -47,38 +42,15 @@ _UNDECLARED = "can't be checked: the manifest doesn't say how the model may be s
 _CutBy = tuple[int, str, int, str]
 
 
-class RefusedDegree(NamedTuple):
-    """A degree by which the model or its batch can't be split, with the reason."""
+class RefusedDegrees(NamedTuple):
+    """Degrees of one axis by which the model or its batch can't be split, with the reason."""
 
     axis: str
-    degree: int
+    degrees: list[int]
     why: str
 
     def __str__(self) -> str:
-        return f"{self.axis} {self.degree} {self.why}"
-
-
-class StageArray(NamedTuple):
-    """An array on one pipeline rank, where every rank holds a box of it."""
-
-    info: ArrayInfo
-    name: str
-    """Name of its tensor on this pipeline rank; the first one if a tied tensor has several."""
-    tp_dim: int | None
-    whole: bool
-    """True if every rank has the whole array, as with buffers."""
-    role: Literal["trained", "frozen", "state", "buffer"]
-    """Trained or frozen parameter, optimizer state, or buffer."""
-
-    @property
-    def kind(self) -> Kind:
-        size = self.info.nbytes // max(1, prod(self.info.shape))
-        return Kind(self.info.shape, size, self.tp_dim, self.whole, self.role)
-
-    def boxes(self, ranks: Ranks, shards: int) -> list[ckpt.Box]:
-        """Return the boxes of the ranks of one pipeline rank, tensor-parallel neighbours side by side."""
-        shards, tp_dim = (1, None) if self.whole else (shards, self.tp_dim)
-        return part_boxes(self.info.shape, tp_dim, dp=ranks.dp, tp=ranks.tp, shards=shards)
+        return f"{self.axis} {', '.join(map(str, self.degrees))} {self.why}"
 
 
 class Kind(NamedTuple):
@@ -88,11 +60,27 @@ class Kind(NamedTuple):
     itemsize: int
     tp_dim: int | None
     whole: bool
+    """True if every rank has the whole array, as with buffers."""
     role: Literal["trained", "frozen", "state", "buffer"]
+    """Trained or frozen parameter, optimizer state, or buffer."""
 
     def largest(self, tp: int, shards: int) -> int:
         """Return the elements of the largest box on a rank."""
         return prod(self.shape) if self.whole else largest_part(self.shape, self.tp_dim, tp=tp, shards=shards)
+
+
+class StageArray(NamedTuple):
+    """An array on one pipeline rank, where every rank holds a box of it."""
+
+    info: ArrayInfo
+    name: str
+    """Name of its tensor on this pipeline rank; the first one if a tied tensor has several."""
+    kind: Kind
+
+    def boxes(self, ranks: Ranks, shards: int) -> list[ckpt.Box]:
+        """Return the boxes of the ranks of one pipeline rank, tensor-parallel neighbours side by side."""
+        shards, tp_dim = (1, None) if self.kind.whole else (shards, self.kind.tp_dim)
+        return part_boxes(self.info.shape, tp_dim, dp=ranks.dp, tp=ranks.tp, shards=shards)
 
 
 class SavedModel:
@@ -104,7 +92,7 @@ class SavedModel:
         """Shapes of the parameters and buffers, by atom."""
         for key, info in arrays.items():
             self._states[key.atom].append(info)
-            if key.state in (PARAMETER, BUFFER):
+            if key.state in WEIGHT_STATES:
                 self.shapes[key.atom] = info.shape
         self._frozen = {name for name, trains in manifest.model.requires_grad.items() if not trains}
         self.declared = manifest.model.declared
@@ -127,12 +115,8 @@ class SavedModel:
     @property
     def states_of_their_own_shape(self) -> list[str]:
         """Optimizer states with another shape than their parameter, for which no cutting rule is known."""
-        return [
-            "/".join(info.key)
-            for name in self.parameters
-            for info in self._states[name]
-            if info.shape != self.shape(name)
-        ]
+        states = ((name, info) for name in self.parameters for info in self._states[name])
+        return ["/".join(info.key) for name, info in states if info.shape != self.shape(name)]
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Return the shape of a parameter, given by any of its names."""
@@ -149,16 +133,16 @@ class SavedModel:
         *,
         batch: int | None = None,
         shard_group: int | None = None,
-    ) -> Iterator[RefusedDegree]:
+    ) -> Iterator[RefusedDegrees]:
         """Yield the degrees by which the model, or a global batch of `batch` samples, can't be split."""
         if why := self.refuses_tp(tp, sequence_parallel=settings.sequence_parallel):
-            yield RefusedDegree("tp", tp, why)
+            yield RefusedDegrees("tp", [tp], why)
         if why := self.refuses_pp(pp, settings.virtual_stages):
-            yield RefusedDegree("pp", pp, why)
+            yield RefusedDegrees("pp", [pp], why)
         if batch is not None and batch % dp:
-            yield RefusedDegree("dp", dp, f"doesn't divide the global batch of {batch}")
+            yield RefusedDegrees("dp", [dp], f"doesn't divide the global batch of {batch}")
         if shard_group is not None and dp % shard_group:
-            yield RefusedDegree("dp", dp, f"isn't a multiple of the config's shard group of {shard_group}")
+            yield RefusedDegrees("dp", [dp], f"isn't a multiple of the config's shard group of {shard_group}")
 
     def refuses_pp(self, pp: int, virtual_stages: int = 1) -> str | None:
         """Return why the model can't be cut into stages for `pp` ranks, or None if it can."""
@@ -167,13 +151,9 @@ class SavedModel:
                 return _UNDECLARED
             if "pipeline_layers" in self.declared and self.layers is None:
                 return "needs the costs of the layers, which the manifest doesn't have"
-        return pipeline_refusal(
-            self._model,
-            None if self.layers is None else len(self.layers),
-            loss_fn=bool(self.declared.get("loss_fn")),
-            pp=pp,
-            virtual_stages=virtual_stages,
-        )
+        layers = None if self.layers is None else len(self.layers)
+        loss_fn = bool(self.declared.get("loss_fn"))
+        return pipeline_refusal(self._model, layers, loss_fn=loss_fn, pp=pp, virtual_stages=virtual_stages)
 
     def refuses_tp(self, tp: int, *, sequence_parallel: bool = False) -> str | None:
         """Return why the model's layers can't be split this many ways, or None if they can."""
@@ -273,9 +253,12 @@ class SavedModel:
             for info in self._states[atom]:
                 alike = info.shape == self.shape(atom)
                 role: Any = own if info.key.state == PARAMETER else "state"
-                parts.append(StageArray(info, name, dim if alike else None, not alike, role))
+                size, tp_dim = itemsize(info.dtype), dim if alike else None
+                parts.append(StageArray(info, name, Kind(info.shape, size, tp_dim, not alike, role)))
         for name in self._of(self.buffers, layers):
-            parts += [StageArray(info, name, None, True, "buffer") for info in self._states[name]]
+            for info in self._states[name]:
+                kind = Kind(info.shape, itemsize(info.dtype), None, True, "buffer")
+                parts.append(StageArray(info, name, kind))
         return parts
 
     def _of(self, names: Sequence[str], layers: Collection[str] | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from parallel.degrees import Ranks
 from uni3d.estimate.gpt import GPTShape
@@ -145,17 +146,11 @@ def _candidates(job: Job, world: int, machine: Machine) -> Iterator[Job]:
     for ranks in splits(job, world, machine.ranks_per_node):
         share = job.batch // ranks.dp
         for mode in RECOMPUTE[RECOMPUTE.index(job.recompute) :]:
+            every = job.every if mode == job.recompute else 1
             for micro in range(1, min(share, LARGEST_MICRO_BATCH) + 1):
                 if share % micro == 0:
-                    yield replace(
-                        job,
-                        ranks=ranks,
-                        shard_group=None,
-                        micro_batch=micro,
-                        accumulation=share // micro,
-                        recompute=mode,
-                        every=job.every if mode == job.recompute else 1,
-                    )
+                    sizes: dict[str, Any] = {"micro_batch": micro, "accumulation": share // micro}
+                    yield replace(job, ranks=ranks, shard_group=None, recompute=mode, every=every, **sizes)
 
 
 def _divisors(n: int) -> list[int]:

@@ -42,13 +42,8 @@ def bubble(job: Job) -> float:
     A test simulates torch's schedules with these times, and gets the same.
     """
     p, v, m = job.ranks.pp, job.virtual_stages, job.accumulation
-    waits = {
-        "gpipe": p - 1.0,
-        "1f1b": p - 1.0,
-        "interleaved": (p - 1) / v,
-        "zero_bubble": (p - 1) / (3 * v),
-        "zero_bubble_v": (p - 1) / (3 * v),
-    }[job.order]
+    shrunk = {"gpipe": 1, "1f1b": 1, "interleaved": v, "zero_bubble": 3 * v, "zero_bubble_v": 3 * v}
+    waits = (p - 1) / shrunk[job.order]
     return waits / (m + waits)
 
 

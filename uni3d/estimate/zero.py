@@ -123,7 +123,5 @@ def sent(
     scatters = accumulation if stage >= 2 else 1
     gathered, reduced = compute_bytes * parameters, reduce_bytes * parameters
     return Sent(
-        gathers * gathered * (s - 1) // s,
-        scatters * reduced * (s - 1) // s,
-        2 * reduced * (n - 1) // (n * s),
+        gathers * gathered * (s - 1) // s, scatters * reduced * (s - 1) // s, 2 * reduced * (n - 1) // (n * s)
     )

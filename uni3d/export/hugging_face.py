@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
+from ckpt.format import Json
 from uni3d.export.new_folder import new_folder
 from uni3d.manifest import RunManifest
 from uni3d.name_map import NameMap
 from uni3d.zero_to_fp32 import write_files
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +60,9 @@ def find(checkpoint: ckpt.Checkpoint, config: Path | None, names: Path | None) -
     declared = model.declared
     said = parse(declared["hugging_face"]) if "hugging_face" in declared else None
     if config is None and said is None:
+        kind = f" ({declared['class']})" if "class" in declared else ""
         raise ValueError(
-            f"{checkpoint.url} has no Hugging Face config for its model{_class(declared)}; give --hf-config "
+            f"{checkpoint.url} has no Hugging Face config for its model{kind}; give --hf-config "
             "FILE, the model's config.json, and --name-map FILE if Hugging Face names the tensors differently"
         )
     own = said or HuggingFaceModel(config={}, names=NameMap({}))
@@ -123,10 +123,6 @@ def write_folder(
         made = write_files(folder, sizes, {}, max_shard_size, True, write)
         (folder / "config.json").write_text(content + "\n", encoding="utf-8")
     return [output / name for name in ("config.json", *made)]
-
-
-def _class(declared: Json) -> str:
-    return f" ({declared['class']})" if "class" in declared else ""
 
 
 def _read_config(path: Path) -> Json:

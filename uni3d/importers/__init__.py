@@ -1,5 +1,7 @@
 """Readers of other frameworks' checkpoints. None of those frameworks is needed, and none of their code runs.
 
+A reader raises CheckpointError if anything is missing, damaged, inconsistent or unsupported.
+
 Modules:
     detect         which framework wrote a file or folder, and the reader for it
     source         the result of a reader: arrays that are read on demand, and everything else

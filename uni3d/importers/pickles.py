@@ -23,23 +23,10 @@ _FRAMEWORKS = ("apex", "deepspeed", "megatron", "torch.distributed", "torch.opti
 
 _STAND_INS = frozenset(
     {
-        "_io.BytesIO",
-        "argparse.Namespace",
-        "datetime.date",
-        "datetime.datetime",
-        "datetime.timedelta",
-        "datetime.timezone",
-        "decimal.Decimal",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.WindowsPath",
-        "pathlib._local.PosixPath",
-        "signal.Signals",
-        "torch.device",
-        "torch.torch_version.TorchVersion",
-        "types.SimpleNamespace",
-        "uuid.UUID",
+        *("_io.BytesIO", "argparse.Namespace", "decimal.Decimal", "signal.Signals", "types.SimpleNamespace"),
+        *("datetime.date", "datetime.datetime", "datetime.timedelta", "datetime.timezone", "uuid.UUID"),
+        *("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+        *("pathlib._local.PosixPath", "torch.device", "torch.torch_version.TorchVersion"),
     }
 )
 """Classes of other packages that are commonly saved next to weights."""
@@ -146,7 +133,7 @@ def read_pickle(
         CheckpointError: `data` isn't a pickle, or names anything else.
     """
     try:
-        return _Unpickler(data, where, frozenset(stand_ins), names or {}, persistent).load()
+        return _Unpickler(data, where, stand_ins, {**_PLAIN, **(names or {})}, persistent).load()
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -158,7 +145,7 @@ class _Unpickler(pickle.Unpickler):
         self,
         data: bytes,
         where: str,
-        stand_ins: frozenset[str],
+        stand_ins: Collection[str],
         names: Mapping[str, Any],
         persistent: Callable[[Any], Any] | None,
     ) -> None:
@@ -171,8 +158,6 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full in self._names:
             return self._names[full]
-        if full in _PLAIN:
-            return _PLAIN[full]
         known = any(full.startswith(f"{package}.") for package in _FRAMEWORKS)
         if known or full in _STAND_INS or full in self._stand_ins:
             if full not in self._made:
@@ -255,10 +240,6 @@ def _numpy_buffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) 
     return made
 
 
-def _numpy_plain(kind: Any, shape: Any = (0,), code: Any = b"b") -> _NumpyArray:
-    return _NumpyArray()
-
-
 _PLAIN: dict[str, Any] = {
     "_codecs.encode": Function(_encode),
     "collections.OrderedDict": Ordered,
@@ -271,7 +252,7 @@ _PLAIN: dict[str, Any] = {
 }
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _PLAIN[f"{_module}.scalar"] = Function(_numpy_scalar)
-    _PLAIN[f"{_module}._reconstruct"] = Function(_numpy_plain)
+    _PLAIN[f"{_module}._reconstruct"] = Function(_NumpyArray)
 for _module in ("numpy.core.numeric", "numpy._core.numeric"):
     _PLAIN[f"{_module}._frombuffer"] = Function(_numpy_buffer)
 for _module in ("builtins", "__builtin__"):
@@ -294,6 +275,17 @@ def plain(value: Any) -> Any:
         return _plain(value)
     except RecursionError:
         raise TypeError("nested too deeply") from None
+
+
+def plain_entries(entries: Mapping[Any, Any], what: str, left_out: list[str]) -> dict[str, Any]:
+    """Return the entries that JSON can represent; a line that begins with `what` is added for each other."""
+    found = {}
+    for key, value in entries.items():
+        try:
+            found[str(key)] = plain(value)
+        except TypeError as error:
+            left_out.append(f"{what}{key}: {error}")
+    return found
 
 
 def _plain(value: Any) -> Any:

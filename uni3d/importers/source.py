@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy.typing as npt
 
 from ckpt import CheckpointError
+from ckpt.format import itemsize
 from ckpt.read import WEIGHT_STATES
 
 PARAMETER, BUFFER = WEIGHT_STATES
@@ -16,8 +18,8 @@ PARAMETER, BUFFER = WEIGHT_STATES
 
 Array = npt.NDArray[Any]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-IMPLEMENTATION_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Hyperparameters that choose an implementation of the step and don't change its result."""
+Read = Callable[[], Array]
+"""Reads the verified values, in a type that converts to the stored one exactly. Thread-safe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,17 @@ class ForeignArray:
     dtype: str
     """Type in which it will be stored: `float32` for parameters."""
     shape: tuple[int, ...]
-    read: Callable[[], Array]
-    """Returns the verified values, in a type that converts to `dtype` exactly. Thread-safe."""
+    read: Read
     origin: str
     """Place in the source, shown to the user."""
 
     @property
     def key(self) -> tuple[str, str]:
         return self.name, self.state
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +56,6 @@ class OptimizerState:
     """Hyperparameters of each group, with the names of its parameters under `params`."""
     scalars: dict[str, dict[str, Any]]
     """Parameter -> state -> number."""
-    equal_groups: bool = False
-    """True if the source doesn't record the groups, and parameters with equal hyperparameters form one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,38 +97,33 @@ class Source:
                     f"{self.where} has {array.name}/{array.state} twice: {other.origin} and {array.origin}"
                 )
 
-    def renamed(self, rename: Callable[[str], str | None]) -> Source:
-        """Return the source with other names. Tensors renamed to None are left out.
+    def renamed(self, new: Mapping[str, str]) -> Source:
+        """Return the source with the names `new`, by the old ones. Tensors without a new name are left out.
 
         If the first name of a tied weight is left out, its next alias takes the first one's place.
-
-        Raises:
-            CheckpointError: two tensors get the same name.
         """
-        new = {name: rename(name) for name in dict.fromkeys([*(a.name for a in self.arrays), *self.aliases])}
-        _check_apart(new)
-        dropped = _dropped(new)
+        names = {*(array.name for array in self.arrays), *self.aliases}
+        dropped, new = sorted(names - new.keys()), dict(new)
         for alias, target in self.aliases.items():
-            if new[target] is None:
-                new[target], new[alias] = new[alias], None
+            if target not in new and alias in new:
+                new[target] = new.pop(alias)
+        gone = names - new.keys()
 
         def each(old: Iterable[str]) -> list[str]:
-            return [name for name in (new.get(n, n) for n in old) if name is not None]
+            return [new.get(name, name) for name in old if name not in gone]
 
         optimizer = self.optimizer
         if optimizer is not None:
             optimizer = replace(
                 optimizer,
                 groups=[{**group, "params": each(group["params"])} for group in optimizer.groups],
-                scalars={
-                    name: numbers for old, numbers in optimizer.scalars.items() if (name := new.get(old, old))
-                },
+                scalars={new.get(n, n): held for n, held in optimizer.scalars.items() if n not in gone},
             )
         return replace(
             self,
-            arrays=[replace(a, name=called) for a in self.arrays if (called := new[a.name]) is not None],
+            arrays=[replace(array, name=new[array.name]) for array in self.arrays if array.name in new],
             frozen=frozenset(each(self.frozen)),
-            aliases=_both(self.aliases, new),
+            aliases={new[alias]: new[to] for alias, to in self.aliases.items() if {alias, to} <= new.keys()},
             optimizer=optimizer,
             left_out=[*self.left_out, *(f"{name}: left out by the name map" for name in dropped)],
         )
@@ -139,23 +137,6 @@ class Source:
             scheduler=None,
             loss_scale=None,
         )
-
-
-def _both(aliases: Mapping[str, str], new: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the aliases whose two names are both kept."""
-    pairs = ((new[alias], new[first]) for alias, first in aliases.items())
-    return {alias: first for alias, first in pairs if alias is not None and first is not None}
-
-
-def _check_apart(new: Mapping[str, str | None]) -> None:
-    seen: dict[str, str] = {}
-    for old, name in new.items():
-        if name is not None and seen.setdefault(name, old) != old:
-            raise CheckpointError(f"the name map renames both {seen[name]} and {old} to {name}")
-
-
-def _dropped(new: Mapping[str, str | None]) -> list[str]:
-    return sorted(name for name, renamed in new.items() if renamed is None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from ckpt import DTYPES, CheckpointError, numpy_dtype
-from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor
 
@@ -34,93 +33,54 @@ INDEX = ".index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """A tensor in a file."""
+class _SafeTensor:
+    """A tensor in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], npt.NDArray[Any]]
-    file: Path
-    identity: Any = None
-    """Equal for tensors that share memory; None if that isn't known."""
+    read: Read
+    identity: None = None
+    """Such files don't record which tensors share memory."""
+
+
+_Tensors = Mapping[str, StoredTensor | _SafeTensor]
+_Content = tuple[_Tensors, dict[str, str], list[str]]
+"""A file's tensors, the aliases of tied ones, and a line for everything else."""
 
 
 def read_safetensors(path: Path, options: Options) -> Source:
-    """Read a safetensors file, or a folder of them.
-
-    Raises:
-        CheckpointError: a file is damaged or missing.
-    """
-    tensors: dict[str, _Tensor] = {}
-    aliases: dict[str, str] = {}
-    files, placed = _files(path, ".safetensors")
-    for file in files:
-        found, other_names = _in_safetensors(file)
-        _add(tensors, found)
-        aliases |= other_names
-    _check_index(placed, tensors)
-    return _source("safetensors", path, tensors, aliases, options)
+    """Read a safetensors file, or a folder of them."""
+    return _source("safetensors", path, ".safetensors", options, _in_safetensors)
 
 
 def read_torch(path: Path, options: Options) -> Source:
-    """Read the state_dict in a file of `torch.save`, or in a folder of them.
+    """Read the state_dict in a file of `torch.save`, or in a folder of them."""
+    return _source("torch", path, ".bin", options, lambda file: _state_dict(file, load(file, options)))
 
-    Raises:
-        CheckpointError: a file is damaged or missing, or contains something unsupported.
-    """
-    tensors: dict[str, _Tensor] = {}
+
+def _source(kind: str, path: Path, suffix: str, options: Options, read: Callable[[Path], _Content]) -> Source:
+    held: dict[Path, _Tensors] = {}
+    aliases: dict[str, str] = {}
     left_out: list[str] = []
-    files, placed = _files(path, ".bin")
+    files, placed = _files(path, suffix)
     for file in files:
-        found, others = _state_dict(file, load(file, options))
+        held[file], other_names, others = read(file)
+        aliases |= other_names
         left_out += others
-        _add(
-            tensors,
-            {
-                name: _Tensor(dtype=t.dtype, shape=t.shape, read=t.read, file=file, identity=t.identity)
-                for name, t in found.items()
-            },
-        )
-    _check_index(placed, tensors)
-    return _source("torch", path, tensors, {}, options, left_out)
-
-
-def _source(
-    kind: str,
-    path: Path,
-    tensors: Mapping[str, _Tensor],
-    aliases: dict[str, str],
-    options: Options,
-    left_out: list[str] | None = None,
-) -> Source:
+    _check_index(placed, held)
     arrays: dict[Any, ForeignArray] = {}
-    aliases = dict(aliases)
-    for name, tensor in tensors.items():
-        array = array_of(
-            name, tensor.dtype, tensor.shape, tensor.read, options, f"{tensor.file.name}: {name}"
-        )
-        tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
-        first = arrays.get(tensor.identity) if tied else None
-        if first is not None:
-            aliases[name] = first.name
-        else:
-            arrays[tensor.identity if tied else name] = array
-    return Source(
-        kind=kind,
-        where=str(path),
-        arrays=list(arrays.values()),
-        aliases=aliases,
-        left_out=left_out or [],
-    )
+    for file, tensors in held.items():
+        for name, tensor in tensors.items():
+            array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
+            tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
+            first = arrays.setdefault(tensor.identity if tied else name, array)
+            if first is not array:
+                aliases[name] = first.name
+    return Source(kind=kind, where=str(path), arrays=[*arrays.values()], aliases=aliases, left_out=left_out)
 
 
 def array_of(
-    name: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    read: Callable[[], npt.NDArray[Any]],
-    options: Options,
-    origin: str,
+    name: str, dtype: str, shape: tuple[int, ...], read: Read, options: Options, origin: str
 ) -> ForeignArray:
     """Return a parameter or a buffer, told apart by name and type alone.
 
@@ -187,9 +147,7 @@ def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
         for name, file in sorted(json.loads(index.read_text())["weight_map"].items(), key=lambda x: x[1]):
             placed.setdefault(index.parent / file, set()).add(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} isn't a valid index of weights: {type(error).__name__}: {error}"
-        ) from None
+        raise CheckpointError(f"{index} isn't an index of weights: {type(error).__name__}: {error}") from None
     for file in placed:
         if file.parent != index.parent or file.suffix != suffix:
             raise CheckpointError(f"{index} names {file}, which isn't a {suffix} file in its folder")
@@ -198,53 +156,47 @@ def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
     return placed
 
 
-def _check_index(placed: Mapping[Path, set[str]], tensors: Mapping[str, _Tensor]) -> None:
-    """Check that each file has the tensors of its index entry and no others."""
+def _check_index(placed: Mapping[Path, set[str]], held: Mapping[Path, _Tensors]) -> None:
+    """Check that each file has the tensors of its index entry and no others, so that none is in two files."""
     for file, wanted in placed.items():
-        found = {name for name, tensor in tensors.items() if tensor.file == file}
-        if missing := sorted(wanted - found):
+        if missing := sorted(wanted - held[file].keys()):
             raise CheckpointError(f"{file} lacks {', '.join(missing[:4])}, expected from the index")
-        if more := sorted(found - wanted):
+        if more := sorted(held[file].keys() - wanted):
             raise CheckpointError(f"{file} has {', '.join(more[:4])}, which the index doesn't list")
 
 
-def _in_safetensors(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+def _in_safetensors(file: Path) -> _Content:
     from safetensors import SafetensorError, safe_open
 
     numpy_dtype("bfloat16")  # numpy knows the name from then on
-    tensors = {}
+    tensors: dict[str, _SafeTensor] = {}
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118  it isn't a dict
                 part = opened.get_slice(name)
                 dtype = _SAFETENSORS.get(part.get_dtype(), part.get_dtype())
-                tensors[name] = _Tensor(
-                    dtype=dtype, shape=tuple(part.get_shape()), read=_reader(file, name), file=file
-                )
+                read = partial(_read, file, name)
+                tensors[name] = _SafeTensor(dtype=dtype, shape=tuple(part.get_shape()), read=read)
         aliases = json.loads(metadata.pop("aliases", "{}"))  # as `uni3d export` writes them
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} isn't a complete safetensors file: {error}") from None
     aliases = metadata | aliases  # safetensors' own `save_model` names one weight by another
-    return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}
+    return tensors, {str(k): str(v) for k, v in aliases.items() if v in tensors and k not in tensors}, []
 
 
-def _reader(file: Path, name: str) -> Callable[[], npt.NDArray[Any]]:
-    def read() -> npt.NDArray[Any]:
-        from safetensors import SafetensorError, safe_open
+def _read(file: Path, name: str) -> Array:
+    from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                values: npt.NDArray[Any] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
-        return values
-
-    return read
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            values: Array = opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {name} can't be read: {error}") from None
+    return values
 
 
-def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Return the tensors by name, and a line for everything else."""
+def _state_dict(file: Path, content: Any) -> _Content:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a state_dict")
     nested = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
@@ -266,11 +218,4 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, StoredTensor], list
     others = [f"{where}{k}: not a tensor" for k, v in chosen.items() if not isinstance(v, StoredTensor)]
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors")
-    return tensors, [*outside, *others]
-
-
-def _add(tensors: dict[str, _Tensor], more: Mapping[str, _Tensor]) -> None:
-    for name, tensor in more.items():
-        if name in tensors:
-            raise CheckpointError(f"{name} is in both {tensors[name].file} and {tensor.file}")
-        tensors[name] = tensor
+    return tensors, {}, [*outside, *others]

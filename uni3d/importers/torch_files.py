@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,13 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, leng
 class TorchFile:
     """A file written by `torch.save`."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        data: memoryview | None = None,
-        verify: bool = True,
-        stand_ins: Collection[str] = (),
-    ) -> None:
+    def __init__(self, path: Path, options: Options, data: memoryview | None = None) -> None:
         """Read the archive's directory. `data` is the archive, if it is only a part of the file.
-
-        `verify` says whether checksums are compared; `stand_ins` is as for `pickles.read_pickle`.
 
         Raises:
             CheckpointError: the file isn't such an archive.
         """
-        self.path, self._verify, self._stand_ins = path, verify, stand_ins
+        self.path, self._options = path, options
         try:
             whole = np.memmap(path, np.uint8, mode="r") if data is None else np.frombuffer(data, np.uint8)
         except ValueError:
@@ -62,18 +52,13 @@ class TorchFile:
         self._storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """Return the saved object, with a `StoredTensor` for each tensor.
-
-        Raises:
-            CheckpointError: it is damaged, or contains something unsupported.
-        """
+        """Return the saved object, with a `StoredTensor` for each tensor."""
         entry = self._entries[f"{self._root}data.pkl"]
         data = bytes(self._part(entry))
-        if self._verify and zlib.crc32(data) != entry.CRC:
+        if self._options.verify and zlib.crc32(data) != entry.CRC:
             raise CheckpointError(f"{self.path} is damaged: the CRC-32 of data.pkl doesn't match")
-        return read_pickle(
-            data, str(self.path), stand_ins=self._stand_ins, names=NAMES, persistent=self._storage
-        )
+        stand_ins = self._options.stand_ins
+        return read_pickle(data, str(self.path), stand_ins=stand_ins, names=NAMES, persistent=self._storage)
 
     def _storage(self, pid: Any) -> tuple[Storage, str]:
         """Return the storage of a persistent id, and the type of its elements."""
@@ -87,18 +72,28 @@ class TorchFile:
             found = "nothing" if entry is None else f"{entry.file_size} bytes"
             raise CheckpointError(f"{self.path} is damaged: data/{key} has {found}, expected {size} bytes")
         if key not in self._storages:
-            checksum = entry.CRC if self._verify else None
+            checksum = entry.CRC if self._options.verify else None
             self._storages[key] = Storage(self.path, key, self._part(entry), checksum)
         return self._storages[key], name
 
     def _part(self, entry: zipfile.ZipInfo) -> npt.NDArray[np.uint8]:
-        begin = _begin(self.path, self._bytes, entry)
+        """Return an entry's bytes."""
+        start = entry.header_offset
+        header = bytes(self._bytes[start : start + _LOCAL_HEADER.size])
+        if len(header) < _LOCAL_HEADER.size:
+            raise CheckpointError(f"{self.path} is truncated")
+        signature, name, extra = _LOCAL_HEADER.unpack(header)
+        begin = start + _LOCAL_HEADER.size + name + extra
+        if signature != b"PK\x03\x04" or begin + entry.file_size > len(self._bytes):
+            raise CheckpointError(f"{self.path} is damaged at {entry.filename}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.path} has {entry.filename} compressed; torch.save never compresses")
         return self._bytes[begin : begin + entry.file_size]
 
 
 def load(path: Path, options: Options) -> Any:
     """Return the object in the file, as `TorchFile.load`."""
-    return TorchFile(path, verify=options.verify, stand_ins=options.stand_ins).load()
+    return TorchFile(path, options).load()
 
 
 def is_archive(path: Path) -> bool:
@@ -121,29 +116,11 @@ def _directory(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, zipfile.Zip
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
 
 
-def _begin(path: Path, data: npt.NDArray[np.uint8], entry: zipfile.ZipInfo) -> int:
-    """Return the offset of an entry's bytes in the archive."""
-    start = entry.header_offset
-    header = bytes(data[start : start + _LOCAL_HEADER.size])
-    if len(header) < _LOCAL_HEADER.size:
-        raise CheckpointError(f"{path} is truncated")
-    signature, name, extra = _LOCAL_HEADER.unpack(header)
-    begin = start + _LOCAL_HEADER.size + name + extra
-    if signature != b"PK\x03\x04" or begin + entry.file_size > len(data):
-        raise CheckpointError(f"{path} is damaged at {entry.filename}")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError(f"{path} has {entry.filename} compressed; torch.save never compresses")
-    return int(begin)
-
-
 class _Reader:
     """File-like view of memory, for `zipfile`."""
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self._data, self._at = data, 0
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._at

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckpt import CheckpointError, numpy_dtype
+from ckpt import DTYPES, CheckpointError, numpy_dtype
 from uni3d.importers.pickles import Function, TypeName
 
 STORAGES = {
@@ -27,10 +27,6 @@ STORAGES = {
     "LongStorage": "int64",
     "ShortStorage": "int16",
     "UntypedStorage": "uint8",
-}
-_DTYPES = {
-    **{name: name for name in STORAGES.values()},
-    **{name: name for name in ("uint16", "uint32", "uint64")},
 }
 _CHECK_BYTES = 16 << 20
 
@@ -79,7 +75,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     """Strides in elements."""
-    requires_grad: bool = False
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("a tensor is given a state")  # a pickle must not change what was checked
@@ -118,9 +113,8 @@ def _tensor(
     storage: tuple[Storage, str], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any
 ) -> StoredTensor:
     """Stand in for `torch._utils._rebuild_tensor_v2`; `rest[2]` is the view's metadata."""
-    where, dtype = storage
     _check_plain(rest[2] if len(rest) > 2 else None)
-    return _checked(where, dtype, offset, shape, strides, requires_grad=bool(rest and rest[0] is True))
+    return _checked(StoredTensor(*storage, offset, tuple(shape), tuple(strides)))
 
 
 def _typed_tensor(
@@ -135,9 +129,9 @@ def _typed_tensor(
 ) -> StoredTensor:
     """Stand in for `torch._utils._rebuild_tensor_v3`, for types without a storage class."""
     _check_plain(rest[0] if rest else None)
-    if dtype.name not in _DTYPES:
+    if dtype.name not in DTYPES:
         raise ValueError(f"a tensor of type {dtype.name}, which can't be stored")
-    return _checked(storage[0], _DTYPES[dtype.name], offset, shape, strides, requires_grad=requires_grad)
+    return _checked(StoredTensor(storage[0], dtype.name, offset, tuple(shape), tuple(strides)))
 
 
 def _check_plain(metadata: Any) -> None:
@@ -148,21 +142,14 @@ def _check_plain(metadata: Any) -> None:
         )
 
 
-def _checked(
-    storage: Storage,
-    dtype: str,
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    *,
-    requires_grad: bool,
-) -> StoredTensor:
+def _checked(tensor: StoredTensor) -> StoredTensor:
+    """Return `tensor`; refuse one that isn't within its storage."""
+    offset, shape, strides, storage = tensor.offset, tensor.shape, tensor.strides, tensor.storage
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ValueError(f"a tensor of invalid shape {shape}, strides {strides} or offset {offset}")
-    tensor = StoredTensor(storage, dtype, offset, tuple(shape), tuple(strides), requires_grad)
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    itemsize = numpy_dtype(dtype).itemsize
+    itemsize = numpy_dtype(tensor.dtype).itemsize
     if tensor.size and (last + 1) * itemsize > storage.size:
         raise ValueError(f"a tensor of shape {shape} reaches beyond its storage data/{storage.key}")
     if tensor.size * itemsize > storage.size:  # expanded along a dim: a few bytes may claim to be terabytes
@@ -173,8 +160,8 @@ def _checked(
     return tensor
 
 
-def _parameter(data: StoredTensor, requires_grad: bool = True, *rest: Any) -> StoredTensor:
-    return StoredTensor(data.storage, data.dtype, data.offset, data.shape, data.strides, bool(requires_grad))
+def _parameter(data: Any, *rest: Any) -> Any:
+    return data
 
 
 def _with_attributes(function: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
@@ -184,6 +171,10 @@ def _with_attributes(function: Any, kind: Any, args: tuple[Any, ...], state: Any
     return function(*args)
 
 
+_NAMED_ONLY = (
+    *("complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
+    *("strided", "contiguous_format"),
+)
 NAMES: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": Function(_with_attributes),
     "torch._utils._rebuild_parameter": Function(_parameter),
@@ -196,17 +187,7 @@ NAMES: dict[str, Any] = {
     "torch.nn.parameter.Parameter": TypeName("torch.nn.Parameter"),
     "torch.storage.UntypedStorage": TypeName("UntypedStorage"),
     **{f"torch.{name}": TypeName(name) for name in STORAGES},
-    **{f"torch.{name}": TypeName(name) for name in _DTYPES},
-    **{
-        f"torch.{name}": TypeName(f"torch.{name}")
-        for name in (
-            "complex64",
-            "complex128",
-            "float8_e4m3fn",
-            "float8_e5m2",
-            "strided",
-            "contiguous_format",
-        )
-    },
+    **{f"torch.{name}": TypeName(name) for name in DTYPES},
+    **{f"torch.{name}": TypeName(f"torch.{name}") for name in _NAMED_ONLY},
 }
 """Names allowed in files of `torch.save`, in addition to those of every pickle."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
 from ckpt.threads import cores
-from uni3d.importers.source import BUFFER, PARAMETER, ForeignArray, Source
+from uni3d.importers.source import BUFFER, PARAMETER, Array, ForeignArray, Read, Source
 from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, RunManifest, WriterRecord
 
 
@@ -43,11 +41,11 @@ def write(
     if tag in ckpt.committed_tags(target):
         raise CheckpointError(f"{target.where(tag)} exists; delete it, or choose another tag with --as")
     threads = min(cores(), 8)  # each holds a whole array
-    recent = _Recent(threads + 1)
+    read = lru_cache(threads + 1)(_converted)  # the chunks of an array are written one after the other
     shards = [
         UnreadShard(
             ShardSpec(ArrayKey(*array.key), array.dtype, array.shape, Box.whole(array.shape)),
-            _Unread(array, recent, progress),
+            _Unread(array, partial(read, array), progress),
         )
         for array in source.arrays
     ]
@@ -102,47 +100,26 @@ def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
 class _Unread:
     """An array of the source that `ckpt` reads part by part, in the stored type."""
 
-    def __init__(self, array: ForeignArray, recent: _Recent, progress: Callable[[int], None]) -> None:
-        self._array, self._recent, self._progress = array, recent, progress
+    def __init__(self, array: ForeignArray, read: Read, progress: Callable[[int], None]) -> None:
+        self._read, self._progress = read, progress
+        self._lock = threading.Lock()
         self.shape = array.shape
         self.dtype = ckpt.numpy_dtype(array.dtype)
 
-    def __getitem__(self, part: tuple[slice, ...]) -> npt.NDArray[Any]:
-        values = self._recent.read(self._array)[part or ...]
+    def __getitem__(self, part: tuple[slice, ...]) -> Array:
+        with self._lock:  # threads that write other chunks of it wait for the one reading it
+            values = self._read()[part or ...]
         self._progress(values.nbytes)
         return values
 
 
-class _Recent:
-    """Cache of the last arrays read: the chunks of an array are written one after the other."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._arrays: OrderedDict[tuple[str, str], npt.NDArray[Any]] = OrderedDict()
-        self._reading: dict[tuple[str, str], threading.Lock] = {}
-        self._lock = threading.Lock()
-
-    def read(self, array: ForeignArray) -> npt.NDArray[Any]:
-        with self._lock:
-            mine = self._reading.setdefault(array.key, threading.Lock())
-        with mine:  # threads that write other chunks of it wait for the one reading it
-            with self._lock:
-                found = self._arrays.get(array.key)
-            if found is None:
-                found = converted(array.read(), array)
-                with self._lock:
-                    self._arrays[array.key] = found
-                    while len(self._arrays) > self._most:
-                        self._arrays.popitem(last=False)
-            return found
-
-
-def converted(values: npt.NDArray[Any], array: ForeignArray) -> npt.NDArray[Any]:
-    """Return `values` in the stored type.
+def _converted(array: ForeignArray) -> Array:
+    """Return an array's values in the stored type.
 
     Raises:
-        CheckpointError: they have another shape than `array`, or a value isn't exact in the stored type.
+        CheckpointError: they have another shape than it says, or a value isn't exact in the stored type.
     """
+    values = array.read()
     if values.shape != array.shape:
         raise CheckpointError(f"{array.origin} has shape {list(values.shape)}, expected {list(array.shape)}")
     dtype = ckpt.numpy_dtype(array.dtype)

@@ -93,11 +93,7 @@ class Guarded:
 
 
 def check_installed(config: Config) -> None:
-    """Check that the packages of the enabled monitors are installed.
-
-    Raises:
-        ValueError: one can't be imported.
-    """
+    """Raises ValueError if the package of an enabled monitor isn't installed."""
     if config.tensorboard.enabled:
         _imported("torch.utils.tensorboard", "tensorboard")
     if config.wandb.enabled:

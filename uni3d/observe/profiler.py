@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -100,11 +100,8 @@ def table(profile: Profile, config: FlopsProfilerConfig) -> list[str]:
 
 
 def _shown(profile: Profile, config: FlopsProfilerConfig) -> Iterable[str]:
-    paths = [
-        path
-        for path in sorted(profile.flops, key=_natural)
-        if config.module_depth < 0 or _depth(path) <= config.module_depth
-    ]
+    deepest = inf if config.module_depth < 0 else config.module_depth
+    paths = [path for path in sorted(profile.flops, key=_natural) if _depth(path) <= deepest]
     if config.detailed:
         return paths
     best: dict[int, list[str]] = defaultdict(list)

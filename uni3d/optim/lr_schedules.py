@@ -38,8 +38,7 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
         ValueError: `cycle_momentum` is set, but the optimizer has no betas.
     """
     params = config.params
-    peak = _peak(params)
-    if peak is not None:
+    if (peak := _peak(params)) is not None:
         for group in optimizer.param_groups:
             group["lr"] = peak
     ratios = [_ratio(params, float(group["lr"])) for group in optimizer.param_groups]
@@ -98,23 +97,20 @@ def _ratio(params: Any, lr: float) -> Ratio:
     return lambda epoch: floor + (1 - floor) * _linear(params, epoch - 1)
 
 
-def _rise(
-    params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams, iteration: int
-) -> float | None:
+def _rise(params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams, at: int) -> float | None:
     """Return the progress of the warmup in [0, 1), or None after it."""
     steps = max(2, params.warmup_num_steps)
-    if iteration >= steps:
+    if at >= steps:
         return None
     if params.warmup_type == "log":
-        return math.log(iteration + 1) / math.log(steps)
-    return iteration / steps
+        return math.log(at + 1) / math.log(steps)
+    return at / steps
 
 
 def _linear(params: WarmupLRParams | WarmupDecayLRParams, iteration: int) -> float:
     if iteration < 0:
         return 0.0
-    rising = _rise(params, iteration)
-    if rising is not None:
+    if (rising := _rise(params, iteration)) is not None:
         return rising
     if isinstance(params, WarmupLRParams):
         return 1.0
@@ -125,8 +121,7 @@ def _linear(params: WarmupLRParams | WarmupDecayLRParams, iteration: int) -> flo
 def _cosine(params: WarmupCosineLRParams, iteration: int) -> float:
     if iteration < 0:
         return 0.0
-    rising = _rise(params, iteration)
-    if rising is not None:
+    if (rising := _rise(params, iteration)) is not None:
         return params.warmup_min_ratio + rising * (1 - params.warmup_min_ratio)
     warmup = max(2, params.warmup_num_steps)
     progress = min(1.0, (iteration - warmup + 1) / max(1, params.total_num_steps - warmup))
@@ -166,8 +161,7 @@ def _decayed(params: OneCycleParams, epoch: int) -> float | None:
 
 
 def _one_cycle_lr(params: OneCycleParams, epoch: int) -> float:
-    decayed = _decayed(params, epoch)
-    if decayed is not None:
+    if (decayed := _decayed(params, epoch)) is not None:
         return params.cycle_min_lr / (1 + params.decay_lr_rate * decayed)
     return params.cycle_min_lr + (params.cycle_max_lr - params.cycle_min_lr) * _height(params, epoch)
 
@@ -175,8 +169,9 @@ def _one_cycle_lr(params: OneCycleParams, epoch: int) -> float:
 def _one_cycle_momentum(params: OneCycleParams, epoch: int) -> float:
     if epoch == 0:  # DeepSpeed starts at the lowest momentum, though the rate is at its lowest too
         return params.cycle_min_mom
-    decayed = _decayed(params, epoch)
-    if decayed is not None:  # bounded here: DeepSpeed's formula grows past 1, where it is no average
+    if (
+        decayed := _decayed(params, epoch)
+    ) is not None:  # bounded here: DeepSpeed's formula grows past 1, where it is no average
         grown = params.cycle_max_mom * (1 + params.decay_mom_rate * decayed)
         return min(grown, max(params.cycle_max_mom, HIGHEST_MOMENTUM))
     return params.cycle_max_mom - (params.cycle_max_mom - params.cycle_min_mom) * _height(params, epoch)

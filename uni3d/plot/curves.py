@@ -8,14 +8,13 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from uni3d.plot.figure import COLOURS, GREY, make_figure, plain, renderer_of, size_of
+from parallel.degrees import Ranks
+from uni3d.plot.figure import COLOURS, GREY, make_figure
 from uni3d.plot.metrics import Curve, Mark, Metrics, Point, Resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from parallel.degrees import Ranks
 
 PANELS = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
 X_LABELS = {"step": "optimizer step", "samples": "samples"}
@@ -32,7 +31,7 @@ ABANDONED = "abandoned: repeated from an earlier checkpoint"
 NOT_FINITE = "NaN or infinite"
 CHECKPOINT = "checkpoint"
 
-Stretch = tuple[float, float, str, "Ranks | None"]
+Stretch = tuple[float, float, str, Ranks | None]
 """Begin and end of a topology on the x axis, its colour, and the topology, if known."""
 
 
@@ -59,19 +58,23 @@ def draw_curves(
         axes.set_ylabel(PANELS[key])
         for begin, *_ in stretches[1:]:
             axes.axvline(begin, color=GREY, linewidth=1, linestyle=":")
-        plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.01)
     if "grad_norm" in shown:
         _set_scale(panels[shown.index("grad_norm")], metrics.curves["grad_norm"])
     if compared is not None and "loss" in shown:
-        _draw_compared(panels[shown.index("loss")], *compared, legend)
+        other, points = compared[0], compared[1].curves["loss"].points
+        style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 3}
+        (legend[other],) = panels[shown.index("loss")].plot(*_lines(points, _spacing(points)), **style)
     _mark_checkpoints(panels[-1], marks, xs, legend)
     figure.align_ylabels(list(panels))
     panels[-1].set_xlabel(X_LABELS[metrics.x])
     figure.suptitle(_title(name, shown, resizes))
     for ranks in _label_topologies(figure, panels[0], stretches):
         legend.pop(str(ranks), None)
-    style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
-    figure.legend(list(legend.values()), list(legend), ncols=3, **style)
+    below: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
+    figure.legend(list(legend.values()), list(legend), ncols=3, **below)
     return figure
 
 
@@ -100,10 +103,10 @@ def _draw_curve(axes: Axes, curve: Curve, stretches: Sequence[Stretch], legend: 
     spacing = _spacing(curve.points)
     marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(curve.points) <= FEW else {}
     for begin, end, colour, ranks in stretches:
-        part = [point for point in curve.points if begin < point[0] <= end]
-        (line,) = axes.plot(*_lines(part, spacing), color=colour, linewidth=2, **marker)
+        xs, ys = _lines([point for point in curve.points if begin < point[0] <= end], spacing)
+        (line,) = axes.plot(xs, ys, color=colour, linewidth=2, **marker)
         if not marker:
-            axes.plot(*_alone(part, spacing), "o", color=colour, markersize=2.5)
+            axes.plot(*_alone(xs, ys), "o", color=colour, markersize=2.5)
         if ranks is not None and (str(ranks) in legend or len(legend) < MOST_NAMED):
             legend.setdefault(str(ranks), line)
     for lost in curve.abandoned:
@@ -117,30 +120,18 @@ def _draw_curve(axes: Axes, curve: Curve, stretches: Sequence[Stretch], legend: 
         legend.setdefault(NOT_FINITE, crosses)
 
 
-def _draw_compared(axes: Axes, name: str, metrics: Metrics, legend: dict[str, Any]) -> None:
-    points = metrics.curves["loss"].points
-    style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 3}
-    (legend[name],) = axes.plot(*_lines(points, _spacing(points)), **style)
-
-
 def _spacing(points: Sequence[Point]) -> float:
     """Return the usual distance between points."""
     distances = [b - a for (a, _), (b, _) in pairwise(points)]
     return median(distances) if distances else math.inf
 
 
-def _breaks(points: Sequence[Point], spacing: float) -> list[bool]:
-    """Return for each point whether the line is broken before it."""
-    pairs = pairwise(points)
-    return [True, *(b - a > GAP * spacing for (a, _), (b, _) in pairs)][: len(points)]
-
-
 def _lines(points: Sequence[Point], spacing: float) -> tuple[list[float], list[float]]:
     """Return x and y of a line, with NaN where it is broken: at gaps, and at values that aren't finite."""
     xs: list[float] = []
     ys: list[float] = []
-    for (x, y), broken in zip(points, _breaks(points, spacing), strict=True):
-        if broken and xs:
+    for x, y in points:
+        if xs and x - xs[-1] > GAP * spacing:
             xs.append(x)
             ys.append(math.nan)
         xs.append(x)
@@ -148,14 +139,11 @@ def _lines(points: Sequence[Point], spacing: float) -> tuple[list[float], list[f
     return xs, ys
 
 
-def _alone(points: Sequence[Point], spacing: float) -> tuple[list[float], list[float]]:
-    """Return the points without a neighbour, which a line doesn't show."""
-    ends = [not math.isfinite(y) for _, y in points]
-    broken = _breaks(points, spacing)
-    before = [broken[i] or i == 0 or ends[i - 1] for i in range(len(points))]
-    after = [i + 1 == len(points) or broken[i + 1] or ends[i + 1] for i in range(len(points))]
-    alone = [p for p, end, b, a in zip(points, ends, before, after, strict=True) if b and a and not end]
-    return [x for x, _ in alone], [y for _, y in alone]
+def _alone(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the points of a line that have no neighbour, which it doesn't show."""
+    known = [False, *map(math.isfinite, ys), False]
+    alone = [i for i in range(len(ys)) if known[i + 1] and not known[i] and not known[i + 2]]
+    return [xs[i] for i in alone], [ys[i] for i in alone]
 
 
 def _set_scale(axes: Axes, curve: Curve) -> None:
@@ -180,24 +168,25 @@ def _label_topologies(figure: Figure, axes: Axes, stretches: Sequence[Stretch]) 
     A label starts where its stretch does, or ends at the right edge of the axes. One that would run into the
     label before it is left out.
     """
-    renderer, point = renderer_of(figure), figure.dpi / 72
-    box, free = axes.get_window_extent(renderer), -math.inf
+    figure.draw_without_rendering()  # lays it out
+    box, free, point = axes.get_window_extent(), -math.inf, figure.dpi / 72
     labelled: set[Ranks] = set()
     for begin, _, colour, ranks in stretches:
         if ranks is None or ranks in labelled:
             continue
-        probe = figure.text(0, 0, topology_label(ranks), fontsize=LABEL_SIZE)
-        width, _ = size_of(probe, renderer)
-        probe.remove()
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(
+            topology_label(ranks), (0, 1), (0, 4), fontsize=LABEL_SIZE, color=colour, **place
+        )
+        width = text.get_window_extent().width
         start = axes.transData.transform((begin, 0))[0] if math.isfinite(begin) else box.x0
         left = min(start, box.x1 - width)
         if left < free:
+            text.remove()
             continue
         labelled.add(ranks)
         free = left + width + 8 * point
-        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        x = (left - box.x0) / box.width
-        axes.annotate(topology_label(ranks), (x, 1), (0, 4), fontsize=LABEL_SIZE, color=colour, **place)
+        text.xy = (left - box.x0) / box.width, 1
     return labelled
 
 

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Distinguishable for colour-blind readers too (Okabe and Ito 2008)."""
@@ -25,11 +22,7 @@ DPI = 110
 
 
 def check_matplotlib() -> None:
-    """Check that matplotlib is installed.
-
-    Raises:
-        ValueError: it isn't.
-    """
+    """Raises ValueError if matplotlib isn't installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -44,30 +37,6 @@ def make_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def plain(axes: Axes) -> None:
-    """Apply the style of all curves."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.margins(x=0.01)
-
-
-def renderer_of(figure: Figure) -> RendererBase:
-    """Lay out the figure, and return the renderer that measures its texts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.draw_without_rendering()
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg), "make_figure sets the canvas"
-    renderer: RendererBase = canvas.get_renderer()  # type: ignore[no-untyped-call]
-    return renderer
-
-
-def size_of(text: Text, renderer: RendererBase) -> tuple[float, float]:
-    """Return a text's width and height in pixels."""
-    box = text.get_window_extent(renderer)
-    return box.width, box.height
 
 
 def check_output(path: Path, force: bool) -> None:

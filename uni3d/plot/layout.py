@@ -9,15 +9,13 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from uni3d.plot.figure import COLOURS, GREY, make_figure, renderer_of, size_of
+import ckpt
+from parallel.degrees import Ranks
+from uni3d.plot.figure import COLOURS, GREY, make_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
-
-    import ckpt
-    from parallel.degrees import Ranks
 
 Rectangle = tuple[int, int, int, int]
 """First row, rows, first column, columns."""
@@ -86,9 +84,9 @@ def draw_layout(title: str, shape: Sequence[int], sides: Sequence[Side]) -> Figu
     figure.supxlabel(NUMBERING, fontsize=8, color=GREY)
     for axes, side, boxes in zip(panels, sides, groups, strict=True):
         _prepare(axes, shape, dims, side, boxes)
-    renderer = renderer_of(figure)
+    figure.draw_without_rendering()  # lays it out
     for axes, side, boxes in zip(panels, sides, groups, strict=True):
-        _Panel(axes, boxes, renderer).draw(side.ranks, strip=len(dims) < 2)
+        _draw_boxes(axes, boxes, side.ranks, strip=len(dims) < 2)
     return figure
 
 
@@ -101,18 +99,13 @@ def _prepare(
     axes.set_ylim(rows, 0)  # downwards, as matrices are written
     axes.set_title(side.title, fontsize=11, loc="left")
     axes.set_xticks(_ticks({0, columns, *(e for _, _, c, n in boxes for e in (c, c + n))}, columns))
-    axes.set_xlabel(
-        "\n".join([_extent(dims[-1], columns) if dims else "a single number", *side.notes]), loc="left"
-    )
+    extent = f"dim {dims[-1]} ({columns:,})" if dims else "a single number"
+    axes.set_xlabel("\n".join([extent, *side.notes]), loc="left")
     axes.set_yticks([])
     if len(dims) == 2:
         axes.set_yticks(_ticks({0, rows, *(e for r, n, _, _ in boxes for e in (r, r + n))}, rows))
-        axes.set_ylabel(_extent(dims[0], rows))
+        axes.set_ylabel(f"dim {dims[0]} ({rows:,})")
     axes.tick_params(labelsize=8)
-
-
-def _extent(dim: int, size: int) -> str:
-    return f"dim {dim} ({size:,})"
 
 
 def _ticks(edges: set[int], size: int) -> list[int]:
@@ -126,54 +119,37 @@ def _ticks(edges: set[int], size: int) -> list[int]:
     return kept
 
 
-class _Panel:
-    """Draws the boxes of one side, once the figure is laid out."""
+def _draw_boxes(axes: Axes, boxes: Mapping[Rectangle, Sequence[int]], ranks: Ranks, *, strip: bool) -> None:
+    """Fill each box of a panel that is laid out, and write its ranks into it if there is room."""
+    from matplotlib.patches import Rectangle as Patch
 
-    def __init__(self, axes: Axes, boxes: Mapping[Rectangle, Sequence[int]], renderer: RendererBase) -> None:
-        self._axes = axes
-        self._boxes = boxes
-        self._renderer = renderer
-        whole = axes.get_window_extent(renderer)
-        self._row, self._column = whole.height / axes.get_ylim()[0], whole.width / axes.get_xlim()[1]
-        self._too_small: set[tuple[int, int]] = set()
-        """Rows and columns of boxes without room for a label. Measuring is slow, and hundreds are alike."""
-
-    def draw(self, ranks: Ranks, *, strip: bool) -> None:
-        """Fill each box, and write its ranks into it if there is room."""
-        by_tensor = _cut_by_tensor(ranks, self._boxes)
-        for box, held_by in self._boxes.items():
-            tensor, part = held_by[0] % ranks.tp, held_by[0] % ranks.of_a_stage // ranks.tp
-            hue, shade = (tensor, part) if by_tensor else (part, 0)
-            self._fill(box, _mixed(COLOURS[hue % len(COLOURS)], (0.45, 0.65)[shade % 2]))
-            self._label(box, name_ranks(held_by), _size(box, strip))
-
-    def _fill(self, box: Rectangle, colour: tuple[float, float, float]) -> None:
-        from matplotlib.patches import Rectangle as Patch
-
-        first, rows, left, columns = box
-        line = 1.5 if min(rows * self._row, columns * self._column) > THIN else 0.3
-        patch = Patch((left, first), columns, rows, facecolor=colour, edgecolor="white", linewidth=line)
-        self._axes.add_patch(patch)
-
-    def _label(self, box: Rectangle, name: str, size: str) -> None:
-        """Write the ranks and the size of their part, or the ranks alone, as large as fits."""
-        first, rows, left, columns = box
-        if (rows, columns) in self._too_small:
-            return
-        x, y = left + columns / 2, first + rows / 2
-        for words in (f"{name}\n{size}", name):
-            for points in SIZES:
-                text = self._axes.text(x, y, words, fontsize=points, ha="center", va="center")
-                wide, high = size_of(text, self._renderer)
-                if wide < 0.94 * columns * self._column and high < 0.94 * rows * self._row:
-                    return
-                text.remove()
-        self._too_small.add((rows, columns))
+    whole = axes.get_window_extent()
+    by_tensor = _cut_by_tensor(ranks, boxes)
+    too_small = set()  # rows and columns of boxes without room: measuring is slow, and hundreds are alike
+    for (first, rows, left, columns), held_by in boxes.items():
+        tensor, part = held_by[0] % ranks.tp, held_by[0] % ranks.of_a_stage // ranks.tp
+        hue, shade = (tensor, part) if by_tensor else (part, 0)
+        colour = _mixed(COLOURS[hue % len(COLOURS)], (0.45, 0.65)[shade % 2])
+        room = columns * whole.width / axes.get_xlim()[1], rows * whole.height / axes.get_ylim()[0]
+        line = 1.5 if min(room) > THIN else 0.3
+        style: dict[str, Any] = {"facecolor": colour, "edgecolor": "white", "linewidth": line}
+        axes.add_patch(Patch((left, first), columns, rows, **style))
+        size = str(columns) if strip else f"{rows} x {columns}"
+        middle = left + columns / 2, first + rows / 2
+        if (rows, columns) not in too_small and not _label(axes, middle, name_ranks(held_by), size, room):
+            too_small.add((rows, columns))
 
 
-def _size(box: Rectangle, strip: bool) -> str:
-    _, rows, _, columns = box
-    return str(columns) if strip else f"{rows} x {columns}"
+def _label(axes: Axes, middle: tuple[float, float], name: str, size: str, room: tuple[float, float]) -> bool:
+    """Write the ranks and the size of their part, or the ranks alone, as large as fits; return if any did."""
+    for words in (f"{name}\n{size}", name):
+        for points in SIZES:
+            text = axes.text(*middle, words, fontsize=points, ha="center", va="center")
+            extent = text.get_window_extent()
+            if extent.width < 0.94 * room[0] and extent.height < 0.94 * room[1]:
+                return True
+            text.remove()
+    return False
 
 
 def _cut_by_tensor(ranks: Ranks, boxes: Mapping[Rectangle, Sequence[int]]) -> bool:

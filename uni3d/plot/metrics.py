@@ -1,4 +1,4 @@
-"""Read a run's curves from its metrics files, and its checkpoints as marks on them. No torch, no numpy.
+"""Read a run's curves from its metrics files, and its checkpoints as marks on them. Loads no torch.
 
 Two kinds of metrics files are read: JSON lines, one object per step, as `examples/megatron_gpt/train.py`
 writes them; and DeepSpeed's CSV files, one per curve, as `uni3d.observe.monitors` writes them.
@@ -13,17 +13,17 @@ import csv
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ckpt import CheckpointError, committed_tags, open_store
+from ckpt.format import MANIFEST, decode_manifest
+from ckpt.stores import Store
+from parallel.degrees import Ranks
 from uni3d.manifest import RunManifest
-
-if TYPE_CHECKING:
-    from ckpt.stores import Store
-    from parallel.degrees import Ranks
 
 JSON_LINES = "metrics.jsonl"
 """Name of the metrics file in a run's folder. `RUN.jsonl` beside the folder is read too."""
@@ -81,8 +81,7 @@ class Metrics:
 
     def resizes(self) -> list[Resize]:
         """Return where the topology changes from one line to the next."""
-        pairs = pairwise(self.topologies)
-        return [Resize(x, before, after) for (x, before), (_, after) in pairs if before != after]
+        return _resizes(self.topologies)
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,7 @@ def find_metrics(run: Store) -> list[str]:
     folder, name = _folder_and_name(beside)
     if folder.exists(name):
         return [beside]
-    tables = _tables(run)
-    if tables:
+    if tables := _tables(run):
         return [run.where(table) for table in tables]
     looked = f"{run.where(JSON_LINES)}, {beside} and {run.where(CSV_PREFIX)}*.csv"
     raise FileNotFoundError(
@@ -147,20 +145,16 @@ def read_metrics(sources: Sequence[str]) -> Metrics:
         )
     metrics = Metrics("samples" if all(tables) else "step", {})
     for name, text in files:
-        read = _read_table if all(tables) else _read_lines
-        left_out = read(metrics, name, text)
-        if left_out:
+        if left_out := (_read_table if all(tables) else _read_lines)(metrics, name, text):
             metrics.left_out[name] = left_out
     if not metrics.curves:
-        known = "loss, grad_norm or lr"
-        raise ValueError(f"{', '.join(name for name, _ in files)}: no line with a number of {known} in it")
+        names = ", ".join(name for name, _ in files)
+        raise ValueError(f"{names}: no line with a number of loss, grad_norm or lr in it")
     return metrics
 
 
 def _files(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the name and text of each file."""
-    from ckpt import open_store
-
     for source in sources:
         folder, name = _folder_and_name(source)
         inner = open_store(source)
@@ -172,8 +166,6 @@ def _files(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _folder_and_name(path: str) -> tuple[Store, str]:
-    from ckpt import open_store
-
     folder, separator, name = path.rpartition("/")
     return open_store(folder or ("/" if separator else ".")), name
 
@@ -227,8 +219,6 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _ranks(row: Mapping[str, Any]) -> Ranks | None:
-    from parallel.degrees import Ranks
-
     try:
         return Ranks(**{axis: int(row[axis]) for axis in ("pp", "dp", "tp", "zero")})
     except (KeyError, TypeError, ValueError):
@@ -247,8 +237,12 @@ def _read_table(metrics: Metrics, name: str, text: str) -> int:
         raise ValueError(f"{name}: unknown curve; expected a file named {wanted}")
     lines = text.splitlines()
     cut_short = bool(text) and not text.endswith(("\n", "\r"))  # the start of a number is a number too
+    if cut_short:
+        del lines[-1]
+    if lines and lines[0].startswith("step,"):
+        del lines[0]
     left_out = int(cut_short)
-    for row in csv.reader(_without_header(lines[:-1] if cut_short else lines)):
+    for row in csv.reader(lines):
         try:
             x, y = map(float, row)
             if not math.isfinite(x):
@@ -260,18 +254,11 @@ def _read_table(metrics: Metrics, name: str, text: str) -> int:
     return left_out
 
 
-def _without_header(lines: Sequence[str]) -> Iterable[str]:
-    return lines[1:] if lines and lines[0].startswith("step,") else lines
-
-
 def read_marks(run: Store, x: str) -> tuple[list[Mark], list[str]]:
     """Return a run's checkpoints, oldest first, and a line for each that can't be marked.
 
     `x` is the unit of the x axis, "step" or "samples".
     """
-    from ckpt import CheckpointError, committed_tags
-    from ckpt.format import MANIFEST, decode_manifest
-
     marks, problems = [], []
     for tag in committed_tags(run):
         where = run.where(f"{tag}/{MANIFEST}")
@@ -294,13 +281,13 @@ def resizes_between(marks: Sequence[Mark]) -> list[Resize]:
     The first of the two is the last one written before the change, so the run is taken to have resumed from
     it. Checkpoints behind one that the run went back to don't count.
     """
-    kept: list[tuple[float, Mark]] = []
+    kept: list[tuple[float, Ranks | None]] = []
     for mark in marks:
         kept, _ = split_at(kept, mark.at)
-        kept.append((mark.at, mark))
-    pairs = [(a, b) for (_, a), (_, b) in pairwise(kept)]
-    return [
-        Resize(a.at, a.ranks, b.ranks)
-        for a, b in pairs
-        if a.ranks is not None and b.ranks is not None and a.ranks != b.ranks
-    ]
+        kept.append((mark.at, mark.ranks))
+    return _resizes(kept)
+
+
+def _resizes(topologies: Sequence[tuple[float, Ranks | None]]) -> list[Resize]:
+    pairs = pairwise(topologies)
+    return [Resize(x, a, b) for (x, a), (_, b) in pairs if a is not None and b is not None and a != b]

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
+import ckpt
+from ckpt import Checkpoint
 from parallel.degrees import Ranks, check_world_size
 from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.saved import SavedModel
 from uni3d.manifest import RunManifest
 from uni3d.plot.layout import Side, name_ranks
-
-if TYPE_CHECKING:
-    from ckpt import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +38,6 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
         ValueError: the model can't be split like that, a manifest lacks the information, or there was no
             resize.
     """
-    import ckpt
-
     if any(value is not None for value in degrees.values()):
         before = _written("before", checkpoint := ckpt.open_checkpoint(run, tag))
         so_far = replace(before.holders.ranks, zero=RunManifest.of(checkpoint).zero_so_far)
@@ -76,8 +72,6 @@ def _ranks(so_far: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
 
 def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
     """Return `tag` and the next checkpoint on another topology; without a tag, the last such pair."""
-    import ckpt
-
     advice = "give the topology after with --pp, --dp, --tp, --zero or --world-size"
     newest = ckpt.open_checkpoint(run, tag)
     if not newest.folder:

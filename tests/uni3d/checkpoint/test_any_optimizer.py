@@ -1,7 +1,5 @@
 """Optimizer states of any name and shape across topologies, and arrays of every dtype."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from models import Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly, whole
+from models import (
+    Stack,
+    assert_same,
+    global_batches,
+    make_engine,
+    save_and_wait,
+    seeded,
+    train,
+    train_plainly,
+    whole,
+)
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -29,7 +37,7 @@ class Odd(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "mode": "plain", "nothing": None})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -62,7 +70,7 @@ class Factored(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for p in (p for group in self.param_groups for p in group["params"]):
             state, square = self.state[p], p.grad.square() + 1e-6
             parts = {"variance": square}
@@ -106,8 +114,7 @@ def case(name: str, run: str, zero: int, first: bool) -> Any:
     batches = global_batches(STEPS)
     if first:
         losses = train(engine, batches[:BEFORE])
-        engine.save_checkpoint(run)
-        engine.wait_for_checkpoint()
+        save_and_wait(engine, run)
     else:
         assert engine.resume(run) == {}
         losses = train(engine, batches[BEFORE:])
@@ -190,7 +197,7 @@ def test_a_type_that_cannot_be_stored_is_refused(alone: None, tmp_path: Path) ->
 class Unsummed(torch.optim.SGD):
     """Optimizer whose state is a partial mean on each rank."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for p in self.param_groups[0]["params"]:
             placements = [Partial() for _ in p.placements]
             self.state[p]["mean"] = DTensor.from_local(torch.ones(3), p.device_mesh, placements)

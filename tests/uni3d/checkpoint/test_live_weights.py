@@ -1,7 +1,5 @@
 """A live model's weights as plain tensors, and weights that a script loads in its own way."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from models import (
     assert_same,
     global_batches,
     make_engine,
+    save_and_wait,
     seeded,
     train,
     train_plainly,
@@ -71,13 +70,11 @@ def test_frozen_parameters_can_be_left_out(alone: None, tmp_path: Path) -> None:
 def frozen_case(folder: str) -> Any:
     engine = make_engine(seeded(OwnLoss), zero=3)
     train(engine, global_batches(STEPS))
-    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder, exclude_frozen_parameters=True)
     resumed = make_engine(seeded(OwnLoss), zero=3)
     with pytest.raises(ckpt.CheckpointError, match=r"missing in the checkpoint: fixed\.bias/fp32"):
         resumed.load_checkpoint(folder)
     resumed.load_checkpoint(folder, load_module_strict=False)
-    assert resumed.last_load is not None
     return sorted(resumed.last_load.defaulted), train(resumed, global_batches(1, seed=4))
 
 
@@ -104,8 +101,7 @@ class Renamed(Stack):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        out: Tensor = self.final(x)
-        return out
+        return self.final(x)
 
 
 def load_renamed(src: Mapping[str, Tensor], dst: nn.Module) -> None:
@@ -116,8 +112,7 @@ def load_renamed(src: Mapping[str, Tensor], dst: nn.Module) -> None:
 def custom_case(folder: str, zero: int, pp: int) -> Any:
     engine = make_engine(seeded(Stack), zero=1)
     train(engine, global_batches(STEPS))
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder)
     other = make_engine(Renamed(), zero=zero, pp=pp)
     with pytest.raises(ckpt.CheckpointError):
         other.load_checkpoint(folder, load_optimizer_states=False)
@@ -135,9 +130,7 @@ def test_a_script_loads_the_model_in_its_own_way(ranks: Ranks, zero: int, pp: in
     assert_same({name.replace("final.", "out."): tensor for name, tensor in found.items()}, model)
 
 
-def test_a_script_that_fails_to_load_leaves_an_engine_that_refuses_to_go_on(
-    alone: None, tmp_path: Path
-) -> None:
+def test_a_script_that_fails_to_load_leaves_an_engine_that_refuses(alone: None, tmp_path: Path) -> None:
     engine = make_engine(seeded(Stack))
     engine.save_checkpoint(tmp_path)
 

@@ -1,12 +1,10 @@
 """What a model says of itself stands in its checkpoints, whatever topology wrote them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 from model import GPT, GPTConfig
-from models import OwnLoss, make_engine
+from models import OwnLoss, make_engine, save_and_wait
 from ranks import Ranks
 from tied_gpt import TIED, gpt_engine
 from torch import nn
@@ -21,8 +19,7 @@ HEAD = TIED["vocab_size"] * TIED["hidden_size"]
 
 def save_case(place: tuple[int, int, int, int], folder: str, config: dict[str, Any]) -> None:
     engine = gpt_engine(*place, **config)
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder)
 
 
 V: dict[str, Any] = {
@@ -107,11 +104,9 @@ def test_what_only_the_modules_tell():
 @pytest.mark.usefixtures("alone")
 def test_what_was_left_out_is_named(tmp_path):
     engine = make_engine(OwnLoss())
-    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path, exclude_frozen_parameters=True)
     assert ckpt.open_checkpoint(tmp_path).manifest["model"]["left_out"] == ["fixed.weight", "fixed.bias"]
-    engine.save_checkpoint(tmp_path, "all")
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path, tag="all")
     assert "left_out" not in ckpt.open_checkpoint(tmp_path).manifest["model"]
 
 
@@ -127,8 +122,7 @@ def test_what_it_is_to_hugging_face(tmp_path):
     model.hugging_face = {"config": {"model_type": "m", "sizes": [1, None]}, "names": {"z": "a", "a.*": None}}
     engine = make_engine(model)
     model.hugging_face["config"].clear()  # kept as it was at the beginning
-    engine.save_checkpoint(tmp_path)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path)
     found = ckpt.open_checkpoint(tmp_path).manifest["model"]["declared"]["hugging_face"]
     assert found["config"] == {"model_type": "m", "sizes": [1, None]}
     assert list(found["names"].items()) == [("z", "a"), ("a.*", None)], "their order counts"
@@ -153,14 +147,5 @@ def test_what_cannot_be_kept_is_no_reason_not_to_train(tmp_path, form, problem):
     model.hugging_face = form
     with pytest.warns(UserWarning, match=f"won't have a Hugging Face description of Says .*{problem}"):
         engine = make_engine(model)
-    engine.save_checkpoint(tmp_path)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path)
     assert ckpt.open_checkpoint(tmp_path).manifest["model"]["declared"] == {"class": "Says"}
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_model_that_says_nothing(tmp_path):
-    engine = make_engine(OwnLoss())
-    engine.save_checkpoint(tmp_path)
-    engine.wait_for_checkpoint()
-    assert ckpt.open_checkpoint(tmp_path).manifest["model"]["declared"] == {"class": "OwnLoss"}

@@ -1,14 +1,12 @@
 """Partial loads and a choice of tags: exactly the excluded parts are left out, and reported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly, whole
-from torch import nn
+from test_live_weights import Renamed
 
 STEPS = 3
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "linear"}}
@@ -45,35 +43,21 @@ def test_the_module_only(alone: None, tmp_path: Path) -> None:
     assert (engine.global_steps, engine.global_samples, engine.get_lr()) == (0, 0, lr)
 
 
-class Longer(Stack):
-    """Model with one layer more than the saved one, and one less."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.layers[3]
-        self.extra = nn.Linear(6, 6)
-
-    @property
-    def pipeline_layers(self) -> list[str]:
-        return ["layers.0", "layers.1", "layers.2", "extra", "out"]
-
-
 def test_not_strict_is_not_silent(alone: None, tmp_path: Path) -> None:
     first, _ = saved_run(tmp_path)
-    engine = make_engine(seeded(Longer))
-    extra = whole(engine.module)["extra.weight"]
-    with pytest.raises(
-        RuntimeError, match=r"2 missing in the checkpoint: extra\.bias/fp32, extra\.weight/fp32"
-    ):
+    engine = make_engine(seeded(Renamed))
+    final = whole(engine.module)["final.weight"]
+    missing = r"2 missing in the checkpoint: final\.bias/fp32, final\.weight/fp32"
+    with pytest.raises(RuntimeError, match=missing):
         engine.load_checkpoint(tmp_path, load_module_only=True)
     engine.load_checkpoint(tmp_path, load_module_only=True, load_module_strict=False)
     report = engine.last_load
-    assert set(report.defaulted) == {"extra.weight/fp32", "extra.bias/fp32"}
-    assert {"layers.3.0.weight/fp32", "layers.3.0.bias/fp32"} < set(report.dropped)
-    assert "2 defaulted (extra.bias/fp32, extra.weight/fp32)" in str(report)
+    assert set(report.defaulted) == {"final.weight/fp32", "final.bias/fp32"}
+    assert {"out.weight/fp32", "out.bias/fp32"} < set(report.dropped)
+    assert "2 defaulted (final.bias/fp32, final.weight/fp32)" in str(report)
     state, saved = whole(engine.module), whole(first.module)
-    assert torch.equal(state["extra.weight"], extra)
-    for name in ("layers.0.0.weight", "layers.2.0.bias", "out.weight"):
+    assert torch.equal(state["final.weight"], final)
+    for name in ("layers.0.0.weight", "layers.2.0.bias", "layers.3.0.weight"):
         assert torch.equal(state[name], saved[name])
 
 

@@ -1,6 +1,4 @@
-"""Loads that don't fit: the same error on all ranks, with names, before anything changes."""
-
-from __future__ import annotations
+"""Saves and loads that can't be right: the same error on all ranks, with names, before anything changes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import OwnLoss, Stack, global_batches, make_engine, micro_batches, seeded, whole
+from models import (
+    OwnLoss,
+    Stack,
+    global_batches,
+    make_engine,
+    micro_batches,
+    save_and_wait,
+    seeded,
+    train,
+    whole,
+)
 from ranks import Ranks
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, StepLR
 
 import ckpt
 import uni3d
@@ -18,23 +27,15 @@ import uni3d
 STEPS = 2
 
 
-def train(engine: uni3d.Engine, steps: int = STEPS) -> list[float]:
-    batches = global_batches(steps)
-    data = micro_batches(batches, engine)
-    return [engine.train_batch(data).item() for _ in batches]
-
-
 def save(run: Path, **given: Any) -> uni3d.Engine:
     engine = make_engine(seeded(Stack), **given)
-    train(engine)
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    train(engine, global_batches(STEPS))
+    save_and_wait(engine, run)
     return engine
 
 
 def everything(engine: uni3d.Engine) -> list[Any]:
     """Return everything that a load can change, in a comparable form."""
-    assert engine.optimizer is not None
     named = {id(p): name for name, p in engine.module.named_parameters()}
     states = {
         (named[id(p)], key): torch.as_tensor(value).tolist()
@@ -53,7 +54,7 @@ def refused(engine: uni3d.Engine, run: Path, **how: Any) -> str:
         engine.load_checkpoint(run, **how)
     assert everything(engine) == before
     assert not isinstance(caught.value, ckpt.PartialLoadError)
-    train(engine, 1)
+    train(engine, global_batches(1))
     return str(caught.value)
 
 
@@ -206,7 +207,7 @@ def failing_save_case(run: Path) -> Any:
     """Make several saves fail, then one succeed."""
     rank = torch.distributed.get_rank()
     engine = make_engine(seeded(OwnLoss), zero=1)
-    train(engine)
+    train(engine, global_batches(STEPS))
     engine.save_checkpoint(run, tag="before")
     errors: dict[str, str] = {}
     for name, (client_state, _) in UNFIT.items():
@@ -218,7 +219,7 @@ def failing_save_case(run: Path) -> Any:
             engine.save_checkpoint(run, tag=tag)
         errors[name] = str(caught.value)
     assert sorted(path.name for path in Path(run).iterdir()) == ["before", "latest"], "nothing is left behind"
-    train(engine, 1)
+    train(engine, global_batches(1))
     engine.save_checkpoint(run, client_state={"fine": True})
     other = make_engine(seeded(OwnLoss), zero=3)
     assert other.load_checkpoint(run)[1] == {"fine": True}
@@ -234,3 +235,62 @@ def test_a_save_that_fails_leaves_everything_as_it_was(ranks: Ranks, tmp_path: P
         assert expected in one[name], name
     assert one["tags"] == "the ranks were asked to save different tags: of-rank-0, of-rank-1; use one"
     assert "'../x'" in one["tag"]
+
+
+def test_a_scheduler_of_another_optimizer(alone: None) -> None:
+    stray = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    with pytest.raises(ValueError, match="over another optimizer"):
+        make_engine(seeded(Stack), lr_scheduler=StepLR(stray, 1))
+
+
+def test_a_scheduler_that_cannot_be_saved(alone: None) -> None:
+    with pytest.raises(ValueError, match=r"MultiStepLR can't be saved: its state\['milestones'\]"):
+        make_engine(seeded(Stack), lr_scheduler=lambda optimizer: MultiStepLR(optimizer, [2]))
+
+
+def test_another_scheduler_than_was_saved(alone: None, tmp_path: Path) -> None:
+    make_engine(seeded(Stack), lr_scheduler=lambda o: CosineAnnealingLR(o, 100)).save_checkpoint(tmp_path)
+    other = make_engine(seeded(Stack), lr_scheduler=lambda o: StepLR(o, 1))
+    with pytest.raises(ckpt.CheckpointError, match="the checkpoint's scheduler isn't this run's StepLR"):
+        other.load_checkpoint(tmp_path)
+    changed = make_engine(seeded(Stack), lr_scheduler=lambda o: CosineAnnealingLR(o, 5000))
+    with pytest.warns(UserWarning, match="T_max is 5000 in this run, 100 in the checkpoint"):
+        changed.load_checkpoint(tmp_path)
+
+
+class LocalMoments(torch.optim.SGD):
+    """Optimizer with states as plain tensors of the local part, like some fused optimizers."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["sum"] = torch.zeros_like(p.to_local())
+
+
+def save_local_moments(folder: str) -> None:
+    engine = make_engine(seeded(Stack), optimizer=lambda groups: LocalMoments(groups, lr=0.1), zero=1)
+    engine.optimizer.step()
+    with pytest.raises(ckpt.CheckpointError, match=r"'sum' of .* is a plain tensor"):
+        engine.save_checkpoint(folder)
+
+
+def test_states_that_do_not_say_their_part(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(2, save_local_moments, str(tmp_path))
+
+
+def save_to_own_folder(folder: str) -> str:
+    engine = make_engine(seeded(Stack), zero=1)
+    own = f"{folder}/{engine.model.topology.rank}"  # as a node-local folder is
+    engine.save_checkpoint(own)
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        engine.wait_for_checkpoint()
+    save_and_wait(engine, f"{folder}/shared")
+    return str(caught.value)
+
+
+def test_a_folder_that_is_not_shared(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(2, save_to_own_folder, str(tmp_path))
+    assert first == second
+    assert "is not the same folder as rank 0's; save to a shared file system (rank 1)" in first
+    assert ckpt.committed_tags(tmp_path / "0") == ckpt.committed_tags(tmp_path / "1") == []
+    assert ckpt.committed_tags(tmp_path / "shared") == ["global_step0"]

@@ -1,20 +1,16 @@
 """`uni3d export`: formats, types, sharded output, selected tensors."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import answer, refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-
-import ckpt
+from whole_arrays import save_whole
 
 VALUES = {
     "layers.0.w": torch.randn(300, 40, generator=torch.Generator().manual_seed(0)),
@@ -27,26 +23,13 @@ def save(folder: Path, values: dict[str, Tensor]) -> None:
     arrays = {(name, "fp32"): tensor.numpy() for name, tensor in values.items()}
     arrays["count", "value"] = np.array(7)
     arrays["norm", "exp_avg"] = np.zeros(7, np.float32)
-    whole = {key: ckpt.Box.whole(x.shape) for key, x in arrays.items()}
-    specs = {
-        key: ckpt.ShardSpec(ckpt.ArrayKey(*key), str(x.dtype), x.shape, whole[key])
-        for key, x in arrays.items()
-    }
-    shards = [ckpt.Shard(specs[key], x) for key, x in arrays.items()]
-    document = {"step": 1, "aliases": {"head": "layers.0.w"}}
-    plan = ckpt.make_plan({0: list(specs.values())})
-    ckpt.save(folder, "t1", shards, plan=plan, comm=ckpt.Solo(), document=document, durable=False)
+    save_whole(folder, "t1", arrays, step=1, aliases={"head": "layers.0.w"})
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save(tmp_path / "run", VALUES)
     return tmp_path / "run"
-
-
-def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("uni3d")), "export", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
@@ -63,8 +46,7 @@ def test_rounding_matches_torch(folder: Path, tmp_path: Path, dtype: str) -> Non
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     expected = {name: tensor.to(kind) for name, tensor in VALUES.items()} | {"count": torch.tensor(7)}
     for name in ("m.safetensors", "m.bin"):
-        result = export(folder, tmp_path / name, "--dtype", dtype)
-        assert result.returncode == 0, result.stderr
+        answer("export", folder, tmp_path / name, "--dtype", dtype)
     found = load_file(tmp_path / "m.safetensors")
     assert found.keys() == expected.keys()
     assert all(same(found[name], tensor) for name, tensor in expected.items())
@@ -77,18 +59,15 @@ def test_rounding_matches_torch(folder: Path, tmp_path: Path, dtype: str) -> Non
 def test_values_out_of_range_are_an_error(tmp_path: Path) -> None:
     save(tmp_path / "run", VALUES | {"norm": torch.full((7,), 70_000.0)})
     for name in ("m.safetensors", "m.bin"):
-        result = export(tmp_path / "run", tmp_path / name, "--dtype", "fp16")
-        assert result.returncode == 1
-        assert result.stderr.startswith("error: norm has ")
-        assert "too large for" in result.stderr
+        error = refused("export", tmp_path / "run", tmp_path / name, "--dtype", "fp16")
+        assert error.startswith("norm has ")
+        assert "too large for" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "no partial file is left"
 
 
 def test_sharded_output(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = export(folder, out, "--max-shard-size", "24KB", "--dtype", "bf16", "--json")
-    assert result.returncode == 0, result.stderr
-    row = json.loads(result.stdout)
+    row = answer("export", folder, out, "--max-shard-size", "24KB", "--dtype", "bf16")
     assert (row["tensors"], len(row["files"])) == (4, 4), "three files and their index"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == {*VALUES, "count"}
@@ -97,23 +76,15 @@ def test_sharded_output(folder: Path, tmp_path: Path) -> None:
         with safe_open(out / file, "pt") as opened:
             assert opened.get_tensor(name).dtype == (torch.int64 if name == "count" else torch.bfloat16)
     assert row["bytes"] == sum(path.stat().st_size for path in out.iterdir())
-    again = export(folder, out, "--max-shard-size", "24KB")
-    assert again.returncode == 1
-    assert "exists; delete it" in again.stderr
-    as_torch = export(folder, tmp_path / "bin", "--max-shard-size", "1GB", "--format", "torch")
-    assert as_torch.returncode == 0, as_torch.stderr
-    assert torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True).keys() == {
-        *VALUES,
-        "count",
-        "head",
-    }
+    assert "exists; delete it" in refused("export", folder, out, "--max-shard-size", "24KB")
+    answer("export", folder, tmp_path / "bin", "--max-shard-size", "1GB", "--format", "torch")
+    as_torch = torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True)
+    assert as_torch.keys() == {*VALUES, "count", "head"}
 
 
 def test_include_and_exclude(folder: Path, tmp_path: Path) -> None:
-    result = export(
-        folder, tmp_path / "m.safetensors", "--include", "layers.*", "--include", "norm", "--exclude", "*.0.*"
-    )
-    assert result.returncode == 0, result.stderr
-    assert load_file(tmp_path / "m.safetensors").keys() == {"layers.1.w", "norm"}
-    with safe_open(tmp_path / "m.safetensors", "pt") as opened:
+    out = tmp_path / "m.safetensors"
+    answer("export", folder, out, "--include", "layers.*", "--include", "norm", "--exclude", "*.0.*")
+    assert load_file(out).keys() == {"layers.1.w", "norm"}
+    with safe_open(out, "pt") as opened:
         assert "aliases" not in opened.metadata(), "their tensor isn't exported"

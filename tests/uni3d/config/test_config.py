@@ -1,7 +1,5 @@
 """The config: batch sizes, and a helpful error for every mistake."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
+from uni3d.config.batch import nearest_batch
 from uni3d.config.deepspeed_keys import REFUSED
 
 SIZES = st.integers(1, 12)
@@ -83,24 +82,29 @@ def error_of(values: dict[str, Any]) -> str:
 ADAMW = {"type": "AdamW"}
 
 
+def adamw(**params: Any) -> dict[str, Any]:
+    return {"optimizer": ADAMW | {"params": params}}
+
+
+def zero(**section: Any) -> dict[str, Any]:
+    return {"zero_optimization": section}
+
+
+def fp16(**section: Any) -> dict[str, Any]:
+    return {"fp16": section}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"train_batchsize": 8}, "unknown key 'train_batchsize'; did you mean 'train_batch_size'?"),
         ({"parallel": {"ppp": 2}}, "unknown key 'parallel.ppp'; did you mean 'pp'?"),
-        ({"zero_optimization": {"stge": 1}}, "unknown key 'zero_optimization.stge'; did you mean 'stage'?"),
-        (
-            {"zero_optimization": {"xyz": 1}},
-            "unknown key 'zero_optimization.xyz'; known: mics_shard_size",
-        ),
-        (
-            {"optimizer": ADAMW | {"params": {"weight_decy": 1}}},
-            "unknown key 'optimizer.params.weight_decy'; did you mean 'weight_decay'?",
-        ),
+        (zero(stge=1), "unknown key 'zero_optimization.stge'; did you mean 'stage'?"),
+        (zero(xyz=1), "unknown key 'zero_optimization.xyz'; known: mics_shard_size"),
+        (adamw(weight_decy=1), "unknown key 'optimizer.params.weight_decy'; did you mean 'weight_decay'?"),
         (
             {"optimizer": {"type": "SGD", "params": {"qqq": 1}}},
-            "unknown key 'optimizer.params.qqq'; known: dampening, foreach, fused, lr, "
-            "maximize, momentum, nesterov, weight_decay",
+            "unknown key 'optimizer.params.qqq'; known: dampening, foreach, fused, lr, maximize, ",
         ),
         (
             {"scheduler": {"type": "WarmupLR", "prams": {}}},
@@ -125,8 +129,8 @@ def test_a_refused_key_says_why(key: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4: input should be 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": "1"}}, "zero_optimization.stage is '1': "),
+        (zero(stage=4), "zero_optimization.stage is 4: input should be 0, 1, 2 or 3"),
+        (zero(stage="1"), "zero_optimization.stage is '1': "),
         ({"train_batch_size": "8"}, "train_batch_size is '8': input should be a valid integer"),
         ({"train_batch_size": 8.5}, "train_batch_size is 8.5: "),
         ({"train_batch_size": 0}, "train_batch_size is 0: input should be greater than 0"),
@@ -134,14 +138,8 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"gradient_clipping": -1}, "gradient_clipping is -1: "),
         ({"seed": -1}, "seed is -1: "),
         ({"parallel": []}, "parallel is []: "),
-        (
-            {"parallel": {"tp": 1.5}},
-            "parallel.tp is 1.5: input should be a valid integer, or",
-        ),
-        (
-            {"parallel": {"device": "tpu"}},
-            "parallel.device is 'tpu': input should be 'auto', 'cpu' or 'cuda'",
-        ),
+        ({"parallel": {"tp": 1.5}}, "parallel.tp is 1.5: input should be a valid integer, or"),
+        ({"parallel": {"device": "tpu"}}, "parallel.device is 'tpu': input should be 'auto', 'cpu' or"),
         ({"optimizer": {"type": "Lino"}}, "optimizer.type: unknown optimizer 'Lino'; did you mean 'Lion'?"),
         ({"optimizer": {"type": "Optimizer"}}, "optimizer.type: unknown optimizer 'Optimizer'; "),
         ({"optimizer": {"params": {}}}, 'optimizer is {\'params\': {}}: expected {"type": "AdamW", '),
@@ -156,27 +154,15 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"optimizer": {"type": "NAdam", "params": {"betas": [0.9]}}}, "optimizer.params.betas.1 is missing"),
         ({"optimizer": {"type": "SGD", "params": {"params": []}}}, "unknown key 'optimizer.params.params'"),
         ({"optimizer": {"type": "SGD", "lr": 0.1}}, "unknown key 'optimizer.lr'; known: params, type"),
-        (
-            {"optimizer": ADAMW | {"params": {"adam_w_mode": False}}},
-            "optimizer: adam_w_mode false contradicts",
-        ),
-        (
-            {"optimizer": ADAMW | {"params": {"max_grad_norm": 1.0}}},
-            "optimizer.params.max_grad_norm is refused",
-        ),
-        (
-            {"optimizer": ADAMW | {"params": {"bias_correction": False}}},
-            "optimizer.params.bias_correction is ",
-        ),
-        ({"optimizer": ADAMW | {"params": {"lr": "1e-3"}}}, "optimizer.params.lr is '1e-3': "),
-        ({"optimizer": ADAMW | {"params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas.1 is 1.0: "),
-        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True: expected 0, 1, 2 or 3"),
+        (adamw(adam_w_mode=False), "optimizer: adam_w_mode false contradicts"),
+        (adamw(max_grad_norm=1.0), "optimizer.params.max_grad_norm is refused"),
+        (adamw(bias_correction=False), "optimizer.params.bias_correction is "),
+        (adamw(lr="1e-3"), "optimizer.params.lr is '1e-3': "),
+        (adamw(betas=[0.9, 1.0]), "optimizer.params.betas.1 is 1.0: "),
+        (zero(stage=True), "zero_optimization.stage is True: expected 0, 1, 2 or 3"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last is 0: "),
         ({"checkpoint": {"keep_every": 2}}, "checkpoint: keep_every needs keep_last"),
-        (
-            {"checkpoint": {"keep_last": 2, "durable": False}},
-            "checkpoint: keep_last deletes checkpoints",
-        ),
+        ({"checkpoint": {"keep_last": 2, "durable": False}}, "checkpoint: keep_last deletes checkpoints"),
         ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.params.total_num_steps is missing"),
         ({"scheduler": {"type": "warmuplr"}}, "scheduler.type: unknown schedule 'warmuplr'; did you mean 'W"),
         ({"scheduler": {"params": {}}}, 'scheduler is {\'params\': {}}: expected {"type": "WarmupLR", '),
@@ -184,17 +170,14 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"scheduler": {"type": "WarmupLR", "params": {"last_batch_iteration": 5}}},
             "scheduler.params.last_batch_iteration is 5: ",
         ),
-        (
-            {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
-            "fp16 and bf16 are both enabled; enable one",
-        ),
-        ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale is -1: input should be greater than or equal to 0"),
-        ({"fp16": {"loss_scale": float("inf")}}, "fp16.loss_scale is inf: input should be a finite number"),
-        ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window is 0: "),
-        ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis is 0: "),
-        ({"fp16": {"initial_scale_power": 200}}, "fp16.initial_scale_power is 200: "),
-        ({"fp16": {"min_loss_scale": 0}}, "fp16.min_loss_scale is 0: "),
-        ({"fp16": {"initial_scale_power": 2, "min_loss_scale": 8}}, "fp16: min_loss_scale(8) is above the"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; enable"),
+        (fp16(loss_scale=-1), "fp16.loss_scale is -1: input should be greater than or equal to 0"),
+        (fp16(loss_scale=float("inf")), "fp16.loss_scale is inf: input should be a finite number"),
+        (fp16(loss_scale_window=0), "fp16.loss_scale_window is 0: "),
+        (fp16(hysteresis=0), "fp16.hysteresis is 0: "),
+        (fp16(initial_scale_power=200), "fp16.initial_scale_power is 200: "),
+        (fp16(min_loss_scale=0), "fp16.min_loss_scale is 0: "),
+        (fp16(initial_scale_power=2, min_loss_scale=8), "fp16: min_loss_scale(8) is above the"),
         ({"gradient_clipping": float("nan")}, "gradient_clipping is nan: "),
         ({"communication_data_type": "int8"}, "communication_data_type is 'int8': input should be 'fp32', "),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype is 'bf16': "),
@@ -204,54 +187,30 @@ def test_a_refused_key_says_why(key: str) -> None:
         ),
         ({"zero_optimization": True}, 'zero_optimization is True, a deprecated form; expected {"stage": 0}'),
         (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            zero(stage=3, offload_param={"device": "nvme"}),
             "zero_optimization.offload_param.device is 'nvme': offloading to disk isn't supported",
         ),
+        (zero(stage=2, offload_param={"device": "cpu"}), "zero_optimization: offload_param needs stage 3"),
+        (zero(cpu_offload=True), "zero_optimization: offload_optimizer needs stage 1, 2 or 3"),
+        (zero(stage=1, cpu_offload="yes"), "zero_optimization.cpu_offload is 'yes': expected true or false"),
         (
-            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-            "zero_optimization: offload_param needs stage 3",
-        ),
-        (
-            {"zero_optimization": {"cpu_offload": True}},
-            "zero_optimization: offload_optimizer needs stage 1, 2 or 3",
-        ),
-        (
-            {"zero_optimization": {"stage": 1, "cpu_offload": "yes"}},
-            "zero_optimization.cpu_offload is 'yes': expected true or false",
-        ),
-        (
-            {"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "none"}}},
+            zero(cpu_offload=True, offload_optimizer={"device": "none"}),
             "zero_optimization.cpu_offload is {'device': 'cpu'}, but zero_optimization.offload_opt",
         ),
+        (zero(mics_shard_size=2), "zero_optimization: a shard group needs stage 1"),
+        (zero(stage=3, mics_shard_size=0), "zero_optimization: mics_shard_size must be a n"),
         (
-            {"zero_optimization": {"mics_shard_size": 2}},
-            "zero_optimization: a shard group needs stage 1",
-        ),
-        (
-            {"zero_optimization": {"stage": 3, "mics_shard_size": 0}},
-            "zero_optimization: mics_shard_size must be a n",
-        ),
-        (
-            {"zero_optimization": {"stage": 3, "mics_shard_size": 2, "zero_hpz_partition_size": 4}},
+            zero(stage=3, mics_shard_size=2, zero_hpz_partition_size=4),
             "zero_optimization: zero_hpz_partition_size and mics_shard_size mean the same",
         ),
         (
             {"tensor_parallel": {"autotp_size": 2}, "parallel": {"tp": 4}},
             "tensor_parallel.autotp_size is 2, but parallel.tp, which means the same, is 4; give one",
         ),
-        (
-            {"bf16": {}, "bfloat16": {"enabled": True}},
-            "bfloat16 is {'enabled': True}, but bf16, which means the",
-        ),
+        ({"bf16": {}, "bfloat16": {"enabled": True}}, "bfloat16 is {'enabled': True}, but bf16, which"),
         ({"activation_checkpointing": {"every": 2}}, "activation_checkpointing: every has no effect"),
-        (
-            {"train_batch_size": "auto"},
-            'train_batch_size is "auto", which only Hugging Face\'s Trainer fills',
-        ),
-        (
-            {"optimizer": ADAMW | {"params": {"lr": "auto"}}},
-            'optimizer.params.lr is "auto", which only Hugging Face',
-        ),
+        ({"train_batch_size": "auto"}, 'train_batch_size is "auto", which only Hugging Face\'s Trainer'),
+        (adamw(lr="auto"), 'optimizer.params.lr is "auto", which only Hugging Face'),
     ],
 )
 def test_a_wrong_value_names_the_key(values: dict[str, Any], message: str) -> None:
@@ -280,4 +239,13 @@ def test_files(tmp_path: Path) -> None:
     values = {"train_batch_size": 8, "seed": 3, "optimizer": ADAMW | {"params": {"betas": [0.8, 0.9]}}}
     path.write_text(json.dumps(values))
     assert load_config(path) == load_config(str(path)) == load_config(values)
-    assert load_config(path).optimizer.params.betas == (0.8, 0.9)  # type: ignore[union-attr]
+    assert load_config(path).optimizer.params.betas == (0.8, 0.9)
+
+
+def test_micro_batches_are_the_nearest_that_multiply() -> None:
+    assert nearest_batch(12, micro=4) == (4, 3)
+    assert nearest_batch(12, micro=5) == (4, 3)
+    assert nearest_batch(10, micro=3.5) == (2, 5), "the smaller of two that are equally near"
+    assert nearest_batch(7, micro=3) == (1, 7)
+    assert nearest_batch(10, micro=2, schedule="interleaved", pp=2) == (1, 10), "5 make no two rounds"
+    assert nearest_batch(5, micro=5, schedule="interleaved", pp=2) == (5, 1)

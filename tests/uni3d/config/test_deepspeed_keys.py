@@ -4,8 +4,6 @@ The keys were collected by hand from DeepSpeed 0.19's `runtime/config.py` and th
 of our own tables.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,51 +1,22 @@
 """Run `uni3d doctor` as a user would: its report and its exit code."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import commands
 import numpy as np
 import oracle
 import pytest
 from ranks import Ranks
 from resharding_cases import Place, build
 from tied_gpt import TIED
+from whole_arrays import save_whole
 
-import ckpt
-from uni3d import cli
-
-
-class Result(NamedTuple):
-    code: int | str | None
-    out: str
-    err: str
-
-    @property
-    def words(self) -> str:
-        """Output joined into one line."""
-        return " ".join(self.out.split())
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Command, run in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["uni3d", "doctor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return Result(end.value.code or 0, captured.out, captured.err)
-
-    return run
+doctor = partial(commands.run, "doctor")
 
 
 def save_case(run: str) -> None:
@@ -85,23 +56,23 @@ def config(tmp_path: Path) -> Callable[..., Path]:
 # --- it would resume -------------------------------------------------------------------------------------
 
 
-def test_it_would_resume(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_it_would_resume(saved: Path, config: Callable[..., Path]) -> None:
     result = doctor(saved, "--world-size", 3, "--config", config())
-    assert (result.code, result.err) == (0, "")
-    lines = result.out.splitlines()
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 110 or len(str(saved)) > 60
     assert " ".join(lines[0].split()).startswith(f"YES {saved}/global_step2 on 3 ranks as")
     assert "on 3 ranks as pp 1, dp 3, tp 1, ZeRO 1" in result.words
     assert '"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2' in result.words, "of 4 samples"
     assert '"parallel": {"pp": 1, "dp": 3, "tp": 1}, "zero_optimization": {"stage": 1}' in result.words
     assert "latest is global_step2" in result.words
-    assert "ACTIVATIONS ARE NOT INCLUDED" in result.out
+    assert "ACTIVATIONS ARE NOT INCLUDED" in result.stdout
     assert "tp 3 doesn't divide the 26 features of layers.0.ffn.gate (colwise)" in result.words
-    assert "warning" not in result.out
+    assert "warning" not in result.stdout
 
 
-def test_json(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
-    report = json.loads(doctor(saved, "--world-size", 4, "--config", config(), "--json").out)
+def test_json(saved: Path, config: Callable[..., Path]) -> None:
+    report = json.loads(doctor(saved, "--world-size", 4, "--config", config(), "--json").stdout)
     assert report["would_resume"] is True
     assert (report["step"], report["samples"], report["train_batch_size"]) == (2, 24, 12)
     assert report["written_on"] == {"pp": 2, "dp": 2, "tp": 1, "zero": 1}
@@ -115,18 +86,16 @@ def test_json(doctor: Command, saved: Path, config: Callable[..., Path]) -> None
     assert report["whole"]["other_tags"] == ["global_step1"]
 
 
-def test_the_zero_stage_is_the_runs_the_configs_or_the_options(
-    doctor: Command, saved: Path, config: Callable[..., Path]
-) -> None:
-    assert "ZeRO 1" in doctor(saved, "--world-size", 2).out.split("\n\n")[0]
+def test_the_zero_stage_is_the_options_the_configs_or_the_runs(saved: Path, config: Any) -> None:
+    assert "ZeRO 1" in doctor(saved, "--world-size", 2).stdout.split("\n\n")[0]
     three = config(zero_optimization={"stage": 3})
-    assert "ZeRO 3" in doctor(saved, "--world-size", 2, "--config", three).out.split("\n\n")[0]
+    assert "ZeRO 3" in doctor(saved, "--world-size", 2, "--config", three).stdout.split("\n\n")[0]
     asked = doctor(saved, "--world-size", 2, "--config", three, "--zero", 2)
-    assert "ZeRO 2" in asked.out.split("\n\n")[0]
+    assert "ZeRO 2" in asked.stdout.split("\n\n")[0]
 
 
-def test_memory_decides(doctor: Command, saved: Path) -> None:
-    report = json.loads(doctor(saved, "--world-size", 4, "--json").out)
+def test_memory_decides(saved: Path) -> None:
+    report = json.loads(doctor(saved, "--world-size", 4, "--json").stdout)
     needs = {
         (t["pp"], t["dp"], t["tp"], int(zero)): need["total"]
         for t in report["topologies"]
@@ -134,42 +103,40 @@ def test_memory_decides(doctor: Command, saved: Path) -> None:
     }
     by_preference = sorted(needs, key=lambda k: (k[2], k[0], k[3] != 1, k[3]))
     for limit in sorted({*needs.values()})[:: max(1, len(needs) // 6)]:
-        found = json.loads(doctor(saved, "--world-size", 4, "--memory", f"{limit}", "--json").out)
+        found = json.loads(doctor(saved, "--world-size", 4, "--memory", f"{limit}", "--json").stdout)
         best = found["recommended"]
         first = next(key for key in by_preference if needs[key] <= limit)
         assert (best["pp"], best["dp"], best["tp"], best["zero"]) == first
     result = doctor(saved, "--world-size", 4, "--memory", f"{min(needs.values()) - 1}")
-    assert result.code == 1
+    assert result.returncode == 1
     assert "nothing fits" in result.words
     assert "per rank: the minimum is" in result.words
 
 
-def test_activations_of_a_known_model(
-    doctor: Command, saved: Path, config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_activations_of_a_known_model(saved: Path, config: Callable[..., Path], tmp_path: Path) -> None:
     model = tmp_path / "model.json"
     document = {"model": TIED, "seq_len": 8, "uni3d": json.loads(config().read_text())}
     model.write_text(json.dumps(document))
-    bare = json.loads(doctor(saved, "--world-size", 2, "--config", config(), "--json").out)
-    known = json.loads(doctor(saved, "--world-size", 2, "--model", model, "--json").out)
+    bare = json.loads(doctor(saved, "--world-size", 2, "--config", config(), "--json").stdout)
+    known = json.loads(doctor(saved, "--world-size", 2, "--model", model, "--json").stdout)
     assert known["activations_counted"]
     assert known["recommended"]["config"] == bare["recommended"]["config"], "the file's own config counts"
     without, having = bare["recommended"]["memory"], known["recommended"]["memory"]
     assert having["other"] > 0
     assert (having["optimizer"], having["buffers"]) == (without["optimizer"], without["buffers"])
-    assert "ACTIVATIONS" not in doctor(saved, "--world-size", 2, "--model", model).out
+    assert "ACTIVATIONS" not in doctor(saved, "--world-size", 2, "--model", model).stdout
     model.write_text(json.dumps(document | {"model": TIED | {"num_layers": 4}}))
     other = doctor(saved, "--world-size", 2, "--model", model)
-    assert other.code == 2
-    assert "isn't the checkpoint's: layers.3.attn.k.weight is [20, 20], and missing in" in other.err
+    assert other.returncode == 2
+    assert "isn't the checkpoint's: layers.3.attn.k.weight is [20, 20], and missing in" in other.stderr
 
 
 # --- it wouldn't resume ----------------------------------------------------------------------------------
 
 
-def test_numbers_of_ranks_nearby(doctor: Command, saved: Path) -> None:
+def test_numbers_of_ranks_nearby(saved: Path) -> None:
     result = doctor(saved, "--world-size", 11)
-    assert (result.code, result.err) == (1, "")
+    assert (result.returncode, result.stderr) == (1, "")
     assert result.words.startswith(f"NO {saved}/global_step2 on 11 ranks there is no topology of 11 ranks: ")
     for reason in (
         "dp 11 doesn't divide the global batch of 12",
@@ -177,55 +144,52 @@ def test_numbers_of_ranks_nearby(doctor: Command, saved: Path) -> None:
         "tp 11 doesn't divide the 26 features of layers.0.ffn.gate (colwise)",
     ):
         assert reason in result.words
-    nearby = json.loads(doctor(saved, "--world-size", 11, "--json").out)["nearby_world_sizes"]
+    nearby = json.loads(doctor(saved, "--world-size", 11, "--json").stdout)["nearby_world_sizes"]
     possible = {pp * dp * tp for pp in range(1, 7) for dp in (1, 2, 3, 4, 6, 12) for tp in (1, 2)}
     below, above = (sorted(n for n in possible if side(n)) for side in (lambda n: n < 11, lambda n: n > 11))
     assert nearby == [*below[-3:], *above[:3]]
     assert f"nearby numbers of ranks that work: {', '.join(map(str, nearby))}" in result.words
 
 
-def test_given_degrees(doctor: Command, saved: Path) -> None:
+def test_given_degrees(saved: Path) -> None:
     result = doctor(saved, "--world-size", 4, "--tp", 4)
-    assert result.code == 1
+    assert result.returncode == 1
     assert "with tp 4: tp 4 doesn't divide the 26 features" in result.words
     assert "without these degrees it would resume as pp 1, dp 4, tp 1, ZeRO 1" in result.words
-    assert doctor(saved, "--world-size", 4, "--tp", 2, "--pp", 2).code == 0
+    assert doctor(saved, "--world-size", 4, "--tp", 2, "--pp", 2).returncode == 0
 
 
-def test_files_that_are_missing(doctor: Command, run: Path) -> None:
+def test_files_that_are_missing(run: Path) -> None:
     chunk = next((run / "global_step2/atoms").glob("layers.1.*/exp_avg/c*"))
     chunk.unlink()
     result = doctor(run, "--world-size", 2)
-    assert (result.code, result.err) == (1, "")
+    assert (result.returncode, result.stderr) == (1, "")
     assert "the checkpoint is incomplete: layers.1." in result.words
     assert "is missing; other tags: global_step1" in result.words
-    assert doctor(run, "--world-size", 2, "--tag", "global_step1").code == 0
+    assert doctor(run, "--world-size", 2, "--tag", "global_step1").returncode == 0
     chunk.write_bytes(b"short")
     assert "has 5 bytes instead of" in doctor(run, "--world-size", 2).words
 
 
-def test_another_optimizer(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_another_optimizer(saved: Path, config: Callable[..., Path]) -> None:
     result = doctor(saved, "--world-size", 2, "--config", config(optimizer={"type": "SGD"}))
-    assert result.code == 1
+    assert result.returncode == 1
     assert "the checkpoint's optimizer is AdamW, but the config's is SGD" in result.words
-    assert "set " not in result.out, "no topology would help"
+    assert "set " not in result.stdout, "no topology would help"
 
 
-def test_warnings(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_warnings(saved: Path, config: Callable[..., Path]) -> None:
     result = doctor(saved, "--world-size", 2, "--config", config(seed=8, train_batch_size=24))
-    assert result.code == 0
+    assert result.returncode == 0
     assert "warning seed is 8 in the config, 7 in the checkpoint" in result.words
     assert "warning train_batch_size is 24 in the config, 12 in the checkpoint" in result.words
     assert '"train_batch_size": 12' in result.words, "the run's own is proposed"
 
 
-def test_weights_alone_are_no_run(doctor: Command, tmp_path: Path) -> None:
-    key, whole = ckpt.ArrayKey("w", "fp32"), np.ones(4, np.float32)
-    shard = ckpt.Shard(ckpt.ShardSpec(key, "float32", (4,), ckpt.Box.whole((4,))), whole)
-    plan = ckpt.make_plan({0: [shard.spec]})
-    ckpt.save(tmp_path, "t", [shard], plan=plan, comm=ckpt.Solo(), document={"step": 1}, durable=False)
+def test_weights_alone_are_no_run(tmp_path: Path) -> None:
+    save_whole(tmp_path, "t", {("w", "fp32"): np.ones(4, np.float32)}, step=1)
     result = doctor(tmp_path, "--world-size", 2)
-    assert result.code == 1
+    assert result.returncode == 1
     assert (
         "the manifest has no global_steps and no global_samples: it holds weights, not a run" in result.words
     )
@@ -238,7 +202,7 @@ def test_weights_alone_are_no_run(doctor: Command, tmp_path: Path) -> None:
 # --- errors ----------------------------------------------------------------------------------------------
 
 
-def test_unreadable_checkpoints(doctor: Command, tmp_path: Path, run: Path) -> None:
+def test_unreadable_checkpoints(tmp_path: Path, run: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "half/.saving.global_step5/atoms").mkdir(parents=True)
@@ -253,12 +217,12 @@ def test_unreadable_checkpoints(doctor: Command, tmp_path: Path, run: Path) -> N
     }
     for (name, *options), message in cases.items():
         result = doctor(tmp_path / name, "--world-size", 2, *options)
-        assert (result.code, result.out) == (2, ""), name
-        assert result.err.startswith("error: ")
-        assert message in " ".join(result.err.split()), name
+        assert (result.returncode, result.stdout) == (2, ""), name
+        assert result.stderr.startswith("error: ")
+        assert message in " ".join(result.stderr.split()), name
 
 
-def test_invalid_options(doctor: Command, saved: Path, config: Callable[..., Path]) -> None:
+def test_invalid_options(saved: Path, config: Callable[..., Path]) -> None:
     for options, message in {
         ("--pp", 3): "pp(3) doesn't divide the world size 4",
         ("--pp", 2, "--dp", 1, "--tp", 1): "pp(2) * dp(1) * tp(1) = 2, but the world size is 4",
@@ -267,19 +231,19 @@ def test_invalid_options(doctor: Command, saved: Path, config: Callable[..., Pat
         ("--config", config(optimiser={})): "optimizer",
     }.items():
         result = doctor(saved, "--world-size", 4, *options)
-        assert (result.code, result.out) == (2, ""), options
-        assert message in " ".join(result.err.split())
-        assert result.err.count("\n") == 1
+        assert (result.returncode, result.stdout) == (2, ""), options
+        assert message in " ".join(result.stderr.split())
+        assert result.stderr.count("\n") == 1
 
 
-def test_leftovers_and_latest_are_reported(doctor: Command, run: Path) -> None:
+def test_leftovers_and_latest_are_reported(run: Path) -> None:
     (run / ".saving.global_step9").mkdir()
     assert "running save: .saving.global_step9 (see uni3d clean)" in doctor(run, "--world-size", 2).words
     (run / "latest").unlink()
-    assert doctor(run, "--world-size", 2).code == 2
+    assert doctor(run, "--world-size", 2).returncode == 2
     result = doctor(run, "--world-size", 2, "--tag", "global_step2")
-    assert result.code == 0
+    assert result.returncode == 0
     assert "has no file 'latest'" in result.words
     own = doctor(run / "global_step2", "--world-size", 2)
-    assert own.code == 0
+    assert own.returncode == 0
     assert "latest is" not in own.words

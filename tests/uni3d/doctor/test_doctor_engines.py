@@ -1,7 +1,5 @@
 """Compare the doctor's verdicts with real engines, which resume or refuse."""
 
-from __future__ import annotations
-
 import warnings
 from itertools import product
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import ADAM, OwnLoss, Stack, global_batches, make_engine, seeded, train
+from models import ADAM, OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train
 from ranks import Ranks
 from tied_gpt import TIED, gpt_engine
 from torch import nn
@@ -44,8 +42,7 @@ def save_case(model: str, run: str) -> None:
         engine.train_batch()
     else:
         train(engine, global_batches(1, 6))
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, run)
 
 
 def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str | None]:
@@ -66,11 +63,7 @@ def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str
 
 @pytest.mark.parametrize(
     "model",
-    [
-        "own",
-        pytest.param("short", marks=pytest.mark.slow),
-        pytest.param("gpt", marks=pytest.mark.matrix),
-    ],
+    ["own", pytest.param("short", marks=pytest.mark.slow), pytest.param("gpt", marks=pytest.mark.matrix)],
 )
 def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, model: str) -> None:
     """Try all topologies of up to four ranks, with the doctor's config if it gives one."""
@@ -197,6 +190,11 @@ SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_st
 SGD = {"type": "SGD", "params": {"lr": 0.02}}
 MOMENTUM = {"type": "SGD", "params": {"lr": 0.02, "momentum": 0.9}}
 
+
+def adam(**params: Any) -> dict[str, Any]:
+    return {"optimizer": {**ADAM, "params": {**ADAM["params"], **params}}}
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     # config of the checkpoint's run, config of the resuming run, number of refusals, number of warnings
     "same": ({}, {}, 0, 0),
@@ -208,15 +206,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
         1,
         0,
     ),
-    "another moment": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "amsgrad": True}}}, 1, 0),
-    "a moment less": ({"optimizer": {**ADAM, "params": {**ADAM["params"], "amsgrad": True}}}, {}, 1, 0),
+    "another moment": ({}, adam(amsgrad=True), 1, 0),
+    "a moment less": (adam(amsgrad=True), {}, 1, 0),
     "momentum": ({"optimizer": SGD}, {"optimizer": MOMENTUM}, 0, 1),
     "no momentum": ({"optimizer": MOMENTUM}, {"optimizer": SGD}, 1, 0),
     "lion": ({"optimizer": {"type": "Lion"}}, {"optimizer": {"type": "Lion"}}, 0, 0),
     "muon": ({"optimizer": {"type": "Muon"}}, {"optimizer": {"type": "Muon"}}, 0, 0),
-    "another decay": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "weight_decay": 0.2}}}, 0, 1),
-    "betas": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "betas": [0.8, 0.9]}}}, 0, 1),
-    "another rate": ({}, {"optimizer": {**ADAM, "params": {**ADAM["params"], "lr": 0.5}}}, 0, 1),
+    "another decay": ({}, adam(weight_decay=0.2), 0, 1),
+    "betas": ({}, adam(betas=[0.8, 0.9]), 0, 1),
+    "another rate": ({}, adam(lr=0.5), 0, 1),
     "a schedule": ({}, {"scheduler": SCHEDULE}, 1, 0),
     "no schedule": ({"scheduler": SCHEDULE}, {}, 0, 1),
     "the same schedule": ({"scheduler": SCHEDULE}, {"scheduler": SCHEDULE}, 0, 0),
@@ -252,8 +250,7 @@ def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) 
     before, after, refusals, warned = CONFIGS[case]
     engine = make_engine(seeded(Stack), config=before)
     train(engine, global_batches(1))
-    engine.save_checkpoint(tmp_path)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path)
     checkpoint = ckpt.open_checkpoint(tmp_path)
     manifest = RunManifest.of(checkpoint)
     values = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3, "optimizer": ADAM} | after
@@ -270,8 +267,7 @@ def test_configs_are_judged_as_an_engine_judges_them(tmp_path: Path, case: str) 
 @pytest.mark.usefixtures("alone")
 def test_frozen_parameters_that_were_left_out(tmp_path: Path) -> None:
     engine = make_engine(seeded(OwnLoss))
-    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, tmp_path, exclude_frozen_parameters=True)
     with pytest.raises(ckpt.CheckpointError, match="2 missing in the checkpoint"):
         engine.load_checkpoint(tmp_path)
     checkpoint = ckpt.open_checkpoint(tmp_path)

@@ -1,7 +1,5 @@
 """`initialize`: user-made optimizers, parameter groups, and refused arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from models import (
     make_engine,
     micro_batches,
     seeded,
+    train,
     train_plainly,
     whole,
 )
@@ -40,9 +39,7 @@ def own_optimizer_case(make: Callable[..., Any], as_object: bool, zero: int, pp:
     optimizer = make(model.parameters()) if as_object else make
     engine = make_engine(model, zero=zero, pp=pp, optimizer=optimizer, config={"optimizer": None})
     assert engine.optimizer is optimizer or not as_object
-    data = micro_batches(global_batches(STEPS), engine)
-    losses = [engine.train_batch(data).item() for _ in range(STEPS)]
-    return losses, whole(engine.module)
+    return train(engine, global_batches(STEPS)), whole(engine.module)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +80,7 @@ def test_parameters_are_given_as_to_torch_s_optimizers(alone: None, kind: str) -
     model = train_plainly(seeded(Stack), batches)[2]
     fresh = seeded(Stack)
     engine = make_engine(fresh, model_parameters=GROUPS[kind](fresh))
-    data = micro_batches(batches, engine)
-    for _ in range(STEPS):
-        engine.train_batch(data)
+    train(engine, batches)
     assert_same(whole(engine.module), model)
 
 
@@ -104,9 +99,7 @@ def test_groups_keep_their_own_hyperparameters(alone: None) -> None:
         inner.zero_grad()
     fresh = seeded(Stack)
     engine = make_engine(fresh, model_parameters=groups(fresh))
-    data = micro_batches(batches, engine)
-    for _ in range(STEPS):
-        engine.train_batch(data)
+    train(engine, batches)
     assert engine.get_lr() == [0.1, 0.02]
     assert_same(whole(engine.module), copy)
 
@@ -138,8 +131,7 @@ class TiedEnds(Stack):
 
 def frozen_tie_case() -> Any:
     engine = make_engine(seeded(TiedEnds), zero=1, pp=2)
-    data = micro_batches([(x, x.flip(1)) for x, _ in global_batches(STEPS)], engine)
-    return [engine.train_batch(data).item() for _ in range(STEPS)]
+    return train(engine, [(x, x.flip(1)) for x, _ in global_batches(STEPS)])
 
 
 def test_a_frozen_weight_that_two_stages_share(ranks: Ranks) -> None:

@@ -1,7 +1,5 @@
 """The order of samples: the same on every topology, with one integer as its state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -74,19 +72,6 @@ def test_a_loader_begins_where_training_stands() -> None:
     for consumed in (4, 12):
         position.samples = consumed
         assert ids(iter(loader), 2) == everything[consumed // 2 : consumed // 2 + 2]
-
-
-def test_an_iterator_from_before_a_load_refuses_to_go_on() -> None:
-    position = Position()
-    loader = make_loader(10, 4, 2, 0, 1, position)
-    before = iter(loader)
-    next(before)
-    position.samples = 8
-    loader.moved()
-    with pytest.raises(RuntimeError, match="made before a checkpoint was loaded"):
-        next(before)
-    position.samples = 0
-    assert ids(iter(loader), 1) == ids(iter(make_loader(10, 4, 2, 0, 1)), 1)
 
 
 def test_the_collate_function_is_used() -> None:

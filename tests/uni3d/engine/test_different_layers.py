@@ -1,7 +1,5 @@
 """Ranks that run different layers: right at ZeRO 0-2, refused at stage 3."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

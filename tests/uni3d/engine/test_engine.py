@@ -1,7 +1,5 @@
 """The engine's steps against plain PyTorch, by `train_batch` and by forward, backward and step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -14,6 +12,8 @@ from models import (
     make_engine,
     micro_batches,
     seeded,
+    take_steps,
+    train,
     train_plainly,
     whole,
 )
@@ -47,8 +47,7 @@ def train_case(name: str, zero: int, by_hand: bool) -> Any:
     if by_hand:
         losses = steps_by_hand(engine, batches)
     else:
-        data = micro_batches(batches, engine)
-        losses = [engine.train_batch(data).item() for _ in batches]
+        losses = train(engine, batches)
     return losses, engine.get_global_grad_norm(), whole(engine.module), engine.global_samples
 
 
@@ -120,10 +119,8 @@ def test_clipping(alone: None, clip: float) -> None:
     _, norms, model = train_plainly(seeded(Stack), batches, clip=clip)
     assert 0.1 < min(norms) <= max(norms) < 50.0, "one clips every step, the other none"
     engine = make_engine(seeded(Stack), config={"gradient_clipping": clip})
-    data = micro_batches(batches, engine)
-    for norm in norms:
-        engine.train_batch(data)
-        assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5), "the norm before clipping"
+    _, found = take_steps(engine, STEPS, micro_batches(batches, engine))
+    assert found == pytest.approx(norms, rel=1e-5), "the norms before clipping"
     assert_same(whole(engine.module), model)
 
 
@@ -144,9 +141,7 @@ def nan_case(name: str, pp: int) -> Any:
 
 
 @pytest.mark.parametrize(("name", "pp"), [("loss_fn", 1), ("loss_fn", 2)], ids=["dp2", "pp2"])
-def test_a_loss_that_is_not_a_number_stops_all_ranks_and_changes_nothing(
-    ranks: Ranks, name: str, pp: int
-) -> None:
+def test_a_loss_of_nan_stops_all_ranks_and_changes_nothing(ranks: Ranks, name: str, pp: int) -> None:
     losses, _, _ = train_plainly(seeded(MODELS[name]), global_batches(2))
     results = ranks.run(2, nan_case, name, pp)
     assert len({message for message, *_ in results}) == 1
@@ -172,3 +167,12 @@ def test_single_calls_are_refused_where_a_rank_has_a_stage_only(ranks: Ranks) ->
         for name, message in zip(("forward", "backward", "step"), messages, strict=True):
             assert message.startswith(f"{name}() needs the whole model on a rank, but pp is 2")
             assert "use train_batch()" in message
+
+
+def test_a_whole_batch_between_micro_batches(alone: None) -> None:
+    engine = make_engine(seeded(Stack))
+    batches = micro_batches(global_batches(2), engine)
+    inputs, _ = next(batches)
+    engine.backward(engine(inputs).sum())
+    with pytest.raises(RuntimeError, match=r"train_batch\(\) can't be called between .* call step\(\)"):
+        engine.train_batch(batches)

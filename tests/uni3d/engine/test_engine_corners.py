@@ -1,7 +1,5 @@
 """Uses of an engine that are easily handled wrongly without an error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ def engine_of(model: nn.Module, **config: Any) -> uni3d.Engine:
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
         "parallel": {"device": "cpu"},
     }
-    engine: uni3d.Engine = uni3d.initialize(model=model, config=settings | config)[0]
-    return engine
+    return uni3d.initialize(model=model, config=settings | config)[0]
 
 
 def both_at_once_case(folder: str) -> list[str]:
@@ -138,7 +135,7 @@ def test_the_engines_own_iterator_knows_what_others_have_taken(alone: None) -> N
         model=Tokens(), training_data=data, config=config | {"parallel": {"device": "cpu"}}
     )[0]
     engine.train_batch()
-    mine = iter(engine.training_dataloader)  # type: ignore[arg-type]
+    mine = iter(engine.training_dataloader)
     engine.train_batch(mine)
     engine.train_batch(mine)
     engine.train_batch()
@@ -160,7 +157,7 @@ def late_case() -> Any:
         if engine.global_rank == 0:
             norms.append(engine.get_global_grad_norm())
             engine.was_step_applied()
-    weights = [p.detach().full_tensor().tolist() for p in engine.module.parameters()]  # type: ignore[attr-defined]
+    weights = [p.detach().full_tensor().tolist() for p in engine.module.parameters()]
     return engine.global_samples, weights, norms
 
 

@@ -1,7 +1,5 @@
 """`eval_batch` returns the loss and changes nothing; dropout repeats after a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from models import (
     make_engine,
     micro_batches,
     seeded,
+    train,
     train_plainly,
     whole,
 )
@@ -26,8 +25,8 @@ MODELS = {"own_loss": OwnLoss, "loss_fn": Stack}
 
 def eval_case(name: str, zero: int, pp: int) -> Any:
     engine = make_engine(seeded(MODELS[name]), zero=zero, pp=pp)
-    train, held_out = global_batches(STEPS), global_batches(1, seed=9)
-    data = micro_batches(train, engine)
+    batches, held_out = global_batches(STEPS), global_batches(1, seed=9)
+    data = micro_batches(batches, engine)
     losses, evaluations = [], []
     for _ in range(STEPS):
         evaluations.append(engine.eval_batch(micro_batches(held_out, engine)).item())
@@ -40,13 +39,13 @@ def eval_case(name: str, zero: int, pp: int) -> Any:
     [("own_loss", 1, 1), ("own_loss", 3, 1), ("loss_fn", 0, 1), ("loss_fn", 2, 1), ("loss_fn", 1, 2)],
 )
 def test_it_gives_the_loss_and_learns_nothing(ranks: Ranks, name: str, zero: int, pp: int) -> None:
-    train, (held_out,) = global_batches(STEPS), global_batches(1, seed=9)
+    batches, (held_out,) = global_batches(STEPS), global_batches(1, seed=9)
     expected = []
     for steps in range(STEPS):
         x, y = held_out
-        model = train_plainly(seeded(MODELS[name]), train[:steps])[2].eval()
+        model = train_plainly(seeded(MODELS[name]), batches[:steps])[2].eval()
         expected.append((model(x, y) if name == "own_loss" else F.mse_loss(model(x), y)).item())
-    losses = train_plainly(seeded(MODELS[name]), train)[0]
+    losses = train_plainly(seeded(MODELS[name]), batches)[0]
     for found, evaluations, training, calls in ranks.run(2, eval_case, name, zero, pp):
         assert evaluations == pytest.approx(expected, rel=1e-5)
         assert found == pytest.approx(losses, rel=1e-5)
@@ -72,15 +71,13 @@ def test_between_the_micro_batches_of_a_step(alone: None, zero: int) -> None:
 def dropout_case(run: Path) -> Any:
     engine = make_engine(seeded(OwnLoss, 0.5), zero=1)
     batches = global_batches(4)
-    data = micro_batches(batches, engine)
-    losses = [engine.train_batch(data).item() for _ in range(2)]
+    losses = train(engine, batches[:2])
     engine.save_checkpoint(run)
-    losses += [engine.train_batch(data).item() for _ in range(2)]
+    losses += train(engine, batches[2:])
     torch.manual_seed(99)  # a new process has another random state
     resumed = make_engine(seeded(OwnLoss, 0.5), zero=1)
     resumed.load_checkpoint(run)
-    data = micro_batches(batches[2:], resumed)
-    again = [resumed.train_batch(data).item() for _ in range(2)]
+    again = train(resumed, batches[2:])
     x = torch.ones(1, 6)
     masks = engine(x, torch.zeros(1, 1)).item()
     return losses, again, masks

@@ -1,7 +1,5 @@
 """A rank that fails during a step: the others stop with its reason instead of waiting forever."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -42,12 +40,11 @@ except RuntimeError as error:
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return listener.getsockname()[1]
 
 
 @pytest.mark.parametrize(
-    ("zero", "pp"), [(0, 1), (3, 1), (1, 2)], ids=["zero0-dp2", "zero3-dp2", "zero1-pp2"]
+    ("zero", "pp"), [(3, 1), *(pytest.param(*place, marks=pytest.mark.slow) for place in [(0, 1), (1, 2)])]
 )
 def test_a_rank_that_raises_in_the_model(zero: int, pp: int) -> None:
     paths = [str(TESTS.parent), str(TESTS / "support"), str(TESTS / "uni3d")]

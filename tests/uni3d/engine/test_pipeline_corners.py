@@ -1,7 +1,5 @@
 """Corner cases of pipelines, compared with one process: plain PyTorch or pp = 1."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 
@@ -36,8 +34,7 @@ def engine_of(layers: list[Any], loss: Any, *, zero: int = 0, **parallel: Any) -
         "zero_optimization": {"stage": zero},
         "parallel": {"device": "cpu", **parallel},
     }
-    engine: uni3d.Engine = uni3d.initialize(model=model, config=config)[0]
-    return engine
+    return uni3d.initialize(model=model, config=config)[0]
 
 
 def numbers(seed: int) -> list[tuple[Tensor, Tensor]]:

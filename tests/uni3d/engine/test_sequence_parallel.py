@@ -1,21 +1,16 @@
 """Sequence parallelism: the same steps as one process, with activations that are split between the layers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from model import GPT, GPTConfig
+from dispatch_modes import ComputedShapes
+from models import take_steps
 from ranks import Ranks
+from tied_gpt import gpt_engine
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import TensorDataset
-
-import uni3d
 
 STEPS = 3
 
@@ -24,28 +19,9 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def engine_of(
-    degrees: tuple[int, int, int], zero: int, options: dict[str, Any], **config: Any
-) -> uni3d.Engine:
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**(oracle.MODEL | options)))
-    pp, dp, tp = degrees
-    given = {
-        "train_micro_batch_size_per_gpu": oracle.BATCH // dp // 2,
-        "zero_optimization": {"stage": zero},
-        "parallel": {"pp": pp, "dp": dp, "tp": tp, "device": "cpu", "sequence_parallel": True},
-    }
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2]},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    engine: uni3d.Engine = uni3d.initialize(
-        model=model,
-        model_parameters=groups,
-        training_data=TensorDataset(*oracle.samples(masked=True)),
-        config=oracle.SETTINGS | given | config,
-    )[0]
-    return engine
+def engine_of(degrees: tuple[int, int, int], zero: int, options: dict[str, Any], **config: Any) -> Any:
+    config = {"parallel": {"sequence_parallel": True}} | config
+    return gpt_engine(*degrees, zero, sizes=oracle.MODEL | options, groups=True, masked=True, **config)
 
 
 def train_case(
@@ -60,10 +36,7 @@ def train_case(
     for name, module in engine.module.named_modules():
         if name.startswith("layers.") and name.count(".") == 1:
             module.register_forward_hook(look)
-    losses, norms = [], []
-    for _ in range(STEPS):
-        losses.append(engine.train_batch().item())
-        norms.append(engine.get_global_grad_norm() or 0.0)
+    losses, norms = take_steps(engine, STEPS)
     engine.model.zero.reshard()
     parameters = {engine.model.first_name(n): whole(p) for n, p in engine.module.named_parameters()}
     return losses, norms, parameters, lengths
@@ -88,11 +61,7 @@ ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in S
 
 @pytest.mark.parametrize(("degrees", "zero", "options", "config"), ALL_CASES)
 def test_the_steps_are_those_of_one_process(
-    ranks: Ranks,
-    degrees: tuple[int, int, int],
-    zero: int,
-    options: dict[str, Any],
-    config: dict[str, Any],
+    ranks: Ranks, degrees: tuple[int, int, int], zero: int, options: dict[str, Any], config: dict[str, Any]
 ) -> None:
     trace = oracle.train(oracle.MODEL | options, STEPS, masked=True)
     world = degrees[0] * degrees[1] * degrees[2]
@@ -115,26 +84,9 @@ def test_bf16_steps_stay_near_those_in_fp32(ranks: Ranks) -> None:
         assert norms == pytest.approx(trace.norms, rel=5e-2)
 
 
-class Shapes(TorchDispatchMode):
-    """Records the shapes of all plain tensors that are computed, those inside of DTensors too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # so that it computes on its local tensors, which are seen then
-        output = func(*args, **(kwargs or {}))
-        # Not the tensors without data with which DTensor tries out shapes.
-        self.seen.update(tuple(t.shape) for t in tree_leaves(output) if type(t) is Tensor and not t.is_meta)
-        return output
-
-
 def shapes_case(sequence_parallel: bool) -> set[tuple[int, ...]]:
-    split = {"pp": 1, "dp": 1, "tp": 2, "device": "cpu", "sequence_parallel": sequence_parallel}
-    engine = engine_of((1, 1, 2), 3, {}, parallel=split)
-    with Shapes() as shapes:
+    engine = engine_of((1, 1, 2), 3, {}, parallel={"sequence_parallel": sequence_parallel})
+    with ComputedShapes() as shapes:
         engine.train_batch()
     return shapes.seen
 
@@ -156,8 +108,6 @@ def refusal_case(degrees: tuple[int, int, int]) -> str:
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 2), (2, 1, 2)])
-def test_a_sequence_that_does_not_divide_is_refused_on_all_ranks(
-    ranks: Ranks, degrees: tuple[int, int, int]
-) -> None:
+def test_a_sequence_that_does_not_divide_is_refused(ranks: Ranks, degrees: tuple[int, int, int]) -> None:
     for error in ranks.run(2 * degrees[0], refusal_case, degrees):
         assert error.startswith("sequence_parallel: tp(2) doesn't divide the sequence's 7 tokens; pad")

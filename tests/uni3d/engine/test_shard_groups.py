@@ -1,61 +1,53 @@
 """Shard groups smaller than dp: the same steps, each gradient counted once, checkpoints for other groups."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import CLIP, build_engine
 from models import (
     WIDTH,
     Stack,
     assert_same,
     global_batches,
+    make_engine,
     micro_batches,
+    save_and_wait,
     seeded,
+    take_steps,
+    train,
     train_plainly,
     whole,
 )
 from ranks import Ranks
 from torch import Tensor, nn
 
-from parallel import Degrees, Precision
-
 pytestmark = pytest.mark.slow
 
-STEPS = 3
+STEPS, CLIP = 3, 0.5
 
 
 def run_case(zero: int, pp: int, run: str) -> Any:
-    degrees = Degrees(pp=pp, dp=4 // pp, tp=1)
-    engine = build_engine(seeded(Stack), degrees, zero=zero, group=2 // pp)
-    data = micro_batches(global_batches(STEPS + 1), engine)
-    losses, norms = [], []
-    for _ in range(STEPS):
-        losses.append(engine.train_batch(data).item())
-        norms.append(engine.get_global_grad_norm())
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    engine = make_engine(seeded(Stack), zero=zero, pp=pp, micro=1, clip=CLIP, group=2 // pp)
+    losses, norms = take_steps(engine, STEPS, micro_batches(global_batches(STEPS + 1), engine))
+    save_and_wait(engine, run)
     local = {n: p.to_local().numel() for n, p in engine.named_parameters()}
     return losses, norms, whole(engine.module), local
 
 
-def resume_case(zero: int, dp: int, group: int | None, run: str) -> Any:
-    engine = build_engine(seeded(Stack), Degrees(pp=1, dp=dp, tp=1), zero=zero, group=group)
+def resume_case(zero: int, group: int, run: str) -> Any:
+    engine = make_engine(seeded(Stack), zero=zero, micro=1, clip=CLIP, group=group)
     engine.resume(run)
-    losses = [engine.train_batch(micro_batches(global_batches(STEPS + 1)[-1:], engine)).item()]
-    return losses, whole(engine.module)
+    return train(engine, global_batches(STEPS + 1)[-1:]), whole(engine.module)
 
 
 @pytest.mark.parametrize(
     ("zero", "pp", "resumed"),
-    [(1, 1, (1, 3, None)), (2, 1, (3, 3, 1)), (3, 1, (3, 1, None)), (3, 2, (2, 4, 2))],
+    [(1, 1, (3, 1, -1)), (2, 1, (3, 3, 1)), (3, 1, (1, 3, -1)), (3, 2, (4, 2, 2))],
     ids=str,
 )
 def test_training_is_the_oracles_and_resumes_in_other_groups(
-    ranks: Ranks, tmp_path: Path, zero: int, pp: int, resumed: tuple[int, int, int | None]
+    ranks: Ranks, tmp_path: Path, zero: int, pp: int, resumed: tuple[int, int, int]
 ) -> None:
     batches = global_batches(STEPS + 1)
     losses, norms, model = train_plainly(seeded(Stack), batches[:STEPS], clip=CLIP)
@@ -69,7 +61,7 @@ def test_training_is_the_oracles_and_resumes_in_other_groups(
             assert size == expected or name.startswith("out"), "the group's part, whatever dp is"
     assert_same(together, model)
     losses, _, model = train_plainly(seeded(Stack), batches, clip=CLIP)
-    for found, state in ranks.run(resumed[1], resume_case, *resumed, str(tmp_path)):
+    for found, state in ranks.run(resumed[0], resume_case, *resumed[1:], str(tmp_path)):
         assert found == pytest.approx(losses[-1:], rel=1e-5)
         assert_same(state, model)
 
@@ -87,19 +79,15 @@ class Taking(nn.Module):
         return (expert(x) - y).square().mean()
 
 
-def taking_case(zero: int, group: int | None) -> Any:
-    engine = build_engine(seeded(Taking), Degrees(pp=1, dp=4, tp=1), zero=zero, group=group)
-    data = global_batches(1)
-    loss = engine.train_batch(micro_batches(data, engine)).item()
-    return loss, whole(engine.module)
+def taking_case(zero: int, group: int) -> Any:
+    engine = make_engine(seeded(Taking), zero=zero, micro=1, clip=CLIP, group=group)
+    return train(engine, global_batches(1))[0], whole(engine.module)
 
 
 @pytest.mark.parametrize(
-    ("zero", "group"), [(0, None), (1, None), (2, None), (3, None), (1, 2), (2, 2), (3, 2)], ids=str
+    ("zero", "group"), [(0, -1), (1, -1), (2, -1), (3, -1), (1, 2), (2, 2), (3, 2)], ids=str
 )
-def test_ranks_and_micro_batches_that_use_other_parameters(
-    ranks: Ranks, zero: int, group: int | None
-) -> None:
+def test_ranks_and_micro_batches_that_use_other_parameters(ranks: Ranks, zero: int, group: int) -> None:
     model = seeded(Taking)
     (x, y), optimizer = global_batches(1)[0], torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01)
     optimizer.param_groups[0]["weight_decay"] = 0.1
@@ -115,7 +103,7 @@ def test_ranks_and_micro_batches_that_use_other_parameters(
 
 
 def dropped_case() -> Any:
-    engine = build_engine(seeded(Stack), Degrees(pp=1, dp=4, tp=1), zero=2, group=2)
+    engine = make_engine(seeded(Stack), zero=2, micro=1, clip=CLIP, group=2)
     data = list(micro_batches(global_batches(1), engine))
     engine.backward(nn.MSELoss()(engine(data[0][0] + 5.0), data[0][1]))  # which is then given up
     with pytest.warns(UserWarning, match="drops the gradients of 1 of the step's"):
@@ -132,13 +120,8 @@ def test_gradients_that_were_dropped_before_their_last_sum(ranks: Ranks) -> None
 
 
 def mixed_case(zero: int) -> list[float]:
-    degrees = Degrees(pp=1, dp=4, tp=1)
-    precision = Precision(compute="bf16")
-    config = {"bf16": {"enabled": True}}
-    engine = build_engine(seeded(Taking), degrees, zero=zero, config=config, precision=precision)
-    loss = engine.train_batch(micro_batches(global_batches(1), engine)).item()
-    norm = engine.get_global_grad_norm()
-    assert norm is not None
+    engine = make_engine(seeded(Taking), zero=zero, micro=1, clip=CLIP, config={"bf16": {"enabled": True}})
+    (loss,), (norm,) = take_steps(engine, 1, micro_batches(global_batches(1), engine))
     return [loss, norm]
 
 

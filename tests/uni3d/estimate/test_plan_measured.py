@@ -5,25 +5,18 @@ a step. The record misses memory that a collective's own thread frees. So each s
 recorded peak, and that peak less all memory never seen freed. Several steps narrow them.
 """
 
-from __future__ import annotations
-
 import gc
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
+from dispatch_modes import SentBytes
 from model import GPT, GPTConfig
 from ranks import Ranks
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
-from zero_held import held
 
 import parallel
 import uni3d
@@ -77,10 +70,10 @@ class Case(NamedTuple):
             seq_len=64,
             micro_batch=4 if self.precision == "fp32" else 2,  # CPUs are slow at bf16
             accumulation=self.accumulation,
-            precision=self.precision,  # type: ignore[arg-type]
-            recompute=self.recompute,  # type: ignore[arg-type]
+            precision=self.precision,
+            recompute=self.recompute,
             device="cpu",
-            schedule=self.schedule,  # type: ignore[arg-type]
+            schedule=self.schedule,
             virtual_stages=self.virtual,
             sequence_parallel=self.sequence,
             shard_group=self.group,
@@ -223,45 +216,13 @@ def test_memory_is_what_a_real_step_takes_in_more_places(ranks: Ranks, case: Cas
 
 # --- bytes sent ----------------------------------------------------------------------------------------
 
-RINGS = {"all_reduce": 2, "allreduce": 2, "all_gather": 1, "allgather": 1, "reduce_scatter": 1}
-"""Rounds of a ring by collective, given as part of its name."""
-
-
-class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counter of the bytes that this rank sends."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sent = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.name()
-        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
-        if name == "c10d::send":
-            self.sent += tensors[0].nbytes
-        elif "c10d" in name and (rounds := next((n for part, n in RINGS.items() if part in name), 0)):
-            size = group_size(args)  # the larger of input and output is the whole tensor
-            self.sent += rounds * max(x.nbytes for x in tensors) * (size - 1) // size
-        return result
-
-
-def group_size(args: Any) -> int:
-    """Return the size of a collective's group, which is among its arguments as an object or a name."""
-    for arg in reversed(args):
-        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
-            return int(dist.ProcessGroup.unbox(arg).size())
-        if isinstance(arg, str):
-            return int(c10d._resolve_process_group(arg).size())  # type: ignore[attr-defined, arg-type]
-    raise AssertionError("a collective without a group")
-
 
 def traffic_case(case: Case) -> int:
     engine = make_engine(case)
     engine.train_batch()
-    with Counting() as counting:
+    with SentBytes() as sent:
         engine.train_batch()
-    return counting.sent
+    return sent.bytes.total()
 
 
 TRAFFIC = [
@@ -279,27 +240,3 @@ def test_planned_traffic_is_what_real_ranks_send(ranks: Ranks, case: Case) -> No
     planned = traffic(case.job)
     found = ranks.run(case.job.ranks.total, traffic_case, case)
     assert planned.total == pytest.approx(max(found), rel=0.01)
-
-
-# --- against the formulas of ZeRO ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_agrees_with_the_formulas_of_zero(zero: int, precision: str) -> None:
-    """Activations are negligible here, and dp divides all sizes."""
-    case = Case(1, 2, 1, zero, precision)
-    job = replace(case.job, seq_len=1, micro_batch=1)
-    formula = held(
-        job.shape.parameters,
-        stage=zero,
-        dp=2,
-        compute_bytes=job.compute_bytes,
-        accumulation=job.accumulation,
-    )
-    peak = memory(job)[0].peak
-    assert peak.optimizer == formula.optimizer
-    unit = 4 * max(job.whole(unit) for unit in job.stages[0].units)
-    if zero < 3:  # at stage 3 gathered parameters are transient
-        assert peak.parameters + peak.gathered == formula.parameters
-    assert abs(peak.gradients - formula.gradients) <= unit, "at the peak of all memory, not their own"

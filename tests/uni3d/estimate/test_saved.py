@@ -1,7 +1,5 @@
 """Compare the parts, reads and memory of ranks, derived from a checkpoint, with those of real ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +123,8 @@ def by_rank(holders: Holders) -> list[dict[str, Any]]:
 
 def check_memory(source: SavedModel, place: Place, found: list[Any]) -> None:
     of_stage = place.dp * place.tp
-    for stage, need in enumerate(needs(source, place.ranks, place.settings, shard_group=place.group)):
+    shards = place.ranks.shards(place.group)
+    for stage, need in enumerate(needs(source, place.ranks, place.settings, shards)):
         most = {
             key: max(rank[key] for rank in found[stage * of_stage : (stage + 1) * of_stage])
             for key in ("fp32", "value", "states", "trained", "whole")

@@ -1,31 +1,27 @@
 """`uni3d export --format hf` writes a folder that transformers loads, with the live model's outputs."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commands
 import oracle
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import OwnLoss, make_engine
+from models import OwnLoss, make_engine, save_and_wait
 from ranks import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tied_gpt import gpt_engine
+from tied_gpt import save_case
 from torch import Tensor
 
 import ckpt
 import uni3d
 from ckpt.stores import files
-from uni3d import cli
 
 # Weights so large, and numbers so far from any default, that each entry of the config shows in the logits.
 SIZES = oracle.MODEL | {"init_std": 0.4, "rope_base": 50.0, "norm_eps": 0.02}
@@ -50,8 +46,6 @@ NAMES = {f"layers.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for i in range
 NAMES |= {"embed.tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 NAMES |= {"head.weight": "lm_head.weight"}
 
-Cli = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(scope="module")
 def hf() -> Any:
@@ -63,32 +57,19 @@ def hf() -> Any:
     return hf_models
 
 
-@pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run `uni3d export` in this process; return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["uni3d", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return run
+export, answer = partial(commands.run, "export"), partial(commands.answer, "export")
+refused = partial(commands.refused, "export")
 
 
-def save_case(place: tuple[int, int, int, int], sizes: dict[str, Any], folder: str) -> dict[str, Tensor]:
-    engine = gpt_engine(*place, sizes=sizes)
-    engine.train_batch()
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
-    return engine.module_state_dict()
+def case(place: tuple[int, int, int, int], kind: str, folder: str) -> dict[str, Tensor]:
+    return save_case(place, folder, sizes=MODELS[kind])
 
 
 @pytest.fixture(scope="module")
 def tied_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """Return a checkpoint of the tied model, and the live weights."""
     folder = tmp_path_factory.mktemp("tied")
-    return folder, ranks.run(1, save_case, (1, 1, 1, 0), MODELS["tied"], str(folder))[0]
+    return folder, ranks.run(1, case, (1, 1, 1, 0), "tied", str(folder))[0]
 
 
 def load(hf: Any, folder: Path, kind: str = "AutoModelForCausalLM") -> Any:
@@ -122,11 +103,11 @@ PLACES = [
 
 @pytest.mark.parametrize(("kind", "place"), PLACES, ids=lambda x: x if isinstance(x, str) else str(x))
 def test_transformers_computes_the_same(
-    hf: Any, ranks: Ranks, tmp_path: Path, export: Cli, kind: str, place: tuple[int, int, int, int]
+    hf: Any, ranks: Ranks, tmp_path: Path, kind: str, place: tuple[int, int, int, int]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     live: dict[str, Tensor] = {}
-    for part in ranks.run(place[0] * place[1] * place[2], save_case, place, MODELS[kind], str(run)):
+    for part in ranks.run(place[0] * place[1] * place[2], case, place, kind, str(run)):
         live |= part
     code, said, error = export(run, out, "--format", "hf")
     assert code == 0, error
@@ -150,11 +131,7 @@ def test_transformers_computes_the_same(
 def test_several_files_of_a_smaller_type(hf: Any, tied_run: Any, tmp_path: Path, dtype: str) -> None:
     (run, live), out = tied_run, tmp_path / "new" / "out"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    command = [str(Path(sys.executable).with_name("uni3d")), "export", str(run), str(out), "--format", "hf"]
-    command += ["--max-shard-size", "8KB", "--dtype", dtype, "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    row = json.loads(result.stdout)
+    row = answer(run, out, "--format", "hf", "--max-shard-size", "8KB", "--dtype", dtype)
     assert sorted(row["files"]) == sorted(map(str, out.iterdir()))
     assert row["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert (row["tensors"], row["left_out"]) == (29, [])
@@ -184,17 +161,13 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any], str, set[str]]] = {
 
 
 @pytest.mark.parametrize("case", HF_MODELS)
-def test_a_model_of_transformers_says_it_by_itself(
-    hf: Any, alone: None, tmp_path: Path, export: Cli, case: str
-) -> None:
+def test_a_model_of_transformers_says_it_by_itself(hf: Any, alone: None, tmp_path: Path, case: str) -> None:
     kind, options, auto, tied = HF_MODELS[case]
     engine = hf.make_engine(hf.make(kind, **options), 1)
     batch = hf.batches(kind)[0]
     engine.train_batch(iter([hf.rows(batch, 0, 4), hf.rows(batch, 4, 4)]))
-    engine.save_checkpoint(tmp_path / "run")
-    engine.wait_for_checkpoint()
-    code, _, error = export(tmp_path / "run", tmp_path / "out", "--format", "hf")
-    assert code == 0, error
+    save_and_wait(engine, tmp_path / "run")
+    answer(tmp_path / "run", tmp_path / "out", "--format", "hf")
     loaded, live = load(hf, tmp_path / "out", auto), hf.make(kind, **options).eval()
     trained, before = engine.module_state_dict(), live.state_dict()
     assert not all(torch.equal(tensor, before[name]) for name, tensor in trained.items())
@@ -209,41 +182,34 @@ def test_a_model_of_transformers_says_it_by_itself(
 def says_nothing(folder: Path) -> None:
     """Return a checkpoint of a model with a buffer unknown to Hugging Face."""
     engine = make_engine(OwnLoss())
-    engine.save_checkpoint(folder)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, folder)
 
 
-def test_a_model_that_says_nothing(alone: None, tmp_path: Path, export: Cli) -> None:
+def test_a_model_that_says_nothing(alone: None, tmp_path: Path) -> None:
     says_nothing(tmp_path / "run")
-    code, _, error = export(tmp_path / "run", tmp_path / "out", "--format", "hf")
-    assert code == 1
+    error = refused(tmp_path / "run", tmp_path / "out", "--format", "hf")
     assert "has no Hugging Face config for its model (OwnLoss); give --hf-config FILE" in error
     assert "--name-map FILE" in error
     names = tmp_path / "names.json"
     names.write_text("{}")
-    code, _, error = export(tmp_path / "run", tmp_path / "out", "--format", "hf", "--name-map", names)
-    assert code == 1
+    error = refused(tmp_path / "run", tmp_path / "out", "--format", "hf", "--name-map", names)
     assert "give --hf-config FILE" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_without_frozen_parameters(alone: None, tmp_path: Path, export: Cli) -> None:
+def test_a_checkpoint_without_frozen_parameters(alone: None, tmp_path: Path) -> None:
     engine = make_engine(OwnLoss())
-    engine.save_checkpoint(tmp_path / "run", exclude_frozen_parameters=True)
-    engine.wait_for_checkpoint()
-    code, _, error = export(tmp_path / "run", tmp_path / "out", "--format", "hf")
-    assert code == 1
+    save_and_wait(engine, tmp_path / "run", exclude_frozen_parameters=True)
+    error = refused(tmp_path / "run", tmp_path / "out", "--format", "hf")
     assert "was saved without frozen parameters (fixed.weight, fixed.bias)" in error
 
 
 def test_settings_that_llama_has_not() -> None:
     for other in ({"norm": "layernorm"}, {"positions": "learned"}, {"activation": "gelu"}):
-        assert GPT(GPTConfig(**(SIZES | other))).hugging_face is None  # type: ignore[arg-type]
+        assert GPT(GPTConfig(**(SIZES | other))).hugging_face is None
 
 
-def test_files_in_place_of_what_the_checkpoint_says(
-    hf: Any, tied_run: Any, tmp_path: Path, export: Cli
-) -> None:
+def test_files_in_place_of_what_the_checkpoint_says(hf: Any, tied_run: Any, tmp_path: Path) -> None:
     run, live = tied_run
     config, names = tmp_path / "config.json", tmp_path / "names.json"
     kept = ckpt.open_checkpoint(run).manifest["model"]["declared"]["hugging_face"]["config"]
@@ -265,13 +231,12 @@ def test_files_in_place_of_what_the_checkpoint_says(
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     torch.testing.assert_close(hf_logits(model), gpt_logits("tied", live), rtol=1e-5, atol=1e-5)
     # The same names beside the config that the checkpoint has: tied, and given twice.
-    code, _, error = export(run, tmp_path / "tied", "--format", "hf", "--name-map", names)
-    assert code == 0, error
+    answer(run, tmp_path / "tied", "--format", "hf", "--name-map", names)
     model = load(hf, tmp_path / "tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_what_a_name_map_leaves_out_is_said(alone: None, tmp_path: Path, export: Cli) -> None:
+def test_what_a_name_map_leaves_out_is_said(alone: None, tmp_path: Path) -> None:
     says_nothing(tmp_path / "run")
     config, names = tmp_path / "config.json", tmp_path / "names.json"
     config.write_text('{"model_type": "own"}')
@@ -285,9 +250,7 @@ def test_what_a_name_map_leaves_out_is_said(alone: None, tmp_path: Path, export:
     assert stored.keys() == {n.replace("fixed", "frozen") for n in whole if n != "calls"}
     assert torch.equal(stored["frozen.weight"], whole["fixed.weight"])
     names.write_text('{".*": null}')
-    code, _, error = export(tmp_path / "run", tmp_path / "none", *given)
-    assert code == 1
-    assert "names.json leaves out every tensor in" in error
+    assert "names.json leaves out every tensor in" in refused(tmp_path / "run", tmp_path / "none", *given)
 
 
 BAD_FILES = [
@@ -300,12 +263,9 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("option", "text", "message"), BAD_FILES)
-def test_what_is_wrong_with_a_file(
-    tied_run: Any, tmp_path: Path, export: Cli, option: str, text: str, message: str
-) -> None:
+def test_what_is_wrong_in_a_file(tied_run: Any, tmp_path: Path, option: str, text: str, message: str) -> None:
     (tmp_path / "file").write_text(text)
-    code, _, error = export(tied_run[0], tmp_path / "out", "--format", "hf", option, tmp_path / "file")
-    assert code == 1
+    error = refused(tied_run[0], tmp_path / "out", "--format", "hf", option, tmp_path / "file")
     assert message in error
     assert f"{tmp_path / 'file'}" in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -321,12 +281,8 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_options_that_do_not_go_together(
-    tied_run: Any, tmp_path: Path, export: Cli, options: list[str], message: str
-) -> None:
-    code, _, error = export(tied_run[0], tmp_path / "out", *options)
-    assert code == 1
-    assert message in error
+def test_options_that_contradict(tied_run: Any, tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in refused(tied_run[0], tmp_path / "out", *options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -334,17 +290,14 @@ FOLDERS = [["--format", "hf"], ["--max-shard-size", "20KB"], ["--max-shard-size"
 
 
 @pytest.mark.parametrize("options", FOLDERS, ids=" ".join)
-def test_nothing_is_replaced(tied_run: Any, tmp_path: Path, export: Cli, options: list[str]) -> None:
+def test_nothing_is_replaced(tied_run: Any, tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("empty", "file", "link"):
-        code, _, error = export(tied_run[0], tmp_path / name, *options)
-        assert code == 1
-        assert f"{tmp_path / name} exists; delete it" in error
+        assert f"{tmp_path / name} exists; delete it" in refused(tied_run[0], tmp_path / name, *options)
     (tmp_path / ".out.tmp").mkdir()
-    code, _, error = export(tied_run[0], tmp_path / "out", *options)
-    assert code == 1
+    error = refused(tied_run[0], tmp_path / "out", *options)
     assert f"{tmp_path / '.out.tmp'} exists: another process writes {tmp_path / 'out'}" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp", "empty", "file", "link"]
     assert not any((tmp_path / "empty").iterdir())
@@ -352,9 +305,7 @@ def test_nothing_is_replaced(tied_run: Any, tmp_path: Path, export: Cli, options
 
 
 @pytest.mark.parametrize("at", ["tensors", "config.json", "sync"])
-def test_a_full_disk_leaves_nothing(
-    tied_run: Any, tmp_path: Path, export: Cli, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
+def test_a_full_disk_leaves_nothing(tied_run: Any, tmp_path: Path, monkeypatch: Any, at: str) -> None:
     (tmp_path / "mine").write_text("mine")
     seen = []
 
@@ -371,9 +322,7 @@ def test_a_full_disk_leaves_nothing(
         )
     else:
         monkeypatch.setattr(files, "sync_tree", full)
-    code, _, error = export(tied_run[0], tmp_path / "out", "--format", "hf")
-    assert code == 1
-    assert "No space left on device" in error
+    assert "No space left on device" in refused(tied_run[0], tmp_path / "out", "--format", "hf")
     assert seen, "it was full"
     assert all("out" not in names for names in seen)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,7 +1,5 @@
 """Folders in the layout of Megatron-core's `torch_dist`, written without Megatron."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import pickle

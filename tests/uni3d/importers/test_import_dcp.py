@@ -1,7 +1,5 @@
 """Imports of torch's distributed checkpoints equal the live run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -42,7 +40,6 @@ def test_every_array_is_the_live_runs(name: str) -> None:
 def test_the_optimizer_is_the_live_runs(name: str) -> None:
     source = source_of(FIXTURES / name / "checkpoint")
     _, facts = expected(name)
-    assert source.optimizer is not None
     assert source.optimizer.type == "AdamW"
     how = {"foreach", "fused", "capturable", "differentiable", "names"}
     for group, fact in zip(source.optimizer.groups, facts["groups"], strict=True):
@@ -134,9 +131,7 @@ def full(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("sizes", "flat"), [((3,), False), ((2, 2), True)], ids=["uneven, groups", "replicated, flat"]
 )
-def test_an_fsdp_run_goes_on_as_it_would_have(
-    tmp_path: Path, ranks: Ranks, sizes: tuple[int, ...], flat: bool
-) -> None:
+def test_an_fsdp_run_goes_on_as_it_would_have(tmp_path: Path, ranks: Ranks, sizes: Any, flat: bool) -> None:
     held, losses = ranks.run(prod(sizes), train_fsdp, str(tmp_path / "dcp"), sizes, flat)[0]
     source = source_of(tmp_path / "dcp")
     assert_bits(values(source), {name: tensor.numpy() for name, tensor in held.items()})
@@ -186,13 +181,10 @@ def trained(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> tupl
         (torch.optim.NAdam, {}, None, {"exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_optimizers(
-    tmp_path: Path, optimizer: Any, settings: Any, kind: str | None, states: set[str]
-) -> None:
+def test_optimizers(tmp_path: Path, optimizer: Any, settings: Any, kind: str | None, states: Any) -> None:
     model, live = trained(optimizer, **settings)
     weights, states_of = get_state_dict(model, live)
     source = source_of(saved(tmp_path / "dcp", {"model": weights, "optim": states_of}))
-    assert source.optimizer is not None
     assert source.optimizer.type == kind
     assert {array.state for array in source.arrays} == {"fp32", *states}
     assert source.frozen == {"outer.bias"}
@@ -224,7 +216,6 @@ def test_equal_hyperparameters_are_one_group_and_others_another(tmp_path: Path) 
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, states = get_state_dict(model, optimizer, options=options)
     source = source_of(saved(tmp_path / "dcp", {**weights, "optimizer": states}))
-    assert source.optimizer is not None
     assert [group["params"] for group in source.optimizer.groups] == [
         ["inner.bias", "outer.bias"],
         ["outer.weight", "inner.weight"],

@@ -1,7 +1,5 @@
 """Damaged or malicious distributed checkpoints are refused."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
 from collections.abc import Callable

@@ -14,10 +14,10 @@ import oracle
 import pytest
 import torch
 from model import GPT, GPTConfig
-from models import OwnLoss, Stack, global_batches, make_engine, seeded, train
+from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train
 from ranks import Ranks
+from tied_gpt import gpt_engine
 
-import uni3d
 from uni3d.observe import _Times, flops
 
 NAMES = ("train_loss", "lr", "grad_norm")
@@ -41,8 +41,7 @@ def csv_case(folder: str, run: str, steps: int) -> tuple[list[float], list[float
     for batch in global_batches(4)[engine.global_steps : engine.global_steps + steps]:
         losses += train(engine, [batch])
         norms.append(engine.get_global_grad_norm())
-    engine.save_checkpoint(run)
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, run)
     return losses, norms
 
 
@@ -142,7 +141,7 @@ class FakeWriter:
 
 def test_tensorboard(alone: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
+    module.SummaryWriter = FakeWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
     losses = train(make_engine(seeded(Stack), config={"tensorboard": section}), global_batches(2))
@@ -235,8 +234,7 @@ def test_a_line_every_ten_steps_or_thirty_seconds_by_default(
     engine = make_engine(seeded(Stack), config={"scheduler": scheduler})
     train(engine, global_batches(1))
     assert capsys.readouterr().out == "", "30 s haven't passed"
-    engine.save_checkpoint(str(tmp_path))
-    engine.wait_for_checkpoint()
+    save_and_wait(engine, str(tmp_path))
     train(engine, global_batches(1) * 9)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("uni3d: step 10 | loss ")
@@ -280,21 +278,12 @@ def by_hand() -> int:
 
 
 def profile_case(pp: int, dp: int, tp: int, file: str, recompute: str) -> Any:
-    settings = oracle.SETTINGS | {
-        "parallel": {"pp": pp, "dp": dp, "tp": tp, "device": "cpu"},
-        "gradient_accumulation_steps": 2,
-        "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": file, "peak_tflops": 1e-3},
-        "steps_per_print": 3,
-        "activation_checkpointing": {"mode": recompute},
-        "zero_optimization": {"stage": 3},
-    }
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**SHAPE))
-    data = torch.utils.data.TensorDataset(*(t % VOCAB for t in oracle.samples()))
-    engine = uni3d.initialize(model=model, training_data=data, config=settings)[0]
+    profiler = {"enabled": True, "profile_step": 2, "output_file": file, "peak_tflops": 1e-3}
+    recomputing = {"mode": recompute}
+    config = {"flops_profiler": profiler, "steps_per_print": 3, "activation_checkpointing": recomputing}
+    engine = gpt_engine(pp, dp, tp, 3, sizes=SHAPE, **config)
     losses = [engine.train_batch().item() for _ in range(3)]
     profile = engine._observer._profile
-    assert profile is not None
     return losses, profile.forward, profile.flops, profile.parameters
 
 

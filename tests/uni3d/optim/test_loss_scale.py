@@ -1,14 +1,12 @@
 """fp16's loss scale: its changes, and an overflow on one rank, which skips the step on all."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Stack, global_batches, make_engine, micro_batches, seeded, train, whole
+from models import Stack, global_batches, make_engine, save_and_wait, seeded, train, whole
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -82,18 +80,17 @@ def overflow_case(zero: int, pp: int, tp: int, failing_rank: int) -> Any:
     model = seeded(Split) if tp > 1 else seeded(Stack)
     engine = make_engine(model, zero=zero, config={"parallel": parallel, "fp16": FP16})
     batches = global_batches(4)
-    data = micro_batches(batches, engine)
-    losses = [engine.train_batch(data).item()]
+    losses = train(engine, batches[:1])
     before = whole(engine.module)
     if engine.global_rank == failing_rank:
         layer = next(m for m in engine.module.modules() if isinstance(m, torch.nn.Linear))
         hook = layer.register_forward_hook(lambda _m, _a, output: Overflow.apply(output))
-    losses.append(engine.train_batch(data).item())
+    losses += train(engine, batches[1:2])
     if engine.global_rank == failing_rank:
         hook.remove()
     skipped = (engine.was_step_applied(), engine.skipped_steps, engine.get_loss_scale(), engine.global_steps)
     unchanged = all(torch.equal(t, before[n]) for n, t in whole(engine.module).items())
-    losses += [engine.train_batch(data).item() for _ in range(2)]
+    losses += train(engine, batches[2:])
     changed = any(not torch.equal(t, before[n]) for n, t in whole(engine.module).items())
     after = (engine.was_step_applied(), engine.skipped_steps, engine.get_loss_scale(), engine.global_steps)
     return losses, skipped, unchanged, changed, after
@@ -119,20 +116,17 @@ def test_an_overflow_on_one_rank(ranks: Ranks, zero: int, pp: int, tp: int, fail
 def test_the_scale_is_part_of_a_checkpoint(alone: None, tmp_path: Path) -> None:
     engine = make_engine(seeded(Stack), config={"fp16": FP16})
     train(engine, global_batches(1))
-    assert engine.scaler is not None
     engine.scaler.update(overflow=True)
     engine.save_checkpoint(tmp_path)
     resumed = make_engine(seeded(Stack), config={"fp16": FP16})
     resumed.load_checkpoint(tmp_path)
     assert resumed.get_loss_scale() == 512.0
-    assert resumed.scaler is not None
     assert resumed.scaler.state_dict() == engine.scaler.state_dict()
     with pytest.warns(UserWarning, match=r"loss scale \(512\) isn't used: this run isn't in fp16"):
         make_engine(seeded(Stack), config={"bf16": {"enabled": True}}).load_checkpoint(tmp_path)
     plain = make_engine(seeded(Stack))
     train(plain, global_batches(1))
-    plain.save_checkpoint(tmp_path / "plain")
-    plain.wait_for_checkpoint()
+    save_and_wait(plain, tmp_path / "plain")
     with pytest.warns(UserWarning, match=r"has no loss scale.*it starts at 1024"):
         make_engine(seeded(Stack), config={"fp16": FP16}).load_checkpoint(tmp_path / "plain")
 

@@ -4,8 +4,6 @@ DeepSpeed's schedules count iterations from 0, and set the rate when they are ma
 the schedule has begun. The first optimizer step is taken with that rate, the second at iteration 0.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +26,6 @@ LRS = (0.01, 0.003)
 def rates(kind: str, params: dict[str, Any], steps: int) -> list[list[float]]:
     """Return each group's rate at the optimizer steps 1 to `steps`."""
     config = load_config({"scheduler": {"type": kind, "params": params}}).scheduler
-    assert config is not None
     weights = [torch.zeros(1, requires_grad=True) for _ in LRS]
     groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, LRS, strict=True)]
     optimizer = torch.optim.SGD(groups)
@@ -152,7 +149,6 @@ def test_one_cycle(up: int, down: int, stairs: int, more: int, decay: int, rise:
         "decay_mom_rate": rise,
     }
     config = load_config({"scheduler": {"type": "OneCycle", "params": params}}).scheduler
-    assert config is not None
     weights = [torch.zeros(1, requires_grad=True) for _ in LRS]
     optimizer = torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, LRS, strict=True)])
     scheduler = make_scheduler(config, optimizer)
@@ -181,7 +177,6 @@ def test_one_cycle_by_hand_with_its_defaults() -> None:
 def test_momentum_that_decay_makes_grow_stays_below_one() -> None:
     params = ONE_CYCLE | {"decay_step_size": 1, "decay_mom_rate": 1.0, "cycle_max_mom": 0.9}
     config = load_config({"scheduler": {"type": "OneCycle", "params": params}}).scheduler
-    assert config is not None
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     scheduler = make_scheduler(config, optimizer)
     for _ in range(20):
@@ -213,7 +208,6 @@ def test_cycled_momentum_goes_on_after_a_load(alone: None, tmp_path: Path) -> No
     expected = train(engine, batches[3:])
     other = make_engine(seeded(Stack), config={"scheduler": schedule})
     other.load_checkpoint(tmp_path)  # warnings are errors: that the momentum has moved isn't worth one
-    assert other.optimizer is not None
     assert other.optimizer.param_groups[0]["betas"] == (pytest.approx(0.825), 0.99)
     assert train(other, batches[3:]) == expected
 
@@ -262,10 +256,7 @@ def optimizer_steps(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> t
         ),
         ({"type": "SGD"}, torch.optim.SGD, {"lr": 1e-3}),
         (
-            {
-                "type": "SGD",
-                "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True},
-            },
+            {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True}},
             torch.optim.SGD,
             {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True},
         ),
@@ -273,7 +264,6 @@ def optimizer_steps(optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> t
 )
 def test_optimizers(config: dict[str, Any], kind: Any, params: dict[str, Any]) -> None:
     settings = load_config({"optimizer": config}).optimizer
-    assert settings is not None
     mine, theirs = torch.ones(6, requires_grad=True), torch.ones(6, requires_grad=True)
     optimizer = make_optimizer(settings, [{"params": [mine]}])
     assert type(optimizer) is kind, "its name is what a checkpoint is compared by"
@@ -284,7 +274,6 @@ def test_optimizers(config: dict[str, Any], kind: Any, params: dict[str, Any]) -
 
 def test_a_group_s_own_hyperparameters_come_first() -> None:
     settings = load_config({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5}}})
-    assert settings.optimizer is not None
     weights = [torch.ones(2, requires_grad=True) for _ in range(2)]
     groups = [{"params": weights[:1], "weight_decay": 0.0}, {"params": weights[1:], "lr": 0.7}]
     made = make_optimizer(settings.optimizer, groups).param_groups

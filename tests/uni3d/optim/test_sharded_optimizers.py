@@ -1,7 +1,5 @@
 """Every optimizer that a config can name, on sharded parameters, against plain PyTorch on one process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,17 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly, whole
+from models import (
+    Stack,
+    assert_same,
+    global_batches,
+    make_engine,
+    save_and_wait,
+    seeded,
+    train,
+    train_plainly,
+    whole,
+)
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -30,7 +38,7 @@ class PlainLion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         group = self.param_groups[0]
         (one, two), lr = group["betas"], group["lr"]
         for p in group["params"]:
@@ -62,7 +70,7 @@ class PlainMuon(torch.optim.Optimizer):
         self.adam.zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         self.adam.step()
         group = self.param_groups[0]
         for p in group["params"]:
@@ -144,10 +152,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Make]] = {
         {"lr": 0.003, "betas": [0.8, 0.95], "weight_decay": 0.1},
         lambda p: PlainLion(p, 0.003, (0.8, 0.95), 0.1),
     ),
-    "Muon": (
-        {"lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1},
-        lambda p: PlainMuon(p, 0.02, 0.01, 0.1),
-    ),
+    "Muon": ({"lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1}, lambda p: PlainMuon(p, 0.02, 0.01, 0.1)),
     "RMSprop": (
         {"lr": 0.01, "centered": True, "momentum": 0.5, "eps": 0.01},
         lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5, eps=0.01, foreach=False),
@@ -179,8 +184,7 @@ def case(name: str, steps: list[int], zero: int, run: str | None, **parallel: in
         engine.load_checkpoint(run)
     losses = train(engine, [global_batches(STEPS)[step] for step in steps])
     if run is not None and steps[0] == 0:
-        engine.save_checkpoint(run)
-        engine.wait_for_checkpoint()
+        save_and_wait(engine, run)
     return losses, whole(engine.module)
 
 
@@ -251,7 +255,6 @@ def test_who_is_muons(alone: None) -> None:
     model.add_module("conv", nn.Conv1d(2, 2, 2))
     model.asked.weight.use_muon = False
     engine = make_engine(model, config={"optimizer": MUON})
-    assert engine.optimizer is not None
     names = {id(p): name for name, p in engine.module.named_parameters()}
     matrices, rest = engine.optimizer.param_groups
     assert (matrices["use_muon"], [names[id(p)] for p in matrices["params"]]) == (True, ["up.weight"])
@@ -267,7 +270,6 @@ def test_groups_of_ones_own_are_split_for_muon_and_keep_their_values(alone: None
     model = seeded(Stack)
     groups = [{"params": model.layers.parameters()}, {"params": model.out.parameters(), "lr": 0.5}]
     made = make_engine(model, config={"optimizer": MUON}, model_parameters=groups).optimizer
-    assert made is not None
     assert [(g["use_muon"], g["lr"], len(g["params"])) for g in made.param_groups] == [
         (True, 0.05, 4),
         (False, 0.01, 4),

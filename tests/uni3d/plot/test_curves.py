@@ -1,7 +1,5 @@
 """A run's curves, topologies and marks, from its metrics files and checkpoints."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from whole_arrays import save_whole
 
 import ckpt
 from parallel import Ranks
@@ -158,14 +157,11 @@ def test_what_can_not_be_read(tmp_path: Path, names: list[str], error: type[Exce
 
 
 def save(run: Path, tag: str, step: int, created: int, ranks: Ranks | None, **document: Any) -> None:
-    data = np.zeros(2, np.float32)
-    spec = ckpt.ShardSpec(ckpt.ArrayKey("a", "fp32"), "float32", (2,), ckpt.Box.whole((2,)))
     writer = (
         {"topology": {a: getattr(ranks, a) for a in ("pp", "dp", "tp")}, "zero_stage": 1} if ranks else {}
     )
     said = {"step": step, "created": f"2026-01-02T03:{created:02}:00+00:00", "writer": writer, **document}
-    plan = ckpt.make_plan({0: [spec]})
-    ckpt.save(run, tag, [ckpt.Shard(spec, data)], plan=plan, comm=ckpt.Solo(), document=said, durable=False)
+    save_whole(run, tag, {("a", "fp32"): np.zeros(2, np.float32)}, **said)
 
 
 def test_checkpoints_are_marks_and_tell_of_resizes(tmp_path: Path) -> None:

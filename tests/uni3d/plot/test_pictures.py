@@ -1,7 +1,5 @@
 """Contents of the pictures of `uni3d plot`, read from matplotlib's objects."""
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import pairwise
@@ -18,7 +16,6 @@ from matplotlib.text import Text
 import parallel
 from uni3d.estimate.save import part_boxes
 from uni3d.plot.curves import draw_curves, topology_label
-from uni3d.plot.figure import renderer_of
 from uni3d.plot.layout import Side, draw_layout, drawn_dims, name_ranks
 from uni3d.plot.metrics import Mark, Metrics, Resize, read_metrics
 
@@ -124,8 +121,8 @@ def test_another_run_is_a_dashed_line(tmp_path: Path) -> None:
 
 def assert_apart(figure: Figure, texts: list[Any]) -> None:
     """Check that no text overlaps another or the figure's edge."""
-    renderer = renderer_of(figure)
-    boxes = [Text.get_window_extent(text, renderer) for text in texts]
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in texts]
     for i, box in enumerate(boxes):
         assert box.x0 >= 0
         assert box.y0 >= 0

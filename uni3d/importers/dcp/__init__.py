@@ -54,18 +54,14 @@ class _Parts:
 
 
 def read_dcp(path: Path, options: Options) -> Source:
-    """Read the model and its optimizer from a DCP folder.
-
-    Raises:
-        CheckpointError: something is missing, damaged or ambiguous.
-    """
+    """Read the model and its optimizer from a DCP folder."""
     layout = Layout(path, options)
     parts = _parts(layout)
-    left_out = list(parts.left_out)
+    left_out, guesses = list(parts.left_out), list[str]()
     moments: list[ForeignArray] = []
     optimizer: OptimizerState | None = None
     if parts.optimizer and not options.weights_only:
-        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights)
+        moments, optimizer = read_optimizer(layout, parts.optimizer, parts.weights, guesses)
     elif parts.optimizer:
         left_out.append("optimizer state: --weights-only")
     grouped = {name for group in optimizer.groups for name in group["params"]} if optimizer else set()
@@ -94,26 +90,15 @@ def read_dcp(path: Path, options: Options) -> Source:
         optimizer=optimizer,
         step=_step(client_state, optimizer),
         client_state=client_state,
-        left_out=[*left_out, *_guessed(optimizer), *others],
+        left_out=[*left_out, *guesses, *others],
     )
-
-
-def _guessed(optimizer: OptimizerState | None) -> list[str]:
-    if optimizer is None or not optimizer.equal_groups:
-        return []
-    return [
-        "division into parameter groups: not stored; parameters with equal hyperparameters form one group, "
-        f"which makes {len(optimizer.groups)}"
-    ]
 
 
 def _weight(layout: Layout, name: str, key: str, options: Options, *, trained: bool) -> ForeignArray:
-    tensor, read = layout.tensors[key], partial(layout.read, key)
+    held, read = layout.tensors[key], partial(layout.read, key)
     if not trained:
-        return array_of(name, tensor.dtype, tensor.shape, read, options, key)
-    return ForeignArray(
-        name=name, state=PARAMETER, dtype="float32", shape=tensor.shape, read=read, origin=key
-    )
+        return array_of(name, held.dtype, held.shape, read, options, key)
+    return ForeignArray(name=name, state=PARAMETER, dtype="float32", shape=held.shape, read=read, origin=key)
 
 
 def _tied(
@@ -177,9 +162,7 @@ def _parts(layout: Layout) -> _Parts:
     named = {".".join(map(str, steps)): key for key, steps in found.items()}
     if len(named) < len(found):
         twice = sorted(key for key, steps in found.items() if named[".".join(map(str, steps))] != key)
-        raise CheckpointError(
-            f"{layout.path} has two tensors with the path of {twice[0]} in its planner_data"
-        )
+        raise CheckpointError(f"{layout.path} has two tensors at the path of {twice[0]} in its planner_data")
     weights = {name: key for name, key in named.items() if key in layout.tensors}
     if not weights:
         raise CheckpointError(_no_weights(layout, set()))

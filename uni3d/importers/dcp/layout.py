@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.importers.pickles import Function, StandIn, TypeName, read_pickle
-from uni3d.importers.source import Options
+from uni3d.importers.source import Array, Options
 from uni3d.importers.torch_files import TorchFile
 from uni3d.importers.torch_tensors import NAMES, StoredTensor
 
@@ -70,11 +69,7 @@ class Layout:
     """
 
     def __init__(self, path: Path, options: Options) -> None:
-        """Read `.metadata`, and check that every file exists and is long enough.
-
-        Raises:
-            CheckpointError: something is missing, damaged or unsupported.
-        """
+        """Read `.metadata`, and check that every file exists and is long enough."""
         self.path, self._options = path, options
         self._sizes: dict[str, int] = {}
         content = self._metadata()
@@ -93,7 +88,7 @@ class Layout:
         order = [*(name for name in paths if name in names), *(name for name in names if name not in paths)]
         self.steps: dict[str, Steps] = {name: _steps(paths.get(name, (name,))) for name in order}
 
-    def read(self, name: str, first: int | None = None) -> npt.NDArray[Any]:
+    def read(self, name: str, first: int | None = None) -> Array:
         """Return a verified tensor, or only its row `first`.
 
         Raises:
@@ -103,13 +98,11 @@ class Layout:
         if first is not None:  # each chunk has only one row
             rows = [chunk for chunk in tensor.chunks if chunk.offsets[0] == first]
             part = [replace(chunk, offsets=(0, *chunk.offsets[1:])) for chunk in rows]
-            row: npt.NDArray[Any] = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
+            row: Array = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
             return row
         return self._read(tensor, tensor.shape, tensor.chunks)
 
-    def _read(
-        self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]
-    ) -> npt.NDArray[Any]:
+    def _read(self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> Array:
         if len(chunks) == 1:
             return self._chunk(tensor, chunks[0])
         values = np.empty(shape, numpy_dtype(tensor.dtype))
@@ -130,29 +123,22 @@ class Layout:
         return self.read(name).reshape(()).item()
 
     def object(self, name: str) -> Any:
-        """Return a value that isn't a tensor, unpickled by `pickles`.
-
-        Raises:
-            CheckpointError: it is damaged, or contains something unsupported.
-        """
+        """Return a value that isn't a tensor, unpickled by `pickles`."""
         return self._open(self.objects[name], name).load()
 
     def _metadata(self) -> StandIn:
         file = self.path / METADATA
         if not file.is_file():
             ranks = sorted(each.name for each in self.path.glob(f"__*{METADATA}"))
-            raise CheckpointError(
-                f"{self.path} has no {METADATA}"
-                + (
+            why = ": it isn't a distributed checkpoint, or its save didn't finish"
+            if ranks:
+                why = (
                     f" but one per rank ({ranks[0]}, ...), as with use_collectives=False, which isn't "
                     "supported; load it with torch and save it again"
-                    if ranks
-                    else ": it isn't a distributed checkpoint, or its save didn't finish"
                 )
-            )
-        found = read_pickle(
-            file.read_bytes(), str(file), stand_ins=self._options.stand_ins, names=_METADATA_NAMES
-        )
+            raise CheckpointError(f"{self.path} has no {METADATA}{why}")
+        stand_ins = self._options.stand_ins
+        found = read_pickle(file.read_bytes(), str(file), stand_ins=stand_ins, names=_METADATA_NAMES)
         if not isinstance(found, StandIn) or not found.name.endswith(".Metadata"):
             raise CheckpointError(f"{file} holds {found!r}, expected torch's Metadata")
         return found
@@ -219,7 +205,7 @@ class Layout:
             )
         return FileRange(file=file, offset=offset, length=length)
 
-    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> npt.NDArray[Any]:
+    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
         stored = self._open(chunk.place, tensor.name, verify=verify).load()
         what = f"{self.path / chunk.place.file}: {tensor.name} at {list(chunk.offsets)}"
         if not isinstance(stored, StoredTensor):
@@ -241,12 +227,8 @@ class Layout:
                 f"{self.path / place.file} holds {name} as safetensors, written by torch's "
                 "HuggingFaceStorageWriter; consolidate its files and import the result"
             )
-        return TorchFile(
-            self.path / place.file,
-            data=data,
-            verify=verify and self._options.verify,
-            stand_ins=self._options.stand_ins,
-        )
+        options = self._options if verify else replace(self._options, verify=False)
+        return TorchFile(self.path / place.file, options, data)
 
 
 def check_cover(what: str, tensor: ChunkedTensor) -> None:

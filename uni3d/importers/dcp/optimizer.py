@@ -18,12 +18,13 @@ from typing import Any
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout, Steps
 from uni3d.importers.pickles import plain
-from uni3d.importers.source import FLOATS, IMPLEMENTATION_FLAGS, ForeignArray, OptimizerState
+from uni3d.importers.source import FLOATS, ForeignArray, OptimizerState
 from uni3d.importers.torch_tensors import StoredTensor, item
+from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 
 def read_optimizer(
-    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any]
+    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any], guesses: list[str]
 ) -> tuple[list[ForeignArray], OptimizerState]:
     """Read the optimizer's arrays, and its other state.
 
@@ -31,6 +32,7 @@ def read_optimizer(
         layout: the checkpoint.
         keys: name of each entry in the checkpoint -> its path below the optimizer's key.
         names: names of the model's tensors.
+        guesses: gets a line if the checkpoint has no groups.
 
     Raises:
         CheckpointError: an entry belongs to no known parameter.
@@ -59,9 +61,7 @@ def read_optimizer(
                 name, hyperparameter = _split(layout, key, rest, names)
                 own.setdefault(name, {})[hyperparameter] = _number(layout, key, each)
             elif not (kind in ("state", "param_groups") and each in ({}, [])):
-                raise CheckpointError(
-                    f"{layout.path} has {key}, which is neither optimizer state nor a hyperparameter"
-                )
+                raise CheckpointError(f"{layout.path}: {key} is neither optimizer state nor a hyperparameter")
     groups = _listed_groups(layout, listed, names) if listed else _equal_groups(own)
     grouped = {name for group in groups for name in group["params"]}
     for name in (*scalars, *(array.name for array in arrays)):
@@ -70,9 +70,12 @@ def read_optimizer(
                 f"{layout.path} has optimizer state of {name}, but {name} is in no parameter group; with "
                 "pipeline stages, save with flatten_optimizer_state_dict=True"
             )
-    return arrays, OptimizerState(
-        type=kind_of(groups), groups=groups, scalars=scalars, equal_groups=not listed
-    )
+    if not listed:
+        guesses.append(
+            "division into parameter groups: not stored; parameters with equal hyperparameters form one "
+            f"group, which makes {len(groups)}"
+        )
+    return arrays, OptimizerState(type=kind_of(groups), groups=groups, scalars=scalars)
 
 
 def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
@@ -81,9 +84,8 @@ def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
     dtype = "float32" if tensor.dtype in FLOATS else tensor.dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"{layout.path}: {key} has type {dtype}, which can't be stored")
-    return ForeignArray(
-        name=name, state=state, dtype=dtype, shape=tensor.shape, read=partial(layout.read, key), origin=key
-    )
+    read = partial(layout.read, key)
+    return ForeignArray(name=name, state=state, dtype=dtype, shape=tensor.shape, read=read, origin=key)
 
 
 def kind_of(groups: list[dict[str, Any]]) -> str | None:
@@ -130,9 +132,7 @@ def _number(layout: Layout, key: str, value: Any) -> Any:
     try:
         return plain(item(value) if isinstance(value, StoredTensor) and value.size == 1 else value)
     except TypeError as error:
-        raise CheckpointError(
-            f"{layout.path}: optimizer entry {key} is {error}, which can't be stored"
-        ) from None
+        raise CheckpointError(f"{layout.path}: {key} is {error}, which can't be stored") from None
 
 
 def _listed_groups(
@@ -164,4 +164,4 @@ def _equal_groups(own: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def clean(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's hyperparameters."""
-    return {key: value for key, value in group.items() if key != "params" and key not in IMPLEMENTATION_FLAGS}
+    return {key: value for key, value in group.items() if key not in IMPLEMENTATION_KEYS}

@@ -20,17 +20,13 @@ from uni3d.importers.deepspeed import optimizer_state as deepspeed_state
 from uni3d.importers.deepspeed.folders import RankFolder, checkpoint_folder
 from uni3d.importers.deepspeed.model_files import buffer_names, buffers, numbered_parts, untrained
 from uni3d.importers.deepspeed.tensor_parallel import Rule, Rules, join
-from uni3d.importers.deepspeed.zero import ParameterPart, RankFiles, groups_of, parts
+from uni3d.importers.deepspeed.zero import ParameterPart, Parts, RankFiles, groups_of, parts
 from uni3d.importers.source import BUFFER, ForeignArray, Options, Source
 from uni3d.importers.torch_tensors import StoredTensor
 
 
 def read_deepspeed(path: Path, options: Options) -> Source:
-    """Read a checkpoint; `path` is its folder or that of its run.
-
-    Raises:
-        CheckpointError: files are missing, damaged, inconsistent or unsupported.
-    """
+    """Read a checkpoint; `path` is its folder or that of its run."""
     folder = checkpoint_folder(path, options.tag)
     if folder is None:
         raise CheckpointError(f"{path} has no DeepSpeed checkpoint")
@@ -58,8 +54,8 @@ def assemble(
     folder: Path,
     ranks: RankFolder,
     *,
-    trained: Mapping[str, ParameterPart],
-    trained_by_tp: Sequence[Mapping[str, ParameterPart]],
+    trained: Parts,
+    trained_by_tp: Sequence[Parts],
     rules: Rules,
     groups: list[dict[str, Any]],
     optimizer: Mapping[str, Any],
@@ -120,9 +116,7 @@ def _trained(stages: Sequence[RankFiles], options: Options, left_out: list[str])
     return found
 
 
-def _joined(
-    by_tp: Sequence[Mapping[str, ParameterPart]], rules: Rules, *, trained: bool
-) -> dict[str, ParameterPart]:
+def _joined(by_tp: Sequence[Parts], rules: Rules, *, trained: bool) -> dict[str, ParameterPart]:
     """Join the tensor-parallel ranks' shards to whole parameters."""
     tp = len(by_tp)
     for other in by_tp[1:]:
@@ -135,7 +129,7 @@ def _joined(
     }
 
 
-def _arrays(found: Mapping[str, ParameterPart]) -> list[ForeignArray]:
+def _arrays(found: Parts) -> list[ForeignArray]:
     return [
         ForeignArray(
             name=name,
@@ -151,13 +145,9 @@ def _arrays(found: Mapping[str, ParameterPart]) -> list[ForeignArray]:
 
 
 def _buffer(name: str, tensor: StoredTensor, folder: Path) -> ForeignArray:
+    origin = f"{folder.name}: {name}"
     return ForeignArray(
-        name=name,
-        state=BUFFER,
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        read=tensor.read,
-        origin=f"{folder.name}: {name}",
+        name=name, state=BUFFER, dtype=tensor.dtype, shape=tensor.shape, read=tensor.read, origin=origin
     )
 
 

@@ -17,6 +17,7 @@ _LATEST = ("latest", "latest_universal")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
+_Files = dict[int, list[Path]]
 _EXPERTS = re.compile(r"(?:layer_\d+_)?expert_\d+_.*|expp_rank_.*")
 
 
@@ -61,17 +62,11 @@ class RankFolder:
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
-        """Unpickle all files; no tensor is read.
-
-        Raises:
-            CheckpointError: some are missing or unsupported.
-        """
+        """Unpickle all files; no tensor is read."""
         self._folder, self._options = folder, options
         models, optimizers, layers = _sorted(folder)
-        opened = {m: [self._open(p) for p in paths] for m, paths in models.items()}
-        states = {
-            m: [self._open(p)["optimizer_state_dict"] for p in paths] for m, paths in optimizers.items()
-        }
+        opened = {m: [self._open(path) for path in of] for m, of in models.items()}
+        states = {m: [self._open(p)["optimizer_state_dict"] for p in of] for m, of in optimizers.items()}
         if states and states.keys() != opened.keys():
             raise CheckpointError(
                 f"{folder} has model files of ranks {sorted(opened)}, but optimizer files of ranks "
@@ -102,9 +97,7 @@ class RankFolder:
     def _open(self, path: Path) -> Mapping[str, Any]:
         content = load(path, self._options)
         if not isinstance(content, Mapping):
-            raise CheckpointError(
-                f"{path} holds a {type(content).__name__}, expected a dict as written by DeepSpeed"
-            )
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, expected DeepSpeed's dict")
         return content
 
     def _module(
@@ -120,9 +113,7 @@ class RankFolder:
         }
 
 
-def _sorted(
-    folder: Path,
-) -> tuple[dict[int, list[Path]], dict[int, list[Path]], dict[int, list[tuple[int, Path]]]]:
+def _sorted(folder: Path) -> tuple[_Files, _Files, dict[int, list[tuple[int, Path]]]]:
     """Return model and optimizer files by model- and data-parallel rank, and layer files by tp rank."""
     models: dict[int, dict[int, Path]] = defaultdict(dict)
     optimizers: dict[int, dict[int, Path]] = defaultdict(dict)

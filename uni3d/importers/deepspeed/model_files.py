@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.importers.deepspeed.zero import Checked, ParameterPart, RankFiles, Read
-from uni3d.importers.source import FLOATS, PARAMETER, Options
+from uni3d.importers.deepspeed.zero import ParameterPart, Parts, RankFiles, checked
+from uni3d.importers.source import FLOATS, PARAMETER, Array, Options, Read
 from uni3d.importers.torch_tensors import StoredTensor, item
 
 TIED = "tied_modules."
@@ -32,10 +32,7 @@ def buffers(stages: Sequence[RankFiles]) -> dict[str, StoredTensor]:
 
 
 def untrained(
-    stages: Sequence[RankFiles],
-    trained: Mapping[str, ParameterPart],
-    aliases: dict[str, str],
-    left_out: list[str],
+    stages: Sequence[RankFiles], trained: Parts, aliases: dict[str, str], left_out: list[str]
 ) -> dict[str, ParameterPart]:
     """Return the frozen parameters of a tensor-parallel rank.
 
@@ -69,7 +66,7 @@ def untrained(
     return found
 
 
-def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, ParameterPart]) -> str | None:
+def _tied_copy(name: str, tensor: StoredTensor, trained: Parts) -> str | None:
     """Return the tied parameter of which a layer's file has a copy, under the layer's name."""
     layer, _, inner = name.partition(".")
     if not layer.isdigit():
@@ -77,7 +74,7 @@ def _tied_copy(name: str, tensor: StoredTensor, trained: Mapping[str, ParameterP
     for tied, part in trained.items():
         if tied.startswith(TIED) and tied.split(".", 2)[2] == inner and part.shape == tensor.shape:
             with suppress(CheckpointError):  # another parameter of the same shape
-                Checked(part.states[PARAMETER], tensor, name)()
+                checked(part.states[PARAMETER], tensor, name)
                 return tied
     return None
 
@@ -86,14 +83,12 @@ def _frozen(rank: RankFiles, name: str, shape: tuple[int, ...]) -> ParameterPart
     """Return a frozen parameter, whole or in equal parts on the data-parallel ranks (ZeRO 2 and 3)."""
     fragments: list[StoredTensor] = [model["frozen_param_fragments"][name] for model in rank.models]
 
-    def read() -> npt.NDArray[Any]:
+    def read() -> Array:
         flat = np.concatenate([fragment.read().reshape(-1) for fragment in fragments])
         return flat[: prod(shape)].reshape(shape)
 
     if sum(fragment.size for fragment in fragments) < prod(shape):
-        raise CheckpointError(
-            f"{rank.where}: frozen parameter {name} has too few elements for its shape {list(shape)}"
-        )
+        raise CheckpointError(f"{rank.where}: frozen {name} has too few elements for shape {list(shape)}")
     return ParameterPart(shape=shape, origin=rank.where, states={PARAMETER: read})
 
 
@@ -119,23 +114,17 @@ def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> di
         )
         return {}
     inner = wrapped.get("optimizer_state_dict", wrapped)  # nested for fp16 and bf16
-    queues = [list(group["params"]) for group in inner["param_groups"]]
+    states, queues = inner["state"], [list(group["params"]) for group in inner["param_groups"]]
     masters = _masters(wrapped, inner)
     names = {
         name: tensor
         for name, tensor in _parameter_names(rank).items()
         if not any(fnmatchcase(name, pattern) for pattern in options.frozen)
     }
-    _check_none_is_frozen(
-        rank, names, [_shape(inner["state"], masters, n) for queue in queues for n in queue]
-    )
+    _check_none_is_frozen(rank, names, [_shape(states, masters, n) for queue in queues for n in queue])
     found: dict[str, ParameterPart] = {}
     for name, tensor in names.items():
-        homes = [
-            g
-            for g, queue in enumerate(queues)
-            if queue and _shape(inner["state"], masters, queue[0]) == tensor.shape
-        ]
+        homes = [g for g, q in enumerate(queues) if q and _shape(states, masters, q[0]) == tensor.shape]
         if len(homes) > 1:
             raise CheckpointError(
                 f"{rank.where}: {name} may belong to several parameter groups, judging by its shape, and "
@@ -143,7 +132,7 @@ def numbered_parts(rank: RankFiles, left_out: list[str], options: Options) -> di
             )
         if homes:  # else it is frozen
             number = queues[homes[0]].pop(0)
-            found[name] = _numbered(rank, name, tensor, inner["state"][number], masters.get(number), homes[0])
+            found[name] = _numbered(rank, name, tensor, states[number], masters.get(number), homes[0])
     if any(queues):
         raise CheckpointError(
             f"{rank.where}: {sum(map(len, queues))} optimizer states match no parameter in the model's "
@@ -174,8 +163,9 @@ def _numbered(
     master: StoredTensor | None,
     group: int,
 ) -> ParameterPart:
-    origin = f"{rank.where}: {name}"
-    read: Read = tensor.read if master is None else Checked(master.read, tensor, origin)
+    read: Read = tensor.read
+    if master is not None:
+        read = partial(checked, master.read, tensor, f"{rank.where}: {name}")
     arrays = {str(k): v for k, v in state.items() if isinstance(v, StoredTensor) and v.shape}
     numbers = {str(k): v for k, v in state.items() if k not in arrays}
     return ParameterPart(
@@ -198,12 +188,10 @@ def _masters(wrapped: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[int, 
     return {n: t for ns, ts in zip(numbers, groups, strict=False) for n, t in zip(ns, ts, strict=True)}
 
 
-def _shape(
-    states: Mapping[Any, Any], masters: Mapping[int, StoredTensor], number: int
-) -> tuple[int, ...] | None:
-    if number in masters:
-        return masters[number].shape
-    state = states.get(number) or {}
+def _shape(states: Mapping[Any, Any], masters: Mapping[int, StoredTensor], n: int) -> tuple[int, ...] | None:
+    if n in masters:
+        return masters[n].shape
+    state = states.get(n) or {}
     return next((t.shape for t in state.values() if isinstance(t, StoredTensor) and t.shape), None)
 
 

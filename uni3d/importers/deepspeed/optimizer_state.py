@@ -10,39 +10,22 @@ from uni3d.config.optimizer import read_optimizer
 from uni3d.config.scheduler import read_scheduler
 from uni3d.config.strict import ConfigError
 from uni3d.importers.deepspeed.zero import ParameterPart
-from uni3d.importers.pickles import StandIn, plain
-from uni3d.importers.source import IMPLEMENTATION_FLAGS, PARAMETER, OptimizerState
+from uni3d.importers.pickles import StandIn, plain_entries
+from uni3d.importers.source import PARAMETER, OptimizerState
+from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 _OWN_KEYS = frozenset(
     {
-        "autotp_size",
-        "buffer_names",
-        "checkpoint_parallel_dimensions",
-        "data_sampler",
-        "dp_world_size",
-        "ds_autoep_layers",
-        "ds_config",
-        "ds_version",
-        "frozen_param_fragments",
-        "frozen_param_shapes",
-        "global_samples",
-        "global_steps",
-        "lr_scheduler",
-        "module",
-        "mp_world_size",
-        "num_experts",
-        "optimizer",
-        "param_shapes",
-        "random_ltd",
-        "shared_params",
-        "skipped_steps",
-        "sparse_tensor_module_names",
-        "universal_checkpoint_info",
+        *("module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments"),
+        *("shared_params", "sparse_tensor_module_names", "optimizer", "lr_scheduler", "data_sampler"),
+        *("global_samples", "global_steps", "skipped_steps", "random_ltd", "ds_config", "ds_version"),
+        *("dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "autotp_size"),
+        *("num_experts", "ds_autoep_layers", "universal_checkpoint_info"),
     }
 )
 """DeepSpeed's own keys of a model file. The others are the script's `client_state`."""
 
-_NOT_HYPERPARAMETERS = IMPLEMENTATION_FLAGS | {"params", "param_names", "step"}
+_NOT_HYPERPARAMETERS = IMPLEMENTATION_KEYS | {"param_names", "step"}
 """Entries of a parameter group that aren't taken over."""
 
 
@@ -59,9 +42,7 @@ def optimizer_state(
             cleaned[part.group]["params"].append(name)
     for i, group in enumerate(cleaned):
         if not group["params"]:
-            left_out.append(
-                f"parameters of group {i}: all are frozen, and DeepSpeed doesn't record their names"
-            )
+            left_out.append(f"parameters of group {i}: all are frozen, and DeepSpeed doesn't name them")
     return OptimizerState(
         type=_class_of(config.get("optimizer"), groups, trained),
         groups=cleaned,
@@ -71,15 +52,10 @@ def optimizer_state(
 
 def hyperparameters(group: Mapping[str, Any], where: str, left_out: list[str]) -> dict[str, Any]:
     """Return a group's hyperparameters in the manifest's form, with an empty list of parameters."""
-    found: dict[str, Any] = {"params": []}
-    for key, value in group.items():
-        if key in _NOT_HYPERPARAMETERS or (key == "bias_correction" and value is True):
-            continue  # torch's optimizers always correct the bias
-        try:
-            found[str(key)] = plain(value)
-        except TypeError as error:
-            left_out.append(f"{where}: {key} is {error}")
-    return found
+    taken = {key: value for key, value in group.items() if key not in _NOT_HYPERPARAMETERS}
+    if taken.get("bias_correction") is True:
+        del taken["bias_correction"]  # torch's optimizers always correct the bias
+    return {"params": [], **plain_entries(taken, f"{where}: ", left_out)}
 
 
 def _class_of(section: Any, groups: list[dict[str, Any]], trained: Mapping[str, ParameterPart]) -> str | None:
@@ -189,13 +165,8 @@ def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[
 
 def client_state(model: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
     """Return the script's own entries; those that JSON can't represent are added to `left_out`."""
-    found = {}
-    for key, value in model.items():
-        if key not in _OWN_KEYS:
-            try:
-                found[str(key)] = plain(value)
-            except TypeError as error:
-                left_out.append(f"client_state {key}: {error}")
+    own = {key: value for key, value in model.items() if key not in _OWN_KEYS}
+    found = plain_entries(own, "client_state ", left_out)
     for key in ("data_sampler", "random_ltd"):
         if model.get(key) is not None:
             left_out.append(f"{key}: not supported")

@@ -7,20 +7,18 @@ pattern is matched from a name's beginning). For other checkpoints the user give
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt import CheckpointError
-from uni3d.importers.deepspeed.zero import ParameterPart, Read
+from uni3d.importers.deepspeed.zero import ParameterPart
 from uni3d.importers.pickles import StandIn
-from uni3d.importers.source import Options
-
-Array = npt.NDArray[Any]
+from uni3d.importers.source import Array, Options, Read
 
 RULES = ("0", "1", "0x2", "0x3", "replicated", "average")
 """Rules of `--split`: concatenate along dim 0 or 1; two fused matrices (gate and values) or three (q, k and
@@ -111,9 +109,8 @@ class Rules:
             for pattern in fields["patterns"]:
                 if re.match(pattern, name):
                     dim = int(fields["partition_dim"])
-                    return Rule(
-                        kind="cat", dim=dim, widths=self._widths(fields, pattern, dim, tp, info, name)
-                    )
+                    widths = self._widths(fields, pattern, dim, tp, info, name)
+                    return Rule(kind="cat", dim=dim, widths=widths)
         if matches("parameter_with_row_parallelism_patterns"):
             return Rule(kind="cat", dim=1, rows=rows)
         return None if rows is None else Rule(kind="cat", rows=rows)
@@ -173,14 +170,13 @@ def join(parts: Sequence[ParameterPart], rule: Rule, name: str) -> ParameterPart
         return first
     for part in parts[1:]:
         if part.states.keys() != first.states.keys() or part.group != first.group:
-            raise CheckpointError(
-                f"{part.origin}: optimizer states or parameter group of {name} differ from rank 0"
-            )
+            raise CheckpointError(f"{part.origin}: states or parameter group of {name} differ from rank 0")
         if part.scalars != first.scalars:
             raise CheckpointError(f"{part.origin}: {name} has {part.scalars}, but {first.scalars} on rank 0")
-    shape = _whole_shape([part.shape for part in parts], rule, f"{first.origin}: {name}")
+    what = f"{first.origin}: {name}"
+    shape = _whole_shape([part.shape for part in parts], rule, what)
     states: dict[str, Read] = {
-        state: _Joined([part.states[state] for part in parts], rule, shape, f"{first.origin}: {name}/{state}")
+        state: partial(_joined, [part.states[state] for part in parts], rule, shape, f"{what}/{state}")
         for state in first.states
     }
     return replace(first, shape=shape, states=states)
@@ -197,9 +193,7 @@ def _whole_shape(shapes: Sequence[tuple[int, ...]], rule: Rule, what: str) -> tu
             f"{what} can't be concatenated along dim {rule.dim}: its shards have shapes {list(shapes)}"
         )
     if any(shape[rule.dim] % rule.several for shape in shapes):
-        raise CheckpointError(
-            f"{what} isn't {rule.several} fused matrices: its shards have shapes {list(shapes)}"
-        )
+        raise CheckpointError(f"{what} isn't {rule.several} fused matrices: shards of shapes {list(shapes)}")
     length = sum(shape[rule.dim] for shape in shapes)
     if rule.rows is not None:
         if rule.rows > length:
@@ -208,43 +202,30 @@ def _whole_shape(shapes: Sequence[tuple[int, ...]], rule: Rule, what: str) -> tu
     return (*shapes[0][: rule.dim], length, *shapes[0][rule.dim + 1 :])
 
 
-class _Joined:
-    """A state of a parameter, read from the shards of all ranks."""
+def _joined(reads: Sequence[Read], rule: Rule, shape: tuple[int, ...], what: str) -> Array:
+    """Return a state of a parameter, merged from the shards of all ranks."""
+    parts = [read() for read in reads]
+    if rule.kind == "replicated":
+        if any(part.tobytes() != parts[0].tobytes() for part in parts[1:]):
+            raise CheckpointError(f"{what} differs between tensor-parallel ranks, but should be replicated")
+        return parts[0]
+    if rule.kind == "average":
+        mean: Array = np.mean(parts, axis=0, dtype=parts[0].dtype)
+        return mean
+    if rule.several > 1:
+        cut = [np.split(part, rule.several, axis=rule.dim) for part in parts]
+        return np.concatenate([c[i] for i in range(rule.several) for c in cut], axis=rule.dim)
+    if rule.widths:
+        return _by_widths(parts, rule.dim, rule.widths, what)
+    whole = np.concatenate(parts, axis=rule.dim)
+    return whole[: shape[0]] if rule.rows is not None else whole
 
-    def __init__(
-        self, reads: Sequence[Callable[[], Array]], rule: Rule, shape: tuple[int, ...], what: str
-    ) -> None:
-        self._reads, self._rule, self._shape, self._what = reads, rule, shape, what
 
-    def __call__(self) -> Array:
-        rule, parts = self._rule, [read() for read in self._reads]
-        if rule.kind == "replicated":
-            if any(part.tobytes() != parts[0].tobytes() for part in parts[1:]):
-                raise CheckpointError(
-                    f"{self._what} differs between tensor-parallel ranks, but is said to be replicated"
-                )
-            return parts[0]
-        if rule.kind == "average":
-            mean: Array = np.mean(parts, axis=0, dtype=parts[0].dtype)
-            return mean
-        if rule.several > 1:
-            cut = [np.split(part, rule.several, axis=rule.dim) for part in parts]
-            return np.concatenate([c[i] for i in range(rule.several) for c in cut], axis=rule.dim)
-        if rule.widths:
-            return self._by_widths(parts)
-        whole = np.concatenate(parts, axis=rule.dim)
-        return whole[: self._shape[0]] if rule.rows is not None else whole
-
-    def _by_widths(self, parts: Sequence[Array]) -> Array:
-        dim, widths = self._rule.dim, self._rule.widths
-        held = [sum(each[rank] for each in widths) for rank in range(len(parts))]
-        if held != [part.shape[dim] for part in parts]:
-            raise CheckpointError(
-                f"{self._what} has shards of {[part.shape[dim] for part in parts]} along dim {dim}, expected "
-                f"{held}"
-            )
-        cuts = [np.cumsum([each[rank] for each in widths])[:-1] for rank in range(len(parts))]
-        split = [np.split(part, cut, axis=dim) for part, cut in zip(parts, cuts, strict=True)]
-        return np.concatenate(
-            [piece for i in range(len(widths)) for piece in (s[i] for s in split)], axis=dim
-        )
+def _by_widths(parts: Sequence[Array], dim: int, widths: tuple[tuple[int, ...], ...], what: str) -> Array:
+    held = [sum(each[rank] for each in widths) for rank in range(len(parts))]
+    found = [part.shape[dim] for part in parts]
+    if held != found:
+        raise CheckpointError(f"{what} has shards of {found} along dim {dim}, expected {held}")
+    cuts = [np.cumsum([each[rank] for each in widths])[:-1] for rank in range(len(parts))]
+    split = [np.split(part, cut, axis=dim) for part, cut in zip(parts, cuts, strict=True)]
+    return np.concatenate([s[i] for i in range(len(widths)) for s in split], axis=dim)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
-
-import numpy.typing as npt
 
 from ckpt import CheckpointError
 from uni3d.importers.deepspeed import assemble, joining
 from uni3d.importers.deepspeed.folders import RankFolder, checkpoint_folder, is_universal
 from uni3d.importers.deepspeed.tensor_parallel import Rules
-from uni3d.importers.deepspeed.zero import Checked, ParameterPart, Read
-from uni3d.importers.source import PARAMETER, Options, Source
+from uni3d.importers.deepspeed.zero import ParameterPart, checked
+from uni3d.importers.source import PARAMETER, Array, Options, Read, Source
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor, item
 
@@ -22,11 +21,7 @@ _STEP = "step"
 
 
 def read_universal(path: Path, options: Options) -> Source:
-    """Read a universal checkpoint; `path` is its folder or that of its run.
-
-    Raises:
-        CheckpointError: files are missing, damaged, inconsistent or unsupported.
-    """
+    """Read a universal checkpoint; `path` is its folder or that of its run."""
     folder = checkpoint_folder(path, options.tag)
     if folder is None or not is_universal(folder):
         raise CheckpointError(f"{folder or path} has no folder zero/, so it isn't a universal checkpoint")
@@ -65,9 +60,7 @@ def _homes(ranks: RankFolder, groups: list[dict[str, Any]], *, stage3: bool) -> 
                 for name in shapes:
                     homes.setdefault(str(name), (home, index))
     if not homes:
-        raise CheckpointError(
-            f"{ranks.of_stage[0][0].where} has no param_shapes, so the parameters' names are unknown"
-        )
+        raise CheckpointError(f"{ranks.of_stage[0][0].where} has no param_shapes, which name the parameters")
     return homes
 
 
@@ -98,26 +91,19 @@ def _part(
         if not isinstance(tensor, StoredTensor):
             raise CheckpointError(f"{path} has no tensor under 'param'")
         shape = _shape(tensor, name, ranks)
-        states[key] = _Shaped(tensor, shape)
+        states[key] = partial(_shaped, tensor, shape)
         shapes.add(shape)
     if len(shapes) > 1:
         raise CheckpointError(f"{place} has tensors of different shapes: {sorted(shapes)}")
     weights = ranks.of_stage[0][0].module.get(name)
     if options.verify and ranks.tp == 1 and isinstance(weights, StoredTensor) and weights.shape in shapes:
-        states[PARAMETER] = Checked(states[PARAMETER], weights, f"{folder.name}: {name}")
-    return ParameterPart(
-        shape=shapes.pop(), origin=f"{folder.name}/zero", states=states, group=group, scalars=scalars
-    )
+        states[PARAMETER] = partial(checked, states[PARAMETER], weights, f"{folder.name}: {name}")
+    origin = f"{folder.name}/zero"
+    return ParameterPart(shape=shapes.pop(), origin=origin, states=states, group=group, scalars=scalars)
 
 
-class _Shaped:
-    """A tensor, read in its parameter's shape."""
-
-    def __init__(self, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-        self._tensor, self._shape = tensor, shape
-
-    def __call__(self) -> npt.NDArray[Any]:
-        return self._tensor.read().reshape(self._shape)
+def _shaped(tensor: StoredTensor, shape: tuple[int, ...]) -> Array:
+    return tensor.read().reshape(shape)
 
 
 def _shape(tensor: StoredTensor, name: str, ranks: RankFolder) -> tuple[int, ...]:

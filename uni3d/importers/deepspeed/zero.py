@@ -9,22 +9,22 @@ writes them in another order than the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt import CheckpointError, numpy_dtype
 from uni3d.importers.pickles import StandIn
-from uni3d.importers.source import PARAMETER
+from uni3d.importers.source import PARAMETER, Array, Read
 from uni3d.importers.torch_tensors import StoredTensor, item
 
-Array = npt.NDArray[Any]
-Read = Callable[[], Array]
 Shapes = Mapping[str, tuple[int, ...]]
+Piece = tuple[int, int, int]
+"""Data-parallel rank, first element in its partition, number of elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,10 @@ class ParameterPart:
     group: int | None = None
     """The optimizer's parameter group; None if the parameter is frozen."""
     scalars: dict[str, float] = field(default_factory=dict)
+
+
+Parts = Mapping[str, ParameterPart]
+"""Parameters by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +76,7 @@ def groups_of(rank: RankFiles) -> list[dict[str, Any]]:
 
 
 def parts(rank: RankFiles) -> dict[str, ParameterPart]:
-    """Return the trained parameters of a model-parallel rank, by name.
-
-    Raises:
-        CheckpointError: the files are inconsistent.
-    """
+    """Return the trained parameters of a model-parallel rank, by name."""
     groups_of(rank)
     stage = zero_stage(rank.optimizers[0])
     shapes = rank.models[0].get("param_shapes")
@@ -108,18 +108,12 @@ def _flat(rank: RankFiles, group: int, shapes: Shapes) -> Iterator[tuple[str, Pa
     size = sizes[0]  # only padding behind the last parameter may be missing
     full = total // size if size else 0  # number of partitions without padding
     if len(gaps) != len(shapes) or sizes[:full] != [size] * full or size * len(sizes) < total:
-        raise CheckpointError(
-            f"{rank.where}: group {group} has partitions of {sizes} elements, expected {total}"
-        )
+        raise CheckpointError(f"{rank.where}: group {group} has partitions of {sizes}, expected {total}")
     offset = 0
     for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
         pieces = _intervals(offset, prod(shape), size)
-        reads = {
-            state: _Pieces(flats, pieces, shape, f"{rank.where}: {name}/{state}")
-            for state, flats in states.items()
-        }
         offset += prod(shape) + gap
-        yield name, _part(rank, name, shape, group, group, reads)
+        yield name, _part(rank, name, shape, group, group, states, pieces)
 
 
 def _sharded(rank: RankFiles, sub_group: int, shapes: Shapes) -> Iterator[tuple[str, ParameterPart]]:
@@ -130,15 +124,10 @@ def _sharded(rank: RankFiles, sub_group: int, shapes: Shapes) -> Iterator[tuple[
     offset = 0
     for name, shape in shapes.items():
         share = -(-prod(shape) // len(rank.optimizers))
-        pieces = [
-            (i, offset, min(share, max(0, prod(shape) - i * share))) for i in range(len(rank.optimizers))
-        ]
-        reads = {
-            state: _Pieces(flats, pieces, shape, f"{rank.where}: {name}/{state}")
-            for state, flats in states.items()
-        }
+        counts = [min(share, max(0, prod(shape) - i * share)) for i in range(len(rank.optimizers))]
+        pieces = [(i, offset, n) for i, n in enumerate(counts)]
         offset += share
-        yield name, _part(rank, name, shape, sub_group, homes[0] if homes else None, reads)
+        yield name, _part(rank, name, shape, sub_group, homes[0] if homes else None, states, pieces)
 
 
 def _part(
@@ -147,68 +136,51 @@ def _part(
     shape: tuple[int, ...],
     index: int,
     group: int | None,
-    reads: dict[str, _Pieces],
+    states: Mapping[str, Sequence[StoredTensor]],
+    pieces: list[Piece],
 ) -> ParameterPart:
-    states: dict[str, Read] = dict(reads)
-    weights = rank.module.get(name)
-    if (
-        rank.verify and isinstance(weights, StoredTensor) and weights.shape == shape
-    ):  # with ZeRO-3 the model file has none
-        states[PARAMETER] = Checked(reads[PARAMETER], weights, f"{rank.where}: {name}")
-    return ParameterPart(
-        shape=shape,
-        origin=rank.where,
-        states=states,
-        group=group,
-        scalars=_scalars(rank, index, reads.keys()),
-    )
+    """Return a parameter that lies in `pieces` of the flat group `index`."""
+    reads = {
+        state: _reader(flats, pieces, shape, f"{rank.where}: {name}/{state}")
+        for state, flats in states.items()
+    }
+    weights = rank.module.get(name)  # with ZeRO-3 the model file has none
+    if rank.verify and isinstance(weights, StoredTensor) and weights.shape == shape:
+        reads[PARAMETER] = partial(checked, reads[PARAMETER], weights, f"{rank.where}: {name}")
+    scalars = _scalars(rank, index, reads.keys())
+    return ParameterPart(shape=shape, origin=rank.where, states=reads, group=group, scalars=scalars)
 
 
-class _Pieces:
-    """A parameter's state, assembled from the ranks' flat partitions."""
-
-    def __init__(
-        self,
-        flats: Sequence[StoredTensor],
-        pieces: Sequence[tuple[int, int, int]],
-        shape: tuple[int, ...],
-        origin: str,
-    ) -> None:
-        """Take `pieces`: data-parallel rank, first element and number of elements of each."""
-        self._flats, self._shape = flats, shape
-        self._pieces = [piece for piece in pieces if piece[2]]
-        for index, start, length in self._pieces:
-            if start + length > flats[index].size:
-                raise CheckpointError(
-                    f"{origin} ends at element {start + length} of a partition of {flats[index].size}; the "
-                    "files are inconsistent"
-                )
-
-    def __call__(self) -> Array:
-        parts = [self._flats[i].read().reshape(-1)[start : start + n] for i, start, n in self._pieces]
-        if len(parts) == 1:
-            return parts[0].reshape(self._shape)
-        dtype = numpy_dtype(self._flats[0].dtype)
-        return np.concatenate(parts or [np.empty(0, dtype)]).reshape(self._shape)
-
-
-class Checked:
-    """Masters, compared with the half-precision weights: rounded, they must be equal."""
-
-    def __init__(self, read: Read, weights: StoredTensor, origin: str) -> None:
-        self._read, self._weights, self._origin = read, weights, origin
-
-    def __call__(self) -> Array:
-        masters, weights = self._read(), self._weights.read()
-        with np.errstate(over="ignore"):
-            rounded = masters.astype(weights.dtype)
-        if not ((rounded == weights) | (np.isnan(rounded) & np.isnan(weights))).all():
+def _reader(flats: Sequence[StoredTensor], pieces: list[Piece], shape: tuple[int, ...], origin: str) -> Read:
+    """Return the reader of a parameter's state, which lies in pieces in the ranks' flat partitions."""
+    held = [piece for piece in pieces if piece[2]]
+    for index, start, length in held:
+        if start + length > flats[index].size:
             raise CheckpointError(
-                f"{self._origin}: the fp32 master differs from the weights in the model file; files are "
-                "from different saves, or were converted wrongly (docs/importing.md; --no-checksums takes "
-                "the master anyway)"
+                f"{origin} ends at element {start + length} of a partition of {flats[index].size}; the "
+                "files are inconsistent"
             )
-        return masters
+
+    def read() -> Array:
+        parts = [flats[i].read().reshape(-1)[start : start + n] for i, start, n in held]
+        if len(parts) == 1:
+            return parts[0].reshape(shape)
+        return np.concatenate(parts or [np.empty(0, numpy_dtype(flats[0].dtype))]).reshape(shape)
+
+    return read
+
+
+def checked(read: Read, weights: StoredTensor, origin: str) -> Array:
+    """Return the masters, compared with the half-precision weights: rounded, they must be equal."""
+    masters, halves = read(), weights.read()
+    with np.errstate(over="ignore"):
+        rounded = masters.astype(halves.dtype)
+    if not ((rounded == halves) | (np.isnan(rounded) & np.isnan(halves))).all():
+        raise CheckpointError(
+            f"{origin}: the fp32 master differs from the weights in the model file; files are from different "
+            "saves, or were converted wrongly (docs/importing.md; --no-checksums takes the master anyway)"
+        )
+    return masters
 
 
 def _states(rank: RankFiles, index: int, masters: list[StoredTensor]) -> dict[str, list[StoredTensor]]:
@@ -252,8 +224,8 @@ def _state(optimizer: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     return dict(_inner(optimizer)["state"].get(index, {}))
 
 
-def _intervals(offset: int, length: int, size: int) -> list[tuple[int, int, int]]:
-    """Return (partition, first element, length) of each piece of `length` elements from `offset` on."""
+def _intervals(offset: int, length: int, size: int) -> list[Piece]:
+    """Return the pieces of `length` elements from `offset` on, in partitions of `size` elements."""
     pieces = []
     for index in range(offset // size, -(-(offset + length) // size)) if length else ():
         start, end = max(offset, index * size), min(offset + length, (index + 1) * size)

@@ -20,20 +20,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout
 from uni3d.importers.megatron.common import Common, read_common
-from uni3d.importers.source import FLOATS, PARAMETER, ForeignArray, Options, Source
+from uni3d.importers.source import FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
 from uni3d.importers.state_dicts import array_of
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
@@ -43,31 +42,13 @@ _MASTERS = ("fp32_param", "param")
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Atom:
-    """A tensor of one layer, or outside of the layers."""
-
-    name: str
-    state: str
-    """Megatron's name of the optimizer state; empty for the model's weight."""
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], npt.NDArray[Any]]
-    key: str
-    """Name in the checkpoint."""
-
-
 def read_megatron(path: Path, options: Options) -> Source:
-    """Read the model and its optimizer.
-
-    Raises:
-        CheckpointError: something is missing, damaged, or needs Megatron to be read.
-    """
+    """Read the model and its optimizer."""
     _check_backend(path)
     layout = Layout(path, options)
     common = read_common(path, options)
     atoms = _joined([atom for key in layout.tensors for atom in _atoms(layout, key)])
-    left_out = [*common.left_out, *_objects(layout)]
+    left_out = [*common.source.left_out, *_objects(layout)]
     why_not = _unreadable(layout, common)
     if why_not and not options.weights_only:
         raise CheckpointError(f"{path}: {why_not}; or import with --weights-only")
@@ -79,44 +60,34 @@ def read_megatron(path: Path, options: Options) -> Source:
     arrays = []
     for atom in (atom for atom in atoms if not atom.state):
         if atom.dtype not in DTYPES:
-            left_out.append(f"{atom.key}: its type {atom.dtype} can't be stored")
+            left_out.append(f"{atom.origin}: its type {atom.dtype} can't be stored")
         elif atom.name in trained:
             arrays.append(_array(masters.pop(atom.name, atom), PARAMETER))
         else:
-            arrays.append(
-                array_of(atom.name, atom.dtype, atom.shape, atom.read, options, f"{path.name}: {atom.key}")
-            )
+            origin = f"{path.name}: {atom.origin}"
+            arrays.append(array_of(atom.name, atom.dtype, atom.shape, atom.read, options, origin))
     known = {array.name for array in arrays}
     for atom in (*masters.values(), *moments):
         if atom.name not in known:
-            raise CheckpointError(f"{path} has optimizer state {atom.key}, but no weight {atom.name}")
+            raise CheckpointError(f"{path} has optimizer state {atom.origin}, but no weight {atom.name}")
     has_optimizer = bool(trained) and not options.weights_only
     if options.weights_only and moments:
         left_out.append("optimizer state: --weights-only")
     optimizer = common.optimizer(trained, {atom.state for atom in moments}) if has_optimizer else None
     parameters = {array.name for array in arrays if array.state == PARAMETER}
-    return Source(
-        kind="megatron",
-        where=str(path),
+    return replace(
+        common.source,
         arrays=[*arrays, *(_array(atom, atom.state) for atom in moments if has_optimizer)],
         frozen=frozenset(parameters - trained.keys()) if has_optimizer else frozenset(),
         optimizer=optimizer,
-        step=common.step,
-        samples=common.samples,
-        batch=common.batch,
-        loss_scale=common.loss_scale,
-        writer=common.writer,
-        client_state=common.client_state,
         left_out=[*left_out, *(common.of_groups if has_optimizer else [])],
     )
 
 
-def _array(atom: _Atom, state: str) -> ForeignArray:
+def _array(atom: ForeignArray, state: str) -> ForeignArray:
     if atom.dtype not in FLOATS:
-        raise CheckpointError(f"{atom.key} has type {atom.dtype}, expected one of {', '.join(FLOATS)}")
-    return ForeignArray(
-        name=atom.name, state=state, dtype="float32", shape=atom.shape, read=atom.read, origin=atom.key
-    )
+        raise CheckpointError(f"{atom.origin} has type {atom.dtype}, expected one of {', '.join(FLOATS)}")
+    return replace(atom, state=state, dtype="float32")
 
 
 def _check_backend(path: Path) -> None:
@@ -134,11 +105,8 @@ def _check_backend(path: Path) -> None:
 
 def _objects(layout: Layout) -> list[str]:
     """Return a line for each kind of object that isn't imported; each layer has some extra states."""
-    kinds: dict[str, int] = {}
-    for key in layout.objects:
-        name = key.partition("/shard_")[0]
-        kind = "_extra_state" if name.endswith("_extra_state") else name
-        kinds[kind] = kinds.get(kind, 0) + 1
+    names = [key.partition("/shard_")[0] for key in layout.objects]
+    kinds = Counter("_extra_state" if name.endswith("_extra_state") else name for name in names)
     return [f"{kind}: {n} objects of Megatron that aren't tensors" for kind, n in sorted(kinds.items())]
 
 
@@ -157,8 +125,10 @@ def _unreadable(layout: Layout, common: Common) -> str | None:
 # --- atoms -----------------------------------------------------------------------------------------------
 
 
-def _atoms(layout: Layout, key: str) -> Iterator[_Atom]:
-    """Yield the atoms in one of the checkpoint's tensors.
+def _atoms(layout: Layout, key: str) -> Iterator[ForeignArray]:
+    """Yield the atoms in one of the checkpoint's tensors, in its type.
+
+    Each belongs to one layer, or to none. Its state is Megatron's name; it is empty for the model's weight.
 
     Raises:
         CheckpointError: it belongs to experts, or has an unknown shape.
@@ -177,20 +147,20 @@ def _atoms(layout: Layout, key: str) -> Iterator[_Atom]:
     stacked = _STACKED.fullmatch(name)
     if stacked is None:
         read = partial(_shaped, partial(layout.read, key), shape, grid)
-        yield _Atom(name=name, state=state, dtype=tensor.dtype, shape=shape, read=read, key=key)
+        yield ForeignArray(name=name, state=state, dtype=tensor.dtype, shape=shape, read=read, origin=key)
         return
     if any(chunk.sizes[:1] != (1,) for chunk in tensor.chunks):
         raise CheckpointError(f"{layout.path} has {key}, whose chunks should hold one layer each")
     if grid and grid[0] != shape[0]:
         raise CheckpointError(f"{layout.path} has {key} in shape {list(tensor.shape)}, split across layers")
     for layer in range(shape[0]):
-        yield _Atom(
+        yield ForeignArray(
             name=f"{stacked[1]}.{layer}.{stacked[2]}",
             state=state,
             dtype=tensor.dtype,
             shape=shape[1:],
             read=partial(_shaped, partial(layout.read, key, layer), shape[1:], grid and grid[1:]),
-            key=f"{key}[{layer}]",
+            origin=f"{key}[{layer}]",
         )
 
 
@@ -206,9 +176,7 @@ def _grid(what: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[in
     return grid
 
 
-def _shaped(
-    read: Callable[[], npt.NDArray[Any]], shape: tuple[int, ...], grid: tuple[int, ...] | None
-) -> npt.NDArray[Any]:
+def _shaped(read: Read, shape: tuple[int, ...], grid: tuple[int, ...] | None) -> Array:
     values = read()
     if grid is None:
         return values
@@ -218,7 +186,7 @@ def _shaped(
     return values.reshape([*grid, *parts]).transpose(order).reshape(shape)
 
 
-def _joined(atoms: list[_Atom]) -> list[_Atom]:
+def _joined(atoms: list[ForeignArray]) -> list[ForeignArray]:
     """Join the halves of gated layers, the gate above the values, as in the model."""
     halves = {(atom.name, atom.state): atom for atom in atoms if _HALF.fullmatch(atom.name)}
     out = []
@@ -230,13 +198,14 @@ def _joined(atoms: list[_Atom]) -> list[_Atom]:
         name, half = match.groups()
         other = halves.get((f"{name}_{'v' if half == 'w' else 'w'}", atom.state))
         if other is None or other.shape[1:] != atom.shape[1:] or other.dtype != atom.dtype:
-            raise CheckpointError(f"{atom.key} has no matching other half")
+            raise CheckpointError(f"{atom.origin} has no matching other half")
         if half == "w":
             shape = (atom.shape[0] + other.shape[0], *atom.shape[1:])
             read = partial(_stack, atom.read, other.read)
-            out.append(replace(atom, name=name, shape=shape, read=read, key=f"{atom.key} and {other.key}"))
+            origin = f"{atom.origin} and {other.origin}"
+            out.append(replace(atom, name=name, shape=shape, read=read, origin=origin))
     return out
 
 
-def _stack(*parts: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def _stack(*parts: Read) -> Array:
     return np.concatenate([read() for read in parts])

@@ -18,10 +18,11 @@ from typing import Any
 
 from ckpt import CheckpointError
 from uni3d.importers.dcp.optimizer import kind_of
-from uni3d.importers.pickles import StandIn, plain
-from uni3d.importers.source import IMPLEMENTATION_FLAGS, OptimizerState, Options
+from uni3d.importers.pickles import StandIn, plain, plain_entries
+from uni3d.importers.source import OptimizerState, Options, Source
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import item
+from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
@@ -44,14 +45,8 @@ class Common:
     """Content of the file."""
 
     where: str
-    step: int
-    samples: int
-    batch: int | None
-    writer: dict[str, Any]
-    client_state: dict[str, Any]
-    left_out: list[str]
-    loss_scale: dict[str, Any] | None
-    """Loss scale of fp16, in the manifest's form."""
+    source: Source
+    """The checkpoint without its tensors and its optimizer."""
     groups: list[dict[str, Any]]
     """Parameter groups, in Megatron's form."""
     optimizer_steps: set[float]
@@ -100,11 +95,7 @@ class Common:
 
 
 def read_common(path: Path, options: Options) -> Common:
-    """Read the file.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or contains something unsupported.
-    """
+    """Read the file."""
     file = path / "common.pt"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; Megatron always writes it")
@@ -125,13 +116,18 @@ def read_common(path: Path, options: Options) -> Common:
         sharding = content_metadata.get("distrib_optim_sharding_type")
     return Common(
         where=str(file),
-        step=int(item(content.get("iteration", 0))),
-        samples=int(arguments.get("consumed_train_samples") or 0),
-        batch=arguments.get("global_batch_size"),
-        writer={key: arguments[key] for key in _DEGREES if isinstance(arguments.get(key), int)},
-        client_state=client_state,
-        left_out=left_out,
-        loss_scale=_loss_scale(optimizer.get("grad_scaler")),
+        source=Source(
+            kind="megatron",
+            where=str(path),
+            arrays=[],
+            step=int(item(content.get("iteration", 0))),
+            samples=int(arguments.get("consumed_train_samples") or 0),
+            batch=arguments.get("global_batch_size"),
+            loss_scale=_loss_scale(optimizer.get("grad_scaler")),
+            writer={key: arguments[key] for key in _DEGREES if isinstance(arguments.get(key), int)},
+            client_state=client_state,
+            left_out=left_out,
+        ),
         groups=groups,
         optimizer_steps=_optimizer_steps(inner, groups),
         arguments=arguments,
@@ -151,16 +147,11 @@ def _check_groups(optimizer: Mapping[Any, Any], groups: list[dict[str, Any]]) ->
         return "the optimizer has parameter groups of experts, which aren't supported", []
     if any(group.get("bias_correction") is False for group in groups):
         return "the optimizer is Adam without bias correction, which torch doesn't have", []
-    own = sorted(
-        {key for group in groups for key in group}
-        - {*_HYPERPARAMETERS, *IMPLEMENTATION_FLAGS, "params", "step"}
-    )
+    own = sorted({k for group in groups for k in group} - {*_HYPERPARAMETERS, *IMPLEMENTATION_KEYS, "step"})
     notes = [f"optimizer.param_groups: {', '.join(own)}: Megatron's own"] if own else []
     if len(groups) == 1:
         return None, notes
-    rates = [
-        [group.get(key) for key in ("lr_mult", "is_decoupled_lr", "max_lr", "min_lr")] for group in groups
-    ]
+    rates = [[group.get(k) for k in ("lr_mult", "is_decoupled_lr", "max_lr", "min_lr")] for group in groups]
     decays = [_decay(group) for group in groups]
     if len(groups) > 2 or rates[0] != rates[1] or None in decays or (decays[0] == 0) == (decays[1] == 0):
         return (
@@ -198,15 +189,9 @@ def _loss_scale(scaler: Any) -> dict[str, Any] | None:
 
 def _rest(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the client state, and a line for everything left out of it."""
-    client_state = {}
-    left_out = []
-    for key, value in content.items():
-        if key in _TAKEN:
-            continue
-        try:
-            client_state[str(key)] = plain(value)
-        except TypeError as error:
-            left_out.append(f"{key}: {error}")
+    left_out: list[str] = []
+    rest = {key: value for key, value in content.items() if key not in _TAKEN}
+    client_state = plain_entries(rest, "", left_out)
     if "args" in content:
         left_out.append("args: Megatron's command line, except its degrees and counters")
     if "opt_param_scheduler" in client_state:

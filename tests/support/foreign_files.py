@@ -1,10 +1,10 @@
 """Helpers for tests of importers: fixtures, and pickles that would run code."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from uni3d.importers.detect import read
 from uni3d.importers.source import Options, Source
 
-FIXTURES = Path(__file__).parents[2] / "peers" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "peers" / "fixtures"
 
 
 class Runs:
@@ -52,9 +52,21 @@ def values(source: Source) -> dict[str, npt.NDArray[Any]]:
     return {f"{a.state}/{a.name}": a.read().astype(a.dtype) for a in source.arrays}
 
 
-def expected(name: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    folder = FIXTURES / name
+def expected(name: str, fixtures: Path = FIXTURES) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return the live run's tensors by state and name, and its facts."""
+    folder = fixtures / name
     return load_file(folder / "expected.safetensors"), json.loads((folder / "expected.json").read_text())
+
+
+def rewritten(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Replace the data.pkl in a file of torch.save by the result of `change`, leaving the rest as it was."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    (name,) = (n for n in entries if n.endswith("/data.pkl"))
+    entries[name] = change(entries[name])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for key, data in entries.items():
+            archive.writestr(key, data)
 
 
 def assert_bits(found: dict[str, npt.NDArray[Any]], wanted: dict[str, npt.NDArray[Any]]) -> None:
