@@ -7,7 +7,7 @@ parameter in place. All of it is here, and `check_records` refuses a torch that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ def parameters_of(module: FSDPModule) -> list[Any]:
 def group_of(module: FSDPModule) -> Any:
     """Return fully_shard's parameter group of `module`, or None if it has no parameters."""
     return module._get_fsdp_state()._fsdp_param_group
+
+
+def set_root(modules: Sequence[FSDPModule]) -> None:
+    """Make the first module the root; fully_shard would take whichever runs first for it."""
+    root: Any = modules[0]._get_fsdp_state()
+    for module in modules[1:]:
+        state: Any = module._get_fsdp_state()
+        state._lazy_init = root._lazy_init
 
 
 def is_whole(group: Any) -> bool:

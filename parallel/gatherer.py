@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -22,6 +24,7 @@ from parallel.fsdp_internals import (
     end_backward,
     fill_gradient,
     group_of,
+    has_gradient,
     is_whole,
     see_attributes,
 )
@@ -31,7 +34,7 @@ KEPT = 4096
 
 
 class LayerGatherError(RuntimeError):
-    """Gathering a layer failed, as when other ranks don't gather it."""
+    """Gathering a layer failed, as when other ranks gather another one."""
 
 
 class Gatherer:
@@ -53,12 +56,14 @@ class Gatherer:
         self._root = modules[0]
         self._modules = modules
         self._alone = alone
+        self._mesh = mesh
+        self._first_step = mesh["shard"].size() > 1
         self._sums_late = mesh["replicate"].size() > 1
         self._inside = self._ended = self._outside = False
         self._names = names
         self.used: set[int] = set()
         self.late = 0
-        self.begin_step()
+        self._clear()
         for number, module in enumerate(modules):
             self._set_up(number, module, fill=mesh.size() > 1)
 
@@ -78,6 +83,10 @@ class Gatherer:
 
     def begin_step(self) -> None:
         """Forget what the last step used."""
+        self._first_step = False
+        self._clear()
+
+    def _clear(self) -> None:
         self.used.clear()
         self._ran: set[int] = set()
         self.order: list[str] = []
@@ -102,9 +111,11 @@ class Gatherer:
     def _unshard(self, number: int, group: Any, async_op: bool = False) -> None:
         if is_whole(group):
             return
-        self._root._get_fsdp_state()._lazy_init()  # a method other than forward may come first
+        self._root._get_fsdp_state()._lazy_init()  # a part may be called before the root is
         self._ran.add(number)
         self._note(number)
+        if self._first_step:
+            self._check_alike(number)
         try:
             type(group).unshard(group, async_op)
         except RuntimeError as error:
@@ -112,6 +123,24 @@ class Gatherer:
                 f"gathering {self._names[number]} failed ({error}); at ZeRO stage 3 all ranks must run the "
                 "same layers in the same order: if they don't, use stage 0, 1 or 2"
             ) from error
+
+    def _check_alike(self, number: int) -> None:
+        """In the first step, check before each gather that all ranks are at the same layer.
+
+        Collectives of different sizes end the process under gloo, and wait forever under NCCL.
+        """
+        group = self._mesh.get_group("shard")
+        mine = torch.tensor([number], device=self._mesh.device_type)
+        numbers = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(numbers, mine, group=group)
+        for place, other in enumerate(torch.cat(numbers).tolist()):
+            if other != number:
+                rank, me = dist.get_global_rank(group, place), dist.get_rank()
+                raise LayerGatherError(
+                    f"rank {me} is at {self._names[number]} and rank {rank} at {self._names[other]}: at ZeRO "
+                    "stage 3 all ranks must run the same layers in the same order; use stage 0, 1 or 2, or "
+                    "run all layers on all ranks"
+                )
 
     def _post_backward(self, number: int, group: Any, *_: Any) -> None:
         if not self._inside:  # a backward pass inside the loss: its layers stay whole until the engine's own
@@ -133,6 +162,10 @@ class Gatherer:
                     part._training_state = type(part._training_state).IDLE
 
     # --- parameters and gradients ------------------------------------------------------------------------
+
+    def _is_left(self, group: Any) -> bool:
+        """Return whether gradients came after a reduction, as in reentrant checkpoints of a shared layer."""
+        return not self._alone and any(map(has_gradient, group.fsdp_params))
 
     def reshard(self) -> None:
         """Free the whole parameters. A single rank's gradients move to the sharded ones."""
@@ -158,14 +191,16 @@ class Gatherer:
 
     def after_backward(self, *, last: bool, early: bool = True) -> None:
         """Reduce the gradients that no hook has reduced, and free memory."""
-        if self._outside or not early:
+        everything = self._outside or not early
+        if everything:
             self._outside = False
             self.before_backward(last=last)
-            for module in reversed(self._modules):
-                group = group_of(module)
-                if group is not None:
-                    group.post_backward()
             self._ended = False
-        if not self._ended:  # the module's forward pass didn't go through its hooks
+        for module in reversed(self._modules):
+            group = group_of(module)
+            if group is not None and (everything or self._is_left(group)):
+                group.post_backward()
+                self._ended = False
+        if not self._ended:  # or the forward pass didn't go through the root's hooks
             end_backward(self._root)
         self._inside = False

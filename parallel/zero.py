@@ -41,6 +41,7 @@ from parallel.fsdp_internals import (
     is_whole,
     on_whole,
     parameters_of,
+    set_root,
 )
 from parallel.gatherer import Gatherer
 from parallel.gradients import stays_whole
@@ -99,6 +100,7 @@ class Zero:
             check_records(module)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+        set_root(sharded)
         if in_place:
             for record in self._records:
                 compute_in_place(record)

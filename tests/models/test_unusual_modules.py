@@ -258,6 +258,7 @@ def steps_case(zero: int, kinds: list[str]) -> dict[str, Any]:
         config = {
             "train_batch_size": BATCH,
             "gradient_accumulation_steps": ACCUMULATION,
+            "gradient_clipping": 0.0,
             "zero_optimization": {"stage": zero},
             "parallel": {"device": "cpu"},
         }

@@ -42,8 +42,8 @@ def run_batch(built: parallel.ParallelModel, inputs: Tensor, targets: Tensor, mi
     for i, (part, target) in enumerate(parts, start=1):
         with split_logits(built.topology):
             loss = Loss.of(built.loss_fn(built.module(part), target))
-            built.zero.before_backward(last=i == micro_batches)
-            loss.total.backward()
+            with built.zero.backward(last=i == micro_batches):
+                loss.total.backward()
         losses.append(Loss(loss.total.detach(), loss.tokens))
     return Loss.sum(losses)
 

@@ -265,7 +265,7 @@ class Stepper:
 
         The host learns it too late to leave them out. From here on it reads a step's numbers first.
         """
-        self.deferred = False
+        self.deferred = self._may_defer = False
         self._lose_step()
         self._state.progress.skipped_steps += 1
         if self._state.model.topology.rank == 0:
