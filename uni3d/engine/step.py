@@ -222,6 +222,7 @@ class Stepper:
             self._observe(report, numbers)
         if why := self._refusal(report, numbers):
             self._lose_step()
+            state.model.module.zero_grad()
             raise StepRefusedError(f"step {report.step} was not taken: {why}")
         if self.deferred and numbers.unused > 0:
             self._skip_unforeseen(report)
@@ -234,6 +235,7 @@ class Stepper:
             state.scaler.update(overflow=not self.applied)
         elif not self.applied:  # the numbers are the same on all ranks, so all raise
             self._lose_step()
+            state.model.module.zero_grad()
             raise FloatingPointError(
                 f"step {report.step}: the loss is {numbers.loss:g} and the gradient norm {numbers.norm:g}; "
                 "the step was not taken"
@@ -243,7 +245,6 @@ class Stepper:
     def _lose_step(self) -> None:
         """Undo the counting of a step that wasn't taken; its batch is lost."""
         self._undo()
-        self._state.model.module.zero_grad()
         self._state.progress.global_samples += (
             self._state.progress.train_batch
         )  # it was taken from the iterator
