@@ -12,7 +12,9 @@ The parallel model:
 
     parallelize       `build`: from a plain model to this rank's part of it
     topology          the ranks on a mesh (pp, replicate, shard, tp)
-    tensor, experts   a model's `tp_plan` applied as DTensor styles; stacked experts
+    tensor            a model's `tp_plan` applied as DTensor styles
+    plan_checks       what a plan would compute wrongly without an error
+    packed, experts   fused projections, rows for each head; stacked experts
     replica_check     parameters outside the `tp_plan`: whether their gradients agree
     stages            a model's layers, split into pipeline stages
     pipeline, pipeline_stage  torch's pipeline schedules and stages, told about ZeRO

@@ -19,7 +19,14 @@ from parallel.placement import Placement
 from parallel.replica_check import Replicas
 from parallel.settings import Settings
 from parallel.stages import Chain, layer_names, split_layers
-from parallel.tensor import apply_tensor_parallel, check_plan, expand_plan, rowwise_weights
+from parallel.tensor import (
+    Declared,
+    apply_tensor_parallel,
+    check_plan,
+    declared_splits,
+    expand_plan,
+    rowwise_weights,
+)
 from parallel.ties import TiedGradients, tied_names
 from parallel.topology import Topology
 from parallel.tp_styles import no_plan
@@ -59,23 +66,22 @@ class ParallelModel:
 def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelModel:
     """Turn `model`, built alike on every rank, into this rank's part of it. Collective.
 
-    The model may have attributes that say how to split it (`pipeline_layers`, `tp_plan`, `tp_units`), its
-    loss (`loss_fn(outputs, targets)`) and, for a model on the meta device, how to initialize its parameters
-    (`init_parameter(name, tensor, generator)`). `model` can't be used afterwards.
+    The model may have attributes that say how to split it (`pipeline_layers`, `tp_plan`, `tp_units`,
+    `tp_parts`), its loss (`loss_fn(outputs, targets)`) and, for a model on the meta device, how to initialize
+    its parameters (`init_parameter(name, tensor, generator)`). `model` can't be used afterwards.
 
     Raises:
         ValueError: the model can't be split this way; the message names the layer, the size, the degree.
     """
-    degrees = topology.degrees
-    layers = layer_names(model)
-    plan = _check_splits(model, topology, settings, layers)
+    degrees, layers, declared = topology.degrees, layer_names(model), declared_splits(model)
+    plan = _check_splits(model, declared, topology, settings, layers)
     extras = find_extras(model)
     init = check_can_materialise(model) if is_meta(model) else None
     if init is None:
         broadcast_from_first_rank(model.to(topology.device))
     loss_fn: LossFn | None = getattr(model, "loss_fn", None)
     ties = tied_names(model)
-    rowwise = rowwise_weights(model, getattr(model, "tp_plan", None) or {})
+    rowwise = rowwise_weights(model, declared.plan)
 
     module, placement, stage_names, repeating = model, Placement(ranks=(0,)), [_names(model)], blocks(model)
     stretches: Sequence[nn.Module] = [model]
@@ -90,7 +96,8 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         repeating = blocks(model, layers)
         module = Chain(model, [stages[i] for i in placement.on(topology.pp_rank)])
         stretches = module.stretches()
-    apply_tensor_parallel(module, plan, topology.tp_mesh, sequence_parallel=settings.sequence_parallel)
+    sequence = settings.sequence_parallel
+    apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
     stages_here = placement.on(topology.pp_rank)
     zeros = [
@@ -116,7 +123,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         if loss_fn is not None and placement.stages > 1
         else None,
         rowwise=rowwise,
-        sequence_parallel=settings.sequence_parallel,
+        sequence_parallel=sequence,
         layers=kept,
     )
 
@@ -156,7 +163,7 @@ def _names(model: nn.Module, layers: Sequence[str] | None = None) -> set[str]:
 
 
 def _check_splits(
-    model: nn.Module, topology: Topology, settings: Settings, layers: Sequence[str] | None
+    model: nn.Module, declared: Declared, topology: Topology, settings: Settings, layers: Sequence[str] | None
 ) -> dict[str, str]:
     """Check that the model can be split as asked; return its expanded tensor-parallel plan."""
     degrees = topology.degrees
@@ -168,13 +175,17 @@ def _check_splits(
         raise ValueError(
             f"{given} {why}; use pp=1" if virtual == 1 else f"{given} {why}; use virtual_stages=1"
         )
-    declared = getattr(model, "tp_plan", None)
-    if degrees.tp > 1 and not declared:
+    if degrees.tp > 1 and not declared.plan:
         raise ValueError(f"tp({degrees.tp}) {no_plan(kind)}; use tp=1")
     if degrees.tp == 1:  # nothing is split, so the plan may have unknown styles
         return {}
-    plan = expand_plan(model, declared or {})
+    plan = expand_plan(model, declared.plan, declared.parts)
     check_plan(
-        model, plan, getattr(model, "tp_units", {}), degrees.tp, sequence_parallel=settings.sequence_parallel
+        model,
+        plan,
+        declared.units,
+        degrees.tp,
+        parts=declared.parts,
+        sequence_parallel=settings.sequence_parallel,
     )
     return plan

@@ -1,8 +1,9 @@
 """Tensor parallelism: a model's plan (module pattern -> style) applied with torch's DTensor styles.
 
-The styles are those of Hugging Face's `tp_plan`, and two more. `colwise_logits` is a head whose logits stay
+The styles are those of Hugging Face's `tp_plan`, and more. `colwise_logits` is a head whose logits stay
 split by vocabulary, so that no rank ever holds all of them (with torch's `loss_parallel`). `gather_input` is
 a module with several layers that take its input, which is then gathered once, and its gradient reduced once.
+Further, `per_head` is a norm with a row of weights for each head.
 
 With sequence parallelism (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
 Models") the ranks also split the sequence between the split layers: embeddings and row-wise layers return a
@@ -15,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -30,8 +31,20 @@ from torch.distributed.tensor.parallel import (
 )
 
 from parallel.experts import ExpertsParallel, check_experts
+from parallel.packed import PackedColwise, PerHead
+from parallel.plan_checks import check_fused, check_head_counts, check_whole_norms, class_plan, head_dim_of
 from parallel.ties import tied_names
-from parallel.tp_styles import STYLES, match_plan, module_division, sequence_refusal
+from parallel.tp_styles import (
+    STYLES,
+    Parts,
+    match_plan,
+    module_division,
+    part_sizes,
+    sequence_refusal,
+    unwrapped,
+    with_adapters,
+    with_parts,
+)
 
 DTENSOR_STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
     "colwise": lambda between: ColwiseParallel(input_layouts=between),
@@ -50,34 +63,97 @@ DTENSOR_STYLES: dict[str, Callable[[Placement], ParallelStyle]] = {
     "sequence_parallel": lambda _: SequenceParallel(sequence_dim=-2, use_local_output=True),
     # A norm over each head: the features are whole, and the heads, in the dim before them, are split.
     "replicated_with_grad_allreduce": lambda _: SequenceParallel(sequence_dim=-2, use_local_output=True),
+    "per_head": lambda _: PerHead(),
 }
 """DTensor style of each style of modules, given the placement of activations between the split layers."""
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"), (nn.Linear,)),
-    "colwise_logits": (nn.Linear,),
+    **dict.fromkeys(("colwise_logits", "packed_colwise"), (nn.Linear,)),
     "embedding_rowwise": (nn.Embedding,),
 }
 """Modules that torch's styles can split."""
 
 
-def expand_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+class Declared(NamedTuple):
+    """A model's own declarations of how it is split, by patterns of names in that model."""
+
+    plan: dict[str, str]
+    units: dict[str, int]
+    parts: dict[str, Parts]
+
+
+def declared_splits(model: nn.Module) -> Declared:
+    """Return a model's `tp_plan`, `tp_units` and `tp_parts`.
+
+    A wrapper that passes on the attributes of the model in it, as `peft`'s does, has the same; their names
+    get the wrapper's prefix.
+    """
+    found: list[dict[str, Any]] = []
+    for attribute in ("tp_plan", "tp_units", "tp_parts"):
+        given = getattr(model, attribute, None) or {}
+        owner = next((name for name, m in model.named_modules() if _own(m, attribute) == given), "")
+        found.append({f"{owner}.{pattern}" if owner else pattern: v for pattern, v in given.items()})
+    return Declared(*found)
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """Return an attribute that `__getattr__` doesn't pass on from another object; None without one."""
+    try:
+        return object.__getattribute__(module, name)
+    except AttributeError:
+        return None
+
+
+def expand_plan(
+    model: nn.Module, plan: Mapping[str, str], parts: Mapping[str, Parts] | None = None
+) -> dict[str, str]:
     """Return the style of every module, or parameter of experts, that a pattern of the plan names.
 
+    A pattern of a library's class may name modules that a config doesn't build; it has no effect. Layers
+    with several `parts` (pattern -> number or sizes) are `packed_colwise` if the plan says `colwise`.
+
     Raises:
-        ValueError: a pattern names no module, or a style is unknown.
+        ValueError: another pattern names no module, or a style is unknown.
     """
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    of_class = class_plan(model)
     expanded: dict[str, str] = {}
     for pattern, matches in match_plan(plan, modules, parameters).items():
         style = plan[pattern]
+        if not matches and of_class.get(pattern) == style:
+            continue
         if style not in STYLES:
             raise ValueError(f"tp_plan[{pattern!r}] is {style!r}; expected one of {', '.join(STYLES)}")
         if not matches:
             raise ValueError(f"tp_plan names {pattern!r}, but {type(model).__name__} has no such module")
         expanded |= dict.fromkeys(matches, style)
-    return expanded
+    for pattern, found in match_plan(parts or {}, modules, []).items():
+        if not found:
+            raise ValueError(f"tp_parts names {pattern!r}, but {type(model).__name__} has no such module")
+    expanded = with_parts(with_adapters(expanded, modules, parameters), parts or {})
+    return expanded | _rows_per_head(model, expanded)
+
+
+def _rows_per_head(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Return the style of modules that the plan leaves out, but whose weights have a row for each split head.
+
+    Such a norm after a column-wise projection can only be meant so: a rank has as many rows as heads.
+    """
+    found: dict[str, str] = {}
+    for name, style in plan.items():
+        head = head_dim_of(model, name) if style == "colwise" and _has(model, name) else 1
+        layer = model.get_submodule(name) if head > 1 else None
+        if not isinstance(layer, nn.Linear):
+            continue
+        owner = unwrapped(name).rpartition(".")[0]
+        for child, module in model.get_submodule(owner).named_children():
+            shapes = {tuple(parameter.shape) for parameter in module.parameters()}
+            key = f"{owner}.{child}" if owner else child
+            if shapes == {(layer.out_features // head, head)} and key not in plan:
+                found[key] = "per_head"
+    return found
 
 
 def check_plan(
@@ -86,13 +162,15 @@ def check_plan(
     units: Mapping[str, int],
     degree: int,
     *,
+    parts: Mapping[str, Parts] | None = None,
     sequence_parallel: bool = False,
 ) -> None:
     """Check that an expanded plan's styles suit their layers, and that `degree` divides the dims they cut.
 
     `units` (pattern -> number) gives the number of indivisible parts of a layer's dim, where that isn't its
     size: attention heads. For other layers the parent's `head_dim` decides, as in Hugging Face's attention.
-    Embeddings and logits may be cut unevenly, linear layers between them may not.
+    Embeddings and logits may be cut unevenly, linear layers between them may not. `parts` are those of fused
+    projections, see `expand_plan`.
 
     Raises:
         ValueError: naming the layer, the size and the degree.
@@ -109,11 +187,18 @@ def check_plan(
                 f"{name} is a {type(module).__name__}, which the style {style!r} can't split; "
                 f"expected {expected}"
             )
-        if not isinstance(module, nn.Linear):
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) and style != "per_head":
             continue
-        division = module_division(name, style, module.weight.shape, units, _head_dim(model, name))
+        head = 1 if style == "per_head" else head_dim_of(model, name)
+        assert isinstance(weight, Tensor), name
+        division = module_division(name, style, weight.shape, units, head, parts)
         if division is not None and (why := division.refusal(degree)) is not None:
             raise ValueError(f"tp({degree}) {why}; choose a tp that does")
+    check_fused(model, plan, parts or {})
+    check_head_counts(model, plan, units)
+    if not sequence_parallel:
+        check_whole_norms(model, plan)
     why = sequence_refusal(type(model).__name__, set(plan.values())) if sequence_parallel else None
     if why is not None:
         raise ValueError(why)
@@ -128,10 +213,11 @@ def units_by_head(model: nn.Module, plan: Mapping[str, str], units: Mapping[str,
     for name, style in plan.items():
         if not _has(model, name) or any(fnmatchcase(name, p) for p in units):
             continue
-        head, module = _head_dim(model, name), model.get_submodule(name)
+        head, module = head_dim_of(model, name), model.get_submodule(name)
         if head != 1 and isinstance(module, nn.Linear):
-            division = module_division(name, style, module.weight.shape, {}, head)
-            found |= {} if division is None else {name: division.parts}
+            dim = 0 if style == "packed_colwise" else STYLES[style].dim
+            even = style == "packed_colwise" or STYLES[style].even
+            found |= {} if dim is None or not even else {name: module.weight.shape[dim] // head}
     return found
 
 
@@ -159,7 +245,12 @@ def rowwise_weights(model: nn.Module, plan: Mapping[str, str]) -> set[str]:
 
 
 def apply_tensor_parallel(
-    model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, *, sequence_parallel: bool = False
+    model: nn.Module,
+    plan: Mapping[str, str],
+    mesh: DeviceMesh,
+    parts: Mapping[str, Parts] | None = None,
+    *,
+    sequence_parallel: bool = False,
 ) -> None:
     """Split the modules of an expanded plan over `mesh`, in place; all others are replicated.
 
@@ -185,8 +276,14 @@ def apply_tensor_parallel(
             continue
         # A layer below `gather_input` has a whole input. Declared as split, it would reduce the gradient
         # alone.
-        gathered = style == "colwise" and name.startswith(gathering)
-        present[name] = DTENSOR_STYLES[style](Replicate() if gathered else between)
+        gathered = style in ("colwise", "packed_colwise") and name.startswith(gathering)
+        layout = Replicate() if gathered else between
+        if style == "packed_colwise":
+            weight = model.get_submodule(name).get_parameter("weight")
+            sizes = part_sizes(name, weight.shape[0], parts or {})
+            present[name] = PackedColwise(sizes, layout)
+        else:
+            present[name] = DTENSOR_STYLES[style](layout)
         if sequence_parallel and style == "embedding_rowwise":
             model.get_submodule(name).register_forward_pre_hook(partial(_check_ids, mesh.size()))
     parallelize_module(model, mesh, present)
@@ -199,12 +296,6 @@ def apply_tensor_parallel(
 
 def _check_ids(degree: int, _: nn.Module, args: tuple[Any, ...]) -> None:
     check_sequence(args[0].shape, degree)
-
-
-def _head_dim(model: nn.Module, name: str) -> int:
-    """Return the `head_dim` of a module's parent, 1 if it has none."""
-    size: int = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", 1)
-    return size
 
 
 def _has(model: nn.Module, name: str) -> bool:

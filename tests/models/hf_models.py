@@ -26,6 +26,17 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 16,
 }
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere": ("Cohere", ENDS),
+    "gpt_neox": ("GPTNeoX", ENDS),
+    "nemotron_h": ("NemotronH", ENDS),
+    "phi3": ("Phi3", ENDS),
+    "qwen2_moe": ("Qwen2Moe", MOE | {"num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", MOE | {"num_experts_per_tok": 2, "head_dim": 4}),
+}
+"""Prefix of the library's classes, and options besides `SIZES`, of further causal models."""
 ADAM = {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01}
 
 
@@ -48,6 +59,11 @@ def make(kind: str, **options: Any) -> nn.Module:
             return hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | options)))
         if kind == "qwen3":
             return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=4))
+        if kind in OTHERS:
+            family, given = OTHERS[kind]
+            config = getattr(hf, f"{family}Config")(**(SIZES | given | options))
+            other: nn.Module = getattr(hf, f"{family}ForCausalLM")(config)
+            return other
         assert kind == "mixtral", kind
         experts = {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": None}
         return hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, **experts))

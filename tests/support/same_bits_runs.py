@@ -63,7 +63,7 @@ class Run:
 
 
 ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}}
-LION = {"type": "Lion", "params": {"lr": 0.002, "weight_decay": 0.1}}
+LION = {"type": "Lion", "params": {"lr": 0.002, "betas": [0.9, 0.99], "weight_decay": 0.1}}
 MUON = {"type": "Muon", "params": {"muon_lr": 0.02, "adam_lr": 0.01, "weight_decay": 0.1}}
 WARMUP = {"warmup_num_steps": 3, "warmup_min_ratio": 0.2, "warmup_type": "linear"}
 COSINE = {"type": "WarmupCosineLR", "params": WARMUP | {"total_num_steps": 20, "cos_min_ratio": 0.1}}

@@ -18,7 +18,7 @@ from torch import nn
 
 import ckpt
 from parallel.stages import layer_costs
-from parallel.tensor import check_plan, expand_plan, units_by_head
+from parallel.tensor import Declared, check_plan, declared_splits, expand_plan, units_by_head
 from uni3d.export import hugging_face
 
 
@@ -26,7 +26,8 @@ def declared(model: nn.Module) -> dict[str, Any]:
     """Return the manifest's `model.declared`: the model's class, and its description as far as it has one.
 
     From attributes of the model, as `parallel.build` reads them: `pipeline_layers` (names), `pipeline_costs`
-    (a number for each), `num_stages`, `tp_plan` (pattern -> style) and `tp_units` (pattern -> number).
+    (a number for each), `num_stages`, `tp_plan` (pattern -> style), `tp_units` (pattern -> number) and
+    `tp_parts` (pattern -> number or sizes).
     Derived from its modules: `loss_fn`, true if there is one; `layer_flops`, the cost of each layer when
     stages are cut by flops; further `tp_units`, by name, of layers with a `head_dim`; and `tp_refused`, the
     reason why no tensor-parallel degree suits the plan. `uni3d.export.hugging_face` reads `hugging_face`.
@@ -42,25 +43,28 @@ def declared(model: nn.Module) -> dict[str, Any]:
             said["pipeline_costs"] = list(costs)
         if (stages := getattr(model, "num_stages", None)) is not None:
             said["num_stages"] = int(stages)
-    if plan := getattr(model, "tp_plan", None):
-        said["tp_plan"] = {str(pattern): str(style) for pattern, style in plan.items()}
-        said |= _tensor_parallel(model, said["tp_plan"], getattr(model, "tp_units", {}))
+    if (splits := declared_splits(model)).plan:
+        said["tp_plan"] = {str(pattern): str(style) for pattern, style in splits.plan.items()}
+        said |= _tensor_parallel(model, splits)
     if (form := _hugging_face(model)) is not None:
         said["hugging_face"] = form
     return said
 
 
-def _tensor_parallel(model: nn.Module, plan: dict[str, str], units: dict[str, int]) -> dict[str, Any]:
-    """Return `tp_units` and `tp_refused` for a tensor-parallel plan."""
+def _tensor_parallel(model: nn.Module, splits: Declared) -> dict[str, Any]:
+    """Return `tp_units`, `tp_parts` and `tp_refused` for a tensor-parallel plan, and what it leaves out."""
     said: dict[str, Any] = {}
-    units = {str(pattern): int(number) for pattern, number in units.items()}
+    units = {str(pattern): int(number) for pattern, number in splits.units.items()}
+    parts = {str(p): n if isinstance(n, int) else [int(size) for size in n] for p, n in splits.parts.items()}
     try:
-        expanded = expand_plan(model, plan)
-        check_plan(model, expanded, units, 1)
+        expanded = expand_plan(model, splits.plan, parts)
+        check_plan(model, expanded, units, 1, parts=parts)
         units |= units_by_head(model, expanded, units)
+        rows = {name: style for name, style in expanded.items() if style == "per_head"}
+        said |= {"tp_plan": splits.plan | rows} if rows else {}
     except ValueError as error:  # no reason to stop a run with tp=1
         said["tp_refused"] = str(error)
-    return said | ({"tp_units": units} if units else {})
+    return said | ({"tp_units": units} if units else {}) | ({"tp_parts": parts} if parts else {})
 
 
 def _hugging_face(model: nn.Module) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@
     deepspeed_differences           differences from DeepSpeed for a given config
     settings                        the config as `parallel.Settings`
     strict                          validation, and its error messages
+    forms                           other forms of a value that DeepSpeed accepts
 
 No key is ignored silently: an unknown one is an error that names the nearest known key.
 """
@@ -15,11 +16,12 @@ No key is ignored silently: an unknown one is an error that names the nearest kn
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from uni3d.config.batch import BatchSizes, BatchTriad, batch_triad
 from uni3d.config.deepspeed_keys import sift
@@ -44,6 +46,15 @@ from uni3d.config.strict import ConfigError, unique_keys, validate
 __all__ = ["BatchTriad", "Config", "FP16Config", "batch_triad", "load_config"]
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _never_if_infinite(value: object) -> object:
+    """Read infinity, which Hugging Face's Accelerate writes, as null."""
+    return None if value == math.inf else value
+
+
 class Config(BatchSizes):
     """A validated config. What depends on the number of processes is checked later (see `batch_triad`)."""
 
@@ -51,7 +62,7 @@ class Config(BatchSizes):
     """Maximum norm of all gradients together; 0 disables clipping."""
     seed: int = Field(default=42, ge=0)
     """Seed of the data order, of dropout, and of the initial weights of a model on the meta device."""
-    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    communication_data_type: Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator(_lower)] = None
     """Type in which gradients are reduced over ranks; fp32 by default, at any precision."""
     parallel: ParallelConfig = ParallelConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
@@ -61,8 +72,8 @@ class Config(BatchSizes):
     data_types: DataTypesConfig = DataTypesConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     compile: CompileConfig = CompileConfig()
-    steps_per_print: int | None = Field(default=10, gt=0)
-    """Print a line every N steps; null never prints. By default also after 30 s without a line."""
+    steps_per_print: Annotated[int | None, BeforeValidator(_never_if_infinite)] = Field(default=10, gt=0)
+    """Print a line every N steps; null or infinity prints none. By default also after 30 s without one."""
     wall_clock_breakdown: bool = False
     """Follow that line by a breakdown of the time; every 10 steps if steps_per_print is null."""
     tensorboard: TensorBoardConfig = TensorBoardConfig()
@@ -121,16 +132,21 @@ def load_config(config: str | Path | Mapping[str, Any]) -> Config:
         try:
             read[key] = reader(rest.pop(key, None))
         except ConfigError as error:
-            problems += error.problems
+            problems += _not_among(problems, error.problems)
     try:
         checked = validate(Config, rest | read)
     except ConfigError as error:
-        seen = [problem.split()[0] for problem in problems]  # a problem begins with the key that it is about
-        problems += [problem for problem in error.problems if problem.split()[0] not in seen]
+        problems += _not_among(problems, error.problems)
     if problems:
         raise ConfigError(problems)
     checked._without_meaning = without_meaning
     return checked
+
+
+def _not_among(problems: list[str], more: list[str]) -> list[str]:
+    """Return the further problems of keys that have none yet; each begins with its key."""
+    seen = {problem.split()[0] for problem in problems} - {"unknown"}
+    return [problem for problem in more if problem.split()[0] not in seen]
 
 
 def _read(path: str | Path) -> Any:

@@ -90,6 +90,8 @@ def _precision(config: Config) -> Iterator[tuple[str, str]]:
         "an overflow at min_loss_scale is an error on all ranks; a loss given as a sum is also divided by "
         "about its number of terms before the backward pass",
     )
+    if config.zero_optimization.stage == 0 and config.fp16.loss_scale == 0 and config.fp16.hysteresis > 1:
+        yield "fp16.hysteresis", "holds at every ZeRO stage; DeepSpeed ignores it at stage 0"
 
 
 def _optimizer(config: Config) -> Iterator[tuple[str, str]]:

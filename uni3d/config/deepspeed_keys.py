@@ -8,9 +8,10 @@ few are other names for our keys: they are *read as* those.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from uni3d.config.forms import as_boolean, as_integer, as_json
 
 _OTHER_DATA = "it changes the samples of a step; select them in training_data"
 _INSIDE = "it replaces modules of the model; do so before initialize"
@@ -106,6 +107,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Values of refused keys that ask for the default behavior. null, false and `enabled` false always do."""
 
+CONVERTED = {"zero_optimization", "fp16", "bf16", "tensor_parallel", "compile"} | {
+    *("comet", "comms_logger", "hybrid_engine"),
+}
+"""Sections in which DeepSpeed converts the texts of numbers and booleans."""
+
+AUTO_IS_DEFAULT = (
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.param_persistence_threshold",
+)
+"""Keys whose "auto" may be left out: it changes no numbers, and DeepSpeed drops it too."""
+
+OFF_BY_DEFAULT = {
+    *("amp", "torch_autocast", "comet", "comms_logger", "hybrid_engine", "autotuning", "elasticity"),
+    *("nebula", "data_efficiency", "curriculum_learning", "progressive_layer_drop", "eigenvalue"),
+}
+"""Sections that DeepSpeed ignores unless they have `enabled` true."""
+
 OFF_BY_FALSE_ONLY = {
     "bf16.check_grad_overflow",
     "managed_gradient_accumulation",
@@ -167,6 +185,7 @@ NO_MEANING: dict[str, str] = {
     "prescale_gradients": "gradients are summed in communication_data_type and then divided",
     "gradient_predivide_factor": "gradients are summed in communication_data_type and then divided",
     "disable_allgather": _BY_LAYER,
+    "allgather_size": _BY_LAYER,
     "seq_parallel_communication_data_type": "Ulysses sequence parallelism isn't supported",
     "vocabulary_size": "it only enables a check of alignment",
     "log_level": "use Python's logging",
@@ -229,14 +248,14 @@ def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
 
 def sift(values: Mapping[str, Any]) -> Sifted:
     """Return a copy of a config without the DeepSpeed keys that uni3d doesn't have."""
-    left = copy.deepcopy(dict(values))
+    left: dict[str, Any] = as_json(values)
     problems: list[str] = []
     without_meaning: dict[str, str] = {}
-    if isinstance(left.get("zero_optimization"), bool):
-        problems.append(
-            f"zero_optimization is {left.pop('zero_optimization')!r}, a deprecated form; "
-            'expected {"stage": 0}, 1, 2 or 3'
-        )
+    _open_booleans(left)
+    for key in AUTO_IS_DEFAULT:
+        for value in _take(left, key):
+            if value != "auto":
+                _put(left, key, value, key)
     for key, target in READ_AS.items():
         for value in _take(left, key):
             problems += _put(left, key, value, target)
@@ -249,10 +268,20 @@ def sift(values: Mapping[str, Any]) -> Sifted:
             if value is not None:
                 without_meaning[key] = reason
     for section in ("tensor_parallel", "pipeline"):  # all their known keys have been removed
-        if left.get(section) == {}:
+        if section in left and left[section] in ({}, None):
             del left[section]
     problems += _autos(left)
     return Sifted(left, problems, without_meaning)
+
+
+def _open_booleans(values: dict[str, Any]) -> None:
+    """Replace the booleans that stand for a section by that section."""
+    if isinstance(enabled := values.get("zero_optimization"), bool):
+        values["zero_optimization"] = {"stage": int(enabled)}
+    zero = values.get("zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and isinstance(enabled := zero.get(key), bool):
+            zero[key] = {"device": "cpu" if enabled else "none"}
 
 
 def _take(values: dict[str, Any], key: str) -> Iterator[Any]:
@@ -268,19 +297,23 @@ def _take(values: dict[str, Any], key: str) -> Iterator[Any]:
 
 
 def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]:
-    """Set the key that `key` is read as, and return the problems with it."""
-    if key.startswith("zero_optimization.cpu_offload"):
-        if not isinstance(value, bool):
-            return [f"{key} is {value!r}: expected true or false"]
-        value = {"device": "cpu" if value else "none"}
-    if key == "tensor_parallel.autotp_size" and value in (0, 1):  # disabled
+    """Set the key that `key` is read as, and return the problems with it; null isn't given."""
+    if value is None:
         return []
+    if key.startswith("zero_optimization.cpu_offload"):
+        if not isinstance(on := as_boolean(value), bool):
+            return [f"{key} is {value!r}: expected true or false"]
+        value = {"device": "cpu" if on else "none"}
+    if key == "tensor_parallel.autotp_size":
+        value = as_integer(value)
+        if value in (0, 1):  # disabled
+            return []
     *sections, last = target.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             return []  # the section itself is reported
-    if last in values and values[last] != value:
+    if values.get(last) is not None and values[last] != value:
         return [f"{key} is {value!r}, but {target}, which means the same, is {values[last]!r}; give one"]
     values[last] = value
     return []
@@ -288,11 +321,26 @@ def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]
 
 def _is_off(key: str, value: Any) -> bool:
     """Return whether the value of a refused key turns it off."""
-    if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL.get(key, ())):
-        return True
+    converted = key.split(".")[0] in CONVERTED
     if isinstance(value, dict):
-        return not value or value.get("enabled", True) is False
-    return value is None or (value is False and key not in OFF_BY_FALSE_ONLY)
+        enabled = value.get("enabled", key not in OFF_BY_DEFAULT)
+        return not value or (as_boolean(enabled) if converted else enabled) in (None, False)
+    neutral = NEUTRAL.get(key, ())
+    is_number = any(type(wanted) in (int, float) for wanted in neutral)
+    if converted:
+        value = as_integer(value) if is_number else as_boolean(value)
+    if isinstance(value, str):
+        value = value.lower()  # as DeepSpeed does
+    if value is None or any(_same(value, wanted) for wanted in neutral):
+        return True
+    if key in OFF_BY_FALSE_ONLY:
+        return False
+    return value is False or (_same(value, 0) and not is_number)
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    """Return whether two values are equal, where true isn't 1 unless true is wanted."""
+    return bool(value == wanted) and (isinstance(wanted, bool) or not isinstance(value, bool))
 
 
 def _autos(values: Mapping[str, Any], within: str = "") -> Iterator[str]:

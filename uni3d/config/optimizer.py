@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 import uni3d.config.torch_optimizers as torch_optim
 from uni3d.config.strict import ConfigError, Strict, named_section, unknown, validate
@@ -48,6 +48,21 @@ class OptimizerConfig(Strict):
         return self.params.model_dump()
 
 
+def _corrects(value: object) -> object:
+    if value is False:
+        raise ValueError(
+            "torch's Adam and AdamW always correct the bias of their averages; leave it out, or pass an "
+            "optimizer that doesn't to initialize"
+        )
+    return value
+
+
+def _are_fp32(value: object) -> object:
+    if value is False:
+        raise ValueError("parameters and their states are always fp32; leave it out")
+    return value
+
+
 class AdamParams(Strict):
     """Parameters of DeepSpeed's Adam and AdamW."""
 
@@ -61,10 +76,10 @@ class AdamParams(Strict):
     """Decoupled weight decay; as in DeepSpeed, "Adam" is AdamW unless this is false."""
     torch_adam: bool = False
     """The implementation is always torch's; this only sets the default of `weight_decay`."""
-    bias_correction: Literal[True] = True
+    bias_correction: Annotated[Literal[True], BeforeValidator(_corrects)] = True
     set_grad_none: bool = True
     """Accepted for compatibility: gradients are always set to None after a step."""
-    fp32_optimizer_states: Literal[True] = True
+    fp32_optimizer_states: Annotated[Literal[True], BeforeValidator(_are_fp32)] = True
 
 
 class AdamConfig(OptimizerConfig):
@@ -91,9 +106,14 @@ class AdamConfig(OptimizerConfig):
 
 
 class LionParams(Strict):
+    """Parameters of DeepSpeed's Lion."""
+
     lr: float = Field(default=1e-3, ge=0)
-    betas: Betas = (0.9, 0.99)
+    betas: Betas = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
+    set_grad_none: bool = True
+    """Accepted for compatibility: gradients are always set to None after a step."""
+    fp32_optimizer_states: Annotated[Literal[True], BeforeValidator(_are_fp32)] = True
 
 
 class LionConfig(OptimizerConfig):
@@ -103,6 +123,10 @@ class LionConfig(OptimizerConfig):
     @property
     def implementation(self) -> str:
         return "uni3d.optim.lion.Lion"
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return self.params.model_dump(include={"lr", "betas", "weight_decay"})
 
 
 class MuonParams(Strict):

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from uni3d.config.strict import Strict
+from uni3d.config.forms import DTYPES
+from uni3d.config.strict import DeepSpeedSection, Strict
 
 
 class ParallelConfig(Strict):
@@ -30,11 +31,9 @@ class ParallelConfig(Strict):
     """Megatron's sequence parallelism: split the sequence where tensor parallelism doesn't split features."""
 
 
-def _not_a_boolean(value: object) -> object:
-    """Refuse booleans: True equals 1, so `Literal[1]` would accept it."""
-    if isinstance(value, bool):
-        raise ValueError("expected 0, 1, 2 or 3")
-    return value
+def _stage(value: object) -> object:
+    """Read booleans as DeepSpeed does: true is stage 1."""
+    return int(value) if isinstance(value, bool) else value
 
 
 def _not_nvme(value: object) -> object:
@@ -43,35 +42,28 @@ def _not_nvme(value: object) -> object:
     return value
 
 
-def _whole_number(value: object) -> object:
-    """Accept 1e5, which is a float in JSON."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-class OffloadConfig(Strict):
+class OffloadConfig(DeepSpeedSection):
     """Target of offloading."""
 
     device: Annotated[Literal["none", "cpu"], BeforeValidator(_not_nvme)] = "none"
     """"cpu" offloads to host memory; "none" keeps everything on the GPU."""
 
 
-class ZeroConfig(Strict):
+class ZeroConfig(DeepSpeedSection):
     """ZeRO: sharding over the data-parallel ranks (see `parallel.zero`)."""
 
-    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_not_a_boolean)] = 0
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_stage)] = 0
     """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters; with any pp and tp."""
     offload_optimizer: OffloadConfig | None = None
     """Offload optimizer states with their sharded parameters and gradients; needs stage 1, 2 or 3."""
     offload_param: OffloadConfig | None = None
     """Same as `offload_optimizer`, for stage 3."""
-    stage3_param_persistence_threshold: Annotated[int, BeforeValidator(_whole_number)] = Field(
-        default=0, ge=0
-    )
+    stage3_param_persistence_threshold: int = Field(default=0, ge=0)
     """At stage 3, keep layers with fewer elements than this gathered between forward and backward."""
-    zero_hpz_partition_size: int = Field(default=1, ge=1)
-    """Shard within groups of this many ranks, and replicate between groups; 1 shards over all ranks."""
-    mics_shard_size: int = -1
-    """Same as `zero_hpz_partition_size`; -1 shards over all ranks."""
+    zero_hpz_partition_size: int = Field(default=1, ge=0)
+    """Shard within groups of this many ranks, and replicate between groups; 0 or 1 shards over all ranks."""
+    mics_shard_size: int = Field(default=-1, ge=-1)
+    """Same as `zero_hpz_partition_size`; 0 or -1 shards over all ranks."""
 
     @property
     def offload(self) -> bool:
@@ -91,8 +83,6 @@ class ZeroConfig(Strict):
             raise ValueError(f"offload_param needs stage 3, which shards parameters; stage is {self.stage}")
         if self.offload and self.stage == 0:
             raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 shards nothing")
-        if self.mics_shard_size != -1 and self.mics_shard_size < 1:
-            raise ValueError("mics_shard_size must be a number of ranks, or -1 for all")
         sizes = (self.zero_hpz_partition_size, self.mics_shard_size)
         if sizes[0] > 1 and sizes[1] > 0 and sizes[0] != sizes[1]:
             raise ValueError(
@@ -126,7 +116,7 @@ class CheckpointConfig(Strict):
         return self
 
 
-class FP16Config(Strict):
+class FP16Config(DeepSpeedSection):
     """Compute in fp16 with loss scaling (see `uni3d.optim.loss_scale`). Parameters and states stay fp32."""
 
     enabled: bool = False
@@ -134,18 +124,23 @@ class FP16Config(Strict):
     """Static loss scale; 0 scales dynamically."""
     initial_scale_power: int = Field(default=16, ge=0, le=127)
     """Initial dynamic scale, as a power of 2."""
-    loss_scale_window: int = Field(default=1000, gt=0)
-    """Steps without an overflow after which the scale is doubled."""
-    hysteresis: int = Field(default=2, gt=0)
+    loss_scale_window: int = 1000
+    """Steps without an overflow before one that doubles the scale, as DeepSpeed counts."""
+    hysteresis: int = 2
     """Overflows after which the scale is halved."""
     consecutive_hysteresis: bool = False
     """Count only consecutive overflows."""
-    min_loss_scale: float = Field(default=1.0, gt=0)
+    min_loss_scale: float = 1.0
     """Minimum scale; an overflow at it is an error."""
 
     @model_validator(mode="after")
-    def _begins_above_the_least(self) -> FP16Config:
-        if self.loss_scale == 0 and self.min_loss_scale > 2.0**self.initial_scale_power:
+    def _can_scale(self) -> FP16Config:
+        if not self.enabled or self.loss_scale > 0:  # the rest isn't used, and DeepSpeed doesn't check it
+            return self
+        for key in ("loss_scale_window", "hysteresis", "min_loss_scale"):
+            if (value := getattr(self, key)) <= 0:
+                raise ValueError(f"{key}({value:g}) should be greater than 0 if the loss scale is dynamic")
+        if self.min_loss_scale > 2.0**self.initial_scale_power:
             raise ValueError(
                 f"min_loss_scale({self.min_loss_scale:g}) is above the initial scale, "
                 f"2 ** initial_scale_power({self.initial_scale_power})"
@@ -153,16 +148,20 @@ class FP16Config(Strict):
         return self
 
 
-class BF16Config(Strict):
+class BF16Config(DeepSpeedSection):
     """Compute in bf16. Parameters and their states stay fp32."""
 
     enabled: bool = False
 
 
+def _dtype(value: object) -> object:
+    return DTYPES.get(value, value) if isinstance(value, str) else value
+
+
 class DataTypesConfig(Strict):
     """Types other than that of the computation."""
 
-    grad_accum_dtype: Literal["fp32"] | None = None
+    grad_accum_dtype: Annotated[Literal["fp32"] | None, BeforeValidator(_dtype)] = None
     """Type of gradient accumulation: fp32, or at ZeRO stages 0 and 1 `communication_data_type`."""
 
 
@@ -181,7 +180,7 @@ class ActivationCheckpointingConfig(Strict):
         return self
 
 
-class CompileConfig(Strict):
+class CompileConfig(DeepSpeedSection):
     """`torch.compile` of each layer."""
 
     enabled: bool = False
@@ -193,7 +192,7 @@ class CompileConfig(Strict):
     """Argument of `torch.compile`."""
 
 
-class _Files(Strict):
+class _Files(DeepSpeedSection):
     enabled: bool = False
     output_path: str = ""
     """Parent of the job's folder; the current folder by default."""
@@ -209,7 +208,7 @@ class CsvMonitorConfig(_Files):
     """Log to CSV files, one per curve."""
 
 
-class WandbConfig(Strict):
+class WandbConfig(DeepSpeedSection):
     """Log to Weights & Biases; needs the package `wandb`."""
 
     enabled: bool = False

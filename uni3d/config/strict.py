@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from uni3d.config.forms import plain
 
 
 class Strict(BaseModel):
-    """A frozen section. Unknown keys, wrong types, NaN and infinity are errors."""
+    """A frozen section. Unknown keys, wrong types, NaN and infinity are errors.
+
+    Whole floats are integers where integers are meant, and 0 and 1 booleans. A section that is null isn't
+    given.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    converts_text: ClassVar[bool] = False
+    """True if DeepSpeed converts the texts of numbers and booleans in this section."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_forms(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        known = {key: field.annotation for key, field in cls.model_fields.items()}
+        return {
+            key: plain(value, known[key], text=cls.converts_text) if key in known else value
+            for key, value in values.items()
+            if value is not None or not sections_of(known.get(key))
+        }
+
+
+class DeepSpeedSection(Strict):
+    """A section in which DeepSpeed converts the texts of numbers and booleans."""
+
+    converts_text: ClassVar[bool] = True
 
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -48,6 +74,8 @@ def validate(section: type[Section], values: object, within: str = "") -> Sectio
                 problems.append(f"{key} is missing")
                 continue
             message = e["msg"].removeprefix("Value error, ")
+            if e["type"] == "model_type":
+                message = "expected an object, {...}"
             if e["type"] == "value_error" and isinstance(
                 e["input"], Mapping
             ):  # keys that contradict each other
@@ -97,12 +125,14 @@ def _full_key(section: type[BaseModel], location: Sequence[str | int], within: s
 
 
 def named_section(key: str, section: object, example: str) -> dict[str, Any] | None:
-    """Check that a section has the form {"type": ..., "params": {...}}; None if it isn't given.
+    """Check that a section has the form {"type": ..., "params": {...}}; None if it names nothing.
 
     Raises:
         ConfigError: it isn't an object with a "type"; the message shows the form, with the type `example`.
     """
-    if section is None:
+    untyped = {"type": None}
+    nothing: list[object] = [None, {}, untyped, {**untyped, "params": None}, {**untyped, "params": {}}]
+    if section in nothing:
         return None
     if not isinstance(section, Mapping) or not isinstance(section.get("type"), str):
         raise ConfigError([f'{key} is {section!r}: expected {{"type": "{example}", "params": {{}}}}'])

@@ -66,11 +66,12 @@ def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:
     if peak is None and config.optimizer is not None:
         peak = config.optimizer.hyperparameters.get("lr")
     rates = saved.get("base_lrs", [])
+    given = list(peak) if isinstance(peak, tuple) else [peak] * len(rates)
     changed = peak is not None and peak not in rates  # groups may have rates of their own
     return GivenScheduler(
         type=config.scheduler.type,
         keys={*saved, "lr_lambdas"},
-        state={"base_lrs": [peak] * len(rates) if changed else rates} if rates else {},
+        state={"base_lrs": given if changed else rates} if rates else {},
     )
 
 

@@ -211,7 +211,8 @@ class Fitter:
 
 def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:
     """Return why a config refuses this ZeRO stage, or None if it doesn't."""
-    zero = {**(values.get("zero_optimization") or {}), "stage": stage}
+    given = values.get("zero_optimization")  # an object, or a boolean or null for one
+    zero = {**(given if isinstance(given, Mapping) else {}), "stage": stage}
     try:
         load_config({**values, "zero_optimization": zero})
     except ValueError as error:

@@ -68,10 +68,27 @@ def loss_of(model: ParallelModel, batch: Any) -> Loss:
         output = model.module(**batch)
     else:
         output = model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
-    loss = getattr(output, "loss", output)
+    return Loss.of(loss_in(output))
+
+
+def loss_in(output: Any) -> Any:
+    """Return the loss in a model's output: its `.loss`, a mapping's "loss", or the output itself.
+
+    Raises:
+        ValueError: there is none, or it is None.
+    """
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        if "loss" not in output:
+            raise ValueError(f"the {kind} has no loss")
+        loss = output["loss"]
+    elif isinstance(output, Tensor | tuple) or hasattr(output, "loss"):
+        loss = getattr(output, "loss", output)
+    else:
+        raise ValueError(f"expected a loss, or an output with a .loss; got a {kind}")
     if loss is None:
-        raise ValueError(f"the loss of the {type(output).__name__} is None; does the batch have labels?")
-    return Loss.of(loss)
+        raise ValueError(f"the loss of the {kind} is None; does the batch have labels?")
+    return loss
 
 
 def on_device(values: Any, device: torch.device) -> Any:

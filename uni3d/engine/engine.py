@@ -21,7 +21,7 @@ from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
-from uni3d.engine.batches import on_device, random_state
+from uni3d.engine.batches import loss_in, on_device, random_state
 from uni3d.engine.data_loader import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches
@@ -173,16 +173,16 @@ class Engine:
 
     __call__ = forward
 
-    def backward(
-        self, loss: Tensor | tuple[Tensor, Tensor], retain_graph: bool = False, scale_wrt_gas: bool = True
-    ) -> Tensor:
+    def backward(self, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Accumulate gradients of one micro batch's loss: its mean, or its sum and the number of its terms.
 
-        Returns the mean. It and the gradient are divided by the micro batches per step unless `scale_wrt_gas`
-        is false. Inside `no_sync`, a mean isn't one more micro batch of the step.
+        An output that has it as `.loss` or `["loss"]` will do. Returns the mean. It and the gradient are
+        divided by the micro batches per step unless `scale_wrt_gas` is false. Inside `no_sync`, a mean isn't
+        one more micro batch of the step.
         """
         self._micro.check_whole("backward")
         self._check_optimizer("backward")
+        loss = loss_in(loss)
         value = Loss.of(loss)
         steps = self.triad.accumulation
         mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)

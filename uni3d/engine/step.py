@@ -140,7 +140,7 @@ class Stepper:
         model.zero.reshard()  # a forward pass after the last backward has gathered the parameters again
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
         model.scalars.sum()
-        model.replicas.check()
+        model.replicas.check(loss)
         model.tied.sum()
         #    A failed background save rides along; the next call raises it, on all ranks together.
         gradients, counted = self._gradients()
@@ -172,6 +172,7 @@ class Stepper:
             self._update(gradients, scale)
             self._unread = report
         elif self._conclude(report):
+            vars(state.optimizer).pop("found_inf", None)  # an earlier step's, if it was deferred
             if report.read().unused > 0:
                 drop_unused(used, model.topology, keep=model.tied.shared)
                 gradients, _ = self._gradients()

@@ -23,13 +23,17 @@ from parallel.degrees import Ranks
 from parallel.placement import Placement, balanced_cuts
 from parallel.settings import Balance, Settings
 from parallel.tp_styles import (
+    EXPERT_STYLES,
     STYLES,
     Division,
+    Parts,
     expert_division,
     match_plan,
     module_division,
     no_plan,
     sequence_refusal,
+    with_adapters,
+    with_parts,
 )
 from uni3d.estimate.save import part_boxes
 from uni3d.estimate.zero import largest_part
@@ -191,7 +195,8 @@ class SavedModel:
             if name in parameters:
                 found.append(expert_division(name, style, self.shape(name)))
             elif f"{name}.weight" in parameters:
-                found.append(module_division(name, style, self.shape(f"{name}.weight"), units))
+                shape = self.shape(f"{name}.weight")
+                found.append(module_division(name, style, shape, units, parts=self._parts))
         return [division for division in found if division is not None]
 
     # --- tensor parallelism ------------------------------------------------------------------------------
@@ -208,14 +213,22 @@ class SavedModel:
         expanded: dict[str, str] = {}
         for pattern, names in match_plan(plan, modules, parameters).items():
             expanded |= dict.fromkeys(names, plan[pattern])
-        return expanded
+        if "tp_refused" in self.declared:
+            return expanded
+        return with_parts(with_adapters(expanded, modules, parameters), self._parts)
+
+    @property
+    def _parts(self) -> dict[str, Parts]:
+        parts: dict[str, Parts] = self.declared.get("tp_parts", {})
+        return parts
 
     def tp_dim(self, parameter: str) -> int | None:
         """Return the dim along which tensor parallelism cuts a parameter, or None if it doesn't."""
         owner = parameter.rpartition(".")[0]
         style = self.plan.get(owner, "")
         if style == "moe_tp_experts":
-            return len(self.shape(parameter)) - 1 if self.plan.get(parameter) == "rowwise" else None
+            experts = EXPERT_STYLES.get(self.plan.get(parameter, ""))
+            return None if experts is None or experts.packed else len(self.shape(parameter)) + experts.dim
         dim = STYLES[style].dim if style in STYLES else None
         return None if dim is None or dim >= len(self.shape(parameter)) else dim
 

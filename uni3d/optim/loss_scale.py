@@ -19,7 +19,8 @@ class LossScale:
     """Factor by which losses are multiplied before the backward pass.
 
     A step whose gradients overflow on any rank is skipped. The scale is halved after `hysteresis` skipped
-    steps and doubled after `loss_scale_window` steps without overflow. A static scale doesn't change.
+    steps. It is doubled by a step without overflow if a positive multiple of `loss_scale_window` such steps
+    lie between the last overflow, or the beginning, and that step. A static scale doesn't change.
 
     A loss that is a sum over tokens is also divided by about their number in a global batch, as gradients of
     the sum would overflow at a scale that suits the mean. The divisor is a power of two, so it rounds
@@ -59,7 +60,7 @@ class LossScale:
             return
         if overflow:
             self._good_steps = 0
-            if self._hysteresis > 1:
+            if self._config.hysteresis > 1 and self._hysteresis > 1:  # a resumed run's config may say 1
                 self._hysteresis -= 1
                 return
             if self.scale <= self._config.min_loss_scale:
@@ -71,10 +72,10 @@ class LossScale:
             return
         if self._config.consecutive_hysteresis:
             self._hysteresis = self._config.hysteresis
-        self._good_steps += 1
-        if self._good_steps % self._config.loss_scale_window == 0:
+        if self._good_steps > 0 and self._good_steps % self._config.loss_scale_window == 0:
             self._hysteresis = self._config.hysteresis
             self.scale *= FACTOR
+        self._good_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {

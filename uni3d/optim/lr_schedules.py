@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from uni3d.config.scheduler import (
     LRRangeTestParams,
     OneCycleParams,
+    ScheduleParams,
     SchedulerConfig,
     WarmupCosineLRParams,
     WarmupDecayLRParams,
@@ -35,31 +36,42 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
     """Return the config's schedule over `optimizer`, and set the optimizer's initial rates.
 
     Raises:
-        ValueError: `cycle_momentum` is set, but the optimizer has no betas.
+        ValueError: `cycle_momentum` is set, but the optimizer has no betas; or a list has another length
+            than there are parameter groups.
     """
-    params = config.params
-    if (peak := _peak(params)) is not None:
-        for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    each = _of_groups(config, optimizer)
+    for group, params in zip(groups, each, strict=True):
+        if (peak := _peak(params)) is not None:
             group["lr"] = peak
-    ratios = [_ratio(params, float(group["lr"])) for group in optimizer.param_groups]
-    if isinstance(params, OneCycleParams) and params.cycle_momentum and _has_betas(optimizer, params):
-        return CycledMomentum(optimizer, ratios, params)
+    ratios = [_ratio(params, float(group["lr"])) for group, params in zip(groups, each, strict=True)]
+    cycles = [params for params in each if isinstance(params, OneCycleParams) and params.cycle_momentum]
+    if cycles and _has_betas(optimizer, cycles[0]):
+        return CycledMomentum(optimizer, ratios, cycles)
     return LambdaLR(optimizer, ratios)
+
+
+def _of_groups(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> list[ScheduleParams]:
+    """Return the schedule's parameters for each of the optimizer's groups."""
+    groups = len(optimizer.param_groups)
+    return [config.params.of_group(index, groups) for index in range(groups)]
 
 
 class CycledMomentum(LambdaLR):
     """A schedule that also sets each group's first beta."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, ratios: list[Ratio], params: OneCycleParams) -> None:
-        self._momentum: Ratio = lambda epoch: _one_cycle_momentum(params, epoch)
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, ratios: list[Ratio], cycles: list[OneCycleParams]
+    ) -> None:
+        self._momentum = cycles
         for group in optimizer.param_groups:
             group["initial_betas"] = group["betas"]  # marks them as moved by a schedule, as `initial_lr` does
         super().__init__(optimizer, ratios)
 
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)
-        for group in self.optimizer.param_groups:
-            group["betas"] = (self._momentum(self.last_epoch), SECOND_BETA)
+        for group, cycle in zip(self.optimizer.param_groups, self._momentum, strict=True):
+            group["betas"] = (_one_cycle_momentum(cycle, self.last_epoch), SECOND_BETA)
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_momentum"}

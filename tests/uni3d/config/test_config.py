@@ -130,7 +130,9 @@ def test_a_refused_key_says_why(key: str) -> None:
     ("values", "message"),
     [
         (zero(stage=4), "zero_optimization.stage is 4: input should be 0, 1, 2 or 3"),
-        (zero(stage="1"), "zero_optimization.stage is '1': "),
+        (zero(stage="one"), "zero_optimization.stage is 'one': "),
+        (zero(stage=1.5), "zero_optimization.stage is 1.5: input should be 0, 1, 2"),
+        (zero(stage=None), "zero_optimization.stage is None: "),
         ({"train_batch_size": "8"}, "train_batch_size is '8': input should be a valid integer"),
         ({"train_batch_size": 8.5}, "train_batch_size is 8.5: "),
         ({"train_batch_size": 0}, "train_batch_size is 0: input should be greater than 0"),
@@ -150,16 +152,22 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"optimizer": {"type": "RMSprop", "params": {"alhpa": 0.5}}},
             "unknown key 'optimizer.params.alhpa'; did you mean 'alpha'?",
         ),
-        ({"optimizer": {"type": "RMSprop", "params": {"centered": 1}}}, "optimizer.params.centered is 1: "),
+        ({"optimizer": {"type": "RMSprop", "params": {"centered": 2}}}, "optimizer.params.centered is 2: "),
         ({"optimizer": {"type": "NAdam", "params": {"betas": [0.9]}}}, "optimizer.params.betas.1 is missing"),
         ({"optimizer": {"type": "SGD", "params": {"params": []}}}, "unknown key 'optimizer.params.params'"),
         ({"optimizer": {"type": "SGD", "lr": 0.1}}, "unknown key 'optimizer.lr'; known: params, type"),
         (adamw(adam_w_mode=False), "optimizer: adam_w_mode false contradicts"),
         (adamw(max_grad_norm=1.0), "optimizer.params.max_grad_norm is refused"),
-        (adamw(bias_correction=False), "optimizer.params.bias_correction is "),
+        (
+            adamw(bias_correction=False),
+            "optimizer.params.bias_correction is False: torch's Adam and AdamW always correct the bias",
+        ),
         (adamw(lr="1e-3"), "optimizer.params.lr is '1e-3': "),
         (adamw(betas=[0.9, 1.0]), "optimizer.params.betas.1 is 1.0: "),
-        (zero(stage=True), "zero_optimization.stage is True: expected 0, 1, 2 or 3"),
+        (
+            adamw(fp32_optimizer_states=False),
+            "optimizer.params.fp32_optimizer_states is False: parameters and their states are always fp32",
+        ),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last is 0: "),
         ({"checkpoint": {"keep_every": 2}}, "checkpoint: keep_every needs keep_last"),
         ({"checkpoint": {"keep_last": 2, "durable": False}}, "checkpoint: keep_last deletes checkpoints"),
@@ -173,11 +181,11 @@ def test_a_refused_key_says_why(key: str) -> None:
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; enable"),
         (fp16(loss_scale=-1), "fp16.loss_scale is -1: input should be greater than or equal to 0"),
         (fp16(loss_scale=float("inf")), "fp16.loss_scale is inf: input should be a finite number"),
-        (fp16(loss_scale_window=0), "fp16.loss_scale_window is 0: "),
-        (fp16(hysteresis=0), "fp16.hysteresis is 0: "),
+        (fp16(enabled=True, loss_scale_window=0), "fp16: loss_scale_window(0) should be greater than 0"),
+        (fp16(enabled=True, hysteresis=0), "fp16: hysteresis(0) should be greater than 0"),
         (fp16(initial_scale_power=200), "fp16.initial_scale_power is 200: "),
-        (fp16(min_loss_scale=0), "fp16.min_loss_scale is 0: "),
-        (fp16(initial_scale_power=2, min_loss_scale=8), "fp16: min_loss_scale(8) is above the"),
+        (fp16(enabled=True, min_loss_scale=0), "fp16: min_loss_scale(0) should be greater than 0"),
+        (fp16(enabled=True, initial_scale_power=2, min_loss_scale=8), "fp16: min_loss_scale(8) is above the"),
         ({"gradient_clipping": float("nan")}, "gradient_clipping is nan: "),
         ({"communication_data_type": "int8"}, "communication_data_type is 'int8': input should be 'fp32', "),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype is 'bf16': "),
@@ -185,20 +193,24 @@ def test_a_refused_key_says_why(key: str) -> None:
             {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "bf16"},
             "data_types.grad_accum_dtype is fp32, but ZeRO stages 0 and 1",
         ),
-        ({"zero_optimization": True}, 'zero_optimization is True, a deprecated form; expected {"stage": 0}'),
+        ({"zero_optimization": "true"}, "zero_optimization is 'true': expected an object, {"),
+        ({"fp16": True}, "fp16 is True: expected an object, {"),
         (
             zero(stage=3, offload_param={"device": "nvme"}),
             "zero_optimization.offload_param.device is 'nvme': offloading to disk isn't supported",
         ),
         (zero(stage=2, offload_param={"device": "cpu"}), "zero_optimization: offload_param needs stage 3"),
         (zero(cpu_offload=True), "zero_optimization: offload_optimizer needs stage 1, 2 or 3"),
-        (zero(stage=1, cpu_offload="yes"), "zero_optimization.cpu_offload is 'yes': expected true or false"),
+        (zero(stage=1, cpu_offload="maybe"), "zero_optimization.cpu_offload is 'maybe': expected true or"),
         (
             zero(cpu_offload=True, offload_optimizer={"device": "none"}),
             "zero_optimization.cpu_offload is {'device': 'cpu'}, but zero_optimization.offload_opt",
         ),
         (zero(mics_shard_size=2), "zero_optimization: a shard group needs stage 1"),
-        (zero(stage=3, mics_shard_size=0), "zero_optimization: mics_shard_size must be a n"),
+        (
+            zero(stage=3, mics_shard_size=-2),
+            "zero_optimization.mics_shard_size is -2: input should be greater",
+        ),
         (
             zero(stage=3, mics_shard_size=2, zero_hpz_partition_size=4),
             "zero_optimization: zero_hpz_partition_size and mics_shard_size mean the same",
@@ -221,6 +233,14 @@ def test_all_problems_are_reported_at_once() -> None:
     text = error_of({"seed": "x", "fp17": {}, "parallel": {"pp": 0.5, "device": "tpu"}})
     for part in ("seed is 'x'", "unknown key 'fp17'", "parallel.pp", "parallel.device is 'tpu'"):
         assert part in text
+
+
+def test_each_problem_is_reported_once() -> None:
+    params = {"lr": "auto", "weight_decy": 0}
+    text = error_of({"optimizer": {"type": "AdamW", "params": params}, "sead": 1, "fp17": {}})
+    assert text.count("optimizer.params.lr") == 1
+    for key in ("optimizer.params.weight_decy", "sead", "fp17"):
+        assert text.count(f"unknown key {key!r}") == 1
 
 
 def test_files(tmp_path: Path) -> None:

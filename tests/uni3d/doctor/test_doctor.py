@@ -90,6 +90,8 @@ def test_the_zero_stage_is_the_options_the_configs_or_the_runs(saved: Path, conf
     assert "ZeRO 1" in doctor(saved, "--world-size", 2).stdout.split("\n\n")[0]
     three = config(zero_optimization={"stage": 3})
     assert "ZeRO 3" in doctor(saved, "--world-size", 2, "--config", three).stdout.split("\n\n")[0]
+    one = config(zero_optimization=True)  # DeepSpeed's old form
+    assert "ZeRO 1" in doctor(saved, "--world-size", 2, "--config", one).stdout.split("\n\n")[0]
     asked = doctor(saved, "--world-size", 2, "--config", three, "--zero", 2)
     assert "ZeRO 2" in asked.stdout.split("\n\n")[0]
 

@@ -146,7 +146,30 @@ class Odd(Mixture):
     tp_plan = Mixture.tp_plan | {"attn": "colwise"}
 
 
-@pytest.mark.parametrize("kind", [Mixture, Odd])
+class Fused(nn.Module):
+    """Model with fused projections, declared and not, and a norm with a row for each head."""
+
+    tp_plan = {"qkv": "colwise", "o": "rowwise", "up": "packed_colwise", "q": "colwise"}  # noqa: RUF012
+    tp_parts = {"qkv": [16, 8, 8]}  # noqa: RUF012
+    head_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 32), nn.Linear(16, 8)
+        self.up, self.q, self.norm = nn.Linear(8, 24), nn.Linear(8, 16), Rows()
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+class Undeclared(Fused):
+    tp_parts = {}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("kind", [Mixture, Odd, Fused, Undeclared])
 def test_which_tp_others_take(kind: type[nn.Module]) -> None:
     compare_degrees(kind())
 
@@ -164,8 +187,9 @@ def compare_degrees(model: Any) -> None:
     refused = {}
     for degree in range(2, 14):
         try:
-            plan = expand_plan(model, model.tp_plan)
-            check_plan(model, plan, getattr(model, "tp_units", {}), degree)
+            parts = getattr(model, "tp_parts", {})
+            plan = expand_plan(model, model.tp_plan, parts)
+            check_plan(model, plan, getattr(model, "tp_units", {}), degree, parts=parts)
         except ValueError as error:
             refused[degree] = str(error)
     told = {degree: why for degree in range(2, 14) if (why := source.refuses_tp(degree))}

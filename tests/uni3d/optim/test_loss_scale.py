@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import Stack, global_batches, make_engine, save_and_wait, seeded, train, whole
+from hypothesis import given
+from hypothesis import strategies as st
+from models import (
+    Stack,
+    global_batches,
+    make_engine,
+    micro_batches,
+    save_and_wait,
+    seeded,
+    train,
+    whole,
+)
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -35,16 +46,96 @@ def scale_after(steps: str, **settings: Any) -> float:
         ("x", {"hysteresis": 1}, 2.0**15),
         ("x.x", {"consecutive_hysteresis": False}, 2.0**15),
         ("x.x", {"consecutive_hysteresis": True}, 2.0**16),
-        ("....", {"loss_scale_window": 4}, 2.0**17),
-        ("...x....", {"loss_scale_window": 4, "hysteresis": 1}, 2.0**16),
-        ("...x...", {"loss_scale_window": 4, "hysteresis": 1}, 2.0**15),
-        ("xx....x", {"loss_scale_window": 4}, 2.0**16),  # growing restores hysteresis
+        ("....", {"loss_scale_window": 4}, 2.0**16),
+        (".....", {"loss_scale_window": 4}, 2.0**17),
+        ("........", {"loss_scale_window": 4}, 2.0**17),
+        (".........", {"loss_scale_window": 4}, 2.0**18),
+        ("...x.....", {"loss_scale_window": 4, "hysteresis": 1}, 2.0**16),
+        ("...x....", {"loss_scale_window": 4, "hysteresis": 1}, 2.0**15),
+        ("xx.....x", {"loss_scale_window": 4}, 2.0**16),  # growing restores hysteresis
         ("xx", {"initial_scale_power": 1, "hysteresis": 1, "min_loss_scale": 0.5}, 0.5),
         ("xxx....", {"loss_scale": 128.0, "loss_scale_window": 2}, 128.0),  # static
     ],
 )
 def test_how_the_scale_moves(steps: str, settings: dict[str, Any], expected: float) -> None:
     assert scale_after(steps, **settings) == expected
+
+
+class DeepSpeedsRule:
+    """A restatement of how DeepSpeed's `DynamicLossScaler` counts."""
+
+    def __init__(self, power: int, window: int, hysteresis: int, consecutive: bool, smallest: float) -> None:
+        self.scale, self.smallest = 2.0**power, smallest
+        self.window, self.consecutive = window, consecutive
+        self.delay = self.left = hysteresis
+        self.iteration, self.last_overflow = 0, -1
+
+    def step(self, overflow: bool) -> bool:
+        """Return whether training may go on."""
+        if overflow:
+            self.last_overflow = self.iteration
+            if self.delay > 1 and self.left > 1:
+                self.left -= 1
+            elif self.scale == self.smallest:
+                return False
+            else:
+                self.scale = max(self.scale / 2, self.smallest)
+        else:
+            if self.consecutive:
+                self.left = self.delay
+            stable = self.iteration - self.last_overflow - 1
+            if stable > 0 and stable % self.window == 0:
+                self.left = self.delay
+                self.scale *= 2
+        self.iteration += 1
+        return True
+
+
+@given(st.lists(st.booleans(), max_size=60), st.data())
+def test_the_scale_moves_as_deepspeeds(overflows: list[bool], data: st.DataObject) -> None:
+    window, hysteresis = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    consecutive, smallest = data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 0.5, 8.0, 3.0]))
+    resumed_at = data.draw(st.integers(0, len(overflows)))
+    rule = DeepSpeedsRule(5, window, hysteresis, consecutive, smallest)
+    config = FP16Config(
+        initial_scale_power=5,
+        loss_scale_window=window,
+        hysteresis=hysteresis,
+        consecutive_hysteresis=consecutive,
+        min_loss_scale=smallest,
+    )
+    scaler = LossScale(config)
+    for step, overflow in enumerate(overflows):
+        if step == resumed_at:
+            state = scaler.state_dict()
+            scaler = LossScale(config)
+            scaler.load_state_dict(state)
+        if not rule.step(overflow):
+            with pytest.raises(FloatingPointError):
+                scaler.update(overflow=overflow)
+            return
+        scaler.update(overflow=overflow)
+        assert scaler.scale == rule.scale, f"after {overflows[: step + 1]}"
+
+
+def test_a_resumed_run_without_hysteresis_reacts_at_once() -> None:
+    patient = LossScale(FP16Config(hysteresis=3))
+    impatient = LossScale(FP16Config(hysteresis=1))
+    impatient.load_state_dict(patient.state_dict())
+    impatient.update(overflow=True)
+    assert impatient.scale == 2.0**15
+
+
+def test_the_scales_of_an_engine(alone: None) -> None:
+    """A window of 2: DeepSpeed's scale is doubled by the third good step, then by every second."""
+    fp16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}
+    engine = make_engine(seeded(Stack), config={"fp16": fp16})
+    data = micro_batches(global_batches(6), engine)
+    scales = []
+    for _ in range(6):
+        engine.train_batch(data)
+        scales.append(engine.get_loss_scale())
+    assert scales == [256, 256, 512, 512, 1024, 1024]
 
 
 def test_an_overflow_at_the_smallest_scale_is_an_error() -> None:

@@ -199,6 +199,51 @@ def test_lr_range_test(size: int, staircase: bool, growth: float) -> None:
         assert lrs == pytest.approx([0.002 * (1 + growth * interval)] * 2, rel=1e-12), f"step {step}"
 
 
+LISTS: list[tuple[str, dict[str, Any], dict[str, list[float]]]] = [
+    ("WarmupLR", {"warmup_num_steps": 3}, {"warmup_min_lr": [0.001, 0.002], "warmup_max_lr": [0.01, 0.03]}),
+    ("WarmupLR", {"warmup_num_steps": 3}, {"warmup_min_lr": [0.001, 0.0]}),
+    ("WarmupDecayLR", {"total_num_steps": 9, "warmup_num_steps": 3}, {"warmup_max_lr": [0.01, 0.03]}),
+    (
+        "OneCycle",
+        {"cycle_first_step_size": 3, "cycle_momentum": False},
+        {"cycle_min_lr": [0.001, 0.002], "cycle_max_lr": [0.01, 0.03]},
+    ),
+    ("LRRangeTest", {"lr_range_test_step_size": 2}, {"lr_range_test_min_lr": [0.01, 0.03]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "params", "lists"), LISTS)
+def test_a_list_has_a_number_for_each_group(
+    kind: str, params: dict[str, Any], lists: dict[str, list[float]]
+) -> None:
+    """Each group's rates are those of the schedule with its numbers alone."""
+    found = rates(kind, params | lists, STEPS)
+    for group in range(len(LRS)):
+        alone = rates(kind, params | {name: values[group] for name, values in lists.items()}, STEPS)
+        assert [lrs[group] for lrs in found] == [lrs[group] for lrs in alone]
+    name = next(iter(lists))
+    with pytest.raises(
+        ValueError, match=rf"^scheduler\.params\.{name} has 3 numbers, but there are 2 parameter"
+    ):
+        rates(kind, params | lists | {name: [0.01, 0.02, 0.03]}, 1)
+    with pytest.raises(ValueError, match=rf"scheduler\.params\.{name}\.1 is -1: "):
+        rates(kind, params | lists | {name: [0.01, -1]}, 1)
+
+
+def test_momenta_of_each_group() -> None:
+    params = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.02, "cycle_first_step_size": 2}
+    moms = {"cycle_min_mom": [0.5, 0.6], "cycle_max_mom": [0.7, 0.9]}
+    config = load_config({"scheduler": {"type": "OneCycle", "params": params | moms}}).scheduler
+    assert config is not None
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
+    optimizer = torch.optim.Adam(groups)
+    scheduler = make_scheduler(config, optimizer)
+    optimizer.step()
+    scheduler.step()
+    found = [group["betas"] for group in optimizer.param_groups]
+    assert found == [(pytest.approx(0.6), 0.99), (pytest.approx(0.75), 0.99)], "half way up"
+
+
 def test_cycled_momentum_goes_on_after_a_load(alone: None, tmp_path: Path) -> None:
     schedule = {"type": "OneCycle", "params": ONE_CYCLE | {"cycle_min_lr": 0.01}}
     engine = make_engine(seeded(Stack), config={"scheduler": schedule})

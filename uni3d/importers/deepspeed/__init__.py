@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import CheckpointError
+from uni3d.config.forms import as_integer
 from uni3d.importers.deepspeed import optimizer_state as deepspeed_state
 from uni3d.importers.deepspeed.folders import RankFolder, checkpoint_folder
 from uni3d.importers.deepspeed.model_files import buffer_names, buffers, numbered_parts, untrained
@@ -176,9 +177,9 @@ def _optimizer_file(rank: RankFiles) -> Mapping[str, Any]:
 def _writer(ranks: RankFolder, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return version and topology of the writer, for information."""
     dp, zero = ranks.first.get("dp_world_size"), config.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, Mapping) else 0
+    stage = as_integer(zero.get("stage")) if isinstance(zero, Mapping) else zero
     return {
         "deepspeed": str(ranks.first.get("ds_version", "unknown")),
         "topology": {"pp": len(ranks.of_stage), "dp": dp if isinstance(dp, int) else 1, "tp": ranks.tp},
-        "zero_stage": stage if isinstance(stage, int) else 0,
+        "zero_stage": int(stage) if isinstance(stage, int) else 0,  # true is stage 1
     }

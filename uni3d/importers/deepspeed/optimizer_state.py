@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from uni3d.config.forms import as_boolean, as_integer
 from uni3d.config.optimizer import read_optimizer
 from uni3d.config.scheduler import read_scheduler
 from uni3d.config.strict import ConfigError
@@ -100,6 +101,11 @@ def scheduler_state(
         return None
     wanted = [float(group["lr"]) for group in groups]
     params = (config.get("optimizer") or {}).get("params") or {}
+    try:
+        section.params.of_group(0, len(groups))
+    except ValueError as error:
+        left_out.append(f"LR schedule: {error}")
+        return None
     for base in _possible_rates(section, iteration + 1, groups, params.get("lr")):
         schedule = _schedule_at(section, iteration + 1, base, groups)
         rates = [float(lr) for lr in schedule.get_last_lr()]
@@ -150,7 +156,7 @@ def _schedule_at(section: Any, epoch: int, rates: list[float], groups: list[dict
 def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return fp16's loss scale in the manifest's form; None without fp16."""
     section = config.get("fp16") or {}
-    if not section.get("enabled"):
+    if as_boolean(section.get("enabled")) is not True:
         return None
     scaler = optimizer.get("loss_scaler")
     saved: Mapping[str, Any] = scaler.state if isinstance(scaler, StandIn) and scaler.state else optimizer
@@ -158,7 +164,7 @@ def loss_scale(config: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[
     return {
         "scale": float(saved.get("cur_scale", 1.0)),
         "terms": None,  # uni3d's own divisor, set by the first batch
-        "hysteresis": int(saved.get("cur_hysteresis", section.get("hysteresis", 2))),
+        "hysteresis": int(saved.get("cur_hysteresis", as_integer(section.get("hysteresis", 2)))),
         "good_steps": int(begun),
     }
 
@@ -175,10 +181,10 @@ def client_state(model: Mapping[str, Any], left_out: list[str]) -> dict[str, Any
 
 def batch_size(config: Mapping[str, Any], model: Mapping[str, Any]) -> int | None:
     """Return the number of samples in a global batch, from the config."""
-    if isinstance(config.get("train_batch_size"), int):
-        return int(config["train_batch_size"])
-    micro, ranks = config.get("train_micro_batch_size_per_gpu"), model.get("dp_world_size")
+    if isinstance(total := as_integer(config.get("train_batch_size")), int):
+        return total
+    micro, ranks = as_integer(config.get("train_micro_batch_size_per_gpu")), model.get("dp_world_size")
     if isinstance(micro, int) and isinstance(ranks, int):
-        accumulation = config.get("gradient_accumulation_steps", 1)
+        accumulation = as_integer(config.get("gradient_accumulation_steps", 1))
         return micro * ranks * (accumulation if isinstance(accumulation, int) else 1)
     return None
