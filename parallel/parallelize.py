@@ -99,16 +99,15 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     sequence = settings.sequence_parallel
     apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
-    stages_here = placement.on(topology.pp_rank)
+    outputs = _output_types(placement.on(topology.pp_rank), placement, loss_fn)
     zeros = [
         _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
-        for stretch, output in zip(stretches, _output_types(stages_here, placement, loss_fn), strict=True)
+        for stretch, output in zip(stretches, outputs, strict=True)
     ]
     if init is not None:
         device = torch.device("cpu") if settings.offload else topology.device
         materialise(module, init, seed=settings.seed, device=device, first_names=ties)
-    zero = ZeroStages(zeros)
-    carry_over(module, zero, extras)
+    carry_over(module, zero := ZeroStages(zeros), extras)
     count_for_all_ranks(module, topology)
     return ParallelModel(
         module=module,
@@ -119,13 +118,23 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         scalars=ScalarGradients(module, topology),
         replicas=Replicas(module, topology),
         loss_fn=loss_fn,
-        pipeline=Pipeline(zeros, placement, topology, loss_fn, settings.schedule)
-        if loss_fn is not None and placement.stages > 1
-        else None,
+        pipeline=_pipeline(zeros, placement, topology, loss_fn, settings),
         rowwise=rowwise,
         sequence_parallel=sequence,
         layers=kept,
     )
+
+
+def _pipeline(
+    zeros: Sequence[Zero],
+    placement: Placement,
+    topology: Topology,
+    loss_fn: LossFn | None,
+    settings: Settings,
+) -> Pipeline | None:
+    if loss_fn is None or placement.stages == 1:
+        return None
+    return Pipeline(zeros, placement, topology, loss_fn, settings.schedule)
 
 
 def _output_types(

@@ -188,11 +188,8 @@ class Engine:
         mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)
         if not scale_wrt_gas:
             value = Loss(value.total * steps, value.tokens)
-        if not isinstance(loss, tuple):
-            self._micro.expect_means()
-        counts = isinstance(loss, tuple) or not self._micro.inside_no_sync
         with self._guard.together("backward", begun=True), self._observer.timed("backward"):
-            self._micro.backward(value, retain_graph=retain_graph, counts=counts)
+            self._micro.backward(value, retain_graph=retain_graph, is_mean=not isinstance(loss, tuple))
         return mean
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -212,8 +209,7 @@ class Engine:
         self._stepper.applied = False
         if boundary:
             with self._guard.together("step", begun=True), self._observer.timed("step"):
-                share = self._micro.share
-                self._stepper.finish(self._micro.take(), share)
+                self._stepper.finish(self._micro.take(), self._micro.share)
             self._observer.tell()
 
     def zero_grad(self) -> None:

@@ -37,12 +37,12 @@ class MicroBatches:
         self._scaler = scaler
         self._steps = steps
         self._inside_no_sync = False
+        self.share = 1.0
         self.clear()
 
     def clear(self) -> None:
         """Restart the step."""
         self.index = 0
-        self.share = 1.0
         self.losses: list[Loss] = []
         self._begin_next()
 
@@ -126,9 +126,15 @@ class MicroBatches:
             self._model.zero.reshard()  # the script may write to the parameters before the next forward pass
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
-    def backward(self, loss: Loss, *, retain_graph: bool = False, counts: bool = True) -> None:
-        """Accumulate the gradients of `loss`. With `counts=False` its terms don't add to the step's."""
+    def backward(self, loss: Loss, *, retain_graph: bool = False, is_mean: bool = False) -> None:
+        """Accumulate the gradients of `loss`, which `is_mean` says to be a micro batch's mean.
+
+        If a step's first loss is a mean, its gradients add up to the mean over micro batches. Inside
+        `no_sync`, a mean isn't one more micro batch.
+        """
         zero, topology = self._model.zero, self._model.topology
+        if not self.losses:
+            self.share = 1.0 / (topology.degrees.dp * self._steps) if is_mean else 1.0
         last = self.ends_step
         with split_logits(topology):
             if self._scaler is not None and self._scaler.terms is None:
@@ -139,6 +145,7 @@ class MicroBatches:
                 loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             if last:
                 zero.reshard()  # moves the step's gradients to `.grad`
+        counts = not (is_mean and self._inside_no_sync)
         self.losses.append(Loss(loss.total.detach(), loss.tokens if counts else loss.tokens * 0))
         self._backwards += not self._inside_no_sync
 
@@ -157,16 +164,6 @@ class MicroBatches:
             yield
         finally:
             self._inside_no_sync = False
-
-    @property
-    def inside_no_sync(self) -> bool:
-        """True inside `no_sync`."""
-        return self._inside_no_sync
-
-    def expect_means(self) -> None:
-        """Before a step's first backward pass: let its gradients add up to their mean."""
-        if not self.losses:
-            self.share = 1.0 / (self._model.topology.degrees.dp * self._steps)
 
     def end(self) -> None:
         """End the current micro batch.
