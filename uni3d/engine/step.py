@@ -152,7 +152,7 @@ class Stepper:
         finite = (mean_loss + norm).isfinite() & right
         try:
             self.settle()
-        except FloatingPointError:
+        except (FloatingPointError, StepRefusedError):
             progress.global_samples += progress.train_batch  # this step's batch is lost too
             raise
         if self.deferred:  # which parameters no rank has used can't be known in time
