@@ -19,7 +19,11 @@ The parallel model:
     stages            a model's layers, split into pipeline stages
     pipeline, pipeline_stage  torch's pipeline schedules and stages, told about ZeRO
     loss              losses that add up over micro batches and ranks
-    zero, fsdp_internals  ZeRO stages 0-3 as settings of `fully_shard`; the private parts of it in use
+    zero              ZeRO stages 0-3 as settings of `fully_shard`
+    reducer, gatherer  gradients reduced in one order (stages 0-2); layers gathered one by one (stage 3)
+    fsdp_internals    the private parts of `fully_shard` in use
+    agreement         whether the ranks ran what they must run alike
+    parameter_hooks   hooks and attributes that a script has put on parameters
     layers            repeated layers, the units of sharding
     activation_checkpointing  recomputing activations; compilation
     weights           initial weights and fp32 masters, the same on every topology

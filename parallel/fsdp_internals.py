@@ -1,18 +1,39 @@
-"""Access to the private parameter records of torch's fully_shard, and changes to them.
+"""Access to the private records of torch's fully_shard, and changes to them.
 
-torch has no public API for three things: zero gradients for parameters that a rank didn't use, adopting a
-single rank's gradients without reduction, and computing with a parameter in place. They are all here, and
-`check_records` refuses a torch that lacks one of the attributes.
+torch has no public API for: gathering and reducing layers in an order of our own, gradients of zero for
+parameters that a rank didn't use, adopting a single rank's gradients without reduction, and computing with a
+parameter in place. All of it is here, and `check_records` refuses a torch that lacks one of the attributes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-GROUP_RECORDS = ("fsdp_params", "_partial_reduce_output")
+STATE_RECORDS = (
+    "_fsdp_param_group",
+    "_lazy_init",
+    "_register_pre_backward_hook",
+    "_root_post_backward_final_callback",
+)
+GROUP_RECORDS = (
+    "fsdp_params",
+    "_all_gather_result",
+    "_partial_reduce_output",
+    "_register_post_backward_hook",
+    "is_unsharded",
+    "post_backward",
+    "reduce_grads",
+    "reshard_after_backward",
+    "unshard",
+    "wait_for_unshard",
+)
 PARAMETER_RECORDS = (
     "sharded_param",
     "unsharded_accumulated_grad",
@@ -20,8 +41,10 @@ PARAMETER_RECORDS = (
     "sharded_size",
     "to_sharded_dtensor",
     "all_gather_outputs",
+    "_module_info",
     "_sharded_param_data",
     "init_all_gather_outputs",
+    "init_unsharded_param",
     "free_unsharded_param",
 )
 """Attributes in use, as of torch 2.13."""
@@ -36,6 +59,41 @@ def parameters_of(module: FSDPModule) -> list[Any]:
 def group_of(module: FSDPModule) -> Any:
     """Return fully_shard's parameter group of `module`, or None if it has no parameters."""
     return module._get_fsdp_state()._fsdp_param_group
+
+
+def set_root(modules: Sequence[FSDPModule]) -> None:
+    """Make the first module the root; fully_shard would take whichever runs first for it."""
+    root: Any = modules[0]._get_fsdp_state()
+    for module in modules[1:]:
+        state: Any = module._get_fsdp_state()
+        state._lazy_init = root._lazy_init
+
+
+def is_whole(group: Any) -> bool:
+    """Return whether a group's parameters are gathered, or on their way."""
+    return group._all_gather_result is not None or group.is_unsharded
+
+
+def has_gradient(parameter: Any) -> bool:
+    """Return whether a backward pass has left a gradient that isn't reduced yet."""
+    whole = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or getattr(whole, "grad", None) is not None
+
+
+def fill_gradient(parameter: Any) -> bool:
+    """Give a trained parameter without a gradient one of zero; return whether it had one.
+
+    Gradients are reduced in one flat buffer, without names. If ranks, or micro batches that are reduced late,
+    used different parameters, such as experts, gradients of different parameters would be summed. torch's own
+    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if other gradients were accumulated in another
+    type.
+    """
+    if has_gradient(parameter):
+        return True
+    whole = getattr(parameter, "_unsharded_param", None)
+    if whole is not None and whole.requires_grad:
+        whole.grad = torch.zeros_like(whole)
+    return False
 
 
 def adopt_gradient(parameter: Any) -> None:
@@ -57,24 +115,110 @@ def adopt_gradient(parameter: Any) -> None:
     sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
 
 
-def count_unused(parameter: Any) -> None:
-    """Give a trained parameter that took no part in a backward pass a gradient of zero.
+def before_accumulating(parameter: Any, do: Callable[[], None]) -> None:
+    """Call `do` after each backward pass, before the parameter's gradient is accumulated or reduced."""
+    accumulate = parameter.accumulate_unsharded_grad_if_needed
 
-    Gradients are reduced in one flat buffer, without names. If ranks, or micro batches that are reduced late,
-    used different parameters, such as experts, gradients of different parameters would be summed. torch's own
-    `set_reduce_scatter_unused_params` isn't in 2.11, and fails if other gradients were accumulated in another
-    type.
-    """
-    accumulate = parameter.accumulate_unsharded_grad_if_needed  # called first after each backward pass
-
-    def fill_and_accumulate() -> None:
-        whole = getattr(parameter, "_unsharded_param", None)
-        nothing = parameter.unsharded_accumulated_grad is None and getattr(whole, "grad", None) is None
-        if whole is not None and whole.requires_grad and nothing:
-            whole.grad = torch.zeros_like(whole)
+    def do_and_accumulate() -> None:
+        do()
         accumulate()
 
-    parameter.accumulate_unsharded_grad_if_needed = fill_and_accumulate
+    parameter.accumulate_unsharded_grad_if_needed = do_and_accumulate
+
+
+def on_whole(parameter: Any, do: Callable[[nn.Parameter], None]) -> None:
+    """Call `do` with the whole parameter each time that it is made, which is once unless its memory moves."""
+    init = parameter.init_unsharded_param
+
+    def init_and_do() -> None:
+        before = getattr(parameter, "_unsharded_param", None)
+        init()
+        if parameter._unsharded_param is not before:
+            do(parameter._unsharded_param)
+
+    parameter.init_unsharded_param = init_and_do
+
+
+def take_over(module: FSDPModule, gather: Callable[[], None]) -> None:
+    """Leave it to `gather` to gather `module`, and its gradients to whoever calls `reduce_gradients`."""
+    state: Any = module._get_fsdp_state()
+    group = group_of(module)
+    state._register_pre_backward_hook = lambda output: output
+    if group is not None:
+        group.unshard = lambda async_op=False: None if is_whole(group) else gather()
+        group.post_backward = lambda *_: None
+        group._register_post_backward_hook = lambda args, kwargs: (args, kwargs)
+
+
+def start_gathering(group: Any) -> None:
+    """Start to gather a group that `take_over` has taken over, if it isn't whole."""
+    type(group).unshard(group, async_op=True)
+
+
+def reduce_gradients(group: Any, *, reduce: bool) -> None:
+    """Reduce the gradients of a group that `take_over` has taken over, or accumulate them."""
+    group.reduce_grads, group.reshard_after_backward = reduce, False
+    type(group).post_backward(group)
+
+
+def end_backward(root: FSDPModule) -> None:
+    """Wait for reductions and reset fully_shard's records, as its callback does after a backward pass."""
+    state: Any = root._get_fsdp_state()
+    type(state)._root_post_backward_final_callback(state)
+
+
+def allow_in_place_inputs(group: Any) -> None:
+    """Let the layer of `group` change its inputs in place.
+
+    torch hangs the layer's backward hook on its inputs by a function that returns views of them, on which a
+    layer that begins with an operation in place, such as `ReLU(inplace=True)`, fails.
+    """
+
+    def register(args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if places:
+            passed = _PassOn.apply(group, *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
+            for i, x in zip(places, passed, strict=True):
+                leaves[i] = x
+            args, kwargs = tree_unflatten(leaves, structure)
+        return args, kwargs
+
+    group._register_post_backward_hook = register
+
+
+class _PassOn(torch.autograd.Function):
+    """Identity that calls `group.post_backward` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.detach() for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.group.post_backward()
+        return None, *gradients
+
+
+def see_attributes(state: Any) -> None:
+    """Make fully_shard see the tensors of outputs that are objects of a class of their own.
+
+    It finds tensors in tuples, lists, dicts and dataclasses, and would not gather the parameters for the
+    backward pass of, say, a `SimpleNamespace`.
+    """
+    register = state._register_pre_backward_hook
+
+    def register_all(output: Any) -> Any:
+        if isinstance(output, Tensor | tuple | list | dict) or not hasattr(output, "__dict__"):
+            return register(output)
+        if not is_dataclass(output):
+            register(list(vars(output).values()))
+        return register(output)
+
+    state._register_pre_backward_hook = register_all
 
 
 def check_records(module: FSDPModule) -> None:
@@ -86,8 +230,8 @@ def check_records(module: FSDPModule) -> None:
     state = module._get_fsdp_state()
     group = getattr(state, "_fsdp_param_group", None)
     parameter = next(iter(getattr(group, "fsdp_params", [])), None)
-    missing = [name for name in ("_fsdp_param_group",) if not hasattr(state, name)]
-    for record, names in ((group, GROUP_RECORDS), (parameter, PARAMETER_RECORDS)):
+    missing: list[str] = []
+    for record, names in ((state, STATE_RECORDS), (group, GROUP_RECORDS), (parameter, PARAMETER_RECORDS)):
         missing += [name for name in names if record is not None and not hasattr(record, name)]
     if missing:
         raise RuntimeError(

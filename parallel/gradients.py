@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel.agreement import Trace
 from parallel.loss import Loss
 from parallel.topology import Topology
+
+
+def stays_whole(parameter: Tensor) -> bool:
+    """Return whether every rank holds the parameter whole: fully_shard can't cut it."""
+    return parameter.ndim == 0 or parameter.numel() == 0
 
 
 class ScalarGradients:
@@ -18,19 +26,54 @@ class ScalarGradients:
 
     def __init__(self, module: nn.Module, topology: Topology) -> None:
         self._topology = topology
-        self._scalars = [p for p in module.parameters() if p.ndim == 0 and p.requires_grad]
+        self._scalars = [p for p in module.parameters() if p.ndim == 0]
+
+    def used(self) -> bool:
+        """Return whether any of them has a gradient."""
+        return any(p.grad is not None for p in self._scalars)
 
     def sum(self) -> None:
-        """Sum them over the data-parallel ranks, since fully_shard ignores these parameters. Collective."""
+        """Sum them over the data-parallel ranks; without a gradient on any, one keeps None. Collective."""
         if not self._scalars:
             return
         device = self._topology.device
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._scalars]
-        total = torch.stack([part.to(device) for part in parts])
+        gradients = [p.grad if p.requires_grad else None for p in self._scalars]
+        parts = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(self._scalars, gradients, strict=True)
+        ]
+        used = [torch.tensor(float(g is not None)) for g in gradients]
+        total = torch.stack([part.to(device, torch.float32) for part in (*parts, *used)])
         for axis in ("replicate", "shard"):
             dist.all_reduce(total, group=self._topology.mesh.get_group(axis))
-        for parameter, gradient in zip(self._scalars, total, strict=True):
-            parameter.grad = gradient.to(parameter.device)
+        gradient_sums, times_used = total.chunk(2)
+        for parameter, gradient, times in zip(self._scalars, gradient_sums, times_used.tolist(), strict=True):
+            parameter.grad = gradient.to(parameter.device) if times and parameter.requires_grad else None
+
+
+def count_for_all_ranks(module: nn.Module, topology: Topology) -> None:
+    """Let gradients of sharded parameters that a loss uses by itself count as those of its forward pass do.
+
+    An example is `p.full_tensor().square().sum()`, added to the loss. All data-parallel ranks add it, but a
+    rank's shard of its gradient isn't summed over them.
+    """
+    ranks = topology.degrees.dp
+    for parameter in module.parameters() if ranks > 1 else ():
+        if isinstance(parameter, DTensor) and parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * ranks)  # type: ignore[no-untyped-call]
+
+
+def drop_unused(used: Mapping[nn.Parameter, bool], topology: Topology, keep: Container[int]) -> None:
+    """Set the gradients of parameters that no data-parallel rank has used to None, as on a single rank.
+
+    An optimizer then neither decays them nor moves them by their momentum. `used` is `Zero.used` of this
+    rank, `keep` has ids of parameters to leave alone. Collective over the data-parallel ranks.
+    """
+    flags = torch.tensor([float(u) for u in used.values()], device=topology.device)
+    for axis in ("replicate", "shard"):
+        dist.all_reduce(flags, group=topology.mesh.get_group(axis))
+    for parameter, times in zip(used, flags.tolist(), strict=True):
+        if times == 0 and id(parameter) not in keep:
+            parameter.grad = None
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
@@ -53,23 +96,65 @@ def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(list(norms)).double().square().sum().to(device)  # they may be offloaded
 
 
-def sum_over_ranks(
-    loss: Loss | None, counted: list[Tensor], topology: Topology, alarm: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return summed loss, number of its terms, squared gradient norm and number of alarms. Collective.
+class Step(NamedTuple):
+    """What one rank adds to the step's sums besides its loss and gradients. See `Sums`."""
 
-    `loss` is None on ranks that don't know it; `counted` are the gradients that count on this rank. `alarm`
-    is a flag that ranks raise between steps; it is summed along to save a collective. All results are float64
-    scalars.
+    unused: int = 0
+    """Trained parameters that had no gradient on this rank."""
+    idle: bool = False
+    """True if none had one."""
+    traces: Sequence[Trace] = ()
+    share: float = 1.0
+    """Factor by which the losses were multiplied before the backward pass; must be the same on all ranks."""
+    alarm: bool = False
+    """A flag that ranks raise between steps."""
+
+
+class Sums(NamedTuple):
+    """Sums over all ranks, float64 scalars."""
+
+    loss: Tensor
+    terms: Tensor
+    """Number of terms in the loss."""
+    square: Tensor
+    """Squared norm of the gradients."""
+    alarms: Tensor
+    unused: Tensor
+    idle: Tensor
+    apart: Tensor
+    """0 if the ranks ran what they must run alike, so that the gradients are right; else positive."""
+
+
+def sum_over_ranks(
+    loss: Loss | None,
+    counted: list[Tensor],
+    topology: Topology,
+    step: Step = Step(),  # noqa: B008 (frozen)
+) -> Sums:
+    """Sum loss, gradients' norm and what `step` says over all ranks, in one collective.
+
+    `loss` is None on ranks that don't know it; `counted` are the gradients that count on this rank.
     """
     square = square_sum(counted, topology.device)
     known = torch.zeros_like(square), torch.zeros_like(square)
     if loss is not None and topology.tp_rank == 0:  # all tensor-parallel ranks have the same loss
         known = loss.total.double(), loss.tokens.to(square)
-    sums = torch.stack([*known, square, torch.full_like(square, alarm)])
+    late = sum(trace.late for trace in step.traces)
+    told = [step.alarm, step.unused, step.idle, late, step.share, step.share**2]
+    # Ranks of one stage must have the same digest. Each adds it to its stage's slots, and its square: the
+    # variance shows a difference.
+    digests = [0.0] * (2 * topology.degrees.pp)
+    digest = zlib.crc32(repr([trace.digest for trace in step.traces]).encode()) & 0xFFFF if step.traces else 0
+    digests[2 * topology.pp_rank : 2 * topology.pp_rank + 2] = digest, digest**2
+    here = torch.tensor([*told, *digests], dtype=torch.float64).to(topology.device, non_blocking=True)
+    sums = torch.cat([torch.stack([*known, square]), here])
     dist.all_reduce(sums)
-    total, tokens, square, alarms = sums.unbind()
-    return total, tokens, square, alarms
+    total, tokens, square, alarms, unused, idle, late_sum, *_ = sums.unbind()
+    ranks = topology.world_size
+    shares, of_stage = sums[7:9] / ranks, sums[9:].view(-1, 2) * topology.degrees.pp / ranks
+    apart = late_sum + (shares[1] - shares[0] ** 2 > 1e-12 * shares[1])
+    apart = apart + (of_stage[:, 1] - of_stage[:, 0] ** 2 > 1e-5).sum()
+    return Sums(total, tokens, square, alarms, unused, idle, apart)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
@@ -33,19 +34,24 @@ def blocks(model: nn.Module, links: Sequence[str] | None = None) -> list[nn.Modu
     return list(found.values())
 
 
-def units(candidates: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the layers that ZeRO gathers one by one.
+def units(root: nn.Module, candidates: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the layers of `root` that ZeRO gathers one by one.
 
-    A layer stays with the root if it shares a weight with another (both must be gathered together) or has no
-    matrices (a collective of its own would cost more than it saves).
+    A layer stays with the root if it shares a weight with a module outside of it (both must be gathered
+    together), has no forward pass of its own (as a ParameterList), or has no matrices (a collective of its
+    own would cost more than it saves).
     """
-    owners: dict[int, int] = {}
-    for layer in candidates:
-        for parameter in layer.parameters():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [
-        layer
-        for layer in candidates
-        if any(p.ndim >= 2 for p in layer.parameters())
-        and all(owners[id(p)] == 1 for p in layer.parameters())
-    ]
+    uses = _uses(root)
+
+    def is_unit(layer: nn.Module) -> bool:
+        own = _uses(layer)
+        alone = all(uses[parameter] == count for parameter, count in own.items())
+        matrices = any(p.ndim >= 2 for p in layer.parameters())
+        return alone and matrices and type(layer).forward is not nn.Module.forward
+
+    return [layer for layer in candidates if is_unit(layer)]
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """Return how many places in the module have each parameter, by id."""
+    return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))

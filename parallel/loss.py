@@ -37,6 +37,11 @@ class Loss(NamedTuple):
                 f"{', '.join(map(_described, value))}; return the loss alone, or an object with a .loss"
             )
         total, count = value if isinstance(value, tuple) else (value, torch.ones((), device=value.device))
+        if isinstance(total, DTensor) and "shard" in (total.device_mesh.mesh_dim_names or ()):
+            raise ValueError(
+                "the loss was computed from sharded parameters (DTensors) outside of the forward pass; "
+                "compute such a term inside the model's forward(), or from parameter.full_tensor()"
+            )
         if isinstance(total, DTensor):  # computed from logits that are split by vocabulary
             total = total.full_tensor()
         if isinstance(count, DTensor):

@@ -10,9 +10,10 @@ from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
-from parallel.gradients import ScalarGradients
+from parallel.gradients import ScalarGradients, count_for_all_ranks
 from parallel.layers import blocks, units
 from parallel.loss import LossFn
+from parallel.parameter_hooks import carry_over, find_extras
 from parallel.pipeline import Pipeline
 from parallel.placement import Placement
 from parallel.replica_check import Replicas
@@ -74,6 +75,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     """
     degrees, layers, declared = topology.degrees, layer_names(model), declared_splits(model)
     plan = _check_splits(model, declared, topology, settings, layers)
+    extras = find_extras(model)
     init = check_can_materialise(model) if is_meta(model) else None
     if init is None:
         broadcast_from_first_rank(model.to(topology.device))
@@ -97,30 +99,42 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     sequence = settings.sequence_parallel
     apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
-    stages_here = placement.on(topology.pp_rank)
+    outputs = _output_types(placement.on(topology.pp_rank), placement, loss_fn)
     zeros = [
         _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
-        for stretch, output in zip(stretches, _output_types(stages_here, placement, loss_fn), strict=True)
+        for stretch, output in zip(stretches, outputs, strict=True)
     ]
     if init is not None:
         device = torch.device("cpu") if settings.offload else topology.device
         materialise(module, init, seed=settings.seed, device=device, first_names=ties)
+    carry_over(module, zero := ZeroStages(zeros), extras)
+    count_for_all_ranks(module, topology)
     return ParallelModel(
         module=module,
         topology=topology,
-        zero=ZeroStages(zeros),
+        zero=zero,
         ties=ties,
         tied=TiedGradients(module, ties, stage_names, placement, topology),
         scalars=ScalarGradients(module, topology),
         replicas=Replicas(module, topology),
         loss_fn=loss_fn,
-        pipeline=Pipeline(zeros, placement, topology, loss_fn, settings.schedule)
-        if loss_fn is not None and placement.stages > 1
-        else None,
+        pipeline=_pipeline(zeros, placement, topology, loss_fn, settings),
         rowwise=rowwise,
         sequence_parallel=sequence,
         layers=kept,
     )
+
+
+def _pipeline(
+    zeros: Sequence[Zero],
+    placement: Placement,
+    topology: Topology,
+    loss_fn: LossFn | None,
+    settings: Settings,
+) -> Pipeline | None:
+    if loss_fn is None or placement.stages == 1:
+        return None
+    return Pipeline(zeros, placement, topology, loss_fn, settings.schedule)
 
 
 def _output_types(
@@ -139,7 +153,7 @@ def _shard(
 ) -> Zero:
     return Zero(
         stretch,
-        units(layers),
+        units(stretch, layers),
         topology.zero_mesh,
         settings.zero_stage,
         precision=settings.precision,

@@ -60,26 +60,26 @@ class TorchStage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         if full_backward:
-            self._zero.before_backward(last=last_backward)
+            with self._zero.backward(last=last_backward):
+                super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            return
+        self._zero.before_input_backward()
+        if self._cannot_be_split(bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, loss, True, False)
+            self._whole.add(bwd_chunk_id)
+            self.dw_runner[bwd_chunk_id] = lambda: None  # the schedule expects an entry
         else:
-            self._zero.before_input_backward()
-            if self._cannot_be_split(bwd_chunk_id):
-                super().backward_one_chunk(bwd_chunk_id, loss, True, False)
-                self._whole.add(bwd_chunk_id)
-                self.dw_runner[bwd_chunk_id] = lambda: None  # the schedule expects an entry
-                return
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         if not self.has_backward:  # an evaluation runs the same schedule
             return
-        self._zero.before_weight_backward()
-        if bwd_chunk_id in self._whole:
-            self._whole.remove(bwd_chunk_id)
-            del self.dw_runner[bwd_chunk_id]
-        else:
-            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        self._zero.after_weight_backward(last=last_backward)
+        with self._zero.weight_backward(last=last_backward):
+            if bwd_chunk_id in self._whole:
+                self._whole.remove(bwd_chunk_id)
+                del self.dw_runner[bwd_chunk_id]
+            else:
+                super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _cannot_be_split(self, chunk: int) -> bool:
         """Return whether no input needs a gradient, as after frozen layers.

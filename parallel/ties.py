@@ -43,6 +43,8 @@ class TiedGradients:
         self._shared: list[tuple[dict[int, nn.Parameter], list[int]]] = []
         self.copies: set[str] = set()
         """This rank's parameters that an earlier stage holds too; that stage counts and saves them."""
+        self.shared: set[int] = set()
+        """Ids of this rank's parameters that other stages hold too, and that are trained."""
         mine = dict(module.named_parameters())
         for first in sorted(set(ties.values())):
             names = {first, *(alias for alias, name in ties.items() if name == first)}
@@ -56,6 +58,7 @@ class TiedGradients:
                 copies = {stage: mine[name] for stage, name in here.items()}
                 if all(parameter.requires_grad for parameter in copies.values()):
                     self._shared.append((copies, holders))
+                    self.shared |= {id(parameter) for parameter in copies.values()}
                 self.copies |= {name for stage, name in here.items() if stage != holders[0]}
 
     def sum(self) -> None:

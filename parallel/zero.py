@@ -8,13 +8,15 @@
 
 The boundary is the end of gradient accumulation, before the optimizer step. (ZeRO, Rajbhandari et al. 2020,
 section 5.) Stage 0 is the same code on the mesh `(replicate=dp, shard=1)`. With a shard group smaller than
-dp, stages 2 and 3 sum over the groups only at the boundary. With more than one data-parallel rank, a trained
-parameter that a rank doesn't use has a gradient of zero.
+dp, stages 2 and 3 sum over the groups only at the boundary. Ranks may run different layers at stages 0-2
+(`Reducer`), and must run the same ones at stage 3 (`Gatherer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,15 +32,20 @@ from torch.distributed.fsdp import (
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from parallel.agreement import Trace
 from parallel.degrees import check_zero_stage
 from parallel.fsdp_internals import (
-    adopt_gradient,
     check_records,
     compute_in_place,
-    count_unused,
     group_of,
+    is_whole,
+    on_whole,
     parameters_of,
+    set_root,
 )
+from parallel.gatherer import Gatherer
+from parallel.gradients import stays_whole
+from parallel.reducer import Reducer
 from parallel.settings import DType, Precision
 
 _DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,29 +82,43 @@ class Zero:
         """
         check_zero_stage(stage)
         self.stage = stage
-        self._sums_late = stage >= 2 and mesh["replicate"].size() > 1
         self.precision = precision
         self.offload = offload
         self.root = cast(FSDPModule, root)
         # A single rank has nothing to sum, and fully_shard would copy its gradients twice.
-        self._alone = mesh.size() == 1 and not offload
-        if self._alone and precision.compute == "fp32":
+        alone = mesh.size() == 1 and not offload
+        in_place = mesh["shard"].size() == 1 and precision.compute == "fp32" and not offload
+        self._layerwise = stage == 3 and not (alone and in_place)
+        if alone and in_place:
             units = ()  # there is nothing to gather, cast or free, so their hooks would only take time
-        self._shard(units, mesh, persistence_threshold, output)
-        self._sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
-        self._records = [record for sharded in self._sharded for record in parameters_of(sharded)]
-        for sharded in self._sharded:
-            self._set_up(sharded, mesh)
+        self._mesh = mesh
+        self._shard(units, persistence_threshold, output)
+        sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
+        self._sharded = sharded
+        self._records = [record for module in sharded for record in parameters_of(module)]
+        for module in sharded:
+            check_records(module)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+        set_root(sharded)
+        if in_place:
+            for record in self._records:
+                compute_in_place(record)
+        self._driver: Reducer | Gatherer
+        if not self._layerwise:
+            self._driver = Reducer(sharded, mesh, stage, alone=alone)
+        else:
+            names = {
+                module: name or "the layers outside of any list" for name, module in root.named_modules()
+            }
+            self._driver = Gatherer(sharded, mesh, [names[cast(nn.Module, m)] for m in sharded], alone=alone)
+        self._gather_for_parts()
 
-    def _shard(
-        self, units: Sequence[nn.Module], mesh: DeviceMesh, threshold: int, output: torch.dtype | None
-    ) -> None:
+    def _shard(self, units: Sequence[nn.Module], threshold: int, output: torch.dtype | None) -> None:
         """Apply fully_shard to batch norms, to the units, and to the root with the remaining parameters."""
-        root, precision = cast(nn.Module, self.root), self.precision
+        root, precision, mesh = cast(nn.Module, self.root), self.precision, self._mesh
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.offload else OffloadPolicy()
-        scalars = {
-            p for p in root.parameters() if p.ndim == 0
-        }  # fully_shard refuses parameters without a dim
+        whole = {p for p in root.parameters() if stays_whole(p)}
         statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
         parts = [*statistics, *(unit for unit in units if unit not in statistics)]
         sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
@@ -107,74 +128,69 @@ class Zero:
         policies = [_statistics_policy(precision) if part in statistics else policy for part in parts]
         policies.append(_policy(precision, output))
         for module, size, policy in zip([*parts, root], sizes, policies, strict=True):
-            module.register_forward_hook(_own_outputs)
+            if self._layerwise:
+                module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=self.stage == 3 and size >= threshold,
+                reshard_after_forward=self._layerwise and size >= threshold,
                 mp_policy=policy,
                 offload_policy=placed,
-                ignored_params=scalars,
+                ignored_params=whole,
             )
 
-    def _set_up(self, sharded: FSDPModule, mesh: DeviceMesh) -> None:
-        """Configure reduction, prefetching and copies of the parameters gathered together with `sharded`."""
-        check_records(sharded)
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
-        if self.stage < 3:
-            # In the backward pass every layer is whole already. By default torch prefetches the next layer,
-            # which at the end of accumulation is one that it has just freed. So each layer prefetches only
-            # itself.
-            sharded.set_modules_to_backward_prefetch([sharded])
-        in_place = mesh["shard"].size() == 1 and self.precision.compute == "fp32" and not self.offload
-        for parameter in parameters_of(sharded):
-            if mesh.size() > 1:
-                count_unused(parameter)
-            if in_place:
-                compute_in_place(parameter)
+    def _gather_for_parts(self) -> None:
+        """Gather a layer's parameters also when its parts are called without it.
 
-    def before_backward(self, *, last: bool) -> None:
-        """Set how the next backward pass treats gradients and parameters.
+        A root's methods other than `forward` call its parts, as in CLIP; a parent may call a layer's parts.
+        """
+        for module in self._sharded:
+            group = group_of(module)
+            owners = {record._module_info.module for record in parameters_of(module)}
+            for part in _parts(cast(nn.Module, module)):
+                if not isinstance(part, FSDPModule) and not owners.isdisjoint(part.modules()):
+                    part.register_forward_pre_hook(partial(_gather_for_part, group))
+
+    # --- backward passes ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Enclose a backward pass, whose gradients are accumulated or reduced. Collective.
 
         `last` marks the last one of the accumulation, before an optimizer step.
         """
-        self.root.set_requires_gradient_sync((last or self.stage >= 2) and not self._alone)
-        if self._sums_late:
-            self.root.set_requires_all_reduce(last)
-        self.root.set_reshard_after_backward(last or self.stage == 3)
-        self.root.set_is_last_backward(last)
+        self._driver.before_backward(last=last)
+        yield
+        self._driver.after_backward(last=last)
 
     def before_input_backward(self) -> None:
         """Set up the half of a split backward pass that computes the inputs' gradients, not the weights'.
 
-        fully_shard reduces gradients in hooks on a layer's inputs, which run in this half: too early.
-        `before_weight_backward` and `after_weight_backward` enclose the other half, where they are reduced.
+        Nothing is reduced in this half. `weight_backward` encloses the other one.
         """
-        self.root.set_requires_gradient_sync(False)
-        self.root.set_reshard_after_backward(self.stage == 3)
-        self.root.set_is_last_backward(False)
+        self._driver.before_backward(last=False, early=False)
 
-    def before_weight_backward(self) -> None:
-        """Gather all parameters at once: no hook tells which ones this half needs."""
+    @contextmanager
+    def weight_backward(self, *, last: bool) -> Iterator[None]:
+        """Enclose the half that computes the weights' gradients, and reduce them at its end. Collective."""
         self.before_input_backward()
-        for module in self._sharded:
-            module.unshard()
+        self._driver.gather_all()  # no hook tells which parameters this half needs
+        yield
+        self._driver.after_backward(last=last, early=False)
 
-    def after_weight_backward(self, *, last: bool) -> None:
-        """Do the work of an unsplit backward pass's hooks: accumulate or reduce gradients, free memory."""
-        self.before_backward(last=last)
-        for module in reversed(self._sharded):
-            group = group_of(module)
-            if group is not None:
-                group.post_backward()
-        cast(Any, self.root)._get_fsdp_state()._root_post_backward_final_callback()
+    # --- parameters --------------------------------------------------------------------------------------
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that a forward pass computed with, even if their memory was freed after it."""
         for record in self._records:
             yield record._unsharded_param
-        yield from (p for p in cast(nn.Module, self.root).parameters() if p.ndim == 0)  # not fully_shard's
+        yield from (p for p in cast(nn.Module, self.root).parameters() if stays_whole(p))
+
+    def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
+        """Call `do` with the whole parameter that belongs to a sharded one, each time that one is made."""
+        for record in self._records:
+            if record.sharded_param is parameter:
+                on_whole(record, do)
 
     def reshard(self) -> None:
         """Free the whole parameters, so that `parameters()` returns the sharded ones.
@@ -182,16 +198,12 @@ class Zero:
         Call it before the sharded ones are read or written outside of a step: the whole copies that a forward
         pass has left would be used again, though stale.
         """
-        for module in self._sharded:
-            module.reshard()
-        if self._alone:
-            for record in self._records:
-                adopt_gradient(record)
+        self._driver.reshard()
 
     def drop_gradients(self) -> None:
         """Drop all gradients, including those being accumulated."""
         for parameter in cast(nn.Module, self.root).parameters():
-            if parameter.ndim == 0:
+            if stays_whole(parameter):
                 parameter.grad = None
         for module in self._sharded:
             group = group_of(module)
@@ -202,6 +214,25 @@ class Zero:
             record.sharded_param.grad = None
             if hasattr(record, "_unsharded_param"):
                 record._unsharded_param.grad = None
+        self.begin_step()
+
+    # --- this step on this rank --------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Forget which layers and parameters the last step used."""
+        self._driver.begin_step()
+
+    @property
+    def trace(self) -> Trace:
+        """The layers that this rank has gathered and reduced."""
+        driver = self._driver
+        return Trace(driver.late, driver.digest, driver.order)
+
+    def used(self) -> dict[nn.Parameter, bool]:
+        """Return, for each parameter that is summed over ranks, whether it had a gradient on this rank."""
+        if self._mesh.size() == 1:
+            return {}
+        return {r.sharded_param: id(r) in self._driver.used for r in self._records}
 
 
 class ZeroStages:
@@ -214,9 +245,13 @@ class ZeroStages:
         """ZeRO stage."""
         self.compute_dtype, self.offload = _DTYPES[stages[0].precision.compute], stages[0].offload
 
-    def before_backward(self, *, last: bool) -> None:
-        for zero in self._stages:
-            zero.before_backward(last=last)
+    @contextmanager
+    def backward(self, *, last: bool) -> Iterator[None]:
+        """Enclose a backward pass through all stages; see `Zero.backward`."""
+        with ExitStack() as stack:
+            for zero in self._stages:
+                stack.enter_context(zero.backward(last=last))
+            yield
 
     def reshard(self) -> None:
         for zero in self._stages:
@@ -225,6 +260,36 @@ class ZeroStages:
     def drop_gradients(self) -> None:
         for zero in self._stages:
             zero.drop_gradients()
+
+    def begin_step(self) -> None:
+        for zero in self._stages:
+            zero.begin_step()
+
+    def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
+        for zero in self._stages:
+            zero.on_whole(parameter, do)
+
+    def used(self) -> dict[nn.Parameter, bool]:
+        """Return, for each parameter that is summed over ranks, whether it had a gradient on this rank."""
+        return {parameter: used for zero in self._stages for parameter, used in zero.used().items()}
+
+    def traces(self) -> list[Trace]:
+        return [zero.trace for zero in self._stages]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module's children, and those of containers in their place."""
+    for child in module.children():
+        if type(child).forward is nn.Module.forward:
+            yield from _parts(child)
+        else:
+            yield child
+
+
+def _gather_for_part(group: Any, _module: nn.Module, _args: Any) -> None:
+    if not is_whole(group):
+        group.unshard()
+    group.wait_for_unshard()
 
 
 def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:

@@ -1,7 +1,5 @@
 """Fused projections, and norms with a row for each head, train and resume on any topology."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

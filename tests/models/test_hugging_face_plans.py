@@ -1,7 +1,5 @@
 """Plans of Hugging Face's classes: what a config doesn't build, what they leave out, and peft's wrappers."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -142,8 +142,8 @@ def test_the_steps_are_those_of_one_process(ranks: Ranks, zero: int) -> None:
 
 
 def test_layers_in_nested_containers_are_gathered_one_by_one() -> None:
-    assert len(units(blocks(NestedLists()))) == 4
-    assert len(units(blocks(Dicts()))) == 2
+    for model, layers in ((NestedLists(), 4), (Dicts(), 2)):
+        assert len(units(model, blocks(model))) == layers
 
 
 def batch_norm_case() -> tuple[list[float], torch.dtype, torch.dtype, float]:

@@ -1,7 +1,5 @@
 """Fused projections: cut by parts where these are declared, and refused where they seem to be fused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Parameters outside the plan, and losses, are compared until there was something to compare."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

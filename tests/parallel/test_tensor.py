@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model import GPT, GPTConfig
+from one_stage import run_batch
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -33,19 +34,6 @@ SPLIT_DIM = dict.fromkeys(COLUMNS, 0) | {"o": 1, "down": 1}
 def batch() -> tuple[Tensor, Tensor]:
     inputs, targets = oracle.samples(masked=True)
     return inputs[:6], targets[:6]
-
-
-def run_batch(built: parallel.ParallelModel, inputs: Tensor, targets: Tensor, micro_batches: int) -> Loss:
-    """Accumulate the gradients of a batch cut into micro batches along dim 0; return its summed loss."""
-    losses = []
-    parts = zip(inputs.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True)
-    for i, (part, target) in enumerate(parts, start=1):
-        with split_logits(built.topology):
-            loss = Loss.of(built.loss_fn(built.module(part), target))
-            built.zero.before_backward(last=i == micro_batches)
-            loss.total.backward()
-        losses.append(Loss(loss.total.detach(), loss.tokens))
-    return Loss.sum(losses)
 
 
 def whole(tensor: Tensor) -> Tensor:

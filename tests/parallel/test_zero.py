@@ -66,8 +66,8 @@ def memory_case(stage: int) -> dict[str, Any]:
     for i, micro in enumerate(data()):
         loss = built.module(micro[topology.dp_rank])
         seen[f"forward {i}"] = sizes(built)
-        built.zero.before_backward(last=i == 1)
-        loss.backward()
+        with built.zero.backward(last=i == 1):
+            loss.backward()
         seen[f"backward {i}"] = sizes(built)
         if i == 0 and stage == 2:
             built.zero.reshard()  # the whole parameters are in front of the sharded ones
@@ -145,8 +145,8 @@ def persistent_case(threshold: int) -> dict[str, tuple[int, int]]:
     built = parallel.build(net(), topology, settings)
     loss = built.module(data()[0, topology.dp_rank])
     seen = sizes(built)
-    built.zero.before_backward(last=True)
-    loss.backward()
+    with built.zero.backward(last=True):
+        loss.backward()
     assert all(local(p) <= shard_size(p.shape, topology.dp_rank) for p in built.module.parameters())
     return seen
 
@@ -165,8 +165,8 @@ def reduced_case(reduce: DType, scale: float = 1.0, sample: int | None = None) -
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=DP, tp=1), zero_stage=2)
     settings = parallel.Settings(zero_stage=2, seed=0, precision=parallel.Precision(reduce=reduce))
     built = parallel.build(net(), topology, settings)
-    built.zero.before_backward(last=True)
-    (built.module(data()[0, topology.dp_rank if sample is None else sample]) * scale).backward()
+    with built.zero.backward(last=True):
+        (built.module(data()[0, topology.dp_rank if sample is None else sample]) * scale).backward()
     return {n: p.grad.full_tensor() for n, p in built.module.named_parameters()}
 
 

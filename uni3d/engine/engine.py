@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import ckpt
 from parallel import HostComm, ParallelModel
-from parallel.gradients import sum_over_ranks
+from parallel.gradients import Step, sum_over_ranks
 from parallel.loss import Loss
 from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
@@ -133,8 +133,8 @@ class Engine:
             loss = self._run(batches, train=False)
         self.module.train(was_training)
         self.model.zero.reshard()
-        total, tokens, _, alarms = sum_over_ranks(loss, [], self.model.topology, alarm=self._saver.failed)
-        return total, tokens, alarms
+        sums = sum_over_ranks(loss, [], self.model.topology, Step(alarm=self._saver.failed))
+        return sums.loss, sums.terms, sums.alarms
 
     def _run(self, batches: list[Any], *, train: bool) -> Loss | None:
         """Run this rank's micro batches; return the summed loss, None where a later stage has it."""
@@ -188,9 +188,8 @@ class Engine:
         mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)
         if not scale_wrt_gas:
             value = Loss(value.total * steps, value.tokens)
-        counts = isinstance(loss, tuple) or not self._micro.inside_no_sync
         with self._guard.together("backward", begun=True), self._observer.timed("backward"):
-            self._micro.backward(value, retain_graph=retain_graph, counts=counts)
+            self._micro.backward(value, retain_graph=retain_graph, is_mean=not isinstance(loss, tuple))
         return mean
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -210,7 +209,7 @@ class Engine:
         self._stepper.applied = False
         if boundary:
             with self._guard.together("step", begun=True), self._observer.timed("step"):
-                self._stepper.finish(self._micro.take())
+                self._stepper.finish(self._micro.take(), self._micro.share)
             self._observer.tell()
 
     def zero_grad(self) -> None:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 from ckpt import CheckpointError
 from parallel import Failures
+from parallel.agreement import StepRefusedError
 from uni3d.engine.batches import BatchError
 from uni3d.train_state import Progress
 
-RAISED_BY_ALL = (FloatingPointError, CheckpointError)
+RAISED_BY_ALL = (FloatingPointError, CheckpointError, StepRefusedError)
 """Errors that all ranks raise at the same place."""
 
 

@@ -28,6 +28,7 @@ class MicroBatches:
     Attributes:
         index: number of the current micro batch, counted from 0.
         losses: losses of the backward passes since the last step, detached.
+        share: factor of this step's losses; set before its first backward pass.
     """
 
     def __init__(self, model: ParallelModel, scaler: LossScale | None, steps: int) -> None:
@@ -36,6 +37,7 @@ class MicroBatches:
         self._scaler = scaler
         self._steps = steps
         self._inside_no_sync = False
+        self.share = 1.0
         self.clear()
 
     def clear(self) -> None:
@@ -124,19 +126,26 @@ class MicroBatches:
             self._model.zero.reshard()  # the script may write to the parameters before the next forward pass
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
-    def backward(self, loss: Loss, *, retain_graph: bool = False, counts: bool = True) -> None:
-        """Accumulate the gradients of `loss`. With `counts=False` its terms don't add to the step's."""
+    def backward(self, loss: Loss, *, retain_graph: bool = False, is_mean: bool = False) -> None:
+        """Accumulate the gradients of `loss`, which `is_mean` says to be a micro batch's mean.
+
+        If a step's first loss is a mean, its gradients add up to the mean over micro batches. Inside
+        `no_sync`, a mean isn't one more micro batch.
+        """
         zero, topology = self._model.zero, self._model.topology
+        if not self.losses:
+            self.share = 1.0 / (topology.degrees.dp * self._steps) if is_mean else 1.0
         last = self.ends_step
-        zero.before_backward(last=last)
         with split_logits(topology):
             if self._scaler is not None and self._scaler.terms is None:
-                _, tokens, _, _ = sum_over_ranks(loss, [], topology)
-                self._scaler.set_terms(tokens.item() * self._steps)
-            factor = 1.0 if self._scaler is None else self._scaler.factor
-            loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                terms = sum_over_ranks(loss, [], topology).terms
+                self._scaler.set_terms(terms.item() * self._steps)
+            factor = self.share if self._scaler is None else self._scaler.factor
+            with zero.backward(last=last):
+                loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             if last:
                 zero.reshard()  # moves the step's gradients to `.grad`
+        counts = not (is_mean and self._inside_no_sync)
         self.losses.append(Loss(loss.total.detach(), loss.tokens if counts else loss.tokens * 0))
         self._backwards += not self._inside_no_sync
 
@@ -155,11 +164,6 @@ class MicroBatches:
             yield
         finally:
             self._inside_no_sync = False
-
-    @property
-    def inside_no_sync(self) -> bool:
-        """True inside `no_sync`."""
-        return self._inside_no_sync
 
     def end(self) -> None:
         """End the current micro batch.

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel.gradients import clip_factor, counts_here, local_gradients, sum_over_ranks
+from parallel.agreement import StepRefusedError, Trace, explain
+from parallel.gradients import (
+    Step,
+    clip_factor,
+    counts_here,
+    drop_unused,
+    local_gradients,
+    sum_over_ranks,
+)
 from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import Config
@@ -30,6 +39,12 @@ class Numbers(NamedTuple):
     """Number of ranks whose background save has failed."""
     terms: float
     """Number of values that the loss is the mean of."""
+    unused: float
+    """Trained parameters without a gradient, summed over ranks."""
+    idle: float
+    """Number of ranks where no parameter has a gradient."""
+    apart: float
+    """0 if the ranks ran what they must run alike."""
 
 
 class Outcome(NamedTuple):
@@ -51,8 +66,11 @@ class _Trained(NamedTuple):
 class PendingNumbers:
     """A step's numbers, copied to the host without waiting for the GPU."""
 
-    def __init__(self, step: int, samples: int, rate: float, numbers: Tensor) -> None:
+    def __init__(
+        self, step: int, samples: int, rate: float, numbers: Tensor, traces: Sequence[Trace]
+    ) -> None:
         self.step = step
+        self.traces = traces
         self.samples = samples
         """Samples consumed, this step's included."""
         self.rate = rate
@@ -101,13 +119,18 @@ class Stepper:
         fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         model = state.model
         on_gpu = model.topology.device.type == "cuda" and not model.zero.offload  # offload steps on the CPU
-        self.deferred = fused and state.scaler is None and on_gpu
-        """True if a step's numbers are read during the next one."""
+        self._may_defer = fused and state.scaler is None and on_gpu
+        self.deferred = False
+        """True if a step's numbers are read during the next one. The first step's never are."""
 
-    def finish(self, loss: Loss | None) -> Tensor:
+    def finish(self, loss: Loss | None, share: float = 1.0) -> Tensor:
         """Collective: take the step; return the global batch's mean loss, a float32 scalar.
 
+        `share` is the factor by which the losses were multiplied before the backward passes, besides the loss
+        scale.
+
         Raises:
+            StepRefusedError: the gradients can't be right, or there are none. The step was not taken.
             FloatingPointError: the loss or a gradient of this step, or with `deferred` of the previous one,
                 isn't finite, and there is no loss scale to lower. The step was not taken; if the previous
                 one failed, neither was.
@@ -121,20 +144,23 @@ class Stepper:
         model.tied.sum()
         #    A failed background save rides along; the next call raises it, on all ranks together.
         gradients, counted = self._gradients()
-        total, tokens, square, alarms = sum_over_ranks(
-            loss, counted, model.topology, alarm=self._saver.failed
-        )
-        lifted = 1.0 if state.scaler is None else state.scaler.factor
-        mean_loss, norm = total / tokens, square.sqrt() / (tokens * lifted)
-        finite = (mean_loss + norm).isfinite()
+        used, traces = model.zero.used(), model.zero.traces()
+        sums = sum_over_ranks(loss, counted, model.topology, self._told(gradients, used, traces, share))
+        tokens, lifted = sums.terms, share if state.scaler is None else state.scaler.factor
+        mean_loss, norm = sums.loss / tokens, sums.square.sqrt() / (tokens * lifted)
+        right = (sums.apart == 0) & (sums.idle < model.topology.world_size)
+        finite = (mean_loss + norm).isfinite() & right
         try:
             self.settle()
-        except FloatingPointError:
+        except (FloatingPointError, StepRefusedError):
             progress.global_samples += progress.train_batch  # this step's batch is lost too
             raise
-        numbers = torch.stack([mean_loss, norm, finite.double(), alarms, tokens])
+        if self.deferred:  # which parameters no rank has used can't be known in time
+            finite = finite & (sums.unused == 0)
+        told = sums.alarms, tokens, sums.unused, sums.idle, sums.apart
+        numbers = torch.stack([mean_loss, norm, finite.double(), *told])
         samples = progress.global_samples + progress.train_batch
-        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers)
+        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, traces)
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if self._clip > 0:
@@ -146,8 +172,28 @@ class Stepper:
             self._update(gradients, scale)
             self._unread = report
         elif self._conclude(report):
+            vars(state.optimizer).pop("found_inf", None)  # an earlier step's, if it was deferred
+            if report.read().unused > 0:
+                drop_unused(used, model.topology, keep=model.tied.shared)
+                gradients, _ = self._gradients()
             self._update(gradients, scale)
+            self.deferred = self._may_defer and report.read().unused == 0
         return mean_loss.float()
+
+    def _told(
+        self,
+        gradients: list[Tensor],
+        used: Mapping[nn.Parameter, bool],
+        traces: Sequence[Trace],
+        share: float,
+    ) -> Step:
+        """Return what this rank adds to the step's sums. The next step begins."""
+        self._state.model.zero.begin_step()
+        unused = sum(not had for parameter, had in used.items() if parameter.requires_grad)
+        idle = not any(used.values()) if used else not gradients
+        if idle and self._state.model.scalars.used():
+            idle = False
+        return Step(unused=unused, idle=idle, traces=traces, share=share, alarm=self._saver.failed)
 
     def settle(self) -> None:
         """Read the numbers of the last step, if they haven't been read.
@@ -175,6 +221,13 @@ class Stepper:
         self.applied = bool(numbers.finite)
         if self._observer.wanted:
             self._observe(report, numbers)
+        if why := self._refusal(report, numbers):
+            self._lose_step()
+            state.model.module.zero_grad()
+            raise StepRefusedError(f"step {report.step} was not taken: {why}")
+        if self.deferred and numbers.unused > 0:
+            self._skip_unforeseen(report)
+            return False
         if state.scaler is not None:
             if not self.applied:
                 state.model.module.zero_grad()
@@ -182,14 +235,47 @@ class Stepper:
                 progress.count_step()
             state.scaler.update(overflow=not self.applied)
         elif not self.applied:  # the numbers are the same on all ranks, so all raise
-            self._undo()
+            self._lose_step()
             state.model.module.zero_grad()
-            progress.global_samples += progress.train_batch  # the data iterator is past them
             raise FloatingPointError(
                 f"step {report.step}: the loss is {numbers.loss:g} and the gradient norm {numbers.norm:g}; "
                 "the step was not taken"
             )
         return self.applied
+
+    def _lose_step(self) -> None:
+        """Undo the counting of a step that wasn't taken; its batch is lost."""
+        self._undo()
+        self._state.progress.global_samples += (
+            self._state.progress.train_batch
+        )  # it was taken from the iterator
+
+    def _refusal(self, report: PendingNumbers, numbers: Numbers) -> str | None:
+        """Return why the step's gradients can't be right, or None. Collective if they can't."""
+        topology = self._state.model.topology
+        if numbers.apart > 0:
+            return explain(report.traces, topology)
+        if numbers.idle == topology.world_size:
+            return (
+                "no trained parameter has a gradient; compute the loss from the engine's output, with "
+                "gradients enabled, and check which parameters require a gradient"
+            )
+        return None
+
+    def _skip_unforeseen(self, report: PendingNumbers) -> None:
+        """Skip a deferred step in which, unlike in those before, some parameter had no gradient on some rank.
+
+        The host learns it too late to leave them out. From here on it reads a step's numbers first.
+        """
+        self.deferred = self._may_defer = False
+        self._lose_step()
+        self._state.progress.skipped_steps += 1
+        if self._state.model.topology.rank == 0:
+            warnings.warn(
+                f"step {report.step} was skipped: for the first time, some parameters had no gradient on "
+                "some rank; later steps handle this",
+                stacklevel=2,
+            )
 
     def _observe(self, report: PendingNumbers, numbers: Numbers) -> None:
         scaler = self._state.scaler

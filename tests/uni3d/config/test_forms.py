@@ -1,7 +1,5 @@
 """Short and old forms of values, and numbers as JSON writers put them, mean what they mean in DeepSpeed."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import UserDict

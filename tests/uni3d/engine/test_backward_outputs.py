@@ -1,7 +1,5 @@
 """`backward` takes a loss, or a model's output that has one."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any, NamedTuple

@@ -142,8 +142,8 @@ def case(case: Case) -> Any:
             for i in range(case.accumulation):
                 loss = built.module(torch.randn(2, WIDTH))
                 look()
-                built.zero.before_backward(last=i + 1 == case.accumulation)
-                loss.backward()
+                with built.zero.backward(last=i + 1 == case.accumulation):
+                    loss.backward()
                 look()
         built.zero.reshard()
         optimizer.step()

@@ -1,7 +1,5 @@
 """The config in a DeepSpeed checkpoint, in the forms of values that DeepSpeed accepts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,0 +1,163 @@
+"""ZeRO stages 0-2: parameters gathered and gradients reduced in one order, whatever layers a rank runs.
+
+Ranks may run different layers: task heads, a tower for one modality, layer drop. fully_shard gathers and
+reduces a layer in hooks on its forward and backward pass, so such ranks would sum gradients of different
+layers. Here the layers follow a fixed order, as in DDP's reducer (Li et al. 2020, section 4.2): a layer is
+reduced during the backward pass, once its gradients and those of all layers before it are there. What is left
+is reduced at the end, with zeros where a rank has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.fsdp_internals import (
+    adopt_gradient,
+    end_backward,
+    fill_gradient,
+    group_of,
+    reduce_gradients,
+    start_gathering,
+    take_over,
+)
+
+
+class Reducer:
+    """The layers of a module at ZeRO stage 0, 1 or 2.
+
+    Attributes:
+        used: ids of fully_shard's records of parameters that had a gradient in this step, on this rank.
+        late: number of gradients that came after their layer had been reduced, and aren't in the sum.
+        digest, order: nothing, as the order of layers is always the same; see `Gatherer`.
+    """
+
+    digest = 0
+    order: tuple[str, ...] = ()
+
+    def __init__(self, modules: Sequence[FSDPModule], mesh: DeviceMesh, stage: int, *, alone: bool) -> None:
+        """Take over from fully_shard's hooks on `modules`, the first of which is the root.
+
+        With `alone`, the gradients of a single rank are adopted, not reduced.
+        """
+        self._root = modules[0]
+        self._mesh = mesh
+        self._every = stage == 2 and not alone
+        self._last = not alone
+        self._alone = alone
+        # The backward pass runs through the layers in about this order, and through the root's last.
+        self._groups = [group for module in reversed(modules) if (group := group_of(module)) is not None]
+        self._next: int | None = None  # layer that is reduced next in a backward pass
+        self._missing: list[set[int]] = []  # by layer: ids of the records without a gradient as yet
+        self._hooked: dict[int, Any] = {}  # by the record's id: the parameter that has our hook
+        self._early, self._agreed = mesh.size() > 1, mesh.size() == 1
+        self.used: set[int] = set()
+        self.late = 0
+        for module in modules:
+            take_over(module, self._gather)
+
+    # --- parameters --------------------------------------------------------------------------------------
+
+    def _gather(self) -> None:
+        """Start to gather what isn't whole, in the order of the forward pass. A layer waits for its own."""
+        self._root._get_fsdp_state()._lazy_init()
+        for group in reversed(self._groups):
+            start_gathering(group)
+
+    def _wait(self) -> None:
+        """Make all parameters whole, those of layers that this rank didn't run included."""
+        self._gather()
+        for group in self._groups:
+            group.wait_for_unshard()
+
+    def reshard(self) -> None:
+        """Free the whole parameters. A single rank's gradients move to the sharded ones."""
+        for group in self._groups:
+            group.wait_for_unshard()  # else a layer that didn't run would use stale parameters later
+            group.reshard()
+            if self._alone:
+                for record in group.fsdp_params:
+                    adopt_gradient(record)
+
+    def gather_all(self) -> None:
+        """Do nothing: all parameters are whole before any backward pass."""
+
+    # --- gradients ---------------------------------------------------------------------------------------
+
+    def before_backward(self, *, last: bool, early: bool = True) -> None:
+        """Prepare for a backward pass; with `early=False` nothing is reduced before its end."""
+        self._wait()
+        self._next = None
+        if not (self._reduces(last) and early and self._early):
+            return
+        self._next, self._missing = 0, []
+        for layer, group in enumerate(self._groups):
+            trained = [record for record in group.fsdp_params if record._unsharded_param.requires_grad]
+            self._missing.append({id(record) for record in trained})
+            for record in trained:
+                whole = record._unsharded_param
+                if self._hooked.get(id(record)) is not whole:
+                    self._hooked[id(record)] = whole
+                    whole.register_post_accumulate_grad_hook(partial(self._arrived, layer, id(record)))
+
+    def _arrived(self, layer: int, record: int, _parameter: Tensor) -> None:
+        """Note a gradient, and reduce the layers that are complete and whose turn it is."""
+        if self._next is None:
+            return
+        if layer < self._next:
+            self.late += 1
+            return
+        self._missing[layer].discard(record)
+        while self._next < len(self._groups) and not self._missing[self._next]:
+            self._reduce(self._groups[self._next])
+            self._next += 1
+
+    def after_backward(self, *, last: bool, early: bool = True) -> None:
+        """Reduce or accumulate the gradients that are left."""
+        start, self._next = self._next, None
+        if self._reduces(last):
+            for group in self._groups[start or 0 :]:
+                self._reduce(group)
+            if start is not None and not self._agreed:
+                self._agree()
+        else:
+            for group in self._groups:
+                reduce_gradients(group, reduce=False)
+        end_backward(self._root)
+        if last:
+            self.reshard()
+
+    def _reduces(self, last: bool) -> bool:
+        return self._every or (last and self._last)
+
+    def _reduce(self, group: Any) -> None:
+        if self._mesh.size() > 1:
+            self.used.update(id(record) for record in group.fsdp_params if fill_gradient(record))
+        reduce_gradients(group, reduce=True)
+
+    def begin_step(self) -> None:
+        """Forget what the last step used."""
+        self.used.clear()
+        self.late = 0
+
+    def _agree(self) -> None:
+        """After the first pass: if gradients were late on some rank, reduce them, and never early again.
+
+        They are late if a parameter gets several gradients in one pass, as under reentrant checkpointing of a
+        layer that is used twice.
+        """
+        late = torch.tensor(float(self.late), device=self._mesh.device_type)
+        for axis in ("replicate", "shard"):
+            dist.all_reduce(late, group=self._mesh.get_group(axis))
+        self._agreed, self.late = True, 0
+        if late > 0:
+            self._early = False
+            for group in self._groups:
+                self._reduce(group)
