@@ -140,4 +140,4 @@ def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: st
         for rank, box in enumerate(part.boxes(ranks, ranks.shards())):
             told[rank].append((tuple(part.info.key), tuple(box)))
     assert found == [sorted(boxes) for boxes in told]
-    assert any(part.tp_dim is not None for part in source.by_pipeline_rank(1)[0])
+    assert any(part.kind.tp_dim is not None for part in source.by_pipeline_rank(1)[0])
