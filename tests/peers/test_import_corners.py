@@ -136,11 +136,6 @@ def test_tied_or_not(tmp_path: Path) -> None:
     assert atoms(imported(tmp_path / "y.pt", tmp_path / "c")["url"]).keys() == {"value/one", "value/two"}
 
 
-def test_tensors_beside_a_state_dict(tmp_path: Path) -> None:
-    torch.save({"model": {"w": torch.ones(2)}, "ema": torch.ones(2)}, tmp_path / "x.pt")
-    assert "has tensors and also a state_dict under model" in refused(tmp_path / "x.pt", tmp_path / "run")
-
-
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64])
 def test_types_that_cannot_be_stored(tmp_path: Path, kind: torch.dtype) -> None:
     torch.save({"w": torch.ones(2).to(kind)}, tmp_path / "x.pt")

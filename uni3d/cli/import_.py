@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def import_(
     src: Annotated[
-        Path, Argument(help="Folder of a run or checkpoint, or a file of weights.", show_default=False)
+        Path,
+        Argument(help="Folder of a run or checkpoint, or a file (or index) of weights.", show_default=False),
     ],
     dst: Annotated[
         str | None,

@@ -9,6 +9,7 @@ Modules:
     pickles        the restricted unpickler: plain containers, tensors, inert stand-ins; nothing else
     torch_files    files of `torch.save`, mapped into memory
     torch_tensors  tensors in those files; each storage is verified when it is first read
+    weight_files   the one set of weights in a folder, and the files that aren't read
     state_dicts    safetensors files, and `state_dict`s saved by `torch.save`
     dcp            torch's distributed checkpoint
     deepspeed      DeepSpeed's checkpoints, universal ones too

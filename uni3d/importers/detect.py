@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt import CheckpointError, committed_tags
 from ckpt.format import MANIFEST
 from uni3d.importers.dcp import read_dcp
+from uni3d.importers.dcp.layout import METADATA
 from uni3d.importers.deepspeed import read_deepspeed
 from uni3d.importers.deepspeed.folders import checkpoint_folder, is_universal
 from uni3d.importers.deepspeed.universal import read_universal
-from uni3d.importers.megatron import read_megatron
-from uni3d.importers.source import Options, Source
+from uni3d.importers.megatron import BACKEND, read_megatron
+from uni3d.importers.source import PARAMETER, Options, Source
 from uni3d.importers.state_dicts import read_safetensors, read_torch
 from uni3d.importers.torch_files import is_archive
+from uni3d.importers.weight_files import (
+    SUFFIXES,
+    check_one,
+    check_whole,
+    is_adapter,
+    is_index,
+    kind_of_file,
+    sets,
+    unread,
+)
 
 _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "deepspeed": read_deepspeed,
@@ -25,6 +37,7 @@ _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "torch": read_torch,
 }
 KINDS = tuple(_READERS)
+_TORCH = (".pt", ".pth", ".bin")
 
 
 def read(path: Path, kind: str, options: Options) -> Source:
@@ -38,7 +51,12 @@ def read(path: Path, kind: str, options: Options) -> Source:
     chosen = kind_of(path, options.tag) if kind == "auto" else kind
     if options.tag is not None and not chosen.startswith("deepspeed"):
         raise CheckpointError(f"--tag only works with DeepSpeed checkpoints; {path} is a {chosen} one")
-    return _READERS[chosen](path, options)
+    found = _READERS[chosen](path, options)
+    folders = [path, Path(found.where)] if path.is_dir() else [path.parent] if is_index(path) else []
+    left_out = [*found.left_out, *unread(folders, found.files)]
+    if is_adapter([array.name for array in found.arrays if array.state == PARAMETER]):
+        left_out.append("the base model: SRC has the weights of an adapter (LoRA) alone")
+    return replace(found, left_out=left_out)
 
 
 def kind_of(path: Path, tag: str | None = None) -> str:
@@ -48,30 +66,44 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         CheckpointError: no known kind has these files.
     """
     if path.is_file():
-        if path.suffix == ".safetensors":
-            return "safetensors"
-        if is_archive(path) or path.suffix in (".pt", ".pth", ".bin"):
-            return "torch"
-        raise CheckpointError(f"{path} is neither a safetensors file nor a file written by torch.save")
+        check_whole(path)
+        kind = kind_of_file(path) or ("torch" if is_archive(path) or path.suffix.lower() in _TORCH else None)
+        if kind is None:
+            raise CheckpointError(f"{path} is neither a safetensors file nor a file written by torch.save")
+        return kind
     if (path / MANIFEST).is_file() or committed_tags(path):
         raise CheckpointError(f"{path} already is a uni3d checkpoint or run; load it without an import")
-    if (path / ".metadata").is_file():
-        return "megatron" if (path / "metadata.json").is_file() else "dcp"
     newest = path / "latest_checkpointed_iteration.txt"
-    if newest.is_file():
+    if newest.is_file() and not (path / METADATA).is_file():
         content = newest.read_text().strip()
         name = f"iter_{int(content):07d}" if content.isdecimal() else content
         raise CheckpointError(
             f"{path} is the folder of a Megatron run; give one of its checkpoints, e.g. {path / name}"
         )
-    folder = checkpoint_folder(path, tag)
-    if folder is not None:
-        return "deepspeed-universal" if is_universal(folder) else "deepspeed"
-    for pattern, kind in (("*.safetensors", "safetensors"), ("*.bin", "torch")):
-        if any(path.glob(pattern)):
-            return kind
-    raise CheckpointError(
-        f"{path} isn't a known kind of checkpoint. Expected .metadata (torch's distributed checkpoint, "
-        "Megatron), *_model_states.pt (DeepSpeed), *.safetensors or *.bin (Hugging Face). To override the "
-        "detection, use --from"
+    place, found = path, dict[str, str]()
+    if (path / METADATA).is_file():
+        found[METADATA] = "megatron" if (path / BACKEND).is_file() else "dcp"
+    elif folder := checkpoint_folder(path, tag):
+        place = folder
+        found["*_model_states.pt"] = "deepspeed-universal" if is_universal(folder) else "deepspeed"
+    found |= sets(place)
+    check_one(place, found)
+    if not found:
+        raise CheckpointError(_unknown(path))
+    return next(iter(found.values()))
+
+
+def _unknown(path: Path) -> str:
+    """Return the error for a folder of no known kind, with its folders that may be of one."""
+    marks = (METADATA, "latest", "*_model_states.pt", *(f"*{suffix}" for suffix in SUFFIXES))
+    inside = [
+        each.name
+        for each in sorted(path.iterdir())
+        if each.is_dir() and any(any(each.glob(mark)) for mark in marks)
+    ]
+    return (
+        f"{path} isn't a known kind of checkpoint. Expected {METADATA} (torch's distributed checkpoint, "
+        "Megatron), *_model_states.pt (DeepSpeed), *.safetensors or *.bin (Hugging Face). "
+        + (f"Its folders {', '.join(inside)} may be; give one of them. " if inside else "")
+        + "To override the detection, use --from"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -86,6 +87,8 @@ class Source:
     client_state: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     """Everything in the source that isn't imported, each with the reason."""
+    files: frozenset[Path] = frozenset()
+    """Files that were read; others in their folder are listed in `left_out` by `detect.read`."""
 
     def __post_init__(self) -> None:
         """Raise CheckpointError if two arrays have the same name and state."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from ckpt import DTYPES, CheckpointError, numpy_dtype
 from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor
+from uni3d.importers.weight_files import adapter, files_of, is_adapter
 
 _SAFETENSORS = {
     "BF16": "bfloat16",
@@ -27,9 +27,6 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts commonly keep the model's state_dict."""
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 """Names of the buffers in torch's normalization layers."""
-
-_PART = re.compile(r"-\d+-of-(\d+)\.")
-INDEX = ".index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +47,24 @@ _Content = tuple[_Tensors, dict[str, str], list[str]]
 
 def read_safetensors(path: Path, options: Options) -> Source:
     """Read a safetensors file, or a folder of them."""
-    return _source("safetensors", path, ".safetensors", options, _in_safetensors)
+    return _source("safetensors", path, options, _in_safetensors)
 
 
 def read_torch(path: Path, options: Options) -> Source:
     """Read the state_dict in a file of `torch.save`, or in a folder of them."""
-    return _source("torch", path, ".bin", options, lambda file: _state_dict(file, load(file, options)))
+    return _source("torch", path, options, lambda file: _state_dict(file, load(file, options)))
 
 
-def _source(kind: str, path: Path, suffix: str, options: Options, read: Callable[[Path], _Content]) -> Source:
+def _source(kind: str, path: Path, options: Options, read: Callable[[Path], _Content]) -> Source:
     held: dict[Path, _Tensors] = {}
     aliases: dict[str, str] = {}
     left_out: list[str] = []
-    files, placed = _files(path, suffix)
-    for file in files:
+    chosen = files_of(path, kind)
+    for file in chosen.files:
         held[file], other_names, others = read(file)
         aliases |= other_names
         left_out += others
-    _check_index(placed, held)
+    _check_index(chosen.placed, held)
     arrays: dict[Any, ForeignArray] = {}
     for file, tensors in held.items():
         for name, tensor in tensors.items():
@@ -76,7 +73,18 @@ def _source(kind: str, path: Path, suffix: str, options: Options, read: Callable
             first = arrays.setdefault(tensor.identity if tied else name, array)
             if first is not array:
                 aliases[name] = first.name
-    return Source(kind=kind, where=str(path), arrays=[*arrays.values()], aliases=aliases, left_out=left_out)
+    if not arrays:
+        raise CheckpointError(f"{path} has no tensors")
+    if is_adapter([array.name for array in arrays.values() if array.state == PARAMETER]):
+        raise CheckpointError(adapter(path))
+    return Source(
+        kind=kind,
+        where=str(path),
+        arrays=[*arrays.values()],
+        aliases=aliases,
+        left_out=left_out,
+        files=frozenset({chosen.named, *chosen.files}),
+    )
 
 
 def array_of(
@@ -107,53 +115,6 @@ def is_buffer(name: str, dtype: str, options: Options) -> bool:
         or dtype not in FLOATS
         or name.rpartition(".")[2] in _STATISTICS
     )
-
-
-def _files(path: Path, suffix: str) -> tuple[list[Path], dict[Path, set[str]]]:
-    """Return the file itself, or a folder's files: those in its index, or its only one.
-
-    The second value has the index's tensor names by file; it is empty without an index.
-    """
-    if path.is_file():
-        return [_not_a_part(path)], {}
-    indices = sorted(path.glob(f"*{suffix}{INDEX}"))
-    files = sorted(path.glob(f"*{suffix}"))
-    if len(indices) == 1:
-        placed = _indexed(indices[0], suffix)
-        return list(placed), placed
-    if len(files) == 1 and not indices:
-        return [_not_a_part(files[0])], {}
-    found = ", ".join(each.name for each in indices or files) or "none"
-    raise CheckpointError(
-        f"{path} has {len(indices)} files *{suffix}{INDEX} and {len(files)} files *{suffix} ({found}); "
-        "give one file, or a folder with one index"
-    )
-
-
-def _not_a_part(path: Path) -> Path:
-    """Return `path`; refuse one of several files of the same state_dict, judging by its name."""
-    found = _PART.search(path.name)
-    if found and int(found[1]) > 1:
-        raise CheckpointError(
-            f"{path} is one of {int(found[1])} files; give the folder, which must have their index"
-        )
-    return path
-
-
-def _indexed(index: Path, suffix: str) -> dict[Path, set[str]]:
-    """Return the index's tensor names by file, after checking that each file exists."""
-    placed: dict[Path, set[str]] = {}
-    try:
-        for name, file in sorted(json.loads(index.read_text())["weight_map"].items(), key=lambda x: x[1]):
-            placed.setdefault(index.parent / file, set()).add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} isn't an index of weights: {type(error).__name__}: {error}") from None
-    for file in placed:
-        if file.parent != index.parent or file.suffix != suffix:
-            raise CheckpointError(f"{index} names {file}, which isn't a {suffix} file in its folder")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; {index.name} refers to it")
-    return placed
 
 
 def _check_index(placed: Mapping[Path, set[str]], held: Mapping[Path, _Tensors]) -> None:
@@ -199,23 +160,41 @@ def _read(file: Path, name: str) -> Array:
 def _state_dict(file: Path, content: Any) -> _Content:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a state_dict")
-    nested = [key for key in _NESTED if isinstance(content.get(key), Mapping)]
-    if any(isinstance(value, StoredTensor) for value in content.values()):
-        chosen, where, outside = content, "", []
-        if nested:
-            raise CheckpointError(
-                f"{file} has tensors and also a state_dict under {', '.join(nested)}; save only one"
-            )
-    else:
-        if len(nested) != 1:
-            keys = ", ".join(str(key) for key in list(content)[:12]) or "none"
-            raise CheckpointError(
-                f"{file} has no state_dict (also not under {', '.join(_NESTED)}); its keys are {keys}"
-            )
-        chosen, where = content[nested[0]], f"{nested[0]}."
-        outside = [f"{key}: not part of the state_dict" for key in content if key != nested[0]]
+    nested = [key for key in _with_tensors(content) if key in _NESTED]
+    if len(nested) > 1:
+        raise CheckpointError(f"{file} has a state_dict under {' and '.join(nested)}; save only one")
+    chosen: Mapping[Any, Any] = content[nested[0]] if nested else content
     tensors = {str(k): v for k, v in chosen.items() if isinstance(v, StoredTensor)}
-    others = [f"{where}{k}: not a tensor" for k, v in chosen.items() if not isinstance(v, StoredTensor)]
     if not tensors:
-        raise CheckpointError(f"{file} holds no tensors")
-    return tensors, {}, [*outside, *others]
+        keys = ", ".join(str(key) for key in list(content)[:12]) or "none"
+        raise CheckpointError(
+            f"{file} has no state_dict (also not under {', '.join(_NESTED)}); its keys are {keys}"
+        )
+    where = f"{nested[0]}." if nested else ""
+    if inner := [f"{where}{key}" for key in _with_tensors(chosen) if not str(key).endswith("_extra_state")]:
+        raise CheckpointError(
+            f"{file} has tensors like {where}{next(iter(tensors))} and further dicts of tensors "
+            f"({', '.join(inner[:4])}), so it's unclear which is the state_dict; save the state_dict alone"
+        )
+    beside = {key: value for key, value in content.items() if nested and key != nested[0]}
+    return (
+        tensors,
+        {},
+        [
+            *(f"{key}: not part of the state_dict{_extra(value)}" for key, value in beside.items()),
+            *(f"{where}{key}: not a tensor" for key in chosen if str(key) not in tensors),
+        ],
+    )
+
+
+def _with_tensors(content: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys of the dicts that hold tensors."""
+    return [
+        key
+        for key, value in content.items()
+        if isinstance(value, Mapping) and any(isinstance(each, StoredTensor) for each in value.values())
+    ]
+
+
+def _extra(value: Any) -> str:
+    return f", but a tensor of shape {list(value.shape)} beside it" if isinstance(value, StoredTensor) else ""

@@ -91,6 +91,7 @@ def read_dcp(path: Path, options: Options) -> Source:
         step=_step(client_state, optimizer),
         client_state=client_state,
         left_out=[*left_out, *guesses, *others],
+        files=layout.files,
     )
 
 

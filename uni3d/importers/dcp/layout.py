@@ -88,6 +88,11 @@ class Layout:
         order = [*(name for name in paths if name in names), *(name for name in names if name not in paths)]
         self.steps: dict[str, Steps] = {name: _steps(paths.get(name, (name,))) for name in order}
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """Files that the checkpoint consists of."""
+        return frozenset(self.path / name for name in (METADATA, *self._sizes))
+
     def read(self, name: str, first: int | None = None) -> Array:
         """Return a verified tensor, or only its row `first`.
 

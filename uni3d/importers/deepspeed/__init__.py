@@ -103,6 +103,7 @@ def assemble(
         writer=_writer(ranks, config),
         client_state=deepspeed_state.client_state(first, left_out),
         left_out=list(dict.fromkeys(left_out)),
+        files=frozenset(ranks.files),
     )
 
 

@@ -59,12 +59,18 @@ class RankFolder:
         tp: number of tensor-parallel ranks.
         of_stage: files by pipeline stage, then by tensor-parallel rank.
         by_tp: files by tensor-parallel rank, then by pipeline stage.
+        files: paths of all these, and of the files that name the newest tag.
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
         """Unpickle all files; no tensor is read."""
         self._folder, self._options = folder, options
         models, optimizers, layers = _sorted(folder)
+        self.files = {
+            *(path for of_rank in (*models.values(), *optimizers.values()) for path in of_rank),
+            *(path for of_tp in layers.values() for _, path in of_tp),
+            *(folder.parent / name for name in _LATEST),
+        }
         opened = {m: [self._open(path) for path in of] for m, of in models.items()}
         states = {m: [self._open(p)["optimizer_state_dict"] for p in of] for m, of in optimizers.items()}
         if states and states.keys() != opened.keys():
@@ -106,6 +112,11 @@ class RankFolder:
         """Return the model's state_dict; a pipeline has a file for each layer."""
         if not layers:
             return model.get("module") or {}
+        if model.get("module"):
+            raise CheckpointError(
+                f"{self._folder} has two sets of weights: {layers[tp][0][1].name} (and others), and those in "
+                f"mp_rank_{tp:02d}_model_states.pt; delete the stale files"
+            )
         return {
             f"{layer}.{name}": value
             for layer, path in layers.get(tp, [])
@@ -117,16 +128,23 @@ def _sorted(folder: Path) -> tuple[_Files, _Files, dict[int, list[tuple[int, Pat
     """Return model and optimizer files by model- and data-parallel rank, and layer files by tp rank."""
     models: dict[int, dict[int, Path]] = defaultdict(dict)
     optimizers: dict[int, dict[int, Path]] = defaultdict(dict)
-    layers: dict[int, list[tuple[int, Path]]] = defaultdict(list)
+    layers: dict[int, dict[int, Path]] = defaultdict(dict)
     for path in sorted(folder.glob("*.pt")):
         if _EXPERTS.fullmatch(path.name):
             raise CheckpointError(f"{path} belongs to a mixture of experts, which isn't supported")
         if found := _MODEL.fullmatch(path.name):
-            models[int(found[2])][int(found[1] or 0)] = path
+            first = models[int(found[2])].setdefault(int(found[1] or 0), path)
         elif found := _OPTIMIZER.fullmatch(path.name):
-            optimizers[int(found[2])][int(found[1])] = path
+            first = optimizers[int(found[2])].setdefault(int(found[1]), path)
         elif found := _LAYER.fullmatch(path.name):
-            layers[int(found[2] or 0)].append((int(found[1]), path))
+            first = layers[int(found[2] or 0)].setdefault(int(found[1]), path)
+        else:
+            continue
+        if first != path:
+            raise CheckpointError(
+                f"{folder} has files of two saves for one rank: {first.name} and {path.name}; delete the "
+                "stale ones"
+            )
     for files in (models, optimizers):
         _check_all_there(folder, sorted(files), "mp_rank_")
         for of_rank in files.values():
@@ -136,7 +154,7 @@ def _sorted(folder: Path) -> tuple[_Files, _Files, dict[int, list[tuple[int, Pat
     return (
         {m: [files[i] for i in sorted(files)] for m, files in models.items()},
         {m: [files[i] for i in sorted(files)] for m, files in optimizers.items()},
-        layers,
+        {tp: sorted(files.items()) for tp, files in layers.items()},
     )
 
 
@@ -156,7 +174,7 @@ def _tensor_parallel(folder: Path, model: Mapping[str, Any], ranks: int, layers:
     elif layers:
         tp, pp = len(layers), ranks // len(layers)
     else:
-        tp, pp = ranks, 1
+        tp, pp = int(model.get("mp_world_size") or ranks), 1
     if tp * pp != ranks:
         raise CheckpointError(
             f"{folder} was written by {pp} pipeline stages x {tp} tensor-parallel ranks, but has files of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from uni3d.importers.source import PARAMETER, Array, Options, Read, Source
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor, item
 
-_STEP = "step"
+_STEP, _COMMON = "step", "optimizer_state.pt"
 
 
 def read_universal(path: Path, options: Options) -> Source:
@@ -28,14 +29,22 @@ def read_universal(path: Path, options: Options) -> Source:
     if options.in_model_order:
         raise CheckpointError(f"{folder} names its optimizer states; leave --in-model-order out")
     ranks = RankFolder(folder, options)
-    common = _open(folder / "zero" / "optimizer_state.pt", options)
+    common = _open(folder / "zero" / _COMMON, options)
     inner = common.get("optimizer_state_dict", common)  # nested by ZeRO-3
     groups = [dict(group) for group in inner["param_groups"]]
     trained = {
         name: _part(folder, name, group, ranks, inner, options)
         for name, group in _homes(ranks, groups, stage3="optimizer_state_dict" in common).items()
     }
-    return assemble(
+    first: dict[int | None, tuple[str, ParameterPart]] = {}
+    for name, part in trained.items():
+        other, like = first.setdefault(part.group, (name, part))
+        if lacking := sorted(part.states.keys() ^ like.states.keys()):
+            raise CheckpointError(
+                f"{folder}: only one of zero/{name} and zero/{other} has {', '.join(lacking)}; a file is "
+                "missing"
+            )
+    found = assemble(
         "deepspeed-universal",
         folder,
         ranks,
@@ -45,6 +54,13 @@ def read_universal(path: Path, options: Options) -> Source:
         groups=groups,
         optimizer=common,
         left_out=[],
+    )
+    zero, known = folder / "zero", {*(array.name for array in found.arrays), *found.aliases}
+    others = sorted(each.name for each in zero.iterdir() if each.is_dir() and each.name not in known)
+    return replace(
+        found,
+        files=found.files | {zero / _COMMON},
+        left_out=[*found.left_out, *(f"zero/{name}: the model files don't name it" for name in others)],
     )
 
 

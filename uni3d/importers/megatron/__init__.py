@@ -31,10 +31,11 @@ import numpy as np
 
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout
-from uni3d.importers.megatron.common import Common, read_common
+from uni3d.importers.megatron.common import COMMON, Common, read_common
 from uni3d.importers.source import FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
 from uni3d.importers.state_dicts import array_of
 
+BACKEND = "metadata.json"
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
 _STACKED = re.compile(r"((?:.*?\.)?layers)\.(?!\d+\.)(.+)")
 _HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])")
@@ -81,6 +82,7 @@ def read_megatron(path: Path, options: Options) -> Source:
         frozen=frozenset(parameters - trained.keys()) if has_optimizer else frozenset(),
         optimizer=optimizer,
         left_out=[*left_out, *(common.of_groups if has_optimizer else [])],
+        files=layout.files | {path / BACKEND, path / COMMON},
     )
 
 
@@ -91,7 +93,7 @@ def _array(atom: ForeignArray, state: str) -> ForeignArray:
 
 
 def _check_backend(path: Path) -> None:
-    file = path / "metadata.json"
+    file = path / BACKEND
     try:
         backend = json.loads(file.read_text())["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -24,6 +24,7 @@ from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import item
 from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
+COMMON = "common.pt"
 _HYPERPARAMETERS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
     *("momentum", "dampening", "nesterov"),
@@ -96,7 +97,7 @@ class Common:
 
 def read_common(path: Path, options: Options) -> Common:
     """Read the file."""
-    file = path / "common.pt"
+    file = path / COMMON
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; Megatron always writes it")
     content = load(file, options)
