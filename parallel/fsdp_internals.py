@@ -74,26 +74,31 @@ def is_whole(group: Any) -> bool:
     return group._all_gather_result is not None or group.is_unsharded
 
 
-def has_gradient(parameter: Any) -> bool:
-    """Return whether a backward pass has left a gradient that isn't reduced yet."""
-    whole = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or getattr(whole, "grad", None) is not None
+def has_gradients(group: Any) -> bool:
+    """Return whether backward passes have left gradients that aren't reduced yet."""
+    for parameter in group.fsdp_params:
+        whole = getattr(parameter, "_unsharded_param", None)
+        if parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+            return True
+    return False
 
 
-def fill_gradient(parameter: Any) -> bool:
-    """Give a trained parameter without a gradient one of zero; return whether it had one.
+def fill_gradients(group: Any) -> list[int]:
+    """Give trained parameters without a gradient one of zero; return the ids of the records that have one.
 
     Gradients are reduced in one flat buffer, without names. If ranks, or micro batches that are reduced late,
     used different parameters, such as experts, gradients of different parameters would be summed. torch's own
     `set_reduce_scatter_unused_params` isn't in 2.11, and fails if other gradients were accumulated in another
     type.
     """
-    if has_gradient(parameter):
-        return True
-    whole = getattr(parameter, "_unsharded_param", None)
-    if whole is not None and whole.requires_grad:
-        whole.grad = torch.zeros_like(whole)
-    return False
+    used = []
+    for parameter in group.fsdp_params:
+        whole = getattr(parameter, "_unsharded_param", None)
+        if parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+            used.append(id(parameter))
+        elif whole is not None and whole.requires_grad:
+            whole.grad = torch.zeros_like(whole)
+    return used
 
 
 def adopt_gradient(parameter: Any) -> None:
@@ -113,17 +118,6 @@ def adopt_gradient(parameter: Any) -> None:
     sharded = parameter.sharded_param
     # There is one already if an evaluation ran in the middle of the step.
     sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
-
-
-def before_accumulating(parameter: Any, do: Callable[[], None]) -> None:
-    """Call `do` after each backward pass, before the parameter's gradient is accumulated or reduced."""
-    accumulate = parameter.accumulate_unsharded_grad_if_needed
-
-    def do_and_accumulate() -> None:
-        do()
-        accumulate()
-
-    parameter.accumulate_unsharded_grad_if_needed = do_and_accumulate
 
 
 def on_whole(parameter: Any, do: Callable[[nn.Parameter], None]) -> None:
@@ -177,13 +171,16 @@ def allow_in_place_inputs(group: Any) -> None:
     def register(args: Any, kwargs: Any) -> tuple[Any, Any]:
         if not torch.is_grad_enabled():
             return args, kwargs
-        leaves, structure = tree_flatten((args, kwargs))
+        if kwargs or not all(isinstance(x, Tensor | None) for x in args):
+            leaves, structure = tree_flatten((args, kwargs))
+        else:  # the common case, as flattening is slow
+            leaves, structure = list(args), None
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if places:
             passed = _PassOn.apply(group, *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
             for i, x in zip(places, passed, strict=True):
                 leaves[i] = x
-            args, kwargs = tree_unflatten(leaves, structure)
+            args, kwargs = (tuple(leaves), kwargs) if structure is None else tree_unflatten(leaves, structure)
         return args, kwargs
 
     group._register_post_backward_hook = register

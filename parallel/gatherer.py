@@ -20,11 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.fsdp_internals import (
     adopt_gradient,
     allow_in_place_inputs,
-    before_accumulating,
     end_backward,
-    fill_gradient,
+    fill_gradients,
     group_of,
-    has_gradient,
+    has_gradients,
     is_whole,
     see_attributes,
 )
@@ -57,6 +56,7 @@ class Gatherer:
         self._modules = modules
         self._alone = alone
         self._mesh = mesh
+        self._fills = mesh.size() > 1
         self._first_step = mesh["shard"].size() > 1
         self._sums_late = mesh["replicate"].size() > 1
         self._inside = self._ended = self._outside = False
@@ -65,9 +65,9 @@ class Gatherer:
         self.late = 0
         self._clear()
         for number, module in enumerate(modules):
-            self._set_up(number, module, fill=mesh.size() > 1)
+            self._set_up(number, module)
 
-    def _set_up(self, number: int, module: FSDPModule, *, fill: bool) -> None:
+    def _set_up(self, number: int, module: FSDPModule) -> None:
         state: Any = module._get_fsdp_state()
         group = group_of(module)
         see_attributes(state)
@@ -77,9 +77,6 @@ class Gatherer:
         allow_in_place_inputs(group)
         group.unshard = partial(self._unshard, number, group)
         group.post_backward = partial(self._post_backward, number, group)
-        if fill:
-            for record in group.fsdp_params:
-                before_accumulating(record, partial(self._fill, number, record))
 
     def begin_step(self) -> None:
         """Forget what the last step used."""
@@ -101,10 +98,6 @@ class Gatherer:
         self._crc = zlib.crc32(number.to_bytes(4, "little"), self._crc)
         if len(self.order) < KEPT:
             self.order.append(self._names[number])
-
-    def _fill(self, number: int, record: Any) -> None:
-        if number in self._ran and fill_gradient(record):
-            self.used.add(id(record))
 
     # --- in the place of fully_shard's own methods -------------------------------------------------------
 
@@ -147,6 +140,8 @@ class Gatherer:
             self._outside = True
             return
         self._note(number)
+        if self._fills and number in self._ran:
+            self.used.update(fill_gradients(group))
         type(group).post_backward(group)
 
     def _end(self, state: Any) -> None:
@@ -165,7 +160,7 @@ class Gatherer:
 
     def _is_left(self, group: Any) -> bool:
         """Return whether gradients came after a reduction, as in reentrant checkpoints of a shared layer."""
-        return not self._alone and any(map(has_gradient, group.fsdp_params))
+        return not self._alone and has_gradients(group)
 
     def reshard(self) -> None:
         """Free the whole parameters. A single rank's gradients move to the sharded ones."""

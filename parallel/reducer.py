@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.fsdp_internals import (
     adopt_gradient,
     end_backward,
-    fill_gradient,
+    fill_gradients,
     group_of,
     reduce_gradients,
     start_gathering,
@@ -139,7 +139,7 @@ class Reducer:
 
     def _reduce(self, group: Any) -> None:
         if self._mesh.size() > 1:
-            self.used.update(id(record) for record in group.fsdp_params if fill_gradient(record))
+            self.used.update(fill_gradients(group))
         reduce_gradients(group, reduce=True)
 
     def begin_step(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,6 +30,7 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from parallel.agreement import Trace
 from parallel.degrees import check_zero_stage
@@ -38,7 +38,6 @@ from parallel.fsdp_internals import (
     check_records,
     compute_in_place,
     group_of,
-    is_whole,
     on_whole,
     parameters_of,
     set_root,
@@ -149,7 +148,8 @@ class Zero:
             owners = {record._module_info.module for record in parameters_of(module)}
             for part in _parts(cast(nn.Module, module)):
                 if not isinstance(part, FSDPModule) and not owners.isdisjoint(part.modules()):
-                    part.register_forward_pre_hook(partial(_gather_for_part, group))
+                    hook = _PartHook(group, stays=module is self.root)
+                    hook.handle = part.register_forward_pre_hook(hook)
 
     # --- backward passes ---------------------------------------------------------------------------------
 
@@ -286,10 +286,24 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _gather_for_part(group: Any, _module: nn.Module, _args: Any) -> None:
-    if not is_whole(group):
-        group.unshard()
-    group.wait_for_unshard()
+class _PartHook:
+    """Gathers a group before the forward pass of one of its parts, if it isn't whole.
+
+    A layer whose parts find it whole is called by its parent, so it takes its hook off, unless it `stays`.
+    """
+
+    handle: RemovableHandle
+
+    def __init__(self, group: Any, *, stays: bool) -> None:
+        self._group, self._stays = group, stays
+
+    def __call__(self, _module: nn.Module, _args: Any) -> None:
+        if not self._group.is_unsharded:
+            self._group.unshard()
+            self._group.wait_for_unshard()
+            self._stays = True
+        elif not self._stays:
+            self.handle.remove()
 
 
 def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
