@@ -58,14 +58,14 @@ class Pipeline:
         self._schedules: dict[tuple[Any, ...], Any] = {}
 
     def run(
-        self, batches: Sequence[tuple[Any, Any]], *, train: bool, size: int, factor: float = 1.0
+        self, batches: Sequence[tuple[Any, Any]], *, train: bool, size: int | None = None, factor: float = 1.0
     ) -> Loss | None:
         """Run the forward pass of each micro batch and, with `train`, the backward pass.
 
-        Collective over the pipeline. `batches` are this rank's micro batches `(inputs, targets)`, of `size`
-        samples, equal shapes, and the same on every stage. The first stage uses the inputs, a tensor or a
-        tuple of tensors; the last uses the targets, which may be of any kind. Gradients are those of the
-        summed loss times `factor`.
+        Collective over the pipeline. `batches` are this rank's micro batches `(inputs, targets)`, of equal
+        shapes, the same on every stage and, if `size` is given, of so many samples. The first stage uses the
+        inputs, a tensor or a tuple of tensors; the last uses the targets, which may be of any kind.
+        Gradients are those of the summed loss times `factor`.
 
         Returns the summed loss on the rank of the last stage, None on the others.
 
@@ -88,7 +88,9 @@ class Pipeline:
         # The last ones, since a new schedule first runs a micro batch to infer shapes.
         return Loss.sum(self._losses[-len(batches) :])
 
-    def _schedule(self, given: list[Any], size: int, train: bool) -> tuple[list[tuple[Tensor, ...]], Any]:
+    def _schedule(
+        self, given: list[Any], size: int | None, train: bool
+    ) -> tuple[list[tuple[Tensor, ...]], Any]:
         """Return each micro batch's inputs, and the schedule for their shapes; torch makes one for one shape.
 
         A new schedule runs the stages once to infer shapes, ZeRO's collectives included. Data-parallel ranks
@@ -132,7 +134,7 @@ class Pipeline:
         return lifted.clone() if lifted._is_view() else lifted  # split backward passes detach it in place
 
 
-def _why_unfit(given: list[Any], inputs: list[tuple[Any, ...]], size: int) -> str | None:
+def _why_unfit(given: list[Any], inputs: list[tuple[Any, ...]], size: int | None) -> str | None:
     """Return why torch's schedules can't run these micro batches, or None."""
     for micro_batch, tensors in zip(given, inputs, strict=True):
         fits = len(tensors) > 1 or isinstance(micro_batch, Tensor)  # torch would unpack a tuple of one
@@ -144,9 +146,9 @@ def _why_unfit(given: list[Any], inputs: list[tuple[Any, ...]], size: int) -> st
                 "tensor or a tuple of tensors, whose first dim is the sample"
             )
     sizes = [len(tensors[0]) for tensors in inputs]
-    if any(n != size for n in sizes):
+    if size is not None and any(n != size for n in sizes):
         return (
-            f"the micro batches have {sizes} samples; a pipeline needs "
+            f"the data iterator gave micro batches of {sizes} samples; a pipeline needs "
             f"train_micro_batch_size_per_gpu({size}) in each; leave out a short last batch (drop_last=True)"
         )
     shapes = [[(list(x.shape), str(x.dtype)) for x in tensors] for tensors in inputs]

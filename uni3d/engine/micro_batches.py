@@ -146,11 +146,13 @@ class MicroBatches:
         reason = None
         if any(means) and not all(means):
             reason = "the losses of some micro batches are means, and others a sum and its number of terms"
-        elif any(means) and any(size != self._size for size in sizes):
+        elif (any(means) or self._model.loss_fn is not None) and any(size != self._size for size in sizes):
+            why = "as their losses are means, which count alike" if any(means) else "as in a pipeline"
             reason = (
-                f"the micro batches have {sizes} samples, by their tensors' first dim, and their losses are "
-                f"means, which count alike; expected train_micro_batch_size_per_gpu({self._size}) in each; "
-                "leave out a short last batch (drop_last=True), or return (sum, count) as the loss"
+                f"the data iterator gave micro batches of {sizes} samples; expected "
+                f"train_micro_batch_size_per_gpu({self._size}) in each, {why} (samples are the first dim of "
+                "the tensors); leave out a short last batch (drop_last=True), or let a model that computes its "
+                "own loss return (sum, count)"
             )
         return Sizes(reason, sum(sizes) - self._size * len(sizes), all(means))
 

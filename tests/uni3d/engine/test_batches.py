@@ -149,8 +149,10 @@ def short_case(zero: int, loss: str) -> tuple[list[str], float, int]:
 def test_means_of_a_short_last_batch_are_refused_by_all_ranks(ranks: Ranks, zero: int, loss: str) -> None:
     (errors, first, steps), (theirs, second, _) = ranks.run(2, short_case, zero, loss)
     assert errors == theirs
-    assert errors[0].startswith("step 1 was not taken: rank 1: the micro batches have [4, 3] samples, ")
-    assert errors[1].startswith("rank 1: the micro batches have [4, 3] samples, ")
+    assert errors[0].startswith(
+        "step 1 was not taken: rank 1: the data iterator gave micro batches of [4, 3] samples; "
+    )
+    assert errors[1].startswith("rank 1: the data iterator gave micro batches of [4, 3] samples; ")
     assert "expected train_micro_batch_size_per_gpu(4) in each" in errors[0]
     assert first == second > 0
     assert steps == 1
@@ -359,8 +361,8 @@ def test_what_a_pipeline_cannot_take_is_refused_by_all_ranks(ranks: Ranks, dp: i
         for message, error in zip(
             [
                 r"one shape in a step; got [4, 3, 6] (float32) and [4, 5, 6] (float32)",
-                "the micro batches have [4, 3] samples; a pipeline needs train_micro_batch_size_per_gpu(4)",
-                "the micro batches have [2, 2] samples",
+                "micro batches of [4, 3] samples; a pipeline needs train_micro_batch_size_per_gpu(4)",
+                "micro batches of [2, 2] samples",
                 "the inputs of a micro batch are a dict; a pipeline takes a tensor or a tuple of tensors",
                 "the inputs of a micro batch are a tuple of Tensor; a pipeline takes",
                 "one shape in a step",
