@@ -151,8 +151,8 @@ class MicroBatches:
             reason = (
                 f"the data iterator gave micro batches of {sizes} samples; expected "
                 f"train_micro_batch_size_per_gpu({self._size}) in each, {why} (samples are the first dim of "
-                "the tensors); leave out a short last batch (drop_last=True), or let a model that computes its "
-                "own loss return (sum, count)"
+                "the tensors); leave out a short last batch (drop_last=True), or let a model that computes "
+                "its own loss return (sum, count)"
             )
         return Sizes(reason, sum(sizes) - self._size * len(sizes), all(means))
 
