@@ -86,19 +86,18 @@ LENGTHS: list[list[tuple[int, ...]]] = [[(4, 3), (4, 5), (4, 2), (4, 7)], [(4, 3
 """Shapes of the micro batches of two steps: first rank 0's two, then rank 1's."""
 
 
-def sums_case(zero: int, fp16: bool) -> tuple[list[float], dict[str, Tensor], float, int]:
-    section = {"fp16": {"enabled": True, "loss_scale": 256}} if fp16 else {}
-    engine = engine_of(Net("sum"), zero, **section)
+def sums_case(zero: int) -> tuple[list[float], dict[str, Tensor], float, int]:
+    engine = engine_of(Net("sum"), zero)
     first = 2 * engine.model.topology.dp_rank
     mine = [step_batches(step)[first : first + 2] for step in LENGTHS]
     evaluated = engine.eval_batch(iter(mine[0])).item()
     return [engine.train_batch(iter(b)).item() for b in mine], whole(engine), evaluated, engine.global_samples
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (1, 2, 3))])
 def test_sums_and_counts_are_right_with_any_sizes_and_lengths(ranks: Ranks, zero: int) -> None:
     losses, expected = plain_sums(LENGTHS)
-    for found, weights, evaluated, samples in ranks.run(2, sums_case, zero, False):
+    for found, weights, evaluated, samples in ranks.run(2, sums_case, zero):
         assert found == pytest.approx(losses, rel=1e-5)
         assert evaluated == pytest.approx(losses[0], rel=1e-5)
         assert samples == 16 + 12, "as many as came"
@@ -145,7 +144,7 @@ def short_case(zero: int, loss: str) -> tuple[list[str], float, int]:
 
 
 @pytest.mark.parametrize("loss", ["own", "loss_fn"])
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_means_of_a_short_last_batch_are_refused_by_all_ranks(ranks: Ranks, zero: int, loss: str) -> None:
     (errors, first, steps), (theirs, second, _) = ranks.run(2, short_case, zero, loss)
     assert errors == theirs
@@ -156,6 +155,28 @@ def test_means_of_a_short_last_batch_are_refused_by_all_ranks(ranks: Ranks, zero
     assert "expected train_micro_batch_size_per_gpu(4) in each" in errors[0]
     assert first == second > 0
     assert steps == 1
+
+
+def late_case() -> tuple[str, int, int, bool]:
+    """Read a step's numbers during the next, as on GPUs."""
+    optimizer = {"type": "Adam", "params": {"lr": 0.1}}
+    engine = engine_of(Net("mean"), optimizer=optimizer)
+    rank, before = engine.model.topology.dp_rank, whole(engine)
+    engine._stepper.deferred = True
+    engine.train_batch(iter(pairs([(4,), (3,) if rank == 1 else (4,)], rank)))
+    message = refused(engine.train_batch, pairs([(4,), (4,)], rank))
+    unchanged = all(torch.equal(w, before[name]) for name, w in whole(engine).items())
+    engine.train_batch(iter(pairs([(4,), (4,)], rank)))
+    engine.module_state_dict()
+    return message, engine.global_steps, engine.global_samples, unchanged
+
+
+def test_a_short_batch_that_is_noticed_a_step_later(ranks: Ranks) -> None:
+    first, second = ranks.run(2, late_case)
+    assert first == second
+    message, steps, samples, unchanged = first
+    assert message.startswith("step 1 was not taken: rank 1: the data iterator gave micro batches of [4, 3]")
+    assert (steps, samples, unchanged) == (1, 15 + 16 + 16, True), "two batches were lost"
 
 
 def test_sizes_that_cannot_be_seen_are_the_scripts_affair(alone: None) -> None:
