@@ -1,4 +1,4 @@
-"""The layers that a rank has run in a step, and the error where ranks that must run the same ones don't."""
+"""Errors that all ranks raise alike: they ran different layers, or one has a batch that doesn't fit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class StepRefusedError(RuntimeError):
     """A step's gradients can't be right, so it wasn't taken. All ranks raise it, and training may go on."""
 
 
+class BatchError(ValueError):
+    """Micro batches don't fit the config or the model. No step was taken, and training may go on."""
+
+
 class Trace(NamedTuple):
     """What one pipeline stage of a rank ran since the last step."""
 
@@ -23,6 +27,14 @@ class Trace(NamedTuple):
     """Bits that differ where `order` does."""
     order: Sequence[str]
     """ZeRO stage 3: the names of the layers gathered and reduced, in order."""
+
+
+def first_reason(reason: str | None, topology: Topology) -> str:
+    """Return the first reason that a rank gives, and which rank. Collective."""
+    everyone: list[str | None] = [reason] * topology.world_size
+    dist.all_gather_object(everyone, reason)
+    rank = next(rank for rank, given in enumerate(everyone) if given is not None)
+    return f"rank {rank}: {everyone[rank]}"
 
 
 def explain(traces: Sequence[Trace], topology: Topology) -> str:

@@ -108,6 +108,10 @@ class Step(NamedTuple):
     """Factor by which the losses were multiplied before the backward pass; must be the same on all ranks."""
     alarm: bool = False
     """A flag that ranks raise between steps."""
+    unfit: bool = False
+    """True if this rank's micro batches can't be weighed rightly."""
+    extra: int = 0
+    """Number of samples of this rank beyond the config's; negative if there were fewer."""
 
 
 class Sums(NamedTuple):
@@ -123,6 +127,10 @@ class Sums(NamedTuple):
     idle: Tensor
     apart: Tensor
     """0 if the ranks ran what they must run alike, so that the gradients are right; else positive."""
+    unfit: Tensor
+    """Number of ranks whose micro batches can't be weighed rightly."""
+    extra: Tensor
+    """Number of samples beyond the config's."""
 
 
 def sum_over_ranks(
@@ -140,7 +148,8 @@ def sum_over_ranks(
     if loss is not None and topology.tp_rank == 0:  # all tensor-parallel ranks have the same loss
         known = loss.total.double(), loss.tokens.to(square)
     late = sum(trace.late for trace in step.traces)
-    told = [step.alarm, step.unused, step.idle, late, step.share, step.share**2]
+    extra = step.extra if topology.tp_rank == 0 else 0  # the other tensor-parallel ranks have the same ones
+    told = [step.alarm, step.unused, step.idle, late, step.share, step.share**2, step.unfit, extra]
     # Ranks of one stage must have the same digest. Each adds it to its stage's slots, and its square: the
     # variance shows a difference.
     digests = [0.0] * (2 * topology.degrees.pp)
@@ -151,10 +160,10 @@ def sum_over_ranks(
     dist.all_reduce(sums)
     total, tokens, square, alarms, unused, idle, late_sum, *_ = sums.unbind()
     ranks = topology.world_size
-    shares, of_stage = sums[7:9] / ranks, sums[9:].view(-1, 2) * topology.degrees.pp / ranks
+    shares, of_stage = sums[7:9] / ranks, sums[11:].view(-1, 2) * topology.degrees.pp / ranks
     apart = late_sum + (shares[1] - shares[0] ** 2 > 1e-12 * shares[1])
     apart = apart + (of_stage[:, 1] - of_stage[:, 0] ** 2 > 1e-5).sum()
-    return Sums(total, tokens, square, alarms, unused, idle, apart)
+    return Sums(total, tokens, square, alarms, unused, idle, apart, sums[9], sums[10])
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from parallel.topology import Topology
 
-LossFn = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor]]
 """`(outputs, targets)` of a micro batch -> (summed loss, number of terms), or the mean loss."""
 
 

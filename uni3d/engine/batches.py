@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parallel import ParallelModel, Topology
+from parallel.agreement import BatchError
 from parallel.loss import Loss
+from parallel.stages import Chain
 from parallel.tensor import check_sequence
-from uni3d.config import BatchTriad
+from uni3d.engine.token_means import counted_labels
 
 
-class BatchError(ValueError):
-    """The data iterator's micro batches don't fit the config or the model."""
+class Result(NamedTuple):
+    """Loss of one micro batch."""
+
+    loss: Loss
+    is_mean: bool
+    """True if it is a mean of an unknown number of terms."""
+    samples: int | None
+    """Number of samples, if it can be seen."""
 
 
-def check_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad) -> None:
-    """Check the micro batches of a step, before any rank computes and waits for the others.
+def check_batches(model: ParallelModel, batches: list[Any]) -> None:
+    """Check the form of a step's micro batches, before any rank computes and waits for the others.
+
+    Their sizes are checked by all ranks together: by `Pipeline.run`, else at the end of the step.
 
     Raises:
         BatchError: a batch can't be unpacked into the model's arguments; or, for a model with a `loss_fn`,
-            isn't a pair, has another size than the config's, or a sequence length that tp doesn't divide.
+            isn't a pair, or has a sequence length that tp doesn't divide.
     """
     for batch in batches:
         if model.loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
@@ -39,36 +50,63 @@ def check_batches(model: ParallelModel, batches: list[Any], triad: BatchTriad) -
                 f"the data iterator gave a {type(batch).__name__}; expected a tuple of the model's "
                 "arguments, a dict of them by name, or one tensor"
             )
-    if model.loss_fn is None:
+    if model.loss_fn is None or not model.sequence_parallel:
         return
-    sizes = [len(inputs) for inputs, _ in batches]
-    if any(size != triad.micro_batch for size in sizes):
-        raise BatchError(
-            f"the data iterator gave micro batches of {sizes} samples; expected "
-            f"train_micro_batch_size_per_gpu({triad.micro_batch}) in each"
-        )
-    if model.sequence_parallel:  # the embedding checks this too, but only on the first stage
-        for inputs, _ in batches:
-            try:
-                check_sequence(inputs.shape, model.topology.degrees.tp)
-            except ValueError as error:
-                raise BatchError(str(error)) from None
+    for inputs, _ in batches:  # the embedding checks this too, but only on the first stage
+        try:
+            check_sequence(tree_leaves(inputs)[0].shape, model.topology.degrees.tp)
+        except ValueError as error:
+            raise BatchError(str(error)) from None
 
 
-def loss_of(model: ParallelModel, batch: Any) -> Loss:
+def loss_of(model: ParallelModel, batch: Any) -> Result:
     """Run the model forward on one micro batch; return its loss.
+
+    The mean loss of a Hugging Face model becomes a sum over its label tokens. Other terms that the model has
+    added, such as its router's, count as often as the micro batch has label tokens.
 
     Raises:
         ValueError: the output's `loss` is None.
     """
     if model.loss_fn is not None:
         inputs, targets = batch
-        return Loss.of(model.loss_fn(model.module(inputs), targets))
-    if isinstance(batch, Mapping):
-        output = model.module(**batch)
-    else:
-        output = model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
-    return Loss.of(loss_in(output))
+        given = model.loss_fn(_outputs(model.module, inputs), targets)
+        return Result(Loss.of(given), not isinstance(given, tuple), samples_in(inputs))
+    with counted_labels(model.module) as counted:
+        if isinstance(batch, Mapping):
+            output = model.module(**batch)
+        else:
+            output = model.module(batch) if isinstance(batch, Tensor) else model.module(*batch)
+    given = loss_in(output)
+    loss, is_mean, terms = Loss.of(given), not isinstance(given, tuple), counted.terms
+    if is_mean and terms is not None:
+        loss, is_mean = Loss(loss.total.float() * terms, terms), False
+    return Result(loss, is_mean, samples_in(batch))
+
+
+def _outputs(module: nn.Module, inputs: Any) -> Any:
+    """Return the outputs of a model with a `loss_fn`.
+
+    A chain of layers hands its inputs to the first layer as they are. Another model takes a dict as arguments
+    by name, and a tuple as its arguments if it has so many.
+    """
+    if isinstance(module, Chain) or isinstance(inputs, Tensor):
+        return module(inputs)
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    if isinstance(inputs, tuple | list):
+        try:
+            inspect.signature(module.forward).bind(*inputs)
+        except TypeError:
+            return module(inputs)
+        return module(*inputs)
+    return module(inputs)
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return a batch's number of samples: the first dim of its tensors, or None if they don't share it."""
+    sizes = {x.shape[0] for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def loss_in(output: Any) -> Any:

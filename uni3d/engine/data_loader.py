@@ -56,6 +56,16 @@ class _MicroBatchSampler(Sampler[list[int]]):
             batch_start += self._triad.train_batch
 
 
+class LoaderIterator(Iterator[Any]):
+    """Iterator of a `TrainingLoader`, whose micro batches have the config's number of samples."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+
 class TrainingLoader:
     """Endless micro batches of this rank, starting at the current position.
 
@@ -86,7 +96,10 @@ class TrainingLoader:
         """Invalidate existing iterators: the position has changed."""
         self._generation += 1
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> LoaderIterator:
+        return LoaderIterator(self._batches())
+
+    def _batches(self) -> Iterator[Any]:
         generation = self._generation
         sampler = _MicroBatchSampler(self._order, self._position(), self._triad, self._dp_rank)
         for batch in DataLoader(self._dataset, batch_sampler=sampler, collate_fn=self._collate_fn):
@@ -99,13 +112,18 @@ class TrainingLoader:
 
 
 class BatchSource:
-    """Source of each step's micro batches: the script's iterator or the engine's own loader."""
+    """Source of each step's micro batches: the script's iterator or the engine's own loader.
+
+    Attributes:
+        sure: True if the last ones have the config's number of samples, whatever their tensors' first dims.
+    """
 
     def __init__(self, loader: TrainingLoader | None, model: ParallelModel, triad: BatchTriad) -> None:
         self._loader = loader
         self._model = model
         self._triad = triad
         self._iterator: Iterator[Any] | None = None
+        self.sure = False
 
     def take(self, data_iter: Iterator[Any] | None) -> list[Any]:
         """Return a step's micro batches on the device, from `data_iter`, or from the loader if it is None.
@@ -123,7 +141,8 @@ class BatchSource:
             data_iter = self._iterator
         device = self._model.topology.device
         batches = [on_device(next(data_iter), device) for _ in range(self._triad.accumulation)]
-        check_batches(self._model, batches, self._triad)
+        self.sure = isinstance(data_iter, LoaderIterator)
+        check_batches(self._model, batches)
         return batches
 
     def moved(self) -> None:

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 import ckpt
 from parallel import HostComm, ParallelModel
-from parallel.gradients import Step, sum_over_ranks
 from parallel.loss import Loss
 from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
@@ -34,8 +33,8 @@ from uni3d.train_state import TrainState
 class Engine:
     """Trains one model. Made by `uni3d.initialize`; every method is collective unless it says otherwise.
 
-    A step's loss is the mean over the global batch: over its tokens where the model's `loss_fn` returns
-    `(sum, count)`, over its micro batches where the loss is a single value.
+    A step's loss is the mean over the global batch: over its tokens where the loss is `(sum, count)` or, in
+    `train_batch`, a Hugging Face model's own; over its micro batches where it is another single value.
 
     Attributes:
         config, triad: the config, and the three batch sizes that it comes to on this topology.
@@ -75,7 +74,7 @@ class Engine:
         self._restorer = Restorer(state, config, comm=self._comm, inventory=inventory)
         self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
         self._stepper = Stepper(state, config, saver=self._saver, observer=self._observer)
-        self._micro = MicroBatches(state.model, state.scaler, triad.accumulation)
+        self._micro = MicroBatches(state.model, state.scaler, triad.accumulation, triad.micro_batch)
         self._guard = Guard(state.progress)
         self.training_dataloader: TrainingLoader | None = None
         if training_data is not None:
@@ -93,7 +92,7 @@ class Engine:
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite; no step was taken.
-            ValueError: micro batches of another size than the config's.
+            BatchError: some rank's micro batches don't fit, or are means of another size than the config's.
         """
         self._check_usable()
         self._micro.check_none("train_batch")
@@ -111,7 +110,7 @@ class Engine:
             with self._observer.timed("forward and backward"), self._random_state():
                 loss = self._run(batches, train=True)
             with self._observer.timed("step"):
-                mean = self._stepper.finish(loss)
+                mean = self._stepper.finish(loss, sizes=self._micro.sizes)
             self._observer.tell()
             return mean
 
@@ -129,19 +128,22 @@ class Engine:
         """Return, over all ranks: the summed loss, the number of its terms, the number of alarms."""
         was_training = self.module.training
         self.module.eval()
-        with torch.no_grad(), self._random_state():
-            loss = self._run(batches, train=False)
-        self.module.train(was_training)
+        try:
+            with torch.no_grad(), self._random_state():
+                loss = self._run(batches, train=False)
+        finally:
+            self.module.train(was_training)
         self.model.zero.reshard()
-        sums = sum_over_ranks(loss, [], self.model.topology, Step(alarm=self._saver.failed))
+        sums = self._micro.sum_evaluation(loss, alarm=self._saver.failed)
         return sums.loss, sums.terms, sums.alarms
 
     def _run(self, batches: list[Any], *, train: bool) -> Loss | None:
         """Run this rank's micro batches; return the summed loss, None where a later stage has it."""
         if self.model.pipeline is not None:
-            factor = self.scaler.factor if train and self.scaler is not None else 1.0
-            return self.model.pipeline.run(batches, train=train, factor=factor)
-        return self._micro.train(batches) if train else self._micro.evaluate(batches)
+            factor, size = self.scaler.factor if train and self.scaler else 1.0, self.triad.micro_batch
+            return self.model.pipeline.run(batches, train=train, size=size, factor=factor)
+        run = self._micro.train if train else self._micro.evaluate
+        return run(batches, sure=self._source.sure)
 
     def loader(
         self,
@@ -151,9 +153,8 @@ class Engine:
     ) -> TrainingLoader:
         """Return endless micro batches of `dataset` for this rank, from sample `position()` on. Local."""
         dp_rank, seed = self.model.topology.dp_rank, self.config.seed
-        return TrainingLoader(
-            dataset, self.triad, dp_rank=dp_rank, seed=seed, position=position, collate_fn=collate_fn
-        )
+        place: dict[str, Any] = {"dp_rank": dp_rank, "seed": seed, "position": position}
+        return TrainingLoader(dataset, self.triad, collate_fn=collate_fn, **place)
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from ckpt import CheckpointError
 from parallel import Failures
-from parallel.agreement import StepRefusedError
-from uni3d.engine.batches import BatchError
+from parallel.agreement import BatchError, StepRefusedError
 from uni3d.train_state import Progress
 
 RAISED_BY_ALL = (FloatingPointError, CheckpointError, StepRefusedError)

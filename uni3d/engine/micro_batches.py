@@ -9,17 +9,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from parallel import ParallelModel
-from parallel.gradients import sum_over_ranks
+from parallel.agreement import BatchError, first_reason
+from parallel.gradients import Step, Sums, sum_over_ranks
 from parallel.loss import Loss, split_logits
-from uni3d.engine.batches import loss_of
+from uni3d.engine.batches import Result, loss_of
 from uni3d.optim.loss_scale import LossScale
+
+
+class Sizes(NamedTuple):
+    """Sizes of this rank's micro batches in a step, and whether their losses can be averaged."""
+
+    unfit: str | None = None
+    """Reason why not."""
+    extra: int = 0
+    """Number of samples beyond the config's."""
+    are_means: bool = False
+    """True if each loss is a mean of an unknown number of terms."""
 
 
 class MicroBatches:
@@ -29,13 +41,16 @@ class MicroBatches:
         index: number of the current micro batch, counted from 0.
         losses: losses of the backward passes since the last step, detached.
         share: factor of this step's losses; set before its first backward pass.
+        sizes: sizes of the last micro batches that `train` or `evaluate` ran.
     """
 
-    def __init__(self, model: ParallelModel, scaler: LossScale | None, steps: int) -> None:
-        """Start a step of `steps` micro batches."""
+    def __init__(self, model: ParallelModel, scaler: LossScale | None, steps: int, size: int) -> None:
+        """Start a step of `steps` micro batches of `size` samples."""
         self._model = model
         self._scaler = scaler
         self._steps = steps
+        self._size = size
+        self.sizes = Sizes()
         self._inside_no_sync = False
         self.share = 1.0
         self.clear()
@@ -91,19 +106,55 @@ class MicroBatches:
 
     # --- the loop --------------------------------------------------------------------------------------
 
-    def train(self, batches: Iterable[Any]) -> Loss:
-        """Run forward and backward passes of a step's micro batches; return the summed loss."""
+    def train(self, batches: Iterable[Any], *, sure: bool = False) -> Loss:
+        """Run forward and backward passes of a step's micro batches; return the summed loss.
+
+        Sets `sizes`. `sure` says that each micro batch has as many samples as the config says.
+        """
+        seen = []
         for batch in batches:
             with split_logits(self._model.topology):
-                loss = loss_of(self._model, batch)
-            self.backward(loss)
+                result = loss_of(self._model, batch)
+            self.backward(result.loss)
             self.end()
+            seen.append(result._replace(loss=self.losses[-1]))
+        self.sizes = self._sizes(seen, sure=sure)
         return self.take()
 
-    def evaluate(self, batches: Iterable[Any]) -> Loss:
-        """Run forward passes alone; return the summed loss."""
+    def evaluate(self, batches: Iterable[Any], *, sure: bool = False) -> Loss:
+        """Run forward passes alone; return the summed loss. Otherwise as `train`."""
         with split_logits(self._model.topology):
-            return Loss.sum([loss_of(self._model, batch) for batch in batches])
+            results = [loss_of(self._model, batch) for batch in batches]
+        self.sizes = self._sizes(results, sure=sure)
+        return Loss.sum([result.loss for result in results])
+
+    def sum_evaluation(self, loss: Loss | None, *, alarm: bool) -> Sums:
+        """Sum the loss of an evaluation over all ranks. Collective.
+
+        Raises:
+            BatchError: the losses of some rank can't be averaged; all ranks raise it.
+        """
+        reason, topology = self.sizes.unfit, self._model.topology
+        sums = sum_over_ranks(loss, [], topology, Step(alarm=alarm, unfit=reason is not None))
+        if sums.unfit.item() > 0:
+            raise BatchError(first_reason(reason, topology))
+        return sums
+
+    def _sizes(self, results: list[Result], *, sure: bool) -> Sizes:
+        sizes = [self._size if sure or r.samples is None else r.samples for r in results]
+        means = [result.is_mean for result in results]
+        reason = None
+        if any(means) and not all(means):
+            reason = "the losses of some micro batches are means, and others a sum and its number of terms"
+        elif (any(means) or self._model.loss_fn is not None) and any(size != self._size for size in sizes):
+            why = "as their losses are means, which count alike" if any(means) else "as in a pipeline"
+            reason = (
+                f"the data iterator gave micro batches of {sizes} samples; expected "
+                f"train_micro_batch_size_per_gpu({self._size}) in each, {why} (samples are the first dim of "
+                "the tensors); leave out a short last batch (drop_last=True), or let a model that computes "
+                "its own loss return (sum, count)"
+            )
+        return Sizes(reason, sum(sizes) - self._size * len(sizes), all(means))
 
     # --- one micro batch -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallel.agreement import StepRefusedError, Trace, explain
+from parallel.agreement import BatchError, StepRefusedError, Trace, explain, first_reason
 from parallel.gradients import (
     Step,
     clip_factor,
@@ -22,6 +22,7 @@ from parallel.gradients import (
 from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import Config
+from uni3d.engine.micro_batches import Sizes
 from uni3d.observe import Observer, StepRecord
 from uni3d.train_state import TrainState
 
@@ -45,6 +46,10 @@ class Numbers(NamedTuple):
     """Number of ranks where no parameter has a gradient."""
     apart: float
     """0 if the ranks ran what they must run alike."""
+    unfit: float
+    """Number of ranks whose micro batches can't be weighed rightly."""
+    extra: float
+    """Number of samples beyond the config's."""
 
 
 class Outcome(NamedTuple):
@@ -67,10 +72,10 @@ class PendingNumbers:
     """A step's numbers, copied to the host without waiting for the GPU."""
 
     def __init__(
-        self, step: int, samples: int, rate: float, numbers: Tensor, traces: Sequence[Trace]
+        self, step: int, samples: int, rate: float, numbers: Tensor, here: tuple[Sequence[Trace], Sizes]
     ) -> None:
         self.step = step
-        self.traces = traces
+        self.traces, self.sizes = here
         self.samples = samples
         """Samples consumed, this step's included."""
         self.rate = rate
@@ -123,14 +128,15 @@ class Stepper:
         self.deferred = False
         """True if a step's numbers are read during the next one. The first step's never are."""
 
-    def finish(self, loss: Loss | None, share: float = 1.0) -> Tensor:
+    def finish(self, loss: Loss | None, share: float = 1.0, sizes: Sizes = Sizes()) -> Tensor:  # noqa: B008
         """Collective: take the step; return the global batch's mean loss, a float32 scalar.
 
         `share` is the factor by which the losses were multiplied before the backward passes, besides the loss
         scale.
 
         Raises:
-            StepRefusedError: the gradients can't be right, or there are none. The step was not taken.
+            BatchError, StepRefusedError: the gradients can't be right, or there are none. The step was not
+                taken.
             FloatingPointError: the loss or a gradient of this step, or with `deferred` of the previous one,
                 isn't finite, and there is no loss scale to lower. The step was not taken; if the previous
                 one failed, neither was.
@@ -145,22 +151,25 @@ class Stepper:
         #    A failed background save rides along; the next call raises it, on all ranks together.
         gradients, counted = self._gradients()
         used, traces = model.zero.used(), model.zero.traces()
-        sums = sum_over_ranks(loss, counted, model.topology, self._told(gradients, used, traces, share))
+        told = self._told(gradients, used, traces, sizes)._replace(
+            share=share * (2 if sizes.are_means else 1)
+        )
+        sums = sum_over_ranks(loss, counted, model.topology, told)
         tokens, lifted = sums.terms, share if state.scaler is None else state.scaler.factor
         mean_loss, norm = sums.loss / tokens, sums.square.sqrt() / (tokens * lifted)
-        right = (sums.apart == 0) & (sums.idle < model.topology.world_size)
+        right = (sums.apart == 0) & (sums.idle < model.topology.world_size) & (sums.unfit == 0)
         finite = (mean_loss + norm).isfinite() & right
         try:
             self.settle()
-        except (FloatingPointError, StepRefusedError):
-            progress.global_samples += progress.train_batch  # this step's batch is lost too
+        except (FloatingPointError, StepRefusedError, BatchError):
+            progress.global_samples += progress.train_batch + int(sums.extra.item())  # this batch is lost too
             raise
         if self.deferred:  # which parameters no rank has used can't be known in time
             finite = finite & (sums.unused == 0)
-        told = sums.alarms, tokens, sums.unused, sums.idle, sums.apart
-        numbers = torch.stack([mean_loss, norm, finite.double(), *told])
+        others = sums.alarms, tokens, sums.unused, sums.idle, sums.apart, sums.unfit, sums.extra
+        numbers = torch.stack([mean_loss, norm, finite.double(), *others])
         samples = progress.global_samples + progress.train_batch
-        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, traces)
+        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, (traces, sizes))
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / (tokens * lifted)
         if self._clip > 0:
@@ -185,7 +194,7 @@ class Stepper:
         gradients: list[Tensor],
         used: Mapping[nn.Parameter, bool],
         traces: Sequence[Trace],
-        share: float,
+        sizes: Sizes,
     ) -> Step:
         """Return what this rank adds to the step's sums. The next step begins."""
         self._state.model.zero.begin_step()
@@ -193,7 +202,8 @@ class Stepper:
         idle = not any(used.values()) if used else not gradients
         if idle and self._state.model.scalars.used():
             idle = False
-        return Step(unused=unused, idle=idle, traces=traces, share=share, alarm=self._saver.failed)
+        unfit, alarm = sizes.unfit is not None, self._saver.failed
+        return Step(unused=unused, idle=idle, traces=traces, alarm=alarm, unfit=unfit, extra=sizes.extra)
 
     def settle(self) -> None:
         """Read the numbers of the last step, if they haven't been read.
@@ -203,7 +213,10 @@ class Stepper:
         """
         report, self._unread = self._unread, None
         if report is not None:
-            self._conclude(report)
+            try:
+                self._conclude(report)
+            finally:
+                self._undo = lambda: None
 
     def look(self) -> Outcome:
         """Return the outcome of the last step. Local, so it neither raises nor undoes a step."""
@@ -221,13 +234,15 @@ class Stepper:
         self.applied = bool(numbers.finite)
         if self._observer.wanted:
             self._observe(report, numbers)
-        if why := self._refusal(report, numbers):
-            self._lose_step()
+        if refusal := self._refusal(report, numbers):
+            self._lose_step(numbers)
             state.model.module.zero_grad()
-            raise StepRefusedError(f"step {report.step} was not taken: {why}")
+            raise refusal
         if self.deferred and numbers.unused > 0:
-            self._skip_unforeseen(report)
+            self._skip_unforeseen(report, numbers)
             return False
+        if state.scaler is not None or self.applied:
+            progress.global_samples += int(numbers.extra)
         if state.scaler is not None:
             if not self.applied:
                 state.model.module.zero_grad()
@@ -235,7 +250,7 @@ class Stepper:
                 progress.count_step()
             state.scaler.update(overflow=not self.applied)
         elif not self.applied:  # the numbers are the same on all ranks, so all raise
-            self._lose_step()
+            self._lose_step(numbers)
             state.model.module.zero_grad()
             raise FloatingPointError(
                 f"step {report.step}: the loss is {numbers.loss:g} and the gradient norm {numbers.norm:g}; "
@@ -243,32 +258,32 @@ class Stepper:
             )
         return self.applied
 
-    def _lose_step(self) -> None:
-        """Undo the counting of a step that wasn't taken; its batch is lost."""
+    def _lose_step(self, numbers: Numbers) -> None:
+        """Undo the counting of a step that wasn't taken; its batch, taken from the iterator, is lost."""
         self._undo()
-        self._state.progress.global_samples += (
-            self._state.progress.train_batch
-        )  # it was taken from the iterator
+        self._state.progress.global_samples += self._state.progress.train_batch + int(numbers.extra)
 
-    def _refusal(self, report: PendingNumbers, numbers: Numbers) -> str | None:
-        """Return why the step's gradients can't be right, or None. Collective if they can't."""
-        topology = self._state.model.topology
+    def _refusal(self, report: PendingNumbers, numbers: Numbers) -> Exception | None:
+        """Return the error if the step's gradients can't be right, or None. Collective if they can't."""
+        topology, step = self._state.model.topology, f"step {report.step} was not taken"
+        if numbers.unfit > 0:
+            return BatchError(f"{step}: {first_reason(report.sizes.unfit, topology)}")
         if numbers.apart > 0:
-            return explain(report.traces, topology)
+            return StepRefusedError(f"{step}: {explain(report.traces, topology)}")
         if numbers.idle == topology.world_size:
-            return (
-                "no trained parameter has a gradient; compute the loss from the engine's output, with "
-                "gradients enabled, and check which parameters require a gradient"
+            return StepRefusedError(
+                f"{step}: no trained parameter has a gradient; compute the loss from the engine's output, "
+                "with gradients enabled, and check which parameters require a gradient"
             )
         return None
 
-    def _skip_unforeseen(self, report: PendingNumbers) -> None:
+    def _skip_unforeseen(self, report: PendingNumbers, numbers: Numbers) -> None:
         """Skip a deferred step in which, unlike in those before, some parameter had no gradient on some rank.
 
         The host learns it too late to leave them out. From here on it reads a step's numbers first.
         """
         self.deferred = self._may_defer = False
-        self._lose_step()
+        self._lose_step(numbers)
         self._state.progress.skipped_steps += 1
         if self._state.model.topology.rank == 0:
             warnings.warn(
@@ -282,7 +297,7 @@ class Stepper:
         self._observer.step_taken(
             StepRecord(
                 step=report.step,
-                samples=report.samples,
+                samples=report.samples + int(numbers.extra),
                 loss=numbers.loss,
                 norm=numbers.norm,
                 rate=report.rate,
