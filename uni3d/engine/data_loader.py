@@ -93,7 +93,7 @@ class TrainingLoader:
         """Load from where training stands, or without a `position` from the first sample.
 
         `position` returns the number of samples consumed so far, over all ranks, and `taken` how many micro
-        batches of the step that begins there this rank has done.
+        batches this rank has had backward passes of since, those inside `no_sync` included.
         """
         check_data(dataset)
         self._dataset = dataset
@@ -104,25 +104,26 @@ class TrainingLoader:
         self.follows_training = position is not None
         self._position, self._taken = position or (lambda: 0), taken
         self._generation = 0
-        self._behind = (-1, 0)
+        self._behind = (-1, 0, 0)
 
     def moved(self) -> None:
         """Invalidate existing iterators: the position has changed."""
         self._generation += 1
-        self._behind = (-1, 0)
+        self._behind = (-1, 0, 0)
 
     def __len__(self) -> int:
         """Return this rank's micro batches of an epoch that begins with its first sample."""
         return -(-self._length // self._triad.train_batch) * self._triad.accumulation
 
     def __iter__(self) -> Iterator[Any]:
-        generation, position = self._generation, self._position()
+        generation, began = self._generation, (self._position(), self._taken())
         start, taken = self._start()
         end = (start // self._length + 1) * self._length
         yield from self._batches(start, end, taken)
         # Micro batches in `no_sync` and those dropped by `zero_grad` count nowhere: the next epoch follows.
-        if generation == self._generation and position < self._position() < end:
-            self._behind = (self._position(), end + (start - end) % self._triad.train_batch)
+        now = (self._position(), self._taken())
+        if generation == self._generation and began < now < (end, 0):
+            self._behind = (*now, end + (start - end) % self._triad.train_batch)
 
     def all_epochs(self) -> Iterator[Any]:
         """Yield micro batches without end, epoch after epoch, from where training stands."""
@@ -131,8 +132,12 @@ class TrainingLoader:
 
     def _start(self) -> tuple[int, int]:
         """Return the first sample, and the number of its step's micro batches that have been taken."""
-        position, (behind, end) = self._position(), self._behind
-        return (end, 0) if position == behind else (position, self._taken())
+        start, taken = self._position(), self._taken()
+        behind, taken_then, end = self._behind
+        if start == behind:
+            start, taken = end, max(taken - taken_then, 0)
+        whole, rest = divmod(taken, self._triad.accumulation)
+        return start + whole * self._triad.train_batch, rest
 
     def _batches(self, start: int, end: int | None, taken: int) -> Iterator[Any]:
         generation = self._generation

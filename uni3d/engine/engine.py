@@ -80,7 +80,7 @@ class Engine:
         self.training_dataloader: TrainingLoader | None = None
         if training_data is not None:
             self.training_dataloader = self.loader(
-                training_data, collate_fn, lambda: self.global_samples, lambda: self._micro.index
+                training_data, collate_fn, lambda: self.global_samples, lambda: len(self._micro.losses)
             )
         self._source = BatchSource(self.training_dataloader, state.model, triad)
 

@@ -27,21 +27,22 @@ class Training:
         self.triad = BatchTriad(
             train_batch=micro * accumulation * dp, micro_batch=micro, accumulation=accumulation
         )
-        self.samples, self.done = 0, 0
+        self.samples, self.done, self.taken = 0, 0, 0
         self.loader = TrainingLoader(
             TensorDataset(torch.arange(n)),
             self.triad,
             dp_rank=rank,
             seed=5,
             position=lambda: self.samples,
-            taken=lambda: self.done,
+            taken=lambda: self.taken,
         )
 
-    def step(self) -> None:
-        """End a micro batch."""
-        self.done += 1
+    def step(self, *, counts: bool = True) -> None:
+        """End a micro batch, or without `counts` one inside `no_sync`."""
+        self.taken += 1
+        self.done += counts
         if self.done == self.triad.accumulation:
-            self.samples, self.done = self.samples + self.triad.train_batch, 0
+            self.samples, self.done, self.taken = self.samples + self.triad.train_batch, 0, 0
 
     def epoch(self) -> list[list[int]]:
         """Train on one `for`'s micro batches; return their samples."""
@@ -108,19 +109,28 @@ def test_an_epoch_that_nothing_was_trained_on_begins_again() -> None:
     assert [batch.tolist() for (batch,) in training.loader] == first == training.epoch()
 
 
-def test_micro_batches_that_count_nowhere_dont_shorten_the_epochs() -> None:
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("per_count", [2, 3, 5, 7])
+def test_micro_batches_that_count_nowhere_dont_shorten_the_epochs(per_count: int, start: int) -> None:
     """`no_sync` takes micro batches beyond the engine's count; an epoch is an epoch all the same."""
-    expected, training = Training(8, 2, 1), Training(8, 2, 1)
-    for _ in range(3):
+    expected, training, taken = Training(8, 2, 1), Training(8, 2, 1), 0
+    expected.samples = training.samples = start
+    for _ in range(5):
         found = []
-        for i, (batch,) in enumerate(training.loader):
+        for (batch,) in training.loader:
             found.append(batch.tolist())
-            if i % 2:
-                training.step()
+            taken += 1
+            training.step(counts=taken % per_count == 0)
         assert found == expected.epoch()
-    assert training.samples == 12
+
+
+def test_after_a_load_only_the_count_tells_the_place() -> None:
+    training = Training(8, 2, 1)
+    for i, _ in enumerate(training.loader):
+        training.step(counts=i % 2 == 1)
+    assert training.samples == 4
     training.loader.moved()
-    assert len(training.epoch()) == 2, "where the count stands, from 12 to 16"
+    assert len(training.epoch()) == 2, "from 4 to 8"
 
 
 # --- an engine ---------------------------------------------------------------------------------------------
