@@ -1,7 +1,7 @@
 """uni3d: data, tensor and pipeline parallelism with ZeRO, and checkpoints that resume on any topology.
 
     engine, optimizer, loader, scheduler = uni3d.initialize(model=model, config="config.json", ...)
-    loss = engine.train_batch(iter(loader))
+    loss = engine.train_batch()          # or forward, backward and step, in `for batch in loader:`
     engine.save_checkpoint("run")        # any later run, on any number of GPUs:
     engine.load_checkpoint("run")
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ckpt import CheckpointError
     from uni3d.deepspeed import add_config_arguments, init_distributed
     from uni3d.engine.build import initialize
+    from uni3d.engine.data_loader import RepeatingLoader
     from uni3d.engine.engine import Engine
     from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from uni3d.recovery import (
@@ -50,6 +51,7 @@ __all__ = [
     "Engine",
     "LayerSpec",
     "PipelineModule",
+    "RepeatingLoader",
     "TiedLayerSpec",
     "add_config_arguments",
     "clone_tensors_for_torch_save",
@@ -64,6 +66,7 @@ _NAMES = {
     "ckpt": ["CheckpointError"],
     "uni3d.deepspeed": ["add_config_arguments", "init_distributed"],
     "uni3d.engine.build": ["initialize"],
+    "uni3d.engine.data_loader": ["RepeatingLoader"],
     "uni3d.engine.engine": ["Engine"],
     "uni3d.pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "uni3d.recovery": [

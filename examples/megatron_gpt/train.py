@@ -141,7 +141,7 @@ def report_validation(engine: uni3d.Engine, data: TokenDataset, n_batches: int) 
     """Print the mean loss over the first global batches of the validation data."""
     if n_batches == 0:
         return
-    batches = iter(engine.loader(data))
+    batches = uni3d.RepeatingLoader(engine.loader(data))
     loss = sum(engine.eval_batch(batches).item() for _ in range(n_batches)) / n_batches
     engine.wait_for_checkpoint()
     if engine.model.topology.rank == 0:

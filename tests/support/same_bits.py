@@ -43,7 +43,7 @@ PACKAGES = ("uni3d", "parallel", "ckpt")
 RECORD = "record.json"
 SCRIPT = "zero_to_fp32.py"
 """Part of each checkpoint. Its text may change; what it writes may not."""
-VARIES = re.compile(rf'(?P<key>"created": ?|"uni3d": ?|"{SCRIPT}": ?)("[^"]*"|{{[^}}]*}})')
+VARIES = re.compile(rf'(?P<key>"created": ?|"run_id": ?|"uni3d": ?|"{SCRIPT}": ?)("[^"]*"|{{[^}}]*}})')
 """Values in a manifest that may differ."""
 
 
@@ -128,7 +128,7 @@ def digests(folder: str | Path, leave_out: tuple[str, ...] = ()) -> dict[str, st
 
 
 def manifest(checkpoint: Path) -> str:
-    """Text of the manifest without its checksum, the time, uni3d's version, and the script's size."""
+    """Text of the manifest without its checksum, the time, run and version, and the script's size."""
     _, _, text = (checkpoint / "manifest.json").read_text().partition("\n")
     return "{" + VARIES.sub(r"\g<key>null", text)
 

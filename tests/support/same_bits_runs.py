@@ -233,10 +233,16 @@ def take_step(run: Run, engine: Any, batches: Iterator[Any]) -> Json:
     }
 
 
+def over_epochs(engine: Any) -> Iterator[Any]:
+    """Yield the engine's micro batches without end, also in trees whose loader is endless itself."""
+    while True:
+        yield from engine.training_dataloader
+
+
 def train(run: Run, folder: Path) -> Json:
     """Train, evaluate once and save."""
     engine = make_engine(run, run.split)
-    batches = iter(engine.training_dataloader)
+    batches = over_epochs(engine)
     steps = [take_step(run, engine, batches) for _ in range(STEPS)]
     evaluation = engine.eval_batch(batches).item()
     engine.save_checkpoint(folder, client_state={"run": run.name})
@@ -248,5 +254,5 @@ def resume(run: Run, split: Split, folder: Path) -> list[Json]:
     """Go on from the checkpoint in `folder`."""
     engine = make_engine(run, split)
     engine.load_checkpoint(folder)
-    batches = iter(engine.training_dataloader)
+    batches = over_epochs(engine)
     return [take_step(run, engine, batches) for _ in range(FURTHER)]

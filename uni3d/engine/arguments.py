@@ -71,7 +71,7 @@ def check_data(training_data: Any) -> None:
         raise ValueError(
             f"training_data is a {kind}, but the engine makes the batches itself, in an order that every "
             "topology can go on with; pass its dataset and collate_fn, or leave training_data out and pass "
-            "iter(loader) to train_batch"
+            "uni3d.RepeatingLoader(loader) to train_batch"
         )
     if isinstance(training_data, IterableDataset) or not (
         hasattr(training_data, "__getitem__") and hasattr(training_data, "__len__")

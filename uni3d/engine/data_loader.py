@@ -7,8 +7,9 @@ The state is one integer, the samples consumed, which means the same on every to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -40,20 +41,30 @@ class GlobalOrder:
 
 
 class _MicroBatchSampler(Sampler[list[int]]):
-    """Endless lists of sample indices: this rank's micro batches after the first `start` samples."""
+    """Lists of sample indices: this rank's micro batches of the global batches that begin before `end`.
 
-    def __init__(self, order: GlobalOrder, start: int, triad: BatchTriad, dp_rank: int) -> None:
-        self._order, self._start, self._triad = order, start, triad
+    The first global batch begins at `start`; its first `taken` micro batches are left out. Without an end,
+    the epochs follow each other.
+    """
+
+    def __init__(
+        self, order: GlobalOrder, triad: BatchTriad, dp_rank: int, *, start: int, end: int | None, taken: int
+    ) -> None:
+        self._order, self._triad = order, triad
         self._share = triad.micro_batch * triad.accumulation
         self._first = dp_rank * self._share
+        self._start, self._end, self._taken = start, end, taken
 
     def __iter__(self) -> Iterator[list[int]]:
-        micro_batch, batch_start = self._triad.micro_batch, self._start
-        while True:
+        return islice(self._micro_batches(), self._taken, None)
+
+    def _micro_batches(self) -> Iterator[list[int]]:
+        micro_batch, step = self._triad.micro_batch, self._triad.train_batch
+        starts = count(self._start, step) if self._end is None else range(self._start, self._end, step)
+        for batch_start in starts:
             begin = batch_start + self._first
             for i in range(begin, begin + self._share, micro_batch):
                 yield [self._order[place] for place in range(i, i + micro_batch)]
-            batch_start += self._triad.train_batch
 
 
 class LoaderIterator(Iterator[Any]):
@@ -67,10 +78,15 @@ class LoaderIterator(Iterator[Any]):
 
 
 class TrainingLoader:
-    """Endless micro batches of this rank, starting at the current position.
+    """Micro batches of this rank: each `for` gives the rest of an epoch, from where training stands.
 
-    `iter(loader)` starts at the first sample that hasn't been consumed. An iterator made before a checkpoint
-    was loaded is at the wrong position, so its next batch is an error.
+    Global batches are always complete: where their size doesn't divide the number of samples, the last one
+    of an epoch goes on with the first samples of the next. An epoch's `for` gives the global batches that
+    begin in that epoch.
+
+    A `for` begins at the first sample that hasn't been consumed, so it goes on with the next epoch after one
+    that has been trained on, and in the middle of one after a `break` or a resume. An iterator made before a
+    checkpoint was loaded is at the wrong position, so its next batch is an error.
     """
 
     def __init__(
@@ -80,28 +96,67 @@ class TrainingLoader:
         *,
         dp_rank: int,
         seed: int,
-        position: Callable[[], int],
+        position: Callable[[], int] | None = None,
+        taken: Callable[[], int] = lambda: 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        """`position` returns the number of samples consumed so far, over all ranks."""
+        """Load from where training stands, or without a `position` from the first sample.
+
+        `position` returns the number of samples consumed so far, over all ranks, and `taken` how many micro
+        batches this rank has had backward passes of since, those inside `no_sync` included.
+        """
         check_data(dataset)
         self._dataset = dataset
-        self._order = GlobalOrder(len(dataset), seed)  # type: ignore[arg-type]
+        self._length = len(dataset)  # type: ignore[arg-type]
+        self._order = GlobalOrder(self._length, seed)
         self._triad, self._dp_rank = triad, dp_rank
         self._collate_fn = collate_fn
-        self._position = position
+        self.follows_training = position is not None
+        self._position, self._taken = position or (lambda: 0), taken
         self._generation = 0
+        self._behind = (-1, 0, 0)
 
     def moved(self) -> None:
         """Invalidate existing iterators: the position has changed."""
         self._generation += 1
+        self._behind = (-1, 0, 0)
+
+    def __len__(self) -> int:
+        """Return this rank's micro batches of an epoch that begins with its first sample."""
+        return -(-self._length // self._triad.train_batch) * self._triad.accumulation
 
     def __iter__(self) -> LoaderIterator:
-        return LoaderIterator(self._batches())
+        return LoaderIterator(self._epoch())
 
-    def _batches(self) -> Iterator[Any]:
+    def _epoch(self) -> Iterator[Any]:
+        generation, began = self._generation, (self._position(), self._taken())
+        start, taken = self._start()
+        end = (start // self._length + 1) * self._length
+        yield from self._batches(start, end, taken)
+        # Micro batches in `no_sync` and those dropped by `zero_grad` count nowhere: the next epoch follows.
+        now = (self._position(), self._taken())
+        if generation == self._generation and began < now < (end, 0):
+            self._behind = (*now, end + (start - end) % self._triad.train_batch)
+
+    def all_epochs(self) -> LoaderIterator:
+        """Return micro batches without end, epoch after epoch, from where training stands."""
+        start, taken = self._start()
+        return LoaderIterator(self._batches(start, None, taken))
+
+    def _start(self) -> tuple[int, int]:
+        """Return the first sample, and the number of its step's micro batches that have been taken."""
+        start, taken = self._position(), self._taken()
+        behind, taken_then, end = self._behind
+        if start == behind:
+            start, taken = end, max(taken - taken_then, 0)
+        whole, rest = divmod(taken, self._triad.accumulation)
+        return start + whole * self._triad.train_batch, rest
+
+    def _batches(self, start: int, end: int | None, taken: int) -> Iterator[Any]:
         generation = self._generation
-        sampler = _MicroBatchSampler(self._order, self._position(), self._triad, self._dp_rank)
+        sampler = _MicroBatchSampler(
+            self._order, self._triad, self._dp_rank, start=start, end=end, taken=taken
+        )
         for batch in DataLoader(self._dataset, batch_sampler=sampler, collate_fn=self._collate_fn):
             if generation != self._generation:
                 raise RuntimeError(
@@ -109,6 +164,37 @@ class TrainingLoader:
                     "out of order; call iter() on the loader again"
                 )
             yield batch
+
+
+class RepeatingLoader:
+    """Endless batches of a loader: at its end, it is iterated over again, as by DeepSpeed's wrapper.
+
+    `next` and a `for` go on where the last stopped. Only the loader that `initialize` returned knows where
+    training stands: there a `for` begins. It and those of `Engine.loader` give one epoch after another.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self._batches: Iterator[Any] = iter(())
+
+    def __iter__(self) -> RepeatingLoader:
+        if isinstance(self.loader, TrainingLoader) and self.loader.follows_training:
+            self._batches = iter(())
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            loader = self.loader
+            self._batches = loader.all_epochs() if isinstance(loader, TrainingLoader) else iter(loader)
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise ValueError(
+                f"the {type(loader).__name__} has no batches, or iter() doesn't begin it anew; give "
+                "RepeatingLoader a loader that has some, each time"
+            ) from None
 
 
 class BatchSource:
@@ -129,6 +215,7 @@ class BatchSource:
         """Return a step's micro batches on the device, from `data_iter`, or from the loader if it is None.
 
         Raises:
+            StopIteration: `data_iter` has too few.
             ValueError: there is no data, or `check_batches` refuses it.
         """
         if data_iter is not None:
@@ -137,10 +224,18 @@ class BatchSource:
             if self._loader is None:
                 raise ValueError("no data: pass a data iterator, or training_data to initialize()")
             if self._iterator is None:
-                self._iterator = iter(self._loader)
+                self._iterator = self._loader.all_epochs()
             data_iter = self._iterator
         device = self._model.topology.device
-        batches = [on_device(next(data_iter), device) for _ in range(self._triad.accumulation)]
+        batches: list[Any] = []
+        for done in range(self._triad.accumulation):
+            try:
+                batches.append(on_device(next(data_iter), device))
+            except StopIteration:
+                raise StopIteration(
+                    f"the data iterator ended after {done} of a step's {self._triad.accumulation} micro "
+                    "batches; pass a new one for each epoch, or uni3d.RepeatingLoader(loader), which goes on"
+                ) from None
         self.sure = isinstance(data_iter, LoaderIterator)
         check_batches(self._model, batches)
         return batches

@@ -78,7 +78,9 @@ class Engine:
         self._guard = Guard(state.progress)
         self.training_dataloader: TrainingLoader | None = None
         if training_data is not None:
-            self.training_dataloader = self.loader(training_data, collate_fn, lambda: self.global_samples)
+            self.training_dataloader = self.loader(
+                training_data, collate_fn, lambda: self.global_samples, lambda: len(self._micro.losses)
+            )
         self._source = BatchSource(self.training_dataloader, state.model, triad)
 
     # --- whole batches ---------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ class Engine:
 
         Raises:
             FloatingPointError: the loss or a gradient isn't finite; no step was taken.
+            StopIteration: `data_iter` ended before the step had all its micro batches.
             BatchError: some rank's micro batches don't fit, or are means of another size than the config's.
         """
         self._check_usable()
@@ -149,12 +152,12 @@ class Engine:
         self,
         dataset: Dataset[Any],
         collate_fn: Callable[[list[Any]], Any] | None = None,
-        position: Callable[[], int] = lambda: 0,
+        position: Callable[[], int] | None = None,
+        taken: Callable[[], int] = lambda: 0,
     ) -> TrainingLoader:
-        """Return endless micro batches of `dataset` for this rank, from sample `position()` on. Local."""
-        dp_rank, seed = self.model.topology.dp_rank, self.config.seed
-        place: dict[str, Any] = {"dp_rank": dp_rank, "seed": seed, "position": position}
-        return TrainingLoader(dataset, self.triad, collate_fn=collate_fn, **place)
+        """Return this rank's micro batches of `dataset`: each `for` begins at `position()`, or 0. Local."""
+        load = partial(TrainingLoader, dataset, self.triad, seed=self.config.seed, collate_fn=collate_fn)
+        return load(dp_rank=self.model.topology.dp_rank, position=position, taken=taken)
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 
@@ -164,7 +167,6 @@ class Engine:
         self._micro.check_whole("forward")
         args, kwargs = on_device((args, kwargs), self.device)
         first, nth = self._micro.begins_step, self._micro.count_forward()
-
         call = partial(self.module, *args, **kwargs)
         if first and torch.is_grad_enabled() and self._observer.profiles_next():
             call = partial(self._observer.profile, call, self.triad.accumulation)

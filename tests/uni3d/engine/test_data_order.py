@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from uni3d.config import BatchTriad
-from uni3d.engine.data_loader import GlobalOrder, TrainingLoader
+from uni3d.engine.data_loader import GlobalOrder, RepeatingLoader, TrainingLoader
 
 
 class Position:
@@ -57,7 +57,8 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_the_ranks_share_each_global_batch(dp: int, micro: int, steps: int, n: int, start: int) -> None:
     batch = micro * steps * dp
     order = GlobalOrder(n, 5)
-    ranks = [iter(make_loader(n, batch, micro, rank, dp, Position(start * batch))) for rank in range(dp)]
+    loaders = [make_loader(n, batch, micro, rank, dp, Position(start * batch)) for rank in range(dp)]
+    ranks = [loader.all_epochs() for loader in loaders]
     for k in range(start, start + 3):
         parts = [ids(rank, steps) for rank in ranks]
         assert all(len(samples) == micro for part in parts for samples in part)
@@ -68,10 +69,11 @@ def test_the_ranks_share_each_global_batch(dp: int, micro: int, steps: int, n: i
 def test_a_loader_begins_where_training_stands() -> None:
     position = Position()
     loader = make_loader(10, 4, 2, 0, 1, position)
-    everything = ids(iter(loader), 8)
+    everything = ids(loader.all_epochs(), 8)
     for consumed in (4, 12):
         position.samples = consumed
-        assert ids(iter(loader), 2) == everything[consumed // 2 : consumed // 2 + 2]
+        for batches in (iter(loader), iter(RepeatingLoader(loader)), loader.all_epochs()):
+            assert ids(batches, 2) == everything[consumed // 2 : consumed // 2 + 2]
 
 
 def test_the_collate_function_is_used() -> None:
