@@ -24,6 +24,7 @@ The parallel model:
     fsdp_internals    the private parts of `fully_shard` in use
     agreement         whether the ranks ran what they must run alike
     parameter_hooks   hooks and attributes that a script has put on parameters
+    parameter_watch   changes of parameters that sharding would lose
     layers            repeated layers, the units of sharding
     activation_checkpointing  recomputing activations; compilation
     weights           initial weights and fp32 masters, the same on every topology

@@ -51,6 +51,11 @@ def explain(traces: Sequence[Trace], topology: Topology) -> str:
             )
         first = firsts.setdefault(theirs, rank)
         for mine, other in zip(everyone[first][1], ran, strict=True):
+            if mine.digest != other.digest and list(mine.order) == list(other.order):
+                return (
+                    f"ranks {first} and {rank} train different parameters (requires_grad differs); freeze "
+                    "the same ones on all ranks"
+                )
             if mine.digest != other.digest:
                 return (
                     f"ranks {first} and {rank} ran different layers, so ZeRO stage 3 has summed gradients of "

@@ -7,14 +7,12 @@ parameter in place. All of it is here, and `check_records` refuses a torch that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 STATE_RECORDS = (
     "_fsdp_param_group",
@@ -30,6 +28,7 @@ GROUP_RECORDS = (
     "is_unsharded",
     "post_backward",
     "reduce_grads",
+    "reshard",
     "reshard_after_backward",
     "unshard",
     "wait_for_unshard",
@@ -39,6 +38,7 @@ PARAMETER_RECORDS = (
     "unsharded_accumulated_grad",
     "accumulate_unsharded_grad_if_needed",
     "sharded_size",
+    "sharded_state",
     "to_sharded_dtensor",
     "all_gather_outputs",
     "_module_info",
@@ -72,6 +72,12 @@ def set_root(modules: Sequence[FSDPModule]) -> None:
 def is_whole(group: Any) -> bool:
     """Return whether a group's parameters are gathered, or on their way."""
     return group._all_gather_result is not None or group.is_unsharded
+
+
+def is_trained(parameter: Any) -> bool:
+    """Return `requires_grad` of the one of a parameter's two tensors that the module shows."""
+    whole = parameter.sharded_state.name == "UNSHARDED"
+    return bool((parameter._unsharded_param if whole else parameter.sharded_param).requires_grad)
 
 
 def has_gradients(group: Any) -> bool:
@@ -171,19 +177,34 @@ def allow_in_place_inputs(group: Any) -> None:
     def register(args: Any, kwargs: Any) -> tuple[Any, Any]:
         if not torch.is_grad_enabled():
             return args, kwargs
-        if kwargs or not all(isinstance(x, Tensor | None) for x in args):
-            leaves, structure = tree_flatten((args, kwargs))
-        else:  # the common case, as flattening is slow
-            leaves, structure = list(args), None
-        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        if places:
-            passed = _PassOn.apply(group, *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
-            for i, x in zip(places, passed, strict=True):
-                leaves[i] = x
-            args, kwargs = (tuple(leaves), kwargs) if structure is None else tree_unflatten(leaves, structure)
-        return args, kwargs
+        inputs: list[Tensor] = []
+        _collect((args, *kwargs.values()), inputs)
+        if not inputs:
+            return args, kwargs
+        passed = iter(_PassOn.apply(group, *inputs))  # type: ignore[no-untyped-call]
+        return _replaced(args, passed), {key: _replaced(value, passed) for key, value in kwargs.items()}
 
     group._register_post_backward_hook = register
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    """Append the tensors in nested tuples that require a gradient.
+
+    Lists, dicts and objects stay as they are: a layer may write into them.
+    """
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            found.append(value)
+    elif type(value) is tuple:
+        for item in value:
+            _collect(item, found)
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the value with the tensors that `_collect` found replaced, in the same order."""
+    if isinstance(value, Tensor):
+        return next(tensors) if value.requires_grad else value
+    return tuple(_replaced(item, tensors) for item in value) if type(value) is tuple else value
 
 
 class _PassOn(torch.autograd.Function):
@@ -204,18 +225,28 @@ def see_attributes(state: Any) -> None:
     """Make fully_shard see the tensors of outputs that are objects of a class of their own.
 
     It finds tensors in tuples, lists, dicts and dataclasses, and would not gather the parameters for the
-    backward pass of, say, a `SimpleNamespace`.
+    backward pass of, say, a `SimpleNamespace`. A layer that returns None, as it writes into an argument,
+    stays whole until the end of the backward pass.
     """
     register = state._register_pre_backward_hook
 
     def register_all(output: Any) -> Any:
-        if isinstance(output, Tensor | tuple | list | dict) or not hasattr(output, "__dict__"):
-            return register(output)
-        if not is_dataclass(output):
-            register(list(vars(output).values()))
+        group = state._fsdp_param_group
+        if output is None and group is not None and torch.is_grad_enabled():
+            group.unshard()
+            group.wait_for_unshard()
+        elif not isinstance(output, Tensor | tuple | list | dict) and hasattr(output, "__dict__"):
+            register(_opened(output))
         return register(output)
 
     state._register_pre_backward_hook = register_all
+
+
+def _opened(value: Any, depth: int = 4) -> Any:
+    """Return the attributes of an object as lists, those of its attributes included."""
+    if isinstance(value, Tensor | tuple | list | dict) or not hasattr(value, "__dict__") or not depth:
+        return value
+    return [_opened(item, depth - 1) for item in vars(value).values()]
 
 
 def check_records(module: FSDPModule) -> None:

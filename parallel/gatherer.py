@@ -27,6 +27,7 @@ from parallel.fsdp_internals import (
     is_whole,
     see_attributes,
 )
+from parallel.parameter_watch import ParameterWatch
 
 KEPT = 4096
 """Length of the kept order: an evaluation may run many batches between two steps."""
@@ -46,13 +47,21 @@ class Gatherer:
     """
 
     def __init__(
-        self, modules: Sequence[FSDPModule], mesh: DeviceMesh, names: Sequence[str], *, alone: bool
+        self,
+        modules: Sequence[FSDPModule],
+        mesh: DeviceMesh,
+        names: Sequence[str],
+        watch: ParameterWatch,
+        *,
+        alone: bool,
     ) -> None:
         """Set up `modules`, the first of which is the root, and their `names`.
 
+        `watch` looks at parameters before a step's first gather, and before they are freed.
         With `alone`, the gradients of a single rank are adopted, not reduced.
         """
         self._root = modules[0]
+        self._watch = watch
         self._modules = modules
         self._alone = alone
         self._mesh = mesh
@@ -76,6 +85,7 @@ class Gatherer:
             return
         allow_in_place_inputs(group)
         group.unshard = partial(self._unshard, number, group)
+        group.reshard = partial(self._reshard, group)
         group.post_backward = partial(self._post_backward, number, group)
 
     def begin_step(self) -> None:
@@ -105,6 +115,8 @@ class Gatherer:
         if is_whole(group):
             return
         self._root._get_fsdp_state()._lazy_init()  # a part may be called before the root is
+        if not self._ran:
+            self._watch.before_gather()
         self._ran.add(number)
         self._note(number)
         if self._first_step:
@@ -134,6 +146,10 @@ class Gatherer:
                     "stage 3 all ranks must run the same layers in the same order; use stage 0, 1 or 2, or "
                     "run all layers on all ranks"
                 )
+
+    def _reshard(self, group: Any) -> None:
+        self._watch.before_reshard(group)
+        type(group).reshard(group)
 
     def _post_backward(self, number: int, group: Any, *_: Any) -> None:
         if not self._inside:  # a backward pass inside the loss: its layers stay whole until the engine's own

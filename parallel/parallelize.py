@@ -10,10 +10,10 @@ from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
-from parallel.gradients import ScalarGradients, count_for_all_ranks
+from parallel.gradients import ScalarGradients
 from parallel.layers import blocks, units
 from parallel.loss import LossFn
-from parallel.parameter_hooks import carry_over, find_extras
+from parallel.parameter_hooks import find_extras, set_hooks
 from parallel.pipeline import Pipeline
 from parallel.placement import Placement
 from parallel.replica_check import Replicas
@@ -107,8 +107,8 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     if init is not None:
         device = torch.device("cpu") if settings.offload else topology.device
         materialise(module, init, seed=settings.seed, device=device, first_names=ties)
-    carry_over(module, zero := ZeroStages(zeros), extras)
-    count_for_all_ranks(module, topology)
+    zero = ZeroStages(zeros)
+    set_hooks(module, zero, extras, topology)
     return ParallelModel(
         module=module,
         topology=topology,

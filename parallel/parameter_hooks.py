@@ -8,11 +8,15 @@ is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel.gradients import count_for_all_ranks
+from parallel.topology import Topology
 from parallel.zero import ZeroStages
 
 GradientHook = Callable[[Tensor], Tensor | None]
@@ -33,6 +37,10 @@ def find_extras(model: nn.Module) -> dict[str, Extras]:
             replace it; names it.
     """
     _check_kept_elsewhere(model)
+    _check_memory(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            _check_embedding(name, module)
     found = {}
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -44,6 +52,17 @@ def find_extras(model: nn.Module) -> dict[str, Extras]:
         if hooks or vars(parameter):
             found[name] = Extras(dict(vars(parameter)), hooks)
     return found
+
+
+def set_hooks(module: nn.Module, zero: ZeroStages, extras: Mapping[str, Extras], topology: Topology) -> None:
+    """Put the extras and our own hooks on this rank's parameters; from now on, changes of them are noticed.
+
+    Raises:
+        ValueError: see `carry_over`.
+    """
+    carry_over(module, zero, extras)
+    count_for_all_ranks(module, topology)
+    zero.start()
 
 
 def carry_over(module: nn.Module, zero: ZeroStages, extras: Mapping[str, Extras]) -> None:
@@ -93,6 +112,43 @@ def _check_kept_elsewhere(model: nn.Module) -> None:
                         f"{type(module).__name__}, where sharding can't replace it; use a ParameterList or "
                         "ParameterDict, or look the parameter up in forward()"
                     )
+
+
+def _check_embedding(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
+    if module.max_norm is not None:
+        raise ValueError(
+            f"{name} has max_norm, with which each rank would change the rows that it reads, and lose the "
+            "change; leave max_norm out"
+        )
+    if module.sparse:
+        raise ValueError(f"{name} has sparse gradients, which can't be sharded; leave out sparse=True")
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse parameters that share memory with another tensor, which sharding would separate."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _REGISTRIES and isinstance(value, Tensor):
+                named.append((f"{prefix}.{attribute}".removeprefix("."), value))
+    spans = sorted((*_span(t), name, isinstance(t, nn.Parameter)) for name, t in named if _has_memory(t))
+    for (_, end, name, is_parameter), (start, _, other, other_is) in pairwise(spans):
+        if start < end and (is_parameter or other_is):
+            raise ValueError(
+                f"{name} and {other} share memory, which sharding would separate; tie parameters by "
+                "assigning the same Parameter, and compute other tensors from them in forward()"
+            )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of a tensor and of the one after its last."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    last = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    return local.data_ptr(), local.data_ptr() + (last + 1) * local.element_size()
 
 
 _REGISTRIES = frozenset(vars(nn.Module()))

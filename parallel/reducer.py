@@ -24,10 +24,12 @@ from parallel.fsdp_internals import (
     end_backward,
     fill_gradients,
     group_of,
+    is_whole,
     reduce_gradients,
     start_gathering,
     take_over,
 )
+from parallel.parameter_watch import ParameterWatch
 
 
 class Reducer:
@@ -42,12 +44,22 @@ class Reducer:
     digest = 0
     order: tuple[str, ...] = ()
 
-    def __init__(self, modules: Sequence[FSDPModule], mesh: DeviceMesh, stage: int, *, alone: bool) -> None:
+    def __init__(
+        self,
+        modules: Sequence[FSDPModule],
+        mesh: DeviceMesh,
+        stage: int,
+        watch: ParameterWatch,
+        *,
+        alone: bool,
+    ) -> None:
         """Take over from fully_shard's hooks on `modules`, the first of which is the root.
 
+        `watch` looks at parameters before they are gathered, which happens for all together, and freed.
         With `alone`, the gradients of a single rank are adopted, not reduced.
         """
         self._root = modules[0]
+        self._watch = watch
         self._mesh = mesh
         self._every = stage == 2 and not alone
         self._last = not alone
@@ -68,6 +80,8 @@ class Reducer:
     def _gather(self) -> None:
         """Start to gather what isn't whole, in the order of the forward pass. A layer waits for its own."""
         self._root._get_fsdp_state()._lazy_init()
+        if not any(map(is_whole, self._groups)):
+            self._watch.before_gather()
         for group in reversed(self._groups):
             start_gathering(group)
 
@@ -81,6 +95,7 @@ class Reducer:
         """Free the whole parameters. A single rank's gradients move to the sharded ones."""
         for group in self._groups:
             group.wait_for_unshard()  # else a layer that didn't run would use stale parameters later
+            self._watch.before_reshard(group)
             group.reshard()
             if self._alone:
                 for record in group.fsdp_params:

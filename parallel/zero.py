@@ -14,6 +14,7 @@ dp, stages 2 and 3 sum over the groups only at the boundary. Ranks may run diffe
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -38,12 +39,14 @@ from parallel.fsdp_internals import (
     check_records,
     compute_in_place,
     group_of,
+    is_trained,
     on_whole,
     parameters_of,
     set_root,
 )
 from parallel.gatherer import Gatherer
 from parallel.gradients import stays_whole
+from parallel.parameter_watch import ParameterWatch
 from parallel.reducer import Reducer
 from parallel.settings import DType, Precision
 
@@ -91,6 +94,7 @@ class Zero:
         if alone and in_place:
             units = ()  # there is nothing to gather, cast or free, so their hooks would only take time
         self._mesh = mesh
+        self._trained: bytes | None = None
         self._shard(units, persistence_threshold, output)
         sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
         self._sharded = sharded
@@ -103,14 +107,16 @@ class Zero:
         if in_place:
             for record in self._records:
                 compute_in_place(record)
+        self._watch = watch = ParameterWatch(root, self._records, in_place=in_place)
         self._driver: Reducer | Gatherer
         if not self._layerwise:
-            self._driver = Reducer(sharded, mesh, stage, alone=alone)
+            self._driver = Reducer(sharded, mesh, stage, watch, alone=alone)
         else:
             names = {
                 module: name or "the layers outside of any list" for name, module in root.named_modules()
             }
-            self._driver = Gatherer(sharded, mesh, [names[cast(nn.Module, m)] for m in sharded], alone=alone)
+            layers = [names[cast(nn.Module, module)] for module in sharded]
+            self._driver = Gatherer(sharded, mesh, layers, watch, alone=alone)
         self._gather_for_parts()
 
     def _shard(self, units: Sequence[nn.Module], threshold: int, output: torch.dtype | None) -> None:
@@ -160,8 +166,31 @@ class Zero:
         `last` marks the last one of the accumulation, before an optimizer step.
         """
         self._driver.before_backward(last=last)
+        self._compare_trained()
         yield
         self._driver.after_backward(last=last)
+
+    def _compare_trained(self) -> None:
+        """Note which parameters require a gradient; before the first reduction, compare it over the ranks.
+
+        Gradients of different parameters would be summed. Later differences show in the step's `trace`.
+
+        Raises:
+            ValueError: ranks train different parameters; on all ranks.
+        """
+        if self._mesh.size() == 1:
+            return
+        now = bytes(is_trained(record) for record in self._records)
+        first, self._trained = self._trained is None, now
+        for axis in ("replicate", "shard") if first else ():
+            group = self._mesh.get_group(axis)
+            everyone: list[Any] = [None] * group.size()
+            torch.distributed.all_gather_object(everyone, now, group=group)
+            if any(other != now for other in everyone):
+                raise ValueError(
+                    "data-parallel ranks train different parameters (requires_grad differs), so their "
+                    "gradients can't be summed; freeze the same ones on all ranks"
+                )
 
     def before_input_backward(self) -> None:
         """Set up the half of a split backward pass that computes the inputs' gradients, not the weights'.
@@ -186,6 +215,10 @@ class Zero:
             yield record._unsharded_param
         yield from (p for p in cast(nn.Module, self.root).parameters() if stays_whole(p))
 
+    def start(self) -> None:
+        """Begin to watch for changes of parameters, now that all hooks of our own are in place."""
+        self._watch.start()
+
     def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
         """Call `do` with the whole parameter that belongs to a sharded one, each time that one is made."""
         for record in self._records:
@@ -197,6 +230,9 @@ class Zero:
 
         Call it before the sharded ones are read or written outside of a step: the whole copies that a forward
         pass has left would be used again, though stale.
+
+        Raises:
+            RuntimeError: a whole parameter was replaced or written to, which would be lost.
         """
         self._driver.reshard()
 
@@ -226,7 +262,7 @@ class Zero:
     def trace(self) -> Trace:
         """The layers that this rank has gathered and reduced."""
         driver = self._driver
-        return Trace(driver.late, driver.digest, driver.order)
+        return Trace(driver.late, zlib.crc32(self._trained or b"", driver.digest) & 0xFFFF, driver.order)
 
     def used(self) -> dict[nn.Parameter, bool]:
         """Return, for each parameter that is summed over ranks, whether it had a gradient on this rank."""
@@ -264,6 +300,10 @@ class ZeroStages:
     def begin_step(self) -> None:
         for zero in self._stages:
             zero.begin_step()
+
+    def start(self) -> None:
+        for zero in self._stages:
+            zero.start()
 
     def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
         for zero in self._stages:

@@ -199,6 +199,53 @@ def twice(model: Any, batch: Batch) -> Tensor:
     return F.mse_loss(model(batch[0]), batch[1]) + F.mse_loss(model(batch[0] * 2), model(batch[1]))
 
 
+class Collecting(nn.Module):
+    """Its layers hand on what they compute in a dict, and note it in a list."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, state: dict[str, Tensor], seen: list[Tensor]) -> None:
+            state["x"] = torch.tanh(self.inner(state["x"]))
+            seen.append(state["x"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.Layer(), self.Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, seen = {"x": x}, list[Tensor]()
+        for layer in self.layers:
+            layer(state, seen)
+        return sum(seen[1:], seen[0])
+
+
+class Nested(nn.Module):
+    """Its layers return objects of objects."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, value: Any) -> Any:
+            x = torch.tanh(self.inner(value.inside.x))
+            return SimpleNamespace(inside=SimpleNamespace(x=x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.Layer(), self.Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = SimpleNamespace(inside=SimpleNamespace(x=x))
+        for layer in self.layers:
+            value = layer(value)
+        out: Tensor = value.inside.x
+        return out
+
+
 class Kind(NamedTuple):
     make: Callable[[], nn.Module]
     loss: Callable[[Any, Batch], Tensor] = mse
@@ -219,6 +266,8 @@ KINDS = {
     "a weight penalty outside of forward": Kind(Stack, weight_penalty),
     "three forward passes for one loss": Kind(Stack, twice),
     "hooks and attributes on parameters": Kind(Hooked),
+    "layers that write into their arguments": Kind(Collecting),
+    "objects of objects between layers": Kind(Nested),
 }
 
 
@@ -323,6 +372,20 @@ class KeptInAList(nn.Module):
         self.weights = [self.weight]
 
 
+class TiedByData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = linear(), linear()
+        self.second.weight.data = self.first.weight.data
+
+
+class BufferOfAWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+        self.register_buffer("kept", self.layer.weight.detach())
+
+
 class KeptAsAView(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -340,13 +403,15 @@ class SteppedInAHook(nn.Module):
 REFUSED = {
     KeptInAList: "the parameter weight is also kept in weights, a list of KeptInAList",
     KeptAsAView: "the parameter weight is also kept in turned, a Tensor of KeptAsAView",
+    TiedByData: "first.weight and second.weight share memory",
+    BufferOfAWeight: "kept and layer.weight share memory",
     SteppedInAHook: "weight has a hook by register_post_accumulate_grad_hook",
 }
 
 
 def refused_case(kind: type[nn.Module]) -> str:
     config = {"train_batch_size": 2, "parallel": {"device": "cpu"}, "optimizer": {"type": "SGD"}}
-    with pytest.raises(ValueError, match=r"parameter|hook") as caught:
+    with pytest.raises(ValueError, match=r"parameter|hook|memory") as caught:
         uni3d.initialize(model=kind(), config=config)
     return str(caught.value)
 

@@ -76,6 +76,7 @@ class Restorer:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
+        self._state.model.zero.reshard()  # parameters are looked up as the optimizer has them
         checkpoint = self._open(run, tag)
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         report = self._load(checkpoint, saved, wanted)

@@ -63,8 +63,7 @@ class Engine:
         topo = state.model.topology
         self.device, self.global_rank, self.world_size = topo.device, topo.rank, topo.world_size
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # unset without torchrun
-        self.optimizer = state.optimizer
-        self.lr_scheduler = state.lr_scheduler
+        self.optimizer, self.lr_scheduler = state.optimizer, state.lr_scheduler
         self.scaler = state.scaler
         self.last_load: ckpt.LoadReport | None = None
         self._progress = state.progress

@@ -145,20 +145,19 @@ class Stepper:
         assert state.optimizer is not None, "checked before the batch was taken"
         model.zero.reshard()  # a forward pass after the last backward has gathered the parameters again
         # 1. One number for the loss and one for the gradients' norm, over all ranks in one collective.
-        model.scalars.sum()
+        if model.pipeline is not None:  # else the last backward pass has done it
+            model.scalars.sum()
         model.replicas.check(loss)
         model.tied.sum()
         #    A failed background save rides along; the next call raises it, on all ranks together.
         gradients, counted = self._gradients()
         used, traces = model.zero.used(), model.zero.traces()
-        told = self._told(gradients, used, traces, sizes)._replace(
-            share=share * (2 if sizes.are_means else 1)
-        )
+        told = self._told(gradients, used, traces, sizes, share)
         sums = sum_over_ranks(loss, counted, model.topology, told)
         tokens, lifted = sums.terms, share if state.scaler is None else state.scaler.factor
         mean_loss, norm = sums.loss / tokens, sums.square.sqrt() / (tokens * lifted)
-        right = (sums.apart == 0) & (sums.idle < model.topology.world_size) & (sums.unfit == 0)
-        finite = (mean_loss + norm).isfinite() & right
+        finite = (mean_loss + norm).isfinite() & (sums.apart == 0) & (sums.unfit == 0)
+        finite = finite & (sums.idle < model.topology.world_size) & (tokens == tokens.round())
         try:
             self.settle()
         except (FloatingPointError, StepRefusedError, BatchError):
@@ -195,15 +194,23 @@ class Stepper:
         used: Mapping[nn.Parameter, bool],
         traces: Sequence[Trace],
         sizes: Sizes,
+        share: float,
     ) -> Step:
         """Return what this rank adds to the step's sums. The next step begins."""
         self._state.model.zero.begin_step()
         unused = sum(not had for parameter, had in used.items() if parameter.requires_grad)
-        idle = not any(used.values()) if used else not gradients
+        idle = not gradients or (bool(used) and not any(used.values()))
         if idle and self._state.model.scalars.used():
             idle = False
-        unfit, alarm = sizes.unfit is not None, self._saver.failed
-        return Step(unused=unused, idle=idle, traces=traces, alarm=alarm, unfit=unfit, extra=sizes.extra)
+        return Step(
+            unused=unused,
+            idle=idle,
+            traces=traces,
+            share=share * (2 if sizes.are_means else 1),  # ranks must also agree on the kind of their losses
+            alarm=self._saver.failed,
+            unfit=sizes.unfit is not None,
+            extra=sizes.extra,
+        )
 
     def settle(self) -> None:
         """Read the numbers of the last step, if they haven't been read.
@@ -270,6 +277,11 @@ class Stepper:
             return BatchError(f"{step}: {first_reason(report.sizes.unfit, topology)}")
         if numbers.apart > 0:
             return StepRefusedError(f"{step}: {explain(report.traces, topology)}")
+        if not numbers.terms.is_integer():
+            return StepRefusedError(
+                f"{step}: its losses' numbers of terms add up to {numbers.terms:g}; a tuple of two values is "
+                "taken for a sum and its number of terms: return the loss alone, or an object with a .loss"
+            )
         if numbers.idle == topology.world_size:
             return StepRefusedError(
                 f"{step}: no trained parameter has a gradient; compute the loss from the engine's output, "
