@@ -9,8 +9,8 @@ is reduced at the end, with zeros where a rank has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,9 +120,9 @@ class Reducer:
                 whole = record._unsharded_param
                 if self._hooked.get(id(record)) is not whole:
                     self._hooked[id(record)] = whole
-                    whole.register_post_accumulate_grad_hook(partial(self._arrived, layer, id(record)))
+                    whole.register_post_accumulate_grad_hook(_arrival(self, layer, id(record)))
 
-    def _arrived(self, layer: int, record: int, _parameter: Tensor) -> None:
+    def arrived(self, layer: int, record: int) -> None:
         """Note a gradient, and reduce the layers that are complete and whose turn it is."""
         if self._next is None:
             return
@@ -176,3 +176,19 @@ class Reducer:
             self._early = False
             for group in self._groups:
                 self._reduce(group)
+
+
+def _arrival(reducer: Reducer, layer: int, record: int) -> Callable[[Tensor], None]:
+    """Return a hook that tells the reducer of a gradient.
+
+    Its reference is weak: torch keeps such hooks where Python's garbage collector can't see them, so that a
+    strong one would keep the model and its process groups alive.
+    """
+    weak = weakref.ref(reducer)
+
+    def hook(_parameter: Tensor) -> None:
+        alive = weak()
+        if alive is not None:
+            alive.arrived(layer, record)
+
+    return hook

@@ -1,5 +1,7 @@
 """What a script does to parameters after `initialize` counts, or is an error."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -180,3 +182,18 @@ def accuracy_case() -> str:
 def test_an_accuracy_is_not_taken_for_a_number_of_terms(ranks: Ranks) -> None:
     for error in ranks.run(2, accuracy_case):
         assert "numbers of terms add up to 0.74" in error
+
+
+def discarded_case(zero: int) -> bool:
+    engine = engine_of(zero)
+    take_step(engine, 0)
+    sharded = weakref.ref(engine.model.zero._stages[0])
+    del engine
+    gc.collect()
+    return sharded() is None
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_engine_that_is_dropped_is_freed(ranks: Ranks, zero: int) -> None:
+    """And with it its process groups, each of which has threads."""
+    assert ranks.run(2, discarded_case, zero) == [True, True]
