@@ -25,6 +25,7 @@ GROUP_RECORDS = (
     "_all_gather_result",
     "_partial_reduce_output",
     "_register_post_backward_hook",
+    "all_reduce_grads",
     "is_unsharded",
     "post_backward",
     "reduce_grads",

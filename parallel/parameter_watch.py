@@ -55,9 +55,9 @@ class ParameterWatch:
         Raises:
             RuntimeError: one was replaced or written to.
         """
+        if not group.is_unsharded:
+            return
         for record in group.fsdp_params:
-            if record.sharded_state.name != "UNSHARDED":
-                continue
             whole, sharded = record._unsharded_param, record.sharded_param
             self._check_place(record, whole)
             if whole.requires_grad != sharded.requires_grad:

@@ -62,6 +62,9 @@ class Reducer:
         self._watch = watch
         self._mesh = mesh
         self._every = stage == 2 and not alone
+        self._sums_late = (
+            self._every and mesh["replicate"].size() > 1
+        )  # over the shard groups, at the boundary
         self._last = not alone
         self._alone = alone
         # The backward pass runs through the layers in about this order, and through the root's last.
@@ -109,6 +112,8 @@ class Reducer:
     def before_backward(self, *, last: bool, early: bool = True) -> None:
         """Prepare for a backward pass; with `early=False` nothing is reduced before its end."""
         self._wait()
+        for group in self._groups:
+            group.all_reduce_grads = last or not self._sums_late
         self._next = None
         if not (self._reduces(last) and early and self._early):
             return

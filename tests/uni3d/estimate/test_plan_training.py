@@ -79,7 +79,8 @@ def test_stages_and_units_are_those_of_training(pp: int, tied: bool) -> None:
     for kept, stage in zip(split_layers(whole, whole.pipeline_layers, pp), job.stages, strict=True):
         assert [link.name for link in stage.links] == kept
         chain = Chain(real_model(SMALL | {"tied_head": tied}), [kept])
-        gathered = blocks.units(list(chain.stretches()[0]))
+        (stretch,) = chain.stretches()
+        gathered = blocks.units(stretch, list(stretch))
         units = [{id(p) for p in unit.parameters()} for unit in gathered]
         sizes = [sum(p.numel() for p in unit.parameters()) for unit in gathered]
         assert [job.whole(unit) for unit in stage.units if unit] == sizes
