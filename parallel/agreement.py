@@ -19,7 +19,7 @@ class BatchError(ValueError):
 
 
 class Trace(NamedTuple):
-    """What one pipeline stage of a rank ran since the last step."""
+    """Record of what one pipeline stage of a rank ran since the last step."""
 
     late: int
     """Gradients that weren't reduced, as they came after their layer's reduction."""

@@ -130,7 +130,7 @@ class Gatherer:
             ) from error
 
     def _check_alike(self, number: int) -> None:
-        """In the first step, check before each gather that all ranks are at the same layer.
+        """Check, in the first step before each gather, that all ranks are at the same layer.
 
         Collectives of different sizes end the process under gloo, and wait forever under NCCL.
         """

@@ -97,7 +97,7 @@ def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What one rank adds to the step's sums besides its loss and gradients. See `Sums`."""
+    """Terms that one rank adds to the step's sums besides its loss and gradients. See `Sums`."""
 
     unused: int = 0
     """Trained parameters that had no gradient on this rank."""

@@ -1,4 +1,4 @@
-"""From a plain model to this rank's part of it: check, split into stages and tensors, shard, initialize."""
+"""Turn a plain model into this rank's part: check, split into stages and tensors, shard, initialize."""
 
 from __future__ import annotations
 

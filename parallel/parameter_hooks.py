@@ -23,7 +23,7 @@ GradientHook = Callable[[Tensor], Tensor | None]
 
 
 class Extras(NamedTuple):
-    """What a script has put on one parameter."""
+    """Attributes and gradient hooks that a script has put on one parameter."""
 
     attributes: dict[str, Any]
     hooks: list[GradientHook]

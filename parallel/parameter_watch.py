@@ -19,7 +19,7 @@ class ParameterWatch:
     """Watch over fully_shard's records of parameters."""
 
     def __init__(self, root: nn.Module, records: Sequence[Any], *, in_place: bool) -> None:
-        """With `in_place` the whole parameters are the sharded ones' memory, so that writes aren't lost."""
+        """Watch `records`; with `in_place`, writes aren't lost, as both tensors share their memory."""
         self._root = root
         self._records = records
         self._in_place = in_place

@@ -62,9 +62,8 @@ class Reducer:
         self._watch = watch
         self._mesh = mesh
         self._every = stage == 2 and not alone
-        self._sums_late = (
-            self._every and mesh["replicate"].size() > 1
-        )  # over the shard groups, at the boundary
+        # Shard groups are summed over at the boundary alone.
+        self._sums_late = self._every and mesh["replicate"].size() > 1
         self._last = not alone
         self._alone = alone
         # The backward pass runs through the layers in about this order, and through the root's last.

@@ -9,7 +9,7 @@
 5. A public class name is defined once; a manifest's keys are looked up in one file; each command is a file of
    `cli/`; a package's docstring lists exactly its modules.
 6. The tests of `ckpt` and of `parallel` import no `uni3d`.
-7. A function's docstring begins with a verb or a noun; files and functions are short.
+7. A docstring begins with a verb or a noun, in tests too; files and functions are short.
 8. No process-group globals; nothing pickles to or from a file.
 """
 
@@ -29,6 +29,7 @@ from source_tree import (
     PACKAGES,
     ROOT,
     SOURCES,
+    at_import,
     called,
     functions,
     imported_modules,
@@ -323,11 +324,17 @@ def test_tests_import_no_uni3d(folder: str) -> None:
     assert [path.name for path in files if "uni3d" in packages(path)] == []
 
 
-@every_file
-def test_docstrings_begin_with_a_verb_or_a_noun(path: Path) -> None:
-    fragments = re.compile(r"(What|Of|By|Those|That|Whose|Whether|How)\b")
-    found = [f for f in functions(path) if fragments.match(ast.get_docstring(f) or "")]
-    assert [f"{f.name}, line {f.lineno}" for f in found] == []
+@pytest.mark.parametrize("folder", [*PACKAGES, "benchmarks", "examples", "tests"])
+def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
+    fragments = re.compile(r"(What|Of|By|Those|That|Whose|Whether|How|With|In|As|And|From)\b")
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = [
+        f"{relative(path)}, line {getattr(node, 'lineno', 1)}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(parse(path))
+        if isinstance(node, documented) and fragments.match(ast.get_docstring(node) or "")
+    ]
+    assert found == []
 
 
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_COMMAND = 400, 60, 30
@@ -344,16 +351,12 @@ def test_files_and_functions_are_short(path: Path) -> None:
             assert last - function.lineno < LONGEST_FUNCTION, function.name
 
 
+def test_files_of_tests_are_short() -> None:
+    lengths = {relative(path): len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert [path for path, length in lengths.items() if length > LONGEST_FILE] == []
+
+
 # --- 8: globals, pickles -------------------------------------------------------------------------------
-
-
-def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that run when a module is imported: all but the bodies of functions."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        yield child
-        yield from at_import(child)
 
 
 @pytest.mark.parametrize("path", of("parallel"), ids=relative)

@@ -158,7 +158,7 @@ def refusal(
 
 
 def test_an_undeclared_one_is_refused() -> None:
-    """By its name, or by the size of what comes after it."""
+    """The signs are its name, and the size of the layer after it."""
     plan, parts = {n: s for n, s in PLAN.items() if s != "sequence_parallel"}, net().tp_parts
     assert refusal(net(), plan, {"layers.*.mlp.first": 2}) == (
         "tp_plan has 'colwise' for layers.0.attn.qkv, which seems to be several layers in one, by its name: "

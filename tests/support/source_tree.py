@@ -69,6 +69,15 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     yield from (n for n in ast.walk(parse(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes that run when a module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from at_import(child)
+
+
 def inside(package: Path) -> list[str]:
     """Return the modules and packages in the folder of a package's `__init__.py`."""
     files = {path.stem for path in package.parent.glob("*.py")} - {"__init__"}

@@ -59,7 +59,7 @@ def tied_layers() -> list[Any]:
 
 
 class Plain(nn.Module):
-    """What the list stands for, in plain PyTorch, with its parameters' names."""
+    """Plain PyTorch of what the list stands for, with its parameters' names."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,10 +49,7 @@ def check_model(model: Any) -> nn.Module:
 
 def using_up(model: nn.Module, build: Callable[[], T]) -> T:
     """Return the result of `build`, after which the model's modules are an engine's."""
-    modules = [
-        model,
-        *(module for module in model.modules() if module._parameters),
-    ]  # before it is taken apart
+    modules = [model, *(m for m in model.modules() if m._parameters)]  # `build` takes it apart
     built = build()
     _used.update(modules)
     return built

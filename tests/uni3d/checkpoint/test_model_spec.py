@@ -1,4 +1,4 @@
-"""What a model says of itself stands in its checkpoints, whatever topology wrote them."""
+"""A model's description of itself stands in its checkpoints, whatever topology wrote them."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ class Heads(nn.Module):
 
 
 class Said(nn.Module):
-    """What Hugging Face's models and pipelines written as lists say."""
+    """Declarations of Hugging Face's models and of pipelines written as lists."""
 
     tp_plan = {"attn.q": "colwise", "attn.o": "rowwise", "up": "colwise"}  # noqa: RUF012 - as models declare it
 

@@ -249,7 +249,7 @@ def gradient_case(accumulation: int, zero: int) -> list[float]:
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_gradients_before_the_step_are_means(ranks: Ranks, zero: int, accumulation: int) -> None:
-    """As in DDP; what a script does to them counts."""
+    """DDP's are, too; and changes that a script makes to them count."""
     for gradient, norm in ranks.run(2, gradient_case, accumulation, zero):
         assert gradient == 1.0
         assert norm == 0.5

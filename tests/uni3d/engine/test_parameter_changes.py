@@ -1,4 +1,4 @@
-"""What a script does to parameters after `initialize` counts, or is an error."""
+"""Changes of parameters after `initialize` count, or are an error."""
 
 import gc
 import weakref
@@ -187,13 +187,13 @@ def test_an_accuracy_is_not_taken_for_a_number_of_terms(ranks: Ranks) -> None:
 def discarded_case(zero: int) -> bool:
     engine = engine_of(zero)
     take_step(engine, 0)
-    sharded = weakref.ref(engine.model.zero._stages[0])
+    driver = weakref.ref(engine.model.zero._stages[0]._driver)  # it has the process groups
     del engine
     gc.collect()
-    return sharded() is None
+    return driver() is None
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_an_engine_that_is_dropped_is_freed(ranks: Ranks, zero: int) -> None:
-    """And with it its process groups, each of which has threads."""
+    """Its process groups go with it; each of them has threads."""
     assert ranks.run(2, discarded_case, zero) == [True, True]
