@@ -328,13 +328,12 @@ def test_tests_import_no_uni3d(folder: str) -> None:
 def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
     fragments = re.compile(r"(What|Of|By|Those|That|Whose|Whether|How|With|In|As|And|From)\b")
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    found = [
+    assert not [
         f"{relative(path)}, line {getattr(node, 'lineno', 1)}"
         for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(parse(path))
         if isinstance(node, documented) and fragments.match(ast.get_docstring(node) or "")
     ]
-    assert found == []
 
 
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_COMMAND = 400, 60, 30
@@ -352,8 +351,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 
 def test_files_of_tests_are_short() -> None:
-    lengths = {relative(path): len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
-    assert [path for path, length in lengths.items() if length > LONGEST_FILE] == []
+    assert max(len(p.read_text().splitlines()) for p in (ROOT / "tests").rglob("*.py")) <= LONGEST_FILE
 
 
 # --- 8: globals, pickles -------------------------------------------------------------------------------
