@@ -40,7 +40,8 @@ class Loss(NamedTuple):
         if isinstance(total, DTensor) and "shard" in (total.device_mesh.mesh_dim_names or ()):
             raise ValueError(
                 "the loss was computed from sharded parameters (DTensors) outside of the forward pass; "
-                "compute such a term inside the model's forward(), or from parameter.full_tensor()"
+                "compute such a term from parameter.full_tensor(), or in the forward() of the layer that has "
+                "the parameter"
             )
         if isinstance(total, DTensor):  # computed from logits that are split by vocabulary
             total = total.full_tensor()

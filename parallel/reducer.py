@@ -95,7 +95,7 @@ class Reducer:
 
     def reshard(self) -> None:
         """Free the whole parameters. A single rank's gradients move to the sharded ones."""
-        for group in self._groups:
+        for group in filter(is_whole, self._groups):
             group.wait_for_unshard()  # else a layer that didn't run would use stale parameters later
             self._watch.before_reshard(group)
             group.reshard()
@@ -150,8 +150,6 @@ class Reducer:
             for group in self._groups:
                 reduce_gradients(group, reduce=False)
         end_backward(self._root)
-        if last:
-            self.reshard()
 
     def _reduces(self, last: bool) -> bool:
         return self._every or (last and self._last)
@@ -190,9 +188,10 @@ def _arrival(reducer: Reducer, layer: int, record: int) -> Callable[[Tensor], No
     """
     weak = weakref.ref(reducer)
 
-    def hook(_parameter: Tensor) -> None:
+    def hook(parameter: Tensor) -> None:
         alive = weak()
-        if alive is not None:
+        # One that was frozen after the forward pass gets no gradient, but torch calls its hooks.
+        if alive is not None and parameter.grad is not None:
             alive.arrived(layer, record)
 
     return hook

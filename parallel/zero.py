@@ -107,7 +107,7 @@ class Zero:
         if in_place:
             for record in self._records:
                 compute_in_place(record)
-        self._watch = watch = ParameterWatch(root, self._records, in_place=in_place)
+        self._watch = watch = ParameterWatch(sharded, in_place=in_place)
         self._driver: Reducer | Gatherer
         if not self._layerwise:
             self._driver = Reducer(sharded, mesh, stage, watch, alone=alone)
@@ -169,6 +169,8 @@ class Zero:
         self._compare_trained()
         yield
         self._driver.after_backward(last=last)
+        if last:
+            self.reshard()  # moves the step's gradients to `.grad`
 
     def _compare_trained(self) -> None:
         """Note which parameters require a gradient; before the first reduction, compare it over the ranks.
@@ -206,6 +208,8 @@ class Zero:
         self._driver.gather_all()  # no hook tells which parameters this half needs
         yield
         self._driver.after_backward(last=last, early=False)
+        if last:
+            self.reshard()
 
     # --- parameters --------------------------------------------------------------------------------------
 

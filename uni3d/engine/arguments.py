@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset
 
 from uni3d.checkpoint.extra_state import check_in_layers
@@ -38,6 +39,10 @@ def check_model(model: Any) -> nn.Module:
                 "new one for each engine, and give it weights by load_checkpoint(..., load_module_only=True)"
             )
         parameters = module._parameters.values()
+        if any(is_lazy(p) for p in parameters):
+            raise ValueError(
+                f"{what} is lazy: its parameters have no shape; run one batch through the model first"
+            )
         if isinstance(module, FSDPModule) or any(isinstance(p, DTensor) for p in parameters):
             raise ValueError(
                 f"initialize was called with a model that is sharded already ({what}); pass the plain model, "

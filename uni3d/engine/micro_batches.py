@@ -195,7 +195,6 @@ class MicroBatches:
             with zero.backward(last=last):
                 loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             if last:
-                zero.reshard()  # moves the step's gradients to `.grad`
                 self._model.scalars.sum()
         counts = not (is_mean and self._inside_no_sync)
         self.losses.append(Loss(loss.total.detach(), loss.tokens if counts else loss.tokens * 0))

@@ -55,19 +55,21 @@ def take_step(engine: uni3d.Engine, step: int) -> None:
     engine.step()
 
 
-def frozen_case(zero: int) -> dict[str, Tensor]:
-    """Freeze a layer and the scalar after a forward pass that nothing was trained on."""
+def frozen_case(zero: int, between: bool) -> dict[str, Tensor]:
+    """Freeze a layer and the scalar after a forward pass, with or without a backward pass to come."""
     engine = engine_of(zero)
     take_step(engine, 0)
-    engine(inputs(1, engine.global_rank))
-    for parameter in (*engine.module.layers[0].parameters(), engine.module.scale):  # type: ignore[union-attr]
+    loss = engine(inputs(1, engine.global_rank))
+    for parameter in (*engine.module.layers[0].parameters(), engine.module.scale):
         parameter.requires_grad_(False)
-    take_step(engine, 1)
+    engine.backward(loss if between else engine(inputs(1, engine.global_rank)))
+    engine.step()
     return engine.module_state_dict()
 
 
+@pytest.mark.parametrize("between", [True, False])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_freezing_between_a_forward_pass_and_the_next_counts(ranks: Ranks, zero: int) -> None:
+def test_freezing_while_parameters_are_whole_counts(ranks: Ranks, zero: int, between: bool) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):
@@ -77,7 +79,7 @@ def test_freezing_between_a_forward_pass_and_the_next_counts(ranks: Ranks, zero:
         optimizer.step()
         for parameter in (*model.layers[0].parameters(), model.scale):
             parameter.requires_grad_(False)
-    for found in ranks.run(2, frozen_case, zero):
+    for found in ranks.run(2, frozen_case, zero, between):
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
