@@ -83,6 +83,11 @@ def test_a_model_that_the_script_has_sharded(alone: None) -> None:
         make_engine(fully_shard(nn.Linear(2, 2)))
 
 
+def test_a_lazy_model(alone: None) -> None:
+    with pytest.raises(ValueError, match="its module 0 is lazy: its parameters have no shape"):
+        make_engine(nn.Sequential(nn.LazyLinear(2)))
+
+
 def test_a_chain_is_given_to_initialize_once(alone: None) -> None:
     model = seeded(Stack)
     make_engine(model)
