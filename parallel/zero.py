@@ -204,7 +204,7 @@ class Zero:
     @contextmanager
     def weight_backward(self, *, last: bool) -> Iterator[None]:
         """Enclose the half that computes the weights' gradients, and reduce them at its end. Collective."""
-        self.before_input_backward()
+        self._driver.before_backward(last=last, early=False)
         self._driver.gather_all()  # no hook tells which parameters this half needs
         yield
         self._driver.after_backward(last=last, early=False)
