@@ -8,6 +8,7 @@ BIN := .venv/bin
 demo: .venv/demo.stamp
 	$(BIN)/python examples/megatron_gpt/demo.py --force
 
+# All but the widest tables, in about fifteen minutes.
 test: lint
 	$(BIN)/python -m pytest -m "not matrix"
 

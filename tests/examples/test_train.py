@@ -64,6 +64,7 @@ def test_bad_degrees_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_newest_checkpoint(resumed: Any) -> None:
     run, result = resumed
     assert result.returncode == 0, result.stderr

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from models import adamw
@@ -91,6 +92,7 @@ def steps_case(run: str, first: int, last: int, dp: int, tp: int, zero: int) -> 
     return engine.module_state_dict()
 
 
+@pytest.mark.slow
 def test_resumes_on_other_topologies(ranks: Ranks, tmp_path: Path) -> None:
     model = net()
     optimizer = adamw(model.parameters())

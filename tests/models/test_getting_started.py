@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -135,8 +136,7 @@ def train_plainly(masked: bool) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "world_size"), [(False, 1), slow(False, 2), slow(True, 1), (True, 2)])
 def test_the_loop_of_getting_started_takes_the_steps_of_plain_pytorch(
     hf_ranks: Ranks, masked: bool, world_size: int
 ) -> None:
@@ -179,6 +179,7 @@ def test_the_loop_of_getting_started_in_fp16(hf_ranks: Ranks) -> None:
         assert losses == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_readmes_command_learns(tmp_path: Path) -> None:
     readme = (EXAMPLE / "README.md").read_text()
     command = re.search(r"```sh\n(.*?)```", readme, re.DOTALL)

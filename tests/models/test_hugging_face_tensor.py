@@ -7,6 +7,7 @@ import hf_models
 import pytest
 import torch
 from dispatch_modes import ComputedShapes
+from marks import slow
 from models import save_and_wait
 from ranks import Ranks
 
@@ -28,7 +29,8 @@ def steps_case(kind: str, zero: int, plan: dict[str, str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "zero", "plan"), [("llama", 0, {}), ("llama", 3, LOGITS), ("qwen3", 3, {}), ("mixtral", 1, {})]
+    ("kind", "zero", "plan"),
+    [slow("llama", 0, {}), ("llama", 3, LOGITS), slow("qwen3", 3, {}), ("mixtral", 1, {})],
 )
 def test_steps_are_those_of_one_process(hf_ranks: Ranks, kind: str, zero: int, plan: dict[str, str]) -> None:
     losses, norms, model = hf_models.train_plainly(kind)
@@ -123,10 +125,7 @@ def resharding_case(kind: str, zero: int, run: str) -> list[Any]:
     return sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays)
 
 
-OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3", 0), ("mixtral", 1))]
-
-
-@pytest.mark.parametrize(("kind", "zero"), [("llama", 3), *OTHERS])
+@pytest.mark.parametrize(("kind", "zero"), [("llama", 3), slow("qwen3", 0), slow("mixtral", 1)])
 def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: str, zero: int) -> None:
     found = hf_ranks.run(4, resharding_case, kind, zero, str(tmp_path))
     checkpoint = ckpt.open_checkpoint(tmp_path)

@@ -6,6 +6,7 @@ import hf_models
 import pytest
 import torch
 from hf_models import BATCH, LENGTH, VOCABULARY, hf
+from marks import matrix, slow
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -108,14 +109,14 @@ def check(kind: str, results: list[Trained], rel: float = 1e-5, weights_to: floa
             torch.testing.assert_close(weights[name], weight.detach(), rtol=0, atol=weights_to, msg=name)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("micro", [slow(1), 2, slow(4)])
 def test_the_mean_is_over_all_label_tokens(hf_ranks: Ranks, micro: int) -> None:
     check("gpt2", hf_ranks.run(2, case, "gpt2", 0, micro))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", matrix("llama")])
 def test_at_every_zero_stage(hf_ranks: Ranks, kind: str, zero: int) -> None:
     check(kind, hf_ranks.run(2, case, kind, zero, 1))
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import STAGES
 from models import WIDTH, assert_same, global_batches, make_engine, seeded, train, train_plainly, whole
 from ranks import Ranks
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ def steps_case(zero: int) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
     return results
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", STAGES)
 def test_the_steps_are_those_of_one_process(ranks: Ranks, zero: int) -> None:
     results = ranks.run(2, steps_case, zero)
     for kind in KINDS:

@@ -1,9 +1,11 @@
 """Models that hang on the details of autograd and of sharding train with the steps of plain PyTorch."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
 from unusual_modules import KINDS, WIDTH, Batch, linear, mse
@@ -88,8 +90,11 @@ def plain(kind: str, ranks: int) -> tuple[list[list[float]], float, dict[str, Te
     return losses, norm, model.state_dict()
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+QUICK = [(0, 1), (3, 2)]
+ALL = [place if place in QUICK else slow(*place) for place in product(range(4), (1, 2))]
+
+
+@pytest.mark.parametrize(("zero", "size"), ALL)
 def test_the_steps_are_those_of_one_process(ranks: Ranks, zero: int, size: int) -> None:
     results = ranks.run(size, steps_case, zero, list(KINDS))
     for kind in KINDS:

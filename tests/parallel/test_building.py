@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -80,7 +81,7 @@ def growth_case(degrees: tuple[int, int], layers: int, device: str, rank: int | 
 
 @pytest.mark.parametrize(
     ("degrees", "rank"),
-    [((1, 4), None), ((1, 8), 5), ((2, 4), 6), ((1, 64), 9)],
+    [((1, 4), None), slow((1, 8), 5), slow((2, 4), 6), slow((1, 64), 9)],
     ids=["dp4", "dp8", "pp2dp4", "dp64"],
 )
 def test_building_peaks_at_a_share_and_a_layer(ranks: Ranks, degrees: tuple[int, int], rank: Any) -> None:

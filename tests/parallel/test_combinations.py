@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from model import GPT, GPTConfig
 from ranks import Ranks
 from torch import Tensor
@@ -98,7 +99,7 @@ def check(results: list[list[dict[str, Tensor]]], expected: dict[str, Tensor]) -
                 torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("schedule", [slow(s) if s == "gpipe" else s for s in get_args(Schedule)])
 def test_what_is_not_refused_trains(ranks: Ranks, schedule: str) -> None:
     accepted = [s for s in combinations() if s.schedule == schedule and not refused(s)]
     accepted = [s for s in accepted if s.virtual_stages < 3]  # the model has five links
@@ -106,7 +107,7 @@ def test_what_is_not_refused_trains(ranks: Ranks, schedule: str) -> None:
     check(ranks.run(2, gradients_case, accepted), expected_gradients())
 
 
-@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "zero_bubble_v"])
+@pytest.mark.parametrize("schedule", [slow("interleaved"), slow("zero_bubble"), "zero_bubble_v"])
 def test_with_tensor_parallelism(ranks: Ranks, schedule: Any) -> None:
     settings = [
         parallel.Settings(seed=oracle.SEED, zero_stage=zero, schedule=schedule, virtual_stages=2)

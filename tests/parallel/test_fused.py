@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from one_stage import run_batch
 from ranks import Ranks
 from torch import Tensor, nn
@@ -125,10 +126,10 @@ def gradients_case(
 @pytest.mark.parametrize(
     ("kv_heads", "plan", "settings"),
     [
-        (4, {}, {"zero_stage": 0}),
+        slow(4, {}, {"zero_stage": 0}),
         (2, {}, {"zero_stage": 3}),
         (4, {"layers.*.mlp.first": "packed_colwise"}, {"zero_stage": 1}),
-        (2, GATHERED, {"zero_stage": 1, "sequence_parallel": True}),
+        slow(2, GATHERED, {"zero_stage": 1, "sequence_parallel": True}),
         (2, {}, {"zero_stage": 2, "sequence_parallel": True, "recompute": parallel.Recompute()}),
     ],
 )

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from model import GPT, GPTConfig
 from one_stage import run_batch
 from ranks import Ranks
@@ -54,7 +55,10 @@ def gradients_case(options: dict[str, Any]) -> tuple[float, float, dict[str, Ten
     return loss.total.item(), loss.tokens.item(), gradients, sizes
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+QUICK = ("plain", "tied_grouped_layernorm")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in OPTIONS])
 def test_loss_and_gradients_are_those_of_the_unsplit_gpt(ranks: Ranks, name: str) -> None:
     model = oracle.initial_model(GPT_OPTIONS | OPTIONS[name])
     inputs, targets = batch()

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow
 from ranks import Ranks
 
 from parallel import Degrees, Topology, resolve_degrees
@@ -109,9 +110,9 @@ def refused_case(zero: int, group: int) -> str:
 @pytest.mark.parametrize(
     ("zero", "group", "message"),
     [
-        (1, 3, "a shard group of 3 doesn't divide dp(2); choose a shard group that does"),
+        slow(1, 3, "a shard group of 3 doesn't divide dp(2); choose a shard group that does"),
         (3, 4, "a shard group of 4 doesn't divide dp(2); choose a shard group that does"),
-        (2, 0, "a shard group of 0 doesn't divide dp(2); choose a shard group that does"),
+        slow(2, 0, "a shard group of 0 doesn't divide dp(2); choose a shard group that does"),
         (
             0,
             2,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import STAGES, slow
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -83,7 +84,7 @@ def both(parameters: dict[str, int], gradients: dict[str, int]) -> dict[str, tup
     return {name: (parameters[name], gradients[name]) for name in parameters}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_each_rank_holds_what_its_stage_says(ranks: Ranks, stage: int) -> None:
     model = net()
     model(data().flatten(0, 2)).backward()
@@ -170,7 +171,7 @@ def reduced_case(reduce: DType, scale: float = 1.0, sample: int | None = None) -
     return {n: p.grad.full_tensor() for n, p in built.module.named_parameters()}
 
 
-@pytest.mark.parametrize("reduce", ["bf16", "fp16"])
+@pytest.mark.parametrize("reduce", ["bf16", slow("fp16")])
 def test_gradients_are_reduced_in_the_type_that_was_chosen(ranks: Ranks, reduce: DType) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[reduce]
     model, parts = net(), []

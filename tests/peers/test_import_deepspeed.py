@@ -13,6 +13,7 @@ import pytest
 from commands import run
 from foreign_files import expected
 from imported import atoms, differing, imported, manifest, names, refused, source
+from marks import slow
 from ranks import Ranks
 
 import uni3d as package
@@ -167,7 +168,7 @@ def continue_case(zero: int, run: str) -> list[tuple[float, float, float]]:
     return rows
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("world", "zero"), [slow(1, 0), slow(2, 1), (4, 3)])
 def test_the_run_goes_on_as_deepspeed_s_did(ranks: Ranks, tmp_path: Path, world: int, zero: int) -> None:
     imported(source("deepspeed_continues"), tmp_path)
     after = expected("deepspeed_continues")[1]["after"]

@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 import torch
 import zarr
+from marks import matrix, slow
 from models import save_and_wait
 from ranks import Ranks
 from tied_gpt import gpt_engine, worst_error
@@ -121,7 +122,7 @@ def assert_close(state: States, expected: States, where: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("head", ["tied", matrix("untied")])
 def test_every_pair_of_topologies(ranks: Ranks, head: str, tmp_path: Path) -> None:
     options = HEADS[head]
     trace = oracle.train(oracle.MODEL | options, STEPS + 1)
@@ -175,9 +176,7 @@ def masked_case(place: Place) -> list[float]:
     return [engine.train_batch().item() for _ in range(STEPS)]
 
 
-@pytest.mark.parametrize(
-    "place", [Place(1, 3, 1, 2, 2), pytest.param(Place(2, 1, 2, 1, 3), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("place", [Place(1, 3, 1, 2, 2), slow(Place(2, 1, 2, 1, 3))], ids=str)
 def test_loss_is_the_mean_over_tokens_not_a_mean_of_means(ranks: Ranks, place: Place) -> None:
     trace = oracle.train(oracle.MODEL | HEADS["tied"], STEPS, masked=True)
     for losses in ranks.run(place.world, masked_case, place):

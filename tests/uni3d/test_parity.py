@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
+from marks import matrix, slow
 from models import take_steps
 from ranks import Ranks
 from tied_gpt import gpt_engine
@@ -122,9 +123,9 @@ ALL_CELLS = [(zero, precision) for precision in PRECISIONS for zero in range(4)]
 SOME = [
     (Topology(1, 2, 1), [(2, "bf16"), (3, "fp16")]),
     (Topology(2, 1, 1), [(1, "fp16")]),
-    (Topology(1, 1, 2), [(2, "bf16")]),
-    pytest.param(Topology(1, 2, 1), [(0, "bf16"), (1, "fp16")], marks=pytest.mark.slow),
-    pytest.param(Topology(2, 1, 1), [(1, "bf16")], marks=pytest.mark.slow),
+    slow(Topology(1, 1, 2), [(2, "bf16")]),
+    matrix(Topology(1, 2, 1), [(0, "bf16"), (1, "fp16")]),
+    matrix(Topology(2, 1, 1), [(1, "bf16")]),
 ]
 
 

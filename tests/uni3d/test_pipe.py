@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from models import assert_same, global_batches, make_engine, micro_batches, train, train_plainly, whole
 from ranks import Ranks
 from torch import Tensor, nn
@@ -103,7 +104,12 @@ def tied_case(pp: int, schedule: str, virtual: int, meta: bool) -> Any:
 
 @pytest.mark.parametrize(
     ("world", "schedule", "virtual", "meta"),
-    [(1, "1f1b", 1, False), (2, "1f1b", 1, False), (2, "1f1b", 1, True), (2, "zero_bubble_v", 2, True)],
+    [
+        slow(1, "1f1b", 1, False),
+        slow(2, "1f1b", 1, False),
+        (2, "1f1b", 1, True),
+        (2, "zero_bubble_v", 2, True),
+    ],
 )
 def test_tied_layers_and_tuples(ranks: Ranks, world: int, schedule: str, virtual: int, meta: bool) -> None:
     results = ranks.run(world, tied_case, world, schedule, virtual, meta)

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from marks import STAGES, slow
 from models import Stack, global_batches, make_engine, seeded, train, train_plainly
 from paced_optimizer import Paced
 from ranks import Ranks
@@ -102,7 +103,7 @@ def module_case(run: Path, zero: int, pp: int, first: bool) -> Any:
     return losses, extras(engine.module), None if report is None else (str(report), report.extra)
 
 
-@pytest.mark.parametrize(("zero", "pp"), [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("zero", "pp"), [slow(0, 1), slow(1, 1), slow(2, 1), (3, 1), (1, 2)])
 def test_modules_extra_state_on_any_topology(ranks: Ranks, tmp_path: Path, zero: int, pp: int) -> None:
     expected, _, model = train_plainly(changed(seeded(Quantized)), global_batches(2 * STEPS))
     names = ["layers.1.0", "layers.1.1", "layers.3.0"]
@@ -211,7 +212,7 @@ def refused_case(run: Path, zero: int) -> dict[str, str]:
     return errors
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [slow(0), 3])
 def test_what_cannot_be_kept_is_refused_by_name(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     one, other = ranks.run(2, refused_case, tmp_path / "run", zero)
     assert one == other
@@ -246,7 +247,7 @@ def lost_case(run: Path, zero: int) -> list[str]:
     return errors
 
 
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", STAGES)
 def test_a_key_that_only_state_dict_has_is_refused(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     one, other = ranks.run(2, lost_case, tmp_path, zero)
     assert one == other

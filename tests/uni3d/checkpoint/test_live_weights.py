@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from model import GPT, GPTConfig
 from models import (
     OwnLoss,
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import ckpt
 
 STEPS = 2
-PLACES = [(1, 1, 1, 0), (1, 2, 1, 3), (2, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 3)]
+PLACES = [slow((1, 1, 1, 0)), (1, 2, 1, 3), slow((2, 1, 1, 1)), slow((1, 1, 2, 2)), (2, 1, 2, 3)]
 
 
 def out_case(place: tuple[int, int, int, int], folder: str) -> Any:
@@ -120,7 +121,7 @@ def custom_case(folder: str, zero: int, pp: int) -> Any:
     return other.global_steps, other.module_state_dict()
 
 
-@pytest.mark.parametrize(("zero", "pp"), [(3, 1), (0, 1), (1, 2)], ids=["zero3", "zero0", "pp2"])
+@pytest.mark.parametrize(("zero", "pp"), [(3, 1), slow(0, 1), (1, 2)], ids=["zero3", "zero0", "pp2"])
 def test_a_script_loads_the_model_in_its_own_way(ranks: Ranks, zero: int, pp: int, tmp_path: Path) -> None:
     _, _, model = train_plainly(seeded(Stack), global_batches(STEPS))
     found: dict[str, Tensor] = {}

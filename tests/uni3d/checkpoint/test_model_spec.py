@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from marks import slow
 from model import GPT, GPTConfig
 from models import OwnLoss, make_engine, save_and_wait
 from ranks import Ranks
@@ -40,7 +41,7 @@ V: dict[str, Any] = {
     ("place", "config", "layers", "shard_group"),
     [
         ((1, 2, 1, 0), {}, [["embed", "layers.0", "layers.1", "layers.2", "norm", "head"]], 1),
-        ((2, 1, 2, 1), {}, [["embed", "layers.0", "layers.1"], ["layers.2", "norm", "head"]], 1),
+        slow((2, 1, 2, 1), {}, [["embed", "layers.0", "layers.1"], ["layers.2", "norm", "head"]], 1),
         ((2, 2, 1, 3), V, [["embed", "norm", "head"], ["layers.0", "layers.1", "layers.2"]], 2),
     ],
     ids=["copies", "stages", "V"],

@@ -1,10 +1,12 @@
 """Resumes: the run continues as if it had not been interrupted."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, train_plainly, whole
 from ranks import Ranks
 from torch import nn
@@ -97,8 +99,12 @@ def resume_case(name: str, run: Path, first: int) -> Any:
     return losses, again
 
 
-@pytest.mark.parametrize("first", [0, 2], ids=["before_the_first_step", "after_two_steps"])
-@pytest.mark.parametrize("name", CASES)
+FIRST = {0: "before_the_first_step", 2: "after_two_steps"}
+QUICK = {("states_at_once", 0), *((name, 2) for name in CASES if name != "own_loss")}
+ALL = [case if case in QUICK else slow(*case) for case in product(CASES, FIRST)]
+
+
+@pytest.mark.parametrize(("name", "first"), ALL, ids=FIRST.get)
 def test_the_run_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, name: str, first: int) -> None:
     for losses, again in ranks.run(2, resume_case, name, tmp_path, first):
         assert again == losses[first:]

@@ -11,6 +11,7 @@ from typing import Any
 import commands
 import numpy as np
 import pytest
+from marks import slow
 from matplotlib.image import imread
 from models import save_and_wait
 from ranks import Ranks
@@ -125,7 +126,9 @@ def test_another_run_is_compared(trained: Any, tmp_path: Path) -> None:
     ("arguments", "first", "second"),
     [([], 1, 2), (["--tag", "global_step1"], 0, 1), (["--tag", "global_step2"], 1, 2)],
 )
-@pytest.mark.parametrize("atom", ["embed.tokens.weight", "layers.2.ffn.down.weight", "norm.weight", None])
+@pytest.mark.parametrize(
+    "atom", ["embed.tokens.weight", slow("layers.2.ffn.down.weight"), "norm.weight", slow(None)]
+)
 def test_layouts_match_the_real_ranks(
     trained: Any, tmp_path: Path, arguments: list[str], first: int, second: int, atom: str | None
 ) -> None:

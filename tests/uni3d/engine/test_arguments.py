@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, whole
 from ranks import Ranks
 from torch import nn
@@ -183,7 +184,7 @@ def fill_case(run: Path, zero: int) -> Any:
     return losses
 
 
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("zero", [slow(0), slow(1), slow(2), 3])
 def test_an_engine_s_module_is_filled(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     ranks.run(2, fill_case, tmp_path, zero)
 
@@ -202,7 +203,7 @@ def convert_case(run: Path, safe: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("safe", [slow(False), True])
 def test_every_rank_converts_at_once(ranks: Ranks, tmp_path: Path, safe: bool) -> None:
     ranks.run(2, convert_case, tmp_path, safe)
     expected = uni3d.get_fp32_state_dict_from_zero_checkpoint(tmp_path, "global_step0")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def sums_case(zero: int) -> tuple[list[float], dict[str, Tensor], float, int]:
     return [engine.train_batch(iter(b)).item() for b in mine], whole(engine), evaluated, engine.global_samples
 
 
-@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (1, 2, 3))])
+@pytest.mark.parametrize("zero", [0, slow(1), slow(2), slow(3)])
 def test_sums_and_counts_are_right_with_any_sizes_and_lengths(ranks: Ranks, zero: int) -> None:
     losses, expected = plain_sums(LENGTHS)
     for found, weights, evaluated, samples in ranks.run(2, sums_case, zero):
@@ -111,7 +112,7 @@ def mean_lengths_case(zero: int) -> tuple[float, dict[str, Tensor]]:
     return engine.train_batch(iter(step_batches(LENGTHS[0])[first : first + 2])).item(), whole(engine)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [slow(0), 3])
 def test_means_of_micro_batches_of_other_lengths_count_alike(ranks: Ranks, zero: int) -> None:
     model = Net("mean")
     loss = torch.stack([model(*batch) for batch in step_batches(LENGTHS[0])]).mean()
@@ -143,8 +144,8 @@ def short_case(zero: int, loss: str) -> tuple[list[str], float, int]:
     return errors, found, engine.global_steps
 
 
-@pytest.mark.parametrize("loss", ["own", "loss_fn"])
-@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("loss", ["own", slow("loss_fn")])
+@pytest.mark.parametrize("zero", [0, slow(2), 3])
 def test_means_of_a_short_last_batch_are_refused_by_all_ranks(ranks: Ranks, zero: int, loss: str) -> None:
     (errors, first, steps), (theirs, second, _) = ranks.run(2, short_case, zero, loss)
     assert errors == theirs
@@ -320,11 +321,11 @@ def kind_case(kind: str, pp: int, schedule: str = "1f1b") -> tuple[float, float,
     return loss, evaluated, names
 
 
-@pytest.mark.parametrize(
-    ("kind", "pp", "schedule"),
-    [(kind, 1, "1f1b") for kind in ("tuple", "list", "dict", "chain")]
-    + [("chain", 2, schedule) for schedule in ("1f1b", "gpipe", "zero_bubble")],
-)
+KINDS = [("tuple", 1, "1f1b"), ("dict", 1, "1f1b"), ("chain", 2, "gpipe"), ("chain", 2, "zero_bubble")]
+SLOW = [slow("list", 1, "1f1b"), slow("chain", 1, "1f1b"), slow("chain", 2, "1f1b")]
+
+
+@pytest.mark.parametrize(("kind", "pp", "schedule"), [*KINDS, *SLOW])
 def test_tuples_and_dicts_with_a_loss_fn(ranks: Ranks, kind: str, pp: int, schedule: str) -> None:
     loss, expected = plain_two(2 // pp)
     seen: set[str] = set()
@@ -361,7 +362,7 @@ def pipe_case(dp: int) -> tuple[list[str], list[float]]:
     return errors, [engine.train_batch(iter(good)).item(), engine.eval_batch(iter(good)).item()]
 
 
-@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("dp", [slow(1), 2])
 def test_what_a_pipeline_cannot_take_is_refused_by_all_ranks(ranks: Ranks, dp: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(2)))

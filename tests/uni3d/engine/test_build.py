@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from models import (
     ADAM,
     OwnLoss,
@@ -45,10 +46,10 @@ def own_optimizer_case(make: Callable[..., Any], as_object: bool, zero: int, pp:
 @pytest.mark.parametrize(
     ("make", "as_object", "zero", "pp"),
     [
-        (sgd, True, 0, 1),
+        slow(sgd, True, 0, 1),
         (sgd, True, 2, 2),
         (sgd, False, 3, 1),
-        (sgd, False, 1, 2),
+        slow(sgd, False, 1, 2),
         (adagrad, False, 1, 1),  # it makes its states at once, so an object comes too early
     ],
 )

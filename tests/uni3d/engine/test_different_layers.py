@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import STAGES, slow
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -93,8 +94,10 @@ def train_case(zero: int, accumulation: int, group: int | None) -> Any:
     return losses, norms, engine.module_state_dict()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("zero", "size", "group"), [(0, 2, None), (1, 2, None), (2, 2, None), (2, 4, 2)])
+@pytest.mark.parametrize("accumulation", [slow(1), 2])
+@pytest.mark.parametrize(
+    ("zero", "size", "group"), [(0, 2, None), slow(1, 2, None), slow(2, 2, None), (2, 4, 2)]
+)
 def test_stages_0_to_2_give_the_sums_of_one_process(
     ranks: Ranks, zero: int, size: int, group: int | None, accumulation: int
 ) -> None:
@@ -124,7 +127,7 @@ def refused_case(accumulation: int) -> list[str]:
     return errors
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [slow(1), 2])
 def test_stage_3_refuses_them_by_name_on_all_ranks(ranks: Ranks, accumulation: int) -> None:
     first, second = ranks.run(2, refused_case, accumulation)
     assert first == second
@@ -219,8 +222,8 @@ def no_gradient_case(zero: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize("size", [slow(1), 2])
 def test_a_step_without_any_gradient_is_refused(ranks: Ranks, zero: int, size: int) -> None:
     for error in ranks.run(size, no_gradient_case, zero):
         assert "no trained parameter has a gradient" in error
@@ -246,8 +249,8 @@ def gradient_case(accumulation: int, zero: int) -> list[float]:
     return [gradient, engine.get_global_grad_norm() or 0.0]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("accumulation", [slow(1), 4])
+@pytest.mark.parametrize("zero", [0, slow(2), 3])
 def test_gradients_before_the_step_are_means(ranks: Ranks, zero: int, accumulation: int) -> None:
     """DDP's are, too; and changes that a script makes to them count."""
     for gradient, norm in ranks.run(2, gradient_case, accumulation, zero):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from models import (
     OwnLoss,
     Stack,
@@ -65,7 +66,9 @@ def test_one_rank(alone: None, name: str, zero: int, by_hand: bool) -> None:
         assert state["calls"] == 4 * STEPS, "once for each micro batch"
 
 
-@pytest.mark.parametrize(("name", "zero"), [("own_loss", 0), ("own_loss", 3), ("loss_fn", 1), ("loss_fn", 2)])
+@pytest.mark.parametrize(
+    ("name", "zero"), [slow("own_loss", 0), ("own_loss", 3), slow("loss_fn", 1), ("loss_fn", 2)]
+)
 def test_two_ranks(ranks: Ranks, name: str, zero: int) -> None:
     losses, norms, model = train_plainly(seeded(MODELS[name]), global_batches(STEPS))
     for by_hand in (False, True):
@@ -140,7 +143,7 @@ def nan_case(name: str, pp: int) -> Any:
     return message, all(unchanged), engine.global_steps, loss
 
 
-@pytest.mark.parametrize(("name", "pp"), [("loss_fn", 1), ("loss_fn", 2)], ids=["dp2", "pp2"])
+@pytest.mark.parametrize(("name", "pp"), [slow("loss_fn", 1), ("loss_fn", 2)], ids=["dp2", "pp2"])
 def test_a_loss_of_nan_stops_all_ranks_and_changes_nothing(ranks: Ranks, name: str, pp: int) -> None:
     losses, _, _ = train_plainly(seeded(MODELS[name]), global_batches(2))
     results = ranks.run(2, nan_case, name, pp)

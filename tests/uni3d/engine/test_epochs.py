@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from models import Stack, global_batches, make_engine, seeded
 from ranks import Ranks
 from torch import nn
@@ -167,7 +168,7 @@ def epochs_case(run: str) -> Any:
     return counts, found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [slow(1), 2])
 def test_a_script_that_loops_over_epochs(ranks: Ranks, tmp_path: Path, world: int) -> None:
     results = ranks.run(world, epochs_case, str(tmp_path))
     micro_batches = 4 * 4 // world

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from models import (
     OwnLoss,
     Stack,
@@ -36,7 +37,7 @@ def eval_case(name: str, zero: int, pp: int) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "zero", "pp"),
-    [("own_loss", 1, 1), ("own_loss", 3, 1), ("loss_fn", 0, 1), ("loss_fn", 2, 1), ("loss_fn", 1, 2)],
+    [slow("own_loss", 1, 1), ("own_loss", 3, 1), slow("loss_fn", 0, 1), ("loss_fn", 2, 1), ("loss_fn", 1, 2)],
 )
 def test_it_gives_the_loss_and_learns_nothing(ranks: Ranks, name: str, zero: int, pp: int) -> None:
     batches, (held_out,) = global_batches(STEPS), global_batches(1, seed=9)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import matrix, slow
 from models import Stack, global_batches, make_engine, seeded, train, train_plainly
 from ranks import Ranks
 
@@ -43,9 +44,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ("zero", "pp"), [(3, 1), *(pytest.param(*place, marks=pytest.mark.slow) for place in [(0, 1), (1, 2)])]
-)
+@pytest.mark.parametrize(("zero", "pp"), [(3, 1), matrix(0, 1), slow(1, 2)])
 def test_a_rank_that_raises_in_the_model(zero: int, pp: int) -> None:
     paths = [str(TESTS.parent), str(TESTS / "support"), str(TESTS / "uni3d")]
     port = str(free_port())

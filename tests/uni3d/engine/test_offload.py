@@ -5,6 +5,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from marks import matrix
 from model import GPT, GPTConfig
 from models import (
     Stack,
@@ -50,7 +51,7 @@ def test_training_is_the_oracles(ranks: Ranks, world: int, pp: int, zero: int, g
     assert_same(together, model)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3], ids="zero{}".format)
+@pytest.mark.parametrize("zero", [1, matrix(2), 3], ids="zero{}".format)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_is_the_same_bits_with_offload(ranks: Ranks, precision: str, zero: int) -> None:
     expected = ranks.run(2, run_case, 1, zero, -1, precision, False)

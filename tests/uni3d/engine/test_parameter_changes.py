@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import STAGES, slow
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -67,8 +68,8 @@ def frozen_case(zero: int, between: bool) -> dict[str, Tensor]:
     return engine.module_state_dict()
 
 
-@pytest.mark.parametrize("between", [True, False])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("between", [True, slow(False)])
+@pytest.mark.parametrize("zero", STAGES)
 def test_freezing_while_parameters_are_whole_counts(ranks: Ranks, zero: int, between: bool) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -91,7 +92,7 @@ def scalar_case(zero: int) -> float:
     return gradient.item()
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("zero", [slow(0), slow(1), 3])
 def test_the_gradient_of_a_scalar_is_the_mean_before_the_step(ranks: Ranks, zero: int) -> None:
     model = net()
     for rank in range(2):
@@ -143,7 +144,12 @@ def change_case(change: str, zero: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "zero"), [(name, zero) for name, (_, stages, _) in CHANGES.items() for zero in stages]
+    ("change", "zero"),
+    [
+        (name, zero) if zero == stages[-1] else slow(name, zero)
+        for name, (_, stages, _) in CHANGES.items()
+        for zero in stages
+    ],
 )
 def test_a_change_that_would_be_lost_is_an_error(ranks: Ranks, change: str, zero: int) -> None:
     for error in ranks.run(2, change_case, change, zero):
@@ -158,7 +164,7 @@ def first_step_case(zero: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", STAGES)
 def test_ranks_that_train_different_parameters_are_refused_at_once(ranks: Ranks, zero: int) -> None:
     for error in ranks.run(2, first_step_case, zero):
         assert error.startswith("data-parallel ranks train different parameters (requires_grad differs)")
@@ -195,7 +201,7 @@ def discarded_case(zero: int) -> bool:
     return driver() is None
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [slow(0), slow(1), slow(2), 3])
 def test_an_engine_that_is_dropped_is_freed(ranks: Ranks, zero: int) -> None:
     """Its process groups go with it; each of them has threads."""
     assert ranks.run(2, discarded_case, zero) == [True, True]

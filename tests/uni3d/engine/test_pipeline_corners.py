@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import STAGES, slow
 from ranks import RankError, Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -69,9 +70,11 @@ def frozen_case(frozen: str, zero: int, schedule: str, virtual: int) -> float:
     return max(apart)
 
 
-@pytest.mark.parametrize("frozen", ["0", "01", "2"])
-@pytest.mark.parametrize(("schedule", "virtual"), [("zero_bubble", 1), ("zero_bubble_v", 2)])
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("frozen", [slow("0"), "01", "2"])
+@pytest.mark.parametrize(
+    ("zero", "schedule", "virtual"),
+    [(0, "zero_bubble", 1), slow(0, "zero_bubble_v", 2), slow(3, "zero_bubble", 1), (3, "zero_bubble_v", 2)],
+)
 def test_split_backward_passes_after_frozen_layers(
     ranks: Ranks, frozen: str, zero: int, schedule: str, virtual: int
 ) -> None:
@@ -103,7 +106,7 @@ def lengths_case(pp: int, zero: int) -> list[float]:
     return [engine.train_batch(iter(batch)).item() for batch in steps]
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [slow(0), 3])
 def test_data_parallel_ranks_with_batches_of_other_lengths(ranks: Ranks, zero: int) -> None:
     expected = ranks.run(2, lengths_case, 1, zero)[0]
     for losses in ranks.run(4, lengths_case, 2, zero):
@@ -229,8 +232,8 @@ def written_case(zero: int, inference: bool) -> float:
     return max(whole(p).abs().max().item() for p in engine.module.parameters())
 
 
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("inference", [slow(False), True])
+@pytest.mark.parametrize("zero", STAGES)
 def test_what_a_script_writes_after_an_evaluation_stays(ranks: Ranks, zero: int, inference: bool) -> None:
     assert max(ranks.run(2, written_case, zero, inference)) <= 0.01
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
+from marks import matrix, slow
 from models import take_steps
 from ranks import Ranks
 from tied_gpt import gpt_engine, worst_error
@@ -28,10 +29,11 @@ class How(NamedTuple):
 
 
 HOW = [
-    How("gpipe"),
-    How("interleaved", 2),
-    pytest.param(How("interleaved", 3), marks=pytest.mark.slow),  # as many stages as links
-    *(pytest.param(How("zero_bubble", v), marks=pytest.mark.slow) for v in (1, 2)),
+    slow(How("gpipe")),
+    slow(How("interleaved", 2)),
+    matrix(How("interleaved", 3)),  # as many stages as links
+    slow(How("zero_bubble")),
+    matrix(How("zero_bubble", 2)),
     How("zero_bubble_v", 2),
 ]
 CLASSES = {
@@ -111,7 +113,7 @@ def test_all_zero_stages_with_a_tied_head(ranks: Ranks, traces: Any, how: How) -
     check(ranks.run(4, train_case, how, [0, 1, 2, 3], TIED, path), how, trace)
 
 
-@pytest.mark.parametrize("how", [How("interleaved", 2), How("zero_bubble_v", 2)], ids=str)
+@pytest.mark.parametrize("how", [slow(How("interleaved", 2)), How("zero_bubble_v", 2)], ids=str)
 def test_without_ties(ranks: Ranks, traces: Any, how: How) -> None:
     trace, path = traces["untied"]
     check(ranks.run(2, train_case, how, [2], UNTIED, path), how, trace)
@@ -123,7 +125,7 @@ def test_eight_stages_in_a_v_on_four_ranks(ranks: Ranks, traces: Any) -> None:
     check(ranks.run(4, train_case, how, [1, 3], TIED | {"num_layers": 5}, path), how, trace)
 
 
-@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "zero_bubble_v"])
+@pytest.mark.parametrize("schedule", [slow("interleaved"), slow("zero_bubble"), "zero_bubble_v"])
 def test_one_rank_with_two_stages(ranks: Ranks, traces: Any, schedule: str) -> None:
     trace, path = traces["tied"]
     how = How(schedule, 2, pp=1, micro=4)
@@ -133,7 +135,7 @@ def test_one_rank_with_two_stages(ranks: Ranks, traces: Any, schedule: str) -> N
     assert results[0][0]["error"] < TOLERANCE
 
 
-@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "zero_bubble_v"])
+@pytest.mark.parametrize("schedule", ["interleaved", slow("zero_bubble"), "zero_bubble_v"])
 @pytest.mark.parametrize("micro", [3, 12], ids=["four", "one"])
 def test_few_micro_batches(ranks: Ranks, traces: Any, schedule: str, micro: int) -> None:
     trace, path = traces["tied"]
@@ -156,7 +158,7 @@ def load_case(how: How, zero: int, options: dict[str, Any], run: Path, expected:
     return error, engine.train_batch().item()
 
 
-@pytest.mark.parametrize("name", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tied", matrix("untied")])
 def test_a_checkpoint_goes_to_any_schedule(ranks: Ranks, traces: Any, tmp_path: Path, name: str) -> None:
     options = TIED if name == "tied" else UNTIED
     _, path = traces[name]

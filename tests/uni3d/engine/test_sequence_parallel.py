@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from dispatch_modes import ComputedShapes
+from marks import matrix, slow
 from models import take_steps
 from ranks import Ranks
 from tied_gpt import gpt_engine
@@ -42,24 +43,20 @@ def train_case(
     return losses, norms, parameters, lengths
 
 
-Case = tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]
-CASES: list[Case] = [
+CASES = [
     ((1, 1, 2), 0, {"norm": "layernorm", "positions": "learned", "activation": "gelu"}, {}),
     ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "full"}}),
-    ((1, 2, 2), 3, {"tied_head": True}, {}),
+    slow((1, 2, 2), 3, {"tied_head": True}, {}),
     ((2, 1, 2), 0, {}, {}),
+    slow((1, 2, 2), 0, {}, {}),
+    matrix((1, 2, 2), 1, {"tied_head": True}, {}),
+    slow((2, 1, 2), 2, {"tied_head": True, "norm": "layernorm"}, {}),
+    matrix((2, 1, 2), 3, {}, {}),
+    slow((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "selective"}}),
 ]
-SLOW_CASES: list[Case] = [
-    ((1, 2, 2), 0, {}, {}),
-    ((1, 2, 2), 1, {"tied_head": True}, {}),
-    ((2, 1, 2), 2, {"tied_head": True, "norm": "layernorm"}, {}),
-    ((2, 1, 2), 3, {}, {}),
-    ((1, 1, 2), 3, {}, {"activation_checkpointing": {"mode": "selective"}}),
-]
-ALL_CASES = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 
 
-@pytest.mark.parametrize(("degrees", "zero", "options", "config"), ALL_CASES)
+@pytest.mark.parametrize(("degrees", "zero", "options", "config"), CASES)
 def test_the_steps_are_those_of_one_process(
     ranks: Ranks, degrees: tuple[int, int, int], zero: int, options: dict[str, Any], config: dict[str, Any]
 ) -> None:
@@ -91,7 +88,7 @@ def shapes_case(sequence_parallel: bool) -> set[tuple[int, ...]]:
     return shapes.seen
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [slow(False), True])
 def test_no_rank_ever_holds_all_logits(ranks: Ranks, sequence_parallel: bool) -> None:
     vocabulary = oracle.MODEL["vocab_size"]
     for part, seen in zip((31, 30), ranks.run(2, shapes_case, sequence_parallel), strict=True):
@@ -107,7 +104,7 @@ def refusal_case(degrees: tuple[int, int, int]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("degrees", [(1, 1, 2), (2, 1, 2)])
+@pytest.mark.parametrize("degrees", [(1, 1, 2), slow((2, 1, 2))])
 def test_a_sequence_that_does_not_divide_is_refused(ranks: Ranks, degrees: tuple[int, int, int]) -> None:
     for error in ranks.run(2 * degrees[0], refusal_case, degrees):
         assert error.startswith("sequence_parallel: tp(2) doesn't divide the sequence's 7 tokens; pad")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import matrix
 from models import (
     WIDTH,
     Stack,
@@ -85,7 +86,7 @@ def taking_case(zero: int, group: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("zero", "group"), [(0, -1), (1, -1), (2, -1), (3, -1), (1, 2), (2, 2), (3, 2)], ids=str
+    ("zero", "group"), [(0, -1), matrix(1, -1), (2, -1), (3, -1), (1, 2), matrix(2, 2), (3, 2)], ids=str
 )
 def test_ranks_and_micro_batches_that_use_other_parameters(ranks: Ranks, zero: int, group: int) -> None:
     model = seeded(Taking)

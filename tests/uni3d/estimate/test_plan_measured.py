@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from dispatch_modes import SentBytes
+from marks import matrix
 from model import GPT, GPTConfig
 from ranks import Ranks
 from torch import Tensor
@@ -82,16 +83,16 @@ class Case(NamedTuple):
 
 CASES = [
     Case(1, 1, 1, 0),
-    Case(1, 1, 1, 0, recompute="full", accumulation=1),
+    matrix(Case(1, 1, 1, 0, recompute="full", accumulation=1)),
     Case(1, 2, 1, 1),
-    Case(1, 2, 1, 1, "bf16", model="gpt2"),
+    matrix(Case(1, 2, 1, 1, "bf16", model="gpt2")),
     Case(1, 2, 1, 2, "bf16", "full"),
     Case(1, 2, 1, 3),
-    Case(1, 2, 1, 3, "bf16", "full"),
+    matrix(Case(1, 2, 1, 3, "bf16", "full")),
     Case(2, 1, 1, 1, accumulation=4),
     Case(2, 1, 1, 1, "bf16", "full", model="gpt2"),
     Case(1, 1, 2, 1),
-    Case(1, 1, 2, 1, "bf16", "full", model="gpt2"),
+    matrix(Case(1, 1, 2, 1, "bf16", "full", model="gpt2")),
 ]
 MORE = [
     Case(1, 1, 1, 0, "bf16"),

@@ -11,6 +11,7 @@ import commands
 import oracle
 import pytest
 import torch
+from marks import slow
 from model import GPT, GPTConfig
 from models import OwnLoss, make_engine, save_and_wait
 from ranks import Ranks
@@ -94,10 +95,10 @@ def hf_logits(model: Any) -> Tensor:
 
 
 PLACES = [
-    ("tied", (1, 1, 1, 0)),
-    ("tied", (2, 1, 2, 1)),
-    pytest.param("untied", (1, 1, 2, 2), marks=pytest.mark.slow),
-    pytest.param("grouped", (2, 2, 1, 3), marks=pytest.mark.slow),
+    slow("tied", (1, 1, 1, 0)),
+    slow("tied", (2, 1, 2, 1)),
+    ("untied", (1, 1, 2, 2)),
+    slow("grouped", (2, 2, 1, 3)),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from foreign_files import FIXTURES, assert_bits, expected, saved, source_of, values
+from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -129,7 +130,7 @@ def full(tensor: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
-    ("sizes", "flat"), [((3,), False), ((2, 2), True)], ids=["uneven, groups", "replicated, flat"]
+    ("sizes", "flat"), [((3,), False), slow((2, 2), True)], ids=["uneven, groups", "replicated, flat"]
 )
 def test_an_fsdp_run_goes_on_as_it_would_have(tmp_path: Path, ranks: Ranks, sizes: Any, flat: bool) -> None:
     held, losses = ranks.run(prod(sizes), train_fsdp, str(tmp_path / "dcp"), sizes, flat)[0]

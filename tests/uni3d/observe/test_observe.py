@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from marks import slow
 from model import GPT, GPTConfig
 from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train
 from ranks import Ranks
@@ -289,7 +290,7 @@ def profile_case(pp: int, dp: int, tp: int, file: str, recompute: str) -> Any:
 
 @pytest.mark.parametrize(
     ("place", "recompute"),
-    [((1, 1, 1), "full"), ((2, 1, 1), "none"), ((1, 1, 2), "none"), ((1, 2, 1), "selective")],
+    [slow((1, 1, 1), "full"), ((2, 1, 1), "none"), ((1, 1, 2), "none"), ((1, 2, 1), "selective")],
     ids=["one", "pp2", "tp2", "dp2"],
 )
 def test_flops_are_the_models_on_every_topology(

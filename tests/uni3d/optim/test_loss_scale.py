@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow
 from models import (
     Stack,
     global_batches,
@@ -187,10 +188,10 @@ def overflow_case(zero: int, pp: int, tp: int, failing_rank: int) -> Any:
     return losses, skipped, unchanged, changed, after
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("failing_rank", [slow(0), 1])
 @pytest.mark.parametrize(
     ("zero", "pp", "tp"),
-    [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 2, 1), (3, 1, 2)],
+    [(0, 1, 1), slow(1, 1, 1), slow(2, 1, 1), (3, 1, 1), (1, 2, 1), (3, 1, 2)],
     ids=["dp2-zero0", "dp2-zero1", "dp2-zero2", "dp2-zero3", "pp2", "tp2"],
 )
 def test_an_overflow_on_one_rank(ranks: Ranks, zero: int, pp: int, tp: int, failing_rank: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -172,7 +173,7 @@ def test_boxes_are_rectangles_with_their_ranks() -> None:
     assert len(set(colours)) == 4
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(3, 1), (24, 1), (2, 8), (64, 8), (512, 2)])
+@pytest.mark.parametrize(("dp", "tp"), [(3, 1), (24, 1), (2, 8), (64, 8), slow(512, 2)])
 @pytest.mark.parametrize("tp_dim", [0, 1])
 def test_labels_stay_apart_with_many_ranks(dp: int, tp: int, tp_dim: int) -> None:
     shape = (4096, 1024)
