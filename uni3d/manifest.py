@@ -24,6 +24,9 @@ from uni3d.version import __version__
 SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
 """Copied into every checkpoint; extracts the weights without this package."""
 
+SAMPLE_ORDER = 1
+"""Version of the order of samples that `uni3d/engine/sample_order.py` computes."""
+
 _AXES = ("pp", "dp", "tp")
 _JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an object", list: "a list"}
 
@@ -130,6 +133,8 @@ class EngineRecord:
     train_batch_size: int | None = None
     dataset_length: int | None = None
     """Samples in the engine's own training data; 0 if the script brought the batches, None if not known."""
+    sample_order: int | None = None
+    """Version of the order of samples; None for an import, and for the order before version 1."""
 
     @property
     def order(self) -> dict[str, int]:
@@ -138,6 +143,7 @@ class EngineRecord:
             "seed": self.seed,
             "train_batch_size": self.train_batch_size,
             "dataset_length": self.dataset_length,
+            "sample_order": self.sample_order,
         }
         return {key: number for key, number in known.items() if number is not None}
 
@@ -241,7 +247,8 @@ class RunManifest:
         """
         top = _Section(manifest, where)
         writer, engine = top.section("writer"), top.section("engine")
-        numbers = ("global_steps", "global_samples", "seed", "train_batch_size", "dataset_length")
+        counters = ("global_steps", "global_samples")
+        numbers = (*counters, "seed", "train_batch_size", "dataset_length", "sample_order")
         return cls(
             **top.values(step=int, created=str, run_id=str, scheduler=dict, schedule=dict),
             writer=WriterRecord(

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from model import GPT, GPTConfig
@@ -104,13 +103,37 @@ def learning_rate(step: int) -> float:
 
 def batch_indices(step: int) -> list[int]:
     """Return the samples of global batch `step`, counted from 0."""
-    places = range(step * BATCH, (step + 1) * BATCH)
-    order = [np.random.default_rng([SEED, epoch]).permutation(N_SAMPLES) for epoch in range(8)]
-    return [int(order[p // N_SAMPLES][p % N_SAMPLES]) for p in places]
+    return [sample_at(*divmod(place, N_SAMPLES)) for place in range(step * BATCH, (step + 1) * BATCH)]
+
+
+def sample_at(epoch: int, index: int, n: int = N_SAMPLES, seed: int = SEED) -> int:
+    """Return a sample of an epoch, by the definition of the order in docs/format.md."""
+    keys = hashlib.shake_256(f"{seed}:epoch {epoch}".encode()).digest(96)
+    columns = max(4, math.isqrt(n) // 2 * 2)
+    while columns**2 < n:
+        columns += 2
+    rows = max(4, math.ceil(n / columns))
+    while True:
+        row, column = index // columns, index % columns
+        for i in range(12):
+            key = int.from_bytes(keys[8 * i : 8 * i + 8], "little")
+            if i % 2 == 0:
+                column = (column + mixed(row + key) // 2) % columns
+            else:
+                row = (row + mixed(column + key) // 2) % rows
+        index = row * columns + column
+        if index < n:
+            return index
+
+
+def mixed(z: int) -> int:
+    z %= 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
 
 
 def make_optimizer(model: GPT) -> torch.optim.Optimizer:
-
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return torch.optim.AdamW(

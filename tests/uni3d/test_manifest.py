@@ -41,6 +41,7 @@ STAGE = RunManifest(
         seed=1,
         train_batch_size=12,
         dataset_length=100,
+        sample_order=1,
     ),
     client_state={"epoch": 1},
 )
@@ -71,7 +72,8 @@ def test_the_keys_of_the_file() -> None:
     assert list(saved["optimizer"]) == ["type", "groups", "scalars", "extra_state"]
     assert list(imported["model"]) == ["parameters", "buffers"]
     counters = ["global_steps", "global_samples", "skipped_steps", "loss_scale"]
-    assert list(saved["engine"]) == [*counters, "seed", "train_batch_size", "dataset_length"]
+    order = ["seed", "train_batch_size", "dataset_length", "sample_order"]
+    assert list(saved["engine"]) == [*counters, *order]
     assert list(imported["engine"]) == counters
     assert SCRIPT.is_file()
 

@@ -8,6 +8,7 @@ Modules:
     step            the optimizer step: from summed gradients to updated parameters
     batches         checks of micro batches, the loss of one, dropout's random state
     token_means     the numbers of label tokens behind the losses of Hugging Face models
-    data_loader     the order of samples and the data loader
+    sample_order    the order of samples
+    data_loader     the data loader
     guard           failures during collective calls
 """

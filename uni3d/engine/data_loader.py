@@ -1,6 +1,6 @@
-"""The order of samples: one global order that doesn't depend on the topology.
+"""The data loader: each rank's part of one global order that doesn't depend on the topology.
 
-Each epoch is a permutation drawn from `(seed, epoch)`; the epochs follow each other without end. Global
+Each epoch is a permutation keyed by `(seed, epoch)`; the epochs follow each other without end. Global
 batch k has the samples `k * B` to `(k + 1) * B` of that order, and each data-parallel rank takes its slice.
 The state is one integer, the samples consumed, which means the same on every topology.
 """
@@ -8,36 +8,20 @@ The state is one integer, the samples consumed, which means the same on every to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from parallel import ParallelModel
 from uni3d.config import BatchTriad
 from uni3d.engine.arguments import check_data
 from uni3d.engine.batches import check_batches, on_device
+from uni3d.engine.sample_order import GlobalOrder
 
-
-class GlobalOrder:
-    """The endless order: maps a position to a sample index."""
-
-    def __init__(self, n_samples: int, seed: int) -> None:
-        if n_samples < 1:
-            raise ValueError("the training data has no samples")
-        self._n = n_samples
-        self._seed = seed
-        self._epoch = lru_cache(maxsize=2)(self._draw)  # a batch can straddle two epochs
-
-    def _draw(self, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._n)
-
-    def __getitem__(self, place: int) -> int:
-        epoch, i = divmod(place, self._n)
-        return int(self._epoch(epoch)[i])
+_AT_ONCE = 4096
+"""Samples that are looked up in the order together, at 0.2 us each on one core; 4 at once take 50 us each."""
 
 
 class _MicroBatchSampler(Sampler[list[int]]):
@@ -59,12 +43,12 @@ class _MicroBatchSampler(Sampler[list[int]]):
         return islice(self._micro_batches(), self._taken, None)
 
     def _micro_batches(self) -> Iterator[list[int]]:
-        micro_batch, step = self._triad.micro_batch, self._triad.train_batch
+        size, step = self._triad.micro_batch, self._triad.train_batch
         starts = count(self._start, step) if self._end is None else range(self._start, self._end, step)
-        for batch_start in starts:
-            begin = batch_start + self._first
-            for i in range(begin, begin + self._share, micro_batch):
-                yield [self._order[place] for place in range(i, i + micro_batch)]
+        begins = (start + self._first + i for start in starts for i in range(0, self._share, size))
+        while several := list(islice(begins, max(1, _AT_ONCE // size))):
+            places = np.add.outer(np.array(several, np.int64), np.arange(size))
+            yield from self._order.samples(places).tolist()
 
 
 class LoaderIterator(Iterator[Any]):

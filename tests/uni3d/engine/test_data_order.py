@@ -1,9 +1,10 @@
-"""The order of samples: the same on every topology, with one integer as its state."""
+"""The loader's order: the same on every topology, with one integer as its state."""
 
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from uni3d.config import BatchTriad
-from uni3d.engine.data_loader import GlobalOrder, RepeatingLoader, TrainingLoader
+from uni3d.engine import data_loader
+from uni3d.engine.data_loader import RepeatingLoader, TrainingLoader
+from uni3d.engine.sample_order import GlobalOrder
 
 
 class Position:
@@ -39,19 +42,6 @@ def ids(batches: Iterator[Any], count: int) -> list[list[int]]:
     return [batch[0].tolist() for batch in islice(batches, count)]
 
 
-@given(st.integers(1, 50), st.integers(0, 2**32), st.integers(0, 4))
-def test_each_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    order = GlobalOrder(n, seed)
-    assert sorted(order[place] for place in range(epoch * n, (epoch + 1) * n)) == list(range(n))
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = [[GlobalOrder(30, seed)[place] for place in range(60)] for seed in (1, 2)]
-    parts = [order[i : i + 30] for order in orders for i in (0, 30)]
-    assert len({tuple(part) for part in parts}) == 4
-    assert [GlobalOrder(30, 1)[place] for place in reversed(range(60))] == orders[0][::-1]
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 30), st.integers(0, 40))
 def test_the_ranks_share_each_global_batch(dp: int, micro: int, steps: int, n: int, start: int) -> None:
@@ -63,7 +53,16 @@ def test_the_ranks_share_each_global_batch(dp: int, micro: int, steps: int, n: i
         parts = [ids(rank, steps) for rank in ranks]
         assert all(len(samples) == micro for part in parts for samples in part)
         union = [sample for part in parts for samples in part for sample in samples]
-        assert union == [order[place] for place in range(k * batch, (k + 1) * batch)]
+        assert union == order.samples(range(k * batch, (k + 1) * batch)).tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 4096])
+def test_places_are_computed_some_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(data_loader, "_AT_ONCE", at_once)
+    loader = make_loader(10, 6, 3, 0, 1)
+    order = GlobalOrder(10, 5).samples(np.arange(27).reshape(9, 3)).tolist()
+    assert ids(loader.all_epochs(), 9) == order
+    assert ids(iter(loader), 9) == order[:4]
 
 
 def test_a_loader_begins_where_training_stands() -> None:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import uni3d
 from uni3d.config import BatchTriad
-from uni3d.engine.data_loader import GlobalOrder, TrainingLoader
+from uni3d.engine.data_loader import TrainingLoader
+from uni3d.engine.sample_order import GlobalOrder
 
 
 class Training:
@@ -72,7 +73,7 @@ def test_epochs_follow_each_other_without_a_gap(dp: int, micro: int, accumulatio
     for epoch in range(3):
         found = global_order([rank.epoch() for rank in ranks], accumulation)
         end = next(k for k in count(begin, size) if k >= (begin // n + 1) * n)
-        assert found == [order[place] for place in range(begin, end)]
+        assert found == order.samples(range(begin, end)).tolist()
         if epoch == 0:
             assert len(found) == len(ranks[0].loader) * micro * dp
             assert set(found) == set(range(n)), "each sample, in whole global batches"
