@@ -59,7 +59,7 @@ class Given:
     counters: bool = True
     """True if steps, samples and the loss scale are to be restored."""
     order: Mapping[str, int | None] = field(default_factory=dict)
-    """Seed and global batch size; None if not known."""
+    """Seed, global batch size and version of the order of samples; None if not known."""
     dataset_length: int | None = None
     """Samples in the engine's own training data; 0 if the script brings the batches, None if not known."""
     accepted: Collection[str] = ()
@@ -129,11 +129,13 @@ def _other_schedule(saved: RunManifest, given: Given) -> Iterator[str]:
 def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, str]]:
     """Yield each change of the order of samples: its name in `accepted`, the difference, the effect.
 
-    The order depends on the seed and the length of the data, and the position counts samples in it, so
-    another batch size changes nothing. A run that hasn't begun has no position to lose.
+    The order depends on its version, the seed and the length of the data, and the position counts samples in
+    it, so another batch size changes nothing. A run that hasn't begun has no position to lose, and between
+    two epochs another order loses none.
     """
     there, here = saved.engine.dataset_length, given.dataset_length
-    if not given.counters or there is None or not saved.engine.global_samples:
+    position = saved.engine.global_samples
+    if not given.counters or there is None or not position:
         return
     where = f"in {given.whose}"
     effect = "samples of the current epoch would come twice or not at all"
@@ -142,9 +144,24 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
         yield "dataset", difference, "those of its current epoch would come again"
     elif here and here != there:
         yield "dataset", f"training_data has {here} samples {where}, {there} in the checkpoint", effect
+    differences = [text for text in (_other_seed(saved, given), _other_version(saved, given)) if text]
+    if there and here != 0 and position % there and differences:
+        yield "seed", "; ".join(differences), effect
+
+
+def _other_seed(saved: RunManifest, given: Given) -> str | None:
     seed, mine = saved.engine.seed, given.order.get("seed")
-    if there and here != 0 and None not in (seed, mine) and seed != mine:
-        yield "seed", f"seed is {mine} {where}, {seed} in the checkpoint", effect
+    if None in (seed, mine) or seed == mine:
+        return None
+    return f"seed is {mine} in {given.whose}, {seed} in the checkpoint"
+
+
+def _other_version(saved: RunManifest, given: Given) -> str | None:
+    version, mine = saved.engine.sample_order, given.order.get("sample_order")
+    if mine is None or version == mine:
+        return None
+    older = "an older one" if version is None else version
+    return f"the order of samples is version {mine} in this release, {older} in the checkpoint"
 
 
 def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose: str) -> Iterator[str]:
@@ -253,12 +270,8 @@ def _loss_scale(saved: RunManifest, given: Given) -> Iterator[str]:
 def _order(saved: RunManifest, given: Given) -> Iterator[str]:
     changed = {key: f"{difference}: {effect}" for key, difference, effect in _other_data(saved, given)}
     yield from (text for key, text in changed.items() if key in given.accepted)
-    seed, mine = saved.engine.seed, given.order.get("seed")
-    if "seed" not in changed and None not in (seed, mine) and seed != mine:
-        effect = "dropout draws other masks"
-        if saved.engine.dataset_length is None:
-            effect = f"the order of samples changes, unless you set it to {seed}, and {effect}"
-        yield f"seed is {mine} in {given.whose}, {seed} in the checkpoint: {effect}"
+    if "seed" not in changed:
+        yield from _harmless_order(saved, given)
     batch, size = saved.engine.train_batch_size, given.order.get("train_batch_size")
     if None not in (batch, size) and batch != size:
         yield (
@@ -270,6 +283,18 @@ def _order(saved: RunManifest, given: Given) -> Iterator[str]:
             "the checkpoint doesn't say in which order its samples came: this run's own order continues at "
             f"sample {saved.engine.global_samples}"
         )
+
+
+def _harmless_order(saved: RunManifest, given: Given) -> Iterator[str]:
+    """Yield the changes of seed and version between two epochs, or where the data's length isn't known."""
+    engine = saved.engine
+    reorders = engine.global_samples and 0 not in (engine.dataset_length, given.dataset_length)
+    if (difference := _other_seed(saved, given)) is not None:
+        order = "the order of samples changes, and " if reorders else ""
+        yield f"{difference}: {order}dropout draws other masks"
+    difference = _other_version(saved, given)
+    if reorders and engine.seed is not None and difference is not None:
+        yield f"{difference}: from here on, samples come in another order"
 
 
 def _kept(name: str, here: Any, there: Any, whose: str) -> str:

@@ -26,7 +26,7 @@ from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
-from uni3d.manifest import EngineRecord, RunManifest, is_extra
+from uni3d.manifest import SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import Given, GivenScheduler, compare
 from uni3d.state import Inventory
@@ -184,7 +184,11 @@ class Restorer:
             optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
             scheduler=None if scheduler is None else _given(scheduler, self._config),
             counters=counters,
-            order={"seed": self._config.seed, "train_batch_size": progress.train_batch},
+            order={
+                "seed": self._config.seed,
+                "train_batch_size": progress.train_batch,
+                "sample_order": SAMPLE_ORDER,
+            },
             dataset_length=progress.dataset_length,
             accepted=self._config.checkpoint.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,

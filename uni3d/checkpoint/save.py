@@ -17,7 +17,7 @@ from uni3d.checkpoint.extra_state import ExtraStates, check_alike, check_nothing
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
-from uni3d.manifest import SCRIPT, EngineRecord, RunManifest, WriterRecord
+from uni3d.manifest import SAMPLE_ORDER, SCRIPT, EngineRecord, RunManifest, WriterRecord
 from uni3d.state import Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import TrainState
 
@@ -230,6 +230,7 @@ class Saver:
                 seed=self._config.seed,
                 train_batch_size=progress.train_batch,
                 dataset_length=progress.dataset_length,
+                sample_order=SAMPLE_ORDER,
             ),
             client_state=copy.deepcopy(client_state),
         )

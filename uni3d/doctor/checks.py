@@ -16,7 +16,7 @@ from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
 from uni3d.config.scheduler import describe_schedule
 from uni3d.config.settings import parallel_settings
-from uni3d.manifest import RunManifest, is_extra
+from uni3d.manifest import SAMPLE_ORDER, RunManifest, is_extra
 from uni3d.resume_rules import Comparison, Given, GivenOptimizer, GivenScheduler, compare, missing_arrays
 
 _PEAKS = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")
@@ -53,7 +53,11 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
         whose="the config",
         optimizer=optimizer,
         scheduler=_scheduler(config, saved.scheduler or {}),
-        order={"seed": config.seed, "train_batch_size": config.train_batch_size},
+        order={
+            "seed": config.seed,
+            "train_batch_size": config.train_batch_size,
+            "sample_order": SAMPLE_ORDER,
+        },
         accepted=config.checkpoint.accept_changes,
         loss_scale=None if fp16 is None else fp16.loss_scale or 2.0**fp16.initial_scale_power,
     )

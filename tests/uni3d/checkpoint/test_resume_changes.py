@@ -171,23 +171,65 @@ def test_a_run_without_training_data_resumes_as_it_likes(alone: None, tmp_path: 
         other.resume(tmp_path)
 
 
+OLDER = "the order of samples is version 1 in this release, an older one in the checkpoint"
+
+
+def without(document: Callable[[Any], Any], *keys: str) -> Callable[[Any], Any]:
+    return lambda self: {name: value for name, value in document(self).items() if name not in keys}
+
+
 def test_checkpoints_that_do_not_know(alone: None, tmp_path: Path) -> None:
-    """Check that those of older releases load as they did."""
-
-    def without(document: Callable[[Any], Any], key: str) -> Callable[[Any], Any]:
-        return lambda self: {name: value for name, value in document(self).items() if name != key}
-
+    """Check that those of older releases load, with what is known about the order of their samples."""
+    older = without(EngineRecord.document, "dataset_length", "sample_order")
     with (
-        mock.patch.object(EngineRecord, "document", without(EngineRecord.document, "dataset_length")),
+        mock.patch.object(EngineRecord, "document", older),
         mock.patch.object(RunManifest, "document", without(RunManifest.document, "schedule")),
     ):
         saved(tmp_path, 60, seed=1, scheduler=WARMUP)
     engine, _ = engine_of(30, seed=2, scheduler=COSINE)
-    with pytest.warns(
-        UserWarning, match="seed is 2 in this run, 1 in the checkpoint: the order of samples chan"
-    ):
+    seed = "seed is 2 in this run, 1 in the checkpoint: the order of samples changes, and dropout draws"
+    with pytest.warns(UserWarning, match=f"{seed} other masks; {OLDER}: from here on"):
         engine.resume(tmp_path)
     assert engine.global_steps == 2
+
+
+@pytest.mark.parametrize("version", [None, 2])
+def test_another_order_in_the_middle_of_an_epoch(
+    alone: None, tmp_path: Path, version: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that the order's version counts as the seed does; a checkpoint without one has an older order."""
+    older, run = without(EngineRecord.document, "sample_order"), tmp_path / "run"
+    recorded = {} if version is None else {"sample_order": version}
+    with mock.patch.object(EngineRecord, "document", lambda self: older(self) | recorded):
+        saved(run, 60)
+    found = OLDER if version is None else OLDER.replace("an older one", str(version))
+    engine, _ = engine_of(60)
+    with pytest.raises(ckpt.CheckpointError) as caught:
+        engine.resume(run)
+    effect = "samples of the current epoch would come twice or not at all"
+    assert str(caught.value).startswith(f"{found}: {effect}; go on nevertheless by")
+    assert str(caught.value).endswith('"checkpoint": {"accept_changes": ["seed"]}')
+    with pytest.raises(ckpt.CheckpointError, match=f"seed is 2 .*; {found}: {effect}"):
+        engine_of(60, seed=2)[0].resume(run)
+    accepting, _ = engine_of(60, accept="seed")
+    with pytest.warns(UserWarning, match=f"{found}: {effect}"):
+        accepting.resume(run)
+    assert accepting.global_steps == 2
+    engine_of(None)[0].resume(run)
+    assert doctor(run, {}, capsys)["reasons"] == [str(caught.value)]
+
+
+def test_another_order_between_two_epochs(alone: None, tmp_path: Path) -> None:
+    with mock.patch.object(EngineRecord, "document", without(EngineRecord.document, "sample_order")):
+        saved(tmp_path / "done", 24)
+        saved(tmp_path / "new", 24, steps=0)
+        saved(tmp_path / "script", None)
+    engine, _ = engine_of(24, seed=2)
+    order = f"the order of samples changes, .*; {OLDER}: from here on, samples come in another order"
+    with pytest.warns(UserWarning, match=f"seed is 2 in this run, 42 in the checkpoint: {order}"):
+        engine.resume(tmp_path / "done")
+    engine_of(24)[0].resume(tmp_path / "new")
+    engine_of(None)[0].resume(tmp_path / "script")
 
 
 @pytest.mark.parametrize("kind", ["warmup", "peak", "cycle"])
