@@ -17,11 +17,11 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     prune(run, retention)                        delete old checkpoints, each in one step
     agreed(comm, work), agreed_by_all(...)       do work on the ranks of a Comm, and fail on all or on none
 
-    box, chunking, plan, shards                  who holds and who writes which part of an array
-    gather, write, save                          writing
+    box, chunking, array_files, plan, shards     who holds and who writes which part of an array, and where
+    gather, links, write, save, commit           writing
     read, load, verify, tags                     reading, checking, listing and deleting
     bands, export, compare, stats                streaming over whole arrays
-    format, checksums, stores                    documents, checksums, and the places where objects lie
+    format, parts, checksums, stores             documents, checksums, and the places where objects lie
     background                                   saves in a thread, for which readers of the process wait
     comm, threads, errors                        the rest
 
@@ -32,17 +32,18 @@ also names of submodules, and importing one of these later would replace the fun
 
 from ckpt.box import Box
 from ckpt.comm import Comm, Solo, agreed, agreed_by_all, from_rank_0
+from ckpt.commit import SaveReport
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.export import export_safetensors, exported_bytes, weights
 from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype, tag_text
 from ckpt.load import LoadReport, load
 from ckpt.plan import Layout, Plan, make_plan, plan_arrays
-from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint
-from ckpt.save import SaveReport, save
-from ckpt.shards import ArrayKey, ArrayLayout, Shard, ShardSpec, UnreadShard
+from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint, open_together
+from ckpt.save import save
+from ckpt.shards import ArrayKey, ArrayLayout, Files, Shard, ShardSpec, UnreadShard
 from ckpt.stats import Statistics, statistics
-from ckpt.stores import check_run, open_store
+from ckpt.stores import check_run, files_for, open_store
 from ckpt.tags import Retention, check_owner, committed_tags, prune, read_latest
 from ckpt.verify import Problem, absent, extent, verify
 
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointError",
     "Comm",
     "Difference",
+    "Files",
     "Layout",
     "LoadReport",
     "PartialLoadError",
@@ -81,6 +83,7 @@ __all__ = [
     "export_safetensors",
     "exported_bytes",
     "extent",
+    "files_for",
     "find_checkpoint",
     "from_rank_0",
     "load",
@@ -88,6 +91,7 @@ __all__ = [
     "numpy_dtype",
     "open_checkpoint",
     "open_store",
+    "open_together",
     "plan_arrays",
     "prune",
     "read_latest",

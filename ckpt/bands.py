@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from ckpt.box import Box
 from ckpt.format import itemsize, numpy_dtype
-from ckpt.read import ArrayInfo, Checkpoint, pieces
+from ckpt.parts import ArrayInfo
+from ckpt.read import Checkpoint, pieces
 from ckpt.threads import Scratch
 
 BAND_BYTES = 8 << 20
@@ -26,9 +27,8 @@ def bands(info: ArrayInfo) -> Iterator[Box]:
         yield Box.whole(shape)  # a scalar
         return
     step = max(1, BAND_BYTES // max(1, math.prod(shape[dim + 1 :]) * size))
-    chunk = info.chunk_shape[dim]
-    if step > chunk:
-        step = step // chunk * chunk  # whole chunks, so that no checksum block is read twice
+    chunk = info.grid.chunk_shape[dim]
+    step = max(step // chunk, 1) * chunk  # whole chunks, so that none is read twice
     rest = shape[dim + 1 :]
     for index in np.ndindex(*shape[:dim]):
         for start in range(0, shape[dim], step):

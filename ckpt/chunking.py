@@ -1,4 +1,4 @@
-"""Choice of an array's chunks, given the boxes that ranks hold.
+"""Choice of an array's chunks and files, given the boxes that ranks hold.
 
 zarr's chunks are a regular grid, clipped at the array's end. If the ranks' boxes end on such a grid, each box
 is a number of whole chunks, which its rank can write without the others.
@@ -15,20 +15,23 @@ from itertools import pairwise
 from ckpt.box import Box, Shape, grid
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize
-from ckpt.shards import ArrayLayout
+from ckpt.shards import ArrayLayout, Files
 
-GATHER_BELOW_BYTES = 256 << 10
-"""Smallest part of an array that is worth a file of its own."""
+CHUNK_BYTES = 4 << 20
+"""Approximate size of a chunk. A reader verifies whole chunks: small ones let it read a part with little in
+vain, large ones keep the manifest small."""
 
-CHUNK_BYTES = 16 << 20
-"""Approximate chunk size: large enough to stream, small enough to share out and to read in part."""
+SMALLEST_CHUNK_BYTES = 512 << 10
+"""Smallest part of an array that is a chunk of its own: smaller parts are gathered. It keeps the manifest
+under 1 MiB for 100 GB, and gathering to arrays of which a rank holds little."""
 
-TILES = {8: 1 << 20, 4: 256 << 10, 2: 256 << 10}
-"""Number of tiles along `ShardSpec.fine_dim` -> smallest tile in bytes. Large arrays can then be read in
-eighths, while small ones don't become too many files."""
-MOST_TILES = 64
-"""Most tiles of an array, over all ranks. The parts of an array that many ranks share are small already."""
+FILE_BYTES = 256 << 20
+"""Largest file where each has one writer."""
+GATHERED_FILE_BYTES = 64 << 20
+"""The same for arrays that are gathered, as their writer holds all of a file in memory."""
 
+TILES = (8, 4, 2)
+"""Numbers of tiles along `ShardSpec.fine_dim` to try: a large array can then be read in eighths."""
 
 _Chunks = list[tuple[Shape, Box]]
 
@@ -51,16 +54,18 @@ class Cut:
     ranks: tuple[int, ...]
     """All ranks that hold a non-empty box, in order."""
     gathered: bool
-    """True if chunks must be gathered, because boxes aren't whole chunks or are too small to be files."""
+    """True if chunks must be gathered, because boxes aren't whole chunks or are smaller than a chunk."""
     chunk_shape: Shape
+    file_shape: Shape
     runs: tuple[tuple[Run, ...], ...]
-    """All chunks. In place: for each box, up to one run per holder. Gathered: one entry, a run per chunk."""
+    """All chunks. In place: for each box, up to one run per holder. Gathered: one entry, a run for each chunk
+    or, if a file has one writer, for each file."""
     candidates: tuple[tuple[int, ...], ...] = ()
-    """Gathered arrays only: for each chunk, the ranks that hold a part of it."""
+    """Gathered arrays only: for each run, the ranks that hold a part of it."""
 
 
-def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int) -> Cut:
-    """Choose the chunks of one array. See `ckpt.plan` for the rest.
+def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int, files: Files) -> Cut:
+    """Choose the chunks and files of one array. See `ckpt.plan` for the rest.
 
     Raises:
         CheckpointError: the boxes leave gaps or overlap.
@@ -76,18 +81,32 @@ def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int) -> Cut:
     gathered = not holders or (len(holders) > 1 and math.prod(pitch) * size < gather_below)
     if gathered:  # chunk it as if one rank held all of it
         pitch, ends = tuple(max(n, 1) for n in shape), [[] for _ in shape]
-    pitch = _narrowed(pitch, shape, array.fine_dim, size, 1 if gathered else len(holders))
-    chunk_shape = _cut_down(pitch, [bool(cut) for cut in ends], size, chunk_bytes)
+        part = max((box.size for box in holders), default=1) * size
+        # Small parts make small chunks, so that a rank which loads such a part reads little in vain.
+        chunk_bytes = min(chunk_bytes, max(2 * gather_below, 4 * part))
+    is_cut = [bool(cut) for cut in ends]
+    tile = _narrowed(pitch, shape, array.fine_dim, size, 2 * gather_below)
+    chunk_shape = _cut_down(tile, is_cut, size, chunk_bytes)
+    most = math.inf if files == "array" else GATHERED_FILE_BYTES if gathered else FILE_BYTES
+    whole = shape if files == "array" else pitch
+    file_shape = _file_shape(whole, chunk_shape, is_cut, size, most)
+    grain = chunk_shape if files == "array" else file_shape  # what one rank writes
+
+    def run(parts: _Chunks) -> Run:
+        chunks = [c for _, part in parts for c in grid(shape, chunk_shape, part)]
+        return Run(sum(box.size for _, box in chunks) * size, tuple(chunks))
+
     if gathered:
-        chunks = list(grid(shape, chunk_shape))
-        candidates = tuple(_touching(holders, chunk) for _, chunk in chunks)
-        single = tuple(_run([chunk], size) for chunk in chunks)
-        return Cut(holders, ranks, True, chunk_shape, (single,), candidates)
+        parts = list(grid(shape, grain))
+        candidates = tuple(_touching(holders, part) for _, part in parts)
+        return Cut(
+            holders, ranks, True, chunk_shape, file_shape, (tuple(run([p]) for p in parts),), candidates
+        )
     runs = tuple(
-        tuple(_run(run, size) for run in _shares(list(grid(shape, chunk_shape, box)), len(sharers)))
+        tuple(run(share) for share in _shares(list(grid(shape, grain, box)), len(sharers)))
         for box, sharers in holders.items()
     )
-    return Cut(holders, ranks, False, chunk_shape, runs)
+    return Cut(holders, ranks, False, chunk_shape, file_shape, runs)
 
 
 def _touching(holders: Mapping[Box, tuple[int, ...]], chunk: Box) -> tuple[int, ...]:
@@ -116,17 +135,31 @@ def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
     ]
 
 
-def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, boxes: int) -> Shape:
-    """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles if they are large enough."""
+def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, least: int) -> Shape:
+    """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles of at least `least` bytes."""
     if dim is None:
         return pitch
     nbytes = math.prod(pitch) * element_size
     cut = max(1, -(-shape[dim] // pitch[dim]))  # tiles that the ranks' cut already makes
-    for tiles, least in TILES.items():
+    for tiles in TILES:
         parts = tiles // cut
-        if parts and pitch[dim] % parts == 0 and nbytes >= parts * least and boxes * parts <= MOST_TILES:
+        if parts and pitch[dim] % parts == 0 and nbytes >= parts * least:
             return (*pitch[:dim], pitch[dim] // parts, *pitch[dim + 1 :])
     return pitch
+
+
+def _file_shape(whole: Shape, chunk: Shape, is_cut: list[bool], element_size: int, most: float) -> Shape:
+    """Return the shape of a file that covers `whole`, or of one of at most about `most` bytes."""
+    counts = [max(1, -(-n // c)) for n, c in zip(whole, chunk, strict=True)]
+    for dim, count in enumerate(counts):
+        nbytes = math.prod(counts) * math.prod(chunk) * element_size
+        if nbytes <= most:
+            break
+        parts = min(math.ceil(nbytes / most), count)
+        if is_cut[dim]:  # files mustn't reach into the next rank's box
+            parts = next(p for p in range(parts, count + 1) if count % p == 0)
+        counts[dim] = -(-count // parts)
+    return tuple(n * c for n, c in zip(counts, chunk, strict=True))
 
 
 def _cut_down(pitch: Shape, is_cut: list[bool], element_size: int, chunk_bytes: int) -> Shape:
@@ -156,7 +189,3 @@ def _shares(chunks: _Chunks, n: int) -> Iterator[_Chunks]:
     n = min(n, len(chunks))
     ends = [round(i * len(chunks) / n) for i in range(n + 1)]
     return (chunks[a:b] for a, b in pairwise(ends))
-
-
-def _run(chunks: _Chunks, element_size: int) -> Run:
-    return Run(sum(box.size for _, box in chunks) * element_size, tuple(chunks))

@@ -29,6 +29,9 @@ class Comm(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank, on rank 0, and an empty list on the others."""
 
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; the others' is ignored."""
+
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
         """Send `outgoing[r]` to rank r; return the bytes from each rank, of sizes known beforehand."""
 
@@ -45,6 +48,9 @@ class Solo:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def broadcast(self, value: Any) -> Any:
+        return value
+
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
         return list(outgoing)
 
@@ -60,14 +66,7 @@ def agreed_by_all(comm: Comm, work: Callable[[], T]) -> list[T]:
         CheckpointError: `work` failed on some rank.
         BaseException: an interrupt of this rank itself, once the other ranks know of it.
     """
-    error: BaseException | None = None
-    text: str | None = None
-    value: T | None = None
-    try:
-        value = work()
-    except BaseException as caught:  # even an interrupt: the other ranks wait in the all_gather below
-        error = caught
-        text = str(caught) if isinstance(caught, CheckpointError) else f"{type(caught).__name__}: {caught}"
+    value, text, error = _outcome(work)
     everyone = comm.all_gather((text, value))
     failed = [(rank, text) for rank, (text, _) in enumerate(everyone) if text is not None]
     if not failed:
@@ -90,8 +89,23 @@ def agreed(comm: Comm, work: Callable[[], T]) -> T:
 
 
 def from_rank_0(comm: Comm, work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone and return its result, a small value, on every rank. Collective.
+    """Do `work` on rank 0 alone and return its result on every rank. Collective.
 
     Errors are those of `agreed_by_all`.
     """
-    return agreed_by_all(comm, lambda: work() if comm.rank == 0 else None)[0]  # type: ignore[return-value]
+    here, error_text, error = _outcome(work) if comm.rank == 0 else (None, None, None)
+    value, text = comm.broadcast((here, error_text))
+    if text is None:
+        return value  # type: ignore[no-any-return]
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    raise CheckpointError(f"{text} (rank 0)" if comm.size > 1 else text) from error
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, str | None, BaseException | None]:
+    """Do `work`; return its result, or the text of its error and the error."""
+    try:
+        return work(), None, None
+    except BaseException as error:  # even an interrupt: the other ranks wait for the outcome
+        text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        return None, text, error

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.bands import BandReader, bands
-from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.parts import ArrayInfo
+from ckpt.read import Checkpoint
 from ckpt.shards import ArrayKey
 from ckpt.threads import cores, for_each
 

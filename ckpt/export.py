@@ -21,7 +21,8 @@ from ckpt.bands import BandReader, bands
 from ckpt.box import Box
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize, numpy_dtype
-from ckpt.read import WEIGHT_STATES, ArrayInfo, Checkpoint
+from ckpt.parts import ArrayInfo
+from ckpt.read import WEIGHT_STATES, Checkpoint
 from ckpt.stores import files
 from ckpt.threads import cores, for_each
 

@@ -6,18 +6,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import numpy as np
 
+from ckpt.array_files import FileGrid
 from ckpt.box import Shape
 from ckpt.checksums import crc32c, hexadecimal
 from ckpt.errors import CheckpointError
 
-FORMAT_NAME = "uni3d"
-FORMAT_VERSION = 2
+FORMAT_NAME = "uni3d-checkpoint"
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PART = "arrays.{}.json"
+"""Name of a part of the manifest, by its number."""
 LATEST = "latest"
 ZARR = "zarr.json"
 SAVING, DELETING = ".saving.", ".deleting."
@@ -81,15 +84,15 @@ def is_tag(name: str) -> bool:
 
 def atom_path(atom: str) -> str:
     """Return the folder of an atom, relative to its checkpoint."""
-    return f"atoms/{_file_name(atom)}"
+    return f"atoms/{_escaped(atom)}"
 
 
 def array_path(atom: str, state: str) -> str:
     """Return the folder of an array, relative to its checkpoint."""
-    return f"{atom_path(atom)}/{_file_name(state)}"
+    return f"{atom_path(atom)}/{_escaped(state)}"
 
 
-def _file_name(name: str) -> str:
+def _escaped(name: str) -> str:
     """Percent-encode the characters that a file name or a zarr node can't have."""
     quoted = quote(name, safe="")
     if quoted.startswith((".", "__")) or quoted == ZARR:
@@ -101,7 +104,7 @@ def _file_name(name: str) -> str:
     return quoted
 
 
-def chunk_key(index: Shape) -> str:
+def file_name(index: Shape) -> str:
     """Return zarr's default chunk key with '.' between the indices: `c.0.1`, and `c` for a scalar."""
     return ".".join(["c", *map(str, index)])
 
@@ -120,20 +123,21 @@ def itemsize(dtype: str) -> int:
 
 
 @lru_cache
-def _array_template(dtype: str) -> Json:
+def _array_template(dtype: str, dims: int) -> Json:
     """Return zarr's own metadata document for an array of `dtype`. Only writers import zarr: it is slow."""
-    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
     from zarr.core.dtype import get_data_type_from_native_dtype
     from zarr.core.metadata.v3 import ArrayV3Metadata
 
-    stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+    stored, ones = np.dtype("uint16" if dtype == "bfloat16" else dtype), (1,) * dims
+    codecs = BytesCodec(endian=None if stored.itemsize == 1 else "little"), Crc32cCodec()
     document = ArrayV3Metadata(
-        shape=(1,),
+        shape=ones,
         data_type=get_data_type_from_native_dtype(stored),
-        chunk_grid={"name": "regular", "configuration": {"chunk_shape": (1,)}},
+        chunk_grid={"name": "regular", "configuration": {"chunk_shape": ones}},
         chunk_key_encoding={"name": "default", "configuration": {"separator": "."}},
         fill_value=_BFLOAT16_NAN if dtype == "bfloat16" else fill_value(dtype),
-        codecs=[BytesCodec(endian=None if stored.itemsize == 1 else "little"), Crc32cCodec()],
+        codecs=[ShardingCodec(chunk_shape=ones, codecs=codecs)],
         attributes={"dtype": dtype} if dtype == "bfloat16" else {},
         dimension_names=None,
         storage_transformers=(),
@@ -147,18 +151,14 @@ def fill_value(dtype: str) -> float | int | bool:
     return float("nan") if kind == "f" else False if kind == "b" else 0
 
 
-def array_document(dtype: str, shape: Shape, chunk_shape: Shape) -> Json:
+def array_document(dtype: str, grid: FileGrid) -> Json:
     """Return the `zarr.json` of one array."""
-    grid = {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}}
-    return {**_array_template(dtype), "shape": list(shape), "chunk_grid": grid}
-
-
-def document_dtype(document: Json) -> str:
-    """Return the element type of an array, given its `zarr.json`."""
-    stored: str = document["data_type"]
-    if stored == "uint16" and document.get("attributes", {}).get("dtype") == "bfloat16":
-        return "bfloat16"
-    return stored
+    template = _array_template(dtype, len(grid.shape))
+    outer = {"name": "regular", "configuration": {"chunk_shape": list(grid.file_shape)}}
+    (codec,) = template["codecs"]
+    inner = {**codec["configuration"], "chunk_shape": list(grid.chunk_shape)}
+    codecs = [{**codec, "configuration": inner}]
+    return {**template, "shape": list(grid.shape), "chunk_grid": outer, "codecs": codecs}
 
 
 def group_document(members: Mapping[str, Json] | None = None) -> Json:
@@ -201,19 +201,76 @@ def decode_manifest(data: bytes, source: str) -> Json:
         raise CheckpointError(f"{source} is not a manifest of this format: its first line has no crc32c")
     if int(match[1], 16) != crc32c(rest):
         raise CheckpointError(f"{source} is damaged: its checksum doesn't match; use another tag")
-    manifest: Json = json.loads(data)
-    if manifest.get("format") != FORMAT_NAME:
-        raise CheckpointError(f"{source} has format {manifest.get('format')!r}, expected {FORMAT_NAME!r}")
-    version = manifest.get("version")
-    if version != FORMAT_VERSION:
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{source} is not JSON; use another tag") from None
+    found = manifest.get("format"), manifest.get("version")
+    if found[0] == "uni3d":
         raise CheckpointError(
-            f"{source} has format version {version!r}, expected {FORMAT_VERSION}; "
-            "read it with the release that wrote it, or a newer one"
+            f"{source} was written before the format was stable (version {found[1]!r}); read it with the "
+            "release that wrote it"
         )
-    missing = [key for key in ("tag", "documents", "chunks") if key not in manifest]
+    if found != (FORMAT_NAME, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{source} has format {found[0]!r}, version {found[1]!r}, expected {FORMAT_NAME!r}, version "
+            f"{FORMAT_VERSION}; read it with the release that wrote it, or a newer one"
+        )
+    _check_manifest(manifest, source)
+    return manifest  # type: ignore[no-any-return]
+
+
+def _check_manifest(manifest: Json, source: str) -> None:
+    """Check the keys that every reader needs; raises CheckpointError."""
+
+    def fail(what: str) -> NoReturn:
+        raise CheckpointError(f"{source} {what}; use another tag")
+
+    missing = [key for key in ("tag", "parts", "files") if key not in manifest]
     if missing:
-        raise CheckpointError(f"{source} has no {' and no '.join(map(repr, missing))}; use another tag")
-    return manifest
+        fail(f"has no {' and no '.join(map(repr, missing))}")
+    if not isinstance(manifest["tag"], str) or not is_tag(manifest["tag"]):
+        fail("has a 'tag' that is none")
+    records = {"parts": manifest["parts"], "files": manifest["files"]}
+    for key, named in records.items():
+        if not isinstance(named, dict):
+            fail(f"has {key!r} that isn't an object")
+        for name, record in named.items():
+            if not _is_file_name(name):
+                fail(f"has a record of {name!r}, which can't be a file's name")
+            if not _is_record(record):
+                fail(f"has a record of {name!r} without a size and a crc32c")
+    if twice := manifest["parts"].keys() & manifest["files"].keys():
+        fail(f"has two records of {min(twice)!r}")
+    if ZARR not in manifest["files"]:
+        fail(f"has no record of {ZARR!r}")
+    arrays = [record.get("arrays") for record in manifest["parts"].values()]
+    if not all(isinstance(a, dict) and all(map(_are_names, a.values())) for a in arrays):
+        fail("has a part without a list of its arrays")
+    keys = [(atom, state) for listed in arrays for atom, states in listed.items() for state in states]
+    if len(set(keys)) < len(keys):
+        fail("lists an array twice")
+    aliases = manifest.get("aliases", {})
+    if not isinstance(aliases, dict) or not _are_names([*aliases.values()]):
+        fail("has 'aliases' that aren't names")
+
+
+def _is_file_name(name: str) -> bool:
+    """Return whether the name is that of a file directly in the checkpoint's folder."""
+    return name.isprintable() and "/" not in name and name not in ("", ".", "..", MANIFEST)
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("size")) is int
+        and isinstance(value.get("crc32c"), str)
+        and re.fullmatch("[0-9a-f]{8}", value["crc32c"]) is not None
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def check_json(value: Any, where: str) -> None:

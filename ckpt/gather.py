@@ -8,18 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ckpt.box import Box
 from ckpt.comm import Bytes, Comm
 from ckpt.format import itemsize, numpy_dtype
-from ckpt.plan import ArrayPlan, Chunk, Plan
+from ckpt.plan import ArrayPlan, Chunk, ChunkPlan, Plan, Sources
 from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.write import Write
 
 ROUND_BYTES = 16 << 20
-"""Most bytes that a rank receives per exchange, except for a single larger chunk; bounds the memory."""
-
-
-Pieces = tuple[tuple[int, Box], ...]
+"""Most bytes that a rank receives per exchange, except for one larger chunk or file; bounds the memory."""
 
 
 class Gathering(NamedTuple):
@@ -27,36 +23,41 @@ class Gathering(NamedTuple):
 
     array: ArrayPlan
     chunk: Chunk
-    pieces: Pieces
-    """Source rank and box of each piece, in the order of sending."""
+    sources: Sources
+    """Where the chunk's pieces come from."""
 
 
 def rounds(plan: Plan) -> Iterator[list[Gathering]]:
-    """Yield the chunks of gathered arrays in batches in which no rank receives more than `ROUND_BYTES`."""
+    """Yield the chunks of gathered arrays in batches in which no rank receives more than `ROUND_BYTES`.
+
+    Where a file has one writer, its chunks are in one batch.
+    """
     batch: list[Gathering] = []
     load: dict[int, int] = defaultdict(int)
-    known: dict[object, list[Pieces]] = {}  # arrays that are cut alike share their `sources`
     for array in plan.arrays:
-        if not array.sources:
+        sources = array.chunk_plan.sources
+        if sources is None:
             continue
-        kind = (id(array.sources), array.shape, array.chunk_shape)
-        if kind not in known:
-            known[kind] = [_pieces(chunk, array.sources) for chunk in array.chunks]
-        for chunk, pieces in zip(array.chunks, known[kind], strict=True):
-            size = chunk.box.size * itemsize(array.dtype)
-            if load[chunk.writer] and load[chunk.writer] + size > ROUND_BYTES:
+        for chunks in _units(array.chunk_plan, by_file=plan.files == "writer"):
+            writer, size = chunks[0].writer, sum(c.box.size for c in chunks) * itemsize(array.dtype)
+            if load[writer] and load[writer] + size > ROUND_BYTES:
                 yield batch
                 batch = []
                 load.clear()
-            batch.append(Gathering(array, chunk, pieces))
-            load[chunk.writer] += size
+            batch += [Gathering(array, chunk, sources) for chunk in chunks]
+            load[writer] += size
     if batch:
         yield batch
 
 
-def _pieces(chunk: Chunk, sources: Pieces) -> Pieces:
-    found = ((source, box.intersect(chunk.box)) for source, box in sources)
-    return tuple((source, piece) for source, piece in found if piece is not None)
+def _units(chunk_plan: ChunkPlan, *, by_file: bool) -> Iterator[list[Chunk]]:
+    """Yield the chunks that one rank must have at the same time."""
+    if not by_file:
+        yield from ([chunk] for chunk in chunk_plan.chunks)
+        return
+    found = {chunk.index: chunk for chunk in chunk_plan.chunks}
+    for file, _ in chunk_plan.grid.files():
+        yield [found[index] for index in chunk_plan.grid.chunks(file)]
 
 
 def outgoing(
@@ -65,13 +66,15 @@ def outgoing(
     """Return this rank's bytes for each writer, in plan order, and the number of bytes from each rank."""
     parts: list[list[Bytes]] = [[] for _ in range(comm.size)]
     incoming = [0] * comm.size
-    for array, chunk, pieces in batch:
-        for source, box in pieces:
-            if source == comm.rank:
-                shard = held[array.key]
-                part = shard.data[box.relative_to(shard.spec.box).slices]
-                parts[chunk.writer].append(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
-            if chunk.writer == comm.rank:
+    for array, chunk, sources in batch:
+        sent = sources.parts.get(comm.rank)
+        box = None if sent is None else sent.intersect(chunk.box)
+        if box is not None:
+            shard = held[array.key]
+            part = shard.data[box.relative_to(shard.spec.box).slices]
+            parts[chunk.writer].append(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        if chunk.writer == comm.rank:
+            for source, box in sources.of_chunk(chunk.box):
                 incoming[source] += box.size * itemsize(array.dtype)
     return [np.concatenate(p) if p else np.empty(0, np.uint8) for p in parts], incoming
 
@@ -79,11 +82,11 @@ def outgoing(
 def arrived(batch: Sequence[Gathering], received: Sequence[Bytes], rank: int) -> Iterator[Write]:
     """Assemble this rank's chunks from the received pieces, which come in plan order from each rank."""
     cursor = [0] * len(received)
-    for array, chunk, pieces in batch:
+    for array, chunk, sources in batch:
         if chunk.writer != rank:
             continue
         whole = np.empty(chunk.box.shape, numpy_dtype(array.dtype))
-        for source, box in pieces:
+        for source, box in sources.of_chunk(chunk.box):
             size = box.size * whole.itemsize
             piece = received[source][cursor[source] : cursor[source] + size]
             cursor[source] += size

@@ -7,24 +7,33 @@ stages, plan separately.
 
 An array is written in one of two ways. *In place*: the boxes are whole chunks of a regular grid, as zarr
 needs it; each rank writes its own chunks, and replicas share them out. *Gathered*: the boxes are ragged, or
-too small to be files; one rank receives all of a chunk and writes it.
+smaller than a chunk; one rank receives all of a chunk and writes it.
+
+Arrays that are cut alike and have the same writers share one `ChunkPlan`, so that planning and its use take
+time per array, not per array and rank.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from heapq import heapify, heapreplace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ckpt.array_files import FileGrid, file_grid
 from ckpt.box import Box, Shape, around
-from ckpt.chunking import CHUNK_BYTES, GATHER_BELOW_BYTES, Cut, cut_array
+from ckpt.chunking import CHUNK_BYTES, SMALLEST_CHUNK_BYTES, Cut, cut_array
 from ckpt.errors import CheckpointError
 from ckpt.format import itemsize
-from ckpt.shards import ArrayKey, ArrayLayout, ShardSpec
+from ckpt.shards import ArrayKey, ArrayLayout, Files, ShardSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +45,90 @@ class Chunk:
     writer: int
 
 
+Pieces = tuple[tuple[int, Box], ...]
+"""Parts of an array, each with the rank that brings it."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of arrays that are gathered alike come from."""
+
+    pieces: Pieces
+    _of_chunk: dict[Box, Pieces] = field(default_factory=dict, compare=False, repr=False)
+
+    def of_chunk(self, chunk: Box) -> Pieces:
+        """Return the pieces of a chunk, in the order of sending."""
+        if chunk not in self._of_chunk:
+            found = ((source, box.intersect(chunk)) for source, box in self.pieces)
+            self._of_chunk[chunk] = tuple((source, piece) for source, piece in found if piece is not None)
+        return self._of_chunk[chunk]
+
+    @cached_property
+    def parts(self) -> dict[int, Box]:
+        """Rank -> the box that it sends, which is all that it holds."""
+        return dict(self.pieces)
+
+    @cached_property
+    def digest(self) -> bytes:
+        return blake2b(repr(self.pieces).encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Chunks, files and writers of arrays that are cut alike."""
+
+    grid: FileGrid
+    chunks: tuple[Chunk, ...]
+    """In C order."""
+    sources: Sources | None
+    """Gathered arrays only."""
+
+    @cached_property
+    def by_writer(self) -> dict[int, list[Chunk]]:
+        """Rank -> the chunks that it writes."""
+        found: dict[int, list[Chunk]] = defaultdict(list)
+        for chunk in self.chunks:
+            found[chunk.writer].append(chunk)
+        return dict(found)
+
+    @cached_property
+    def writers(self) -> npt.NDArray[np.int32]:
+        """Writer of each chunk, in C order."""
+        return np.array([chunk.writer for chunk in self.chunks], np.int32)
+
+    @cached_property
+    def parts(self) -> dict[int, Box]:
+        """Rank -> the smallest box that holds everything that it writes or sends."""
+        if self.sources is not None:
+            return self.sources.parts
+        return {
+            rank: around([chunk.box for chunk in chunks]) if len(chunks) > 1 else chunks[0].box
+            for rank, chunks in self.by_writer.items()
+        }
+
+    @cached_property
+    def digest(self) -> bytes:
+        content = (self.grid, self.chunks, self.sources and self.sources.digest)
+        return blake2b(repr(content).encode(), digest_size=16).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayPlan:
     """Plan of one array."""
 
     key: ArrayKey
     dtype: str
-    shape: Shape
-    chunk_shape: Shape
-    chunks: tuple[Chunk, ...]
-    sources: tuple[tuple[int, Box], ...]
-    """Gathered arrays only: the rank that sends each box to the writers of its chunks."""
+    chunk_plan: ChunkPlan
     owner: int
     """The rank that writes the array's metadata."""
+
+    @property
+    def grid(self) -> FileGrid:
+        return self.chunk_plan.grid
+
+    @property
+    def shape(self) -> Shape:
+        return self.chunk_plan.grid.shape
 
     @property
     def nbytes(self) -> int:
@@ -63,30 +143,29 @@ class Plan:
     """Sorted by key."""
     ranks: tuple[int, ...]
     """Ranks that the plan was made for."""
+    files: Files
+    """What the planned files hold."""
 
     @cached_property
     def digest(self) -> str:
         """Digest of the plan: equal for equal plans, in any process."""
-        return blake2b(repr((self.ranks, self.arrays)).encode(), digest_size=16).hexdigest()
+        digest = blake2b(repr((self.ranks, self.files)).encode(), digest_size=16)
+        for array in self.arrays:
+            digest.update(repr((array.key, array.dtype, array.owner)).encode() + array.chunk_plan.digest)
+        return digest.hexdigest()
 
     def parts(self, rank: int) -> dict[ArrayKey, Box]:
         """Return, for each array, the smallest box that holds everything that `rank` writes or sends."""
-        parts: dict[ArrayKey, Box] = {}
-        for plan in self.arrays:
-            if plan.sources:
-                boxes = [box for source, box in plan.sources if source == rank]
-            else:
-                boxes = [chunk.box for chunk in plan.chunks if chunk.writer == rank]
-            if boxes:
-                parts[plan.key] = around(boxes)
-        return parts
+        return {
+            array.key: array.chunk_plan.parts[rank] for array in self.arrays if rank in array.chunk_plan.parts
+        }
 
     def bytes_written(self) -> dict[int, int]:
         """Return the bytes that each rank writes."""
         written = dict.fromkeys(self.ranks, 0)
         for plan in self.arrays:
-            for chunk in plan.chunks:
-                written[chunk.writer] += chunk.box.size * itemsize(plan.dtype)
+            for rank, chunks in plan.chunk_plan.by_writer.items():
+                written[rank] += sum(chunk.box.size for chunk in chunks) * itemsize(plan.dtype)
         return written
 
 
@@ -95,37 +174,45 @@ Layout = Mapping[int, Sequence[ShardSpec]]
 
 
 def make_plan(
-    layout: Layout, *, chunk_bytes: int = CHUNK_BYTES, gather_below: int = GATHER_BELOW_BYTES
+    layout: Layout,
+    *,
+    files: Files = "array",
+    chunk_bytes: int = CHUNK_BYTES,
+    gather_below: int = SMALLEST_CHUNK_BYTES,
 ) -> Plan:
     """Plan the writing of all arrays in `layout`.
 
     Raises:
         CheckpointError: the ranks disagree about an array, or their boxes leave gaps or overlap.
     """
-    return plan_arrays(_by_array(layout), layout, chunk_bytes=chunk_bytes, gather_below=gather_below)
+    arrays = _by_array(layout)
+    return plan_arrays(arrays, layout, files=files, chunk_bytes=chunk_bytes, gather_below=gather_below)
 
 
 def plan_arrays(
     arrays: Iterable[ArrayLayout],
     ranks: Iterable[int],
     *,
+    files: Files = "array",
     chunk_bytes: int = CHUNK_BYTES,
-    gather_below: int = GATHER_BELOW_BYTES,
+    gather_below: int = SMALLEST_CHUNK_BYTES,
 ) -> Plan:
     """Plan as `make_plan` does, given the layout by array; `ranks` are all the ranks."""
     arrays = sorted(arrays, key=lambda array: array.key)
     load = dict.fromkeys(sorted(ranks), 0)  # bytes given to each rank so far
     plans: dict[ArrayKey, ArrayPlan] = {}
     ragged: list[tuple[ArrayLayout, _Alike]] = []
-    for array, alike in _cut_all(arrays, chunk_bytes, gather_below):
+    for array, alike in _cut_all(arrays, chunk_bytes, gather_below, files):
         if alike.cut.gathered:
             ragged.append((array, alike))
         else:
             plans[array.key] = _in_place(array, alike, load)
     for array, alike in ragged:  # last, as any holder can write these: they even out the load
         plans[array.key] = _gathered(array, alike, load)
-    assert len(plans) == len(arrays), "each array is listed once"
-    return Plan(tuple(plans[array.key] for array in arrays), tuple(load))
+    if len(plans) < len(arrays):
+        twice = next(a for a, b in pairwise(arrays) if a.key == b.key)
+        raise CheckpointError(f"{'/'.join(twice.key)} is there twice; give each tensor a name of its own")
+    return Plan(tuple(plans[array.key] for array in arrays), tuple(load), files)
 
 
 def _by_array(layout: Layout) -> list[ArrayLayout]:
@@ -152,34 +239,38 @@ class _Alike:
     """Plan shared by arrays of one dtype and shape that ranks hold alike; a model has few such kinds."""
 
     cut: Cut
-    chunks: dict[tuple[int, ...], tuple[Chunk, ...]] = field(default_factory=dict)
-    """Writers of the runs -> the chunks."""
-    sources: dict[tuple[int, ...], tuple[tuple[int, Box], ...]] = field(default_factory=dict)
+    grid: FileGrid
+    chunk_plans: dict[tuple[int, ...], ChunkPlan] = field(default_factory=dict)
+    """Writers of the runs -> the chunks with their writers."""
+    sources: dict[tuple[int, ...], Sources] = field(default_factory=dict)
     """Writers of the runs -> the sources; the key is empty if there are no replicas and so no choice."""
 
-    def written_by(self, writers: tuple[int, ...]) -> tuple[Chunk, ...]:
-        if writers not in self.chunks:
+    def written_by(self, writers: tuple[int, ...]) -> ChunkPlan:
+        if writers not in self.chunk_plans:
             runs = (run for runs in self.cut.runs for run in runs)
-            self.chunks[writers] = tuple(
+            chunks = [
                 Chunk(index, box, writer)
                 for run, writer in zip(runs, writers, strict=True)
                 for index, box in run.chunks
-            )
-        return self.chunks[writers]
+            ]
+            chunks.sort(key=lambda chunk: chunk.index)
+            sources = self._sent_to(writers) if self.cut.gathered else None
+            self.chunk_plans[writers] = ChunkPlan(self.grid, tuple(chunks), sources)
+        return self.chunk_plans[writers]
 
-    def sent_to(self, writers: tuple[int, ...]) -> tuple[tuple[int, Box], ...]:
+    def _sent_to(self, writers: tuple[int, ...]) -> Sources:
         """Return the rank that sends each box: a writer that holds it anyway, or else the first."""
         holders = self.cut.holders
         key = writers if len(self.cut.ranks) > len(holders) else ()
         if key not in self.sources:
-            self.sources[key] = tuple(
-                (next((w for w in writers if w in ranks), ranks[0]), box) for box, ranks in holders.items()
-            )
+            chosen = set(writers)
+            senders = (next((r for r in ranks if r in chosen), ranks[0]) for ranks in holders.values())
+            self.sources[key] = Sources(tuple(zip(senders, holders, strict=True)))
         return self.sources[key]
 
 
 def _cut_all(
-    arrays: Iterable[ArrayLayout], chunk_bytes: int, gather_below: int
+    arrays: Iterable[ArrayLayout], chunk_bytes: int, gather_below: int, files: Files
 ) -> Iterator[tuple[ArrayLayout, _Alike]]:
     kinds: dict[Any, _Alike] = {}
     contents: dict[Any, int] = {}
@@ -189,7 +280,9 @@ def _cut_all(
             known[id(array.boxes)] = contents.setdefault(tuple(array.boxes.items()), len(contents))
         kind = (array.dtype, array.shape, array.fine_dim, known[id(array.boxes)])
         if kind not in kinds:
-            kinds[kind] = _Alike(cut_array(array, chunk_bytes, gather_below))
+            cut = cut_array(array, chunk_bytes, gather_below, files)
+            grid = file_grid(array.shape, cut.chunk_shape, cut.file_shape, itemsize(array.dtype))
+            kinds[kind] = _Alike(cut, grid)
         yield array, kinds[kind]
 
 
@@ -208,16 +301,14 @@ def _in_place(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayP
             load[writer] = given + run.nbytes
             heapreplace(queue, (load[writer], writer))
             writers.append(writer)
-    chunks = alike.written_by(tuple(writers))
-    return ArrayPlan(array.key, array.dtype, array.shape, cut.chunk_shape, chunks, (), chunks[0].writer)
+    return ArrayPlan(array.key, array.dtype, alike.written_by(tuple(writers)), writers[0])
 
 
 def _gathered(array: ArrayLayout, alike: _Alike, load: dict[int, int]) -> ArrayPlan:
-    """Give each chunk to the least loaded of the ranks that hold a part of it."""
+    """Give each run of chunks to the least loaded of the ranks that hold a part of it."""
     cut, writers = alike.cut, []
     for run, candidates in zip(cut.runs[0], cut.candidates, strict=True):
         writers.append(min(candidates, key=load.__getitem__))  # on a tie, the first
         load[writers[-1]] += run.nbytes
     owner = writers[0] if writers else min(array.boxes)
-    chunks, sources = alike.written_by(tuple(writers)), alike.sent_to(tuple(writers))
-    return ArrayPlan(array.key, array.dtype, array.shape, cut.chunk_shape, chunks, sources, owner)
+    return ArrayPlan(array.key, array.dtype, alike.written_by(tuple(writers)), owner)

@@ -1,34 +1,22 @@
-"""Reading a checkpoint: two documents to open it, then any box of any array, verified."""
+"""Reading a checkpoint: one document to open it, then any box of any array, verified."""
 
 from __future__ import annotations
 
-import gc
-import json
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt.background import check_last_save
 from ckpt.box import Box, Shape, grid
-from ckpt.checksums import Blocks, crc32c
+from ckpt.checksums import crc32c
+from ckpt.comm import Comm, agreed, from_rank_0
 from ckpt.errors import CheckpointError
-from ckpt.format import (
-    MANIFEST,
-    ZARR,
-    Json,
-    chunk_key,
-    decode_manifest,
-    document_dtype,
-    is_tag,
-    itemsize,
-    numpy_dtype,
-    tag_text,
-)
+from ckpt.format import MANIFEST, decode_manifest, file_name, is_tag, numpy_dtype, tag_text
+from ckpt.parts import ArrayInfo, decode_part, uncollected
 from ckpt.shards import Array, ArrayKey
 from ckpt.stores import Store, open_store
 from ckpt.tags import read_latest, there_are
@@ -38,51 +26,21 @@ WEIGHT_STATES = PARAMETER, BUFFER = "fp32", "value"
 """States that are a tensor's own value: a parameter in fp32, a buffer in its own type."""
 
 
-@dataclass(frozen=True, slots=True)
-class ArrayInfo:
-    """One array of a checkpoint, as described by its documents."""
-
-    key: ArrayKey
-    dtype: str
-    shape: Shape
-    chunk_shape: Shape
-    path: str
-    """Folder of the array, relative to the checkpoint."""
-    chunks: Mapping[str, Json]
-    """Chunk key -> the manifest's record; see `ckpt.checksums`."""
-
-    @property
-    def nbytes(self) -> int:
-        return Box.whole(self.shape).size * itemsize(self.dtype)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Disable the garbage collector while large documents are parsed.
-
-    None of their hundreds of thousands of objects is garbage, but the collector would traverse them again and
-    again (30,000 arrays: 1.0 s with it, 0.3 s without).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 class Checkpoint:
-    """A committed checkpoint, opened for reading. Opening reads its two documents and nothing else."""
+    """A committed checkpoint, opened for reading. Opening reads its manifest and nothing else."""
 
-    def __init__(self, store: Store, folder: str) -> None:
-        """Open the checkpoint in `folder` of the store ("" if the store is the checkpoint's own folder)."""
+    def __init__(self, store: Store, folder: str, manifest: bytes | None = None) -> None:
+        """Open the checkpoint in `folder` of the store ("" if the store is the checkpoint's own folder).
+
+        `manifest` is the content of the manifest, if it has been read already.
+        """
         self.store = store
         self.folder = folder
-        with _uncollected():
-            self.manifest = decode_manifest(self._read_document(MANIFEST), self.where(MANIFEST))
-            self.tag: str = folder or self.manifest["tag"]
-            self.arrays: dict[ArrayKey, ArrayInfo] = {a.key: a for a in self._arrays()}
+        with uncollected():
+            data = self.document(MANIFEST) if manifest is None else manifest
+            self.manifest = decode_manifest(data, self.where(MANIFEST))
+        self.tag: str = folder or self.manifest["tag"]
+        self.arrays = Arrays(self)
         self._scratch = Scratch()
 
     @property
@@ -98,28 +56,23 @@ class Checkpoint:
         """Return the full name of an object of the checkpoint, for messages."""
         return self.store.where(self.path(path))
 
-    def _read_document(self, path: str) -> bytes:
+    def document(self, path: str) -> bytes:
+        """Read a small object of the checkpoint; if the manifest has its checksum, verify it.
+
+        Raises:
+            CheckpointError: it can't be read, or is damaged.
+        """
         try:
-            return self.store.read(self.path(path))
+            data = self.store.read(self.path(path))
         except OSError as error:
             raise CheckpointError(f"{self.where(path)} can't be read: {error.strerror or error}") from None
-
-    def _arrays(self) -> Iterator[ArrayInfo]:
-        data = self._read_document(ZARR)
-        record = self.manifest["documents"][ZARR]
-        if len(data) != record["size"] or crc32c(data) != int(record["crc32c"], 16):
-            raise CheckpointError(f"{self.where(ZARR)} is damaged: its checksum isn't the manifest's")
-        for path, document in json.loads(data)["consolidated_metadata"]["metadata"].items():
-            if document["node_type"] == "array":
-                _, atom, state = path.split("/")
-                yield ArrayInfo(
-                    key=ArrayKey(unquote(atom), unquote(state)),
-                    dtype=document_dtype(document),
-                    shape=tuple(document["shape"]),
-                    chunk_shape=tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
-                    path=path,
-                    chunks=self.manifest["chunks"].get(path, {}),
+        if path != MANIFEST:
+            record = (self.manifest["parts"] | self.manifest["files"])[path]
+            if len(data) != record["size"] or crc32c(data) != int(record["crc32c"], 16):
+                raise CheckpointError(
+                    f"{self.where(path)} is damaged: its checksum isn't the manifest's; use another tag"
                 )
+        return data
 
     @property
     def atoms(self) -> dict[str, list[str]]:
@@ -151,7 +104,10 @@ class Checkpoint:
         """
         info = self.info(atom, state)
         target = Box.whole(info.shape) if box is None else box
-        out = np.empty(target.shape, numpy_dtype(info.dtype))
+        try:
+            out = np.empty(target.shape, numpy_dtype(info.dtype))
+        except MemoryError as error:
+            raise CheckpointError(f"{atom}/{state} of {self.url} can't be read: {error}") from None
         for piece in pieces(info, target):
             self.read_piece(piece, out)
         return out
@@ -159,89 +115,96 @@ class Checkpoint:
     def read_piece(self, piece: Piece, out: Array) -> int:
         """Copy one piece of a box into its place in `out`, of the box's shape; return the bytes read.
 
-        Whole blocks that are contiguous in `out` are read straight into it.
+        The whole chunk is read and verified. What is contiguous in both goes straight into `out`.
         """
+        grid = piece.info.grid
         place = out[piece.target.slices or ...]  # `...` is a view of a scalar, where `()` is a copy
-        first, last = piece.inside.span(piece.info.chunk_shape)
+        first, last = piece.inside.span(grid.chunk_shape)
         if place.flags.c_contiguous and last - first == place.size:
-            return self._read_stretch(piece, first * place.itemsize, place.reshape(-1).view(np.uint8))
-        return self._read_strided(piece, place, first, last)
-
-    def _read_stretch(self, piece: Piece, begin: int, place: npt.NDArray[np.uint8]) -> int:
-        """Fill `place` from byte `begin` of the chunk; partly needed blocks go through scratch memory."""
-        blocks, payload = self._blocks(piece), _payload(piece)
-        done = read = 0
-        while done < len(place):
-            at = begin + done
-            start = at - at % blocks.size
-            block_end = min(start + blocks.size, payload)
-            whole = (len(place) - done) // blocks.size * blocks.size  # a last block may be shorter
-            if start == at and (whole or block_end - at <= len(place) - done):
-                length = min(max(whole, block_end - at), self._window(blocks), payload - at)
-                self._read_verified(piece, blocks, start, place[done : done + length].data)
-                read += length
-            else:
-                scratch = self._scratch.take(block_end - start)
-                self._read_verified(piece, blocks, start, scratch.data)
-                length = min(block_end - at, len(place) - done)
-                place[done : done + length] = scratch[at - start : at - start + length]
-                read += len(scratch)
-            done += length
-        return read
-
-    def _read_strided(self, piece: Piece, place: Array, first: int, last: int) -> int:
-        """Read the blocks around elements `first` to `last` of the chunk, and pick the piece's elements."""
-        blocks = self._blocks(piece)
-        begin, end = self._around(piece, blocks, first, last)
-        buffer = self._scratch.take(end - begin)
-        step = self._window(blocks)
-        for at in range(0, len(buffer), step):
-            self._read_verified(piece, blocks, begin + at, buffer[at : at + step].data)
-        # The piece's elements inside the buffer, which begins `begin` bytes into the chunk.
-        elements = buffer.view(place.dtype)[first - begin // place.itemsize :]
-        steps = [place.itemsize * Box.whole(piece.info.chunk_shape[d + 1 :]).size for d in range(place.ndim)]
-        place[...] = np.lib.stride_tricks.as_strided(elements, piece.inside.shape, steps, writeable=False)
-        return end - begin
-
-    def cost(self, piece: Piece) -> int:
-        """Return the bytes that `read_piece` reads: the blocks that the piece lies in. Reads nothing."""
-        begin, end = self._around(piece, self._blocks(piece), *piece.inside.span(piece.info.chunk_shape))
-        return end - begin
-
-    def _around(self, piece: Piece, blocks: Blocks, first: int, last: int) -> tuple[int, int]:
-        """Return the byte range of the blocks that hold elements `first` to `last` of the chunk."""
-        size = itemsize(piece.info.dtype)
-        end = min(-(-last * size // blocks.size) * blocks.size, _payload(piece))
-        return first * size // blocks.size * blocks.size, end
-
-    def _window(self, blocks: Blocks) -> int:
-        """Return how many bytes to read at a time, a multiple of the block size."""
-        return max(self.store.window // blocks.size, 1) * blocks.size
-
-    def _blocks(self, piece: Piece) -> Blocks:
-        record = piece.info.chunks.get(piece.chunk)
-        if record is None:
-            raise CheckpointError(
-                f"{self.where(MANIFEST)} has no record of {piece.name}; the tag can't be trusted"
-            )
-        return Blocks.of_record(record)
-
-    def _read_verified(self, piece: Piece, blocks: Blocks, begin: int, buffer: memoryview) -> None:
-        """Fill `buffer` with whole blocks from `begin` of the chunk's file, and verify their checksums."""
-        path = f"{piece.info.path}/{piece.chunk}"
-        try:
-            got = self.store.read_into(self.path(path), buffer, begin)
-        except OSError as error:
-            fault = f"can't be read ({error.strerror or error})"
+            begin, end = first * place.itemsize, last * place.itemsize
+            spare = self._memory(piece, max(begin, grid.payload - end))  # for what is only verified
+            stretch = place.reshape(-1).view(np.uint8)
+            self._read_verified(piece, [spare[:begin], stretch, spare[: grid.payload - end]])
         else:
-            if got == len(buffer):
-                damaged = blocks.first_damaged(buffer, begin // blocks.size)
-                if damaged is None:
-                    return
-                fault = f"is damaged (checksum of block {damaged})"
-            else:
-                fault = f"is cut short at {begin + got} bytes"
-        raise CheckpointError(f"{piece.name}: {self.where(path)} {fault}; use another tag")
+            chunk = self._memory(piece, grid.payload)
+            self._read_verified(piece, [chunk])
+            place[...] = chunk.view(place.dtype).reshape(grid.chunk_shape)[piece.inside.slices]
+        return grid.payload
+
+    def _memory(self, piece: Piece, size: int) -> npt.NDArray[np.uint8]:
+        try:
+            return self._scratch.take(size)
+        except MemoryError as error:
+            raise CheckpointError(f"{piece.name} of {self.url} can't be read: {error}") from None
+
+    def _read_verified(self, piece: Piece, memory: list[npt.NDArray[np.uint8]]) -> None:
+        """Fill `memory`, one behind the other, with a chunk, and verify its checksum.
+
+        A window at a time is read and summed, so that the sum finds it in the processor's cache.
+        """
+        grid, done, checksum = piece.info.grid, 0, 0
+        file, begin = grid.place(piece.chunk)
+        path = f"{piece.info.path}/{file_name(file)}"
+        fault = None
+        for part in memory:
+            for at in range(0, len(part), self.store.window):
+                window = part[at : at + self.store.window].data
+                try:
+                    got = self.store.read_into(self.path(path), window, begin + done)
+                    if got < len(window):
+                        fault = f"is cut short at {self.store.size(self.path(path))} bytes"
+                except OSError as error:
+                    fault = f"can't be read ({error.strerror or error})"
+                if fault:
+                    break
+                done += got
+                checksum = crc32c(window, checksum)
+            if fault:
+                break
+        if fault is None and checksum != piece.info.sums[grid.number(piece.chunk)]:
+            fault = "is damaged (checksum)"
+        if fault:
+            raise CheckpointError(f"{piece.name}: {self.where(path)} {fault}; use another tag")
+
+
+class Arrays(Mapping[ArrayKey, ArrayInfo]):
+    """The arrays of a checkpoint by name. A part of the manifest is read when one of its arrays is used."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._part_of = {
+            ArrayKey(atom, state): name
+            for name, record in checkpoint.manifest["parts"].items()
+            for atom, states in record["arrays"].items()
+            for state in states
+        }
+        self._found: dict[str, dict[ArrayKey, ArrayInfo]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: ArrayKey) -> ArrayInfo:
+        return self.part(self._part_of[key])[key]
+
+    def __iter__(self) -> Iterator[ArrayKey]:
+        return iter(self._part_of)
+
+    def __len__(self) -> int:
+        return len(self._part_of)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._part_of
+
+    def part(self, name: str) -> Mapping[ArrayKey, ArrayInfo]:
+        """Return the arrays of a part of the manifest.
+
+        Raises:
+            CheckpointError: it can't be read or followed.
+        """
+        with self._lock:
+            if name not in self._found:
+                checkpoint = self._checkpoint
+                listed = checkpoint.manifest["parts"][name]["arrays"]
+                self._found[name] = decode_part(checkpoint.document(name), checkpoint.where(name), listed)
+            return self._found[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +212,8 @@ class Piece:
     """Part of a requested box that lies in one chunk."""
 
     info: ArrayInfo
-    chunk: str
+    chunk: Shape
+    """Index of the chunk."""
     inside: Box
     """The part, with offsets from the chunk's beginning."""
     target: Box
@@ -258,12 +222,7 @@ class Piece:
     @property
     def name(self) -> str:
         """Name for messages."""
-        return f"{'/'.join(self.info.key)} chunk {self.chunk}"
-
-
-def _payload(piece: Piece) -> int:
-    """Return the bytes of a chunk's elements, without its checksum."""
-    return Box.whole(piece.info.chunk_shape).size * itemsize(piece.info.dtype)
+        return f"{'/'.join(self.info.key)} chunk {list(self.chunk)}"
 
 
 def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
@@ -277,10 +236,10 @@ def pieces(info: ArrayInfo, box: Box) -> Iterator[Piece]:
             f"{'/'.join(info.key)} has shape {list(info.shape)}; "
             f"the box {list(box.offset)}+{list(box.shape)} reaches beyond it"
         )
-    for index, chunk in grid(info.shape, info.chunk_shape, box):
+    for index, chunk in grid(info.shape, info.grid.chunk_shape, box):
         part = chunk.intersect(box)
         assert part is not None, "the grid yields only chunks that meet the box"
-        yield Piece(info, chunk_key(index), part.relative_to(chunk), part.relative_to(box))
+        yield Piece(info, index, part.relative_to(chunk), part.relative_to(box))
 
 
 def open_checkpoint(run: str | Path, tag: str | int | None = None) -> Checkpoint:
@@ -293,6 +252,21 @@ def open_checkpoint(run: str | Path, tag: str | int | None = None) -> Checkpoint
             documents are damaged.
     """
     return Checkpoint(*find_checkpoint(run, tag))
+
+
+def open_together(comm: Comm, run: str | Path, tag: str | int | None = None) -> Checkpoint:
+    """Open the same checkpoint on every rank; rank 0 finds it and reads the manifest for all. Collective.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, the same on all ranks.
+    """
+
+    def find() -> tuple[str, bytes]:
+        found = Checkpoint(*find_checkpoint(run, tag))
+        return found.url, found.document(MANIFEST)
+
+    url, manifest = from_rank_0(comm, find)
+    return agreed(comm, lambda: Checkpoint(open_store(url), "", manifest))
 
 
 def find_checkpoint(run: str | Path, tag: str | int | None = None) -> tuple[Store, str]:

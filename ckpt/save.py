@@ -12,55 +12,25 @@ import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ckpt import gather
 from ckpt.comm import Comm, agreed, agreed_by_all, from_rank_0
+from ckpt.commit import SaveReport, commit, record
 from ckpt.errors import CheckpointError
-from ckpt.format import (
-    DTYPES,
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    MANIFEST,
-    ZARR,
-    Json,
-    check_json,
-    check_same_tag,
-    encode_document,
-    encode_manifest,
-    group_document,
-    numpy_dtype,
-    object_record,
-)
-from ckpt.plan import Plan
+from ckpt.format import DTYPES, Json, check_json, check_same_tag, numpy_dtype
+from ckpt.plan import ArrayPlan, Plan
 from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.stores import Store, open_store
-from ckpt.tags import KEEP_ALL, Retention, check_owner, prune, read_latest
-from ckpt.threads import cores
-from ckpt.write import Write, Writer, Written
+from ckpt.tags import KEEP_ALL, Retention, check_owner, read_latest
+from ckpt.write import Write, Writer
 
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 Held = Mapping[ArrayKey, Shard | UnreadShard]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveReport:
-    """Summary of a save, over all ranks."""
-
-    tag: str
-    url: str
-    """Folder or URL of the checkpoint."""
-    bytes_written: int
-    """Bytes of the chunks that were written."""
-    bytes_linked: int
-    """Bytes of the chunks that were linked to those of the latest checkpoint instead of being written."""
-    pruned: tuple[str, ...] = ()
-    """Tags of checkpoints that the retention deleted."""
 
 
 def save(
@@ -86,7 +56,7 @@ def save(
             one, protects the checkpoints of other runs from being replaced or deleted.
         files: name -> content of further files in the checkpoint's folder; rank 0's are written.
         durable: sync every file and folder to the disk before the commit.
-        incremental: hard-link chunks that are byte for byte those of the latest checkpoint, if the store can.
+        incremental: hard-link files that are byte for byte those of the latest checkpoint, if the store can.
         retention: checkpoints to keep; the others are deleted after the commit, if `latest` is updated.
 
     A committed tag stays readable until its replacement is committed. Stores that can't replace it in one
@@ -99,25 +69,25 @@ def save(
     """
     held = {shard.spec.key: shard for shard in shards}
     rounds = list(gather.rounds(plan))
-    checks = agreed_by_all(comm, lambda: (tag, *_check(held, plan, comm.rank, document), len(rounds)))
+    checks = agreed_by_all(comm, lambda: (tag, _check(held, plan, comm.rank, document), len(rounds)))
     check_same_tag([check[0] for check in checks])
-    _check_same_plans([check[1:3] for check in checks])
+    check_same_plans([check[1] for check in checks])
     if retention.keep_last is not None and not durable:
         raise CheckpointError(
             "a save that isn't durable can't delete older checkpoints; save with durable=True"
         )
-    store = agreed(comm, lambda: open_store(run))
-    workers, own = store.threads or threads or cores(), uuid.uuid4().hex
+    store, own = agreed(comm, lambda: _open(run, plan)), uuid.uuid4().hex
     try:
-        owner = document.get("run_id")
-        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental, owner))
-        writer = agreed(comm, lambda: _writer(store, tag, token, base, durable, workers))
-        written = agreed(comm, lambda: _write_own(writer, plan, held, comm.rank))
-        written.add(_write_gathered(rounds, max(check[3] for check in checks), writer, held, comm))
+        run_id = document.get("run_id")
+        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental, run_id))
+        agreed(comm, lambda: _check_same_folder(store, tag, token))
+        writer = Writer(store, tag, plan, comm.rank, durable=durable, base=base, threads=threads)
+        _write_own(writer, plan, held, comm, incremental=base is not None)
+        _write_gathered(rounds, max(check[2] for check in checks), writer, held, comm)
         if durable:
             agreed(comm, lambda: store.sync(tag))  # on every rank, as each machine has its own page cache
-        everything = comm.gather(written)
-        finish = partial(_finish, store, tag, token, everything, document, files)
+        everything = comm.gather(record(writer, plan, comm.rank))
+        finish = partial(commit, store, tag, token, everything, document, files)
         return from_rank_0(comm, lambda: finish(durable, update_latest, retention))
     except CheckpointError:
         if comm.rank == 0:
@@ -125,8 +95,8 @@ def save(
         raise
 
 
-def _check(held: Held, plan: Plan, rank: int, document: Json) -> tuple[tuple[int, ...], str]:
-    """Check this rank's arguments; return the plan's ranks and digest, to be compared with the others'."""
+def _check(held: Held, plan: Plan, rank: int, document: Json) -> PlanId:
+    """Check this rank's arguments; return what is compared with the others' plans."""
     check_json(document, "the checkpoint's document")
     for array in plan.arrays:
         if array.dtype not in DTYPES:
@@ -143,18 +113,40 @@ def _check(held: Held, plan: Plan, rank: int, document: Json) -> tuple[tuple[int
             )
         found = (shard.data.shape, shard.data.dtype)
         assert found == (shard.spec.box.shape, numpy_dtype(shard.spec.dtype)), f"{shard.spec} has {found}"
-    return plan.ranks, plan.digest
+    assert rank in plan.ranks, f"rank {rank} has a plan of the ranks {plan.ranks}"
+    return PlanId(plan.ranks[0], len(plan.ranks), plan.digest)
 
 
-def _check_same_plans(plans: list[tuple[tuple[int, ...], str]]) -> None:
-    """Check that ranks that share arrays have the same plan for them, given each rank's `(ranks, digest)`."""
-    for rank, (peers, digest) in enumerate(plans):
-        for peer in peers:
-            if plans[peer] != (peers, digest):
-                raise CheckpointError(
-                    f"ranks {rank} and {peer} have different plans for the arrays that they share; "
-                    "their models or optimizers differ"
-                )
+class PlanId(NamedTuple):
+    """Identity of a plan, which ranks compare."""
+
+    first: int
+    """First rank of the plan."""
+    size: int
+    """Number of its ranks."""
+    digest: str
+    """Covers the ranks, each of which has checked that it is one of them."""
+
+
+def check_same_plans(plans: list[PlanId]) -> None:
+    """Check that ranks that share arrays have the same plan for them, given each rank's plan."""
+    found = Counter(plans)
+    for rank, plan in enumerate(plans):
+        if found[plan] != plan.size:
+            raise CheckpointError(
+                f"rank {rank} and a rank that shares its arrays have different plans for them; "
+                "their models or optimizers differ"
+            )
+
+
+def _open(run: str | Path, plan: Plan) -> Store:
+    """Open the store, and check that it can have the planned files."""
+    store = open_store(run)
+    if plan.files == "array" and len(plan.ranks) > 1 and not store.shares_files:
+        raise CheckpointError(
+            f"several ranks can't write one object of {store.where('')}; plan with files='writer'"
+        )
+    return store
 
 
 def _begin(
@@ -170,8 +162,8 @@ def _begin(
     return token, base
 
 
-def _writer(store: Store, tag: str, token: str, base: str | None, durable: bool, threads: int) -> Writer:
-    """Make this rank's writer, after checking that it sees the folder that rank 0 made.
+def _check_same_folder(store: Store, tag: str, token: str) -> None:
+    """Check that this rank sees the folder that rank 0 made.
 
     If each machine had a folder of its own, a checkpoint would be committed without the others' chunks.
     """
@@ -179,104 +171,65 @@ def _writer(store: Store, tag: str, token: str, base: str | None, durable: bool,
         raise CheckpointError(
             f"{store.where('')} is not the same folder as rank 0's; save to a shared file system"
         )
-    return Writer(store, tag, durable=durable, base=base, threads=threads)
 
 
-def _write_own(writer: Writer, plan: Plan, held: Held, rank: int) -> Written:
-    """Write the chunks that this rank holds whole, and the metadata of the arrays that it owns."""
-    written = writer.write_chunks(_in_place(plan, held, rank))
-    written.add(writer.write_documents(plan, rank))
-    return written
+def _write_own(writer: Writer, plan: Plan, held: Held, comm: Comm, *, incremental: bool) -> None:
+    """Write the chunks that this rank holds whole and the metadata of the arrays it owns. Collective."""
+    writes = list(_in_place(plan, held, comm.rank))
+    arrays = plan.arrays if plan.files == "array" else ()  # else each file has one writer, who decides
+    shared = {array.key: array for array in arrays if len(array.chunk_plan.by_writer) > 1}
+    linked = _agree_unchanged(writer, shared, writes, comm) if incremental else set()
+
+    def work() -> None:
+        writer.link(shared[key] for key in linked if shared[key].owner == comm.rank)
+        writer.write_chunks(writes, linked)
+        writer.write_documents()
+
+    agreed(comm, work)
+
+
+def _agree_unchanged(
+    writer: Writer, shared: Mapping[ArrayKey, ArrayPlan], writes: list[Write], comm: Comm
+) -> set[ArrayKey]:
+    """Return the arrays with several writers that are the base's, which all their writers found. Collective.
+
+    Most arrays of most saves have changed, so the owner of each looks at one page first.
+    """
+    mine = [w for w in writes if w.plan.key in shared and w.plan.owner == comm.rank]
+    likely = set[ArrayKey]().union(*agreed_by_all(comm, lambda: writer.unchanged(mine, None)))
+    if not likely:
+        return set()
+    ours = [w for w in writes if w.plan.key in shared]
+    found = [key for same in agreed_by_all(comm, lambda: writer.unchanged(ours, likely)) for key in same]
+    return {
+        key for key in likely & shared.keys() if found.count(key) == len(shared[key].chunk_plan.by_writer)
+    }
 
 
 def _in_place(plan: Plan, held: Held, rank: int) -> Iterator[Write]:
     for array in plan.arrays:
-        if array.sources:
+        if array.chunk_plan.sources is not None:
             continue
-        for chunk in array.chunks:
-            if chunk.writer == rank:
-                shard = held[array.key]
-                part = chunk.box.relative_to(shard.spec.box).slices
-                if isinstance(shard, Shard):
-                    yield Write(array, chunk, shard.data[part])
-                else:
-                    yield Write(array, chunk, partial(shard.data.__getitem__, part))
+        for chunk in array.chunk_plan.by_writer.get(rank, ()):
+            shard = held[array.key]
+            part = chunk.box.relative_to(shard.spec.box).slices
+            if isinstance(shard, Shard):
+                yield Write(array, chunk, shard.data[part])
+            else:
+                yield Write(array, chunk, partial(shard.data.__getitem__, part))
 
 
 def _write_gathered(
     rounds: list[list[gather.Gathering]], most: int, writer: Writer, held: Held, comm: Comm
-) -> Written:
+) -> None:
     """Gather chunks to their writers and write them. Collective.
 
     Plans may differ between pipeline stages, but an exchange is collective: every rank takes part in `most`
     rounds, as many as any plan has.
     """
-    written = Written()
     for i in range(most):
         batch = rounds[i] if i < len(rounds) else []
         pieces = agreed(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
         received = comm.exchange(*pieces)
         writes = gather.arrived(batch, received, comm.rank)
-        written.add(agreed(comm, lambda writes=writes: writer.write_chunks(writes)))  # type: ignore[misc]
-    return written
-
-
-def _finish(
-    store: Store,
-    tag: str,
-    token: str,
-    everything: list[Written],
-    document: Json,
-    files: Mapping[str, bytes],
-    durable: bool,
-    update_latest: bool,
-    retention: Retention,
-) -> SaveReport:
-    """Write the consolidated metadata and the manifest, commit, and delete old checkpoints. Rank 0 only."""
-    whole = Written()
-    for written in everything:
-        whole.add(written)
-    _check_complete(everything, whole.documents)
-    root = encode_document(group_document(dict(sorted(whole.documents.items()))))
-    records = {
-        f"{path}/{ZARR}": object_record(encode_document(d)) for path, d in sorted(whole.documents.items())
-    }
-    own = {"format", "version", "tag", "documents", "files", "chunks"}
-    assert not own & document.keys(), f"the document has keys of the format's own: {own & document.keys()}"
-    manifest = {
-        "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
-        "tag": tag,
-        **document,
-        "documents": {**records, ZARR: object_record(root)},
-        "chunks": dict(sorted(whole.chunks.items())),
-    }
-    if files:
-        manifest["files"] = {name: object_record(content) for name, content in files.items()}
-    last = {**files, ZARR: root, MANIFEST: encode_manifest(manifest)}
-    check_owner(store, tag, document.get("run_id"))
-    store.commit(tag, token, last, durable=durable, update_latest=update_latest)
-    pruned: list[str] = []
-    if update_latest and retention.keep_last is not None:
-        try:
-            pruned = prune(store, retention, run_id=document.get("run_id"))
-        except (CheckpointError, OSError) as error:
-            raise CheckpointError(f"{store.where(tag)} is committed, but: {error}") from error
-    sizes = {"bytes_written": whole.bytes_written, "bytes_linked": whole.bytes_linked}
-    return SaveReport(tag=tag, url=store.where(tag), pruned=tuple(pruned), **sizes)
-
-
-def _check_complete(everything: list[Written], documents: dict[str, Json]) -> None:
-    """Check that every chunk of every array was written exactly once.
-
-    Each plan proves this for its own arrays; this is the last check before the commit, over all plans.
-    """
-    chunks: Counter[str] = Counter()
-    for written in everything:
-        chunks.update({path: len(records) for path, records in written.chunks.items()})
-    for path, document in documents.items():
-        if document["node_type"] == "array":
-            grid = zip(document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"], strict=True)
-            expected, found = prod(-(-n // c) for n, c in grid), chunks[path]
-            assert found == expected, f"{path}: {found} chunks written of {expected}"
-    assert chunks.keys() <= documents.keys(), "every array has its metadata"
+        agreed(comm, lambda writes=writes: writer.write_chunks(writes))  # type: ignore[misc]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,10 @@ import numpy.typing as npt
 from ckpt.box import Box, Shape
 
 Array = npt.NDArray[Any]
+
+Files = Literal["array", "writer"]
+"""What a file holds: a whole array, written by several ranks at once; or what one rank writes of it, up to
+`ckpt.chunking.FILE_BYTES`, where ranks can't share a file."""
 
 
 class ArrayKey(NamedTuple):

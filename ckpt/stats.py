@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckpt.bands import BandReader, bands
-from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.parts import ArrayInfo
+from ckpt.read import Checkpoint
 from ckpt.shards import ArrayKey
 from ckpt.threads import cores, for_each
 

@@ -1,9 +1,8 @@
 """Checking a whole checkpoint: that every object exists, and that every byte is the one that was saved.
 
-A load verifies only the parts that its ranks read. `verify` reads everything: chunks to the last byte of
-their files, and also the documents that only zarr's readers use. It continues after damage, and each thread
-takes the memory of one window, whatever the size. `absent` compares only the sizes of the objects, and reads
-nothing.
+A load verifies only the parts that its ranks read. `verify` reads everything: files to their last byte, and
+also the documents that only zarr's readers use. It continues after damage, and each thread takes the memory
+of one window, whatever the size. `absent` compares only the sizes of the files, and reads nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import unquote
 
-from ckpt.box import Box, grid
-from ckpt.checksums import CHECKSUM_BYTES, Blocks, crc32c
-from ckpt.format import MANIFEST, ZARR, Json, chunk_key, itemsize
-from ckpt.read import ArrayInfo, Checkpoint
+from ckpt.box import Shape
+from ckpt.checksums import CHECKSUM_BYTES, crc32c
+from ckpt.errors import CheckpointError
+from ckpt.format import ZARR, Json, file_name
+from ckpt.parts import ArrayInfo, consolidated
+from ckpt.read import Checkpoint
+from ckpt.shards import Array
 from ckpt.threads import Scratch, cores, for_each
 
 
@@ -27,9 +29,8 @@ class Problem:
     """A problem with one object of a checkpoint."""
 
     atom: str = ""
-    """Empty, as are the next two, if the object isn't part of one."""
+    """Empty, as is the next, if the object isn't part of one."""
     state: str = ""
-    chunk: str = ""
     path: str
     """Full name of the object: a file or a URL."""
     what: str
@@ -37,7 +38,6 @@ class Problem:
 
     def __str__(self) -> str:
         name = "/".join(filter(None, (self.atom, self.state)))
-        name = f"{name} chunk {self.chunk}" if self.chunk else name
         return f"{name}: {self.path} {self.what}" if name else f"{self.path} {self.what}"
 
 
@@ -50,36 +50,68 @@ def verify(
     checkpoint was opened; everything else is checked against it.
     """
     verifier = _Verifier(checkpoint, progress)
-    root = verifier.root()
-    jobs = [*verifier.documents(), *verifier.chunks()]
+    jobs = [*verifier.documents(), *verifier.nodes(), *verifier.files()]
     found = for_each(lambda job: job(), jobs, threads or checkpoint.store.threads or cores())
-    return [problem for problem in (root, *found) if problem is not None]
+    return [problem for problem in found if problem is not None]
 
 
 def absent(checkpoint: Checkpoint, *, threads: int | None = None) -> list[Problem]:
-    """Return the objects that are missing or have another size, and chunks that the manifest doesn't list.
+    """Return the objects that are missing or have another size.
 
-    Nothing is read, so this finds files that were deleted, left out of a copy, or cut short, but not bytes
-    that changed.
+    Only the parts of the manifest are read, so this finds files that were deleted, left out of a copy, or cut
+    short, but not bytes that changed.
     """
-    expected = _sizes(checkpoint)
+    expected, unread = _sizes(checkpoint)
 
     def look(path: str) -> Problem | None:
+        wanted = expected[path]
         try:
             size = checkpoint.store.size(checkpoint.path(path))
         except OSError as error:
             return problem_at(checkpoint, path, unreadable(error))
-        wanted = expected[path]
-        return None if size == wanted else problem_at(checkpoint, path, other_size(size, wanted))
+        if wanted not in (None, size):
+            return problem_at(checkpoint, path, other_size(size, wanted))
+        return unread.get(path)
 
     found = for_each(look, expected, threads or checkpoint.store.threads or cores())
-    return [*_unknown(checkpoint), *(problem for problem in found if problem is not None)]
+    return [problem for problem in found if problem is not None]
 
 
 def extent(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return the number and the total bytes of the objects that the manifest names."""
-    sizes = _sizes(checkpoint)
-    return len(sizes), sum(sizes.values())
+    """Return the number of a checkpoint's objects besides the manifest, and the bytes of those that `verify`
+    reports to `progress`: all but the documents of single groups and arrays."""
+    sizes = _sizes(checkpoint)[0].values()
+    return len(sizes), sum(size for size in sizes if size is not None)
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, int | None], dict[str, Problem]]:
+    """Return the size of every object, None where it isn't recorded, and what `_parts` says of bad parts."""
+    manifest = checkpoint.manifest
+    sizes: dict[str, int | None] = {
+        path: record["size"] for path, record in (manifest["parts"] | manifest["files"]).items()
+    }
+    groups, unread = _parts(checkpoint)
+    sizes |= dict.fromkeys(map(_document_of, consolidated(groups)["consolidated_metadata"]["metadata"]))
+    for info in (info for group in groups for info in group):
+        for index, _ in info.grid.files():
+            sizes[f"{info.path}/{file_name(index)}"] = info.grid.file_bytes(index)
+    return sizes, unread
+
+
+def _parts(checkpoint: Checkpoint) -> tuple[list[list[ArrayInfo]], dict[str, Problem]]:
+    """Return the arrays of each part of the manifest, and a problem for each part that can't be followed."""
+    groups, unread = [], {}
+    for name in checkpoint.manifest["parts"]:
+        try:
+            groups.append([*checkpoint.arrays.part(name).values()])
+        except CheckpointError as error:
+            what = str(error).removeprefix(f"{checkpoint.where(name)} ").removesuffix("; use another tag")
+            unread[name] = problem_at(checkpoint, name, what)
+    return groups, unread
+
+
+def _document_of(node: str) -> str:
+    return f"{node}/{ZARR}"
 
 
 _Job = Callable[[], Problem | None]
@@ -91,45 +123,31 @@ class _Verifier:
     def __init__(self, checkpoint: Checkpoint, progress: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint
         self._store = checkpoint.store
-        self._manifest = checkpoint.manifest
-        self._records: dict[str, Json] = self._manifest["documents"] | self._manifest.get("files", {})
         self._tell = progress
         self._lock = threading.Lock()
         self._scratch = Scratch()
-        self._nodes: dict[str, Json] | None = None
-        """Path of a group or an array -> its document in the consolidated one; None if that is damaged."""
-
-    def root(self) -> Problem | None:
-        """Read the consolidated `zarr.json` again and check it: the other documents are compared with it."""
-        data, problem = self._document(ZARR)
-        if data is not None:
-            self._nodes = json.loads(data)["consolidated_metadata"]["metadata"]
-        return problem
+        self._groups, self._unread = _parts(checkpoint)
+        self._root = consolidated(self._groups)
 
     def documents(self) -> Iterator[_Job]:
-        """Yield the check of each other document and file, including any `zarr.json` that has no record."""
-        recorded = self._records.keys() - {ZARR}
-        for path in sorted(recorded | {f"{node}/{ZARR}" for node in self._nodes or ()}):
-            if path in recorded:
-                yield partial(self._check_document, path)
-            else:
-                yield partial(self._problem, path, f"has no record of {path}", at=MANIFEST)
+        """Yield the check of each object whose checksum the manifest has."""
+        manifest = self._checkpoint.manifest
+        for path in manifest["parts"] | manifest["files"]:
+            yield partial(self._check_document, path)
 
-    def chunks(self) -> Iterator[_Job]:
-        """Yield the check of each chunk that is recorded or should be."""
-        records, arrays = self._manifest["chunks"], {a.path: a for a in self._checkpoint.arrays.values()}
-        for path in sorted(records.keys() - arrays.keys()):
-            what = f"has records of chunks in {path}, which is no array of the checkpoint"
-            yield partial(self._problem, path, what, at=MANIFEST)
-        for info in arrays.values():
-            wanted = [chunk_key(index) for index, _ in grid(info.shape, info.chunk_shape)]
-            yield from (partial(self._check_chunk, info, key) for key in wanted)
-            for key in sorted(info.chunks.keys() - set(wanted)):
-                what = "has a record of it, but there is no such chunk in the array's grid"
-                yield partial(self._problem, f"{info.path}/{key}", what, at=MANIFEST)
+    def nodes(self) -> Iterator[_Job]:
+        """Yield the check of each document of a single group or array."""
+        for node, document in self._root["consolidated_metadata"]["metadata"].items():
+            yield partial(self._check_node, _document_of(node), document)
 
-    def _problem(self, path: str, what: str, at: str | None = None) -> Problem:
-        return problem_at(self._checkpoint, path, what, at)
+    def files(self) -> Iterator[_Job]:
+        """Yield the check of each file with data."""
+        for info in (info for group in self._groups for info in group):
+            for index, _ in info.grid.files():
+                yield partial(self._check_file, info, index)
+
+    def _problem(self, path: str, what: str) -> Problem:
+        return problem_at(self._checkpoint, path, what)
 
     def _progress(self, n: int) -> None:
         with self._lock:
@@ -138,80 +156,77 @@ class _Verifier:
     # --- documents -------------------------------------------------------------------------------------
 
     def _check_document(self, path: str) -> Problem | None:
-        data, problem = self._document(path)
-        node = path.removesuffix(f"/{ZARR}")
-        if data is None or self._nodes is None or node == path:  # the last is another file
-            return problem
-        try:
-            same = json.loads(data) == self._nodes.get(node)
-        except ValueError:
-            same = False
-        return None if same else self._problem(path, f"isn't what the checkpoint's {ZARR} says of it")
-
-    def _document(self, path: str) -> tuple[bytes | None, Problem | None]:
-        """Return a document that has its recorded checksum, or None and the problem."""
-        record = self._records[path]
+        manifest = self._checkpoint.manifest
+        record = (manifest["parts"] | manifest["files"])[path]
         try:
             data = self._store.read(self._checkpoint.path(path))
         except OSError as error:
-            return None, self._problem(path, unreadable(error))
+            return self._problem(path, unreadable(error))
         self._progress(len(data))
         if len(data) != record["size"]:
-            return None, self._problem(path, other_size(len(data), record["size"]))
+            return self._problem(path, other_size(len(data), record["size"]))
         if crc32c(data) != int(record["crc32c"], 16):
-            return None, self._problem(path, "is damaged: its checksum isn't the manifest's")
-        return data, None
+            return self._problem(path, "is damaged: its checksum isn't the manifest's")
+        if path == ZARR and not self._unread:
+            return self._compared(path, data, self._root)
+        return self._unread.get(path)
 
-    # --- chunks ----------------------------------------------------------------------------------------
+    def _check_node(self, path: str, expected: Json) -> Problem | None:
+        try:
+            data = self._store.read(self._checkpoint.path(path))
+        except OSError as error:
+            return self._problem(path, unreadable(error))
+        return self._compared(path, data, expected)
 
-    def _check_chunk(self, info: ArrayInfo, key: str) -> Problem | None:
-        path, size = f"{info.path}/{key}", Box.whole(info.chunk_shape).size * itemsize(info.dtype)
-        if key not in info.chunks:
-            return self._problem(path, "has no record of it", at=MANIFEST)
-        blocks = self._blocks(info.chunks[key], size)
-        if blocks is None:
-            return self._problem(path, "has a record of it that can't be followed", at=MANIFEST)
-        faults = self._faults(path, blocks, size, int(info.chunks[key]["crc32c"], 16))
+    def _compared(self, path: str, data: bytes, expected: Json) -> Problem | None:
+        try:
+            same = json.loads(data) == expected
+        except (ValueError, RecursionError):
+            same = False
+        return None if same else self._problem(path, "isn't what the manifest says of it")
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def _check_file(self, info: ArrayInfo, file: Shape) -> Problem | None:
+        """Read a file to its end, in windows that fit the processor's cache, and describe its faults."""
+        grid, path = info.grid, f"{info.path}/{file_name(file)}"
+        size, chunks = grid.file_bytes(file), grid.chunks(file)
+        stream = _Stream(partial(self._read, path), self._scratch.take(self._store.window), size)
+        damaged: list[str] = []
+        outside = False  # True if something other than a chunk is damaged
+        for i, index in enumerate(chunks):
+            begin = i * grid.stride
+            end = begin + grid.stride if i + 1 < len(chunks) else grid.index_offset(file)
+            checksum = 0
+            for part in stream.parts(grid.payload):
+                checksum = crc32c(part, checksum)
+            tail = stream.take(end - begin - grid.payload)
+            if stream.done < end:
+                break
+            wanted = int(info.sums[grid.number(index)])
+            if checksum != wanted or tail[:CHECKSUM_BYTES] != wanted.to_bytes(CHECKSUM_BYTES, "little"):
+                damaged.append(f"chunk {list(index)} at byte {begin}")
+            outside |= tail[CHECKSUM_BYTES:].strip(b"\0") != b""
+        else:
+            index_bytes = stream.take(size - stream.done)
+            outside |= stream.done == size and index_bytes != grid.index(file)
+        faults = []
+        if damaged:
+            faults.append(f"is damaged in {len(damaged)} of {len(chunks)} chunks, the first is {damaged[0]}")
+        if outside:
+            faults.append("is damaged between or behind its chunks")
+        if stream.error is not None:
+            faults.append(unreadable(stream.error))
+        elif stream.done < size:
+            faults.append(f"is cut short at {stream.done} of {size} bytes")
+        elif stream.goes_on:
+            faults.append(self._too_long(path, size))
         return self._problem(path, ", and ".join(faults)) if faults else None
 
-    def _blocks(self, record: Json, size: int) -> Blocks | None:
-        """Return the chunk's checksums; None if its record doesn't fit a chunk of `size` bytes."""
-        try:
-            blocks, checksum = Blocks.of_record(record), int(record["crc32c"], 16)
-            fits = record["size"] == size + CHECKSUM_BYTES and blocks.count == -(-size // blocks.size)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            return None
-        return blocks if fits and blocks.sum(blocks.count - 1) == checksum else None
-
-    def _faults(self, path: str, blocks: Blocks, size: int, checksum: int) -> list[str]:
-        """Read a chunk's file, in windows that fit the processor's cache, and describe its faults."""
-        window = max(self._store.window // blocks.size, 1) * blocks.size
-        faults: list[str] = []
-        damaged: list[int] = []
-        for begin in range(0, size, window):
-            length = min(window, size - begin)
-            tail = CHECKSUM_BYTES if begin + length == size else 0
-            # Ask for one byte too many at the end, which finds a file that is too long without another call.
-            buffer = self._scratch.take(length + tail + bool(tail)).data
-            try:
-                got = self._store.read_into(self._checkpoint.path(path), buffer, begin)
-            except OSError as error:
-                faults.append(unreadable(error))
-                break
-            self._progress(min(got, length + tail))
-            data = buffer[: length if got >= length else got // blocks.size * blocks.size]  # whole blocks
-            damaged += _damaged(blocks, data, begin // blocks.size)
-            if got < length + tail:
-                faults.append(f"is cut short at {begin + got} of {size + CHECKSUM_BYTES} bytes")
-                break
-            if tail and int.from_bytes(buffer[length : length + tail], "little") != checksum:
-                faults.append("doesn't end with its checksum")
-            if got > length + tail:
-                faults.append(self._too_long(path, size + CHECKSUM_BYTES))
-        if damaged:
-            first = f"the first at byte {damaged[0] * blocks.size}"
-            faults.insert(0, f"is damaged in {len(damaged)} of {blocks.count} blocks, {first}")
-        return faults
+    def _read(self, path: str, buffer: memoryview, offset: int) -> int:
+        got = self._store.read_into(self._checkpoint.path(path), buffer, offset)
+        self._progress(got)
+        return got
 
     def _too_long(self, path: str, size: int) -> str:
         """Describe a file that has more than `size` bytes."""
@@ -221,41 +236,60 @@ class _Verifier:
             return f"goes on after its {size} bytes"
 
 
-def _damaged(blocks: Blocks, data: memoryview, first: int) -> Iterator[int]:
-    """Yield the indices of all damaged blocks in `data`, which begins with block `first`."""
-    begin = 0
-    while begin < len(data):
-        index = blocks.first_damaged(data[begin:], first + begin // blocks.size)
-        if index is None:
-            return
-        yield index
-        begin = (index + 1 - first) * blocks.size
+class _Stream:
+    """Reads a file from its beginning, a window at a time.
+
+    Attributes:
+        done: the bytes handed out so far.
+        goes_on: True if the file has more than its size, once all of it was handed out.
+        error: the error that ended it early, or None.
+    """
+
+    def __init__(self, read: Callable[[memoryview, int], int], window: Array, size: int) -> None:
+        self.done = 0
+        self.goes_on = False
+        self.error: OSError | None = None
+        self._read = read
+        self._window = window
+        self._size = size
+        self._held = memoryview(b"")  # read, but not handed out
+        self._ended = False
+
+    def parts(self, length: int) -> Iterator[memoryview]:
+        """Yield the next `length` bytes in parts, each valid until the next; fewer at the file's end."""
+        while length > 0:
+            if not self._held:
+                self._fill()
+            if not self._held:
+                return
+            part, self._held = self._held[:length], self._held[length:]
+            length -= len(part)
+            self.done += len(part)
+            yield part
+
+    def take(self, length: int) -> bytes:
+        """Return the next `length` bytes; fewer at the file's end."""
+        return b"".join([bytes(part) for part in self.parts(length)])
+
+    def _fill(self) -> None:
+        """Read the next window, with one byte too many at the end: this finds a file that is too long."""
+        left = self._size - self.done
+        length = min(left + 1, len(self._window))
+        buffer = self._window[: length - (length == left)].data  # the last window is the one with that byte
+        try:
+            got = 0 if self._ended else self._read(buffer, self.done)
+        except OSError as error:
+            self.error, got = error, 0
+        self._ended |= got < len(buffer)
+        self.goes_on = got > left
+        self._held = buffer[: min(got, left)]
 
 
-def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the size of every object that the manifest names."""
-    manifest = checkpoint.manifest
-    records = manifest["documents"] | manifest.get("files", {})
-    for array, chunks in manifest["chunks"].items():
-        records |= {f"{array}/{key}": record for key, record in chunks.items()}
-    return {path: record.get("size", 0) for path, record in records.items()}
-
-
-def _unknown(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Yield the chunks of the arrays' grids that have no record."""
-    for info in checkpoint.arrays.values():
-        for index, _ in grid(info.shape, info.chunk_shape):
-            if chunk_key(index) not in info.chunks:
-                path = f"{info.path}/{chunk_key(index)}"
-                yield problem_at(checkpoint, path, "has no record of it", at=MANIFEST)
-
-
-def problem_at(checkpoint: Checkpoint, path: str, what: str, at: str | None = None) -> Problem:
-    """Make a problem with the object at `path`, or with the record of it in the document `at`."""
-    parts = [*path.split("/")[1:], "", "", ""][:3]
-    atom, state, chunk = ("" if part == ZARR else unquote(part) for part in parts)
-    where = checkpoint.where(path if at is None else at)
-    return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
+def problem_at(checkpoint: Checkpoint, path: str, what: str) -> Problem:
+    """Make a problem with the object at `path`."""
+    folder, *names = path.split("/")[:-1] or [""]
+    atom, state = (*map(unquote, names), "", "")[:2] if folder == "atoms" else ("", "")
+    return Problem(atom=atom, state=state, path=checkpoint.where(path), what=what)
 
 
 def unreadable(error: OSError) -> str:

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ckpt.box import Box
-from ckpt.checksums import CHECKSUM_BYTES, Summing, crc32c
-from ckpt.errors import CheckpointError
+from ckpt.box import Box, Shape
+from ckpt.checksums import CHECKSUM_BYTES, Buffer, Summing
 from ckpt.format import (
     ZARR,
     Json,
     array_document,
     array_path,
     atom_path,
-    chunk_key,
     encode_document,
+    file_name,
     fill_value,
     group_document,
     numpy_dtype,
 )
+from ckpt.links import Links, Run
+from ckpt.parts import Sums
 from ckpt.plan import ArrayPlan, Chunk, Plan
-from ckpt.read import Checkpoint
-from ckpt.shards import Array
+from ckpt.shards import Array, ArrayKey
 from ckpt.stores import Store
-from ckpt.threads import for_each
+from ckpt.threads import cores, for_each
+
+JOB_BYTES = 32 << 20
+"""Approximate number of bytes that a thread writes at a time into a file that it can share."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Write:
     """One chunk to write."""
 
@@ -38,66 +41,191 @@ class Write:
     chunk: Chunk
     data: Array | Callable[[], Array]
     """Part of the array inside `chunk.box`, or a function that reads it when it is written."""
+    sum: int | None = None
+    """Its checksum, once all of it has been written or compared."""
+
+    def parts(self) -> Iterator[Buffer]:
+        """Yield the chunk as it stands in the file: its elements in C order, little endian, their crc32c."""
+        grid, dtype = self.plan.grid, self.plan.dtype
+        payload = part = self.data() if callable(self.data) else self.data
+        if part.shape != grid.chunk_shape:  # zarr stores whole chunks even at the array's end
+            payload = np.full(grid.chunk_shape, fill_value(dtype), numpy_dtype(dtype))
+            payload[Box.whole(part.shape).slices] = part
+        summing = Summing(np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data)
+        yield from summing.parts()
+        self.sum = summing.sum
 
 
 @dataclass
 class Written:
-    """Records of everything that one rank has written."""
+    """Record of everything that one rank has written."""
 
-    chunks: dict[str, dict[str, Json]] = field(default_factory=dict)
-    """Path of an array -> chunk key -> the manifest's record."""
-    documents: dict[str, Json] = field(default_factory=dict)
-    """Path of a group or an array -> its `zarr.json`."""
+    sums: dict[ArrayKey, dict[Shape, int | None]] = field(default_factory=lambda: defaultdict(dict))
+    """Array -> index of a chunk -> its checksum."""
     bytes_written: int = 0
     bytes_linked: int = 0
 
-    def add(self, other: Written) -> None:
-        """Add another rank's, or a later, record."""
-        for path, records in other.chunks.items():
-            self.chunks.setdefault(path, {}).update(records)
-        self.documents |= other.documents
-        self.bytes_written += other.bytes_written
-        self.bytes_linked += other.bytes_linked
+    def in_order(self, plan: Plan, rank: int) -> Sums:
+        """Return the checksums of the chunks that the plan gives this rank, in the plan's order."""
+        return np.array(
+            [
+                self.sums[array.key][chunk.index]
+                for array in plan.arrays
+                for chunk in array.chunk_plan.by_writer.get(rank, ())
+            ],
+            np.uint32,
+        )
+
+
+@dataclass(slots=True)
+class _File:
+    """Chunks of one file that this rank writes."""
+
+    plan: ArrayPlan
+    index: Shape
+    path: str
+    """Relative to the checkpoint."""
+    writes: list[tuple[int, Write]] = field(default_factory=list)
+    """Offset of each chunk in the file, rising."""
+
+    @property
+    def whole(self) -> bool:
+        """True if these are all of the file's chunks."""
+        return self.writes[-1][0] == (len(self.writes) - 1) * self.plan.grid.stride and self.ends
+
+    @property
+    def ends(self) -> bool:
+        """True if the file's last chunk is among these; its writer adds the index."""
+        grid = self.plan.grid
+        return self.writes[-1][0] + grid.stride >= grid.index_offset(self.index)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.plan.grid.file_bytes(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these chunks."""
+        return len(self.writes) * (self.plan.grid.payload + CHECKSUM_BYTES)
+
+    def cut(self, nbytes: int) -> Iterator[_File]:
+        """Yield files with up to about `nbytes` of the chunks each."""
+        step = max(1, nbytes // self.plan.grid.stride)
+        for i in range(0, len(self.writes), step):
+            yield _File(self.plan, self.index, self.path, self.writes[i : i + step])
+
+    def runs(self) -> Iterator[Run]:
+        """Yield these chunks, each with the zeros behind it, and the index."""
+        stride = self.plan.grid.stride
+        first = 0
+        for i in range(1, len(self.writes) + 1):
+            if i == len(self.writes) or self.writes[i][0] != self.writes[i - 1][0] + stride:
+                yield self.writes[first][0], self._parts(self.writes[first:i])
+                first = i
+
+    def _parts(self, writes: Sequence[tuple[int, Write]]) -> Iterator[Buffer]:
+        grid = self.plan.grid
+        end = grid.index_offset(self.index)
+        for offset, write in writes:
+            yield from write.parts()
+            gap = min(offset + grid.stride, end) - offset - grid.payload - CHECKSUM_BYTES
+            if gap > 0:  # zeros anyway in a new file, but to be compared in an old one
+                yield bytes(gap)
+        if writes[-1][0] + grid.stride >= end:
+            yield grid.index(self.index)
 
 
 class Writer:
     """Writes one rank's part of one save."""
 
-    def __init__(self, store: Store, tag: str, *, durable: bool, base: str | None, threads: int) -> None:
-        """Prepare to write; chunks that the committed tag `base` has too are linked to it."""
+    def __init__(
+        self,
+        store: Store,
+        tag: str,
+        plan: Plan,
+        rank: int,
+        *,
+        durable: bool,
+        base: str | None,
+        threads: int | None,
+    ) -> None:
+        """Prepare to write; files that the committed tag `base` has too are linked to it."""
         self._store = store
         self._staging = store.staging(tag)
+        self._plan = plan
+        self._rank = rank
+        self._in_parts = plan.files == "array" and store.shares_files
         self._durable = durable
-        self._threads = threads
+        self._threads = store.threads or threads or cores()
+        # Ranks begin at different places of their lists, so that they don't wait for each other's locks.
+        self._turn = plan.ranks.index(rank) / len(plan.ranks)
         self._made: set[str] = set()
-        self._base: Checkpoint | None = None
-        if base is not None:
-            with contextlib.suppress(CheckpointError):  # a damaged base is of no use: write everything
-                self._base = Checkpoint(store, base)
+        self._links = None if base is None else Links(store, base, self._staging)
+        self.written = Written()
 
-    def write_chunks(self, writes: Iterable[Write]) -> Written:
-        """Write chunks on a few threads; system calls and checksums release the interpreter's lock."""
-        todo = list(writes)
-        written = Written()
-        self._make_folders(array_path(*w.plan.key) for w in todo)
-        results = for_each(self._write_chunk, todo, self._threads)
-        for write, (record, linked) in zip(todo, results, strict=True):
-            path = array_path(*write.plan.key)
-            written.chunks.setdefault(path, {})[chunk_key(write.chunk.index)] = record
-            written.bytes_linked += linked * record["size"]
-            written.bytes_written += (not linked) * record["size"]
-        return written
+    def unchanged(self, writes: Iterable[Write], among: Collection[ArrayKey] | None) -> set[ArrayKey]:
+        """Return the arrays whose bytes that this rank would write are those of the base.
 
-    def write_documents(self, plan: Plan, rank: int) -> Written:
+        With `among=None`, only the first page of each array's first chunk is compared.
+        """
+        if self._links is None:
+            return set()
+        links = self._links
+        files: dict[ArrayKey, list[_File]] = defaultdict(list)
+        for file in _files(write for write in writes if among is None or write.plan.key in among):
+            files[file.plan.key].append(file)
+
+        def same(key: ArrayKey) -> bool:
+            if among is None:
+                first = files[key][0]
+                return links.may_be_same(first.path, first.size, next(first.runs()))
+            return all(links.same(file.path, file.size, file.runs()) for file in files[key])
+
+        results = for_each(same, files, self._threads)
+        return {key for key, is_same in zip(files, results, strict=True) if is_same}
+
+    def write_chunks(self, writes: Iterable[Write], linked: Collection[ArrayKey] = ()) -> None:
+        """Write chunks on a few threads; system calls and checksums release the interpreter's lock.
+
+        Arrays in `linked` are the base's: their owner links their files.
+        """
+        files = _files(writes)
+        here = [file for file in files if file.plan.key not in linked]
+        begin = int(self._turn * len(here))
+        here = [*here[begin:], *here[:begin]]
+        self._make_folders(array_path(*file.plan.key) for file in files)
+        changed = [
+            file
+            for file, same in zip(here, for_each(self._link, here, self._threads), strict=True)
+            if not same
+        ]
+        jobs = [job for file in changed for job in self._jobs(file)]
+        for_each(self._write, jobs, self._threads)
+        for file in files:
+            self.written.sums[file.plan.key].update({w.chunk.index: w.sum for _, w in file.writes})
+        written = sum(file.nbytes for file in changed)
+        self.written.bytes_written += written
+        self.written.bytes_linked += sum(file.nbytes for file in files) - written
+
+    def link(self, arrays: Iterable[ArrayPlan]) -> None:
+        """Link all files of these arrays to the base's."""
+        for array in arrays:
+            assert self._links is not None, "an array is unchanged only compared with a base"
+            folder = array_path(*array.key)
+            self._make_folders([folder])
+            for index, _ in array.grid.files():
+                self._links.link(f"{folder}/{file_name(index)}")
+
+    def write_documents(self) -> None:
         """Write the `zarr.json` of each array that this rank owns, and of atoms whose first array it owns."""
-        documents: dict[str, Json] = {} if rank else {"atoms": group_document()}
+        documents: dict[str, Json] = {} if self._rank else {"atoms": group_document()}
         first: dict[str, int] = {}
-        for array in plan.arrays:
-            if first.setdefault(array.key.atom, array.owner) == rank:
+        for array in self._plan.arrays:
+            if first.setdefault(array.key.atom, array.owner) == self._rank:
                 documents[atom_path(array.key.atom)] = group_document()
-            if array.owner == rank:
-                content = array_document(array.dtype, array.shape, array.chunk_shape)
-                documents[array_path(*array.key)] = content
+            if array.owner == self._rank:
+                documents[array_path(*array.key)] = array_document(array.dtype, array.grid)
         self._make_folders(documents)
 
         def write(path: str) -> None:
@@ -105,61 +233,42 @@ class Writer:
             self._store.write(f"{self._staging}/{path}/{ZARR}", [content], durable=False)
 
         for_each(write, documents, self._threads)
-        return Written(documents=documents)
 
     def _make_folders(self, paths: Iterable[str]) -> None:
         new = dict.fromkeys(path for path in paths if path not in self._made)
         self._store.make_folders(f"{self._staging}/{path}" for path in new)
         self._made.update(new)
 
-    def _write_chunk(self, write: Write) -> tuple[Json, bool]:
-        """Write one object: the chunk's elements in C order, little endian, then their crc32c.
-
-        Returns its record, and whether it was linked to the base's instead of being written.
-        """
-        plan, given = write.plan, write.data
-        payload = part = given() if callable(given) else given
-        if part.shape != plan.chunk_shape:  # zarr stores whole chunks even at the array's end
-            payload = np.full(plan.chunk_shape, fill_value(plan.dtype), numpy_dtype(plan.dtype))
-            payload[Box.whole(part.shape).slices] = part
-        data = np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
-        summing = Summing(data)
-        path = f"{array_path(*plan.key)}/{chunk_key(write.chunk.index)}"
-        old = self._unchanged(write, summing, data)
-        if old is not None and self._link(path, summing, data, old):
-            return old, True
-        self._store.write(f"{self._staging}/{path}", summing.blocks(), durable=self._durable)
-        return summing.record(), False
-
-    def _unchanged(self, write: Write, summing: Summing, data: memoryview) -> Json | None:
-        """Return the base's record of the chunk if it may be the same, by the checksum of its first block.
-
-        Most changed chunks differ in their first block, so they are summed once, while they are written.
-        """
-        if self._base is None:
-            return None
-        plan, info = write.plan, self._base.arrays.get(write.plan.key)
-        kind = plan.dtype, plan.shape, plan.chunk_shape
-        if info is None or (info.dtype, info.shape, info.chunk_shape) != kind:
-            return None
-        record = info.chunks.get(chunk_key(write.chunk.index))
-        if record is None or record["size"] != len(data) + CHECKSUM_BYTES:
-            return None
-        first: str = (record["running"] if "running" in record else record["crc32c"])[:8]
-        return record if crc32c(data[: summing.block]) == int(first, 16) else None
-
-    def _link(self, path: str, summing: Summing, data: memoryview, old: Json) -> bool:
-        """Link the base's object to this chunk's name if it has the same bytes; return whether it did.
-
-        All bytes are compared: equal checksums are no proof, and the disk may have lost what was once
-        written.
-        """
-        assert self._base is not None, "a record exists only with a base"
-        *_, checksum = summing.blocks()
-        if summing.record() != old:
+    def _link(self, file: _File) -> bool:
+        """Link a file that only this rank writes, if the base has the same; return whether it has."""
+        if self._links is None or not file.whole:
             return False
-        try:
-            same = self._store.same(self._base.path(path), [data, checksum])
-        except OSError:
+        if not self._links.may_be_same(file.path, file.size, next(file.runs())):
             return False
-        return same and self._store.link(self._base.path(path), f"{self._staging}/{path}")
+        if not self._links.same(file.path, file.size, file.runs()):
+            return False
+        self._links.link(file.path)
+        return True
+
+    def _jobs(self, file: _File) -> Iterable[_File]:
+        return file.cut(JOB_BYTES) if self._in_parts else [file]
+
+    def _write(self, file: _File) -> None:
+        path = f"{self._staging}/{file.path}"
+        if file.whole:
+            ((_, parts),) = file.runs()
+            self._store.write(path, parts, durable=self._durable)
+        else:
+            self._store.write_into(path, file.runs(), durable=self._durable)
+
+
+def _files(writes: Iterable[Write]) -> list[_File]:
+    """Group chunks by file."""
+    files: dict[str, _File] = {}
+    for write in writes:
+        index, offset = write.plan.grid.place(write.chunk.index)
+        path = f"{array_path(*write.plan.key)}/{file_name(index)}"
+        files.setdefault(path, _File(write.plan, index, path)).writes.append((offset, write))
+    for file in files.values():
+        file.writes.sort(key=lambda item: item[0])
+    return list(files.values())

@@ -46,6 +46,15 @@ class HostComm:
         """Return every rank's value, by rank, on rank 0; an empty list on the others."""
         return self._collect(value, on_all=False)
 
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        data = pickle.dumps(value) if self.rank == 0 else b""
+        head = self._broadcast(len(data).to_bytes(8, "little") + data[:SLOT_BYTES], 8 + SLOT_BYTES)
+        length, found = int.from_bytes(head[:8], "little"), head[8:]
+        if length > SLOT_BYTES:
+            found = self._broadcast(data, length)
+        return pickle.loads(found[:length])  # bytes of our own ranks, never of a file
+
     def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
         """Send `outgoing[r]` to rank r; return the bytes that each rank sent here, of the announced sizes."""
         sent = torch.from_numpy(np.concatenate(outgoing))
@@ -54,6 +63,13 @@ class HostComm:
         self._group.alltoall_base(received, sent, incoming_sizes, sizes).wait()
         ends = np.cumsum(incoming_sizes)[:-1]
         return np.split(received.numpy(), ends)
+
+    def _broadcast(self, data: bytes, size: int) -> bytes:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        memory = _padded(data, size)
+        self._group.broadcast([memory], options).wait()
+        return memory.numpy().tobytes()
 
     def _collect(self, value: Any, *, on_all: bool) -> list[Any]:
         data = pickle.dumps(value)

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import ckpt
-from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec
-from ckpt.read import BUFFER, ArrayInfo
+from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Shard, ShardSpec
+from ckpt.parts import ArrayInfo
+from ckpt.read import BUFFER
 from ckpt.read import PARAMETER as PARAMETER
 from parallel import ParallelModel
 from parallel.dtensor_layout import Place, StageLayout, copy_from_full, local_tensor
@@ -98,13 +99,17 @@ class Inventory:
             arrays.append(self._held(key.atom, key.state, tensor, {saver: place}, None))
         return arrays
 
-    def layout(self, arrays: Iterable[Held]) -> ckpt.Layout:
-        """Return the arrays' layout over the ranks that have the same stages."""
-        layout: dict[int, list[ShardSpec]] = {rank: [] for rank in self._stage.ranks}
+    def plan(self, arrays: Iterable[Held], files: ckpt.Files) -> ckpt.Plan:
+        """Plan the saving of the arrays over the ranks that have the same stages."""
+        boxes: dict[int, dict[int, Box]] = {}  # by identity: arrays that are cut alike share their `savers`
+        layouts = []
         for spec, _, savers in arrays:
-            for rank, place in savers.items():
-                layout[rank].append(replace(spec, box=Box(*place)))
-        return layout
+            if not savers:
+                continue
+            if id(savers) not in boxes:
+                boxes[id(savers)] = {rank: Box(*place) for rank, place in savers.items()}
+            layouts.append(ArrayLayout(spec.key, spec.dtype, spec.shape, boxes[id(savers)], spec.fine_dim))
+        return ckpt.plan_arrays(layouts, self._stage.ranks, files=files)
 
     def _held(
         self, name: str, state: str, tensor: Tensor, savers: Mapping[int, Place] | None, fine_dim: int | None

@@ -12,6 +12,7 @@ is built in memory.
 
 from __future__ import annotations
 
+import base64
 import filecmp
 import json
 import math
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote
 
 import numpy as np
 
@@ -111,35 +112,47 @@ def _times(matrix: Any, vectors: Any) -> Any:
 class Array:
     """The value of one tensor in a checkpoint's folder."""
 
-    def __init__(self, folder: Path, path: str, document: Json, records: Json) -> None:
-        self.folder, self.path, self.records = folder, path, records
-        self.shape = tuple(document["shape"])
-        self.chunk = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
-        self.dtype = document["attributes"].get("dtype", document["data_type"])
-        kind = NAMES[self.dtype]
-        self.bits = np.dtype(BITS.get(kind, self.dtype)).newbyteorder("<")
+    def __init__(self, folder: Path, atom: str, state: str, record: Json) -> None:
+        self.folder = folder / "atoms" / escaped(atom) / escaped(state)
+        self.shape, self.chunk, self.file = (
+            tuple(record[f"{kind}shape"]) for kind in ("", "chunk_", "file_")
+        )
+        self.dtype = record["dtype"]
+        self.bits = np.dtype(BITS.get(NAMES[self.dtype], self.dtype)).newbyteorder("<")
         self.nbytes = math.prod(self.shape) * self.bits.itemsize
+        self.sums = np.frombuffer(base64.b64decode(record["crc32c"]), "<u4")
 
     def fill(self, out: Any) -> None:
         """Verify all chunks and copy them into `out`, an array of this shape."""
-        grid = [range(-(-n // c)) for n, c in zip(self.shape, self.chunk, strict=True)]
-        for index in product(*grid):
+        counts = [-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)]  # chunks along each dim
+        per_file = [f // c for f, c in zip(self.file, self.chunk, strict=True)]
+        files: dict[tuple[int, ...], int] = {}
+        for sum_, index in zip(self.sums, product(*map(range, counts)), strict=True):
+            file = tuple(i // n for i, n in zip(index, per_file, strict=True))
+            position = files[file] = files.get(file, -1) + 1  # a file's chunks lie in C order
             box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.chunk, strict=True))
             place = out[box or ...]
-            data = self._verified(".".join(["c", *map(str, index)])).view(self.bits).reshape(self.chunk)
-            place[...] = data[tuple(slice(n) for n in place.shape) or ...]
+            data = self._verified(".".join(["c", *map(str, file)]), position, sum_)
+            place[...] = data.reshape(self.chunk)[tuple(slice(n) for n in place.shape) or ...]
 
-    def _verified(self, key: str) -> Any:
-        """Return the bytes of one chunk, without the checksum at their end."""
-        file = self.folder / self.path / key
-        record = self.records.get(key)
+    def _verified(self, name: str, position: int, checksum: int) -> Any:
+        """Return the elements of the chunk at a position in a file."""
+        path, count = self.folder / name, math.prod(self.chunk)
+        stride = -(-(count * self.bits.itemsize + 4) // 4096) * 4096  # with the chunk's own checksum
         try:
-            data = np.fromfile(file, np.uint8)
+            data = np.fromfile(path, self.bits, count, offset=position * stride)
         except OSError as error:
-            raise UnreadableError(f"{file} can't be read: {error.strerror}") from None
-        if record is None or len(data) != record["size"] or crc32c(data[:-4]) != int(record["crc32c"], 16):
-            raise UnreadableError(f"{file} is damaged: its size or checksum isn't the manifest's")
-        return data[:-4]
+            raise UnreadableError(f"{path} can't be read: {error.strerror}") from None
+        if len(data) != count or crc32c(data.view(np.uint8)) != checksum:
+            raise UnreadableError(f"{path} is damaged: the checksum of chunk {position} isn't the manifest's")
+        return data
+
+
+def escaped(name: str) -> str:
+    """Return the folder's name of an atom or a state."""
+    quoted = quote(name, safe="")
+    special = quoted.startswith((".", "__")) or quoted == "zarr.json"
+    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if special else quoted
 
 
 def find(checkpoint_dir: str, tag: str | None) -> Path:
@@ -159,25 +172,23 @@ def find(checkpoint_dir: str, tag: str | None) -> Path:
 
 
 def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the arrays by name, and the other names of tied weights, after checking both documents."""
+    """Return the arrays by name, and the other names of tied weights, after checking the manifest."""
     head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
     if head != b'{"crc32c": "%08x",' % crc32c(rest):
         raise UnreadableError(f"{folder / 'manifest.json'} is damaged: its checksum doesn't match")
     manifest = json.loads(head + rest)
-    if manifest["format"] != "uni3d" or manifest["version"] != 2:
+    if (manifest["format"], manifest["version"]) != ("uni3d-checkpoint", 1):
         raise UnreadableError(f"{folder} has format version {manifest['version']}; use its own script")
-    data = (folder / "zarr.json").read_bytes()
-    if crc32c(data) != int(manifest["documents"]["zarr.json"]["crc32c"], 16):
-        raise UnreadableError(f"{folder / 'zarr.json'} is damaged: its checksum isn't the manifest's")
     parameters = manifest.get("model", {}).get("parameters", {})
     arrays: dict[str, Array] = {}
-    for path, document in json.loads(data)["consolidated_metadata"]["metadata"].items():
-        if document["node_type"] != "array":
-            continue
-        _, atom, state = map(unquote, path.split("/"))
-        trained = parameters.get(atom, {}).get("requires_grad", True)
-        if state == "value" or (state == "fp32" and (trained or not exclude_frozen_parameters)):
-            arrays[atom] = Array(folder, path, document, manifest["chunks"].get(path, {}))
+    for part, record in manifest["parts"].items():
+        data = (folder / part).read_bytes()
+        if crc32c(data) != int(record["crc32c"], 16):
+            raise UnreadableError(f"{folder / part} is damaged: its checksum isn't the manifest's")
+        for atom, states in json.loads(data).items():
+            trained = parameters.get(atom, {}).get("requires_grad", True)
+            wanted = {"value", "fp32"} if trained or not exclude_frozen_parameters else {"value"}
+            arrays.update((atom, Array(folder, atom, s, states[s])) for s in states.keys() & wanted)
     return arrays, {k: v for k, v in manifest.get("aliases", {}).items() if v in arrays}
 
 

@@ -3,6 +3,7 @@
     local     a folder
     remote    a URL, through fsspec
     files     system calls on files and folders: durable writes, renames, links
+    mounts    file systems on which several processes can't write one file
 
 A store reads and writes objects by their path relative to the run's folder. It also does the three things
 that differ between places: write a checkpoint that nobody sees before its commit, replace `latest` in one
@@ -12,13 +13,14 @@ step, and delete a checkpoint so that a crash half-way leaves nothing that looks
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ckpt.background import join_all
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
+from ckpt.shards import Files
 
 
 class Store(Protocol):
@@ -33,6 +35,8 @@ class Store(Protocol):
     """Number of calls worth making at a time; None for as many as there are cores."""
     window: int
     """Approximate number of bytes to read at a time."""
+    shares_files: bool
+    """True if several processes can write parts of one object at the same time."""
 
     def where(self, path: str) -> str:
         """Return the object's full name, for messages."""
@@ -60,11 +64,21 @@ class Store(Protocol):
         `durable` announces a later `sync`, so that writing to the disk can begin at once.
         """
 
-    def same(self, path: str, parts: Sequence[Buffer]) -> bool:
-        """Return whether the object consists of exactly these bytes; False if the place has no links."""
+    def write_into(self, path: str, runs: Iterable[tuple[int, Iterable[Buffer]]], *, durable: bool) -> None:
+        """Write runs of bytes, each from its offset, into an object that other processes write too."""
+
+    def same(self, path: str, offset: int, parts: Iterable[Buffer]) -> bool:
+        """Return whether the object has these bytes at `offset`; False if the place has no links."""
 
     def link(self, old: str, new: str) -> bool:
-        """Give an object a second name without copying it; return False if the place can't."""
+        """Give an object a second name without copying it; return False if the place can't.
+
+        Raises:
+            FileExistsError: there is an object of that name.
+        """
+
+    def copy(self, old: str, new: str) -> None:
+        """Copy an object; raises as `link` does."""
 
     # --- a checkpoint from its first object to its end ---
 
@@ -131,6 +145,11 @@ def open_store(url: str | Path) -> Store:
         return RemoteStore(text)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{text} can't be opened: {error}") from None
+
+
+def files_for(run: str | Path) -> Files:
+    """Return what a file should hold at `run`: a whole array, if several ranks can write one file there."""
+    return "array" if open_store(run).shares_files else "writer"
 
 
 def as_store(run: str | Path | Store) -> Store:

@@ -20,6 +20,10 @@ _AT_ONCE = 256 << 10
 """Bytes to collect before a `writev`: few calls, of parts that are still in the processor's cache."""
 
 
+_MOST_PARTS = 512
+"""Most parts of one `pwritev`; Linux takes 1,024."""
+
+
 @contextmanager
 def opened(path: str | Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Open a file or a folder, and yield its descriptor."""
@@ -40,30 +44,57 @@ def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurr
         FileExistsError: the file exists. Another checkpoint may link to it, so it is never overwritten.
     """
     with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
-        waiting: list[memoryview] = []
-        size = 0
-        for part in parts:
-            view = memoryview(part).cast("B")
-            if size >= _AT_ONCE and len(view) > _SMALL:  # a short last part joins the waiting ones
-                _write_all(fd, waiting)
-                waiting, size = [], 0
-            waiting.append(view)
-            size += len(view)
-        _write_all(fd, waiting)
+        _write_parts(fd, parts, 0)
         if durable:
             os.fsync(fd)
-        elif hurry and _sync_file_range is not None:
-            _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint, so its result doesn't matter
+        elif hurry:
+            _begin_to_sync(fd)
 
 
-def _write_all(fd: int, views: list[memoryview]) -> None:
-    """Write all of `views`, which is emptied."""
+def write_shared(path: str | Path, runs: Iterable[tuple[int, Iterable[Buffer]]], *, hurry: bool) -> None:
+    """Write runs of bytes, each from its offset, into a file that other processes write too.
+
+    Raises:
+        FileExistsError: the file has a second name, so that it is another checkpoint's too.
+    """
+    with opened(path, os.O_WRONLY | os.O_CREAT) as fd:
+        if os.fstat(fd).st_nlink > 1:
+            raise FileExistsError(f"{path} is linked to another checkpoint's file and can't be written")
+        for offset, parts in runs:
+            _write_parts(fd, parts, offset)
+        if hurry:
+            _begin_to_sync(fd)
+
+
+def _write_parts(fd: int, parts: Iterable[Buffer], offset: int) -> None:
+    """Write `parts`, one behind the other, from `offset`."""
+    waiting: list[memoryview] = []
+    size = 0
+    for part in parts:
+        view = memoryview(part).cast("B")
+        # A short last part joins the waiting ones.
+        if (size >= _AT_ONCE and len(view) > _SMALL) or len(waiting) == _MOST_PARTS:
+            _write_all(fd, waiting, offset)
+            waiting, offset, size = [], offset + size, 0
+        waiting.append(view)
+        size += len(view)
+    _write_all(fd, waiting, offset)
+
+
+def _write_all(fd: int, views: list[memoryview], offset: int) -> None:
+    """Write all of `views` from `offset`; the list is emptied."""
     while views:
-        written = os.writev(fd, views)  # short writes are legal, and usual above 2 GiB
+        written = os.pwritev(fd, views, offset)  # short writes are legal, and usual above 2 GiB
+        offset += written
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
         if views:
             views[0] = views[0][written:]
+
+
+def _begin_to_sync(fd: int) -> None:
+    if _sync_file_range is not None:
+        _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint, so its result doesn't matter
 
 
 def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
@@ -149,7 +180,7 @@ def new_file(path: Path, *, durable: bool) -> Iterator[int]:
 def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
     """Replace a small file in one step: readers see the old content or the new, never a part."""
     with new_file(path, durable=durable) as fd:
-        _write_all(fd, [memoryview(content)])
+        _write_all(fd, [memoryview(content)], 0)
 
 
 def exchange_folders(a: Path, b: Path) -> None:

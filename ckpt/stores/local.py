@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
 from ckpt.stores import files
+from ckpt.stores.mounts import can_share_files
+from ckpt.threads import Scratch
 
 
 class LocalStore:
@@ -31,6 +33,8 @@ class LocalStore:
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
         self._folder = folder
+        self._scratch = Scratch()
+        self.shares_files = can_share_files(folder)
         self._prefix = f"{folder}/"  # a string, as pathlib takes longer than writing a small file
 
     def where(self, path: str) -> str:
@@ -71,28 +75,33 @@ class LocalStore:
     def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
         files.write_file(self._prefix + path, parts, durable=False, hurry=durable)
 
-    def same(self, path: str, parts: Sequence[Buffer]) -> bool:
+    def write_into(self, path: str, runs: Iterable[tuple[int, Iterable[Buffer]]], *, durable: bool) -> None:
+        files.write_shared(self._prefix + path, runs, hurry=durable)
+
+    def same(self, path: str, offset: int, parts: Iterable[Buffer]) -> bool:
         with files.opened(self._prefix + path) as fd:
-            if os.fstat(fd).st_size != sum(len(part) for part in parts):
-                return False
-            window, offset = np.empty(self.window, np.uint8), 0
-            for part in (np.frombuffer(part, np.uint8) for part in parts):
-                for begin in range(0, len(part), self.window):
-                    wanted = part[begin : begin + self.window]
-                    found = window[: len(wanted)]
-                    if files.read_into(fd, found.data, offset) != len(wanted):
-                        return False
-                    if not np.array_equal(wanted, found):
-                        return False
-                    offset += len(wanted)
+            for part in parts:
+                found = self._scratch.take(len(part))
+                if files.read_into(fd, found.data, offset) != len(part):
+                    return False
+                if not np.array_equal(np.frombuffer(part, np.uint8), found):
+                    return False
+                offset += len(part)
         return True
 
     def link(self, old: str, new: str) -> bool:
         try:
             os.link(self._prefix + old, self._prefix + new)
+        except FileExistsError:  # another rank has written it: copying would overwrite that
+            raise
         except OSError:  # no hard links here, or too many of this file
             return False
         return True
+
+    def copy(self, old: str, new: str) -> None:
+        path = self._prefix + new
+        with files.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL):  # a copy, too, never overwrites
+            shutil.copyfile(self._prefix + old, path)
 
     # --- a checkpoint from its first object to its end -------------------------------------------------
 

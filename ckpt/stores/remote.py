@@ -8,7 +8,7 @@ many objects in one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
@@ -18,6 +18,9 @@ from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
 from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
 
+AT_ONCE = 32 << 20
+"""Most bytes of an object that is put by a single request."""
+
 T = TypeVar("T")
 
 
@@ -25,6 +28,7 @@ class RemoteStore:
     """Store at an fsspec URL; see `ckpt.stores.Store`."""
 
     threads: int | None = 16
+    shares_files = False
     window = 64 << 20  # each call is a request, so read a whole chunk at once
 
     def __init__(self, url: str) -> None:
@@ -74,13 +78,34 @@ class RemoteStore:
         pass
 
     def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
-        self._call(self._fs.pipe_file, path, b"".join(parts))
+        held, size, rest = [], 0, iter(parts)
+        for part in rest:
+            held.append(bytes(part))
+            size += len(part)
+            if size > AT_ONCE:
+                break
+        else:
+            self._call(self._fs.pipe_file, path, b"".join(held))
+            return
 
-    def same(self, path: str, parts: Sequence[Buffer]) -> bool:
+        def stream(target: str) -> None:
+            with self._fs.open(target, "wb", block_size=AT_ONCE) as file:  # in several requests
+                for part in (*held, *rest):
+                    file.write(part)
+
+        self._call(stream, path)
+
+    def write_into(self, path: str, runs: Iterable[tuple[int, Iterable[Buffer]]], *, durable: bool) -> None:
+        raise AssertionError("no two processes write one object")
+
+    def same(self, path: str, offset: int, parts: Iterable[Buffer]) -> bool:
         return False  # nothing can be linked, so reading would be of no use
 
     def link(self, old: str, new: str) -> bool:
         return False
+
+    def copy(self, old: str, new: str) -> None:
+        raise AssertionError("nothing is linked, so nothing need be copied instead")
 
     # --- a checkpoint from its first object to its end -------------------------------------------------
 

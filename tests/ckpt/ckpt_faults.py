@@ -1,26 +1,25 @@
 """Fault injection: the k-th call to the file system fails, or the process dies there."""
 
-from __future__ import annotations
-
 import errno
 import os
+import shutil
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 from ckpt.stores import files
 
-CALLS = ("open", "writev", "fsync", "mkdir", "link", "rename", "unlink", "rmdir")
+CALLS = ("open", "pwritev", "fsync", "mkdir", "link", "rename", "unlink", "rmdir")
 """Functions of `os` by which a save changes the disk, including through `pathlib` and `shutil`."""
 
 NATIVE = ("exchange_folders", "sync_tree")
 """Functions of `ckpt.stores.files` that make system calls which `os` doesn't have."""
 
-OWNERS = ((os, CALLS), (files, NATIVE))
+OWNERS = ((os, CALLS), (files, NATIVE), (shutil, ("copyfile",)))
 
 
 class Faults:
@@ -47,8 +46,12 @@ class Faults:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._due(name):
                 return None if name in ("fsync", "sync_tree") else real(*args, **kwargs)
-            if name == "writev":
-                os.write(args[0], args[1][0][: len(args[1][0]) // 2])
+            if name == "pwritev":
+                fd, views, offset = args
+                os.pwrite(fd, views[0][: len(views[0]) // 2], offset)
+            if name == "copyfile":
+                with open(args[0], "rb") as old, open(args[1], "wb") as new:
+                    new.write(old.read(os.stat(args[0]).st_size // 2))
             if self.at_fault is not None:
                 self.at_fault()
             raise OSError(errno.EIO, f"injected into {name}")
@@ -56,9 +59,11 @@ class Faults:
         return call
 
     @contextmanager
-    def active(self) -> Iterator[Faults]:
-        wrapped = {owner: {n: self._wrap(n, getattr(owner, n)) for n in names} for owner, names in OWNERS}
-        with mock.patch.multiple(os, **wrapped[os]), mock.patch.multiple(files, **wrapped[files]):
+    def active(self) -> Iterator["Faults"]:
+        with ExitStack() as stack:
+            for owner, names in OWNERS:
+                wrapped = {name: self._wrap(name, getattr(owner, name)) for name in names}
+                stack.enter_context(mock.patch.multiple(owner, **wrapped))
             yield self
 
 
@@ -91,7 +96,7 @@ def recorded() -> Iterator[list[tuple[str, str, str]]]:
     calls: list[tuple[str, str, str]] = []
     paths: dict[int, str] = {}
     lock = threading.Lock()
-    real_open, real_writev = os.open, os.writev
+    real_open, real_pwritev = os.open, os.pwritev
 
     def note(name: str, path: object) -> None:
         with lock:
@@ -102,9 +107,9 @@ def recorded() -> Iterator[list[tuple[str, str, str]]]:
         paths[fd] = str(path)
         return fd
 
-    def written(fd: int, views: Any) -> int:
+    def written(fd: int, views: Any, offset: int) -> int:
         note("write", paths[fd])
-        return real_writev(fd, views)
+        return real_pwritev(fd, views, offset)
 
     def of_two(name: str, real: Callable[..., None]) -> Callable[..., None]:
         return lambda a, b: (note(name, f"{a} -> {b}"), real(a, b))[1]
@@ -114,7 +119,7 @@ def recorded() -> Iterator[list[tuple[str, str, str]]]:
 
     of_os = {
         "open": opened,
-        "writev": written,
+        "pwritev": written,
         "fsync": lambda fd: note("sync", paths[fd]),
         "rename": of_two("move", os.rename),
         "link": of_two("link", os.link),

@@ -1,4 +1,4 @@
-"""Helpers of `ckpt`'s tests: ranks as threads, and small checkpoints."""
+"""Helpers of `ckpt`'s tests: ranks as threads, small checkpoints, and readers of zarr."""
 
 import pickle
 import threading
@@ -9,9 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore
+import zarr
+from fsspec.core import url_to_fs
 from ml_dtypes import bfloat16
 
-from ckpt import ArrayKey, Box, Plan, SaveReport, Shard, ShardSpec, Solo, make_plan, open_checkpoint, save
+from ckpt import (
+    ArrayKey,
+    Box,
+    Plan,
+    SaveReport,
+    Shard,
+    ShardSpec,
+    Solo,
+    files_for,
+    load,
+    make_plan,
+    open_checkpoint,
+    save,
+    verify,
+)
+from ckpt.format import array_path
 
 DOCUMENT = {"step": 3, "aliases": {"head.weight": "embed.weight"}, "client_state": {"note": "kept"}}
 
@@ -32,6 +50,9 @@ class ThreadComm:
     def gather(self, value: Any) -> list[Any]:
         everyone = self.all_gather(value)
         return [] if self.rank else everyone
+
+    def broadcast(self, value: Any) -> Any:
+        return self.all_gather(value)[0]
 
     def exchange(self, outgoing: list[np.ndarray], incoming_sizes: list[int]) -> list[np.ndarray]:
         assert all(o.dtype == np.uint8 and o.ndim == 1 for o in outgoing)
@@ -138,12 +159,16 @@ def save_arrays(
     arrays: Arrays,
     boxes: Boxes | None = None,
     fine: Mapping[tuple[str, str], int] = {},
+    planning: Mapping[str, Any] = {},
     **options: Any,
 ) -> SaveReport:
-    """Save whole arrays, each rank holding its `boxes`; without them, from one rank."""
+    """Save whole arrays, each rank holding its `boxes`; without them, from one rank.
+
+    `planning` has further arguments of `make_plan`, `options` those of `save`.
+    """
     options = {"document": DOCUMENT, "durable": False, **options}
     layout = layout_of(arrays, whole(arrays) if boxes is None else boxes, fine)
-    plan = make_plan(layout)
+    plan = make_plan(layout, **{"files": files_for(run), **planning})
 
     def work(comm: Any) -> SaveReport:
         shards = shards_of(arrays, layout[comm.rank])
@@ -182,3 +207,53 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 def files_below(folder: Path) -> dict[str, bytes]:
     """Return the content of every file, by its path relative to the folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def zarr_read(folder: Path, key: tuple[str, str]) -> np.ndarray:
+    """Read an array of a checkpoint as zarr-python does."""
+    return np.asarray(zarr.open_array(folder / array_path(*key), mode="r")[...])
+
+
+def tensorstore_read(folder: Path, key: tuple[str, str]) -> np.ndarray:
+    """Read an array of a checkpoint as tensorstore does."""
+    store = {"driver": "file", "path": f"{folder / array_path(*key)}/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result().read().result()
+
+
+def stored(array: np.ndarray) -> np.ndarray:
+    """Return the array as a zarr reader without bfloat16 sees it."""
+    return array.view(np.uint16) if array.dtype == bfloat16 else array
+
+
+def check_read(run: Any, tag: str, arrays: Arrays, copy: Path | None = None) -> None:
+    """Check that we, zarr-python and tensorstore read these arrays, and that nothing is damaged.
+
+    `copy` is an unused folder, for the objects of a run that isn't one.
+    """
+    checkpoint = open_checkpoint(run, tag)
+    folder = Path(run) / tag if copy is None else copied(f"{run}/{tag}", copy)
+    assert {*checkpoint.arrays} == {*arrays}
+    for key, expected in arrays.items():
+        assert same(checkpoint.read(*key), expected), key
+        assert same(zarr_read(folder, key), stored(expected)), key
+        assert same(tensorstore_read(folder, key), stored(expected)), key
+    assert verify(checkpoint) == []
+
+
+def copied(url: str, folder: Path) -> Path:
+    """Copy all objects below a URL into a folder; return it."""
+    fs, root = url_to_fs(url)
+    for name in fs.find(root):
+        path = folder / name.removeprefix(root).lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(fs.cat_file(name))
+    return folder
+
+
+def load_in(run: Any, arrays: Arrays, boxes: Boxes) -> None:
+    """Load into ranks that hold `boxes`, and check what each of them gets."""
+    checkpoint, layout = open_checkpoint(run), layout_of(arrays, boxes)
+    targets = {rank: targets_of(specs) for rank, specs in layout.items()}
+    all_ranks(len(layout), lambda comm: load(checkpoint, targets[comm.rank], comm=comm))
+    for target in (target for held in targets.values() for target in held):
+        assert same(target.data, np.asarray(arrays[target.spec.key][target.spec.box.slices])), target.spec

@@ -4,13 +4,39 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Any
+from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
 
 from ckpt import Problem, open_checkpoint, verify
-from ckpt.format import encode_manifest
+from ckpt.format import encode_document, encode_manifest, object_record
 from ckpt.stores import Store
+
+PART_0 = "arrays.0.json"
+ITEMSIZES = {"float32": 4, "int64": 8, "bfloat16": 2, "uint8": 1, "bool": 1}
+
+
+@dataclass
+class Places:
+    """Places in a file."""
+
+    payload: int
+    stride: int
+    chunks: list[list[int]]
+    """Index of each chunk, in the file's order."""
+    index: int
+    """Byte at which zarr's index begins."""
+
+    def damaged(self, *numbers: int) -> str:
+        """Return what `verify` says if these chunks are damaged, by their positions in the file."""
+        first = f"chunk {self.chunks[numbers[0]]} at byte {numbers[0] * self.stride}"
+        return f"is damaged in {len(numbers)} of {len(self.chunks)} chunks, the first is {first}"
+
+
+BETWEEN = "is damaged between or behind its chunks"
 
 
 @dataclass
@@ -39,27 +65,35 @@ class Saved:
         return sorted(path for path in found if path != "manifest.json")
 
     @property
-    def kinds(self) -> list[str]:
-        """One chunk of each kind: many blocks in three windows, a few blocks, one block."""
-        return ["atoms/big/fp32/c.0.0", "atoms/w/fp32/c.1.0", "atoms/count/value/c", "atoms/half/value/c.0"]
-
-    @property
-    def chunks(self) -> list[str]:
-        return [path for path in self.paths() if not path.endswith(".json")]
+    def files(self) -> list[str]:
+        """Files with data."""
+        return [path for path in self.paths() if path.rpartition("/")[2].split(".")[0] == "c"]
 
     @property
     def documents(self) -> list[str]:
         return [path for path in self.paths() if path.endswith(".json")]
 
     @property
+    def recorded(self) -> list[str]:
+        """Documents whose size and checksum the manifest has."""
+        return [*self.manifest["parts"], *self.manifest["files"]]
+
+    @property
     def manifest(self) -> dict[str, Any]:
         return json.loads(self.get("manifest.json"))
 
-    def block(self, path: str) -> int:
-        """Return the size of a chunk's blocks."""
-        array, _, key = path.rpartition("/")
-        record = self.manifest["chunks"][array][key]
-        return int(record.get("block", record["size"]))
+    def places(self, path: str) -> "Places":
+        """Return where the chunks of a file are, by what the specification says of them."""
+        folder, _, name = path.rpartition("/")
+        atom, state = map(unquote, folder.split("/")[1:])
+        record = json.loads(self.get(PART_0))[atom][state]
+        shape, chunk, file = (record[f"{kind}shape"] for kind in ("", "chunk_", "file_"))
+        first = [int(i) * (f // c) for i, f, c in zip(name.split(".")[1:], file, chunk, strict=True)]
+        ends = [min(a + f // c, -(-n // c)) for a, n, f, c in zip(first, shape, file, chunk, strict=True)]
+        payload = prod(chunk) * ITEMSIZES[record["dtype"]]
+        stride = -(-(payload + 4) // 4096) * 4096
+        chunks = [*map(list, product(*map(range, first, ends)))]
+        return Places(payload, stride, chunks, payload + 4 if len(chunks) == 1 else len(chunks) * stride)
 
     @contextmanager
     def changed(self, *changes: tuple[str, bytes | None]) -> Iterator[None]:
@@ -80,15 +114,30 @@ class Saved:
         change(manifest)
         return self.changed(("manifest.json", encode_manifest(manifest)), *more)
 
+    def with_part(self, change: Callable[[Any], object], *more: tuple[str, bytes]) -> Any:
+        """Change the part of the manifest for a while, with its record. `change` may return other content."""
+        part = json.loads(self.get(PART_0))
+        changed = change(part)
+        return self.with_content(
+            PART_0, changed if isinstance(changed, bytes) else encode_document(part), *more
+        )
+
+    def with_content(self, name: str, content: bytes, *more: tuple[str, bytes]) -> Any:
+        """Change a part or a file for a while, with its record in the manifest."""
+
+        def change(manifest: dict[str, Any]) -> None:
+            manifest["parts" if name in manifest["parts"] else "files"][name].update(object_record(content))
+
+        return self.with_manifest(change, (name, content), *more)
+
     def problems(self, **options: Any) -> list[Problem]:
         return verify(open_checkpoint(self.run), **options)
 
     def found(self, path: str, what: str) -> Problem:
         """Return the problem that is expected for an object."""
-        _, atom, state, chunk = (*path.removesuffix("zarr.json").strip("/").split("/"), "", "", "")[:4]
+        _, atom, state = (*path.rpartition("/")[0].split("/"), "", "")[:3]
         atom = "a/größe" if atom == "a%2Fgr%C3%B6%C3%9Fe" else atom
-        where = f"{self.run}/t1/{path}"
-        return Problem(atom=atom, state=state, chunk=chunk, path=where, what=what)
+        return Problem(atom=atom, state=state, path=f"{self.run}/t1/{path}", what=what)
 
 
 def flipped(data: bytes, *places: int) -> bytes:

@@ -1,7 +1,7 @@
 """A save that fails or is killed at any call: a reader only ever sees the old or the new numbers."""
 
-from __future__ import annotations
-
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -10,19 +10,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ckpt_faults import Faults, killed_at, recorded
-from ckpt_helpers import Arrays, cut, holding, layout_of, run_ranks, save_arrays, shards_of
+from ckpt_helpers import Arrays, cut, files_below, holding, layout_of, run_ranks, save_arrays, shards_of
+from ckpt_saved import flipped
 
-from ckpt import CheckpointError, Retention, SaveReport, committed_tags, make_plan, read_latest, save
-from ckpt.stores.files import sync_tree
+from ckpt import (
+    CheckpointError,
+    Retention,
+    SaveReport,
+    committed_tags,
+    make_plan,
+    open_checkpoint,
+    read_latest,
+    save,
+    verify,
+)
+from ckpt.stores.files import sync_tree, write_file, write_shared
 
-W, B, F = ("w", "fp32"), ("w", "exp_avg"), ("frozen", "fp32")
+W, B, F, S = ("w", "fp32"), ("w", "exp_avg"), ("frozen", "fp32"), ("frozen", "value")
+PLANNING = {"chunk_bytes": 1 << 16, "gather_below": 1 << 12}
+LINKED = {F: 3 * 4 + 4, S: 2 * (32 * 510 * 4 + 4)}
+"""Bytes of the chunks of the arrays that never change."""
 
 
 def arrays_of(seed: int) -> Arrays:
-    """Make an array written in place, a gathered one, and one that never changes and so is linked."""
+    """Make an array that all ranks write, a gathered one, and two fixed ones, of one writer and of all."""
     rng = np.random.default_rng(seed)
     changing = {W: rng.standard_normal((256, 512), np.float32), B: rng.standard_normal(5, np.float32)}
-    return {**changing, F: np.ones(3, np.float32)}
+    fixed = np.random.default_rng(0).standard_normal((64, 510), np.float32)
+    return {**changing, F: np.ones(3, np.float32), S: fixed}
 
 
 OLD, NEW = arrays_of(1), arrays_of(2)
@@ -37,11 +52,10 @@ KILLED = [pytest.param(*case, marks=pytest.mark.slow) if case in OTHERS else cas
 
 def saving(run: Path, situation: str, ranks: int) -> Callable[[], list[object]]:
     """Return a save of the new numbers, which returns each rank's result or exception."""
-    layout = layout_of(
-        NEW, {W: cut((256, 512), (ranks, 1)), B: cut((5,), (ranks,)), F: cut((3,), (1,)) * ranks}
-    )
+    boxes = {W: cut((256, 512), (ranks, 1)), B: cut((5,), (ranks,)), F: cut((3,), (1,)) * ranks}
+    layout = layout_of(NEW, boxes | {S: cut((64, 510), (ranks, 1))})
     shards = [shards_of(NEW, specs) for specs in layout.values()]
-    options = {"plan": make_plan(layout), "document": {}}
+    options = {"plan": make_plan(layout, **PLANNING), "document": {}}
     options["retention"] = Retention(keep_last=1 if situation == "only" else None)
     options["threads"] = ranks  # with one of each, the calls come in the same order each time
     tag = SITUATIONS[situation]
@@ -51,7 +65,7 @@ def saving(run: Path, situation: str, ranks: int) -> Callable[[], list[object]]:
 @pytest.fixture(scope="module")
 def prepare(memory_path) -> Callable[[str], Path]:
     """Return a function that makes the run's folder of a situation anew."""
-    save_arrays(memory_path / "before", "t1", OLD)
+    save_arrays(memory_path / "before", "t1", OLD, planning=PLANNING)
 
     def make(situation: str) -> Path:
         run = memory_path / situation
@@ -70,7 +84,7 @@ def number_of_calls(prepare: Callable[[str], Path], situation: str, ranks: int) 
     with Faults(0).active() as faults:
         (report,) = {*work()}
     assert isinstance(report, SaveReport)
-    assert report.bytes_linked == (0 if situation == "first" else 3 * 4 + 4)
+    assert report.bytes_linked == (0 if situation == "first" else sum(LINKED.values()))
     assert report.pruned == (("t1",) if situation == "only" else ())
     assert len(faults.names) > 20
     return len(faults.names)
@@ -90,6 +104,7 @@ def check_what_is_left(run: Path, situation: str, committed: bool) -> None:
     if committed:
         expected[tag] = "new"
     assert {t: holds(run, t) for t in there} == expected
+    assert not [problem for t in there for problem in verify(open_checkpoint(run, t), threads=1)]
     assert not [p for t in there for p in (run / t).rglob(".*")], "what served the save is gone"
     save_arrays(run, tag, NEW)
     assert holds(run, tag) == "new"
@@ -154,18 +169,86 @@ def test_an_interrupt_of_one_rank_ends_the_save_on_all(prepare, k):
     check_what_is_left(run, "next", committed=False)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
-def test_what_the_disk_has_lost_is_written_again(prepare, damage):
-    """A chunk that the manifest would have linked has changed on the disk."""
+STRIDE = 1 << 16
+"""Bytes from one chunk of S to the next."""
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "first page": lambda data: flipped(data, 5),
+    "of another rank": lambda data: flipped(data, STRIDE + 5),
+    "gap": lambda data: flipped(data, STRIDE - 1),
+    "index": lambda data: flipped(data, len(data) - 9),
+    "cut short": lambda data: data[:-1],
+    "too long": lambda data: data + b"x",
+    "deleted": lambda data: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_disk_has_lost_is_written_again(prepare, damage, ranks):
+    """A file that would have been linked has changed on the disk."""
     run = prepare("next")
-    old = run / "t1" / "atoms" / "frozen" / "fp32" / "c.0"
+    old = run / "t1" / "atoms" / "frozen" / "value" / "c.0.0"
     data = old.read_bytes()
+    assert len(data) == 2 * STRIDE + 2 * 16 + 4
     old.unlink()
-    if damage != "delete":
-        old.write_bytes(data[:5] + b"\x55" + data[6:] if damage == "flip" else data[:9])
-    reports = saving(run, "next", 2)()
-    assert {report.bytes_linked for report in reports} == {0}
+    if (damaged := DAMAGES[damage](data)) is not None:
+        old.write_bytes(damaged)
+    reports = saving(run, "next", ranks)()
+    assert {report.bytes_linked for report in reports} == {LINKED[F]}
     assert holds(run, "t2") == "new"
+    assert verify(open_checkpoint(run, "t2")) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_files_are_copied_where_they_cannot_be_linked(prepare, monkeypatch, ranks):
+    def refuse(old, new):
+        raise OSError(errno.EMLINK, "Too many links")
+
+    monkeypatch.setattr("os.link", refuse)
+    run = prepare("next")
+    with Faults(0).active() as faults:
+        (report,) = {*saving(run, "next", ranks)()}
+    assert report.bytes_linked == sum(LINKED.values())
+    assert faults.names.count("copyfile") == 2
+    assert {path.stat().st_nlink for path in run.rglob("c.*")} == {1}
+    check_what_is_left(run, "next", committed=True)
+
+    def fail(old, new):
+        Path(new).write_bytes(Path(old).read_bytes()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = prepare("next")
+    monkeypatch.setattr("shutil.copyfile", fail)
+    results = saving(run, "next", ranks)()
+    assert {type(result) for result in results} == {CheckpointError}
+    assert len({str(result) for result in results}) == 1
+    assert "No space left" in str(results[0])
+    monkeypatch.undo()
+    check_what_is_left(run, "next", committed=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_short_writes_and_many_at_once_make_the_same_files(prepare, monkeypatch, ranks):
+    """A system may write less than it was asked to, and threads write parts of a large file."""
+    run, pwritev = prepare("first"), os.pwritev
+    saving(run, "first", ranks)()
+    expected = files_below(run)
+    monkeypatch.setattr("os.pwritev", lambda fd, views, at: pwritev(fd, [views[0][:4999]], at))
+    monkeypatch.setattr("ckpt.write.JOB_BYTES", 1 << 16)
+    run = prepare("first")
+    saving(run, "first", ranks)()
+    assert files_below(run) == expected
+
+
+def test_a_file_with_a_second_name_is_never_written(tmp_path):
+    """It is another checkpoint's too."""
+    (tmp_path / "old").write_bytes(b"as it was")
+    (tmp_path / "new").hardlink_to(tmp_path / "old")
+    with pytest.raises(FileExistsError, match="is linked to another checkpoint's file"):
+        write_shared(tmp_path / "new", [(0, [b"x"])], hurry=False)
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "new", [b"x"], durable=False)
+    assert (tmp_path / "old").read_bytes() == b"as it was"
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
@@ -180,18 +263,21 @@ def test_everything_is_on_the_disk_before_what_makes_it_visible(prepare, situati
         return next(i for i, call in enumerate(calls) if i >= after and call[:2] == (name, str(path)))
 
     commit = place("move", f"{staging} -> {run / tag}")
-    root, manifest = (place("write", staging / name) for name in ("zarr.json", "manifest.json"))
+    last = [place("write", staging / name) for name in ("zarr.json", "arrays.0.json", "manifest.json")]
+    root, _, manifest = last
     written = [(i, Path(path)) for i, (name, path, _) in enumerate(calls[:commit]) if name == "write"]
     linked = [i for i, (name, _, _) in enumerate(calls) if name == "link"]
-    assert [i for i, _ in written[-2:]] == [root, manifest], "written last"
-    assert {"zarr.json", "c.0.0", "c.1.0", "c.0"} <= {path.name for _, path in written}
-    assert len(linked) == (situation != "first")
-    before = [*linked, *(i for i, _ in written[:-2])]
+    assert [i for i, _ in written[-3:]] == last, "written last"
+    shared = staging / "atoms" / "w" / "fp32" / "c.0.0"
+    assert len({thread for name, path, thread in calls if path == str(shared)}) == 2
+    assert {"zarr.json", "c.0.0", "c.0"} <= {path.name for _, path in written}
+    assert len(linked) == (0 if situation == "first" else 2)
+    before = [*linked, *(i for i, _ in written[:-3])]
     assert all(i < place("sync_tree", staging, i) < root for i in before)
     last_chunk = max([*linked, *(i for i, path in written if path.name.startswith("c."))])
     by = {thread for name, _, thread in calls[last_chunk:commit] if name == "sync_tree"}
     assert by == {"rank 0", "rank 1"}, "each rank's machine has a cache of its own"
-    assert root < place("sync", staging / "zarr.json", root) < commit
+    assert all(i < place("sync", calls[i][1], i) < commit for i in last)
     assert manifest < place("sync", staging / "manifest.json") < place("sync", staging, manifest) < commit
     temporary = run / ".latest.tmp"
     latest = place("move", f"{temporary} -> {run / 'latest'}")

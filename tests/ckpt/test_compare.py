@@ -15,8 +15,9 @@ from ckpt.compare import _apart
 
 
 def opened(folder, arrays, cuts=None):
+    sizes = {} if cuts is None else {"chunk_bytes": 256, "gather_below": 0}  # several chunks
     boxes = None if cuts is None else {key: cut(a.shape, cuts) for key, a in arrays.items()}
-    save_arrays(folder, "t1", arrays, boxes)
+    save_arrays(folder, "t1", arrays, boxes, planning=sizes)
     return open_checkpoint(folder)
 
 

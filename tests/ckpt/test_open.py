@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from ckpt_helpers import same, save_arrays
+from ckpt_helpers import all_ranks, layout_of, same, save_arrays, shards_of
+from ckpt_saved import CountingStore
 
-from ckpt import Box, CheckpointError, committed_tags, open_checkpoint
+from ckpt import Box, CheckpointError, committed_tags, make_plan, open_checkpoint, save, verify
 from ckpt.stores.local import LocalStore
 
 ARRAYS = {("w", "fp32"): np.arange(12.0).reshape(4, 3), ("w", "exp_avg"): np.ones(3)}
@@ -54,6 +56,42 @@ def test_an_array_that_is_not_there_lists_what_is(run):
     for box in (Box((0, 0), (5, 1)), Box((0,), (1,)), Box((0, 0, 0), (1, 1, 1))):
         with pytest.raises(CheckpointError, match=r"w/fp32 has shape \[4, 3\].*beyond"):
             checkpoint.read("w", "fp32", box)
+
+
+STAGES = {("v", "value"): np.arange(4.0), ("w", "fp32"): np.ones((4, 3))}
+
+
+def save_in_two_parts(run: Path) -> None:
+    """Save two arrays from two ranks that share none, as stages of a pipeline do."""
+    whole = {key: [Box.whole(array.shape)] * 2 for key, array in STAGES.items()}
+
+    def work(comm: Any) -> None:
+        own = [layout_of(STAGES, whole)[comm.rank][comm.rank]]
+        plan = make_plan({comm.rank: own})
+        save(run, "t1", shards_of(STAGES, own), plan=plan, comm=comm, document={}, durable=False)
+
+    all_ranks(2, work)
+
+
+def test_only_the_parts_in_use_are_read(tmp_path):
+    save_in_two_parts(tmp_path)
+    assert verify(open_checkpoint(tmp_path)) == []
+    for key, other, name in (*STAGES, "arrays.0.json"), (*reversed(STAGES), "arrays.1.json"):
+        checkpoint = open_checkpoint(tmp_path)
+        checkpoint.store = counting = CountingStore(checkpoint.store)
+        assert sorted(checkpoint.arrays) == sorted(STAGES)
+        assert checkpoint.atoms == {"v": ["value"], "w": ["fp32"]}
+        assert counting.calls == [], "which arrays there are is in the manifest"
+        for _ in range(2):
+            assert same(checkpoint.read(*key), STAGES[key])
+        assert [path for call, path in counting.calls if call == "read"] == [f"t1/{name}"]
+        (tmp_path / "t1" / name).rename(tmp_path / "elsewhere")
+        checkpoint = open_checkpoint(tmp_path)
+        assert same(checkpoint.read(*other), STAGES[other])
+        with pytest.raises(CheckpointError, match=f"{name} can't be read: No such file"):
+            checkpoint.read(*key)
+        assert [p.path for p in verify(checkpoint)] == [f"{tmp_path}/t1/{name}"]
+        (tmp_path / "elsewhere").rename(tmp_path / "t1" / name)
 
 
 def a_file(path: Path) -> None:

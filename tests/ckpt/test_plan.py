@@ -7,133 +7,36 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
-import numpy as np
 import pytest
-from ckpt_helpers import Ranks, cut, even_cut
+from ckpt_helpers import cut
+from ckpt_layouts import DTYPES, SIZES, check, content, held_of, layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
-from ckpt.box import grid
-from ckpt.plan import ArrayPlan, plan_arrays
-
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
-Interval = tuple[int, int]
-
-
-@st.composite
-def cut_of_a_dim(draw: st.DrawFn, length: int, most: int) -> list[Interval]:
-    """Draw intervals that cover a dim: whole, even, strided (cut by tensor, then ZeRO), or ragged."""
-    kind = draw(st.sampled_from(["whole", "even", "strided", "ragged"]))
-    if kind == "whole":
-        return [(0, length)]
-    if kind == "even":
-        return even_cut(length, draw(st.integers(1, most)))
-    if kind == "strided":
-        inner = draw(st.integers(1, max(most // 2, 1)))
-        return [(o + p, n) for o, m in even_cut(length, min(2, most)) for p, n in even_cut(m, inner)]
-    points = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=most - 1))})
-    return [(a, b - a) for a, b in pairwise(points)] or [(0, 0)]
-
-
-@st.composite
-def guillotine(draw: st.DrawFn, box: Box, depth: int) -> list[Box]:
-    """Draw a tiling that isn't a product of intervals: each half is cut in its own way."""
-    dim = draw(st.integers(0, len(box.shape) - 1)) if box.shape else 0
-    if depth == 0 or not box.shape or box.shape[dim] < 2:
-        return [box]
-    at = draw(st.integers(1, box.shape[dim] - 1))
-    low = Box(box.offset, (*box.shape[:dim], at, *box.shape[dim + 1 :]))
-    offset = (*box.offset[:dim], box.offset[dim] + at, *box.offset[dim + 1 :])
-    high = Box(offset, (*box.shape[:dim], box.shape[dim] - at, *box.shape[dim + 1 :]))
-    return [*draw(guillotine(low, depth - 1)), *draw(guillotine(high, depth - 1))]
-
-
-@st.composite
-def boxes_of(draw: st.DrawFn, shape: tuple[int, ...], most: int) -> list[Box]:
-    """Draw at most `most` boxes, some perhaps empty, that cover the array exactly once."""
-    if draw(st.booleans()):
-        return draw(guillotine(Box.whole(shape), int(math.log2(most))))
-    intervals: list[list[Interval]] = []
-    for length in shape:
-        intervals.append(draw(cut_of_a_dim(length, max(most // math.prod(map(len, intervals)), 1))))
-    return [Box(tuple(o for o, _ in c), tuple(n for _, n in c)) for c in product(*intervals)]
-
-
-@st.composite
-def layouts(draw: st.DrawFn, ranks: range = range(12), atom: str = "layer") -> Ranks:
-    """Draw the parts of a few arrays that up to 8 ranks hold: boxes, replicas, empty boxes, or nothing."""
-    members = draw(st.lists(st.sampled_from(ranks), min_size=1, max_size=min(8, len(ranks)), unique=True))
-    layout: Ranks = {rank: [] for rank in members}
-    for i in range(draw(st.integers(1, 4))):
-        shape = tuple(draw(st.lists(st.integers(0, 12), max_size=3)))
-        boxes = draw(boxes_of(shape, len(members)))
-        extra = [None, Box((0,) * len(shape), (0,) * len(shape)) if shape else None, *boxes]
-        held = boxes + [draw(st.sampled_from(extra)) for _ in range(len(members) - len(boxes))]
-        dtype = draw(st.sampled_from([*DTYPES]))
-        fine = draw(st.sampled_from([None, *range(1, len(shape))]))
-        for rank, box in zip(members, draw(st.permutations(held)), strict=True):
-            if box is not None:
-                layout[rank].append(ShardSpec(ArrayKey(f"{atom}.{i}", "fp32"), dtype, shape, box, fine))
-    return layout
-
-
-SIZES = {
-    "chunk_bytes": st.sampled_from([8, 32, 100, 1 << 20]),
-    "gather_below": st.sampled_from([0, 8, 40, 1 << 20]),
-}
-
-
-def held_of(layout: Ranks, key: ArrayKey) -> dict[int, Box]:
-    """Return each rank's box of an array."""
-    return {rank: s.box for rank, specs in layout.items() for s in specs if s.key == key}
-
-
-def check(layout: Ranks, plan: ArrayPlan) -> None:
-    """Check the properties that the plan of every array must have."""
-    held = held_of(layout, plan.key)
-    regular = dict(grid(plan.shape, plan.chunk_shape))
-    assert all(n > 0 for n in plan.chunk_shape), "zarr's chunks are never empty"
-    assert {chunk.index: chunk.box for chunk in plan.chunks} == regular, "the chunks are zarr's grid"
-    assert len(plan.chunks) == len(regular), "each chunk has one writer"
-    times = np.zeros(plan.shape, np.int8)
-    for chunk in plan.chunks:
-        times[chunk.box.slices] += 1
-    assert (times == 1).all(), "each element is in one chunk"
-    assert plan.owner in ({chunk.writer for chunk in plan.chunks} or held), "one who writes there, if any"
-    if not plan.sources:
-        for chunk in plan.chunks:
-            assert chunk.box.within(held[chunk.writer]), "written by one who holds all of it"
-        return
-    assert all(held[c.writer].intersect(c.box) for c in plan.chunks), "written by one who holds a part"
-    times = np.zeros(plan.shape, np.int8)
-    for source, box in plan.sources:
-        assert held[source] == box, "sent by one who holds it"
-        times[box.slices] += 1
-    assert (times == 1).all(), "each element is sent once"
+from ckpt.plan import plan_arrays
 
 
 @settings(deadline=None, max_examples=250)
-@given(layouts(), st.fixed_dictionaries(SIZES), st.sampled_from([4, 16, 1 << 20]))
-def test_every_chunk_has_one_writer_and_every_element_is_covered(layout, sizes, tile_bytes):
-    with mock.patch.dict(
-        "ckpt.chunking.TILES", {8: 4 * tile_bytes, 4: tile_bytes, 2: tile_bytes}
-    ):  # so that small arrays have narrow chunks too
-        whole = make_plan(layout, **sizes)
-        shuffled = {r: random.Random(0).sample(layout[r], len(layout[r])) for r in sorted(layout)[::-1]}
-        again = make_plan(shuffled, **sizes)
-        kinds = {s.key: s for specs in shuffled.values() for s in specs}.values()
-        other = [ArrayLayout(s.key, s.dtype, s.shape, held_of(layout, s.key), s.fine_dim) for s in kinds]
-        assert plan_arrays(other, layout, **sizes) == whole, "nor whether it is told by array or by rank"
+@given(layouts(), st.fixed_dictionaries(SIZES))
+def test_every_chunk_has_one_writer_and_every_element_is_covered(layout, sizes):
+    whole = make_plan(layout, **sizes)
+    shuffled = {r: random.Random(0).sample(layout[r], len(layout[r])) for r in sorted(layout)[::-1]}
+    again = make_plan(shuffled, **sizes)
+    kinds = {s.key: s for specs in shuffled.values() for s in specs}.values()
+    other = [ArrayLayout(s.key, s.dtype, s.shape, held_of(layout, s.key), s.fine_dim) for s in kinds]
+    told = content(plan_arrays(other, layout, **sizes))
+    assert told == content(whole), "whether it is told by array or by rank"
     assert [p.key for p in whole.arrays] == sorted({s.key for specs in layout.values() for s in specs})
     for array in whole.arrays:
         check(layout, array)
-    assert whole.ranks == tuple(sorted(layout))
-    assert (again, again.digest) == (whole, whole.digest), "whatever order ranks and arrays come in"
+    assert (whole.ranks, whole.files) == (tuple(sorted(layout)), sizes["files"])
+    assert content(again) == content(whole), "whatever order ranks and arrays come in"
+    assert again.digest == whole.digest
 
 
 @settings(deadline=None, max_examples=150)
@@ -143,8 +46,11 @@ def test_a_rank_brings_what_it_writes_or_sends(layout, sizes):
     for rank in layout:
         parts, needed = whole.parts(rank), {}
         for array in whole.arrays:
-            mine = [c.box for c in array.chunks if c.writer == rank and not array.sources]
-            mine += [box for source, box in array.sources if source == rank]
+            sources = array.chunk_plan.sources
+            if sources is None:
+                mine = [c.box for c in array.chunk_plan.chunks if c.writer == rank]
+            else:
+                mine = [box for source, box in sources.pieces if source == rank]
             if mine:
                 needed[array.key] = mine
         assert parts.keys() == needed.keys()
@@ -159,8 +65,8 @@ def test_a_rank_brings_what_it_writes_or_sends(layout, sizes):
 @given(layouts(range(4), "first"), layouts(range(4, 9), "second"), st.fixed_dictionaries(SIZES))
 def test_ranks_that_share_nothing_plan_apart(a, b, sizes):
     """A pipeline stage that doesn't know the others makes the same plan as all of them at once."""
-    together = make_plan(b | a, **sizes).arrays
-    assert together == make_plan(a, **sizes).arrays + make_plan(b, **sizes).arrays
+    together, first, second = (content(make_plan(layout, **sizes))[-1] for layout in (b | a, a, b))
+    assert together == first + second
 
 
 @settings(deadline=None, max_examples=150)
@@ -168,7 +74,7 @@ def test_ranks_that_share_nothing_plan_apart(a, b, sizes):
 def test_digests_are_equal_where_the_plans_are(a, b, sizes, others):
     plans = [make_plan(layout, **given) for layout in (a, b, {**a, 7: []}) for given in (sizes, others)]
     for one, other in product(plans, plans):
-        assert (one.digest == other.digest) == (one == other)
+        assert (one.digest == other.digest) == (content(one) == content(other))
 
 
 def test_another_process_has_the_same_digest():
@@ -209,7 +115,7 @@ def spec(box: Box) -> ShardSpec:
     return ShardSpec(ArrayKey("w", "exp_avg"), "float32", (8, 4), box)
 
 
-def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = None, **sizes: int) -> Plan:
+def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = None, **sizes: Any) -> Plan:
     """Return the checked plan of one fp32 array of which rank r holds `boxes[r]`."""
     key = ArrayKey("w", "fp32")
     layout = {rank: [ShardSpec(key, "float32", shape, box, fine_dim)] for rank, box in enumerate(boxes)}
@@ -252,21 +158,27 @@ def test_a_rank_that_lists_an_array_twice_is_refused():
 @pytest.mark.parametrize("cuts", [(4, 1), (1, 4), (2, 2), (3, 1)], ids=str)
 def test_even_cuts_of_large_arrays_are_written_in_place(cuts):
     """`fully_shard` and DTensor cut by ceil(n / k): no byte moves, whether or not k divides n."""
-    (array,) = plan_of((1000, 1024), cut((1000, 1024), cuts)).arrays
-    assert array.sources == ()
-    assert {chunk.writer for chunk in array.chunks} == set(range(math.prod(cuts)))
+    (array,) = plan_of((1100, 1024), cut((1100, 1024), cuts)).arrays
+    assert array.chunk_plan.sources is None
+    assert {chunk.writer for chunk in array.chunk_plan.chunks} == set(range(math.prod(cuts)))
 
 
 def test_small_parts_are_gathered_and_small_wholes_are_not():
-    assert plan_of((8, 4), cut((8, 4), (4, 1))).arrays[0].sources
-    assert not plan_of((8, 4), [Box.whole((8, 4))] * 4).arrays[0].sources
+    assert plan_of((8, 4), cut((8, 4), (4, 1))).arrays[0].chunk_plan.sources is not None
+    assert plan_of((8, 4), [Box.whole((8, 4))] * 4).arrays[0].chunk_plan.sources is None
+
+
+def test_what_is_gathered_is_what_is_smaller_than_half_a_mebibyte():
+    for rows, gathered in [(255, True), (256, False)]:
+        (array,) = plan_of((4 * rows, 512), cut((4 * rows, 512), (4, 1))).arrays
+        assert (array.chunk_plan.sources is not None) == gathered
 
 
 def test_chunks_are_near_the_size_wanted():
     """Cut and uncut dims, and lengths that divide badly: within 1/4 and 2 of what was asked for."""
     for rows, parts in [(4096, 1), (4096, 4), (50304, 3), (50257, 1), (6000, 7)]:
         (array,) = plan_of((rows, 512), cut((rows, 512), (parts, 1)), chunk_bytes=1 << 20).arrays
-        assert (1 << 18) <= math.prod(array.chunk_shape) * 4 <= (2 << 20), (rows, parts, array.chunk_shape)
+        assert (1 << 18) <= math.prod(array.grid.chunk_shape) * 4 <= (2 << 20), (rows, parts)
 
 
 @pytest.mark.parametrize(
@@ -276,23 +188,22 @@ def test_chunks_are_near_the_size_wanted():
         ((1024, 4096), (2, 1), (512, 512)),  # as many, of 1 MiB each
         ((1024, 4096), (1, 2), (1024, 512)),  # as many: 4 of each half
         ((1024, 4096), (4, 1), (256, 1024)),  # 4, as 8 would be less than 1 MiB
-        ((1024, 4096), (32, 1), (32, 2048)),  # 64 in all
-        ((256, 512), (1, 1), (256, 256)),  # no narrower than 256 KiB
-        ((128, 512), (1, 1), (128, 512)),  # less than that
-        ((1024, 4099), (1, 1), (512, 4099)),  # a prime: tiles are equal, or not made
+        ((1024, 4096), (8, 1), (128, 2048)),  # 2, likewise
+        ((1024, 4096), (16, 1), (64, 4096)),  # none, likewise
+        ((1024, 4096), (9, 9), (512, 512)),  # 8, as its small parts are gathered, into small chunks
+        ((1024, 4099), (1, 1), (205, 4099)),  # a prime: tiles are equal, or not made
         ((1024, 4092), (1, 1), (1024, 1023)),  # 8 don't divide it, 4 do
-        ((1023, 4096), (3, 3), (1023, 512)),  # gathered, as 4096 / 3 is ragged in small parts
-        ((16384, 2064), (1, 1), (8192, 258)),  # of 16 MiB after all
+        ((16384, 2064), (1, 1), (3277, 258)),  # of 4 MiB after all
     ],
     ids=str,
 )
-def test_chunks_are_narrow_along_the_fine_dim(shape, cuts, chunk):
-    gather_below = (1 << 18) if cuts != (3, 3) else (1 << 30)
-    (array,) = plan_of(shape, cut(shape, cuts), 1, gather_below=gather_below).arrays
-    assert array.chunk_shape == chunk
-    assert bool(array.sources) == (cuts == (3, 3))
-    (rows,) = plan_of(shape, cut(shape, cuts), gather_below=gather_below).arrays
-    assert rows.chunk_shape[1] == (shape[1] if array.sources else -(-shape[1] // cuts[1])), "else whole rows"
+@pytest.mark.parametrize("files", ["array", "writer"])
+def test_chunks_are_narrow_along_the_fine_dim(shape, cuts, chunk, files):
+    (array,) = plan_of(shape, cut(shape, cuts), 1, files=files).arrays
+    gathered = array.chunk_plan.sources is not None
+    assert (array.grid.chunk_shape, gathered) == (chunk, cuts == (9, 9))
+    (rows,) = plan_of(shape, cut(shape, cuts), files=files).arrays
+    assert rows.grid.chunk_shape[1] == (shape[1] if gathered else -(-shape[1] // cuts[1])), "else whole rows"
 
 
 def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
@@ -301,7 +212,7 @@ def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
     box = Box.whole(shape)
     specs = [ShardSpec(ArrayKey(f"w.{i}", "fp32"), d, shape, box, fine) for i, (d, fine) in enumerate(kinds)]
     made = make_plan({0: specs}, chunk_bytes=8 << 20)
-    assert [array.chunk_shape for array in made.arrays] == chunks
+    assert [array.grid.chunk_shape for array in made.arrays] == chunks
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -312,7 +223,7 @@ def test_copies_share_the_writing(ranks):
     made = make_plan(dict.fromkeys(range(ranks), specs), chunk_bytes=1 << 20)
     written = Counter()
     for array in made.arrays:
-        for chunk in array.chunks:
+        for chunk in array.chunk_plan.chunks:
             written[chunk.writer] += math.prod(chunk.box.shape) * 4
     assert made.bytes_written() == written
     mean = sum(written.values()) / ranks

@@ -24,10 +24,11 @@ from ckpt import (
     read_latest,
     save,
 )
+from ckpt.format import file_name
 from ckpt.stores.remote import RemoteStore
 
 W, B, S = ("w", "fp32"), ("w", "exp_avg"), ("step", "value")
-CHANGES = ("pipe_file", "rm", "rm_file")
+CHANGES = ("pipe_file", "stream", "rm", "rm_file")
 
 
 def arrays_of(seed: int) -> Arrays:
@@ -52,7 +53,7 @@ def saving(run: str, tag: str, arrays: Arrays = NEW) -> Callable[[], list[object
     """Return a save on two ranks that hold halves; it returns each rank's result or exception."""
     layout = layout_of(arrays, {W: cut((256, 512), (2, 1)), B: cut((5,), (2,)), S: cut((), ()) * 2})
     shards = {rank: shards_of(arrays, specs) for rank, specs in layout.items()}
-    plan = make_plan(layout)
+    plan = make_plan(layout, files="writer")
     return lambda: run_ranks(
         2, lambda comm: save(run, tag, shards[comm.rank], plan=plan, comm=comm, document={"step": 1})
     )
@@ -116,19 +117,27 @@ def test_each_object_is_put_once_and_whole(run: str) -> None:
     assert paths[0] == ".saving.t1"
     assert paths[-2:] == ["t1/manifest.json", "latest"]
     sizes = {path.removeprefix("t1/"): n for path, n in put}
-    chunks = open_checkpoint(run).manifest["chunks"]
-    assert {f"{a}/{c}": r["size"] for a, rs in chunks.items() for c, r in rs.items()}.items() <= sizes.items()
+    checkpoint = open_checkpoint(run)
+    records = checkpoint.manifest["parts"] | checkpoint.manifest["files"]
+    expected = {name: record["size"] for name, record in records.items()}
+    for info in checkpoint.arrays.values():
+        files = {f"{info.path}/{file_name(i)}": info.grid.file_bytes(i) for i, _ in info.grid.files()}
+        expected |= files
+    assert expected.items() <= sizes.items()
 
 
 @pytest.mark.parametrize("forever", [False, True], ids=["one-call-fails", "all-fail-from-then-on"])
-def test_a_save_in_which_a_call_fails(forever: bool) -> None:
-    k, committed = 0, []
+def test_a_save_in_which_a_call_fails(monkeypatch: pytest.MonkeyPatch, forever: bool) -> None:
+    """Some objects are put by one request, some by several."""
+    monkeypatch.setattr("ckpt.stores.remote.AT_ONCE", 1 << 16)
+    k, committed, names = 0, [], set()
     while True:
         k += 1
         run = f"memory://{uuid.uuid4().hex}"
         save_arrays(run, "t1", OLD)
         with failing(k, forever=forever) as calls:
             results = saving(run, "t2")()
+        names |= {*calls}
         if len(calls) < k:
             break
         errors = {str(result) for result in results}
@@ -142,11 +151,13 @@ def test_a_save_in_which_a_call_fails(forever: bool) -> None:
         objects = fsspec.filesystem("memory").find(run)
         assert committed[-1] or not [path for path in objects if "/t2/" in path], "nothing of it is left"
     assert {*committed} == {False, True}
+    assert names == {*CHANGES}
     assert k > 15
 
 
-def test_a_save_that_is_killed() -> None:
+def test_a_save_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the k-th call the process does nothing more, not even clean up."""
+    monkeypatch.setattr("ckpt.stores.remote.AT_ONCE", 1 << 16)
     k, exists = 0, []
     while True:
         k += 1

@@ -1,29 +1,34 @@
 """Arrays that ranks save, cut in one way, are loaded cut in any other, and read by any zarr reader."""
 
 import json
+import math
 from itertools import chain, pairwise
 
 import ml_dtypes
 import numpy as np
 import pytest
-import tensorstore
 import zarr
 from ckpt_helpers import (
     DOCUMENT,
     ThreadComm,
     all_ranks,
+    check_read,
     cut,
     layout_of,
     random_array,
     same,
     save_arrays,
+    stored,
     targets_of,
+    tensorstore_read,
     whole,
+    zarr_read,
 )
 from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from ckpt import Box, CheckpointError, Shard, Solo, load, make_plan, open_checkpoint, save
-from ckpt.format import DTYPES, array_document, array_path
+from ckpt.array_files import file_grid
+from ckpt.format import DTYPES, array_document, array_path, itemsize
 
 ODD_NAMES = [
     "a/b",
@@ -77,37 +82,28 @@ def held(arrays: dict, name: str) -> dict[tuple[str, str], list[Box]]:
     return {key: b * (parts * copies // len(b)) for key, b in boxes.items()}
 
 
-def zarr_read(folder, key: tuple[str, str]) -> np.ndarray:
-    return np.asarray(zarr.open_array(folder / array_path(*key), mode="r")[...])
-
-
-def tensorstore_read(folder, key: tuple[str, str]) -> np.ndarray:
-    store = {"driver": "file", "path": f"{folder / array_path(*key)}/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result().read().result()
-
-
-def stored(array: np.ndarray) -> np.ndarray:
-    """Return the array as a zarr reader without bfloat16 sees it."""
-    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
-
-
 def random_box(rng: np.random.Generator, shape: tuple[int, ...]) -> Box:
     ends = [sorted(rng.integers(0, n + 1, 2)) for n in shape]
     return Box(tuple(int(a) for a, _ in ends), tuple(int(b - a) for a, b in ends))
 
 
+SMALL = {"chunk_bytes": 1 << 18, "gather_below": 1 << 17}
+"""Sizes of a plan that cuts arrays of a few MiB into several chunks, as the usual ones cut larger arrays."""
+
+
+@pytest.mark.parametrize("files", ["array", "writer"])
 @pytest.mark.parametrize("before", LAYOUTS)
-def test_saved_in_one_layout_read_in_all_ways(tmp_path, before):
+def test_saved_in_one_layout_read_in_all_ways(tmp_path, monkeypatch, before, files):
+    monkeypatch.setattr("ckpt.chunking.FILE_BYTES", 1 << 19)  # so that files="writer" makes several
     rng = np.random.default_rng(0)
     arrays = matrices(rng)
-    save_arrays(tmp_path, "t1", arrays, held(arrays, before), FINE)
+    save_arrays(tmp_path, "t1", arrays, held(arrays, before), FINE, planning={"files": files, **SMALL})
+    check_read(tmp_path, "t1", arrays)
     checkpoint = open_checkpoint(tmp_path)
-    assert {*checkpoint.arrays} == {*arrays}
-    assert checkpoint.info("embed.weight", "exp_avg").chunk_shape[1] in (65, 130, 260)
+    fine = checkpoint.info("embed.weight", "exp_avg")
+    assert fine.grid.chunk_shape[1] in (65, 130, 260)
+    assert (len([*fine.grid.files()]) == 1) == (files == "array")
     for key, expected in arrays.items():
-        assert same(zarr_read(tmp_path / "t1", key), expected), key
-        assert same(tensorstore_read(tmp_path / "t1", key), expected), key
-        assert same(checkpoint.read(*key), expected), key
         for _ in range(10):
             box = random_box(rng, expected.shape)
             assert same(checkpoint.read(*key, box), expected[box.slices]), (key, box)
@@ -187,7 +183,9 @@ def test_zarr_lists_everything_from_one_document(tmp_path):
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("shape", [(), (0, 3), (7, 5)], ids=str)
 def test_documents_are_zarr_s_own(dtype, shape):
-    document = array_document(dtype, shape, tuple(max(n // 2, 1) for n in shape))
+    chunk = tuple(max(n // 3, 1) for n in shape)
+    grid = file_grid(shape, chunk, tuple(2 * n for n in chunk), itemsize(dtype))
+    document = array_document(dtype, grid)
     again = ArrayV3Metadata.from_dict(json.loads(json.dumps(document))).to_dict()
     assert json.loads(json.dumps(again)) == document
 
@@ -213,9 +211,13 @@ def test_what_json_would_change_is_refused(tmp_path, bad, where):
 def test_unwritten_padding_is_never_zeros(tmp_path, dtype):
     """The last chunks of an uneven cut are padded with what zarr would fill: NaN."""
     arrays = {("w", "fp32"): np.ones((1000, 500), dtype)}
-    save_arrays(tmp_path, "t1", arrays, {("w", "fp32"): cut((1000, 500), (3, 1))})
-    data = (tmp_path / "t1" / "atoms/w/fp32/c.2.0").read_bytes()
-    found = np.frombuffer(data[:-4], dtype).reshape(334, 500)
+    boxes = {("w", "fp32"): cut((1000, 500), (3, 1))}
+    save_arrays(tmp_path, "t1", arrays, boxes, planning={"gather_below": 0})
+    info = open_checkpoint(tmp_path).info("w", "fp32")
+    assert info.grid.chunk_shape == (334, 500)
+    _, begin = info.grid.place((2, 0))
+    data = (tmp_path / "t1" / "atoms/w/fp32/c.0.0").read_bytes()[begin : begin + info.grid.payload]
+    found = np.frombuffer(data, dtype).reshape(334, 500)
     assert (found[:332] == 1).all()
     assert np.isnan(found[332:]).all()
     padding = {*stored(found[332:]).reshape(-1).view(f"u{found.itemsize}").tolist()}
@@ -225,14 +227,15 @@ def test_unwritten_padding_is_never_zeros(tmp_path, dtype):
 
 @pytest.mark.parametrize("round_bytes", [1, 1 << 30])
 def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_bytes):
-    """Each writer receives the others' parts of its chunks and no more."""
+    """Each writer receives its chunks and no more, and no rank writes much more than it holds."""
     monkeypatch.setattr("ckpt.gather.ROUND_BYTES", round_bytes)
     key, ends = ("w", "fp32"), [0, 1501, 2200, 3001]
     arrays = {key: random_array(np.random.default_rng(4), "float32", (3001, 4096))}
     boxes = {key: [Box((a, 0), (b - a, 4096)) for a, b in pairwise(ends)]}
-    (array,) = make_plan(layout_of(arrays, boxes)).arrays
-    assert array.sources
-    assert {chunk.writer for chunk in array.chunks} == {0, 1, 2}
+    plan = make_plan(layout_of(arrays, boxes), gather_below=1 << 60)
+    (array,) = plan.arrays
+    assert array.chunk_plan.sources is not None
+    assert {w: len(chunks) for w, chunks in array.chunk_plan.by_writer.items()} == {0: 5, 1: 3, 2: 4}
     got = dict.fromkeys(range(3), 0)
     exchange = ThreadComm.exchange
 
@@ -241,11 +244,10 @@ def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_b
         return exchange(comm, outgoing, incoming_sizes)
 
     monkeypatch.setattr(ThreadComm, "exchange", noted)
-    save_arrays(tmp_path, "t1", arrays, boxes)
-    size = np.prod(array.chunk_shape) * 4
-    assert max(got.values()) <= size * -(-len(array.chunks) // 3)
-    assert same(zarr_read(tmp_path / "t1", key), arrays[key])
-    assert same(open_checkpoint(tmp_path).read(*key), arrays[key])
+    save_arrays(tmp_path, "t1", arrays, boxes, planning={"gather_below": 1 << 60})
+    assert got == plan.bytes_written()
+    assert len([*(tmp_path / "t1" / array_path(*key)).glob("c*")]) == 1, "all of them write one file"
+    check_read(tmp_path, "t1", arrays)
 
 
 def test_a_gather_takes_several_rounds(tmp_path, monkeypatch):
@@ -269,7 +271,7 @@ def test_a_gather_takes_several_rounds(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (4, 1), (1, 4), (2, 8)])
 def test_resharding_reads_little_more_than_is_wanted(tmp_path, dim, before, after):
-    """Cuts elsewhere than the writers' only add the blocks (rows) or tiles (columns) at the seams."""
+    """Cuts elsewhere than the writers' only add the chunks (rows) or tiles (columns) at the seams."""
     key, shape = ("w", "fp32"), (1536, 4128)
     cuts = lambda parts: {key: cut(shape, (parts, 1)[:: 1 - 2 * dim])}  # noqa: E731
     arrays = {key: random_array(np.random.default_rng(4), "float32", shape)}
@@ -279,8 +281,12 @@ def test_resharding_reads_little_more_than_is_wanted(tmp_path, dim, before, afte
     targets = [targets_of(specs) for specs in layout.values()]
     reports = all_ranks(after, lambda comm: load(checkpoint, targets[comm.rank], comm=comm))
     read = sum(r.bytes_read for r in reports)
-    most = 1 + 2 / 8 if dim and after == 3 else 1.1  # thirds end in the midst of two of the eight tiles
-    assert arrays[key].nbytes <= read <= most * arrays[key].nbytes
+    grid = checkpoint.info(*key).grid
+    if dim:  # thirds end in the midst of two of the eight tiles
+        most = arrays[key].nbytes * (1 + 2 / 8 if after == 3 else 1.1)
+    else:
+        most = grid.payload * (math.prod(grid.counts) + after - 1)
+    assert arrays[key].nbytes <= read <= most
     for (target,) in targets:
         assert same(target.data, arrays[key][target.spec.box.slices])
 

@@ -1,12 +1,15 @@
 """The contract of `ckpt.stores.Store`, kept by every store."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from ckpt import CheckpointError, committed_tags, open_store, read_latest
 from ckpt.stores import Store
+from ckpt.stores.remote import RemoteStore
 
 MANIFEST = {"manifest.json": b"{}"}
 LEFTOVERS = [".deleting.t2", ".saving.t1"]
@@ -56,11 +59,28 @@ class StoreTests:
         store.begin("t2", "token")
         self.put(store, f"{store.staging('t2')}/atoms/other", b"")
         linked = store.link("t1/atoms/c", f"{store.staging('t2')}/atoms/c")
-        assert store.same("t1/atoms/c", [b"ab", b"c"]) == linked, "comparing is of use only where links are"
-        for other in ([b"abd"], [b"ab"], [b"abc", b"d"], []):
-            assert not store.same("t1/atoms/c", other)
         assert store.exists(f"{store.staging('t2')}/atoms/c") == linked
         assert not linked or store.read(f"{store.staging('t2')}/atoms/c") == b"abc"
+
+    @pytest.mark.parametrize(
+        ("offset", "parts", "same"),
+        [
+            (0, [b"abc", b"def"], True),
+            (0, [b"ab", b"", b"c"], True),
+            (2, [b"cd", b"ef"], True),
+            (0, [b"abd"], False),
+            (2, [b"cd", b"eg"], False),
+            (1, [b"ab"], False),
+            (4, [b"ef", b"g"], False),
+            (6, [b"g"], False),
+        ],
+    )
+    def test_bytes_are_compared_in_their_place(
+        self, store: Store, offset: int, parts: list[bytes], same: bool
+    ) -> None:
+        self.commit(store, "t1", b"abcdef")
+        links = store.link("t1/atoms/c", "t1/atoms/d")
+        assert store.same("t1/atoms/c", offset, parts) == (same and links), "of use only where links are"
 
     # --- a checkpoint from its first object to its end -------------------------------------------------
 
@@ -145,6 +165,48 @@ class TestLocalStore(StoreTests):
         store.write(".saving.t2", [b"a user's"], durable=False)
         assert store.clean() == []
 
+    def test_several_write_one_file(self, store: Store) -> None:
+        """The order doesn't matter, and what none of them writes is zeros."""
+        assert store.shares_files
+        self.commit(store, "t1")
+        store.write_into("t1/c", [(6, [b"gh", b"i"]), (12, [b"end"])], durable=True)
+        store.write_into("t1/c", [(0, [b"abc"])], durable=False)
+        assert store.read("t1/c") == b"abc\0\0\0ghi\0\0\0end"
+
+    def test_a_file_of_another_checkpoint_is_never_written(self, store: Store) -> None:
+        self.commit(store, "t1", b"abc")
+        assert store.link("t1/atoms/c", "t1/d")
+        for path in ("t1/atoms/c", "t1/d"):
+            with pytest.raises(FileExistsError, match="is linked to another checkpoint's file"):
+                store.write_into(path, [(0, [b"x"])], durable=False)
+            with pytest.raises(FileExistsError):
+                store.write(path, [b"x"], durable=False)
+        assert store.read("t1/d") == b"abc"
+
+    def test_neither_a_link_nor_a_copy_replaces_a_file(self, store: Store) -> None:
+        self.commit(store, "t1", b"old")
+        self.put(store, "t1/d", b"another rank's")
+        for call in (store.link, store.copy):
+            with pytest.raises(FileExistsError):
+                call("t1/atoms/c", "t1/d")
+        assert store.read("t1/d") == b"another rank's"
+
+    def test_a_copy_is_a_file_of_its_own(self, store: Store) -> None:
+        self.commit(store, "t1", b"abc")
+        store.copy("t1/atoms/c", "t1/d")
+        store.write_into("t1/d", [(1, [b"x"])], durable=False)
+        assert (store.read("t1/atoms/c"), store.read("t1/d")) == (b"abc", b"axc")
+
+    @pytest.mark.parametrize(("length", "number"), [(5000, 3), (2, 2000), (300_000, 4)])
+    def test_many_parts(self, store: Store, length: int, number: int) -> None:
+        """More than one system call takes, small and large ones."""
+        parts = [bytes([i % 251]) * length for i in range(number)]
+        self.commit(store, "t1")
+        store.write("t1/c", iter(parts), durable=False)
+        store.write_into("t1/d", [(10, iter(parts))], durable=False)
+        assert store.read("t1/c") == b"".join(parts)
+        assert store.read("t1/d") == bytes(10) + b"".join(parts)
+
 
 class TestMemoryStore(StoreTests):
     @pytest.fixture
@@ -153,3 +215,51 @@ class TestMemoryStore(StoreTests):
 
     def leave(self, store: Store, name: str) -> None:
         self.put(store, name, b"x")  # a marker is an object of this name
+
+    @pytest.mark.parametrize("sizes", [[], [10], [4, 6], [3, 3, 3]], ids=str)
+    def test_a_small_object_is_one_request(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+    ) -> None:
+        monkeypatch.setattr("ckpt.stores.remote.AT_ONCE", 10)
+        assert isinstance(store, RemoteStore)
+        parts = [bytes([i]) * n for i, n in enumerate(sizes)]
+        with mock.patch.object(store._fs, "pipe_file", wraps=store._fs.pipe_file) as put:
+            store.write("o", parts, durable=False)
+        assert [call.args[1] for call in put.call_args_list] == [b"".join(parts)]
+        assert store.read("o") == b"".join(parts)
+
+    @pytest.mark.parametrize("sizes", [[11], [9, 2], [4] * 5, [1] * 30, [100, 1]], ids=str)
+    def test_a_large_object_is_streamed(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+    ) -> None:
+        """A chunk of a file of 256 MiB is made when it is written, and isn't kept."""
+        monkeypatch.setattr("ckpt.stores.remote.AT_ONCE", 10)
+        assert isinstance(store, RemoteStore)
+        real, taken, opened = store._fs.open, [0], []
+
+        def parts() -> Iterator[bytes]:
+            for i, n in enumerate(sizes):
+                taken[0] += n
+                yield bytes([i]) * n
+
+        def open_(path: str, mode: str, block_size: int) -> Any:
+            opened.append((mode, block_size, taken[0]))
+            return real(path, mode, block_size=block_size)
+
+        with mock.patch.object(store._fs, "open", open_):
+            store.write("o", parts(), durable=False)
+        assert store.read("o") == b"".join(bytes([i]) * n for i, n in enumerate(sizes))
+        ((mode, block, before),) = opened
+        assert (mode, block) == ("wb", 10)
+        assert 10 < before <= 10 + max(sizes), "no more is held than makes it too large for one request"
+
+    def test_a_stream_that_breaks_is_the_place_s_error(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ckpt.stores.remote.AT_ONCE", 10)
+        assert isinstance(store, RemoteStore)
+        with mock.patch.object(store._fs, "open") as opened:
+            opened.return_value.__enter__.return_value.write.side_effect = RuntimeError("no route")
+            opened.return_value.__exit__.return_value = False
+            with pytest.raises(OSError, match="RuntimeError: no route"):
+                store.write("o", [b"x" * 11], durable=False)

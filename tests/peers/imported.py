@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import commands
 import ml_dtypes
@@ -30,9 +31,9 @@ def atoms(checkpoint: str | Path) -> dict[str, np.ndarray]:
     group = zarr.open_group(str(checkpoint), mode="r")
     manifest = json.loads((Path(checkpoint) / "manifest.json").read_text())
     found = {}
-    for path in manifest["chunks"]:
-        _, atom, state = path.split("/")
-        array = group[path]
+    listed = [part["arrays"] for part in manifest["parts"].values()]
+    for atom, state in ((a, s) for arrays in listed for a, states in arrays.items() for s in states):
+        array = group[f"atoms/{quote(atom, safe='')}/{quote(state, safe='')}"]
         values = np.asarray(array[...])
         if array.attrs.get("dtype") == "bfloat16":
             values = values.view(ml_dtypes.bfloat16)

@@ -77,7 +77,7 @@ class Restorer:
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
         self._state.model.zero.reshard()  # parameters are looked up as the optimizer has them
-        checkpoint = self._open(run, tag)
+        checkpoint = ckpt.open_together(self._comm, run, tag)
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         report = self._load(checkpoint, saved, wanted)
         if self._comm.rank == 0:
@@ -96,14 +96,6 @@ class Restorer:
     def latest(self, run: str | Path) -> str | None:
         """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
         return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
-
-    def _open(self, run: str | Path, tag: str | int | None) -> ckpt.Checkpoint:
-        def find() -> str:
-            store, folder = ckpt.find_checkpoint(run, tag)
-            return store.where(folder)
-
-        chosen = ckpt.from_rank_0(self._comm, find)
-        return ckpt.agreed(self._comm, lambda: ckpt.open_checkpoint(chosen))
 
     def _load(self, checkpoint: ckpt.Checkpoint, saved: RunManifest, wanted: Wanted) -> ckpt.LoadReport:
         optimizer = self._state.optimizer if wanted.optimizer else None

@@ -101,7 +101,9 @@ class Saver:
             if not self._looked_for_others:  # once, as torch's own `state_dict` takes its time
                 check_nothing_is_lost(model.module)
                 self._looked_for_others = True
-            plan, parts = self._parts(extra.arrays(stage), frozen)
+            files = self._config.checkpoint.files
+            chosen = ckpt.files_for(where) if files == "auto" else files
+            plan, parts = self._parts(extra.arrays(stage), frozen, chosen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
@@ -160,13 +162,13 @@ class Saver:
         self._held, self._plan = [], None
 
     def _parts(
-        self, extra: dict[ckpt.ArrayKey, Tensor], frozen: bool
+        self, extra: dict[ckpt.ArrayKey, Tensor], frozen: bool, files: ckpt.Files
     ) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """Return the plan and this rank's parts by it; plan again only if the arrays have changed. Local."""
         held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
-        if self._plan is None or not same:
-            self._plan = ckpt.make_plan(self._inventory.layout(held))
+        if self._plan is None or not same or self._plan.files != files:
+            self._plan = self._inventory.plan(held, files)
             self._wanted = self._plan.parts(self._comm.rank)
             self._held = held
         return self._plan, parts_to_save(held, self._wanted)

@@ -197,8 +197,8 @@ def _memory(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reads(reads: Mapping[str, int]) -> Iterator[str]:
-    text = f"{format_bytes(reads['most'])} from {plural(reads['most_files'], 'file')} by the busiest rank, "
-    text += f"{format_bytes(reads['total'])} by all ranks; {plural(reads['files'], 'chunk file')} in all"
+    text = f"{format_bytes(reads['most'])} in {plural(reads['most_chunks'], 'chunk')} by the busiest rank, "
+    text += f"{format_bytes(reads['total'])} by all ranks; {plural(reads['chunks'], 'chunk')} in all"
     yield from _wrapped("reading", text)
 
 

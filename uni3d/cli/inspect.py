@@ -94,7 +94,8 @@ def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) ->
             "state": key.state,
             "dtype": info.dtype,
             "shape": "x".join(map(str, info.shape)) or "scalar",
-            "chunks": len(info.chunks),
+            "files": sum(1 for _ in info.grid.files()),
+            "chunks": len(info.sums),
             "bytes": info.nbytes,
             **numbers.get(key, {}),
         }

@@ -120,7 +120,8 @@ def _checkpoint_row(
     return {
         "states": list(states),
         "arrays": figures.arrays,
-        "files": figures.chunks + figures.documents,
+        "files": figures.files + figures.documents,
+        "documents": figures.documents,
         "chunks": figures.chunks,
         "bytes": sum(figures.written),
         "bytes_by_rank": _spread(figures.written),
@@ -181,7 +182,8 @@ def _checkpoint_lines(row: Mapping[str, Any], bandwidth: str, memory_bandwidth: 
 
     return {
         "arrays": f"{row['arrays']:,}, float32: {', '.join(row['states'])} for each parameter",
-        "files": f"{row['files']:,}: {row['chunks']:,} chunks, {row['files'] - row['chunks']:,} of metadata",
+        "files": f"{row['files']:,}: {row['files'] - row['documents']:,} with {row['chunks']:,} chunks, "
+        f"{row['documents']:,} of metadata",
         "bytes": f"{row['bytes']:,} ({format_bytes(row['bytes'])}); "
         f"plus a manifest of about {format_bytes(row['manifest_bytes'])}",
         "by rank": f"{spread(row['bytes_by_rank'])}; imbalance {row['balance']:.2f} (max / mean)",

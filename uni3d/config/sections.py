@@ -100,6 +100,9 @@ class CheckpointConfig(Strict):
     """Copy the state and write in the background; if false, the checkpoint is committed on return."""
     durable: bool = True
     """Sync files and folders before the commit, so that a checkpoint survives a power failure."""
+    files: Literal["auto", "array", "writer"] = "auto"
+    """What a file holds: a whole array, which several ranks write at once, or what one rank writes of it, as
+    in object stores. "auto" chooses by the place of the run."""
     keep_last: int | None = Field(default=None, gt=0)
     """After each save, delete all but the newest N checkpoints; null keeps all."""
     keep_every: int | None = Field(default=None, gt=0)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ckpt
-from ckpt.checksums import Blocks
 from ckpt.read import WEIGHT_STATES, pieces
 from parallel.degrees import Ranks
 from parallel.settings import Settings
@@ -87,16 +86,16 @@ def _weights(parts: Sequence[StageArray]) -> dict[str, StageArray]:
 
 
 class Reads(NamedTuple):
-    """Bytes and files that the ranks of a topology read from a checkpoint."""
+    """Bytes and chunks that the ranks of a topology read from a checkpoint."""
 
     most: int
     """Bytes read by the rank that reads most."""
     least: int
     total: int
     """Bytes read by all ranks. Chunks that several ranks read count several times."""
-    most_files: int
-    """Files read by the rank that reads the most files."""
-    files: int
+    most_chunks: int
+    """Chunks read by the rank that reads the most."""
+    chunks: int
     """Chunks in the checkpoint. Each is read by at least one rank."""
 
 
@@ -107,27 +106,21 @@ def reads(
     settings: Settings,
     shard_group: int | None = None,
 ) -> Reads:
-    """Compute from the manifest's chunk records how much a load by these ranks reads.
-
-    Raises:
-        CheckpointError: the manifest has no record of a chunk.
-    """
+    """Compute from the manifest how much a load by these ranks reads."""
     shards, n = ranks.shards(shard_group), ranks.of_a_stage
     known: dict[Any, list[tuple[int, int]]] = {}
 
     def costs_of(part: StageArray) -> list[tuple[int, int]]:
         info = part.info
-        blocks = {Blocks.of_record(record).size for record in info.chunks.values()}
         # The layers of a model have arrays with the same chunks: each kind is counted once.
-        kind = (info.shape, info.chunk_shape, info.dtype, part.kind.tp_dim, part.kind.whole)
-        key = (*kind, *blocks) if len(blocks) <= 1 else info.key
+        key = (info.grid, info.dtype, part.kind.tp_dim, part.kind.whole)
         if key not in known:
             by_box: dict[Any, tuple[int, int]] = {}
             boxes = part.boxes(ranks, shards)
             for box in boxes:
                 if box not in by_box:
-                    costs = [checkpoint.cost(piece) for piece in pieces(info, box)]
-                    by_box[box] = sum(costs), len(costs)
+                    chunks = sum(1 for _ in pieces(info, box))
+                    by_box[box] = chunks * info.grid.payload, chunks
             known[key] = [by_box[box] for box in boxes]
         return known[key]
 
@@ -135,6 +128,6 @@ def reads(
     for parts in source.by_pipeline_rank(ranks.pp, settings):
         columns = [costs_of(part) for part in parts]
         by_rank += [(sum(c[i][0] for c in columns), sum(c[i][1] for c in columns)) for i in range(n)]
-    sizes, files = zip(*by_rank, strict=True)
-    chunks = sum(len(info.chunks) for info in checkpoint.arrays.values())
-    return Reads(max(sizes), min(sizes), sum(sizes), max(files), chunks)
+    sizes, counts = zip(*by_rank, strict=True)
+    chunks = sum(len(info.sums) for info in checkpoint.arrays.values())
+    return Reads(max(sizes), min(sizes), sum(sizes), max(counts), chunks)

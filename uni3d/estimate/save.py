@@ -10,17 +10,19 @@ and on ranks relative to the stage's first.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from ckpt import ArrayKey, ArrayLayout, Box, Plan, plan_arrays
-from ckpt.box import around
-from ckpt.checksums import CHECKSUM_BYTES, block_bytes, chunk_record
-from ckpt.format import ZARR, array_path, atom_path, chunk_key, encode_document, itemsize
+import numpy as np
+
+from ckpt import ArrayKey, ArrayLayout, Box, Files, Plan, plan_arrays
+from ckpt.format import encode_document, itemsize
 from ckpt.gather import rounds
-from ckpt.plan import ArrayPlan
+from ckpt.parts import array_record
+from ckpt.plan import ArrayPlan, ChunkPlan
 from parallel.degrees import Ranks
 from uni3d.estimate.gpt import GPTShape, Link
 from uni3d.estimate.job import cut_stages
@@ -37,13 +39,15 @@ class Figures:
     parameters: int
     arrays: int
     chunks: int
+    files: int
     """Number of files with data."""
     documents: int
-    """Number of other files: the `zarr.json` of arrays, atoms and groups, the manifest, `zero_to_fp32.py`."""
+    """Number of other files: the `zarr.json` of arrays, atoms and groups, the manifest with its parts,
+    `zero_to_fp32.py`."""
     written: list[int]
     """Bytes of elements that each rank writes."""
     stored: list[int]
-    """File sizes by rank: elements with checksums, and with padding of chunks at an array's end."""
+    """Bytes in files by rank: chunks with their checksums and with padding, and indices."""
     snapshot: list[int]
     """Bytes that each rank copies for an asynchronous save: all that it writes or sends."""
     sent: int
@@ -53,7 +57,7 @@ class Figures:
     largest_received: int
     """Most bytes that a rank receives in one collective, and holds in addition to its own."""
     manifest: int
-    """Estimated size of the manifest, without the user's `client_state`."""
+    """Estimated size of the manifest and its parts, without the user's `client_state`."""
 
     @property
     def balance(self) -> float:
@@ -74,8 +78,10 @@ class Figures:
         return max(self.snapshot) / bandwidth
 
 
-def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> Figures:
-    """Plan a save of the model by these ranks.
+def on_paper(
+    shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES, files: Files = "array"
+) -> Figures:
+    """Plan a save of the model by these ranks. `files` says what a file holds.
 
     Raises:
         ValueError: the model can't be split over them.
@@ -88,7 +94,8 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
         kind = tuple(link.weights for link in links)
         if kind not in known:
             members = range(stage * ranks.of_a_stage, (stage + 1) * ranks.of_a_stage)
-            known[kind] = _tally(plan_arrays(stage_layout(links, ranks, stage, states), members))
+            layout = stage_layout(links, ranks, stage, states)
+            known[kind] = _tally(plan_arrays(layout, members, files=files))
         tallies.append(known[kind])
     named = [(link, weight) for links in stages for link in links for weight in link.weights]
     atoms = [f"{link.name}.{weight.name}" for link, weight in named if not weight.same_as]
@@ -96,7 +103,10 @@ def on_paper(shape: GPTShape, ranks: Ranks, states: Sequence[str] = STATES) -> F
         parameters=shape.parameters,
         arrays=len(atoms) * len(states),
         chunks=sum(t.chunks for t in tallies),
-        documents=len(atoms) * (len(states) + 1) + len(("atoms", "root", "manifest.json", "zero_to_fp32.py")),
+        files=sum(t.files for t in tallies),
+        documents=len(atoms) * (len(states) + 1)
+        + len(("atoms", "root", "manifest.json", "zero_to_fp32.py"))
+        + len(stages),
         written=[n for t in tallies for n in t.written.values()],
         stored=[n for t in tallies for n in t.stored.values()],
         snapshot=[n for t in tallies for n in t.snapshot.values()],
@@ -167,6 +177,7 @@ class _Tally(NamedTuple):
     stored: dict[int, int]
     snapshot: dict[int, int]
     chunks: int
+    files: int
     records: int
     sent: int
     received: list[int]
@@ -175,27 +186,41 @@ class _Tally(NamedTuple):
 
 def _tally(plan: Plan) -> _Tally:
     written, stored, snapshot = (dict.fromkeys(plan.ranks, 0) for _ in range(3))
-    chunks = records = sent = 0
-    for array, n in _alike(plan, lambda array: array.chunks):
-        size, filled = itemsize(array.dtype), prod(array.chunk_shape) * itemsize(array.dtype)
-        chunks += n * len(array.chunks)
-        records += n * len(array.chunks) * len(f'"":{_record(filled)},')
-        for chunk in array.chunks:
-            written[chunk.writer] += n * chunk.box.size * size
-            stored[chunk.writer] += n * (filled + CHECKSUM_BYTES)
-            records += n * len(chunk_key(chunk.index))
-    for array, n in _alike(plan, lambda array: array.sources or array.chunks):
-        for rank, nbytes in _brought(array).items():
-            snapshot[rank] += n * nbytes
+    chunks = files = records = sent = 0
+    for array, n in _alike(plan, lambda array: array.chunk_plan):
+        grid, size = array.grid, itemsize(array.dtype)
+        chunks += n * len(array.chunk_plan.chunks)
+        files += n * sum(1 for _ in grid.files())
+        sums = np.zeros(len(array.chunk_plan.chunks), np.uint32)
+        records += n * len(encode_document(array_record(array.dtype, grid, sums)))
+        for rank, mine in array.chunk_plan.by_writer.items():
+            written[rank] += n * sum(chunk.box.size for chunk in mine) * size
+        for rank, nbytes in _stored(array.chunk_plan):
+            stored[rank] += n * nbytes
+    for array, n in _alike(plan, lambda array: array.chunk_plan.sources or array.chunk_plan):
+        for rank, box in array.chunk_plan.parts.items():
+            snapshot[rank] += n * box.size * itemsize(array.dtype)
     received = []
     for batch in rounds(plan):
         arriving: dict[int, int] = defaultdict(int)
-        for array, chunk, pieces in batch:
+        for array, chunk, sources in batch:
             size = itemsize(array.dtype)
             arriving[chunk.writer] += chunk.box.size * size
+            pieces = sources.of_chunk(chunk.box)
             sent += sum(box.size for source, box in pieces if source != chunk.writer) * size
         received.append(max(arriving.values()))
-    return _Tally(written, stored, snapshot, chunks, records, sent, received)
+    return _Tally(written, stored, snapshot, chunks, files, records, sent, received)
+
+
+def _stored(chunk_plan: ChunkPlan) -> Iterator[tuple[int, int]]:
+    """Yield the writer and the bytes of each chunk in its file, with the index for a file's last chunk."""
+    grid = chunk_plan.grid
+    for file, _ in grid.files():
+        places = [grid.place(index)[1] for index in grid.chunks(file)] + [grid.index_offset(file)]
+        sizes = [end - begin for begin, end in pairwise(places)]
+        sizes[-1] += grid.file_bytes(file) - places[-1]
+        numbers = [grid.number(index) for index in grid.chunks(file)]
+        yield from zip(chunk_plan.writers[numbers].tolist(), sizes, strict=True)
 
 
 def _alike(plan: Plan, part: Callable[[ArrayPlan], object]) -> Iterable[tuple[ArrayPlan, int]]:
@@ -206,29 +231,12 @@ def _alike(plan: Plan, part: Callable[[ArrayPlan], object]) -> Iterable[tuple[Ar
     return [(arrays[0], len(arrays)) for arrays in kinds.values()]
 
 
-def _brought(array: ArrayPlan) -> dict[int, int]:
-    """Return the bytes that each rank contributes, as `Plan.parts` has them."""
-    boxes: dict[int, list[Box]] = defaultdict(list)
-    for rank, box in array.sources or ((chunk.writer, chunk.box) for chunk in array.chunks):
-        boxes[rank].append(box)
-    size = itemsize(array.dtype)
-    return {r: (around(b) if len(b) > 1 else b[0]).size * size for r, b in boxes.items()}
-
-
-def _record(chunk_bytes: int) -> str:
-    """Return a chunk's record in the manifest, with zeros for its checksums."""
-    blocks = -(-chunk_bytes // block_bytes(chunk_bytes))
-    return encode_document(chunk_record(chunk_bytes, [0] * blocks)).decode()
-
-
 def _manifest_of(atoms: Sequence[str], states: Sequence[str]) -> int:
-    """Estimate the bytes of the manifest without its chunk records."""
-    size = 2450  # versions, topology, counters, hyperparameters, a schedule, the model's own description
-    document = len(f'"/{ZARR}": {{"size":350,"crc32c":"{"0" * 8}"}},')
+    """Estimate the bytes of the manifest and its parts without the arrays' records."""
+    size = 2900  # versions, topology, counters, hyperparameters, a schedule, the model's own description
     for atom in atoms:
         size += len(f'"{atom}":{{"requires_grad":true}},"{atom}",')
         size += len(f'"{atom}":{{"step":1000.0}},') * (len(states) > 1)
-        size += len(atom_path(atom)) + document
-        for state in states:
-            size += 2 * len(array_path(atom, state)) + document + len('"":{},')
+        size += 2 * len(f'"{atom}":[],')
+        size += sum(len(f'"{state}","{state}":,') for state in states)
     return size

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import ckpt
 from ckpt.format import itemsize
-from ckpt.read import PARAMETER, WEIGHT_STATES, ArrayInfo
+from ckpt.parts import ArrayInfo
+from ckpt.read import PARAMETER, WEIGHT_STATES
 from parallel.combinations import pipeline_refusal
 from parallel.degrees import Ranks
 from parallel.placement import Placement, balanced_cuts

@@ -53,7 +53,7 @@ def write(
         run,
         tag,
         shards,
-        plan=ckpt.make_plan({0: [shard.spec for shard in shards]}),
+        plan=ckpt.make_plan({0: [shard.spec for shard in shards]}, files=ckpt.files_for(run)),
         comm=ckpt.Solo(),
         document=manifest_of(source, optimizer).document(),
         files={SCRIPT.name: SCRIPT.read_bytes()},

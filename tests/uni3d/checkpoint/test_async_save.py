@@ -44,7 +44,7 @@ def full_disk(on: bool) -> Iterator[None]:
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(Writer, "_write_chunk", fail) if on else nullcontext():
+    with mock.patch.object(Writer, "_write", fail) if on else nullcontext():
         yield
 
 
@@ -261,7 +261,7 @@ engine = make_engine(seeded(OwnLoss))
 train(engine, global_batches(2))
 if {fail}:
     from ckpt.write import Writer
-    mock.patch.object(Writer, "_write_chunk", side_effect=OSError(28, "No space left on device")).start()
+    mock.patch.object(Writer, "_write", side_effect=OSError(28, "No space left on device")).start()
 import time, ckpt
 save = ckpt.save
 ckpt.save = lambda *a, **k: (time.sleep(1.5), save(*a, **k))[1]  # the script ends long before the save does

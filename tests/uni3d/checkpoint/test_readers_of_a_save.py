@@ -102,7 +102,7 @@ def failing_case(run: Path) -> Any:
     train(engine, global_batches(1))
     engine.save_checkpoint(run)
     engine.wait_for_checkpoint()
-    with mock.patch("ckpt.write.Writer._write_chunk", side_effect=OSError(28, "No space left on device")):
+    with mock.patch("ckpt.write.Writer._write", side_effect=OSError(28, "No space left on device")):
         train(engine, global_batches(1))
         engine.save_checkpoint(run)
         errors = []

@@ -19,7 +19,7 @@ def test_it_prints_the_figures_of_a_save() -> None:
     row = answer("plan", *arguments, "--bandwidth", "500MB/s")
     figures = on_paper(derive(70_000_000_000), parallel.Ranks(pp=8, dp=64, tp=8, zero=1))
     assert row["parameters"] == figures.parameters
-    assert row["files"] == figures.chunks + figures.documents
+    assert row["files"] == figures.files + figures.documents
     assert row["bytes"] == sum(figures.written)
     assert row["bytes_by_rank"]["max"] == max(figures.written)
     assert row["balance"] == figures.balance

@@ -17,7 +17,7 @@ import ckpt
 
 UNI3D = str(Path(sys.executable).parent / "uni3d")
 ODD = "layers[red].w"
-FIRST_CHUNK = "atoms/layers%5Bred%5D.w/fp32/c.0"
+FILE = "atoms/layers%5Bred%5D.w/fp32/c.0"
 
 
 def save(run: Path | str, step: int) -> None:
@@ -38,7 +38,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-WHOLE = r"{tag}: ok; 8 objects, \d+\.\d KiB in \d+\.\d\d s \(\d+ MB/s\)\n"
+WHOLE = r"{tag}: ok; 9 objects, \d+\.\d KiB in \d+\.\d\d s \(\d+ MB/s\)\n"
 
 
 def test_verify_an_intact_checkpoint(run: Path) -> None:
@@ -55,8 +55,8 @@ def test_verify_an_intact_checkpoint(run: Path) -> None:
 
 
 def test_verify_names_damaged_and_missing_objects(run: Path) -> None:
-    chunk, document = run / "global_step2" / FIRST_CHUNK, run / "global_step2/atoms/count/value/zarr.json"
-    flip(chunk, 50_000)
+    file, document = run / "global_step2" / FILE, run / "global_step2/atoms/count/value/zarr.json"
+    flip(file, 50_000)
     document.unlink()
     whole = uni3d("verify", run)
     assert (whole.returncode, whole.stdout.count("\n")) == (0, 1)
@@ -65,13 +65,14 @@ def test_verify_names_damaged_and_missing_objects(run: Path) -> None:
         assert (result.returncode, result.stderr) == (1, "")
         lines = result.stdout.splitlines()
         found = lines.index(f"count/value: {document} is missing")
-        assert lines[found + 1].startswith(f"{ODD}/fp32 chunk c.0: {chunk} is damaged in 1 of 5 blocks")
-        assert lines[found + 2].startswith("global_step2: 2 problems; 8 objects")
+        damaged = "is damaged in 1 of 1 chunks, the first is chunk [0] at byte 0"
+        assert lines[found + 1] == f"{ODD}/fp32: {file} {damaged}"
+        assert lines[found + 2].startswith("global_step2: 2 problems; 9 objects")
         assert len(lines) == (3 if "--tag" in arguments else 6)
 
 
 def test_verify_as_json(run: Path) -> None:
-    flip(run / "global_step2" / FIRST_CHUNK, 0)
+    flip(run / "global_step2" / FILE, 0)
     result = uni3d("verify", run, "--all", "--json")
     assert result.returncode == 1
     rows = json.loads(result.stdout)
@@ -82,28 +83,46 @@ def test_verify_as_json(run: Path) -> None:
         ("global_step4", True),
     ]
     objects = [path for path in (run / "global_step2").rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in objects if path.name != "manifest.json")
+    own = [path for path in objects if path.name == "zarr.json" and "atoms" in path.parts]  # not counted
+    size = sum(path.stat().st_size for path in {*objects} - {*own} if path.name != "manifest.json")
     assert (rows[1]["objects"], rows[1]["bytes"]) == (len(objects) - 1, size)
     (problem,) = rows[1]["problems"]
-    path = str(run / "global_step2" / FIRST_CHUNK)
-    assert (problem["atom"], problem["state"], problem["chunk"]) == (ODD, "fp32", "c.0")
+    path = str(run / "global_step2" / FILE)
+    assert (problem["atom"], problem["state"]) == (ODD, "fp32")
     assert (problem["path"], problem["what"][:10]) == (path, "is damaged")
 
 
 def test_a_checkpoint_that_can_t_be_opened_is_damaged(run: Path) -> None:
-    flip(run / "global_step3" / "manifest.json", 200)
-    flip(run / "global_step4" / "zarr.json", 200)
+    flip(run / "global_step4" / "manifest.json", 200)
     lines = uni3d("verify", run, "--all").stdout.splitlines()
-    for step, document in ((3, "manifest.json"), (4, "zarr.json")):
-        folder = run / f"global_step{step}"
-        line = f"{folder} can't be opened: {folder}/{document} is damaged: its checksum "
-        assert sum(found.startswith(line) for found in lines) == 1
-    assert sum(": ok; " in line for line in lines) == 2
-    for arguments in ([run], [run, "--tag", "global_step4"], [run / "global_step4"]):
+    folder = run / "global_step4"
+    line = f"{folder} can't be opened: {folder}/manifest.json is damaged: its checksum "
+    assert sum(found.startswith(line) for found in lines) == 1
+    assert sum(": ok; " in line for line in lines) == 3
+    for arguments in ([run], [run, "--tag", "global_step4"], [folder]):
         result = uni3d("verify", *arguments)
         assert (result.returncode, result.stderr, result.stdout.count("\n")) == (1, "", 2)
         (row,) = json.loads(uni3d("verify", *arguments, "--json").stdout)
         assert (row["tag"], row["whole"], len(row["problems"])) == ("global_step4", False, 1)
+
+
+def test_documents_that_are_damaged(run: Path) -> None:
+    """Without a part, its arrays aren't known, but the rest is verified."""
+    folder = run / "global_step4"
+    flip(folder / "arrays.0.json", 200)
+    flip(folder / "atoms" / "zarr.json", 3)
+    result = uni3d("verify", run)
+    assert (result.returncode, result.stderr) == (1, "")
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [
+        f"{folder}/arrays.0.json is damaged: its checksum isn't the manifest's",
+        f"{folder}/atoms/zarr.json isn't what the manifest says of it",
+    ]
+    assert lines[2].startswith("global_step4: 2 problems; ")
+    flip(folder / "arrays.0.json", 200)
+    flip(folder / "zarr.json", 200)
+    line = f"{folder}/zarr.json is damaged: its checksum isn't the manifest's"
+    assert uni3d("verify", run).stdout.splitlines()[0] == line
 
 
 def test_verify_all_checks_latest(run: Path) -> None:
@@ -160,7 +179,7 @@ def test_prune(run: Path) -> None:
 def test_a_run_at_a_url() -> None:
     for step in (1, 2):
         save("memory://upkeep", step)
-    assert uni3d("verify", "memory://upkeep", "--all").stdout.count(": ok; 8 objects") == 2
+    assert uni3d("verify", "memory://upkeep", "--all").stdout.count(": ok; 9 objects") == 2
     assert uni3d("clean", "memory://upkeep") == (0, "memory://upkeep: nothing to remove\n", "")
     assert uni3d("prune", "memory://upkeep", "--keep-last", 1).stdout.startswith("deleted global_step1\n")
     assert uni3d("verify", "memory://upkeep", "--all").stdout.count("\n") == 1
@@ -214,7 +233,7 @@ def test_bad_options(run: Path, arguments: list[str], code: int, message: str) -
 
 def test_in_a_process_of_its_own(run: Path) -> None:
     """If stderr is a terminal there is a progress bar, which doesn't affect stdout."""
-    flip(run / "global_step4" / FIRST_CHUNK, 0)
+    flip(run / "global_step4" / FILE, 0)
     terminal, end = os.openpty()
     command = [UNI3D, "verify", str(run)]
     environment = {**os.environ, "TERM": "xterm"}
@@ -225,4 +244,4 @@ def test_in_a_process_of_its_own(run: Path) -> None:
     assert re.search(rb"(\d+\.\d)/\1 kB", bar), "the bar is complete at the end"
     os.close(terminal)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0].startswith(f"{ODD}/fp32 chunk c.0: {run}/global_step4/")
+    assert done.stdout.splitlines()[0].startswith(f"{ODD}/fp32: {run}/global_step4/")

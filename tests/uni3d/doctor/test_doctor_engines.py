@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from marks import matrix
@@ -15,6 +16,8 @@ from tied_gpt import TIED, gpt_engine
 from torch import nn
 
 import ckpt
+from ckpt.array_files import file_grid
+from ckpt.parts import ArrayInfo
 from parallel.tensor import check_plan, expand_plan
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import load_config
@@ -179,10 +182,7 @@ def compare_degrees(model: Any) -> None:
     """Check that the doctor accepts the degrees that `parallel` accepts."""
     parameters = dict(model.named_parameters())
     keys = {name: ckpt.ArrayKey(name, "fp32") for name in parameters}
-    arrays: Any = {
-        keys[name]: ckpt.read.ArrayInfo(keys[name], "float32", tuple(p.shape), tuple(p.shape), name, {})
-        for name, p in parameters.items()
-    }
+    arrays: Any = {keys[name]: array_info(keys[name], tuple(p.shape)) for name, p in parameters.items()}
     said = {"declared": declared(model), "parameters": {n: {"requires_grad": True} for n in parameters}}
     source = SavedModel(arrays, RunManifest.read({"model": said}))
     refused = {}
@@ -199,9 +199,13 @@ def compare_degrees(model: Any) -> None:
         assert why in refused[degree] or "tp_refused" in said["declared"]
 
 
+def array_info(key: ckpt.ArrayKey, shape: tuple[int, ...]) -> ArrayInfo:
+    return ArrayInfo(key, "float32", file_grid(shape, shape, shape, 4), np.zeros(1, np.uint32))
+
+
 def test_a_style_of_a_later_release() -> None:
     key = ckpt.ArrayKey("a.weight", "fp32")
-    arrays: Any = {key: ckpt.read.ArrayInfo(key, "float32", (4,), (4,), "", {})}
+    arrays: Any = {key: array_info(key, (4,))}
     declares = ModelRecord(declared={"tp_plan": {"a": "diagonal"}})
     source = SavedModel(arrays, RunManifest(model=declares))
     assert source.refuses_tp(1) is None
