@@ -84,9 +84,8 @@ def face(rank: Rank, *, durable: bool, background: bool) -> Any:
         rank.kept[name] = uni3d.Engine(
             config=load_config(_settings(rank.kept["place"], durable=durable, background=background)),
             triad=first.triad,
-            model=first.model,
-            optimizer=first.optimizer,
-            lr_scheduler=None,
+            state=first._saver._state,
+            model_spec=first._saver._model_spec,
         )
     return rank.kept[name]
 

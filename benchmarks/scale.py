@@ -1,0 +1,161 @@
+"""Measure what a checkpoint costs one rank at thousands of ranks: planning, agreement, commit, load.
+
+    python benchmarks/scale.py [--only 70e9] [--ranks 1024]
+
+No rank runs. The real code plans the save of a GPT with AdamW for the ranks of one pipeline stage, which is
+all that a rank plans; puts together on "rank 0" what all ranks would send it; writes and reads the documents
+of the checkpoint in memory; and lists the chunks that one rank reads on half as many ranks. Each case runs in
+a process of its own. CPU seconds, once, not a median: they are to show how costs grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ckpt import Plan, plan_arrays
+from ckpt.commit import Planned, Record, described
+from ckpt.format import encode_document
+from ckpt.gather import rounds
+from ckpt.parts import ArrayInfo, consolidated, decode_part, encode_part
+from ckpt.read import pieces
+from ckpt.save import PlanId, check_same_plans
+from parallel.degrees import Ranks
+from uni3d.estimate.gpt import GPTShape, derive
+from uni3d.estimate.job import cut_stages
+from uni3d.estimate.save import on_paper, part_boxes, stage_layout
+
+T = TypeVar("T")
+
+STAGES = {7e9: 1, 70e9: 8, 405e9: 16}
+"""Parameters -> pipeline stages, with tp 8 and ZeRO 1."""
+WORLDS = (64, 1024, 8192, 16384)
+ONE_STAGE = (70e9, 1, 1024)
+"""70B on 1,024 ranks of a single stage: the largest plan per rank."""
+
+COLUMNS = {
+    "plan": "first save: layout, plan, digest, parts (s)",
+    "rounds": "in the background: which chunks are gathered when (s)",
+    "agree": "comparing all ranks' plans (ms)",
+    "commit": "rank 0: put together, encode (s)",
+    "files": "files",
+    "documents_mb": "manifest and its parts (MB)",
+    "read_mb": "of it, read by a rank on a load (MB)",
+    "load": "half the ranks: decode, list chunks (s)",
+    "load_gb": "bytes read by a rank there (GB)",
+    "wanted": "... of those that it wants",
+    "peak_mb": "peak memory of the process (MB)",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", type=float, help="number of parameters")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--case", nargs=3, type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case[0], int(args.case[1]), int(args.case[2]))))
+        return
+    cases = [
+        (size, stages, world) for size, stages in STAGES.items() for world in WORLDS if world >= 8 * stages
+    ]
+    for size, stages, world in [*cases, ONE_STAGE]:
+        if args.only in (None, size) and args.ranks in (None, world):
+            command = [sys.executable, __file__, "--case", str(size), str(stages), str(world)]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            print(f"\n{size / 1e9:.0f}B on {world:,} ranks: pp {stages}, dp {world // stages // 8}, tp 8")
+            for key, what in COLUMNS.items():
+                print(f"  {row[key]:>10,.3g}  {what}" if row[key] < 1000 else f"  {row[key]:>10,.0f}  {what}")
+
+
+def measure(parameters: float, stages: int, world: int) -> dict[str, Any]:
+    """Return one row of the table."""
+    shape, ranks = derive(int(parameters)), Ranks(pp=stages, dp=world // stages // 8, tp=8, zero=1)
+    plan, seconds = timed(lambda: plan_of(shape, ranks, 0))
+    _, background = timed(lambda: sum(1 for _ in rounds(plan)))
+    everyone = [PlanId(rank - rank % ranks.of_a_stage, ranks.of_a_stage, "0" * 32) for rank in range(world)]
+    _, agree = timed(lambda: check_same_plans(everyone))
+    records = [record for stage in range(stages) for record in records_of(plan_of(shape, ranks, stage))]
+    (parts, size), commit = timed(lambda: documents(records))
+    whole = on_paper(shape, ranks)
+    main_document = whole.manifest - sum(map(len, parts))
+    half = Ranks(pp=stages, dp=max(1, ranks.dp // 2), tp=8, zero=1)
+    (read, wanted), load = timed(lambda: read_by_a_rank(shape, half, parts[0]))
+    return {
+        "plan": seconds,
+        "rounds": background,
+        "agree": 1e3 * agree,
+        "commit": commit,
+        "files": whole.files + whole.documents,
+        "documents_mb": (whole.manifest + size) / 1e6,
+        "read_mb": (len(parts[0]) + main_document) / 1e6,
+        "load": load,
+        "load_gb": read / 1e9,
+        "wanted": read / wanted,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+def plan_of(shape: GPTShape, ranks: Ranks, stage: int) -> Plan:
+    """Plan a stage's save, with everything of the plan that a rank uses while training waits."""
+    links = cut_stages(shape, ranks.pp)[stage].links
+    first = stage * ranks.of_a_stage
+    plan = plan_arrays(stage_layout(links, ranks, stage), range(first, first + ranks.of_a_stage))
+    _ = plan.digest, plan.parts(first)  # computed when they are first used
+    return plan
+
+
+def records_of(plan: Plan) -> list[Record]:
+    """Return what each rank of a plan tells rank 0."""
+    counts = dict.fromkeys(plan.ranks, 0)
+    for array in plan.arrays:
+        for rank, chunks in array.chunk_plan.by_writer.items():
+            counts[rank] += len(chunks)
+    arrays = [Planned(a.key, a.dtype, a.grid, a.chunk_plan.writers) for a in plan.arrays]
+    return [
+        Record(np.zeros(counts[rank], np.uint32), 0, 0, arrays if rank == plan.ranks[0] else None)
+        for rank in plan.ranks
+    ]
+
+
+def documents(records: list[Record]) -> tuple[list[bytes], int]:
+    """Return the parts of the manifest, and the size of the consolidated `zarr.json`."""
+    groups = described(records)
+    return [encode_part(group) for group in groups], len(encode_document(consolidated(groups)))
+
+
+def read_by_a_rank(shape: GPTShape, ranks: Ranks, part: bytes) -> tuple[int, int]:
+    """Return the bytes that the first rank of the first stage reads, and those that it wants."""
+    listed = {atom: list(states) for atom, states in json.loads(part).items()}
+    arrays: dict[str, list[ArrayInfo]] = {}
+    for key, info in decode_part(part, "the part", listed).items():
+        arrays.setdefault(key.atom, []).append(info)
+    read = wanted = 0
+    for link in cut_stages(shape, ranks.pp)[0].links:
+        for weight in (weight for weight in link.weights if not weight.same_as):
+            degrees = {"dp": ranks.dp, "tp": ranks.tp, "shards": ranks.shards()}
+            box = part_boxes(weight.shape, weight.tp_dim, **degrees)[0]
+            for info in arrays[f"{link.name}.{weight.name}"]:
+                read += sum(1 for _ in pieces(info, box)) * info.grid.payload
+                wanted += box.size * info.grid.itemsize
+    return read, wanted
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Return the result and the CPU seconds."""
+    begin = time.process_time()
+    result = work()
+    return result, time.process_time() - begin
+
+
+if __name__ == "__main__":
+    main()
