@@ -108,7 +108,9 @@ def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
     """Return the union of all ranks' keys. Among ranks with equal keys, only the first sends them."""
     digest = blake2b(repr(sorted(wanted)).encode(), digest_size=16).digest()
     speaks = comm.all_gather(digest).index(digest) == comm.rank
-    return set().union(*comm.all_gather(wanted if speaks else set()))
+    found = comm.gather(wanted if speaks else set())
+    union: set[ArrayKey] = comm.broadcast(set().union(*found))
+    return union
 
 
 def _read_all(checkpoint: Checkpoint, targets: Sequence[Shard], threads: int | None) -> int:

@@ -81,7 +81,7 @@ class HostComm:
         elif on_all:
             parts = self._all_gather(data, max(lengths))
         else:
-            parts = self._gather(data, max(lengths))
+            parts = self._gather(data, slots, lengths)
         values = zip(parts, lengths, strict=False)
         return [
             pickle.loads(part[:length]) for part, length in values
@@ -92,13 +92,21 @@ class HostComm:
         self._group.allgather([everyone], [_padded(data, size)]).wait()
         return [part.numpy().tobytes() for part in everyone]
 
-    def _gather(self, data: bytes, size: int) -> list[bytes]:
-        count = self.size if self.rank == 0 else 0
-        everyone = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
-        options = dist.GatherOptions()
-        options.rootRank = 0
-        self._group.gather([everyone] if everyone else [], [_padded(data, size)], options).wait()
-        return [part.numpy().tobytes() for part in everyone]
+    def _gather(self, data: bytes, slots: list[bytes], lengths: list[int]) -> list[bytes]:
+        """Send the long values to rank 0, one by one: a collective would fill up all to the longest."""
+        if self.rank != 0:
+            if len(data) > SLOT_BYTES:
+                self._group.send([_padded(data, len(data))], 0, 0).wait()
+            return []
+        parts = [data]
+        for rank in range(1, self.size):
+            if lengths[rank] > SLOT_BYTES:
+                memory = torch.empty(lengths[rank], dtype=torch.uint8)
+                self._group.recv([memory], rank, 0).wait()
+                parts.append(memory.numpy().tobytes())
+            else:
+                parts.append(slots[rank][8:])
+        return parts
 
 
 def _padded(data: bytes, size: int) -> Tensor:

@@ -94,7 +94,7 @@ class Saver:
         asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
 
-        def take() -> tuple[str, dict[tuple[str, int], bytes]]:
+        def take() -> tuple[str, ckpt.Files, dict[tuple[str, int], bytes]]:
             where, name = self._place(run, tag)
             model, optimizer = self._state.model, self._state.optimizer
             extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
@@ -108,12 +108,13 @@ class Saver:
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
             taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
-            return name, extra.digests(stage)
+            return name, chosen, extra.digests(stage)
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
         everyone = ckpt.agreed_by_all(self._comm, take)
-        ckpt.check_same_tag([name for name, _ in everyone])
-        check_alike([digests for _, digests in everyone])
+        ckpt.check_same_tag([name for name, _, _ in everyone])
+        _check_same_place([files for _, files, _ in everyone])
+        check_alike([digests for _, _, digests in everyone])
         if asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
@@ -235,6 +236,16 @@ class Saver:
                 sample_order=SAMPLE_ORDER,
             ),
             client_state=copy.deepcopy(client_state),
+        )
+
+
+def _check_same_place(files: list[ckpt.Files]) -> None:
+    """Check that all ranks chose the same kind of files for the run's folder; raises CheckpointError."""
+    if len(set(files)) > 1:
+        other = next(rank for rank, found in enumerate(files) if found != files[0])
+        raise ckpt.CheckpointError(
+            f"the run's folder is on another kind of file system on rank {other} than on rank 0; mount it "
+            'alike, or set "files" in the config\'s section "checkpoint" to "array" or "writer"'
         )
 
 

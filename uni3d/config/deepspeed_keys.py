@@ -349,7 +349,7 @@ def _autos(values: Mapping[str, Any], within: str = "") -> Iterator[str]:
         key = f"{within}{name}"
         if isinstance(value, Mapping):
             yield from _autos(value, f"{key}.")
-        elif value == "auto" and not within.startswith("parallel."):
+        elif value == "auto" and not (within.startswith("parallel.") or key == "checkpoint.files"):
             yield (
                 f'{key} is "auto", which only Hugging Face\'s Trainer fills in; '
                 "give a value, or leave the key out for its default"
