@@ -75,6 +75,9 @@ def plan(
     bandwidth: Annotated[
         str, Option(help="Write bandwidth of each node to storage, with all nodes writing.")
     ] = "2GB/s",
+    file_rate: Annotated[
+        float, Option(help="Files that the storage makes in a second, for all nodes together.")
+    ] = 5000,
     ranks_per_node: Annotated[int, Option(help="Ranks per node; consecutive ranks share a node.")] = 8,
     memory_bandwidth: Annotated[str, Option(help="Copy bandwidth of each rank to host memory.")] = "10GB/s",
     as_json: AsJson = False,
@@ -93,7 +96,10 @@ def plan(
         "memory_bandwidth_per_rank": parse(
             memory_bandwidth, RATES, "--memory-bandwidth", "2GB/s or 500MiB/s"
         ),
+        "files_per_second": file_rate,
     }
+    if not 0 < file_rate < float("inf"):
+        raise ValueError(f"--file-rate {file_rate:g}: expected a positive number")
     machine = _machine(flops, fast_link, slow_link, ranks_per_node)
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
     names = _names(states)

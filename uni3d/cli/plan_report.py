@@ -117,6 +117,7 @@ def _checkpoint_row(
 ) -> dict[str, Any]:
     """Return the figures of a save."""
     disk, memory_rate = rates["bandwidth_per_node"], rates["memory_bandwidth_per_rank"]
+    save = figures.save_seconds(disk, ranks_per_node, rates["files_per_second"])
     return {
         "states": list(states),
         "arrays": figures.arrays,
@@ -134,7 +135,7 @@ def _checkpoint_row(
         "manifest_bytes": figures.manifest,
         "snapshot_bytes_by_rank": _spread(figures.snapshot),
         **rates,
-        "save_seconds": figures.save_seconds(disk, ranks_per_node),
+        "save_seconds": save,
         "stall_seconds": figures.stall_seconds(memory_rate),
     }
 
@@ -189,8 +190,9 @@ def _checkpoint_lines(row: Mapping[str, Any], bandwidth: str, memory_bandwidth: 
         "by rank": f"{spread(row['bytes_by_rank'])}; imbalance {row['balance']:.2f} (max / mean)",
         "gathered": exchanged,
         "snapshot": f"{spread(row['snapshot_bytes_by_rank'])} of host memory per rank",
-        "save": f"{_seconds(row['save_seconds'])} with {nodes:,} nodes writing at {bandwidth} each: the "
-        "slowest node's files, then the manifest (without the collectives)",
+        "save": f"{_seconds(row['save_seconds'])} with {nodes:,} nodes writing at {bandwidth} each and "
+        f"{row['files_per_second']:,.0f} files made in a second: all files, the slowest node's bytes, then "
+        "the manifest (without the collectives)",
         "stall": f"{_seconds(row['stall_seconds'])} with each rank copying at {memory_bandwidth}: the "
         "snapshot, the only part of an asynchronous save that training waits for",
     }

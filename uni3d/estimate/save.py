@@ -64,14 +64,14 @@ class Figures:
         """Bytes written by the busiest rank, divided by the mean."""
         return max(self.written) * len(self.written) / sum(self.written)
 
-    def save_seconds(self, bandwidth: float, ranks_per_node: int) -> float:
-        """Return the time to write the slowest node's files and then the manifest.
+    def save_seconds(self, bandwidth: float, ranks_per_node: int, file_rate: float) -> float:
+        """Return the time to make all files, to write the slowest node's bytes and then the manifest.
 
-        `bandwidth` is in bytes per second and node.
+        `bandwidth` is in bytes per second and node, `file_rate` in files per second.
         """
         nodes = range(0, len(self.stored), ranks_per_node)
         slowest = max(sum(self.stored[first : first + ranks_per_node]) for first in nodes)
-        return (slowest + self.manifest) / bandwidth
+        return (self.files + self.documents) / file_rate + (slowest + self.manifest) / bandwidth
 
     def stall_seconds(self, bandwidth: float) -> float:
         """Return the time of the rank that copies most, at `bandwidth` bytes per second and rank."""

@@ -24,7 +24,7 @@ def test_it_prints_the_figures_of_a_save() -> None:
     assert row["bytes_by_rank"]["max"] == max(figures.written)
     assert row["balance"] == figures.balance
     assert row["manifest_bytes"] == figures.manifest
-    assert row["save_seconds"] == figures.save_seconds(5e8, 8)
+    assert row["save_seconds"] == figures.save_seconds(5e8, 8, 5000)
     assert row["stall_seconds"] == figures.stall_seconds(1e10)
     lines = run("plan", *arguments).stdout
     for part in ("80 layers", "68,976,648,192 (70,000,000,000 requested)", f"{row['chunks']:,} chunks"):
@@ -89,6 +89,7 @@ def test_it_proposes_topologies_or_the_missing_memory() -> None:
         ("--layers 4", "give --params, or the shape"),
         ("--params 70e9 --bandwidth 2Gb/s", "e.g. 2GB/s or 500MiB/s"),
         ("--params 70e9 --memory-bandwidth 0", "--memory-bandwidth 0: expected a positive number"),
+        ("--params 70e9 --file-rate 0", "--file-rate 0: expected a positive number"),
         ("--params 70e9 --ranks-per-node 0", "--ranks-per-node 0 must be at least 1"),
         ("--params 70e9 --states fp32,fp32", "must be distinct names"),
     ],

@@ -249,7 +249,8 @@ def test_other_states_are_other_bytes() -> None:
 def test_seconds_are_the_slowest_ones() -> None:
     figures = on_paper(RAGGED, parallel.Ranks(pp=1, dp=1, tp=1, zero=1))
     figures = replace(figures, written=[1, 1, 6], stored=[10, 1, 7], snapshot=[3, 8, 5], manifest=4)
-    assert figures.save_seconds(2, ranks_per_node=2) == (11 + 4) / 2
-    assert figures.save_seconds(2, ranks_per_node=8) == (18 + 4) / 2
+    making = (figures.files + figures.documents) / 10
+    assert figures.save_seconds(2, ranks_per_node=2, file_rate=10) == making + (11 + 4) / 2
+    assert figures.save_seconds(2, ranks_per_node=8, file_rate=10) == making + (18 + 4) / 2
     assert figures.stall_seconds(4) == 2
     assert figures.balance == 6 / (8 / 3)
