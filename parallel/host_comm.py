@@ -36,7 +36,13 @@ class HostComm:
         store = dist.distributed_c10d._get_default_store()
         nth = store.add(f"uni3d/host_comm/{self.rank}", 1)  # ranks create them in the same order
         own = distributed.PrefixStore(f"uni3d/host_comm/{nth}", store)
-        self._group: Any = dist.ProcessGroupGloo(own, self.rank, self.size, TIMEOUT)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = TIMEOUT
+        # Ranks connect when they first talk: a rank has a few connections, not one to each of thousands.
+        options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
+        self._group: Any = dist.ProcessGroupGloo(own, self.rank, self.size, options)
+        # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
+        self.broadcast(self.all_gather(None))
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank."""
@@ -93,20 +99,25 @@ class HostComm:
         return [part.numpy().tobytes() for part in everyone]
 
     def _gather(self, data: bytes, slots: list[bytes], lengths: list[int]) -> list[bytes]:
-        """Send the long values to rank 0, one by one: a collective would fill up all to the longest."""
+        """Bring the long values to rank 0 along a binary tree, so that no rank has more than a few peers."""
+        long = [n if n > SLOT_BYTES else 0 for n in lengths]
+        held = [data] if long[self.rank] else []
+        step = 1
+        while step < self.size and self.rank % (2 * step) == 0:
+            nbytes = sum(long[self.rank + step : self.rank + 2 * step])
+            if nbytes:
+                memory = torch.empty(nbytes, dtype=torch.uint8)
+                self._group.recv([memory], self.rank + step, 0).wait()
+                held.append(memory.numpy().tobytes())
+            step *= 2
+        bundle = b"".join(held)
         if self.rank != 0:
-            if len(data) > SLOT_BYTES:
-                self._group.send([_padded(data, len(data))], 0, 0).wait()
+            if bundle:
+                self._group.send([_padded(bundle, len(bundle))], self.rank - step, 0).wait()
             return []
-        parts = [data]
-        for rank in range(1, self.size):
-            if lengths[rank] > SLOT_BYTES:
-                memory = torch.empty(lengths[rank], dtype=torch.uint8)
-                self._group.recv([memory], rank, 0).wait()
-                parts.append(memory.numpy().tobytes())
-            else:
-                parts.append(slots[rank][8:])
-        return parts
+        ends = np.cumsum(long)
+        found = [bundle[end - n : end] for end, n in zip(ends, long, strict=True)]
+        return [part or slot[8:] for part, slot in zip(found, slots, strict=True)]
 
 
 def _padded(data: bytes, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from ranks import Ranks
 
 from parallel import HostComm
 
-LENGTHS = [10, 3_000, 200_000]
+LENGTHS = [10, 3_000, 200_000, 20, 5_000]
 """Of one rank's value each: beside its length, alone, and much longer than the others'."""
 
 
@@ -22,15 +22,15 @@ def collectives_case(lengths: list[int]) -> Any:
     return comm.all_gather(mine), comm.gather(mine), comm.broadcast(mine), comm.gather(comm.rank)
 
 
-@pytest.mark.parametrize("turn", range(3))
-def test_values_of_very_different_lengths(ranks: Ranks, turn: int) -> None:
-    lengths = LENGTHS[turn:] + LENGTHS[:turn]
-    expected = [value_of(rank, lengths) for rank in range(3)]
-    for rank, (everyone, gathered, first, later) in enumerate(ranks.run(3, collectives_case, lengths)):
+@pytest.mark.parametrize(("size", "turn"), [(1, 2), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0), (4, 3)])
+def test_values_of_very_different_lengths(ranks: Ranks, size: int, turn: int) -> None:
+    lengths = (LENGTHS[turn:] + LENGTHS[:turn])[:size]
+    expected = [value_of(rank, lengths) for rank in range(size)]
+    for rank, (everyone, gathered, first, later) in enumerate(ranks.run(size, collectives_case, lengths)):
         assert everyone == expected
         assert gathered == ([] if rank else expected)
         assert first == expected[0]
-        assert later == ([] if rank else [0, 1, 2]), "what follows isn't mixed up with it"
+        assert later == ([] if rank else [*range(size)]), "what follows isn't mixed up with it"
 
 
 def exchange_case(sizes: list[list[int]]) -> Any:
