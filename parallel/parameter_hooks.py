@@ -103,7 +103,7 @@ def _check_kept_elsewhere(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if attribute in _REGISTRIES or (isinstance(module, nn.RNNBase) and attribute == "_flat_weights"):
                 continue
-            for tensor in _tensors(value):
+            for tensor in tensors_in(value):
                 name = names.get(id(tensor)) or names.get(id(tensor._base))
                 if name is not None:
                     place = f"{prefix}.{attribute}" if prefix else attribute
@@ -154,10 +154,10 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
-def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Yield the tensors in plain containers."""
+def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Yield the tensors in plain containers, a dict's keys among them."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, list | tuple | set | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item, depth - 1)
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from tensors_in(item, depth - 1)

@@ -31,16 +31,13 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the buffers in the module's `state_dict`, each once, under its first name."""
-    seen: set[int] = set()
-    found = []
-    for prefix, owner in _modules(module):
-        for name, buffer in owner._buffers.items():
-            if buffer is None or name in owner._non_persistent_buffers_set or id(buffer) in seen:
-                continue
-            seen.add(id(buffer))
-            found.append((prefix + name, buffer))
-    return found
+    """Return the buffers in the module's `state_dict`, a shared one under each of its names."""
+    return [
+        (prefix + name, buffer)
+        for prefix, owner in _modules(module, once=False)
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    ]
 
 
 def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -67,14 +64,17 @@ def whole_module(module: nn.Module) -> Iterator[nn.Module]:
         copy_from_full(parameter, whole.detach())
 
 
-def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return `(prefix of its tensors' names, module)`, parents before children, each module once."""
+def _modules(module: nn.Module, *, once: bool = True) -> list[tuple[str, nn.Module]]:
+    """Return `(prefix of its tensors' names, module)`, parents before children.
+
+    With `once`, a module that is there several times comes under its first name alone.
+    """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     stack = [("", module)]
     while stack:
         prefix, owner = stack.pop()
-        if id(owner) in seen:
+        if once and id(owner) in seen:
             continue
         seen.add(id(owner))
         found.append((prefix, owner))

@@ -247,13 +247,23 @@ def _of_config(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any], wh
             yield _kept(key, value, having[0][key], whose)
 
 
+_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
+
+
+def without_progress(state: Any) -> Any:
+    """Return a scheduler's state without what changes at each step, also of schedulers inside it."""
+    if isinstance(state, Mapping):
+        return {key: without_progress(value) for key, value in state.items() if key not in _PROGRESS}
+    return [without_progress(value) for value in state] if isinstance(state, list) else state
+
+
 def _schedule(saved: RunManifest, given: Given) -> Iterator[str]:
     assert given.scheduler is not None
     assert saved.scheduler is not None
     changed = list(_other_schedule(saved, given)) if "scheduler" in given.accepted else []
     yield from (f"{difference}; {given.whose}'s schedule goes on" for difference in changed)
     for key, value in given.scheduler.state.items():
-        there = saved.scheduler.get(key)
+        there = without_progress(saved.scheduler.get(key))
         if not _same(value, there) and not (changed and key == "base_lrs"):
             yield _kept(f"the scheduler's {key}", value, there, given.whose)
 

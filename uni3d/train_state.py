@@ -47,6 +47,6 @@ class TrainState:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the first parameter group."""
+        """Learning rate of the first parameter group; 0 if the optimizer has none."""
         assert self.optimizer is not None
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.optimizer.param_groups[0].get("lr", 0.0))

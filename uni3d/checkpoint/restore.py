@@ -28,7 +28,7 @@ from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
-from uni3d.resume_rules import Given, GivenScheduler, compare
+from uni3d.resume_rules import Given, GivenScheduler, compare, without_progress
 from uni3d.state import Inventory
 from uni3d.train_state import TrainState
 
@@ -136,7 +136,7 @@ class Restorer:
         if optimizer is not None and saved.optimizer is not None:
             restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
-            rates = [float(rate) for rate in scheduler.base_lrs]
+            rates = [float(rate) for rate in getattr(scheduler, "base_lrs", ())]  # a SequentialLR has none
             scheduler.load_state_dict(saved.scheduler)
             if self._config.scheduler is not None and isinstance(scheduler, LambdaLR):
                 same = saved.schedule in (None, describe_schedule(self._config.scheduler))
@@ -255,11 +255,10 @@ def _is_moment(key: ckpt.ArrayKey) -> bool:
 
 def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
-    moving = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
     state = scheduler.state_dict()
     return GivenScheduler(
         type=type(scheduler).__name__,
         keys=state.keys(),
-        state={key: value for key, value in state.items() if key not in moving},
+        state=without_progress(state),
         schedule=describe_schedule(config.scheduler),
     )

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset
 
+from ckpt import DTYPES
+from parallel.tensors import persistent_buffers
 from uni3d.checkpoint.extra_state import check_in_layers
 
 T = TypeVar("T")
@@ -47,6 +49,13 @@ def check_model(model: Any) -> nn.Module:
             raise ValueError(
                 f"initialize was called with a model that is sharded already ({what}); pass the plain model, "
                 "which it shards itself"
+            )
+    for name, buffer in persistent_buffers(model):
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"the buffer {name} is {dtype}, which a checkpoint can't hold; register it with "
+                "persistent=False, or keep it in another type"
             )
     check_in_layers(model)
     return model

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import parallel
+from parallel.parameter_hooks import tensors_in
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
@@ -256,14 +257,33 @@ def _make_optimizer(
         here.setdefault(built.first_name(name), []).append(parameter)
     local = [{**g, "params": [p for name in g["params"] for p in here.get(name, [])]} for g in groups]
     if isinstance(given, torch.optim.Optimizer):
+        before = {id(parameter) for group in given.param_groups for parameter in group["params"]}
         for group, replacement in zip(given.param_groups, local, strict=True):
             group["params"] = replacement["params"]
+        _check_kept_by_optimizer(given, before - {id(p) for group in local for p in group["params"]})
         return given
     if given is not None:
         made: torch.optim.Optimizer = given(local)
         check_works_sharded(made)
         return made
     return None if settings.optimizer is None else make_optimizer(settings.optimizer, local)
+
+
+def _check_kept_by_optimizer(optimizer: torch.optim.Optimizer, replaced: set[int]) -> None:
+    """Refuse an optimizer that keeps parameters besides its groups, given the ids of the replaced ones.
+
+    It would step those, which nobody trains any more.
+
+    Raises:
+        ValueError: it does; names the attribute.
+    """
+    for attribute, value in vars(optimizer).items():
+        if attribute != "param_groups" and any(id(tensor) in replaced for tensor in tensors_in(value)):
+            kind = type(optimizer).__name__
+            raise ValueError(
+                f"{kind} also keeps parameters in .{attribute}, where sharding can't replace them; pass a "
+                f"function of the parameter groups that makes it, such as lambda groups: {kind}(groups)"
+            )
 
 
 def _make_scheduler(

@@ -23,7 +23,7 @@ from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
 from uni3d.engine.data_loader import BatchSource, TrainingLoader
 from uni3d.engine.guard import Guard
-from uni3d.engine.micro_batches import MicroBatches
+from uni3d.engine.micro_batches import MicroBatches, in_eval_mode
 from uni3d.engine.step import Stepper
 from uni3d.observe import Observer
 from uni3d.state import Inventory
@@ -108,7 +108,8 @@ class Engine:
             if self._observer.profiles_next():
                 self._evaluate(batches)  # the first time, torch's schedules compute something for its shapes
                 self._observer.profile(lambda: self._evaluate(batches))
-            self.module.train()
+            if not self.module.training:  # else modules that the script put into eval mode stay in it
+                self.module.train()
             with self._observer.timed("forward and backward"), self._random_state():
                 loss = self._run(batches, train=True)
             with self._observer.timed("step"):
@@ -128,13 +129,8 @@ class Engine:
 
     def _evaluate(self, batches: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return, over all ranks: the summed loss, the number of its terms, the number of alarms."""
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad(), self._random_state():
-                loss = self._run(batches, train=False)
-        finally:
-            self.module.train(was_training)
+        with in_eval_mode(self.module), torch.no_grad(), self._random_state():
+            loss = self._run(batches, train=False)
         self.model.zero.reshard()
         sums = self._micro.sum_evaluation(loss, alarm=self._saver.failed)
         return sums.loss, sums.terms, sums.alarms
@@ -183,6 +179,7 @@ class Engine:
         one more micro batch of the step.
         """
         self._micro.check_whole("backward")
+        self._micro.check_one_backward()
         self._check_optimizer("backward")
         loss = loss_in(loss)
         value = Loss.of(loss)
@@ -352,7 +349,9 @@ class Engine:
         return self.module.named_parameters()
 
     def get_lr(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups] if self.optimizer else []
+        return (
+            [float(group.get("lr", 0.0)) for group in self.optimizer.param_groups] if self.optimizer else []
+        )
 
     def get_global_grad_norm(self) -> float | None:
         return self._stepper.look().norm  # before clipping; None before the first step

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
@@ -32,6 +33,18 @@ class Sizes(NamedTuple):
     """Number of samples beyond the config's."""
     are_means: bool = False
     """True if each loss is a mean of an unknown number of terms."""
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put the module into eval mode; give each of its modules its own mode back at the end."""
+    trained = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in trained:
+            part.training = True
 
 
 class MicroBatches:
@@ -215,6 +228,18 @@ class MicroBatches:
             yield
         finally:
             self._inside_no_sync = False
+
+    def check_one_backward(self) -> None:
+        """Check that the current micro batch had no backward pass yet.
+
+        Raises:
+            RuntimeError: it had one. The loop may call the optimizer's own `step()`.
+        """
+        if self._backwards and not self._inside_no_sync:
+            raise RuntimeError(
+                "backward() was called a second time without the engine's step(), which ends each micro "
+                "batch; call engine.step() after each backward(), and not optimizer.step() or zero_grad()"
+            )
 
     def end(self) -> None:
         """End the current micro batch.
