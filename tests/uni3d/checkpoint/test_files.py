@@ -1,4 +1,4 @@
-"""What a file of a run's checkpoint holds: a whole array, or what one rank writes of it."""
+"""Files of a checkpoint hold a whole array, or the part of it that one rank writes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What scripts do around an engine comes out as in plain PyTorch, or is refused."""
+"""Habits of scripts around an engine come out as in plain PyTorch, or are refused."""
 
 from pathlib import Path
 from typing import Any
