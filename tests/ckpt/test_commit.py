@@ -12,6 +12,7 @@ import pytest
 from ckpt_faults import Faults, killed_at, recorded
 from ckpt_helpers import Arrays, cut, files_below, holding, layout_of, run_ranks, save_arrays, shards_of
 from ckpt_saved import flipped
+from marks import matrix, slow
 
 from ckpt import (
     CheckpointError,
@@ -46,8 +47,9 @@ SITUATIONS = {"first": "t1", "next": "t2", "again": "t1", "only": "t2"}
 """Tag to save: in an empty run; beside t1; replacing t1; and beside t1, which retention then deletes."""
 
 CASES = [("first", 1), ("next", 2), ("again", 1), ("again", 2), ("only", 1), ("only", 2)]
-OTHERS = [("again", 1), ("only", 1)]
-KILLED = [pytest.param(*case, marks=pytest.mark.slow) if case in OTHERS else case for case in CASES]
+FAILED = [matrix(*case) if case == ("again", 2) else slow(*case) if case[1] == 2 else case for case in CASES]
+KILLED = [CASES[0], *(matrix(*case) if case == ("again", 2) else slow(*case) for case in CASES[1:])]
+"""One in a quick look, as each kills a process at each call."""
 
 
 def saving(run: Path, situation: str, ranks: int) -> Callable[[], list[object]]:
@@ -114,7 +116,7 @@ def check_what_is_left(run: Path, situation: str, committed: bool) -> None:
 
 
 @pytest.mark.parametrize("forever", [False, True], ids=["one-call-fails", "all-fail-from-then-on"])
-@pytest.mark.parametrize(("situation", "ranks"), CASES)
+@pytest.mark.parametrize(("situation", "ranks"), FAILED)
 def test_a_save_in_which_a_call_fails(prepare, situation, ranks, forever):
     tag, survived = SITUATIONS[situation], set()
     for k in range(1, number_of_calls(prepare, situation, ranks) + 1):

@@ -57,6 +57,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path
     return run, train(run, 4, "--pp", "2", processes=2, config=small)
 
 
+@pytest.mark.slow
 def test_bad_degrees_are_one_line(tmp_path: Path) -> None:
     result = train(tmp_path / "run", 1, "--pp", "2", "--dp", "2", "--tp", "3")
     assert result.returncode == 1

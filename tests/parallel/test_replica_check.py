@@ -149,6 +149,7 @@ def used_up_case() -> tuple[list[int], str]:
     return steps(build(net), 4)
 
 
+@pytest.mark.slow
 def test_what_agrees_costs_nothing_later(ranks: Ranks) -> None:
     for calls, error in ranks.run(2, used_up_case):
         assert (calls, error) == ([1, 1, 0, 0], ""), "the whole norms have no gradient at first"

@@ -269,6 +269,7 @@ def test_kinds_are_told_apart(folder: Path) -> None:
     assert kind_of(folder) == kind_of(folder / "global_step5") == "deepspeed"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     command = (
         f"ulimit -f 1; exec {Path(sys.executable).with_name('uni3d')} import {folder} {tmp_path / 'run'}"

@@ -83,6 +83,7 @@ def test_strangers_beside_a_script(project: Path, environment: dict[str, str], s
         assert (done.returncode, done.stdout) == (0, f"{OURS}\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_the_engine_and_processes_that_are_spawned(project: Path, environment: dict[str, str]) -> None:
     put(project, "ckpt", "parallel.py")
     (project / "train.py").write_text(

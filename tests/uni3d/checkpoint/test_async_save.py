@@ -271,9 +271,8 @@ print("end of the script", flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    "fail", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "failing"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fail", [False, True], ids=["whole", "failing"])
 def test_the_process_ends_only_when_the_save_has(tmp_path: Path, fail: bool) -> None:
     paths = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
     script = SCRIPT.format(paths=paths, fail=fail, run=str(tmp_path / "run"))

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from marks import STAGES, slow
+from marks import STAGES, matrix, slow
 from models import Stack, global_batches, make_engine, seeded, train, train_plainly
 from paced_optimizer import Paced
 from ranks import Ranks
@@ -103,7 +103,7 @@ def module_case(run: Path, zero: int, pp: int, first: bool) -> Any:
     return losses, extras(engine.module), None if report is None else (str(report), report.extra)
 
 
-@pytest.mark.parametrize(("zero", "pp"), [slow(0, 1), slow(1, 1), slow(2, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("zero", "pp"), [slow(0, 1), matrix(1, 1), matrix(2, 1), (3, 1), slow(1, 2)])
 def test_modules_extra_state_on_any_topology(ranks: Ranks, tmp_path: Path, zero: int, pp: int) -> None:
     expected, _, model = train_plainly(changed(seeded(Quantized)), global_batches(2 * STEPS))
     names = ["layers.1.0", "layers.1.1", "layers.3.0"]

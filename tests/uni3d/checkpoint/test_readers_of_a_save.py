@@ -90,7 +90,7 @@ def test_weights_read_right_after_a_save(alone: None, tmp_path: Path, zero: int)
             engine.wait_for_checkpoint()
 
 
-@pytest.mark.parametrize("reader", OTHERS)
+@pytest.mark.parametrize("reader", ["latest", "tags", slow("open"), slow("doctor"), slow("inspect")])
 def test_what_is_listed_right_after_a_save(alone: None, tmp_path: Path, reader: str) -> None:
     with slow_saves():
         saved_twice(tmp_path, 0)

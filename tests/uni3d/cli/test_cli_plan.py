@@ -14,6 +14,7 @@ from uni3d.estimate.save import on_paper
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "megatron_gpt" / "configs"
 
 
+@pytest.mark.slow
 def test_it_prints_the_figures_of_a_save() -> None:
     arguments = ["--params", "70e9", "--pp", "8", "--dp", "64", "--tp", "8"]
     row = answer("plan", *arguments, "--bandwidth", "500MB/s")

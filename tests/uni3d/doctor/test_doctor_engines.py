@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from marks import matrix
+from marks import matrix, slow
 from model import GPT, GPTConfig
 from models import ADAM, OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train
 from ranks import Ranks
@@ -67,7 +67,7 @@ def resume_case(model: str, run: str, configs: list[dict[str, Any]]) -> list[str
 
 @pytest.mark.parametrize(
     "model",
-    ["own", matrix("short"), matrix("gpt")],
+    [slow("own"), matrix("short"), matrix("gpt")],
 )
 def test_topologies_are_those_of_real_engines(ranks: Ranks, tmp_path: Path, model: str) -> None:
     """Try all topologies of up to four ranks, with the doctor's config if it gives one."""

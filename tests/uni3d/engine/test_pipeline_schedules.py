@@ -158,7 +158,7 @@ def load_case(how: How, zero: int, options: dict[str, Any], run: Path, expected:
     return error, engine.train_batch().item()
 
 
-@pytest.mark.parametrize("name", ["tied", matrix("untied")])
+@pytest.mark.parametrize("name", [slow("tied"), matrix("untied")])
 def test_a_checkpoint_goes_to_any_schedule(ranks: Ranks, traces: Any, tmp_path: Path, name: str) -> None:
     options = TIED if name == "tied" else UNTIED
     _, path = traces[name]
@@ -183,7 +183,7 @@ SPLIT = [How("zero_bubble"), How("zero_bubble_v", 2)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", SPLIT, ids=str)
-@pytest.mark.parametrize("what", ["sequence_parallel", "shard_group", "offload"])
+@pytest.mark.parametrize("what", ["shard_group", "offload", "sequence_parallel"])
 def test_a_split_backward_pass_beside(ranks: Ranks, traces: Any, how: How, what: str) -> None:
     """Test features that rely on hooks, which a split backward pass runs differently."""
     trace, _ = traces["tied"]

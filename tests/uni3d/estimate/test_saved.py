@@ -18,10 +18,7 @@ from uni3d.manifest import RunManifest
 FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1, 1)]
 """Cases of the quick run: each kind of cut once."""
 PLACES = [
-    Place("gpt", 1, 1, 1, 0),
-    Place("gpt", 1, 4, 1, 0),
     Place("gpt", 1, 4, 1, 3, group=2),
-    Place("gpt", 1, 2, 2, 1),
     Place("gpt", 2, 2, 1, 1, balance="parameters"),
     Place("gpt", 2, 2, 1, 3, "interleaved", 2),
     Place("gpt", 2, 1, 1, 1, "zero_bubble_v", 2, "uniform"),
@@ -35,6 +32,9 @@ PLACES = [
     Place("mixtral", 1, 2, 2, 1),
 ]
 MORE = [
+    Place("gpt", 1, 1, 1, 0),
+    Place("gpt", 1, 4, 1, 0),
+    Place("gpt", 1, 2, 2, 1),
     Place("gpt", 1, 2, 1, 0),
     Place("gpt", 2, 1, 2, 1, "zero_bubble_v", 2, "parameters"),
     Place("untied", 1, 3, 1, 2),
