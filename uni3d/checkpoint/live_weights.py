@@ -23,13 +23,17 @@ from uni3d.checkpoint.extra_state import modules_with_extra
 def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Any]:
     """Return this stage's part of the whole model's `state_dict`. Collective over the stage's ranks.
 
-    Tensors are whole, in fp32, on the CPU, under the unsplit model's names; tied parameters have each of
-    their names in this stage. Modules' extra states are in it as in torch's. Without `frozen`, parameters
+    Tensors are copies, whole, in fp32, on the CPU, under the unsplit model's names; tied parameters have each
+    of their names in this stage. Modules' extra states are in it as in torch's. Without `frozen`, parameters
     that don't require a gradient are left out.
     """
     model.zero.reshard()
     wanted = _wanted(model, frozen=frozen)
-    tensors: dict[str, Any] = {name: t for name, t in whole_tensors(model.module) if name in wanted}
+    tensors: dict[str, Any] = {}
+    for name, tensor in whole_tensors(model.module):
+        if name in wanted:
+            # Gathered from one rank, it is still the memory that training changes.
+            tensors[name] = tensor.clone()
     first = {id(p): name for name, p in named_parameters(model.module)}
     for name, parameter in model.module.named_parameters(remove_duplicate=False):
         if first[id(parameter)] in tensors:

@@ -185,6 +185,25 @@ def test_shared_buffers_have_all_their_names(ranks: Ranks, tmp_path: Path) -> No
         assert model.norm.num_batches_tracked == 1
 
 
+def kept_case(zero: int, size: int) -> Any:
+    engine = make_engine(seeded(OwnLoss), zero=zero, micro=12 // size)
+    kept = engine.module_state_dict()
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    ((x, y),) = global_batches(1)
+    engine.train_batch(iter([(x.chunk(size)[engine.global_rank], y.chunk(size)[engine.global_rank])]))
+    after = engine.module_state_dict()
+    return [name for name in kept if not torch.equal(kept[name], before[name])], [
+        name for name in kept if torch.equal(after[name], before[name])
+    ]
+
+
+@pytest.mark.parametrize(("zero", "size"), [(0, 1), (3, 1), (0, 2)])
+def test_weights_that_a_script_keeps_stay_as_they_were(ranks: Ranks, zero: int, size: int) -> None:
+    for changed, unchanged in ranks.run(size, kept_case, zero, size):
+        assert changed == []
+        assert sorted(unchanged) == ["fixed.bias", "fixed.weight"], "the frozen ones"
+
+
 def complex_case() -> None:
     make_engine(Shared(torch.complex64))
 
