@@ -51,7 +51,7 @@ Pieces = tuple[tuple[int, Box], ...]
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the parts of arrays that are gathered alike come from."""
+    """Origins of the parts of arrays that are gathered alike."""
 
     pieces: Pieces
     _of_chunk: dict[Box, Pieces] = field(default_factory=dict, compare=False, repr=False)
@@ -79,7 +79,7 @@ class ChunkPlan:
 
     grid: FileGrid
     chunks: tuple[Chunk, ...]
-    """In C order."""
+    """All chunks, in C order."""
     sources: Sources | None
     """Gathered arrays only."""
 
@@ -144,7 +144,7 @@ class Plan:
     ranks: tuple[int, ...]
     """Ranks that the plan was made for."""
     files: Files
-    """What the planned files hold."""
+    """Content of each planned file."""
 
     @cached_property
     def digest(self) -> str:

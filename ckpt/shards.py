@@ -14,7 +14,7 @@ from ckpt.box import Box, Shape
 Array = npt.NDArray[Any]
 
 Files = Literal["array", "writer"]
-"""What a file holds: a whole array, written by several ranks at once; or what one rank writes of it, up to
+"""Content of a file: a whole array, written by several ranks at once; or what one rank writes of it, up to
 `ckpt.chunking.FILE_BYTES`, where ranks can't share a file."""
 
 

@@ -10,7 +10,7 @@ from ranks import Ranks
 from parallel import HostComm
 
 LENGTHS = [10, 3_000, 200_000, 20, 5_000]
-"""Of one rank's value each: beside its length, alone, and much longer than the others'."""
+"""Lengths of one rank's value each: beside its length, alone, and much longer than the others'."""
 
 
 def value_of(rank: int, lengths: list[int]) -> tuple[int, bytes]:

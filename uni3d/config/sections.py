@@ -101,7 +101,7 @@ class CheckpointConfig(Strict):
     durable: bool = True
     """Sync files and folders before the commit, so that a checkpoint survives a power failure."""
     files: Literal["auto", "array", "writer"] = "auto"
-    """What a file holds: a whole array, which several ranks write at once, or what one rank writes of it, as
+    """Content of a file: a whole array, which several ranks write at once, or what one rank writes of it, as
     in object stores. "auto" chooses by the place of the run."""
     keep_last: int | None = Field(default=None, gt=0)
     """After each save, delete all but the newest N checkpoints; null keeps all."""

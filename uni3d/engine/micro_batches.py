@@ -38,13 +38,14 @@ class Sizes(NamedTuple):
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Put the module into eval mode; give each of its modules its own mode back at the end."""
-    trained = [part for part in module.modules() if part.training]
+    modes = {part: part.training for part in module.modules()}  # parents before children
     module.eval()
     try:
         yield
     finally:
-        for part in trained:
-            part.training = True
+        for part, mode in modes.items():
+            if part.training != mode:
+                part.train(mode)  # a layer's own `train` may do more, such as taking LoRA's weights out again
 
 
 class MicroBatches:

@@ -25,7 +25,8 @@ from numpy import uint64
 Numbers = npt.NDArray[uint64]
 
 ROUNDS = 12
-"""With 10, some pairs of neighbours among 16 samples are measurably more likely; with 12, none are."""
+"""Number of rounds: with 10, some pairs of neighbours among 16 samples are measurably more likely; with 12,
+none are."""
 _SMALLEST = 4
 """Rows and columns of the smallest table: fewer need more rounds."""
 

@@ -60,6 +60,34 @@ def test_modules_that_the_script_put_into_eval_mode_stay_in_it(ranks: Ranks, zer
         assert (norm, counted) == (False, 0)
 
 
+class Merging(nn.Linear):
+    """A layer whose weights are changed in eval mode, as by LoRA, and changed back by `train`."""
+
+    def train(self, mode: bool = True) -> "Merging":
+        if mode != self.training:
+            with torch.no_grad():
+                self.weight.mul_(0.5 if mode else 2.0)
+        return super().train(mode)
+
+
+class Merged(OwnLoss):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = Merging(WIDTH, 1)
+
+
+def merging_case() -> tuple[bool, bool]:
+    engine = make_engine(seeded(Merged), micro=12)
+    engine.train()
+    before = engine.module_state_dict()["out.weight"]
+    engine.eval_batch(iter(global_batches(1)))
+    return torch.equal(engine.module_state_dict()["out.weight"], before), engine.module.out.training
+
+
+def test_a_layer_with_its_own_train_is_told_of_both_modes(ranks: Ranks) -> None:
+    assert ranks.run(1, merging_case) == [(True, True)]
+
+
 def own_step_case() -> None:
     engine = make_engine(seeded(OwnLoss), zero=1)
     for x, y in micro_batches(global_batches(2), engine):
