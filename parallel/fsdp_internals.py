@@ -108,23 +108,25 @@ def fill_gradients(group: Any) -> list[int]:
     return used
 
 
-def adopt_gradient(parameter: Any) -> None:
-    """Make a single rank's accumulated gradient the reduced one."""
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    if parameter.unsharded_accumulated_grad is not None:
-        whole = parameter.unsharded_accumulated_grad_data
-        parameter.unsharded_accumulated_grad = None
-    elif unsharded is not None and unsharded.grad is not None:
-        whole = parameter.unsharded_grad_data
-        unsharded.grad = None
-    else:
+def adopt_gradients(group: Any) -> None:
+    """Make a single rank's accumulated gradients the reduced ones."""
+    if not hasattr(group.fsdp_params[0], "_unsharded_param"):  # not gathered yet
         return
-    if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
-        whole = whole.to(parameter.orig_dtype).contiguous()
-    gradient = parameter.to_sharded_dtensor(whole.view(parameter.sharded_size))
-    sharded = parameter.sharded_param
-    # There is one already if an evaluation ran in the middle of the step.
-    sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
+    for parameter in group.fsdp_params:
+        unsharded = parameter._unsharded_param
+        if parameter.unsharded_accumulated_grad is not None:
+            whole = parameter.unsharded_accumulated_grad_data
+            parameter.unsharded_accumulated_grad = None
+        elif unsharded.grad is not None:
+            whole = parameter.unsharded_grad_data
+            unsharded.grad = None
+        else:
+            continue
+        if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
+            whole = whole.to(parameter.orig_dtype).contiguous()
+        gradient, sharded = parameter.to_sharded_dtensor(whole), parameter.sharded_param
+        # There is one already if an evaluation ran in the middle of the step.
+        sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
 
 
 def on_whole(parameter: Any, do: Callable[[nn.Parameter], None]) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.fsdp_internals import (
-    adopt_gradient,
+    adopt_gradients,
     allow_in_place_inputs,
     end_backward,
     fill_gradients,
@@ -183,8 +183,7 @@ class Gatherer:
         for module in self._modules:
             module.reshard()
             if self._alone and (group := group_of(module)) is not None:
-                for record in group.fsdp_params:
-                    adopt_gradient(record)
+                adopt_gradients(group)
 
     def before_backward(self, *, last: bool, early: bool = True) -> None:
         """Prepare for a backward pass. `early=False` is its half that computes the inputs' gradients."""

@@ -104,8 +104,8 @@ class Step(NamedTuple):
     idle: bool = False
     """True if none had one."""
     traces: Sequence[Trace] = ()
-    share: float = 1.0
-    """Factor by which the losses were multiplied before the backward pass; must be the same on all ranks."""
+    mode: int = 0
+    """Number that says how the losses were weighed before the backward pass; the same on all ranks."""
     alarm: bool = False
     """A flag that ranks raise between steps."""
     unfit: bool = False
@@ -149,21 +149,21 @@ def sum_over_ranks(
         known = loss.total.double(), loss.tokens.to(square)
     late = sum(trace.late for trace in step.traces)
     extra = step.extra if topology.tp_rank == 0 else 0  # the other tensor-parallel ranks have the same ones
-    told = [step.alarm, step.unused, step.idle, late, step.share, step.share**2, step.unfit, extra]
-    # Ranks of one stage must have the same digest. Each adds it to its stage's slots, and its square: the
-    # variance shows a difference.
-    digests = [0.0] * (2 * topology.degrees.pp)
+    told = [step.alarm, step.unused, step.idle, late, step.unfit, extra]
+    # Ranks of one stage must have the same mode and digest. Each adds them to its stage's slots, and their
+    # squares: the variance shows a difference. They are integers of 16 bits, so the sums are exact.
+    slots, at = [0] * (4 * topology.degrees.pp), 2 * topology.pp_rank
     digest = zlib.crc32(repr([trace.digest for trace in step.traces]).encode()) & 0xFFFF if step.traces else 0
-    digests[2 * topology.pp_rank : 2 * topology.pp_rank + 2] = digest, digest**2
-    here = torch.tensor([*told, *digests], dtype=torch.float64).to(topology.device, non_blocking=True)
+    mode = step.mode & 0xFFFF
+    slots[at : at + 2] = mode, digest
+    slots[at + len(slots) // 2 : at + len(slots) // 2 + 2] = mode**2, digest**2
+    here = torch.tensor([*told, *slots], dtype=torch.float64).to(topology.device, non_blocking=True)
     sums = torch.cat([torch.stack([*known, square]), here])
     dist.all_reduce(sums)
-    total, tokens, square, alarms, unused, idle, late_sum, *_ = sums.unbind()
-    ranks = topology.world_size
-    shares, of_stage = sums[7:9] / ranks, sums[11:].view(-1, 2) * topology.degrees.pp / ranks
-    apart = late_sum + (shares[1] - shares[0] ** 2 > 1e-12 * shares[1])
-    apart = apart + (of_stage[:, 1] - of_stage[:, 0] ** 2 > 1e-5).sum()
-    return Sums(total, tokens, square, alarms, unused, idle, apart, sums[9], sums[10])
+    total, tokens, square, alarms, unused, idle, late_sum, unfit, extras, *_ = sums.unbind()
+    means, of_squares = sums[-len(slots) :].mul(topology.degrees.pp / topology.world_size).chunk(2)
+    apart = late_sum + of_squares.sub(means.square()).gt(1e-5).sum()
+    return Sums(total, tokens, square, alarms, unused, idle, apart, unfit, extras)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,13 +17,18 @@ from torch.distributed.tensor import DTensor
 from parallel.fsdp_internals import group_of, on_whole, parameters_of
 
 
-class _Watched(NamedTuple):
-    record: Any
-    """fully_shard's record of a parameter."""
-    shown: dict[str, nn.Parameter | None]
-    """Registry of the module that has the parameter."""
-    name: str
-    """Its name in the registry."""
+class _Watched:
+    """A parameter, and what is known of the whole one."""
+
+    __slots__ = ("address", "name", "plain", "record", "shown", "version")
+
+    def __init__(self, record: Any) -> None:
+        """Watch the parameter that fully_shard's `record` is of."""
+        self.record = record
+        self.shown: dict[str, nn.Parameter | None] = record._module_info.module._parameters
+        self.name: str = record._module_info.param_name
+        self.version = self.address = 0
+        self.plain = True
 
     @property
     def replaced(self) -> bool:
@@ -31,11 +36,16 @@ class _Watched(NamedTuple):
         shown, record = self.shown.get(self.name), self.record
         return shown is not record.sharded_param and shown is not getattr(record, "_unsharded_param", None)
 
+    def note(self, whole: nn.Parameter) -> None:
+        """Note the state of the whole parameter, of which later writes are noticed."""
+        self.version, self.address = whole._version, whole.data_ptr()
+        self.plain = not isinstance(whole, DTensor)
+
 
 class ParameterWatch:
     """Watch over the parameters of sharded modules.
 
-    It looks at each of them in each step, so it does little for one that hasn't changed.
+    It looks at each of them in each step, so its loops call as few functions as they can.
     """
 
     def __init__(self, modules: Sequence[FSDPModule], *, in_place: bool) -> None:
@@ -46,36 +56,30 @@ class ParameterWatch:
         self._root: Any = modules[0]
         self._in_place = in_place
         self._groups: dict[int, list[_Watched]] = {}
-        self._versions: dict[int, int] = {}
-        self._hooks: dict[int, int] = {}
         for module in modules:
-            places = [(record, record._module_info) for record in parameters_of(module)]
-            watched = [_Watched(record, at.module._parameters, at.param_name) for record, at in places]
+            watched = [_Watched(record) for record in parameters_of(module)]
             self._groups[id(group_of(module))] = watched
-            for record, _ in places:
-                on_whole(record, partial(self._note_version, id(record)))
+            for each in watched:
+                on_whole(each.record, each.note)
 
     def start(self) -> None:
-        """Take the hooks on the sharded parameters for those that belong there."""
-        for watched in self._groups.values():
-            self._hooks |= {id(w.record): _count_hooks(w.record.sharded_param) for w in watched}
+        """Refuse gradient hooks on the sharded parameters from now on: they would never be called."""
+        for watched in (each for group in self._groups.values() for each in group):
+            refuse: Any = partial(_refuse_hook, self._name(watched))
+            watched.record.sharded_param.register_hook = refuse
+            watched.record.sharded_param.register_post_accumulate_grad_hook = refuse
 
     def before_gather(self) -> None:
         """Look at the sharded parameters before whole ones take their place in the modules.
 
         Raises:
-            RuntimeError: one was replaced, or got a gradient hook.
+            RuntimeError: one was replaced.
         """
         for group in self._groups.values():
             for watched in group:
-                sharded = watched.record.sharded_param
-                if watched.shown.get(watched.name) is not sharded and watched.replaced:
+                shown, name, sharded = watched.shown, watched.name, watched.record.sharded_param
+                if (name not in shown or shown[name] is not sharded) and watched.replaced:
                     raise RuntimeError(self._replaced(watched))
-                if _count_hooks(sharded) != self._hooks.get(id(watched.record), 0):
-                    raise RuntimeError(
-                        f"{self._name(watched)} got a gradient hook after initialize(), which would never be "
-                        "called; register hooks on the model's parameters before initialize()"
-                    )
 
     def before_reshard(self, group: Any) -> None:
         """Look at a group's whole parameters before they are freed; `requires_grad` is carried over.
@@ -86,25 +90,24 @@ class ParameterWatch:
         if not group.is_unsharded:
             return
         for watched in self._groups[id(group)]:
-            record = watched.record
+            record, shown, name = watched.record, watched.shown, watched.name
             whole, sharded = record._unsharded_param, record.sharded_param
-            if watched.shown.get(watched.name) is not whole and watched.replaced:
+            if (name not in shown or shown[name] is not whole) and watched.replaced:
                 raise RuntimeError(self._replaced(watched))
             if whole.requires_grad != sharded.requires_grad:
                 sharded.requires_grad_(whole.requires_grad)
-            moved = (
-                not isinstance(whole, DTensor) and whole.data_ptr() != record.all_gather_outputs[0].data_ptr()
-            )
-            if moved or (not self._in_place and whole._version != self._versions[id(record)]):
-                self._note_version(id(record), whole)
+            if self._in_place:
+                written = watched.plain and whole.data_ptr() != watched.address
+            else:
+                moved = watched.plain and whole.data_ptr() != record.all_gather_outputs[0].data_ptr()
+                written = moved or whole._version != watched.version
+            if written:
+                watched.note(whole)
                 raise RuntimeError(
                     f"{self._name(watched)} was written to while its whole value was gathered, so the change "
                     "would be lost; write to parameters after engine.step() and before the next forward "
                     "pass, and not in forward()"
                 )
-
-    def _note_version(self, record: int, whole: nn.Parameter) -> None:
-        self._versions[record] = whole._version
 
     def _replaced(self, watched: _Watched) -> str:
         return (
@@ -117,7 +120,8 @@ class ParameterWatch:
         return ".".join([*names[:1], watched.name]).removeprefix(".")
 
 
-def _count_hooks(parameter: nn.Parameter) -> int:
-    """Return the number of gradient hooks on the parameter, of both kinds."""
-    post = parameter._post_accumulate_grad_hooks
-    return len(parameter._backward_hooks or ()) + len(post or ())
+def _refuse_hook(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError(
+        f"{name} got a gradient hook after initialize(), which would never be called; register hooks on the "
+        "model's parameters before initialize()"
+    )

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.fsdp_internals import (
-    adopt_gradient,
+    adopt_gradients,
     end_backward,
     fill_gradients,
     group_of,
@@ -100,8 +100,7 @@ class Reducer:
             self._watch.before_reshard(group)
             group.reshard()
             if self._alone:
-                for record in group.fsdp_params:
-                    adopt_gradient(record)
+                adopt_gradients(group)
 
     def gather_all(self) -> None:
         """Do nothing: all parameters are whole before any backward pass."""

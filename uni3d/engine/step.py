@@ -154,10 +154,11 @@ class Stepper:
         used, traces = model.zero.used(), model.zero.traces()
         told = self._told(gradients, used, traces, sizes, share)
         sums = sum_over_ranks(loss, counted, model.topology, told)
-        tokens, lifted = sums.terms, share if state.scaler is None else state.scaler.factor
-        mean_loss, norm = sums.loss / tokens, sums.square.sqrt() / (tokens * lifted)
-        finite = (mean_loss + norm).isfinite() & (sums.apart == 0) & (sums.unfit == 0)
-        finite = finite & (sums.idle < model.topology.world_size) & (tokens == tokens.round())
+        tokens = sums.terms
+        divisor = tokens * (share if state.scaler is None else state.scaler.factor)
+        mean_loss, norm = sums.loss / tokens, sums.square.sqrt() / divisor
+        right = (sums.apart + sums.unfit + tokens.frac() == 0) & (sums.idle < model.topology.world_size)
+        finite = (mean_loss + norm).isfinite() & right
         try:
             self.settle()
         except (FloatingPointError, StepRefusedError, BatchError):
@@ -170,7 +171,7 @@ class Stepper:
         samples = progress.global_samples + progress.train_batch
         report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, (traces, sizes))
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
-        scale = 1.0 / (tokens * lifted)
+        scale = 1.0 / divisor
         if self._clip > 0:
             scale = scale * clip_factor(norm, self._clip)  # as torch's clip_grad_norm_
         # 3. The step.
@@ -206,7 +207,7 @@ class Stepper:
             unused=unused,
             idle=idle,
             traces=traces,
-            share=share * (2 if sizes.are_means else 1),  # ranks must also agree on the kind of their losses
+            mode=2 * round(1 / share) + sizes.are_means,
             alarm=self._saver.failed,
             unfit=sizes.unfit is not None,
             extra=sizes.extra,

@@ -121,6 +121,10 @@ def hook(engine: uni3d.Engine) -> None:
     engine.module.layers[0].weight.register_hook(lambda g: g * 0)  # type: ignore[index,union-attr]
 
 
+def late_hook(engine: uni3d.Engine) -> None:
+    engine.module.layers[1].bias.register_post_accumulate_grad_hook(print)  # type: ignore[index,union-attr]
+
+
 def own_layer(engine: uni3d.Engine) -> None:
     engine.module.layers[engine.global_rank].requires_grad_(False)  # type: ignore[index,union-attr]
 
@@ -130,6 +134,7 @@ CHANGES = {
     "replace": (replace, (0, 1, 3), "layers.0.weight was replaced after initialize()"),
     "swap": (swap, (0, 1), "layers.0.weight was written to"),
     "hook": (hook, (0, 1, 3), "layers.0.weight got a gradient hook after initialize()"),
+    "late hook": (late_hook, (0,), "layers.1.bias got a gradient hook after initialize()"),
     "own layer": (own_layer, (0, 1, 2), "step 2 was not taken: ranks 0 and 1 train different parameters"),
 }
 
@@ -137,9 +142,13 @@ CHANGES = {
 def change_case(change: str, zero: int) -> str:
     engine = engine_of(zero)
     take_step(engine, 0)
-    CHANGES[change][0](engine)
-    with pytest.raises(RuntimeError, match=r"was|got") as caught:
+
+    def change_and_step() -> None:
+        CHANGES[change][0](engine)
         take_step(engine, 1)
+
+    with pytest.raises(RuntimeError, match=r"was|got") as caught:
+        change_and_step()
     return str(caught.value)
 
 
