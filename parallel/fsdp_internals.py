@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 STATE_RECORDS = (
     "_fsdp_param_group",
@@ -23,6 +24,7 @@ STATE_RECORDS = (
 GROUP_RECORDS = (
     "fsdp_params",
     "_all_gather_result",
+    "_register_state_dict_hooks",
     "_partial_reduce_output",
     "_register_post_backward_hook",
     "all_reduce_grads",
@@ -43,6 +45,8 @@ PARAMETER_RECORDS = (
     "to_sharded_dtensor",
     "all_gather_outputs",
     "_module_info",
+    "fsdp_placement",
+    "mesh_info",
     "_sharded_param_data",
     "init_all_gather_outputs",
     "init_unsharded_param",
@@ -142,13 +146,42 @@ def on_whole(parameter: Any, do: Callable[[nn.Parameter], None]) -> None:
     parameter.init_unsharded_param = init_and_do
 
 
-def take_over(module: FSDPModule, gather: Callable[[], None]) -> None:
-    """Leave it to `gather` to gather `module`, and its gradients to whoever calls `reduce_gradients`."""
+def part_of_whole(parameter: Any) -> Tensor:
+    """Return this rank's part of a whole parameter, as live memory."""
+    whole, mesh = parameter._unsharded_param.detach(), parameter.mesh_info
+    local = whole._local_tensor if isinstance(whole, DTensor) else whole
+    parts = local.chunk(mesh.shard_mesh_size, parameter.fsdp_placement.dim)
+    return parts[mesh.shard_mesh_rank] if mesh.shard_mesh_rank < len(parts) else local[:0]
+
+
+def sharded_of(parameter: nn.Parameter) -> nn.Parameter:
+    """Return the sharded parameter of a whole one that modules show in its place; others as they are."""
+    return getattr(parameter, "_sharded", parameter)
+
+
+def keep_whole(module: FSDPModule) -> None:
+    """Keep the memory of whole parameters once it is allocated, so that references to them stay valid."""
+    for parameter in parameters_of(module):
+        parameter.free_unsharded_param = lambda: None
+
+
+def show_in_state_dicts(module: FSDPModule) -> None:
+    """Let `state_dict` and `load_state_dict` see whole parameters; torch would shard them first."""
+    group = group_of(module)
+    if group is not None:
+        group._register_state_dict_hooks = lambda: None
+
+
+def take_over(module: FSDPModule, unshard: Callable[[Any], None]) -> None:
+    """Leave it to `unshard` to gather `module`, and its gradients to whoever calls `reduce_gradients`.
+
+    It is called with the module's group at each use.
+    """
     state: Any = module._get_fsdp_state()
     group = group_of(module)
     state._register_pre_backward_hook = lambda output: output
     if group is not None:
-        group.unshard = lambda async_op=False: None if is_whole(group) else gather()
+        group.unshard = lambda async_op=False: unshard(group)
         group.post_backward = lambda *_: None
         group._register_post_backward_hook = lambda args, kwargs: (args, kwargs)
 

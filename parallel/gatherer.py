@@ -185,6 +185,13 @@ class Gatherer:
             if self._alone and (group := group_of(module)) is not None:
                 adopt_gradients(group)
 
+    def show_parameters(self) -> None:
+        """Show sharded parameters in the modules, which the script may read and write until the next pass."""
+        self.reshard()
+
+    def carry_writes(self) -> None:
+        """Do nothing: the script writes to the sharded parameters."""
+
     def before_backward(self, *, last: bool, early: bool = True) -> None:
         """Prepare for a backward pass. `early=False` is its half that computes the inputs' gradients."""
         self._inside, self._ended = True, False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.gradients import count_for_all_ranks
+from parallel.state_dicts import set_state_dict_hooks
 from parallel.topology import Topology
 from parallel.zero import ZeroStages
 
@@ -62,6 +63,7 @@ def set_hooks(module: nn.Module, zero: ZeroStages, extras: Mapping[str, Extras],
     """
     carry_over(module, zero, extras)
     count_for_all_ranks(module, topology)
+    set_state_dict_hooks(module, topology)
     zero.start()
 
 

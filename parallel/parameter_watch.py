@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallel.fsdp_internals import group_of, on_whole, parameters_of
+from parallel.fsdp_internals import group_of, on_whole, parameters_of, part_of_whole
 
 
 class _Watched:
     """A parameter, and what is known of the whole one."""
 
-    __slots__ = ("address", "name", "plain", "record", "shown", "version")
+    __slots__ = ("address", "mine", "name", "plain", "record", "shown", "version")
 
     def __init__(self, record: Any) -> None:
         """Watch the parameter that fully_shard's `record` is of."""
@@ -29,6 +30,8 @@ class _Watched:
         self.name: str = record._module_info.param_name
         self.version = self.address = 0
         self.plain = True
+        self.mine: Tensor | None = None
+        """This rank's part of the whole one, and the memory that is gathered into it."""
 
     @property
     def replaced(self) -> bool:
@@ -38,8 +41,21 @@ class _Watched:
 
     def note(self, whole: nn.Parameter) -> None:
         """Note the state of the whole parameter, of which later writes are noticed."""
+        whole._sharded = self.record.sharded_param  # see `sharded_of`
         self.version, self.address = whole._version, whole.data_ptr()
         self.plain = not isinstance(whole, DTensor)
+        self.mine = None
+
+    @property
+    def moved(self) -> bool:
+        """True if the whole parameter was given other memory, by `p.data = t`."""
+        record = self.record
+        return self.plain and record._unsharded_param.data_ptr() != record.all_gather_outputs[0].data_ptr()
+
+    def move_back(self) -> None:
+        """Copy what the whole parameter holds into the memory that it had, and give it that memory."""
+        whole, memory = self.record._unsharded_param, self.record.all_gather_outputs[0]
+        whole.data = torch.as_strided(memory, whole.shape, whole.stride(), 0).copy_(whole.data)
 
 
 class ParameterWatch:
@@ -99,15 +115,49 @@ class ParameterWatch:
             if self._in_place:
                 written = watched.plain and whole.data_ptr() != watched.address
             else:
-                moved = watched.plain and whole.data_ptr() != record.all_gather_outputs[0].data_ptr()
-                written = moved or whole._version != watched.version
+                written = watched.moved or whole._version != watched.version
             if written:
                 watched.note(whole)
                 raise RuntimeError(
                     f"{self._name(watched)} was written to while its whole value was gathered, so the change "
-                    "would be lost; write to parameters after engine.step() and before the next forward "
-                    "pass, and not in forward()"
+                    "would be lost; write to parameters between engine.step() and the next forward pass, and "
+                    "not in forward()"
                 )
+
+    @torch.no_grad()
+    def carry(self, group: Any) -> None:
+        """Carry what was written to a group's whole parameters between two steps over to the sharded ones.
+
+        Each rank takes its own part: all must have written the same. In fp32 the parts are copied whether
+        they were written to or not, as torch doesn't tell of writes through `p.data`. In a lower precision
+        only those that differ are, and the masters of the others keep their precision.
+
+        Raises:
+            RuntimeError: one was replaced.
+        """
+        sharded: list[Tensor] = []
+        parts: list[Tensor] = []
+        for watched in self._groups[id(group)]:
+            record, shown, name = watched.record, watched.shown, watched.name
+            whole = record._unsharded_param
+            if (name not in shown or shown[name] is not whole) and watched.replaced:
+                raise RuntimeError(self._replaced(watched))
+            if whole.requires_grad != record.sharded_param.requires_grad:
+                record.sharded_param.requires_grad_(whole.requires_grad)
+            if watched.moved:
+                watched.move_back()
+            if self._in_place:
+                continue
+            if watched.mine is None:
+                watched.mine = part_of_whole(record)
+            watched.version = whole._version
+            sharded.append(record.sharded_param._local_tensor)
+            parts.append(watched.mine)
+        if sharded and sharded[0].dtype == parts[0].dtype:
+            torch._foreach_copy_(sharded, parts)
+        for master, part in zip(sharded, parts, strict=True) if sharded else ():
+            if master.dtype != part.dtype:
+                torch.where(master.to(part.dtype) == part, master, part, out=master)
 
     def _replaced(self, watched: _Watched) -> str:
         return (

@@ -25,7 +25,9 @@ from parallel.fsdp_internals import (
     fill_gradients,
     group_of,
     is_whole,
+    keep_whole,
     reduce_gradients,
+    show_in_state_dicts,
     start_gathering,
     take_over,
 )
@@ -52,11 +54,13 @@ class Reducer:
         watch: ParameterWatch,
         *,
         alone: bool,
+        offload: bool,
     ) -> None:
         """Take over from fully_shard's hooks on `modules`, the first of which is the root.
 
         `watch` looks at parameters before they are gathered, which happens for all together, and freed.
-        With `alone`, the gradients of a single rank are adopted, not reduced.
+        With `alone`, the gradients of a single rank are adopted, not reduced. With `offload`, whole
+        parameters are only there from a forward pass to the end of its backward pass.
         """
         self._root = modules[0]
         self._watch = watch
@@ -72,15 +76,40 @@ class Reducer:
         self._missing: list[set[int]] = []  # by layer: ids of the records without a gradient as yet
         self._hooked: dict[int, Any] = {}  # by the record's id: the parameter that has our hook
         self._early, self._agreed = mesh.size() > 1, mesh.size() == 1
+        self._offload = offload
+        self._shown = False  # True while the script may write to whole parameters
         self.used: set[int] = set()
         self.late = 0
         for module in modules:
-            take_over(module, self._gather)
+            take_over(module, self._unshard)
+            if not offload:
+                show_in_state_dicts(module)
+                keep_whole(module)
 
     # --- parameters --------------------------------------------------------------------------------------
 
+    def show_parameters(self) -> None:
+        """Show whole parameters in the modules, which the script may read and write until the next pass."""
+        if self._offload:
+            self.reshard()
+            return
+        self._wait()
+        self._shown = True
+
+    def carry_writes(self) -> None:
+        """Carry what the script wrote to shown whole parameters over to the sharded ones, on this rank."""
+        for group in self._groups if self._shown else ():
+            self._watch.carry(group)
+
+    def _unshard(self, group: Any) -> None:
+        """Get a layer's parameters ready for use."""
+        if self._shown or not is_whole(group):
+            self._gather()
+
     def _gather(self) -> None:
         """Start to gather what isn't whole, in the order of the forward pass. A layer waits for its own."""
+        self.carry_writes()
+        self._shown = False
         self._root._get_fsdp_state()._lazy_init()
         if not any(map(is_whole, self._groups)):
             self._watch.before_gather()
@@ -94,7 +123,9 @@ class Reducer:
             group.wait_for_unshard()
 
     def reshard(self) -> None:
-        """Free the whole parameters. A single rank's gradients move to the sharded ones."""
+        """Show the sharded parameters. A single rank's gradients move to the sharded ones."""
+        self.carry_writes()
+        self._shown = False
         for group in filter(is_whole, self._groups):
             group.wait_for_unshard()  # else a layer that didn't run would use stale parameters later
             self._watch.before_reshard(group)

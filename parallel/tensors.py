@@ -16,17 +16,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.dtensor_layout import copy_from_full
+from parallel.fsdp_internals import sharded_of
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters, each once, under its first name."""
+    """Return the parameters, each once, under its first name; the sharded ones, whatever the modules show."""
     seen: set[int] = set()
     found = []
     for prefix, owner in _modules(module):
         for name, parameter in owner._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found.append((prefix + name, parameter))
+                found.append((prefix + name, sharded_of(parameter)))
     return found
 
 

@@ -110,7 +110,7 @@ class Zero:
         self._watch = watch = ParameterWatch(sharded, in_place=in_place)
         self._driver: Reducer | Gatherer
         if not self._layerwise:
-            self._driver = Reducer(sharded, mesh, stage, watch, alone=alone)
+            self._driver = Reducer(sharded, mesh, stage, watch, alone=alone, offload=offload)
         else:
             names = {
                 module: name or "the layers outside of any list" for name, module in root.named_modules()
@@ -240,6 +240,18 @@ class Zero:
         """
         self._driver.reshard()
 
+    def show_parameters(self) -> None:
+        """Show the parameters that the script may read and write until the next pass. Collective.
+
+        At stages 0-2 they are whole, in the type of computation, as under DDP: any rank may read them alone,
+        and what all ranks write to them counts. At stage 3 and with offload they are sharded.
+        """
+        self._driver.show_parameters()
+
+    def carry_writes(self) -> None:
+        """Bring the sharded parameters up to date with what the script wrote to shown whole ones. Local."""
+        self._driver.carry_writes()
+
     def drop_gradients(self) -> None:
         """Drop all gradients, including those being accumulated."""
         for parameter in cast(nn.Module, self.root).parameters():
@@ -296,6 +308,14 @@ class ZeroStages:
     def reshard(self) -> None:
         for zero in self._stages:
             zero.reshard()
+
+    def show_parameters(self) -> None:
+        for zero in self._stages:
+            zero.show_parameters()
+
+    def carry_writes(self) -> None:
+        for zero in self._stages:
+            zero.carry_writes()
 
     def drop_gradients(self) -> None:
         for zero in self._stages:

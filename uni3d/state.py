@@ -70,7 +70,7 @@ class Inventory:
             CheckpointError: a tensor has a dtype that can't be stored, or its place in the whole is unknown.
         """
         model = self._model
-        model.zero.reshard()
+        model.zero.carry_writes()
         self._before, self._known = self._known, {}  # entries not found again are dropped
         arrays = []
         for name, parameter in named_parameters(model.module):
@@ -226,7 +226,7 @@ def create_states(optimizer: torch.optim.Optimizer) -> None:
 
 def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
     """Drop the states of all parameters except `but`, as if they had never had a gradient."""
-    for name, parameter in model.module.named_parameters():
+    for name, parameter in named_parameters(model.module):
         if model.first_name(name) not in but:
             optimizer.state.pop(parameter, None)
 

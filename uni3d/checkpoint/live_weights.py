@@ -17,6 +17,7 @@ from ckpt.stores import files
 from parallel import HostComm, ParallelModel
 from parallel.host_comm import Bytes
 from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
+from parallel.ties import tied_names
 from uni3d.checkpoint.extra_state import modules_with_extra
 
 
@@ -27,17 +28,16 @@ def state_dict_of(model: ParallelModel, *, frozen: bool = True) -> dict[str, Any
     of their names in this stage. Modules' extra states are in it as in torch's. Without `frozen`, parameters
     that don't require a gradient are left out.
     """
-    model.zero.reshard()
+    model.zero.carry_writes()
     wanted = _wanted(model, frozen=frozen)
     tensors: dict[str, Any] = {}
     for name, tensor in whole_tensors(model.module):
         if name in wanted:
             # Gathered from one rank, it is still the memory that training changes.
             tensors[name] = tensor.clone()
-    first = {id(p): name for name, p in named_parameters(model.module)}
-    for name, parameter in model.module.named_parameters(remove_duplicate=False):
-        if first[id(parameter)] in tensors:
-            tensors[name] = tensors[first[id(parameter)]]
+    for name, first in tied_names(model.module).items():
+        if first in tensors:
+            tensors[name] = tensors[first]
     extra = modules_with_extra(model.module)
     return tensors | {name: copy.deepcopy(module.get_extra_state()) for name, module in extra.items()}
 
@@ -49,7 +49,7 @@ def whole_on_first_rank(
 
     One tensor of each stage at a time is gathered and sent.
     """
-    model.zero.reshard()
+    model.zero.carry_writes()
     wanted = {n: cast for n, cast in _wanted(model, frozen=frozen).items() if n not in model.tied.copies}
     mine = (
         (name, tensor.to(dtype) if wanted[name] else tensor)

@@ -81,6 +81,7 @@ class Engine:
                 training_data, collate_fn, lambda: self.global_samples, lambda: len(self._micro.losses)
             )
         self._source = BatchSource(self.training_dataloader, state.model, triad)
+        state.model.zero.show_parameters()
 
     # --- whole batches ---------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Engine:
         """Return, over all ranks: the summed loss, the number of its terms, the number of alarms."""
         with in_eval_mode(self.module), torch.no_grad(), self._random_state():
             loss = self._run(batches, train=False)
-        self.model.zero.reshard()
+        self.model.zero.show_parameters()
         sums = self._micro.sum_evaluation(loss, alarm=self._saver.failed)
         return sums.loss, sums.terms, sums.alarms
 
@@ -295,6 +296,7 @@ class Engine:
         except ckpt.PartialLoadError as error:
             self._guard.unusable = f"a load failed half-way ({error})"
             raise
+        self.model.zero.show_parameters()
         self._saver.forget_plan()
         self._source.moved()
         self.last_load = loaded.report

@@ -188,7 +188,7 @@ class MicroBatches:
             with split_logits(self._model.topology):
                 output = call()
         if not torch.is_grad_enabled():
-            self._model.zero.reshard()  # the script may write to the parameters before the next forward pass
+            self._model.zero.show_parameters()
         return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
 
     def backward(self, loss: Loss, *, retain_graph: bool = False, is_mean: bool = False) -> None:

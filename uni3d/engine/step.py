@@ -187,6 +187,7 @@ class Stepper:
                 gradients, _ = self._gradients()
             self._update(gradients, scale)
             self.deferred = self._may_defer and report.read().unused == 0
+        model.zero.show_parameters()
         return mean_loss.float()
 
     def _told(
