@@ -8,6 +8,7 @@ parameter in place. All of it is here, and `check_records` refuses a torch that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ PARAMETER_RECORDS = (
     "to_sharded_dtensor",
     "all_gather_outputs",
     "_module_info",
+    "_post_load_hook_handle",
     "fsdp_placement",
     "mesh_info",
     "_sharded_param_data",
@@ -160,9 +162,13 @@ def sharded_of(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def keep_whole(module: FSDPModule) -> None:
-    """Keep the memory of whole parameters once it is allocated, so that references to them stay valid."""
+    """Keep the memory of whole parameters once it is allocated, so that references to them stay valid.
+
+    Modules then load state_dicts into whole parameters, where torch's hook expects sharded ones.
+    """
     for parameter in parameters_of(module):
         parameter.free_unsharded_param = lambda: None
+        parameter._post_load_hook_handle.remove()
 
 
 def show_in_state_dicts(module: FSDPModule) -> None:
@@ -172,18 +178,26 @@ def show_in_state_dicts(module: FSDPModule) -> None:
         group._register_state_dict_hooks = lambda: None
 
 
-def take_over(module: FSDPModule, unshard: Callable[[Any], None]) -> None:
+def take_over(
+    module: FSDPModule, unshard: Callable[[Any], None], before_reshard: Callable[[Any], None]
+) -> None:
     """Leave it to `unshard` to gather `module`, and its gradients to whoever calls `reduce_gradients`.
 
-    It is called with the module's group at each use.
+    It is called with the module's group at each use, and `before_reshard` before its parameters are put away.
     """
     state: Any = module._get_fsdp_state()
     group = group_of(module)
     state._register_pre_backward_hook = lambda output: output
     if group is not None:
         group.unshard = lambda async_op=False: unshard(group)
+        group.reshard = partial(_reshard, group, before_reshard)
         group.post_backward = lambda *_: None
         group._register_post_backward_hook = lambda args, kwargs: (args, kwargs)
+
+
+def _reshard(group: Any, before: Callable[[Any], None]) -> None:
+    before(group)
+    type(group).reshard(group)
 
 
 def start_gathering(group: Any) -> None:

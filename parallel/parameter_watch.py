@@ -21,13 +21,15 @@ from parallel.fsdp_internals import group_of, on_whole, parameters_of, part_of_w
 class _Watched:
     """A parameter, and what is known of the whole one."""
 
-    __slots__ = ("address", "mine", "name", "plain", "record", "shown", "version")
+    __slots__ = ("address", "label", "mine", "name", "plain", "record", "shown", "version")
 
     def __init__(self, record: Any) -> None:
         """Watch the parameter that fully_shard's `record` is of."""
         self.record = record
         self.shown: dict[str, nn.Parameter | None] = record._module_info.module._parameters
         self.name: str = record._module_info.param_name
+        self.label = self.name
+        """Name in the root, once `ParameterWatch.start` knows it."""
         self.version = self.address = 0
         self.plain = True
         self.mine: Tensor | None = None
@@ -41,7 +43,9 @@ class _Watched:
 
     def note(self, whole: nn.Parameter) -> None:
         """Note the state of the whole parameter, of which later writes are noticed."""
-        whole._sharded = self.record.sharded_param  # see `sharded_of`
+        whole._sharded = self.record.sharded_param  # type: ignore[attr-defined]  # see `sharded_of`
+        refuse: Any = partial(_refuse_hook, self.label)
+        whole.register_post_accumulate_grad_hook = refuse  # type: ignore[method-assign]
         self.version, self.address = whole._version, whole.data_ptr()
         self.plain = not isinstance(whole, DTensor)
         self.mine = None
@@ -79,11 +83,14 @@ class ParameterWatch:
                 on_whole(each.record, each.note)
 
     def start(self) -> None:
-        """Refuse gradient hooks on the sharded parameters from now on: they would never be called."""
+        """Refuse from now on gradient hooks that would never be called, or see one rank's gradient alone."""
+        prefixes = {
+            id(m._parameters): f"{prefix}." if prefix else "" for prefix, m in self._root.named_modules()
+        }
         for watched in (each for group in self._groups.values() for each in group):
-            refuse: Any = partial(_refuse_hook, self._name(watched))
-            watched.record.sharded_param.register_hook = refuse
-            watched.record.sharded_param.register_post_accumulate_grad_hook = refuse
+            watched.label = prefixes[id(watched.shown)] + watched.name
+            sharded, refuse = watched.record.sharded_param, partial(_refuse_hook, watched.label)
+            sharded.register_hook = sharded.register_post_accumulate_grad_hook = refuse
 
     def before_gather(self) -> None:
         """Look at the sharded parameters before whole ones take their place in the modules.
@@ -95,7 +102,7 @@ class ParameterWatch:
             for watched in group:
                 shown, name, sharded = watched.shown, watched.name, watched.record.sharded_param
                 if (name not in shown or shown[name] is not sharded) and watched.replaced:
-                    raise RuntimeError(self._replaced(watched))
+                    raise RuntimeError(_replaced(watched))
 
     def before_reshard(self, group: Any) -> None:
         """Look at a group's whole parameters before they are freed; `requires_grad` is carried over.
@@ -109,7 +116,7 @@ class ParameterWatch:
             record, shown, name = watched.record, watched.shown, watched.name
             whole, sharded = record._unsharded_param, record.sharded_param
             if (name not in shown or shown[name] is not whole) and watched.replaced:
-                raise RuntimeError(self._replaced(watched))
+                raise RuntimeError(_replaced(watched))
             if whole.requires_grad != sharded.requires_grad:
                 sharded.requires_grad_(whole.requires_grad)
             if self._in_place:
@@ -119,7 +126,7 @@ class ParameterWatch:
             if written:
                 watched.note(whole)
                 raise RuntimeError(
-                    f"{self._name(watched)} was written to while its whole value was gathered, so the change "
+                    f"{watched.label} was written to while its whole value was gathered, so the change "
                     "would be lost; write to parameters between engine.step() and the next forward pass, and "
                     "not in forward()"
                 )
@@ -141,7 +148,7 @@ class ParameterWatch:
             record, shown, name = watched.record, watched.shown, watched.name
             whole = record._unsharded_param
             if (name not in shown or shown[name] is not whole) and watched.replaced:
-                raise RuntimeError(self._replaced(watched))
+                raise RuntimeError(_replaced(watched))
             if whole.requires_grad != record.sharded_param.requires_grad:
                 record.sharded_param.requires_grad_(whole.requires_grad)
             if watched.moved:
@@ -159,19 +166,16 @@ class ParameterWatch:
             if master.dtype != part.dtype:
                 torch.where(master.to(part.dtype) == part, master, part, out=master)
 
-    def _replaced(self, watched: _Watched) -> str:
-        return (
-            f"{self._name(watched)} was replaced after initialize(), which sharding would undo; change "
-            "its values instead, by copy_(), or replace it before initialize()"
-        )
 
-    def _name(self, watched: _Watched) -> str:
-        names = [name for name, module in self._root.named_modules() if module._parameters is watched.shown]
-        return ".".join([*names[:1], watched.name]).removeprefix(".")
+def _replaced(watched: _Watched) -> str:
+    return (
+        f"{watched.label} was replaced after initialize(), which sharding would undo; change its values "
+        "instead, by copy_(), or replace it before initialize()"
+    )
 
 
 def _refuse_hook(name: str, *_: Any, **__: Any) -> NoReturn:
     raise RuntimeError(
-        f"{name} got a gradient hook after initialize(), which would never be called; register hooks on the "
-        "model's parameters before initialize()"
+        f"{name} got a gradient hook after initialize(), which would never be called, or see one rank's "
+        "gradient alone; register hooks on the model's parameters before initialize()"
     )

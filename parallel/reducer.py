@@ -81,7 +81,7 @@ class Reducer:
         self.used: set[int] = set()
         self.late = 0
         for module in modules:
-            take_over(module, self._unshard)
+            take_over(module, self._unshard, self._before_reshard)
             if not offload:
                 show_in_state_dicts(module)
                 keep_whole(module)
@@ -124,14 +124,16 @@ class Reducer:
 
     def reshard(self) -> None:
         """Show the sharded parameters. A single rank's gradients move to the sharded ones."""
-        self.carry_writes()
-        self._shown = False
         for group in filter(is_whole, self._groups):
             group.wait_for_unshard()  # else a layer that didn't run would use stale parameters later
-            self._watch.before_reshard(group)
             group.reshard()
             if self._alone:
                 adopt_gradients(group)
+
+    def _before_reshard(self, group: Any) -> None:
+        self.carry_writes()
+        self._shown = False
+        self._watch.before_reshard(group)
 
     def gather_all(self) -> None:
         """Do nothing: all parameters are whole before any backward pass."""
@@ -154,7 +156,7 @@ class Reducer:
                 whole = record._unsharded_param
                 if self._hooked.get(id(record)) is not whole:
                     self._hooked[id(record)] = whole
-                    whole.register_post_accumulate_grad_hook(_arrival(self, layer, id(record)))
+                    _hook(whole, _arrival(self, layer, id(record)))
 
     def arrived(self, layer: int, record: int) -> None:
         """Note a gradient, and reduce the layers that are complete and whose turn it is."""
@@ -208,6 +210,9 @@ class Reducer:
             self._early = False
             for group in self._groups:
                 self._reduce(group)
+
+
+_hook: Any = Tensor.register_post_accumulate_grad_hook  # the parameter's own is refused to scripts
 
 
 def _arrival(reducer: Reducer, layer: int, record: int) -> Callable[[Tensor], None]:

@@ -1,7 +1,7 @@
 """`state_dict` and `load_state_dict` of a sharded module, with whole plain tensors as in the unsharded model.
 
 Parameters that the modules show whole are given as they are, so one rank may ask for them alone. Sharded ones
-are gathered, which all ranks must ask for together.
+are gathered, which all ranks must ask for together. With `keep_vars=True` all are the live parameters.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ PATIENCE = timedelta(minutes=5)
 def set_state_dict_hooks(module: nn.Module, topology: Topology) -> None:
     """Make `module`, this rank's part of a model, give and take whole plain tensors."""
     if topology.degrees.pp > 1:
-        module.register_state_dict_pre_hook(_refuse_part)
+        module.register_state_dict_pre_hook(_refuse_part)  # type: ignore[no-untyped-call]
         return
-    module.register_state_dict_pre_hook(partial(_wait_for_others, topology, iter(range(1 << 62)).__next__))
+    module.register_state_dict_pre_hook(partial(_wait_for_others, topology, iter(range(1 << 62)).__next__))  # type: ignore[no-untyped-call]
     for part in module.modules():
         if part._parameters:
-            part.register_state_dict_post_hook(_gather)
-            part.register_load_state_dict_pre_hook(_distribute)
+            part.register_state_dict_post_hook(_gather)  # type: ignore[no-untyped-call]
+            part.register_load_state_dict_pre_hook(_distribute)  # type: ignore[no-untyped-call]
 
 
-def _refuse_part(*_: Any) -> None:
+def _refuse_part(_module: nn.Module, _prefix: str, keep_vars: bool) -> None:
+    if keep_vars:
+        return
     raise RuntimeError(
         "state_dict() of a pipeline's module can't give the whole model, as a rank has only its own stages; "
         "use engine.module_state_dict() for these, or save a checkpoint and export it"
@@ -45,14 +47,14 @@ def _refuse_part(*_: Any) -> None:
 
 
 def _wait_for_others(
-    topology: Topology, next_number: Callable[[], int], module: nn.Module, _prefix: str, _keep_vars: bool
+    topology: Topology, next_number: Callable[[], int], module: nn.Module, _prefix: str, keep_vars: bool
 ) -> None:
     """Wait until all ranks ask for the parameters, if that takes all of them.
 
     Raises:
         RuntimeError: some don't.
     """
-    if topology.world_size == 1 or not any(isinstance(p, DTensor) for p in module.parameters()):
+    if keep_vars or topology.world_size == 1 or not any(isinstance(p, DTensor) for p in module.parameters()):
         return
     store, key = dist.distributed_c10d._get_default_store(), f"uni3d/state_dict/{next_number()}"
     asked, deadline = store.add(key, 1), time.monotonic() + PATIENCE.total_seconds()
@@ -72,7 +74,7 @@ def _gather(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadat
     """Replace a module's own sharded tensors in a `state_dict` by whole ones."""
     for name in module._parameters:
         value = state_dict.get(prefix + name)
-        if isinstance(value, DTensor):
+        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter):
             here = cast(DTensor, value.to(value.device_mesh.device_type))  # it may be offloaded
             state_dict[prefix + name] = here.full_tensor().to(value.device)
 

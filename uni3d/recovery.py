@@ -106,7 +106,9 @@ def load_state_dict_from_zero_checkpoint(
     if not state.gather_anew(model):
         model.cpu()
     extra = modules_with_extra(model)
-    targets = {k: v for k, v in model.state_dict().items() if k not in extra and isinstance(v, Tensor)}
+    targets = {
+        k: v for k, v in model.state_dict(keep_vars=True).items() if k not in extra and isinstance(v, Tensor)
+    }
     _check_same(type(model).__name__, targets, weights, extra)
     try:
         for name, target in targets.items():

@@ -141,6 +141,7 @@ def held_case(place: Place, run: str, saved: str) -> dict[str, Any]:
     for spec, tensor, _ in arrays:
         kind = spec.key.state if spec.key.state in sizes else "states"
         sizes[kind] += tensor.numel() * tensor.element_size()
+    engine.model.zero.reshard()
     found = {
         "held": sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays),
         "read": engine.last_load.bytes_read,

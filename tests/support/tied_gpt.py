@@ -59,6 +59,7 @@ def save_case(place: tuple[int, int, int, int], folder: str, **given: Any) -> di
 def worst_error(engine: Any, expected: dict[str, dict[str, Tensor]]) -> tuple[float, str]:
     """Return the largest error of this rank's parts, relative to the largest element of the tensor."""
     worst = (0.0, "")
+    engine.model.zero.reshard()  # the optimizer has the sharded parameters
     for name, parameter in engine.module.named_parameters():
         first = engine.model.first_name(name)
         tensors = {"fp32": parameter.detach()} | engine.optimizer.state[parameter]

@@ -78,6 +78,7 @@ def whole_state(engine: Any) -> States:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     states = {}
+    engine.model.zero.reshard()  # the optimizer has the sharded parameters
     for name, parameter in engine.module.named_parameters():
         moments = engine.optimizer.state.get(parameter, {})
         tensors = {"fp32": parameter.detach()} | {k: v for k, v in moments.items() if v.ndim > 0}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.agreement import BatchError, StepRefusedError, Trace, explain, first_reason
+from parallel.fsdp_internals import sharded_of
 from parallel.gradients import (
     Step,
     clip_factor,
@@ -354,6 +355,7 @@ class Stepper:
         assert optimizer is not None
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if [id(p) for p in trained] != [id(p) for p in self._trained.parameters]:
+            trained = self._take_parameters(optimizer)
             copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
             counts = [id(p) not in copies and counts_here(p, model.topology) for p in trained]
             self._trained = _Trained(trained, counts)
@@ -362,3 +364,19 @@ class Stepper:
             g for g, counts in zip(gradients, self._trained.counts, strict=True) if counts and g is not None
         ]
         return [g for g in gradients if g is not None], counted
+
+    def _take_parameters(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """Return the optimizer's parameters, whole ones that a script has added replaced by the sharded ones.
+
+        Raises:
+            ValueError: one isn't the engine's, so nobody would sum its gradients.
+        """
+        ours = {id(p) for p in self._state.model.module.parameters()}
+        for i, group in enumerate(optimizer.param_groups):
+            group["params"] = [sharded_of(p) for p in group["params"]]
+            if strangers := sum(id(p) not in ours for p in group["params"]):
+                raise ValueError(
+                    f"group {i} of the optimizer has {strangers} parameters that aren't the engine's; train "
+                    "them by an optimizer of their own, or make them part of the model before initialize()"
+                )
+        return [p for group in optimizer.param_groups for p in group["params"]]

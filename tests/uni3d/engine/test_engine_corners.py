@@ -157,7 +157,7 @@ def late_case() -> Any:
         if engine.global_rank == 0:
             norms.append(engine.get_global_grad_norm())
             engine.was_step_applied()
-    weights = [p.detach().full_tensor().tolist() for p in engine.module.parameters()]
+    weights = [tensor.tolist() for tensor in engine.module_state_dict().values()]
     return engine.global_samples, weights, norms
 
 

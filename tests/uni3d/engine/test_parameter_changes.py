@@ -133,8 +133,8 @@ CHANGES = {
     "write": (write, (1, 2), "layers.0.weight was written to"),
     "replace": (replace, (0, 1, 3), "layers.0.weight was replaced after initialize()"),
     "swap": (swap, (0, 1), "layers.0.weight was written to"),
-    "hook": (hook, (0, 1, 3), "layers.0.weight got a gradient hook after initialize()"),
-    "late hook": (late_hook, (0,), "layers.1.bias got a gradient hook after initialize()"),
+    "hook": (hook, (3,), "layers.0.weight got a gradient hook after initialize()"),
+    "late hook": (late_hook, (0, 2, 3), "layers.1.bias got a gradient hook after initialize()"),
     "own layer": (own_layer, (0, 1, 2), "step 2 was not taken: ranks 0 and 1 train different parameters"),
 }
 

@@ -32,6 +32,7 @@ def run_case(zero: int, pp: int, run: str) -> Any:
     engine = make_engine(seeded(Stack), zero=zero, pp=pp, micro=1, clip=CLIP, group=2 // pp)
     losses, norms = take_steps(engine, STEPS, micro_batches(global_batches(STEPS + 1), engine))
     save_and_wait(engine, run)
+    engine.model.zero.reshard()
     local = {n: p.to_local().numel() for n, p in engine.named_parameters()}
     return losses, norms, whole(engine.module), local
 

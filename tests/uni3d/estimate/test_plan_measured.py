@@ -167,6 +167,7 @@ def memory_case(case: Case) -> dict[str, int]:
     engine = make_engine(case)
     for _ in range(2):  # until the optimizer has its states, the pipeline its buffers
         engine.train_batch()
+    engine.model.zero.reshard()  # to the sharded ones
     parameters = [p.detach() for p in engine.module.parameters()]
     states = [v for s in engine.optimizer.state.values() for v in s.values() if v.ndim > 0]
     everything = [t.detach() for t in tensors_alive() if id(t) not in earlier and not t.is_meta]
