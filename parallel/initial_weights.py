@@ -35,10 +35,10 @@ def tile_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not shape:
         return ()
     tile = [1] * len(shape)
-    tile[-1] = min(shape[-1], WIDTH)
+    tile[-1] = min(shape[-1], WIDTH) or 1
     for dim in reversed(range(len(shape) - 1)):
-        tile[dim] = min(shape[dim], TILE // math.prod(tile))
-    tile[-1] = min(shape[-1], TILE // math.prod(tile[:-1]))
+        tile[dim] = min(shape[dim], TILE // math.prod(tile)) or 1
+    tile[-1] = min(shape[-1], TILE // math.prod(tile[:-1])) or 1
     return tuple(tile)
 
 
