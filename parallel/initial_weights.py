@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from parallel.dtensor_layout import LocalPart, Place
-from parallel.recorded_init import Step
+from parallel.recorded_init import Operation
 
 INITIAL_WEIGHTS = 1
 """Version of the grid and of the tiles' generators; whoever changes a bit of them raises it. While it stands,
@@ -59,17 +59,17 @@ def tiles_of(shape: Sequence[int], box: Place) -> Iterator[tuple[int, Place]]:
 
 
 @torch.no_grad()
-def draw(part: LocalPart, steps: Sequence[Step], seed: int, name: str) -> None:
-    """Fill a rank's part of the parameter `name` by doing the recorded steps to each tile that it meets."""
+def draw(part: LocalPart, operations: Sequence[Operation], seed: int, name: str) -> None:
+    """Fill a rank's part of the parameter `name` by doing the operations to each tile that it meets."""
     data = part.data if part.data.device.type == "cpu" else torch.empty_like(part.data, device="cpu")
     generators = TileGenerators(seed, name)
-    scratch = torch.empty(TILE, dtype=data.dtype)
+    scratch = torch.empty(TILE, dtype=data.dtype, device="cpu")
     ends = [o + n for o, n in zip(part.offset, data.shape, strict=True)]
     for number, (corner, shape) in tiles_of(part.shape, (part.offset, tuple(data.shape))):
         tile = scratch[: math.prod(shape)].view(shape)  # contiguous: draws to other strides are other numbers
         generator = generators.at(number)
-        for step in steps:
-            step.do(tile, generator)
+        for operation in operations:
+            operation.do(tile, generator)
         first = [max(o, c) for o, c in zip(part.offset, corner, strict=True)]
         last = [min(e, c + n) for e, c, n in zip(ends, corner, shape, strict=True)]
         data[_slices(first, last, part.offset)] = tile[_slices(first, last, corner)]

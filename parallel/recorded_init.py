@@ -61,7 +61,7 @@ _LATER = {
 """Operations on each element by itself, if their other arguments are numbers."""
 
 
-class Step(NamedTuple):
+class Operation(NamedTuple):
     """An operation that fills or changes a tensor in place."""
 
     function: Callable[..., Any]
@@ -82,7 +82,7 @@ def record(
     shape: Sequence[int],
     dtype: torch.dtype,
     generator: torch.Generator,
-) -> list[Step] | None:
+) -> list[Operation] | None:
     """Return what `init_parameter` does to a tensor of this shape; None if that can't be done to tiles.
 
     Nothing is drawn. A draw from torch's own generator counts as one from `generator`.
@@ -97,9 +97,11 @@ def record(
         except Exception:  # the whole draw that follows raises it again, if it is the model's own
             return None
         reseeded = not all(map(torch.equal, before, (torch.get_rng_state(), generator.get_state())))
-    if recorder.refused or reseeded or not recorder.steps:
+    if recorder.refused or reseeded or not recorder.operations:
         return None
-    return recorder.steps if recorder.steps[0].function in _FIRST | {nn.init.trunc_normal_} else None
+    return (
+        recorder.operations if recorder.operations[0].function in _FIRST | {nn.init.trunc_normal_} else None
+    )
 
 
 class _Shape(Tensor):
@@ -127,7 +129,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensor: _Shape, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
         self.refused = False
         """Whether something was refused: the model's code may have caught the error."""
         self._same = [tensor]  # and what `.data` and `detach()` gave of it
@@ -162,8 +164,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         numbers = all(isinstance(x, int | float | None) for x in (*others, *keywords.values()))
         if not self._knows(target) or not numbers or not self._is_given(generator):
             raise self._refusal(function)
-        self.steps.append(
-            Step(function, tuple(others), {**keywords, "generator": None} if draws else keywords)
+        self.operations.append(
+            Operation(function, tuple(others), {**keywords, "generator": None} if draws else keywords)
         )
         tensor: Tensor = target
         return tensor

@@ -80,13 +80,13 @@ def materialise(
     for name, parameter in module.named_parameters():
         first = first_names.get(name, name)
         shape, dtype = tuple(parameter.shape), parameter.dtype
-        steps = record(init_parameter, first, shape, dtype, generator_for(seed, first))
-        if steps is not None:
-            draw(local_part(parameter), steps, seed, first)
+        operations = record(init_parameter, first, shape, dtype, generator_for(seed, first))
+        if operations is not None:
+            draw(local_part(parameter), operations, seed, first)
             continue
         if scratch is None:
             # One buffer for all draws: an allocator would keep some of the memory of many that come and go.
-            scratch = torch.empty(largest, dtype=torch.uint8)
+            scratch = torch.empty(largest, dtype=torch.uint8, device="cpu")
         size = parameter.numel() * parameter.element_size()
         full = scratch[:size].view(dtype).view(shape)
         _draw_whole(init_parameter, full, seed, first)

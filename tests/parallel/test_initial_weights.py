@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parallel.dtensor_layout import LocalPart
 from parallel.initial_weights import INITIAL_WEIGHTS, TILE, TileGenerators, draw, tile_shape, tiles_of
-from parallel.recorded_init import Step, record
+from parallel.recorded_init import Operation, record
 from parallel.weights import generator_for, materialise
 
 Fill = Callable[[Tensor, torch.Generator], object]
@@ -24,16 +24,16 @@ def normal(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.normal_(0.0, 0.02, generator=generator)
 
 
-def recorded(fill: Fill, shape: tuple[int, ...]) -> list[Step] | None:
+def recorded(fill: Fill, shape: tuple[int, ...]) -> list[Operation] | None:
     return record(lambda _, t, g: fill(t, g), "w", shape, torch.float32, generator_for(3, "w"))
 
 
 def whole(fill: Fill, shape: tuple[int, ...], name: str = "w") -> Tensor:
     """Draw a parameter in one part."""
-    steps = recorded(fill, shape)
-    assert steps is not None
+    operations = recorded(fill, shape)
+    assert operations is not None
     data = torch.full(shape, math.nan)
-    draw(LocalPart(data, shape, (0,) * len(shape)), steps, 3, name)
+    draw(LocalPart(data, shape, (0,) * len(shape)), operations, 3, name)
     return data
 
 
@@ -52,11 +52,11 @@ def boxes(draw: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 def test_a_part_is_that_part_of_the_whole(case: tuple[tuple[int, ...], ...]) -> None:
     shape, offset, size = case
     drawn_shapes: list[tuple[int, ...]] = []
-    steps = recorded(normal, shape)
-    assert steps is not None
-    steps += [Step(lambda tile: drawn_shapes.append(tuple(tile.shape)), (), {})]
+    operations = recorded(normal, shape)
+    assert operations is not None
+    operations += [Operation(lambda tile: drawn_shapes.append(tuple(tile.shape)), (), {})]
     part = torch.full(size, math.nan)
-    draw(LocalPart(part, shape, offset), steps, 3, "w")
+    draw(LocalPart(part, shape, offset), operations, 3, "w")
     place = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
     assert torch.equal(part, drawn(3, "w", shape, normal)[place])
     extents = tile_extents(shape)
@@ -68,9 +68,9 @@ def test_a_part_is_that_part_of_the_whole(case: tuple[tuple[int, ...], ...]) -> 
 def test_a_part_in_other_memory() -> None:
     """Parts of fused projections and of shards with gaps aren't contiguous; scalars and nothing are parts."""
     expected, data = drawn(3, "w", (70, 90), normal), torch.zeros(90, 140)
-    steps = recorded(normal, (70, 90))
-    assert steps is not None
-    draw(LocalPart(data.t()[::2], (70, 90), (0, 0)), steps, 3, "w")
+    operations = recorded(normal, (70, 90))
+    assert operations is not None
+    draw(LocalPart(data.t()[::2], (70, 90), (0, 0)), operations, 3, "w")
     assert torch.equal(data.t()[::2], expected)
     assert not data.t()[1::2].any()
     scalar = whole(normal, ())
@@ -116,10 +116,10 @@ def test_the_bits_of_version_1() -> None:
 def test_tiles_have_the_distribution_that_was_asked_for_and_nothing_in_common() -> None:
     shape = (640, 1536)
     tensors = [whole(normal, shape), whole(normal, shape, "v")]
-    steps = recorded(normal, shape)
-    assert steps is not None
+    operations = recorded(normal, shape)
+    assert operations is not None
     other_seed = torch.empty(shape)
-    draw(LocalPart(other_seed, shape, (0, 0)), steps, 4, "w")
+    draw(LocalPart(other_seed, shape, (0, 0)), operations, 4, "w")
     tiles = []
     for tensor in (*tensors, other_seed):
         assert abs(tensor.mean()) < 4 * 0.02 / math.sqrt(tensor.numel())
