@@ -243,6 +243,7 @@ def until_it_fits(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 SQUARE = (24, 24)
+ELSEWHERE = torch.zeros(24, 24)
 AT_ONCE: dict[str, Fill] = {
     "orthogonal_": lambda t, g: nn.init.orthogonal_(t, generator=g),
     "sparse_": lambda t, g: nn.init.sparse_(t, 0.1, generator=g),
@@ -264,6 +265,7 @@ AT_ONCE: dict[str, Fill] = {
     "into": lambda t, g: torch.randn(24, 24, out=t, generator=g),
     "many at once": lambda t, g: torch._foreach_mul_([t.normal_(generator=g)], 2.0),
     "cumulative": lambda t, g: t.normal_(generator=g).cumsum_(0),
+    "elsewhere first": lambda t, g: ELSEWHERE.normal_(generator=g).add_(t.zero_().numel()),
     "truncated elsewhere": lambda t, g: t.copy_(nn.init.trunc_normal_(torch.empty(24, 24), generator=g)),
 }
 
@@ -291,7 +293,6 @@ def test_anything_else_is_drawn_at_once(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before), "torch's own generator isn't used"
     expected = drawn_at_once(3, "w", SQUARE, fill)
     assert torch.equal(tensor, expected)
-    torch.set_rng_state(before)
 
 
 def test_an_empty_or_unfounded_recording_is_none() -> None:
