@@ -99,9 +99,8 @@ def record(
         reseeded = not all(map(torch.equal, before, (torch.get_rng_state(), generator.get_state())))
     if recorder.refused or reseeded or not recorder.operations:
         return None
-    return (
-        recorder.operations if recorder.operations[0].function in _FIRST | {nn.init.trunc_normal_} else None
-    )
+    begins_with_content = recorder.operations[0].function not in _FIRST | {nn.init.trunc_normal_}
+    return None if begins_with_content else recorder.operations
 
 
 class _Shape(Tensor):
