@@ -1,11 +1,12 @@
-"""Measure what a checkpoint costs one rank at thousands of ranks: planning, agreement, commit, load.
+"""Measure what a checkpoint costs one rank at thousands of ranks: planning, agreement, commit, load, start.
 
     python benchmarks/scale.py [--only 70e9] [--ranks 1024]
 
 No rank runs. The real code plans the save of a GPT with AdamW for the ranks of one pipeline stage, which is
 all that a rank plans; puts together on "rank 0" what all ranks would send it; writes and reads the documents
-of the checkpoint in memory; and lists the chunks that one rank reads on half as many ranks. Each case runs in
-a process of its own. CPU seconds, once, not a median: they are to show how costs grow.
+of the checkpoint in memory; lists the chunks that one rank reads on half as many ranks; and draws the initial
+weights of the rank that keeps most, from normal distributions. Each case runs in a process of its own. CPU
+seconds, once, not a median: they are to show how costs grow.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ COLUMNS = {
     "load": "half the ranks: decode, list chunks (s)",
     "load_gb": "bytes read by a rank there (GB)",
     "wanted": "... of those that it wants",
-    "peak_mb": "peak memory of the process (MB)",
+    "peak_mb": "peak memory of the process (MB), up to here",
+    "draw": "initial weights of the largest rank (s)",
+    "kept": "... elements that it keeps (millions)",
 }
 
 
@@ -90,6 +93,8 @@ def measure(parameters: float, stages: int, world: int) -> dict[str, Any]:
     main_document = whole.manifest - sum(map(len, parts))
     half = Ranks(pp=stages, dp=max(1, ranks.dp // 2), tp=8, zero=1)
     (read, wanted), load = timed(lambda: read_by_a_rank(shape, half, parts[0]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    kept, draw = draw_a_rank(shape, ranks)
     return {
         "plan": seconds,
         "rounds": background,
@@ -101,7 +106,9 @@ def measure(parameters: float, stages: int, world: int) -> dict[str, Any]:
         "load": load,
         "load_gb": read / 1e9,
         "wanted": read / wanted,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak_mb": peak,
+        "draw": draw,
+        "kept": kept / 1e6,
     }
 
 
@@ -148,6 +155,42 @@ def read_by_a_rank(shape: GPTShape, ranks: Ranks, part: bytes) -> tuple[int, int
                 read += sum(1 for _ in pieces(info, box)) * info.grid.payload
                 wanted += box.size * info.grid.itemsize
     return read, wanted
+
+
+def draw_a_rank(shape: GPTShape, ranks: Ranks) -> tuple[int, float]:
+    """Draw what the first rank of the largest stage keeps; return the number of elements and the seconds."""
+    import torch  # here, as it would count in the memory of what comes before
+
+    from parallel.dtensor_layout import LocalPart
+    from parallel.initial_weights import draw
+    from parallel.recorded_init import record
+
+    torch.set_num_threads(1)
+    degrees = {"dp": ranks.dp, "tp": ranks.tp, "shards": ranks.shards()}
+    stages = [
+        {
+            f"{link.name}.{weight.name}": (
+                weight.shape,
+                part_boxes(weight.shape, weight.tp_dim, **degrees)[0],
+            )
+            for link in stage.links
+            for weight in link.weights
+        }
+        for stage in cut_stages(shape, ranks.pp)
+    ]
+    largest = max(stages, key=lambda stage: sum(box.size for _, box in stage.values()))
+
+    def init_parameter(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0.0, 0.02, generator=generator)
+
+    def draw_all() -> int:
+        for name, (whole, box) in largest.items():
+            operations = record(init_parameter, name, whole, torch.float32, torch.Generator())
+            assert operations is not None
+            draw(LocalPart(torch.empty(box.shape), whole, box.offset), operations, 0, name)
+        return sum(box.size for _, box in largest.values())
+
+    return timed(draw_all)
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -27,7 +27,8 @@ The parallel model:
     parameter_watch   changes of parameters that sharding would lose
     layers            repeated layers, the units of sharding
     activation_checkpointing  recomputing activations; compilation
-    weights           initial weights and fp32 masters, the same on every topology
+    weights           a model from the meta device filled in; fp32 masters
+    initial_weights, recorded_init  initial weights in tiles; what `init_parameter` does to one
     ties              tied weights and the sum of their gradients
     gradients         the global norm, clipping
     dtensor_layout    which part of a tensor each rank of a stage holds

@@ -1,22 +1,22 @@
 """Initial weights that don't depend on the topology, and fp32 masters of low-precision parameters.
 
-Each parameter is drawn whole from a generator of its own, seeded by the run's seed and the parameter's
-name, and each rank keeps its own part. The draw is made on the CPU, so that it is the same on every
-device. At most one whole parameter is in memory at a time.
+What a parameter is drawn from depends on the run's seed and the parameter's name alone. The draw is made on
+the CPU, so that it is the same on every device. A rank draws the part that it keeps, in tiles. A parameter
+that can't be drawn in tiles is drawn whole, one at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.dtensor_layout import copy_from_full
-
-InitParameter = Callable[[str, Tensor, torch.Generator], None]
+from parallel.dtensor_layout import copy_from_full, local_part
+from parallel.initial_weights import draw
+from parallel.recorded_init import InitParameter, record
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -71,18 +71,33 @@ def materialise(
 ) -> None:
     """Allocate a sharded module on the meta device (this rank's parts alone) and fill in initial values.
 
-    `first_names` maps the other names of tied parameters to the names that seed them.
+    `first_names` maps the other names of tied parameters to the names that seed them. `init_parameter` fills
+    a whole tensor in place. It may be called twice for a name, the first time with a tensor without memory.
     """
     module.to_empty(device=device)
-    # One buffer for all draws: an allocator would keep some of the memory of many that come and go.
     largest = max((p.numel() * p.element_size() for p in module.parameters()), default=0)
-    scratch = torch.empty(largest, dtype=torch.uint8)
+    scratch: Tensor | None = None
     for name, parameter in module.named_parameters():
         first = first_names.get(name, name)
+        shape, dtype = tuple(parameter.shape), parameter.dtype
+        operations = record(init_parameter, first, shape, dtype, generator_for(seed, first))
+        if operations is not None:
+            draw(local_part(parameter), operations, seed, first)
+            continue
+        if scratch is None:
+            # One buffer for all draws: an allocator would keep some of the memory of many that come and go.
+            scratch = torch.empty(largest, dtype=torch.uint8, device="cpu")
         size = parameter.numel() * parameter.element_size()
-        full = scratch[:size].view(parameter.dtype).view(parameter.shape)
-        init_parameter(first, full, generator_for(seed, first))
+        full = scratch[:size].view(dtype).view(shape)
+        _draw_whole(init_parameter, full, seed, first)
         copy_from_full(parameter, full)
+
+
+def _draw_whole(init_parameter: InitParameter, full: Tensor, seed: int, name: str) -> None:
+    """Fill a whole parameter; what is drawn from torch's own generator depends on seed and name too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator_for(seed, f"{name} without a generator").initial_seed())
+        init_parameter(name, full, generator_for(seed, name))
 
 
 @torch.no_grad()

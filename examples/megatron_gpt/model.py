@@ -275,7 +275,10 @@ class GPT(nn.Module):
         return next_token_loss(logits, targets)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Fill the whole parameter `name` in place with its initial value, drawn from `generator`."""
+        """Fill the whole parameter `name` in place with its initial value, drawn from `generator`.
+
+        Without views and second tensors, so that a rank need not draw more than it keeps.
+        """
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         elif name.endswith(".bias"):

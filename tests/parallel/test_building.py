@@ -1,4 +1,4 @@
-"""Building a model on the meta device takes the memory of a rank's share and about one layer."""
+"""Building a model on the meta device takes the memory of a rank's share alone."""
 
 import ctypes
 import gc
@@ -84,14 +84,14 @@ def growth_case(degrees: tuple[int, int], layers: int, device: str, rank: int | 
     [((1, 4), None), slow((1, 8), 5), slow((2, 4), 6), slow((1, 64), 9)],
     ids=["dp4", "dp8", "pp2dp4", "dp64"],
 )
-def test_building_peaks_at_a_share_and_a_layer(ranks: Ranks, degrees: tuple[int, int], rank: Any) -> None:
+def test_building_peaks_at_a_share(ranks: Ranks, degrees: tuple[int, int], rank: Any) -> None:
     layers = 16
     parts = degrees[0] * degrees[1]
     started = parts if rank is None else 1
     for peak, end, share in ranks.run(started, growth_case, degrees, layers, "meta", rank):
         assert share == layers * LAYER // parts
         assert end == pytest.approx(share, abs=2 * MIB)
-        assert peak < share + LAYER + 2 * MIB
+        assert peak < share + 3 * MIB
 
 
 def test_a_model_on_the_cpu_is_built_whole(ranks: Ranks) -> None:

@@ -1,9 +1,8 @@
 """Initial weights: the same bits for the same seed and name, wherever they are held."""
 
-import hashlib
-
 import pytest
 import torch
+from initial_draws import drawn, drawn_at_once
 from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
@@ -25,18 +24,45 @@ class Drawn(nn.Module):
         self.layers[2].weight = self.layers[0].weight
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.uniform_(-1.0, 1.0, generator=generator)
+        fill(name, tensor, generator)
 
     def loss_fn(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).square().mean()
 
 
-def drawn_case(places: list[tuple[int, int, int, int]], seed: int) -> list[dict[str, Tensor]]:
+class Wide(Drawn):
+    """Layers of several tiles, cut by rows, by columns or not at all; two can't be drawn in tiles."""
+
+    tp_plan = {"up": "colwise", "down": "rowwise", "whole.up": "colwise"}  # noqa: RUF012
+    pipeline_layers = ["up", "whole", "down"]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.up, self.down = nn.Linear(530, 1100), nn.Linear(1100, 70)
+        self.whole = nn.ModuleDict({"up": nn.Linear(60, 20), "mix": nn.Conv1d(3, 41, 5)})
+
+
+def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    if name.endswith("bias"):
+        tensor.fill_(0.5)
+    elif name.startswith("whole"):
+        nn.init.orthogonal_(tensor, generator=generator)
+    elif name.startswith("down"):
+        nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+    else:
+        tensor.uniform_(-1.0, 1.0, generator=generator)
+
+
+def drawn_case(
+    kind: type[Drawn], places: list[tuple[int, int, int, int, int | None]], seed: int
+) -> list[dict[str, Tensor]]:
     results = []
-    for pp, dp, tp, zero_stage in places:
-        topology = parallel.Topology(parallel.Degrees(pp=pp, dp=dp, tp=tp), zero_stage=zero_stage)
+    torch.manual_seed(torch.distributed.get_rank())  # which takes no part in it
+    for pp, dp, tp, zero_stage, group in places:
+        degrees = parallel.Degrees(pp=pp, dp=dp, tp=tp)
+        topology = parallel.Topology(degrees, zero_stage=zero_stage, shard_group=group)
         with torch.device("meta"):
-            model = Drawn()
+            model = kind()
         built = parallel.build(model, topology, parallel.Settings(zero_stage=zero_stage, seed=seed))
         parameters = dict(built.module.named_parameters())
         assert not any(p.is_meta for p in parameters.values())
@@ -46,28 +72,53 @@ def drawn_case(places: list[tuple[int, int, int, int]], seed: int) -> list[dict[
 
 
 def drawn_plainly(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Draw as documented: once and whole, from a CPU generator seeded by the hash of seed and name."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator)
+    draw = drawn_at_once if name in ("whole.up.weight", "whole.mix.weight") else drawn
+    return draw(seed, name, shape, lambda tensor, generator: fill(name, tensor, generator))
 
 
 FIRST = {"layers.2.weight": "layers.0.weight"}
-SHAPES = {"layers.0.weight": (10, 3), "layers.1.weight": (10, 3), "layers.1.bias": (10,)}
-PLACES = {1: [(1, 1, 1, 0)], 3: [(1, 3, 1, 2)], 4: [(2, 2, 1, 1), (2, 1, 2, 3), (1, 2, 2, 3), (1, 4, 1, 0)]}
+SHAPES: dict[type[Drawn], dict[str, tuple[int, ...]]] = {
+    Drawn: {"layers.0.weight": (10, 3), "layers.1.weight": (10, 3), "layers.1.bias": (10,)},
+    Wide: {
+        "up.weight": (1100, 530),
+        "up.bias": (1100,),
+        "down.weight": (70, 1100),
+        "down.bias": (70,),
+        "whole.up.weight": (20, 60),
+        "whole.up.bias": (20,),
+        "whole.mix.weight": (41, 3, 5),
+        "whole.mix.bias": (41,),
+    },
+}
+PLACES: dict[int, list[tuple[int, int, int, int, int | None]]] = {
+    1: [(1, 1, 1, 0, None)],
+    3: [(1, 3, 1, 2, None)],
+    4: [
+        (2, 2, 1, 1, None),
+        (2, 1, 2, 3, None),
+        (1, 2, 2, 3, None),
+        (1, 4, 1, 0, None),
+        (1, 4, 1, 3, 2),
+        (1, 1, 4, 1, None),
+    ],
+}
 
 
+@pytest.mark.parametrize("kind", [Drawn, Wide])
 @pytest.mark.parametrize("world", [1, slow(3), 4])
-def test_the_same_bits_on_every_topology(ranks: Ranks, world: int) -> None:
-    by_rank = ranks.run(world, drawn_case, PLACES[world], 11)
-    for i, place in enumerate(PLACES[world]):
+def test_the_same_bits_on_every_topology(ranks: Ranks, world: int, kind: type[Drawn]) -> None:
+    shapes = SHAPES[kind]
+    places = [place for place in PLACES[world] if kind is Wide or place[2] < 4]  # tp divides the layer
+    by_rank = ranks.run(world, drawn_case, kind, places, 11)
+    expected = {name: drawn_plainly(11, name, shape) for name, shape in shapes.items()}
+    for i, place in enumerate(places):
         everything = set().union(*(results[i] for results in by_rank))
-        assert everything >= set(SHAPES)
-        assert (everything == {*SHAPES, *FIRST}) == (place[0] > 1), "a stage of its own has its own copy"
+        assert everything >= set(shapes)
+        if kind is Drawn:
+            assert (everything == {*shapes, *FIRST}) == (place[0] > 1), "a stage of its own has its own copy"
         for results in by_rank:
             for name, tensor in results[i].items():
-                first = FIRST.get(name, name)
-                assert torch.equal(tensor, drawn_plainly(11, first, SHAPES[first])), f"{place}: {name}"
+                assert torch.equal(tensor, expected[FIRST.get(name, name)]), f"{place}: {name}"
 
 
 def test_each_seed_and_name_has_numbers_of_its_own() -> None:

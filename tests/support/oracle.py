@@ -7,10 +7,12 @@ schedule) are implemented here a second time, so that an error in either shows.
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from initial_draws import drawn
 from model import GPT, GPTConfig
 from torch import Tensor
 
@@ -78,16 +80,18 @@ def samples(masked: bool = False) -> tuple[Tensor, Tensor]:
 def initial_model(config: dict[str, Any]) -> GPT:
     model = GPT(GPTConfig(**config))
     for name, parameter in model.named_parameters():
-        digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         with torch.no_grad():
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 residual = name.endswith(("attn.o.weight", "ffn.down.weight"))
                 std = 0.02 / math.sqrt(2 * config["num_layers"]) if residual else 0.02
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                parameter.copy_(drawn(SEED, name, tuple(parameter.shape), partial(_normal, std)))
     return model
+
+
+def _normal(std: float, tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.normal_(0.0, std, generator=generator)
 
 
 def learning_rate(step: int) -> float:
