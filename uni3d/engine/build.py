@@ -23,6 +23,7 @@ from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
 from uni3d.engine.data_loader import TrainingLoader
+from uni3d.engine.deepspeed_arguments import check_mpu, check_process_group, decoded, with_degrees
 from uni3d.engine.engine import Engine
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
@@ -46,6 +47,10 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
+    mpu: Any = None,
+    mesh_param: tuple[int, int] | None = None,
+    dist_init_required: bool | None = None,
+    distributed_port: int | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
@@ -64,8 +69,12 @@ def initialize(
             leave it out and pass an iterator to `train_batch`.
         lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
         collate_fn: for the data loader.
-        config: the path of a JSON file, or its content.
+        config: the path of a JSON file, or its content, also as the base64 of JSON.
         config_params: DeepSpeed's old name of `config`.
+        mpu, mesh_param: Megatron's object with degrees and ranks, `(dp, 1)`: where the config has no degrees,
+            they are these; otherwise they must agree.
+        dist_init_required: False if the process group must be there already.
+        distributed_port: of DeepSpeed's rendezvous; torchrun has its own.
 
     Returns:
         The engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
@@ -75,8 +84,11 @@ def initialize(
     """
     model = check_model(model)
     check_data(training_data)
-    settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
+    check_process_group(dist_init_required)
+    settings = with_degrees(load_config(decoded(_one_config(args, config, config_params))), mpu, mesh_param)
+    settings = _with_pipeline_options(settings, model)
     topology, split, triad = _distribute(settings)
+    check_mpu(mpu, topology)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     _warn_without_effect(settings, topology)
