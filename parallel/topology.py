@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -22,15 +23,18 @@ from parallel.degrees import Degrees, check_shard_group, resolve_degrees, shard_
 AXES = ("pp", "replicate", "shard", "tp")
 
 
-def start_process_group(device_type: str) -> None:
-    """Join the process group that torchrun announces in the environment, or else make a group of one."""
+def start_process_group(device_type: str, timeout: timedelta | None = None) -> None:
+    """Join the process group that torchrun announces in the environment, or else make a group of one.
+
+    `timeout` is that of its collectives, None for torch's own.
+    """
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
