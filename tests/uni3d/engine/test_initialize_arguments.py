@@ -58,7 +58,7 @@ def test_the_process_group(alone: None) -> None:
 
 
 def test_unknown_arguments_are_named(alone: None) -> None:
-    with pytest.raises(TypeError, match="'model_engine'"):
+    with pytest.raises(TypeError, match="unexpected arguments: model_engine"):
         make_engine(seeded(OwnLoss), model_engine=None)
 
 
@@ -105,8 +105,8 @@ def test_degrees_of_an_mpu_that_do_not_fit(ranks: Ranks) -> None:
 def test_an_mpu_with_another_order_of_ranks(ranks: Ranks) -> None:
     with pytest.raises(RankError) as caught:
         ranks.run(4, mpu_case, False, True, {}, (2, 2, 1))
-    text = str(caught.value)
-    assert text.count("is 1 on rank 1, which has place 0: ranks are numbered tp first, then dp, then pp") == 4
+    message = "get_data_parallel_rank() is 0 on rank 1, which has place 1: ranks are numbered tp first"
+    assert str(caught.value).count(message) == 4
 
 
 def test_no_mpu(alone: None) -> None:
