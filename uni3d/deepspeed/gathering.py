@@ -147,7 +147,8 @@ def _whole(engine: Any, parameters: list[nn.Parameter], source: int | None) -> I
         engine._check_ready("GatheredParameters")
     engine.model.zero.carry_writes()
     named = [(name_of(engine, p), p) for p in parameters]
-    with gathered(engine.module, engine.model.topology, named, source):
+    alike = engine.zero_optimization_stage() == 3
+    with gathered(engine.module, engine.model.topology, named, source, run_alike=alike):
         _mark(sharded, ZeroParamStatus.AVAILABLE)
         try:
             yield
