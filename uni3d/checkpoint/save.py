@@ -37,6 +37,7 @@ class Saver:
 
     Attributes:
         report: report of the last completed save, or None.
+        asynchronous: whether `save` returns before the checkpoint is written.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Saver:
                 kind = type(state.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
         self.report: ckpt.SaveReport | None = None
+        self.asynchronous = config.checkpoint.async_save
         self._state = state
         self._config = config
         self._model_spec = model_spec
@@ -91,7 +93,6 @@ class Saver:
         """
         self.wait()
         join_all()  # another engine of this process may be saving into the same run
-        asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
 
         def take() -> tuple[str, ckpt.Files, dict[tuple[str, int], bytes]]:
@@ -104,7 +105,7 @@ class Saver:
             files = self._config.checkpoint.files
             chosen = ckpt.files_for(where) if files == "auto" else files
             plan, parts = self._parts(extra.arrays(stage), frozen, chosen)
-            if asynchronous:  # training waits for this copy and nothing else
+            if self.asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
             taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
@@ -115,7 +116,7 @@ class Saver:
         ckpt.check_same_tag([name for name, _, _ in everyone])
         _check_same_place([files for _, files, _ in everyone])
         check_alike([digests for _, _, digests in everyone])
-        if asynchronous:
+        if self.asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
             self.report = self._write(taken[0], update_latest)
