@@ -10,6 +10,7 @@ from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
+from parallel.fsdp_internals import keep_class_names
 from parallel.gradients import ScalarGradients
 from parallel.layers import blocks, units
 from parallel.loss import LossFn
@@ -107,6 +108,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     if init is not None:
         device = torch.device("cpu") if settings.offload else topology.device
         materialise(module, init, seed=settings.seed, device=device, first_names=ties)
+    keep_class_names(module)
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
     return ParallelModel(
