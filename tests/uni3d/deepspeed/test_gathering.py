@@ -45,6 +45,8 @@ class Pair(nn.Module):
 
 
 def make(model: nn.Module, stage: int, tp: int = 1, **more: Any) -> Any:
+    """Return an engine; `more` are keys of the config, or arguments of `initialize`."""
+    arguments = {key: more.pop(key) for key in ("optimizer", "lr_scheduler") if key in more}
     config = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 3,
@@ -53,7 +55,7 @@ def make(model: nn.Module, stage: int, tp: int = 1, **more: Any) -> Any:
         "parallel": {"device": "cpu", "tp": tp},
         "zero_optimization": {"stage": stage},
     }
-    return deepspeed.initialize(model=model, config=config | more)[0]
+    return deepspeed.initialize(model=model, config=config | more, **arguments)[0]
 
 
 def whole_now(engine: Any) -> dict[str, Tensor]:
