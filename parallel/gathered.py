@@ -30,14 +30,17 @@ _CHUNK = 1 << 20
 class WholeParameter(torch.Tensor):
     """A parameter while its whole value is gathered. Copies and results of operations are plain tensors."""
 
-    __slots__ = ("_local_tensor", "_spec")  # as in DTensor, so that an object can change from one to the other
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __slots__ = (
+        "_local_tensor",
+        "_spec",
+    )  # as in DTensor, so that an object can change from one to the other
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), requires_grad=self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach(), requires_grad=self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -48,6 +51,16 @@ def whole_of(tensor: Tensor) -> Tensor:
     here = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))  # it may be offloaded
     whole = here.full_tensor()
     return whole.clone() if whole.data_ptr() == here.to_local().data_ptr() else whole
+
+
+def set_whole(tensor: Tensor, value: Tensor) -> None:
+    """Set a tensor, sharded or not, to a whole value; each rank takes its part. Local."""
+    copy_from_full(tensor, value.to(tensor.device))
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, as live memory."""
+    return local_part(tensor).data
 
 
 @contextmanager
@@ -71,7 +84,7 @@ def gathered(
             parameter was given another shape.
     """
     _check_unused(module)
-    sharded = [(name, p) for name, p in named if isinstance(p, DTensor)]
+    sharded: list[tuple[str, nn.Parameter]] = [(name, p) for name, p in named if isinstance(p, DTensor)]
     with _guarded(module, topology, [p for _, p in named], may_run=run_alike and source is None):
         twins = [whole_of(p) for _, p in sharded]
         for (_, parameter), twin in zip(sharded, twins, strict=True):
@@ -83,8 +96,8 @@ def gathered(
                     broadcast(parameter, topology, source)
             elif unlike := _differing(sharded, topology):
                 raise RuntimeError(
-                    f"{unlike} differs over the ranks at the end of GatheredParameters; write the same on all "
-                    "ranks, or pass modifier_rank, the rank whose values count"
+                    f"{unlike} differs over the ranks at the end of GatheredParameters; write the same on "
+                    "all ranks, or pass modifier_rank, the rank whose values count"
                 )
         finally:
             for (_, parameter), twin in zip(sharded, twins, strict=True):
@@ -164,7 +177,9 @@ def fingerprint(tensor: Tensor) -> Tensor:
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
         place = torch.arange(start + 1, start + 1 + chunk.numel(), device=chunk.device)
-        mixed = (chunk ^ (place * -7046029254386353131)) * -4417276706812531889  # odd: each step is a bijection
+        mixed = (
+            chunk ^ (place * -7046029254386353131)
+        ) * -4417276706812531889  # odd: each step is a bijection
         total = total * 31 + (mixed ^ (mixed >> 29)).sum()
     return total
 
@@ -243,7 +258,7 @@ def _check_fresh(records: list[Any], topology: Topology, *, may_run: bool) -> No
         )
 
 
-def _shard_of(parameter: nn.Parameter) -> Tensor:
+def _shard_of(parameter: Tensor) -> Tensor:
     """Return a new DTensor of the shard of a parameter that is whole."""
     local, spec = cast(Any, parameter)._local_tensor, cast(Any, parameter)._spec
     return DTensor.from_local(

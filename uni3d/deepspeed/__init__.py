@@ -25,7 +25,7 @@ from typing import Any
 from uni3d.deepspeed.modules import INSTALLED, children, install, make_modules, resolve
 from uni3d.deepspeed.names import PROVIDED, VERSION
 
-__all__ = [*PROVIDED[""], "install"]  # noqa: PLE0604 (all are strings)
+__all__ = [*PROVIDED[""], "install"]
 
 __version__ = INSTALLED
 __version_major__, __version_minor__, __version_patch__ = (int(part) for part in VERSION.split("."))

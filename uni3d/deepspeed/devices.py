@@ -94,7 +94,8 @@ class CPUAccelerator:
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
         """Return the most memory that this process had since it began."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(peak, self.memory_allocated())  # the system's own count lags behind
 
     def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
         """Do nothing: the system counts from the beginning of the process."""
@@ -181,10 +182,10 @@ class CUDAAccelerator(CPUAccelerator):
         return "nccl"
 
     def is_bf16_supported(self) -> bool:
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
 
     def is_triton_supported(self) -> bool:
-        return torch.cuda.get_device_capability()[0] >= 8
+        return bool(torch.cuda.get_device_capability()[0] >= 8)
 
     def random(self) -> Any:
         return torch.random
@@ -247,10 +248,10 @@ class CUDAAccelerator(CPUAccelerator):
         return torch.cuda.default_stream(device_index)
 
     def range_push(self, msg: str, *_: Any, **__: Any) -> None:
-        torch.cuda.nvtx.range_push(msg)
+        torch.cuda.nvtx.range_push(msg)  # type: ignore[no-untyped-call]
 
     def range_pop(self, *_: Any) -> None:
-        torch.cuda.nvtx.range_pop()
+        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
     def pin_memory(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
         return tensor.pin_memory()

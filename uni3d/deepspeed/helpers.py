@@ -94,7 +94,9 @@ def clip_grad_norm_(
         ValueError: an engine trains them, so `gradient_clipping` in its config clips them; or an `mpu`.
     """
     if mpu is not None:
-        raise ValueError("clip_grad_norm_: an mpu isn't supported; the config's gradient_clipping sees all ranks")
+        raise ValueError(
+            "clip_grad_norm_: an mpu isn't supported; the config's gradient_clipping sees all ranks"
+        )
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if any(engine_of(parameter) is not None for parameter in given):
         raise ValueError(

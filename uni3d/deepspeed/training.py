@@ -45,11 +45,15 @@ def initialize(
         ValueError: an argument doesn't fit, or one that isn't supported, with what to use instead.
     """
     if mpu is not None:
-        raise ValueError('initialize: mpu isn\'t supported; set the degrees in the config: "parallel": {"tp": 2}')
+        raise ValueError(
+            'initialize: mpu isn\'t supported; set the degrees in the config: "parallel": {"tp": 2}'
+        )
     if mesh_param is not None:
         raise ValueError("initialize: mesh_param isn't supported; set the config's section parallel")
     if distributed_port != PORT:
-        raise ValueError("initialize: distributed_port isn't supported; torchrun sets the port (--master-port)")
+        raise ValueError(
+            "initialize: distributed_port isn't supported; torchrun sets the port (--master-port)"
+        )
     if dist_init_required is False and not torch.distributed.is_initialized():
         raise ValueError("initialize: dist_init_required is False, but there is no process group")
     tp = None if model is None else _tensor_parallel.get(model)
@@ -57,7 +61,8 @@ def initialize(
     given = getattr(args, "deepspeed_config", None) if given is None else given
     if tp is not None and given is not None and (found := load_config(given).parallel.tp) not in (tp, "auto"):
         raise ValueError(
-            f"tp_model_init was called with tp_size {tp}, but the config has parallel.tp {found}; set both alike"
+            f"tp_model_init was called with tp_size {tp}, but the config has parallel.tp {found}; make "
+            "them equal"
         )
     results = build_engine(
         args=args,
@@ -77,7 +82,9 @@ def initialize(
     return results
 
 
-def tp_model_init(model: nn.Module, tp_size: int, dtype: Any = None, config: Any = None, **given: Any) -> nn.Module:
+def tp_model_init(
+    model: nn.Module, tp_size: int, dtype: Any = None, config: Any = None, **given: Any
+) -> nn.Module:
     """Return the model as it is; `initialize` splits it by its `tp_plan` and checks the config's degree.
 
     The type of computation is the config's, whatever `dtype` says.
@@ -100,7 +107,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     return parser
 
 
-def init_distributed(dist_backend: str | None = None, *, timeout: timedelta | None = None, **given: Any) -> None:
+def init_distributed(
+    dist_backend: str | None = None, *, timeout: timedelta | None = None, **given: Any
+) -> None:
     """Start the process group unless it exists, from torchrun's environment or else with one process.
 
     `initialize` does so too. The backend is NCCL on GPUs and gloo on CPUs;

@@ -35,7 +35,9 @@ def backward(engine: Any, *, as_sum: bool) -> None:
 
 
 def close(found: Tensor | None, expected: Tensor | None) -> None:
-    assert found is not None and expected is not None and found.dtype == torch.float32
+    assert found is not None
+    assert expected is not None
+    assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -57,7 +59,7 @@ def values_case(stage: int, tp: int, as_sum: bool, offload: bool = False, **more
         close(utils.safe_get_full_fp32_param(parameter), other.detach())
         for key in ("exp_avg", "exp_avg_sq"):
             close(utils.safe_get_full_optimizer_state(parameter, key), plain.state[other][key])
-    with pytest.raises(KeyError, match="has no optimizer state 'momentum'; it has .*exp_avg"):
+    with pytest.raises(KeyError, match=r"has no optimizer state 'momentum'; it has .*exp_avg"):
         utils.safe_get_full_optimizer_state(weight, "momentum")
 
 
@@ -87,7 +89,9 @@ def set_case(stage: int, tp: int, bf16: bool, local: bool) -> None:
             part = utils.safe_get_local_fp32_param(parameter)
             utils.safe_set_local_fp32_param(parameter, torch.full_like(part, 7.0 + engine.global_rank))
             state = utils.safe_get_local_optimizer_state(parameter, "exp_avg_sq")
-            utils.safe_set_local_optimizer_state(parameter, torch.full_like(state, 0.5).flatten(), "exp_avg_sq")
+            utils.safe_set_local_optimizer_state(
+                parameter, torch.full_like(state, 0.5).flatten(), "exp_avg_sq"
+            )
         else:
             utils.safe_set_full_fp32_param(parameter, wanted[name])
             utils.safe_set_full_optimizer_state(parameter, wanted[name].square(), "exp_avg_sq")
@@ -176,7 +180,7 @@ def test_wrong_moments(ranks: Ranks, stage: int) -> None:
 
 
 def fp16_case(as_sum: bool) -> None:
-    """In fp16 gradients are given without the loss scale."""
+    """Gradients in fp16 are given without the loss scale."""
     model = seeded(Wide)
     expected, _ = one_step(model)
     engine = make(model, 1, fp16={"enabled": True, "initial_scale_power": 8})
@@ -189,5 +193,3 @@ def fp16_case(as_sum: bool) -> None:
 @pytest.mark.parametrize("as_sum", [slow(True), False])
 def test_gradients_in_fp16(ranks: Ranks, as_sum: bool) -> None:
     ranks.run(2, fp16_case, as_sum)
-
-

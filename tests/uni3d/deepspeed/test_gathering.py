@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 from marks import STAGES, slow
-from models import ADAM, WIDTH, Stack, assert_same, global_batches, micro_batches, seeded, train, train_plainly
+from models import (
+    ADAM,
+    WIDTH,
+    Stack,
+    assert_same,
+    global_batches,
+    micro_batches,
+    seeded,
+    train,
+    train_plainly,
+)
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -35,6 +45,8 @@ class Pair(nn.Module):
 
 
 def make(model: nn.Module, stage: int, tp: int = 1, **more: Any) -> Any:
+    """Return an engine; `more` are keys of the config, or arguments of `initialize`."""
+    arguments = {key: more.pop(key) for key in ("optimizer", "lr_scheduler") if key in more}
     config = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 3,
@@ -43,7 +55,7 @@ def make(model: nn.Module, stage: int, tp: int = 1, **more: Any) -> Any:
         "parallel": {"device": "cpu", "tp": tp},
         "zero_optimization": {"stage": stage},
     }
-    return deepspeed.initialize(model=model, config=config | more)[0]
+    return deepspeed.initialize(model=model, config=config | more, **arguments)[0]
 
 
 def whole_now(engine: Any) -> dict[str, Tensor]:
@@ -72,7 +84,8 @@ def written_case(kind: str, stage: int, tp: int, source: int | None) -> None:
     kinds = {name: type(parameter) for name, parameter in held.items()}
     with Z.GatheredParameters(engine.module.parameters(), modifier_rank=source):
         for name, parameter in held.items():
-            assert isinstance(parameter, nn.Parameter) and not isinstance(parameter, DTensor)
+            assert isinstance(parameter, nn.Parameter)
+            assert not isinstance(parameter, DTensor)
             assert parameter is engine.module.get_parameter(name)
             torch.testing.assert_close(parameter.data, oracle.get_parameter(name).data, rtol=1e-5, atol=1e-6)
         if source in (None, engine.global_rank):
@@ -262,7 +275,8 @@ def before_case() -> None:
         low = nn.Linear(2, 2)
     with Z.Init(remote_device="cpu", pin_memory=True):
         model = Stack()
-    assert low.weight.dtype == torch.bfloat16 and model.out.weight.dtype == torch.get_default_dtype()
+    assert low.weight.dtype == torch.bfloat16
+    assert model.out.weight.dtype == torch.get_default_dtype()
     with Z.GatheredParameters(list(model.parameters()), modifier_rank=1):
         for parameter in model.parameters():
             nn.init.constant_(parameter, float(rank))
