@@ -77,7 +77,7 @@ def set_root(modules: Sequence[FSDPModule]) -> None:
 
 
 def keep_class_names(root: nn.Module) -> None:
-    """Give fully_shard's classes, such as FSDPLlama, the names of the modules' own: libraries look at them."""
+    """Give fully_shard's classes, such as FSDPLlama, the modules' own names: libraries look at them."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             made, own = type(module), type(module).__bases__[1]

@@ -12,7 +12,7 @@ import uni3d
 import uni3d.deepspeed
 
 if multiprocessing.parent_process() is not None:
-    uni3d.deepspeed.install()  # in ranks, so that Trainers can be tested there; pytest itself has the real one
+    uni3d.deepspeed.install()  # in ranks, for Trainers; pytest's own process has the real one
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a package that isn't ours

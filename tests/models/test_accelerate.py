@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
+import uni3d.deepspeed
+
 pytestmark = pytest.mark.slow
 
 GLOBAL_BATCH, SAMPLES, CLIP = 12, 30, 0.5
@@ -95,6 +97,7 @@ def accelerator(zero: int, accumulation: int, sections: dict[str, Any] | None) -
 def accelerate_case(
     zero: int, sections: dict[str, Any] | None, folder: str, resume: bool
 ) -> tuple[list[float], dict[str, Tensor] | None, str]:
+    uni3d.deepspeed.install()
     from accelerate.utils import DummyOptim, DummyScheduler
 
     warnings.filterwarnings("ignore", "keys of the config that have no effect")
@@ -139,12 +142,12 @@ CASES: dict[int, tuple[dict[str, Any] | None, Callable[[Any], LambdaLR] | None]]
 
 
 @pytest.mark.parametrize("zero", CASES)
-def test_the_steps_are_those_of_plain_pytorch(hf_ranks: Ranks, tmp_path: Path, zero: int) -> None:
+def test_the_steps_are_those_of_plain_pytorch(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     sections, schedule = CASES[zero]
     alone, folder = Alone(schedule), str(tmp_path / "state")
-    for ranks, resume in ((2, False), (3, True)):
+    for world_size, resume in ((2, False), (3, True)):
         expected = alone.epoch()
-        results = hf_ranks.run(ranks, accelerate_case, zero, sections, folder, resume)
+        results = ranks.run(world_size, accelerate_case, zero, sections, folder, resume)
         for norms, _, name in results:
             assert norms == pytest.approx(expected, rel=1e-5)
             assert name == "Net"

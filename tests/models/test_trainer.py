@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+import uni3d
+
 pytestmark = pytest.mark.slow
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS, SAVED = 12, 1, 4, 2
@@ -75,7 +77,7 @@ def trainer_case(
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     clipping = {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
-    deepspeed = {key: "auto" for key in sizes} | clipping | {"zero_optimization": {"stage": zero}} | config
+    deepspeed = dict.fromkeys(sizes, "auto") | clipping | {"zero_optimization": {"stage": zero}} | config
     warnings.filterwarnings("ignore", "keys of the config that have no effect: zero_allow_untested_optimizer")
     made = trainer(folder, ranks, deepspeed, **options)
     made.train(resume_from_checkpoint=resume)
@@ -86,7 +88,7 @@ def trainer_case(
 CASES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
     0: ({}, {}),
     1: (OPTIMIZER | SCHEDULER, {}),
-    2: ({}, {"lr_scheduler_type": "cosine", "max_grad_norm": 0.0}),
+    2: ({}, {"lr_scheduler_type": "cosine", "label_smoothing_factor": 0.1, "max_grad_norm": 0.0}),
     3: (OPTIMIZER, {}),
 }
 """By ZeRO stage: the sections of the config in place of the Trainer's own, and the Trainer's options."""
@@ -94,6 +96,7 @@ CASES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("zero", CASES)
 def test_the_steps_are_those_of_one_process(hf_ranks: Ranks, tmp_path: Path, zero: int) -> None:
+    """On two ranks; then, from a checkpoint half-way, on three and at another stage of ZeRO."""
     config, options = CASES[zero]
     alone = trainer(str(tmp_path / "alone"), 1, None, **options)
     if "optimizer" in config:  # which makes no exceptions from weight decay
@@ -108,11 +111,26 @@ def test_the_steps_are_those_of_one_process(hf_ranks: Ranks, tmp_path: Path, zer
     two, three = str(tmp_path / "two"), str(tmp_path / "three")
     resume = f"{two}/checkpoint-{SAVED}"
     weights = load_file(tmp_path / "alone" / "final" / "model.safetensors")
-    for folder, ranks, start in ((two, 2, None), (three, 3, resume)):
-        for found in hf_ranks.run(ranks, trainer_case, folder, zero, config, options, start):
+    for folder, ranks, stage, start in ((two, 2, zero, None), (three, 3, 3 - zero, resume)):
+        for found in hf_ranks.run(ranks, trainer_case, folder, stage, config, options, start):
             for key, values in expected.items():
                 assert found[key] == pytest.approx(values, rel=1e-5), key
         found_weights = load_file(f"{folder}/final/model.safetensors")
         assert found_weights.keys() == weights.keys()
         for name, weight in weights.items():
             torch.testing.assert_close(found_weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_in_bf16(hf_ranks: Ranks, tmp_path: Path) -> None:
+    alone = trainer(str(tmp_path / "alone"), 1, None)
+    alone.train()
+    expected, folder = history(alone), str(tmp_path / "two")
+    for found in hf_ranks.run(2, trainer_case, folder, 3, {}, {"bf16": True}):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
+    saved = load_file(f"{folder}/final/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    model = hf.LlamaForCausalLM.from_pretrained(f"{folder}/final", dtype="auto")
+    whole = uni3d.get_fp32_state_dict_from_zero_checkpoint(f"{folder}/checkpoint-{STEPS}")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach(), whole[name].bfloat16()), name
