@@ -25,6 +25,7 @@ The parallel model:
     agreement         whether the ranks ran what they must run alike
     parameter_hooks   hooks and attributes that a script has put on parameters
     parameter_watch   changes of parameters that sharding would lose
+    state_dicts       `state_dict` of a sharded module, with whole tensors
     layers            repeated layers, the units of sharding
     activation_checkpointing  recomputing activations; compilation
     weights           a model from the meta device filled in; fp32 masters

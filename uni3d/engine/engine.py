@@ -186,8 +186,7 @@ class Engine:
         value = Loss.of(loss)
         steps = self.triad.accumulation
         mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)
-        if not scale_wrt_gas:
-            value = Loss(value.total * steps, value.tokens)
+        value = value if scale_wrt_gas else Loss(value.total * steps, value.tokens)
         with self._guard.together("backward", begun=True), self._observer.timed("backward"):
             self._micro.backward(value, retain_graph=retain_graph, is_mean=not isinstance(loss, tuple))
         return mean
@@ -296,7 +295,8 @@ class Engine:
         except ckpt.PartialLoadError as error:
             self._guard.unusable = f"a load failed half-way ({error})"
             raise
-        self.model.zero.show_parameters()
+        finally:
+            self.model.zero.show_parameters()
         self._saver.forget_plan()
         self._source.moved()
         self.last_load = loaded.report
@@ -351,9 +351,8 @@ class Engine:
         return self.module.named_parameters()
 
     def get_lr(self) -> list[float]:
-        return (
-            [float(group.get("lr", 0.0)) for group in self.optimizer.param_groups] if self.optimizer else []
-        )
+        groups = self.optimizer.param_groups if self.optimizer else []
+        return [float(group.get("lr", 0.0)) for group in groups]
 
     def get_global_grad_norm(self) -> float | None:
         return self._stepper.look().norm  # before clipping; None before the first step

@@ -172,9 +172,7 @@ class Stepper:
         samples = progress.global_samples + progress.train_batch
         report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, (traces, sizes))
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
-        scale = 1.0 / divisor
-        if self._clip > 0:
-            scale = scale * clip_factor(norm, self._clip)  # as torch's clip_grad_norm_
+        scale = 1.0 / divisor * clip_factor(norm, self._clip)
         # 3. The step.
         if self.deferred:
             state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
