@@ -13,14 +13,14 @@ from uni3d.config.strict import ConfigError, Strict, named_section, unknown, val
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
-_ONE_BIT = "it needs DeepSpeed's compressed communication; use communication_data_type to halve traffic"
-_TRUST = "its layer-wise norms aren't implemented for sharded layers"
+_ONE_BIT = "it needs DeepSpeed's compressed communication; use AdamW, and communication_data_type to halve traffic"
+_TRUST = "its layer-wise norms aren't implemented for sharded layers; use AdamW"
 _MUP = "it belongs to the mup package; pass an instance to initialize"
 REFUSED = {
     "Lamb": _TRUST,
     "OneBitAdam": _ONE_BIT,
     "ZeroOneAdam": _ONE_BIT,
-    "OneBitLamb": f"{_ONE_BIT}; {_TRUST}",
+    "OneBitLamb": _ONE_BIT,
     "MuAdam": _MUP,
     "MuAdamW": _MUP,
     "MuSGD": _MUP,
