@@ -12,6 +12,7 @@ from typer import Argument, Option
 from uni3d.cli.terminal import AsJson, out, say, say_json
 
 if TYPE_CHECKING:
+    from uni3d.config import Config
     from uni3d.config.trainer import Filled
 
 
@@ -35,10 +36,9 @@ def config(
 ) -> None:
     """Print a config with all defaults, and where training differs from DeepSpeed."""
     from parallel.degrees import check_shard_group, resolve_degrees
-    from uni3d.config import batch_triad, load_config, read_config
+    from uni3d.config import load_config, read_config
     from uni3d.config.deepspeed_differences import differences
-    from uni3d.config.trainer import FILL_FIRST, Filled, autos, standing_in
-    from uni3d.config.trainer import fill as fill_in
+    from uni3d.config.trainer import standing_in
 
     if not fill and (training_args or model_config or save):
         raise ValueError("--training-args, --model-config and --save are for --fill; add it")
@@ -48,33 +48,17 @@ def config(
     degrees = resolve_degrees(
         world_size, pp=asked.pp if pp is None else pp, dp=asked.dp, tp=asked.tp if tp is None else tp
     )
-    filled = Filled(values, {}, dict.fromkeys(autos(values), FILL_FIRST))
-    if fill:
-        width = _hidden_size(model_config)
-        filled = fill_in(values, dp=degrees.dp, given=_object(training_args), width=width)
-        settings = load_config(standing_in(filled.values), file)
-    if filled.left.keys() & _BATCHES.keys():
-        triad = {_BATCHES[key]: getattr(settings, key) for key in _BATCHES}
-    else:
-        triad = batch_triad(settings, degrees.dp).model_dump()
+    filled = _filled(values, degrees.dp if fill else None, training_args, model_config)
+    settings = load_config(standing_in(filled.values), file)
     check_shard_group(degrees.dp, settings.zero_optimization.stage, settings.shard_group)
-    resolved = {
-        "world_size": world_size,
-        **vars(degrees),
-        **triad,
-        "precision": settings.precision,
-        **_sections(settings),
-    }
-    _show_auto(resolved, filled.left)
+    resolved = {"world_size": world_size, **vars(degrees), **_resolved(settings, degrees.dp, filled.left)}
     if save is not None:
         _save(filled.values, save)
     found = differences(settings, degrees.pp)
     if as_json:
-        trainer = {
-            "filled": {key: {"value": value, "from": origin} for key, (value, origin) in filled.filled.items()},
-            "left": filled.left,
-        }
         pairs = [{"key": key, "difference": text} for key, text in found]
+        origins = {key: {"value": value, "from": name} for key, (value, name) in filled.filled.items()}
+        trainer = {"filled": origins, "left": filled.left}
         say_json({"config": resolved, "trainer": trainer, "differences": pairs})
         return
     for line in _of_the_trainer(filled, fill):
@@ -90,13 +74,38 @@ _BATCHES = {
 """Keys of the batch sizes, and the names under which they are printed."""
 
 
+def _filled(
+    values: dict[str, Any], dp: int | None, training_args: Path | None, model_config: Path | None
+) -> Filled:
+    """Fill in the config for `dp` data-parallel ranks; without them, nothing is."""
+    from uni3d.config.trainer import FILL_FIRST, Filled, autos
+    from uni3d.config.trainer import fill as fill_in
+
+    if dp is None:
+        return Filled(values, {}, dict.fromkeys(autos(values), FILL_FIRST))
+    return fill_in(values, dp=dp, given=_object(training_args), width=_hidden_size(model_config))
+
+
+def _resolved(settings: Config, dp: int, left: Mapping[str, str]) -> dict[str, Any]:
+    """Return the config with its defaults, and with "auto" where a value stands in for it."""
+    from uni3d.config import batch_triad
+
+    if left.keys() & _BATCHES.keys():
+        sizes = {name: getattr(settings, key) for key, name in _BATCHES.items()}
+    else:
+        sizes = batch_triad(settings, dp).model_dump()
+    resolved = {**sizes, "precision": settings.precision, **_sections(settings)}
+    _show_auto(resolved, left)
+    return resolved
+
+
 def _of_the_trainer(filled: Filled, fill: bool) -> Iterator[str]:
     """Yield one line with the values that Hugging Face's Trainer fills in."""
     parts = [f"{key} {json.dumps(value)} ({origin})" for key, (value, origin) in filled.filled.items()]
     if not fill and filled.left:
         yield (
-            f"Hugging Face's Trainer fills in {', '.join(filled.left)}: add --fill, with --training-args ARGS.json "
-            "unless its defaults hold"
+            f"Hugging Face's Trainer fills in {', '.join(filled.left)}: add --fill, with --training-args "
+            "ARGS.json unless its defaults hold"
         )
     elif parts or filled.left:
         left = [f"{key} ({how})" for key, how in filled.left.items()]
@@ -143,7 +152,7 @@ def _save(values: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _sections(settings: Any) -> dict[str, Any]:
+def _sections(settings: Config) -> dict[str, Any]:
     """Return the config's keys with their defaults, except those that `config` resolves itself."""
     known = dict.fromkeys((*_BATCHES, "fp16", "bf16", "data_types"), True)
     dump: dict[str, Any] = settings.model_dump(mode="json", exclude={**known, "parallel": {"pp", "dp", "tp"}})

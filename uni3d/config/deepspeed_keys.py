@@ -1,9 +1,9 @@
 """DeepSpeed's keys that uni3d doesn't have (as of DeepSpeed 0.19).
 
-A key is *refused*, with the reason, if training without it would compute other numbers, or lose something that
-the user asked for. It has *no effect* if it tunes a mechanism that doesn't exist here and training computes the
-same without it: it is accepted, so that existing files work, and reported in one line when training begins and by
-`uni3d config`. Some are other names for our keys: they are *read as* those.
+A key is *refused*, with the reason, if training without it would compute other numbers, or lose something
+that the user asked for. It has *no effect* if it tunes a mechanism that doesn't exist here and training
+computes the same without it: it is accepted, so that existing files work, and reported in one line when
+training begins and by `uni3d config`. Some are other names for our keys: they are *read as* those.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 _OTHER_DATA = "it changes the samples of a step; delete it, and select them in training_data"
 _INSIDE = "it replaces modules of the model; delete it, and do so before initialize"
 _BY_LAYER = "fully_shard communicates gradients and parameters layer by layer, at every ZeRO stage"
-_QUANTIZED = "communication isn't quantized; delete it, or use communication_data_type to halve gradient traffic"
+_QUANTIZED = (
+    "communication isn't quantized; delete it, or use communication_data_type to halve gradient traffic"
+)
 _NO_DISK = "offloading to disk isn't supported"
 _FP32 = "parameters and their states are always fp32; delete it"
 _RECOMPUTED = "recomputation is set by activation_checkpointing's mode and every"
@@ -33,8 +35,8 @@ REFUSED: dict[str, str] = {
     "data_types.param_dtype": "parameters are always fp32; use bf16 or fp16 for the type of computation",
     "data_types.buffer_dtype": "buffers keep the model's type; delete it",
     # Gradients, batches
-    "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch; delete it, and "
-    "scale the loss",
+    "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch; delete it, "
+    "and scale the loss",
     "managed_gradient_accumulation": "the engine always counts gradient_accumulation_steps itself; delete it",
     "dataloader_drop_last": "no samples are dropped: a global batch may span two epochs",
     "elasticity": "any checkpoint resumes on any topology; delete it, and set train_batch_size to keep the "
@@ -142,7 +144,9 @@ _TUNING: dict[str, str] = {
         "every checkpoint loads on any topology, in fp32",
         *("load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint"),
     ),
-    **_zero(_PINNED, "cpu_offload_use_pin_memory", "offload_optimizer.pin_memory", "offload_param.pin_memory"),
+    **_zero(
+        _PINNED, "cpu_offload_use_pin_memory", "offload_optimizer.pin_memory", "offload_param.pin_memory"
+    ),
     **_zero(
         _NO_DISK,
         *(
@@ -215,7 +219,9 @@ _REQUESTS: dict[str, str] = {
     "pipeline.partition": "a PipelineModule has its own partition_method, other models parallel.balance",
     "pipeline.seed_layers": "each parameter is already seeded by its name",
     **_zero("what is offloaded is offloaded whole, and stepped on the CPU", "offload_optimizer.ratio"),
-    **_zero("what is offloaded is offloaded whole, and stepped on the CPU", "offload_optimizer.super_offload"),
+    **_zero(
+        "what is offloaded is offloaded whole, and stepped on the CPU", "offload_optimizer.super_offload"
+    ),
     # Memory
     **{
         f"activation_checkpointing.{key}": _RECOMPUTED

@@ -94,8 +94,9 @@ def _not_offloaded(values: dict[str, Any]) -> dict[str, str]:
 def _other_accumulation(values: dict[str, Any]) -> dict[str, str]:
     """Remove a 16-bit type of gradient accumulation; return it with the reason if it isn't the one used."""
     types, zero = values.get("data_types"), values.get("zero_optimization")
-    given = types.get("grad_accum_dtype") if isinstance(types, dict) else None
-    wanted = DTYPES.get(given, given) if isinstance(given, str) else None
+    if not isinstance(types, dict) or not isinstance(given := types.get("grad_accum_dtype"), str):
+        return {}
+    wanted = DTYPES.get(given, given)
     if wanted not in ("bf16", "fp16"):
         return {}
     del types["grad_accum_dtype"]

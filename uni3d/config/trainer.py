@@ -1,7 +1,7 @@
 """Fill in `"auto"`, as Hugging Face's Trainer does from its `TrainingArguments` (as of transformers 5.24).
 
-A Trainer refuses a config whose other values differ from its arguments. So an argument that isn't given is the
-one that the config's own values imply, or else the Trainer's default.
+A Trainer refuses a config whose other values differ from its arguments. So an argument that isn't given is
+the one that the config's own values imply, or else the Trainer's default.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def refusal(keys: Sequence[str], file: str | Path | None) -> str:
     parts = []
     if trainers:
         parts.append(
-            f'"auto" is left in {", ".join(trainers)}, which Hugging Face\'s Trainer fills in: do the same with '
-            f"`uni3d config {file or 'FILE'} --world-size N --fill --training-args ARGS.json --save NEW.json` "
-            "and train with NEW.json, or give values"
+            f'"auto" is left in {", ".join(trainers)}, which Hugging Face\'s Trainer fills in: do the same '
+            f"with `uni3d config {file or 'FILE'} --world-size N --fill --training-args ARGS.json --save "
+            "NEW.json` and train with NEW.json, or give values"
         )
     if nobodys:
         parts.append(f'"auto" is left in {", ".join(nobodys)}, which nothing fills in; give values')
