@@ -1,4 +1,4 @@
-""" "auto" is filled in as Hugging Face's Trainer does, by its own code where that is installed."""
+"""Values for `"auto"` are those of the Trainer of Hugging Face, whose own code fills in the expected ones."""
 
 import copy
 import dataclasses
