@@ -301,7 +301,7 @@ def test_keys_are_resolved() -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_what_a_stage_cant_offload_is_reported(stage: int) -> None:
-    """As in DeepSpeed, where parameters are sharded at stage 3 only, and stage 0 shards nothing."""
+    """Parameters are offloaded at stage 3 only, and nothing is at stage 0, as in DeepSpeed."""
     cpu = {"device": "cpu", "pin_memory": True}
     both = {"stage": stage, "offload_param": cpu, "cpu_offload": True}
     config = load_config({"zero_optimization": both})
