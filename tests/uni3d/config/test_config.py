@@ -336,7 +336,7 @@ def test_comments_and_last_commas_are_read_as_deepspeed_reads_them(tmp_path: Pat
     with pytest.raises(ValueError, match="in line 3, column 13: three"):
         load_config(path)
     path.write_text(COMMENTED.replace("0.9", "nine"))
-    with pytest.raises(ValueError, match="in line 7, column 56: nine"):
+    with pytest.raises(ValueError, match="in line 7, column 62: nine"):
         load_config(path)
     path.write_bytes(b'\xef\xbb\xbf{"seed": 4}')
     assert load_config(path).seed == 4, "a byte order mark isn't part of the JSON"
