@@ -10,8 +10,8 @@ model is a GPT with 134M parameters and AdamW's fp32 moments: 1.5 GiB in 408 arr
 thread each. Every save goes to a fresh folder. Before each arm the disk is synced, and the files of earlier
 arms leave the page cache.
 
-`--deepspeed PYTHON` names an interpreter that has DeepSpeed, and measures it too. Without it, its published
-figures (`benchmarks/RESULTS.md`) are used. To make such an interpreter:
+DCP is measured in turn with ours, and so is DeepSpeed (save, resize, export) if this interpreter has it or
+`--deepspeed-python` names one that has. To make one:
 
     python3 -m venv .venv-deepspeed
     .venv-deepspeed/bin/pip install torch==2.13.0 numpy safetensors setuptools wheel
@@ -31,6 +31,7 @@ from pathlib import Path
 
 from benchmarks.checkpoint import export, load, memory, resize, save, subject, tiny
 from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.peers import find_deepspeed
 from benchmarks.checkpoint.table import Row, render
 from benchmarks.checkpoint.workspace import Workspace
 
@@ -59,7 +60,7 @@ def main() -> int:
         repeats=args.repeats,
         options=options,
         pair_options=options | {"num_layers": 2},
-        deepspeed=args.deepspeed,
+        deepspeed=find_deepspeed(args.deepspeed_python, options),
     )
     try:
         for name in args.only:
@@ -86,7 +87,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a tiny model, for a smoke test")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where to write; emptied at the end")
     parser.add_argument("--json", type=Path, help="write the figures of every round to this file")
-    parser.add_argument("--deepspeed", metavar="PYTHON", help="an interpreter that has DeepSpeed installed")
+    parser.add_argument("--deepspeed-python", metavar="PYTHON",
+                        help="an interpreter that has DeepSpeed (default: this one, if it has)")  # fmt: skip
     return parser.parse_args()
 
 
