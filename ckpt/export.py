@@ -142,7 +142,9 @@ class _Copier:
         data = (values if dtype == info.dtype else _rounded(values, dtype, info.key.atom)).reshape(-1)
         place = start + box.span(info.shape)[0] * itemsize(dtype)
         files.write_at(self._fd, data.view(np.uint8).data, place)
-        if self._durable:  # the disk works while the next bands are read, and little is left to sync at the end
+        if (
+            self._durable
+        ):  # the disk works while the next bands are read, and little is left to sync at the end
             files.begin_to_sync(self._fd, place, data.nbytes)
         self._progress(data.nbytes)
 
