@@ -143,7 +143,7 @@ def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
 def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, least: int) -> Shape:
     """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles of at least `least` bytes.
 
-    There are so few that the array can be cut into as many along another dim: other topologies cut it there.
+    There are so few that about as many fit along another dim: other topologies cut it there.
     """
     if dim is None:
         return pitch
@@ -151,7 +151,8 @@ def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, le
     cut = max(1, -(-shape[dim] // pitch[dim]))  # tiles that the ranks' cut already makes
     for tiles in TILES:
         parts = tiles // cut
-        if parts and pitch[dim] % parts == 0 and nbytes >= parts * least and whole >= tiles * tiles * least:
+        fits = nbytes >= parts * least and whole >= tiles * tiles * least // 2
+        if parts and pitch[dim] % parts == 0 and fits:
             return (*pitch[:dim], pitch[dim] // parts, *pitch[dim + 1 :])
     return pitch
 

@@ -76,7 +76,7 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the bar holds; None without a bar, or without a measured yardstick for its ratio."""
+        """True if the bar holds; None without a bar, or without a measured yardstick for its ratio."""
         if self.bar is None:
             return None
         if self.bar.kind == "at_most":

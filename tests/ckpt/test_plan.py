@@ -189,11 +189,11 @@ def test_chunks_are_near_the_size_wanted():
     [
         ((4096, 8192), (1, 1), (512, 1024)),  # 128 MiB: 8 tiles, and each again in 8
         ((4096, 8192), (8, 1), (512, 1024)),  # the same, where ranks make the second cut
-        ((1024, 4096), (1, 1), (256, 1024)),  # 16 MiB: 4 tiles, as of 8 x 8 each would be too small
-        ((1024, 4096), (1, 2), (256, 1024)),  # as many: 2 of each half
-        ((1024, 4096), (8, 1), (128, 1024)),  # as many, of 512 KiB each
-        ((1024, 4096), (16, 1), (64, 2048)),  # 2, as 4 would be less than that
-        ((1024, 4096), (9, 9), (256, 1024)),  # 4, as its small parts are gathered
+        ((1024, 4096), (1, 1), (512, 512)),  # 16 MiB: 8 tiles of 2 MiB, each again in 2
+        ((1024, 4096), (1, 2), (512, 512)),  # as many: 4 of each half
+        ((1024, 4096), (8, 1), (128, 1024)),  # 4, as 8 would be less than 512 KiB
+        ((1024, 4096), (16, 1), (64, 2048)),  # 2, likewise
+        ((1024, 4096), (9, 9), (512, 512)),  # 8, as its small parts are gathered
         ((1024, 4099), (1, 1), (32, 4099)),  # a prime: tiles are equal, or not made
         ((1024, 4092), (1, 1), (256, 1023)),  # 4 divide it
         ((16384, 2064), (1, 1), (2048, 258)),  # 8 x 8
@@ -221,7 +221,7 @@ def test_parts_in_halves_and_quarters_are_whole_chunks(saved, loads):
 
 
 def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
-    shape, chunks = (1024, 2048), [(128, 2048), (512, 512), (64, 2048), (256, 512)]
+    shape, chunks = (1024, 2048), [(128, 2048), (512, 512), (64, 2048), (512, 256)]
     kinds = [("float32", None), ("float32", 1), ("float64", None), ("float64", 1)]
     box = Box.whole(shape)
     specs = [ShardSpec(ArrayKey(f"w.{i}", "fp32"), d, shape, box, fine) for i, (d, fine) in enumerate(kinds)]
