@@ -7,6 +7,7 @@ dropped.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -106,7 +107,7 @@ def _compare(
 
 def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
     """Return the union of all ranks' keys. Among ranks with equal keys, only the first sends them."""
-    digest = blake2b(repr(sorted(wanted)).encode(), digest_size=16).digest()
+    digest = blake2b(json.dumps(sorted(wanted)).encode(), digest_size=16).digest()
     speaks = comm.all_gather(digest).index(digest) == comm.rank
     found = comm.gather(wanted if speaks else set())
     union: set[ArrayKey] = comm.broadcast(set().union(*found))

@@ -235,7 +235,7 @@ def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_b
     plan = make_plan(layout_of(arrays, boxes), gather_below=1 << 60)
     (array,) = plan.arrays
     assert array.chunk_plan.sources is not None
-    assert {w: len(chunks) for w, chunks in array.chunk_plan.by_writer.items()} == {0: 5, 1: 3, 2: 4}
+    assert {w: len(chunks) for w, chunks in array.chunk_plan.by_writer.items()} == {0: 23, 1: 11, 2: 13}
     got = dict.fromkeys(range(3), 0)
     exchange = ThreadComm.exchange
 
