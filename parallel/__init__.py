@@ -27,6 +27,8 @@ The parallel model:
     parameter_watch   changes of parameters that sharding would lose
     layers            repeated layers, the units of sharding
     activation_checkpointing  recomputing activations; compilation
+    meta              models on the meta device, with buffers that have values
+    values            values of a model that was built whole, handed out in parts
     weights           initial weights and fp32 masters, the same on every topology
     ties              tied weights and the sum of their gradients
     gradients         the global norm, clipping
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from parallel.degrees import Degrees, Ranks, resolve_degrees
     from parallel.failures import Failures, RankFailedError
     from parallel.host_comm import HostComm
+    from parallel.meta import meta_parameters
     from parallel.parallelize import ParallelModel, build
     from parallel.settings import Compile, Precision, Recompute, Settings
     from parallel.topology import Topology, start_process_group
@@ -67,6 +70,7 @@ __all__ = [
     "Topology",
     "build",
     "check_micro_batches",
+    "meta_parameters",
     "resolve_degrees",
     "start_process_group",
 ]
@@ -76,6 +80,7 @@ _NAMES = {
     "degrees": ["Degrees", "Ranks", "resolve_degrees"],
     "failures": ["Failures", "RankFailedError"],
     "host_comm": ["HostComm"],
+    "meta": ["meta_parameters"],
     "parallelize": ["ParallelModel", "build"],
     "settings": ["Compile", "Precision", "Recompute", "Settings"],
     "topology": ["Topology", "start_process_group"],

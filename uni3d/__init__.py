@@ -32,6 +32,7 @@ from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
+    from parallel import meta_parameters
     from uni3d.deepspeed import add_config_arguments, init_distributed
     from uni3d.engine.build import initialize
     from uni3d.engine.data_loader import RepeatingLoader
@@ -60,10 +61,12 @@ __all__ = [
     "init_distributed",
     "initialize",
     "load_state_dict_from_zero_checkpoint",
+    "meta_parameters",
 ]
 
 _NAMES = {
     "ckpt": ["CheckpointError"],
+    "parallel": ["meta_parameters"],
     "uni3d.deepspeed": ["add_config_arguments", "init_distributed"],
     "uni3d.engine.build": ["initialize"],
     "uni3d.engine.data_loader": ["RepeatingLoader"],

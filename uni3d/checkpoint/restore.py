@@ -93,10 +93,6 @@ class Restorer:
         if before is not None and before != now:
             print(f"uni3d: new topology: {before.text} -> {now.text}", file=sys.stderr, flush=True)
 
-    def latest(self, run: str | Path) -> str | None:
-        """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
-        return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
-
     def _load(self, checkpoint: ckpt.Checkpoint, saved: RunManifest, wanted: Wanted) -> ckpt.LoadReport:
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
@@ -239,6 +235,17 @@ class Restorer:
         held = self._inventory.arrays(optimizer, with_states=stored)
         held = [array for array in held if model_too or _is_moment(array.spec.key)]
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
+
+
+def newest(comm: HostComm, run: str | Path) -> str | None:
+    """Return the newest committed tag of a run, or None if it has none. Collective.
+
+    Rank 0 reads it, as file systems may show it to others later.
+
+    Raises:
+        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints.
+    """
+    return ckpt.from_rank_0(comm, lambda: ckpt.read_latest(run))
 
 
 def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
