@@ -32,11 +32,11 @@ from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
-    from parallel import meta_parameters
     from uni3d.deepspeed import add_config_arguments, init_distributed
     from uni3d.engine.build import initialize
     from uni3d.engine.data_loader import RepeatingLoader
     from uni3d.engine.engine import Engine
+    from uni3d.engine.start import meta_parameters
     from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from uni3d.recovery import (
         clone_tensors_for_torch_save,
@@ -66,11 +66,11 @@ __all__ = [
 
 _NAMES = {
     "ckpt": ["CheckpointError"],
-    "parallel": ["meta_parameters"],
     "uni3d.deepspeed": ["add_config_arguments", "init_distributed"],
     "uni3d.engine.build": ["initialize"],
     "uni3d.engine.data_loader": ["RepeatingLoader"],
     "uni3d.engine.engine": ["Engine"],
+    "uni3d.engine.start": ["meta_parameters"],
     "uni3d.pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "uni3d.recovery": [
         "clone_tensors_for_torch_save",

@@ -18,7 +18,7 @@ from parallel import HostComm, ParallelModel
 from parallel.tensors import persistent_buffers
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
-from uni3d.importers.source import FLOATS, ForeignArray, Options, Place
+from uni3d.importers.source import FLOATS, FilePlace, ForeignArray, Options
 from uni3d.importers.state_dicts import read_safetensors
 from uni3d.importers.tensor_parts import Slices, read_parts
 from uni3d.state import Inventory
@@ -27,7 +27,7 @@ from uni3d.state import Inventory
 class _Part(NamedTuple):
     """Part of a stored tensor, and the memory that it belongs in."""
 
-    place: Place
+    place: FilePlace
     box: Slices
     memory: Tensor
 
@@ -47,7 +47,7 @@ class FileWeights:
         """
         self._comm = comm
         self._path = Path(path)
-        self._places: dict[str, list[Place]] = ckpt.from_rank_0(comm, lambda: _places(self._path, model))
+        self._places: dict[str, list[FilePlace]] = ckpt.from_rank_0(comm, lambda: _places(self._path, model))
         self.bytes_read = 0
         """Bytes that this rank has read."""
 
@@ -101,7 +101,7 @@ def _compare(part: _Part, values: Tensor) -> None:
         )
 
 
-def _places(path: Path, model: nn.Module) -> dict[str, list[Place]]:
+def _places(path: Path, model: nn.Module) -> dict[str, list[FilePlace]]:
     """Return the places of each parameter and persistent buffer, by all of its names in the model.
 
     Raises:
@@ -126,7 +126,7 @@ def _places(path: Path, model: nn.Module) -> dict[str, list[Place]]:
     if any(problems.values()):
         listed = [f"{len(each)} {what}: {_some(each)}" for what, each in problems.items() if each]
         raise ckpt.CheckpointError(f"weights in {path} don't fit the model: {'; '.join(listed)}")
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[FilePlace]] = {}
     for group in names.values():
         # One stored tensor may have several of the names.
         own = [*dict.fromkeys(_place(stored[name]) for name in group if name in stored)]
@@ -151,7 +151,7 @@ def _stored(path: Path) -> dict[str, ForeignArray]:
     return stored | {alias: stored[name] for alias, name in source.aliases.items()}
 
 
-def _place(array: ForeignArray) -> Place:
+def _place(array: ForeignArray) -> FilePlace:
     assert array.place is not None, "the reader of safetensors knows it"
     return array.place
 

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +59,23 @@ def initialize(
 
     Args:
         args: an object whose `deepspeed_config` is the config's path, if `config` isn't given.
-        model: the same on every rank, on the CPU or, with an `init_parameter`, `resume` or `weights`, on the
-            meta device. It is used up: `engine.module` is this rank's part of it. See `parallel.build` for
-            how a model declares its splits.
-        optimizer: over the model's parameters, without state; or a function of parameter groups. Takes
-            precedence over the config's.
+        model: the same on every rank, on the CPU, or on the meta device with an `init_parameter`, `resume` or
+            `weights`. It is used up: `engine.module` is this rank's part of it. See `parallel.build`.
+        optimizer, lr_scheduler: over the model's parameters, without state, and over that optimizer; or
+            functions of the parameter groups and the optimizer. They take precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data: a map-style dataset of `(inputs, targets)`. For a DataLoader or an IterableDataset,
-            leave it out and pass an iterator to `train_batch`.
-        lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
-        collate_fn: for the data loader.
+        training_data, collate_fn: a map-style dataset of `(inputs, targets)`. For a DataLoader or an
+            IterableDataset, leave it out and pass an iterator to `train_batch`.
         config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
-        resume: a run's folder or URL. As `engine.resume` would, but without drawing weights first.
-        weights: a safetensors file, or a folder of them, with exactly the model's tensors. Not read if
-            `resume` finds a checkpoint.
+        resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
+        weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
 
-    Returns:
-        The engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
+    Returns the engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
 
     Raises:
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
-        ckpt.CheckpointError: the run or the files can't be loaded; the same on all ranks.
+        ckpt.CheckpointError: `resume` or `weights` can't be loaded; the same on all ranks.
     """
     model = check_model(model)
     check_data(training_data)
@@ -87,9 +83,8 @@ def initialize(
     topology, split, triad = _distribute(settings)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
-    _warn_without_effect(settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
-    spec, comm = declared(model), parallel.HostComm()  # the model's own description, before it is used up
+    spec, comm = declared(model), parallel.HostComm()  # described before it is used up
     start = Start(comm, model, resume, weights)
     built = start.build(model, topology, split)
     inner = _make_optimizer(settings, optimizer, groups, built)
@@ -97,15 +92,8 @@ def initialize(
     if lr_scheduler is not None:  # it takes the place of the config's
         settings = settings.model_copy(update={"scheduler": None})
     state = _train_state(settings, triad, built, inner, scheduler, training_data)
-    engine = Engine(
-        config=settings,
-        triad=triad,
-        state=state,
-        comm=comm,
-        model_spec=spec,
-        training_data=training_data,
-        collate_fn=collate_fn,
-    )
+    make = partial(Engine, config=settings, triad=triad, state=state, comm=comm, model_spec=spec)
+    engine = make(training_data=training_data, collate_fn=collate_fn)
     if start.run is not None:
         _load(engine, start.run)
     refuse_copies(engine, engine.module)
@@ -142,7 +130,11 @@ def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings,
 
 
 def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:
-    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none."""
+    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none.
+
+    Keys of the config without effect are a warning.
+    """
+    _warn_without_effect(settings, topology)
     if settings.steps_per_print is None or topology.rank != 0:
         return
     degrees = topology.degrees
@@ -178,7 +170,7 @@ def _warn_without_effect(config: Config, topology: parallel.Topology) -> None:
     if config.without_meaning and topology.rank == 0:
         grouped = by_reason(config.without_meaning)
         reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
-        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=3)
+        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=4)
 
 
 def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 import parallel
 from parallel import HostComm
+from parallel import meta_parameters as meta_parameters
 from uni3d.checkpoint.file_weights import FileWeights
 from uni3d.checkpoint.restore import newest
 from uni3d.engine.arguments import using_up

@@ -23,7 +23,7 @@ Read = Callable[[], Array]
 """Reads the verified values, in a type that converts to the stored one exactly. Thread-safe."""
 
 
-class Place(NamedTuple):
+class FilePlace(NamedTuple):
     """A tensor in a file from which parts of it can be read without the rest."""
 
     file: Path
@@ -45,7 +45,7 @@ class ForeignArray:
     read: Read
     origin: str
     """Place in the source, shown to the user."""
-    place: Place | None = None
+    place: FilePlace | None = None
     """Place from which `tensor_parts.read_parts` reads; None in sources that it doesn't read."""
 
     @property

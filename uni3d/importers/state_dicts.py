@@ -16,9 +16,9 @@ from uni3d.importers.source import (
     FLOATS,
     PARAMETER,
     Array,
+    FilePlace,
     ForeignArray,
     Options,
-    Place,
     Read,
     Source,
 )
@@ -80,7 +80,7 @@ def _source(kind: str, path: Path, options: Options, read: Callable[[Path], _Con
         for name, tensor in tensors.items():
             array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
             if isinstance(tensor, _SafeTensor):
-                array = replace(array, place=Place(file, name))
+                array = replace(array, place=FilePlace(file, name))
             tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
             first = arrays.setdefault(tensor.identity if tied else name, array)
             if first is not array:
