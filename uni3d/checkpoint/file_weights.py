@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ckpt
+from ckpt.format import MANIFEST
+from ckpt.tags import committed_tags
 from ckpt.threads import for_each
 from parallel import HostComm, ParallelModel
 from parallel.tensors import persistent_buffers
@@ -46,7 +48,7 @@ class FileWeights:
                 all ranks.
         """
         self._comm = comm
-        self._path = Path(path)
+        self._path = path
         self._places: dict[str, list[FilePlace]] = ckpt.from_rank_0(comm, lambda: _places(self._path, model))
         self.bytes_read = 0
         """Bytes that this rank has read."""
@@ -101,13 +103,15 @@ def _compare(part: _Part, values: Tensor) -> None:
         )
 
 
-def _places(path: Path, model: nn.Module) -> dict[str, list[FilePlace]]:
+def _places(path: str | Path, model: nn.Module) -> dict[str, list[FilePlace]]:
     """Return the places of each parameter and persistent buffer, by all of its names in the model.
 
     Raises:
         ckpt.CheckpointError: the tensors aren't those of the model; lists all differences.
     """
-    stored = _stored(path)
+    if "://" in str(path):
+        raise ckpt.CheckpointError(f"weights={path}: weights are read from files, not from URLs; copy them")
+    stored = _stored(Path(path))
     tensors = chain(model.named_parameters(remove_duplicate=False), persistent_buffers(model))
     names: dict[int, list[str]] = {}
     wanted: dict[str, Tensor] = {}
@@ -141,7 +145,7 @@ def _stored(path: Path) -> dict[str, ForeignArray]:
             f"weights={path} doesn't exist; give a safetensors file, or a folder with one set of them, that "
             "all ranks see"
         )
-    if (path / "latest").exists() or (path / "manifest.json").exists():
+    if path.is_dir() and ((path / MANIFEST).exists() or committed_tags(path)):
         raise ckpt.CheckpointError(
             f"weights={path} is a run of uni3d, not a folder of safetensors; give it as resume=, or make one "
             "of it by `uni3d export`"

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
+from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
@@ -243,9 +244,20 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
     Rank 0 reads it, as file systems may show it to others later.
 
     Raises:
-        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints.
+        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
+            folder of one checkpoint.
     """
-    return ckpt.from_rank_0(comm, lambda: ckpt.read_latest(run))
+
+    def find() -> str | None:
+        tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        if tag is None and store.exists(MANIFEST):
+            raise ckpt.CheckpointError(
+                f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
+                "this to load_checkpoint"
+            )
+        return tag
+
+    return ckpt.from_rank_0(comm, find)
 
 
 def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:

@@ -103,6 +103,9 @@ def test_a_run_without_latest_is_an_error(alone: None, tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with pytest.raises(ckpt.CheckpointError, match="latest"):
         make_engine(seeded(OwnLoss), resume=tmp_path)
+    for path in (tmp_path / "global_step0", str(tmp_path / "global_step0")):
+        with pytest.raises(ckpt.CheckpointError, match=r"global_step0 is a checkpoint, not a run's folder"):
+            make_engine(seeded(OwnLoss), resume=path)
 
 
 def test_a_failed_load_leaves_no_engine(alone: None, tmp_path: Path) -> None:

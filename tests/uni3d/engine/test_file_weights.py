@@ -137,6 +137,8 @@ def test_other_tensors_are_one_error_on_all_ranks(ranks: Ranks, tmp_path: Path) 
 def test_what_is_no_file_of_weights_is_refused(alone: None, tmp_path: Path) -> None:
     with pytest.raises(ckpt.CheckpointError, match=r"weights=.*nothing doesn't exist; give a safetensors"):
         make_engine(seeded(Stack), weights=tmp_path / "nothing")
+    with pytest.raises(ckpt.CheckpointError, match="weights=s3://a/b: weights are read from files, not"):
+        make_engine(seeded(Stack), weights="s3://a/b")
     with pytest.raises(ckpt.CheckpointError, match=r"has no file \*\.safetensors with weights"):
         make_engine(seeded(Stack), weights=tmp_path)
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 4)
