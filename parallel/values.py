@@ -1,8 +1,8 @@
 """Values of a model's parameters and buffers, on their way into the parts that the ranks keep.
 
 A model is always split on the meta device, where it takes no memory. One that has values gives them up before
-and gets them back after, one parameter at a time: no device ever holds the whole model, and a model in bf16
-is never in fp32 as a whole.
+and gets them back after, one parameter at a time: a device holds its parts and at most one whole parameter,
+and a model in bf16 is never in fp32 as a whole.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class BuiltValues:
     def hand_out(self, module: nn.Module, first_names: Mapping[str, str], device: torch.device) -> None:
         """Copy rank 0's values into the parts that this rank has, and forget them. Collective.
 
-        `first_names` maps the other names of tied parameters. Without a process group of the CPUs, values
-        are sent from `device` to `device`.
+        `first_names` maps the other names of tied parameters. Values are sent between CPUs, or between the
+        `device`s if the process group doesn't connect CPUs.
         """
         here: dict[str, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
