@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def meta_parameters() -> Iterator[None]:
 def _move(parameter: nn.Parameter) -> None:
     """Move a parameter to the meta device in place, so that others who have it see the same one."""
     attributes: dict[str, Any] = dict(vars(parameter))
-    empty: Tensor = torch.empty_like(parameter.detach(), device="meta")
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     moved = type(parameter)(empty, requires_grad=parameter.requires_grad)
     torch.utils.swap_tensors(parameter, moved)  # type: ignore[no-untyped-call]
     vars(parameter).update(attributes)

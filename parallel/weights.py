@@ -98,8 +98,8 @@ def make_masters(model: nn.Module) -> list[str]:
     """Check the parameters' types; return the names of bf16 and fp16 ones, which get fp32 masters.
 
     The optimizer always updates fp32 parameters, whatever type the model computes in. Those on the meta
-    device become fp32 here, and so do 16-bit buffers of a model with such parameters. Other parameters are
-    converted one by one in `build`, on their way to the ranks.
+    device become fp32 here, and contiguous, as sharding requires; 16-bit buffers of a model with 16-bit
+    parameters become fp32. Other parameters are converted one by one in `build`, on their way to the ranks.
 
     Raises:
         ValueError: a parameter has another type; names it.
@@ -115,6 +115,8 @@ def make_masters(model: nn.Module) -> list[str]:
                 f"{name} is {parameter.dtype}; parameters must be torch.float32, torch.bfloat16 or "
                 "torch.float16" + ("; call model.float()" if parameter.dtype == torch.float64 else "")
             )
+        if parameter.is_meta and not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
     if changed:
         for buffer in model.buffers():
             if buffer.dtype in LOW:

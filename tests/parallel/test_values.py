@@ -17,7 +17,7 @@ WIDTH = 4
 
 
 class Odd(nn.Module):
-    """Chain with a tie, a frozen weight, a buffer, an RNN, a scalar, and a tensor that `_apply` moves."""
+    """Chain with a tie, an RNN, frozen, scalar and transposed weights, and a tensor that `_apply` moves."""
 
     tp_plan = {"layers.0": "colwise", "layers.1": "rowwise"}  # noqa: RUF012 - as models declare it
     pipeline_layers = ["layers.0", "layers.1", "layers.2", "table", "layers.3"]  # noqa: RUF012
@@ -41,6 +41,7 @@ class Table(nn.Module):
         super().__init__()
         self.rnn = nn.GRU(WIDTH, WIDTH)
         self.scale = nn.Parameter(torch.rand(()))
+        self.turned = nn.Parameter(torch.rand(WIDTH, 3).t())
         self.register_buffer("steps", torch.arange(5))
         self.register_buffer("scratch", torch.rand(2), persistent=False)
         self.plain = torch.arange(3)
