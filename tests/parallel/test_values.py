@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fresh_memory import fresh_memory_is_nan
 from marks import slow
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import parallel
+from parallel.values import _where_ranks_meet
 
 WIDTH = 4
 
@@ -158,3 +161,12 @@ def test_meta_parameters_are_the_same_objects_everywhere() -> None:
     assert model.second.weight.mark == 1
     assert all(a is b for a, b in zip(model.rnn._flat_weights, model.rnn.parameters(), strict=True))
     assert not any(parameter.is_meta for parameter in Shared().parameters()), "only in the context"
+
+
+@pytest.mark.parametrize(("backend", "where"), [("cuda:fake", "cuda:1"), ("cpu:fake,cuda:fake", "cpu")])
+def test_values_are_sent_between_cpus_where_the_group_connects_them(backend: str, where: str) -> None:
+    dist.init_process_group(backend, rank=0, world_size=2, store=FakeStore())
+    try:
+        assert str(_where_ranks_meet(torch.device("cuda", 1))) == where
+    finally:
+        dist.destroy_process_group()
