@@ -10,4 +10,5 @@ Modules:
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors
     stored_weights     a checkpoint's weights as plain tensors, read when asked for
+    file_weights       weights in safetensors files, of which each rank reads its parts
 """

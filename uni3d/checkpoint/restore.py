@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
+from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
@@ -92,10 +93,6 @@ class Restorer:
         now = Ranks(pp=degrees.pp, dp=degrees.dp, tp=degrees.tp, zero=model.zero.stage)
         if before is not None and before != now:
             print(f"uni3d: new topology: {before.text} -> {now.text}", file=sys.stderr, flush=True)
-
-    def latest(self, run: str | Path) -> str | None:
-        """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
-        return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
 
     def _load(self, checkpoint: ckpt.Checkpoint, saved: RunManifest, wanted: Wanted) -> ckpt.LoadReport:
         optimizer = self._state.optimizer if wanted.optimizer else None
@@ -239,6 +236,28 @@ class Restorer:
         held = self._inventory.arrays(optimizer, with_states=stored)
         held = [array for array in held if model_too or _is_moment(array.spec.key)]
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
+
+
+def newest(comm: HostComm, run: str | Path) -> str | None:
+    """Return the newest committed tag of a run, or None if it has none. Collective.
+
+    Rank 0 reads it, as file systems may show it to others later.
+
+    Raises:
+        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
+            folder of one checkpoint.
+    """
+
+    def find() -> str | None:
+        tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        if tag is None and store.exists(MANIFEST):
+            raise ckpt.CheckpointError(
+                f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
+                "this to load_checkpoint"
+            )
+        return tag
+
+    return ckpt.from_rank_0(comm, find)
 
 
 def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 Modules:
     build           `initialize`: from a model and a config to an engine
+    start           the first values of the parameters: drawn, read from files, or loaded by a resume
     arguments       checks of the model and the data, refusals of copies
     engine          the engine's public methods
     micro_batches   forward and backward passes of a step, without a pipeline

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
-from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
+from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
+from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.optim.optimizers import check_works_sharded, make_optimizer, split_groups
 from uni3d.pipe import PipelineModule
+from uni3d.state import PARAMETER
 from uni3d.train_state import Progress, TrainState
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -46,6 +49,9 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
+    *,
+    resume: str | Path | None = None,
+    weights: str | Path | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
@@ -53,25 +59,23 @@ def initialize(
 
     Args:
         args: an object whose `deepspeed_config` is the config's path, if `config` isn't given.
-        model: the same on every rank, on the CPU or, with an `init_parameter`, on the meta device. It is
-            used up: `engine.module` is this rank's part of it. See `parallel.build` for how a model
-            declares its splits.
-        optimizer: over the model's parameters, without state; or a function of parameter groups. Takes
-            precedence over the config's.
+        model: the same on every rank, on the CPU, or on the meta device with an `init_parameter`, `resume` or
+            `weights`. It is used up: `engine.module` is this rank's part of it. See `parallel.build`.
+        optimizer, lr_scheduler: over the model's parameters, without state, and over that optimizer; or
+            functions of the parameter groups and the optimizer. They take precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data: a map-style dataset of `(inputs, targets)`. For a DataLoader or an IterableDataset,
-            leave it out and pass an iterator to `train_batch`.
-        lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
-        collate_fn: for the data loader.
-        config: the path of a JSON file, or its content.
-        config_params: DeepSpeed's old name of `config`.
+        training_data, collate_fn: a map-style dataset of `(inputs, targets)`. For a DataLoader or an
+            IterableDataset, leave it out and pass an iterator to `train_batch`.
+        config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
+        resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
+        weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
 
-    Returns:
-        The engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
+    Returns the engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
 
     Raises:
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
+        ckpt.CheckpointError: `resume` or `weights` can't be loaded; the same on all ranks.
     """
     model = check_model(model)
     check_data(training_data)
@@ -79,23 +83,30 @@ def initialize(
     topology, split, triad = _distribute(settings)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
-    _warn_without_effect(settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
-    spec = declared(model)  # before `build`, which uses the model up
-    built = using_up(model, lambda: parallel.build(model, topology, split))
+    spec, comm = declared(model), parallel.HostComm()  # described before it is used up
+    start = Start(comm, model, resume, weights)
+    built = start.build(model, topology, split)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
-    engine = Engine(
-        # A scheduler of the script's own takes the place of the config's.
-        config=settings if lr_scheduler is None else settings.model_copy(update={"scheduler": None}),
-        triad=triad,
-        state=_train_state(settings, triad, built, inner, scheduler, training_data),
-        model_spec=spec,
-        training_data=training_data,
-        collate_fn=collate_fn,
-    )
+    if lr_scheduler is not None:  # it takes the place of the config's
+        settings = settings.model_copy(update={"scheduler": None})
+    state = _train_state(settings, triad, built, inner, scheduler, training_data)
+    make = partial(Engine, config=settings, triad=triad, state=state, comm=comm, model_spec=spec)
+    engine = make(training_data=training_data, collate_fn=collate_fn)
+    if start.run is not None:
+        _load(engine, start.run)
     refuse_copies(engine, engine.module)
     return engine, inner, engine.training_dataloader, scheduler
+
+
+def _load(engine: Engine, run: str | Path) -> None:
+    """Load the run's newest checkpoint into the engine, all parameters of which are NaN."""
+    engine.load_checkpoint(run)
+    assert engine.last_load is not None, "it was loaded"
+    restored = {*engine.last_load.restored}
+    names = [engine.model.first_name(name) for name, _ in engine.named_parameters()]
+    assert restored.issuperset(f"{name}/{PARAMETER}" for name in names), "the load is strict"
 
 
 def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
@@ -119,7 +130,11 @@ def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings,
 
 
 def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:
-    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none."""
+    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none.
+
+    Keys of the config without effect are a warning.
+    """
+    _warn_without_effect(settings, topology)
     if settings.steps_per_print is None or topology.rank != 0:
         return
     degrees = topology.degrees
@@ -155,7 +170,7 @@ def _warn_without_effect(config: Config, topology: parallel.Topology) -> None:
     if config.without_meaning and topology.rank == 0:
         grouped = by_reason(config.without_meaning)
         reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
-        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=3)
+        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=4)
 
 
 def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:

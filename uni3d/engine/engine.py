@@ -17,7 +17,7 @@ import ckpt
 from parallel import HostComm, ParallelModel
 from parallel.loss import Loss
 from uni3d.checkpoint import live_weights
-from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
+from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted, newest
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
@@ -42,7 +42,7 @@ class Engine:
         optimizer, lr_scheduler, training_dataloader: as `initialize` made them, or None.
         scaler: the loss scale of fp16, or None.
         device, global_rank, local_rank, world_size: of this process, as torchrun counts.
-        last_load: the report of the last load, or None.
+        last_load, client_state: the report of the last load and the checkpoint's client_state, or None.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Engine:
         config: Config,
         triad: BatchTriad,
         state: TrainState,
+        comm: HostComm,
         model_spec: dict[str, Any],
         training_data: Dataset[Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -66,8 +67,9 @@ class Engine:
         self.optimizer, self.lr_scheduler = state.optimizer, state.lr_scheduler
         self.scaler = state.scaler
         self.last_load: ckpt.LoadReport | None = None
+        self.client_state: dict[str, Any] | None = None
         self._progress = state.progress
-        self._comm = HostComm()
+        self._comm = comm
         inventory = Inventory(state.model)
         self._saver = Saver(state, config, comm=self._comm, inventory=inventory, model_spec=model_spec)
         self._restorer = Restorer(state, config, comm=self._comm, inventory=inventory)
@@ -299,15 +301,13 @@ class Engine:
             self.model.zero.show_parameters()
         self._saver.forget_plan()
         self._source.moved()
-        self.last_load = loaded.report
+        self.last_load, self.client_state = loaded.report, loaded.client_state
         return loaded.url, loaded.client_state
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
         self._saver.wait()
-        if self._restorer.latest(run) is None:
-            return None
-        return self.load_checkpoint(run)[1]
+        return None if newest(self._comm, run) is None else self.load_checkpoint(run)[1]
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """Return this stage's part of the whole model's `state_dict`: fp32, in the host's memory."""
