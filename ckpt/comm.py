@@ -119,10 +119,11 @@ def distinct(comm: Comm, work: Callable[[], H]) -> dict[H, Seen]:
 
     Errors are those of `merged`.
     """
-    return merged(comm, lambda: {work(): Seen(comm.rank, 1)}, _counted)
+    return merged(comm, lambda: {work(): Seen(comm.rank, 1)}, counted)
 
 
-def _counted(parts: list[dict[H, Seen]]) -> dict[H, Seen]:
+def counted(parts: list[dict[H, Seen]]) -> dict[H, Seen]:
+    """Merge values of adjacent ranks with their first ranks and numbers of ranks."""
     found: dict[H, Seen] = {}
     for part in parts:
         for value, (rank, times) in part.items():

@@ -133,7 +133,7 @@ class HostComm:
         except BaseException as error:
             self._lost = str(error) or type(error).__name__
             self._group = None
-            # Locals of the calls that failed would keep the connections open as long as somebody keeps the error.
+            # Locals of the calls that failed would keep the connections open while somebody keeps the error.
             for kept in (error, error.__cause__, error.__context__):
                 clear_frames(None if kept is None else kept.__traceback__)
             raise

@@ -85,7 +85,7 @@ def sent_by(rank: int, size: int) -> dict[int, np.ndarray]:
     return {target: drawn.integers(0, 256, drawn.integers(0, 4_000), np.uint8) for target in targets}
 
 
-@pytest.mark.parametrize("size", [9, 16, 70, slow(64), slow(100)])
+@pytest.mark.parametrize("size", [9, 20, slow(70)])
 def test_ranks_that_arent_connected_reach_each_other(size: int) -> None:
     def work(comm: HostComm) -> Any:
         return (
