@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from traceback import clear_frames
 from typing import Any, NamedTuple, TypeVar
 
@@ -132,10 +133,10 @@ class HostComm:
             yield
         except BaseException as error:
             self._lost = str(error) or type(error).__name__
-            self._group = None
-            # Locals of the calls that failed would keep the connections open while somebody keeps the error.
-            for kept in (error, error.__cause__, error.__context__):
-                clear_frames(None if kept is None else kept.__traceback__)
+            # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
+            # process, or the others' calls with `TIMEOUT`.
+            group, self._group = [self._group], None
+            Thread(target=_let_go, args=(group, error), daemon=True).start()
             raise
 
     def _swap(self, outgoing: Mapping[int, Bytes], sources: Iterable[int]) -> dict[int, Bytes]:
@@ -182,6 +183,13 @@ class HostComm:
             f"rank {self.rank} has lost rank {peer}, which has ended or failed, or waited for one that has; "
             f"the first such rank's own error says why ({why})"
         )
+
+
+def _let_go(group: list[Any], error: BaseException) -> None:
+    """Close connections, which locals of the calls that failed keep open while somebody keeps the error."""
+    group.clear()
+    for kept in (error, error.__cause__, error.__context__):
+        clear_frames(None if kept is None else kept.__traceback__)
 
 
 class _Parcel(NamedTuple):
