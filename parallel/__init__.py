@@ -37,7 +37,7 @@ The parallel model:
     dtensor_layout    which part of a tensor each rank of a stage holds
     tensors           a sharded module's tensors by name, and gathered
     failures          errors of other ranks
-    host_comm         collectives between CPUs, apart from training's
+    host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
 
 This package knows nothing of files, configs or engines. Importing it loads no torch: each public name is
 imported from its module when it is first asked for.

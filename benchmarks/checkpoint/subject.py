@@ -85,7 +85,6 @@ def face(rank: Rank, *, durable: bool, background: bool) -> Any:
             config=load_config(_settings(rank.kept["place"], durable=durable, background=background)),
             triad=first.triad,
             state=first._saver._state,
-            comm=type(first._comm)(),  # each its own, as they save at the same time
             model_spec=first._saver._model_spec,
         )
     return rank.kept[name]

@@ -239,9 +239,10 @@ def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_b
     got = dict.fromkeys(range(3), 0)
     exchange = ThreadComm.exchange
 
-    def noted(comm, outgoing, incoming_sizes):
-        got[comm.rank] += sum(incoming_sizes)
-        return exchange(comm, outgoing, incoming_sizes)
+    def noted(comm, outgoing):
+        received = exchange(comm, outgoing)
+        got[comm.rank] += sum(part.nbytes for part in received.values())
+        return received
 
     monkeypatch.setattr(ThreadComm, "exchange", noted)
     save_arrays(tmp_path, "t1", arrays, boxes, planning={"gather_below": 1 << 60})
@@ -254,9 +255,9 @@ def test_a_gather_takes_several_rounds(tmp_path, monkeypatch):
     monkeypatch.setattr("ckpt.gather.ROUND_BYTES", 1000)
     exchange, rounds = ThreadComm.exchange, []
 
-    def noted(comm, outgoing, incoming_sizes):
-        rounds.append(sum(o.nbytes for o in outgoing))
-        return exchange(comm, outgoing, incoming_sizes)
+    def noted(comm, outgoing):
+        rounds.append(sum(o.nbytes for o in outgoing.values()))
+        return exchange(comm, outgoing)
 
     monkeypatch.setattr(ThreadComm, "exchange", noted)
     rng = np.random.default_rng(3)

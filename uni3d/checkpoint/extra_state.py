@@ -302,15 +302,19 @@ def extra_states(model: nn.Module, optimizer: Optimizer | None) -> ExtraStates:
     return ExtraStates(of_modules(model), None if optimizer is None else of_optimizer(optimizer))
 
 
-def check_alike(found: list[dict[tuple[str, int], bytes]]) -> None:
-    """Check that ranks which have the same modules have the same extra states, given each rank's digests.
+Digests = tuple[tuple[tuple[str, int], bytes], ...]
+"""Digests of a rank's extra states, by name and stage."""
+
+
+def check_alike(found: Mapping[int, Digests]) -> None:
+    """Check that ranks which have the same modules have the same extra states, given ranks' digests.
 
     Raises:
         CheckpointError: two ranks differ; names the first such state.
     """
     first: dict[tuple[str, int], tuple[int, bytes]] = {}
-    for rank, digests in enumerate(found):
-        for key, digest in digests.items():
+    for rank, digests in found.items():
+        for key, digest in digests:
             other, expected = first.setdefault(key, (rank, digest))
             if digest != expected:
                 raise CheckpointError(

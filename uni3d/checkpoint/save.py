@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,13 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
-from uni3d.checkpoint.extra_state import ExtraStates, check_alike, check_nothing_is_lost, extra_states
+from uni3d.checkpoint.extra_state import (
+    Digests,
+    ExtraStates,
+    check_alike,
+    check_nothing_is_lost,
+    extra_states,
+)
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
@@ -94,7 +101,7 @@ class Saver:
         asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
 
-        def take() -> tuple[str, ckpt.Files, dict[tuple[str, int], bytes]]:
+        def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
             model, optimizer = self._state.model, self._state.optimizer
             extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
@@ -108,13 +115,13 @@ class Saver:
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
             taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
-            return name, chosen, extra.digests(stage)
+            return name, chosen, tuple(sorted(extra.digests(stage).items()))
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
-        everyone = ckpt.agreed_by_all(self._comm, take)
-        ckpt.check_same_tag([name for name, _, _ in everyone])
-        _check_same_place([files for _, files, _ in everyone])
-        check_alike([digests for _, _, digests in everyone])
+        found = ckpt.distinct(self._comm, take)
+        ckpt.check_same_tag([name for name, _, _ in found])
+        _check_same_place({files: ranks.first for (_, files, _), ranks in reversed(found.items())})
+        check_alike({ranks.first: digests for (_, _, digests), ranks in found.items()})
         if asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
@@ -239,10 +246,13 @@ class Saver:
         )
 
 
-def _check_same_place(files: list[ckpt.Files]) -> None:
-    """Check that all ranks chose the same kind of files for the run's folder; raises CheckpointError."""
-    if len(set(files)) > 1:
-        other = next(rank for rank, found in enumerate(files) if found != files[0])
+def _check_same_place(files: Mapping[ckpt.Files, int]) -> None:
+    """Check that all ranks chose the same kind of files for the run's folder; raises CheckpointError.
+
+    `files` has the first rank of each choice.
+    """
+    if len(files) > 1:
+        other = max(files.values())
         raise ckpt.CheckpointError(
             f"the run's folder is on another kind of file system on rank {other} than on rank 0; mount it "
             'alike, or set "files" in the config\'s section "checkpoint" to "array" or "writer"'
@@ -255,10 +265,10 @@ def _check_same_length(comm: HostComm, length: int) -> None:
     Raises:
         ValueError: the lengths differ; the same on all ranks.
     """
-    lengths = comm.all_gather(length)
-    if len(set(lengths)) > 1:
-        other = next(rank for rank, found in enumerate(lengths) if found != lengths[0])
+    (first, _), *others = ckpt.distinct(comm, lambda: length).items()
+    if others:
+        other, ranks = others[0]
         raise ValueError(
-            f"training_data has {lengths[0]} samples on rank 0, but {lengths[other]} on rank {other}; pass "
+            f"training_data has {first} samples on rank 0, but {other} on rank {ranks.first}; pass "
             "the whole dataset on every rank: the engine gives each its part"
         )

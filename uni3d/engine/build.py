@@ -84,15 +84,15 @@ def initialize(
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
-    spec, comm = declared(model), parallel.HostComm()  # described before it is used up
-    start = Start(comm, model, resume, weights)
+    spec = declared(model)  # before it is used up
+    start = Start(topology.host, model, resume, weights)
     built = start.build(model, topology, split)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     if lr_scheduler is not None:  # it takes the place of the config's
         settings = settings.model_copy(update={"scheduler": None})
     state = _train_state(settings, triad, built, inner, scheduler, training_data)
-    make = partial(Engine, config=settings, triad=triad, state=state, comm=comm, model_spec=spec)
+    make = partial(Engine, config=settings, triad=triad, state=state, model_spec=spec)
     engine = make(training_data=training_data, collate_fn=collate_fn)
     if start.run is not None:
         _load(engine, start.run)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import ckpt
-from parallel import HostComm, ParallelModel
+from parallel import ParallelModel
 from parallel.loss import Loss
 from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted, newest
@@ -51,7 +51,6 @@ class Engine:
         config: Config,
         triad: BatchTriad,
         state: TrainState,
-        comm: HostComm,
         model_spec: dict[str, Any],
         training_data: Dataset[Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -69,7 +68,7 @@ class Engine:
         self.last_load: ckpt.LoadReport | None = None
         self.client_state: dict[str, Any] | None = None
         self._progress = state.progress
-        self._comm = comm
+        self._comm = topo.host
         inventory = Inventory(state.model)
         self._saver = Saver(state, config, comm=self._comm, inventory=inventory, model_spec=model_spec)
         self._restorer = Restorer(state, config, comm=self._comm, inventory=inventory)
