@@ -1,7 +1,8 @@
 """Choice of an array's chunks and files, given the boxes that ranks hold.
 
 zarr's chunks are a regular grid, clipped at the array's end. If the ranks' boxes end on such a grid, each box
-is a number of whole chunks, which its rank can write without the others.
+is a number of whole chunks, which its rank can write without the others. If large boxes end on none (a third
+of 32,000 rows is 10,667, a prime), the few chunks that reach over a bound are gathered.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ FILE_BYTES = 256 << 20
 GATHERED_FILE_BYTES = 64 << 20
 """The same for arrays that are gathered, as their writer holds all of a file in memory."""
 
+STRADDLED = 8
+"""Number of chunks in a rank's part of an array from which on chunks may reach over its bounds."""
+
 TILES = (8, 4, 2)
 """Numbers of tiles along `ShardSpec.fine_dim` to try: a large array can then be read in eighths."""
 
@@ -58,7 +62,8 @@ class Cut:
     ranks: tuple[int, ...]
     """All ranks that hold a non-empty box, in order."""
     gathered: bool
-    """True if chunks must be gathered, because boxes aren't whole chunks or are smaller than a chunk."""
+    """True if chunks must be gathered, because boxes aren't whole chunks or are smaller than a chunk. Those
+    that their writer has whole are written in place all the same."""
     chunk_shape: Shape
     file_shape: Shape
     runs: tuple[tuple[Run, ...], ...]
@@ -92,6 +97,13 @@ def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int, files: Fi
     is_cut = [bool(cut) for cut in ends]
     tile = _narrowed(pitch, shape, array.fine_dim, size, gather_below)
     chunk_shape = _cut_down(tile, is_cut, size, chunk_bytes)
+    dim = next((d for d, n in enumerate(chunk_shape) if n > 1), 0)  # where `_cut_down` has stopped
+    no_divisor = is_cut[dim] if shape else False
+    too_large = no_divisor and math.prod(chunk_shape) * size > 2 * chunk_bytes
+    straddles = files == "array" and too_large and math.prod(pitch) * size >= STRADDLED * chunk_bytes
+    if straddles:
+        tile, is_cut[dim] = (*tile[:dim], shape[dim], *tile[dim + 1 :]), False
+        chunk_shape = _cut_down(tile, is_cut, size, chunk_bytes)
     most = math.inf if files == "array" else GATHERED_FILE_BYTES if gathered else FILE_BYTES
     whole = shape if files == "array" else pitch
     file_shape = _file_shape(whole, chunk_shape, is_cut, size, most)
@@ -101,7 +113,9 @@ def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int, files: Fi
         chunks = [c for _, part in parts for c in grid(shape, chunk_shape, part)]
         return Run(sum(box.size for _, box in chunks) * size, tuple(chunks))
 
-    if gathered:
+    if gathered or straddles:
+        if straddles:  # the others stay out of it, so that a chunk within a box is where it is written
+            holders = {box: sharers[:1] for box, sharers in holders.items()}
         parts = list(grid(shape, grain))
         candidates = tuple(_touching(holders, part) for _, part in parts)
         return Cut(

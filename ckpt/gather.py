@@ -28,9 +28,10 @@ class Gathering(NamedTuple):
 
 
 def rounds(plan: Plan) -> Iterator[list[Gathering]]:
-    """Yield the chunks of gathered arrays in batches in which no rank receives more than `ROUND_BYTES`.
+    """Yield the chunks to gather in batches in which no rank receives more than `ROUND_BYTES`.
 
-    Where a file has one writer, its chunks are in one batch.
+    A chunk that its writer has whole is in none. Where each file has one writer, all its chunks are in one
+    batch.
     """
     batch: list[Gathering] = []
     load: dict[int, int] = defaultdict(int)
@@ -39,7 +40,10 @@ def rounds(plan: Plan) -> Iterator[list[Gathering]]:
         if sources is None:
             continue
         for chunks in _units(array.chunk_plan, by_file=plan.files == "writer"):
-            writer, size = chunks[0].writer, sum(c.box.size for c in chunks) * itemsize(array.dtype)
+            writer = chunks[0].writer
+            if plan.files == "array" and sources.has_whole(writer, chunks[0].box):
+                continue
+            size = sum(c.box.size for c in chunks) * itemsize(array.dtype)
             if load[writer] and load[writer] + size > ROUND_BYTES:
                 yield batch
                 batch = []

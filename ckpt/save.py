@@ -176,7 +176,8 @@ def _write_own(writer: Writer, plan: Plan, held: Held, comm: Comm, *, incrementa
     """Write the chunks that this rank holds whole and the metadata of the arrays it owns. Collective."""
     writes = list(_in_place(plan, held, comm.rank))
     arrays = plan.arrays if plan.files == "array" else ()  # else each file has one writer, who decides
-    shared = {array.key: array for array in arrays if len(array.chunk_plan.by_writer) > 1}
+    alone = [array for array in arrays if array.chunk_plan.sources is None]  # no chunk comes from others
+    shared = {array.key: array for array in alone if len(array.chunk_plan.by_writer) > 1}
     linked = _agree_unchanged(writer, shared, writes, comm) if incremental else set()
 
     def work() -> None:
@@ -212,9 +213,10 @@ def _added(parts: list[Counter[ArrayKey]]) -> Counter[ArrayKey]:
 
 def _in_place(plan: Plan, held: Held, rank: int) -> Iterator[Write]:
     for array in plan.arrays:
-        if array.chunk_plan.sources is not None:
-            continue
+        sources = array.chunk_plan.sources
         for chunk in array.chunk_plan.by_writer.get(rank, ()):
+            if sources and not (plan.files == "array" and sources.has_whole(rank, chunk.box)):
+                continue
             shard = held[array.key]
             part = chunk.box.relative_to(shard.spec.box).slices
             if isinstance(shard, Shard):
