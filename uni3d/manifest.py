@@ -133,6 +133,8 @@ class EngineRecord:
     train_batch_size: int | None = None
     dataset_length: int | None = None
     """Samples in the engine's own training data; 0 if the script brought the batches, None if not known."""
+    epoch_length: int | None = None
+    """Samples of it that an epoch has; None if it has all."""
     sample_order: int | None = None
     """Version of the order of samples; None for an import, and for the order before version 1."""
 
@@ -143,6 +145,7 @@ class EngineRecord:
             "seed": self.seed,
             "train_batch_size": self.train_batch_size,
             "dataset_length": self.dataset_length,
+            "epoch_length": self.epoch_length,
             "sample_order": self.sample_order,
         }
         return {key: number for key, number in known.items() if number is not None}
@@ -248,7 +251,7 @@ class RunManifest:
         top = _Section(manifest, where)
         writer, engine = top.section("writer"), top.section("engine")
         counters = ("global_steps", "global_samples")
-        numbers = (*counters, "seed", "train_batch_size", "dataset_length", "sample_order")
+        numbers = (*counters, "seed", "train_batch_size", "dataset_length", "epoch_length", "sample_order")
         return cls(
             **top.values(step=int, created=str, run_id=str, scheduler=dict, schedule=dict),
             writer=WriterRecord(

@@ -62,6 +62,8 @@ class Given:
     """Seed, global batch size and version of the order of samples; None if not known."""
     dataset_length: int | None = None
     """Samples in the engine's own training data; 0 if the script brings the batches, None if not known."""
+    epoch_length: int | None = None
+    """Samples that an epoch of it is trained on; None if not known."""
     accepted: Collection[str] = ()
     """Changes that don't stop the run: the config's `checkpoint.accept_changes`."""
     loss_scale: float | None = None
@@ -134,7 +136,7 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
     two epochs another order loses none.
     """
     there, here = saved.engine.dataset_length, given.dataset_length
-    position = saved.engine.global_samples
+    position, epoch = saved.engine.global_samples, saved.engine.epoch_length or there
     if not given.counters or there is None or not position:
         return
     where = f"in {given.whose}"
@@ -144,8 +146,15 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
         yield "dataset", difference, "those of its current epoch would come again"
     elif here and here != there:
         yield "dataset", f"training_data has {here} samples {where}, {there} in the checkpoint", effect
+    elif there and (mine := given.epoch_length) and mine != epoch:
+        yield (
+            "dataset",
+            f"an epoch has {mine} of the {there} samples {where}, {epoch} in the checkpoint, by "
+            "dataloader_drop_last and train_batch_size",
+            effect,
+        )
     differences = [text for text in (_other_seed(saved, given), _other_version(saved, given)) if text]
-    if there and here != 0 and position % there and differences:
+    if epoch and here != 0 and position % epoch and differences:
         yield "seed", "; ".join(differences), effect
 
 

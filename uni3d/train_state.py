@@ -25,6 +25,8 @@ class Progress:
     """Steps skipped because a gradient overflowed in fp16."""
     dataset_length: int = 0
     """Samples in the engine's own training data; 0 if the script brings its batches."""
+    epoch_length: int = 0
+    """Samples that an epoch of it is trained on (`uni3d.config.data.epoch_length`)."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Name of the run in its checkpoints; rank 0's counts."""
 

@@ -182,6 +182,7 @@ class Restorer:
                 "sample_order": SAMPLE_ORDER,
             },
             dataset_length=progress.dataset_length,
+            epoch_length=progress.epoch_length,
             accepted=self._config.checkpoint.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,
         )

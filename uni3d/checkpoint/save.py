@@ -233,6 +233,9 @@ class Saver:
                 seed=self._config.seed,
                 train_batch_size=progress.train_batch,
                 dataset_length=progress.dataset_length,
+                epoch_length=None
+                if progress.epoch_length == progress.dataset_length
+                else progress.epoch_length,
                 sample_order=SAMPLE_ORDER,
             ),
             client_state=copy.deepcopy(client_state),

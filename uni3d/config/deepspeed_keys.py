@@ -40,7 +40,6 @@ REFUSED: dict[str, str] = {
     "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch",
     "sparse_gradients": "gradients are always reduced as dense tensors",
     "managed_gradient_accumulation": "the engine always counts gradient_accumulation_steps itself",
-    "dataloader_drop_last": "no samples are dropped: a global batch may span two epochs",
     "elasticity": "any checkpoint resumes on any topology; set train_batch_size to keep the global batch",
     # How work is split
     "sequence_parallel_size": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
@@ -219,6 +218,7 @@ NO_MEANING: dict[str, str] = {
 
 READ_AS: dict[str, str] = {
     "bfloat16": "bf16",
+    "num_workers": "num_local_io_workers",
     "tensor_parallel.autotp_size": "parallel.tp",
     "zero_optimization.param_persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",

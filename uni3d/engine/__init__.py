@@ -9,6 +9,7 @@ Modules:
     batches         checks of micro batches, the loss of one, dropout's random state
     token_means     the numbers of label tokens behind the losses of Hugging Face models
     sample_order    the order of samples
+    sample_workers  the processes that load samples
     data_loader     the data loader
     guard           failures during collective calls
 """

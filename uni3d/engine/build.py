@@ -19,6 +19,7 @@ from parallel.parameter_hooks import tensors_in
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
+from uni3d.config.data import epoch_length
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
@@ -141,12 +142,13 @@ def _train_state(
     training_data: Dataset[Any] | None,
 ) -> TrainState:
     length = 0 if training_data is None else len(training_data)  # type: ignore[arg-type]
+    used = epoch_length(length, triad.train_batch, drop_last=settings.dataloader_drop_last)
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
-        progress=Progress(train_batch=triad.train_batch, dataset_length=length),
+        progress=Progress(train_batch=triad.train_batch, dataset_length=length, epoch_length=used),
     )
 
 

@@ -21,7 +21,7 @@ from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
-from uni3d.engine.data_loader import BatchSource, TrainingLoader
+from uni3d.engine.data_loader import BatchSource, TrainingLoader, loading
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches, in_eval_mode
 from uni3d.engine.step import Stepper
@@ -151,8 +151,8 @@ class Engine:
         taken: Callable[[], int] = lambda: 0,
     ) -> TrainingLoader:
         """Return this rank's micro batches of `dataset`: each `for` begins at `position()`, or 0. Local."""
-        load = partial(TrainingLoader, dataset, self.triad, seed=self.config.seed, collate_fn=collate_fn)
-        return load(dp_rank=self.model.topology.dp_rank, position=position, taken=taken)
+        load = partial(TrainingLoader, dataset, self.triad, position=position, taken=taken)
+        return load(collate_fn=collate_fn, **loading(self.config, self.model.topology))
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 
