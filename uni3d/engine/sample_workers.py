@@ -52,7 +52,7 @@ class SampleFetcher:
 
     def fetch(self, wanted: Iterable[Places]) -> Iterator[Any]:
         """Yield the micro batches; processes run ahead. Closing it stops them, or lets them wait."""
-        loader, self._idle = self._idle or self._new_loader(), None
+        loader, self._idle = self._new_loader() if self._idle is None else self._idle, None
         loader.batch_sampler.wanted = wanted  # type: ignore[union-attr]
         try:
             batches = iter(loader)
@@ -68,7 +68,7 @@ class SampleFetcher:
         except BaseException:
             del loader  # a process may have died
             raise
-        if self._workers.persistent:
+        if self._workers.persistent and self._idle is None:
             self._idle = loader
 
     def _new_loader(self) -> DataLoader[Any]:
