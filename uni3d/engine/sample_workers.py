@@ -8,6 +8,8 @@ from there: it is the same wherever the micro batch is.
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
@@ -55,7 +57,8 @@ class SampleFetcher:
         loader, self._idle = self._new_loader() if self._idle is None else self._idle, None
         loader.batch_sampler.wanted = wanted  # type: ignore[union-attr]
         try:
-            batches = iter(loader)
+            with _no_error_elsewhere():
+                batches = iter(loader)
             here = nullcontext if self._workers.processes else _random_state_kept
             while True:
                 with here():
@@ -65,8 +68,12 @@ class SampleFetcher:
                 yield batch
         except GeneratorExit:
             pass  # dropped in the middle
-        except BaseException:
-            del loader  # a process may have died
+        except (OSError, EOFError, RuntimeError) as error:  # `loader` isn't used again
+            if self._workers.processes and _is_death(error):
+                raise RuntimeError(
+                    f"a process that loads samples of {type(self._samples.dataset).__name__} died; look for "
+                    "its own output, for a lack of memory or of /dev/shm, or load with num_local_io_workers 0"
+                ) from error
             raise
         if self._workers.persistent and self._idle is None:
             self._idle = loader
@@ -86,7 +93,27 @@ class SampleFetcher:
         )
 
 
+@contextmanager
+def _no_error_elsewhere() -> Iterator[None]:
+    """Take back torch's handler of SIGCHLD, by which a process that dies raises an error in any line.
+
+    In the middle of a step, that would leave this rank behind the others. Without it, the death is noticed by
+    the next batch, within 5 s.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
 _END = object()
+
+
+def _is_death(error: Exception) -> bool:
+    """Return whether an error of torch's loader is none of the dataset: those begin with "Caught"."""
+    return not str(error).startswith("Caught ") and (
+        isinstance(error, OSError | EOFError) or "exited unexpectedly" in str(error)
+    )
 
 
 class _Wanted(Iterable[Places]):
@@ -102,10 +129,10 @@ class _SeededSamples(Dataset[Any]):
     """A dataset whose samples are made from generators seeded by their places."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+        self.dataset, self._seed = dataset, seed
 
     def __getitems__(self, wanted: Places) -> list[Any]:
-        together = getattr(self._dataset, "__getitems__", None)
+        together = getattr(self.dataset, "__getitems__", None)
         if together is not None:
             self._seed_generators(wanted[0][0])
             samples: list[Any] = together([sample for _, sample in wanted])
@@ -113,7 +140,7 @@ class _SeededSamples(Dataset[Any]):
         samples = []
         for place, sample in wanted:
             self._seed_generators(place)
-            samples.append(self._dataset[sample])
+            samples.append(self.dataset[sample])
         return samples
 
     def seed_at(self, place: int) -> int:
