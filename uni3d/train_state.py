@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -36,6 +37,26 @@ class Progress:
         self.global_samples += self.train_batch
 
 
+class DataState(Protocol):
+    """A loader that the script brings, and where it stands."""
+
+    kind: str
+    problem: str | None
+    resumes: bool
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands; needs `resumes`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where it stood."""
+        ...
+
+    def begin_anew(self) -> None:
+        """Begin with an epoch."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """Model, optimizer, scheduler, loss scale and counters of a run on this rank."""
@@ -46,6 +67,8 @@ class TrainState:
     scaler: LossScale | None
     """None unless training is in fp16."""
     progress: Progress
+    data: DataState | None = None
+    """The script's own loader of training data, if it brings one."""
 
     @property
     def rate(self) -> float:

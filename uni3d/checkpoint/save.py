@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
+from uni3d.checkpoint.data_state import DataSaver
 from uni3d.checkpoint.extra_state import ExtraStates, check_alike, check_nothing_is_lost, extra_states
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
@@ -54,7 +56,7 @@ class Saver:
             ValueError: the scheduler's state can't be saved, or the ranks have training data of different
                 lengths. Checked here, before any training is lost.
         """
-        _check_same_length(comm, state.progress.dataset_length)
+        _check_data(comm, state)
         if state.lr_scheduler is not None:
             try:
                 ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
@@ -68,6 +70,7 @@ class Saver:
         self._comm = comm
         self._writing = HostComm()  # separate: a background save talks while `comm` is in use
         self._inventory = inventory
+        self._data = DataSaver(state.data, state.model.topology, comm)
         self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
         self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
@@ -93,6 +96,7 @@ class Saver:
         join_all()  # another engine of this process may be saving into the same run
         asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
+        data, tensors = self._data.take()
 
         def take() -> tuple[str, ckpt.Files, dict[tuple[str, int], bytes]]:
             where, name = self._place(run, tag)
@@ -103,11 +107,13 @@ class Saver:
                 self._looked_for_others = True
             files = self._config.checkpoint.files
             chosen = ckpt.files_for(where) if files == "auto" else files
-            plan, parts = self._parts(extra.arrays(stage), frozen, chosen)
+            arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
+            plan, parts = self._parts(arrays, frozen, chosen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
+            manifest = replace(self._manifest(client_state, extra, frozen), data=data)
+            taken.append(_Taken(where, name, plan, parts, manifest))
             return name, chosen, extra.digests(stage)
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
@@ -252,16 +258,22 @@ def _check_same_place(files: list[ckpt.Files]) -> None:
         )
 
 
-def _check_same_length(comm: HostComm, length: int) -> None:
+def _check_data(comm: HostComm, state: TrainState) -> None:
     """Check that all ranks have training data of one length: each draws its part of one order. Collective.
 
     Raises:
-        ValueError: the lengths differ; the same on all ranks.
+        ValueError: the lengths differ, or a rank can't use its loader; the same on all ranks.
     """
-    lengths = comm.all_gather(length)
-    if len(set(lengths)) > 1:
-        other = next(rank for rank, found in enumerate(lengths) if found != lengths[0])
-        raise ValueError(
-            f"training_data has {lengths[0]} samples on rank 0, but {lengths[other]} on rank {other}; pass "
-            "the whole dataset on every rank: the engine gives each its part"
-        )
+    data, length = state.data, state.progress.dataset_length
+    found = comm.all_gather((length, None, None) if data is None else (length, data.kind, data.problem))
+    for rank, (_, _, problem) in enumerate(found):
+        if problem is not None:
+            raise ValueError(f"{problem} (rank {rank})")
+    for rank, (length, kind, _) in enumerate(found):
+        if length != found[0][0]:
+            raise ValueError(
+                f"training_data has {found[0][0]} samples on rank 0, but {length} on rank {rank}; pass "
+                "the whole dataset on every rank: the engine gives each its part"
+            )
+        if kind != found[0][1]:
+            raise ValueError(f"training_data is a {found[0][1]} on rank 0, but a {kind} on rank {rank}")

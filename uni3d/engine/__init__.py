@@ -11,5 +11,6 @@ Modules:
     sample_order    the order of samples
     sample_workers  the processes that load samples
     data_loader     the data loader
+    given_loader    loaders and streams that the script brings as training data
     guard           failures during collective calls
 """

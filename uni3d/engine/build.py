@@ -25,6 +25,7 @@ from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
+from uni3d.engine.given_loader import GivenLoader, given_loader, is_given_loader
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.lr_schedules import make_scheduler
@@ -42,12 +43,12 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[[Groups], torch.optim.Optimizer] | None = None,
     model_parameters: Iterable[Any] | None = None,
-    training_data: Dataset[Any] | None = None,
+    training_data: Dataset[Any] | Iterable[Any] | None = None,
     lr_scheduler: Scheduler | Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
-) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
+) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | GivenLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
     The process group is started if there is none; without torchrun it has one process.
@@ -61,8 +62,9 @@ def initialize(
             precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data: a map-style dataset of `(inputs, targets)`. For a DataLoader or an IterableDataset,
-            leave it out and pass an iterator to `train_batch`.
+        training_data: a map-style dataset of `(inputs, targets)`, whose order is the engine's. Or an
+            IterableDataset, a DataLoader, or any loader with `state_dict` and `load_state_dict`, which are
+            used as they are: each gives its data-parallel rank's own samples.
         lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
         collate_fn: for the data loader.
         config: the path of a JSON file, or its content.
@@ -76,8 +78,11 @@ def initialize(
     """
     model = check_model(model)
     check_data(training_data)
+    data: Any = training_data
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
+    if is_given_loader(data):
+        data = given_loader(data, settings, triad, topology, collate_fn)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     _warn_without_effect(settings, topology)
@@ -90,9 +95,9 @@ def initialize(
         # A scheduler of the script's own takes the place of the config's.
         config=settings if lr_scheduler is None else settings.model_copy(update={"scheduler": None}),
         triad=triad,
-        state=_train_state(settings, triad, built, inner, scheduler, training_data),
+        state=_train_state(settings, triad, built, inner, scheduler, data),
         model_spec=spec,
-        training_data=training_data,
+        training_data=data,
         collate_fn=collate_fn,
     )
     refuse_copies(engine, engine.module)
@@ -139,9 +144,10 @@ def _train_state(
     model: parallel.ParallelModel,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Scheduler | None,
-    training_data: Dataset[Any] | None,
+    training_data: Any,
 ) -> TrainState:
-    length = 0 if training_data is None else len(training_data)  # type: ignore[arg-type]
+    given = training_data if isinstance(training_data, GivenLoader) else None
+    length = 0 if training_data is None or given is not None else len(training_data)
     used = epoch_length(length, triad.train_batch, drop_last=settings.dataloader_drop_last)
     return TrainState(
         model=model,
@@ -149,6 +155,7 @@ def _train_state(
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
         progress=Progress(train_batch=triad.train_batch, dataset_length=length, epoch_length=used),
+        data=given,
     )
 
 

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from parallel import ParallelModel, Topology
 from uni3d.config import BatchTriad, Config
 from uni3d.config.data import epoch_length
-from uni3d.engine.arguments import check_data
+from uni3d.engine.arguments import check_dataset
 from uni3d.engine.batches import check_batches, on_device
+from uni3d.engine.given_loader import GivenLoader
 from uni3d.engine.sample_order import GlobalOrder
 from uni3d.engine.sample_workers import HERE, Places, SampleFetcher, Workers
 
@@ -96,7 +97,7 @@ class TrainingLoader:
         `position` returns the number of samples consumed so far, over all ranks, and `taken` how many micro
         batches this rank has had backward passes of since, those inside `no_sync` included.
         """
-        check_data(dataset)
+        check_dataset(dataset)
         samples = len(dataset)  # type: ignore[arg-type]
         self._length = epoch_length(samples, triad.train_batch, drop_last=drop_last)
         self._order = GlobalOrder(samples, seed, self._length)
@@ -183,7 +184,7 @@ class RepeatingLoader:
         self._batches: Iterator[Any] = iter(())
 
     def __iter__(self) -> RepeatingLoader:
-        if isinstance(self.loader, TrainingLoader) and self.loader.follows_training:
+        if isinstance(self.loader, TrainingLoader | GivenLoader) and self.loader.follows_training:
             self._batches = iter(())
         return self
 
@@ -192,7 +193,10 @@ class RepeatingLoader:
             return next(self._batches)
         except StopIteration:
             loader = self.loader
-            self._batches = loader.all_epochs() if isinstance(loader, TrainingLoader) else iter(loader)
+            if isinstance(loader, TrainingLoader | GivenLoader):
+                self._batches = loader.all_epochs()
+            else:
+                self._batches = iter(loader)
         try:
             return next(self._batches)
         except StopIteration:
@@ -209,7 +213,9 @@ class BatchSource:
         sure: True if the last ones have the config's number of samples, whatever their tensors' first dims.
     """
 
-    def __init__(self, loader: TrainingLoader | None, model: ParallelModel, triad: BatchTriad) -> None:
+    def __init__(
+        self, loader: TrainingLoader | GivenLoader | None, model: ParallelModel, triad: BatchTriad
+    ) -> None:
         self._loader = loader
         self._model = model
         self._triad = triad
