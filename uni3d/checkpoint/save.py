@@ -265,7 +265,9 @@ def _check_data(comm: HostComm, state: TrainState) -> None:
         ValueError: the lengths differ, or a rank can't use its loader; the same on all ranks.
     """
     data, length = state.data, state.progress.dataset_length
-    found = comm.all_gather((length, None, None) if data is None else (length, data.kind, data.problem))
+    kept = {True: "that resumes", False: "that begins anew"}
+    mine = ("dataset", None) if data is None else (f"{data.kind} {kept[data.resumes]}", data.problem)
+    found = comm.all_gather((length, *mine))
     for rank, (_, _, problem) in enumerate(found):
         if problem is not None:
             raise ValueError(f"{problem} (rank {rank})")

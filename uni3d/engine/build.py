@@ -25,7 +25,7 @@ from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
-from uni3d.engine.given_loader import GivenLoader, given_loader, is_given_loader
+from uni3d.engine.given_loader import GivenLoader, data_as_used
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.lr_schedules import make_scheduler
@@ -78,11 +78,9 @@ def initialize(
     """
     model = check_model(model)
     check_data(training_data)
-    data: Any = training_data
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
-    if is_given_loader(data):
-        data = given_loader(data, settings, triad, topology, collate_fn)
+    data = data_as_used(training_data, settings, triad, topology, collate_fn)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     _warn_without_effect(settings, topology)

@@ -20,11 +20,14 @@ from torch.utils.data import (
 
 from parallel import Topology
 from uni3d.config import BatchTriad, Config
+from uni3d.engine.sample_workers import no_error_elsewhere
 
 
 def is_given_loader(data: Any) -> bool:
     """Return whether the data is used as it is, rather than in an order of the engine's own."""
-    return isinstance(data, DataLoader | IterableDataset) or (has_state(data) and hasattr(data, "__iter__"))
+    if isinstance(data, DataLoader | IterableDataset):
+        return True
+    return has_state(data) and hasattr(data, "__iter__") and not hasattr(data, "__getitem__")
 
 
 def has_state(owner: Any) -> bool:
@@ -94,7 +97,8 @@ class GivenLoader:
 
     def _pass(self, generation: int) -> Iterator[Any]:
         skipped = self._begin(generation)
-        batches = iter(self._loader)
+        with no_error_elsewhere():
+            batches = iter(self._loader)
         for i in range(skipped):
             if next(batches, None) is None:
                 raise ValueError(
@@ -160,18 +164,20 @@ class GivenLoader:
         self._endless, self._batches, self._restored = None, 0, False
 
 
-def given_loader(
+def data_as_used(
     data: Any,
     config: Config,
     triad: BatchTriad,
     topology: Topology,
     collate_fn: Callable[[list[Any]], Any] | None,
-) -> GivenLoader:
-    """Return the loader of data that is used as it is.
+) -> Any:
+    """Return a `GivenLoader` of data that is used as it is; a map-style dataset unchanged.
 
     Raises:
         ValueError: it doesn't fit the config; the same on all ranks.
     """
+    if not is_given_loader(data):
+        return data
     kind = type(data).__name__
     if isinstance(data, IterableDataset):
         return _of_stream(data, config, triad, topology, collate_fn)

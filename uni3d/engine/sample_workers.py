@@ -57,7 +57,7 @@ class SampleFetcher:
         loader, self._idle = self._new_loader() if self._idle is None else self._idle, None
         loader.batch_sampler.wanted = wanted  # type: ignore[union-attr]
         try:
-            with _no_error_elsewhere():
+            with no_error_elsewhere():
                 batches = iter(loader)
             here = nullcontext if self._workers.processes else _random_state_kept
             while True:
@@ -94,7 +94,7 @@ class SampleFetcher:
 
 
 @contextmanager
-def _no_error_elsewhere() -> Iterator[None]:
+def no_error_elsewhere() -> Iterator[None]:
     """Take back torch's handler of SIGCHLD, by which a process that dies raises an error in any line.
 
     In the middle of a step, that would leave this rank behind the others. Without it, the death is noticed by
