@@ -69,14 +69,14 @@ def using_up(model: nn.Module, build: Callable[[], T]) -> T:
     return built
 
 
-def check_data(training_data: Any) -> None:
-    """Check that the data is something to train on.
+def check_data(training_data: Any) -> Any:
+    """Return the data if it is something to train on.
 
     Raises:
         ValueError: it is neither a dataset nor a loader.
     """
     if training_data is None or is_given_loader(training_data) or _has_samples(training_data):
-        return
+        return training_data
     raise ValueError(
         f"training_data is a {type(training_data).__name__}, which has no length and no sample by its index, "
         "and no state_dict: a resume couldn't find its place; pass a map-style dataset, an IterableDataset "

@@ -62,9 +62,8 @@ def initialize(
             precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data: a map-style dataset of `(inputs, targets)`, whose order is the engine's. Or an
-            IterableDataset, a DataLoader, or any loader with `state_dict` and `load_state_dict`, which are
-            used as they are: each gives its data-parallel rank's own samples.
+        training_data: a map-style dataset of `(inputs, targets)`; or an IterableDataset, a DataLoader or a
+            loader with a state, of this rank's own samples (see `uni3d.engine.given_loader`).
         lr_scheduler: over `optimizer`, or a function of it. Takes precedence over the config's.
         collate_fn: for the data loader.
         config: the path of a JSON file, or its content.
@@ -76,11 +75,10 @@ def initialize(
     Raises:
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
     """
-    model = check_model(model)
-    check_data(training_data)
+    model, data = check_model(model), check_data(training_data)
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
-    data = data_as_used(training_data, settings, triad, topology, collate_fn)
+    data = data_as_used(data, settings, triad, topology, collate_fn)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     _warn_without_effect(settings, topology)

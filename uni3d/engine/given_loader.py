@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from parallel import Topology
 from uni3d.config import BatchTriad, Config
+from uni3d.config.data import epoch_length
 from uni3d.engine.sample_workers import no_error_elsewhere
 
 
@@ -177,6 +178,8 @@ def data_as_used(
         ValueError: it doesn't fit the config; the same on all ranks.
     """
     if not is_given_loader(data):
+        samples = 0 if data is None else len(data)
+        epoch_length(samples, triad.train_batch, drop_last=config.dataloader_drop_last)  # or it is refused
         return data
     kind = type(data).__name__
     if isinstance(data, IterableDataset):

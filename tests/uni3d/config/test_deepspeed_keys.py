@@ -137,7 +137,6 @@ REFUSED: dict[str, Any] = {
     "gradient_allreduce_op": "sum",
     "sparse_gradients": True,
     "managed_gradient_accumulation": False,
-    "dataloader_drop_last": True,
     "zero_optimization.zero_quantized_weights": True,
     "zero_optimization.zero_quantized_nontrainable_weights": True,
     "zero_optimization.zero_quantized_gradients": True,

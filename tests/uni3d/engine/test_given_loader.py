@@ -275,6 +275,12 @@ def test_what_does_not_fit_is_refused(alone: None, tmp_path: Path) -> None:
     assert "give collate_fn to it" in refused(sequential(), collate_fn=len)
     workers = refused(StatefulStream(part=(0, 1)), config={"num_local_io_workers": 1})
     assert "with a state, which num_local_io_workers(1) would keep to themselves" in workers
+    model = seeded(Stack)
+    with pytest.raises(ValueError, match=r"the data has 11 samples, fewer than train_batch_size\(12\), so"):
+        make_engine(model, training_data=samples(11), config={"dataloader_drop_last": True})
+    make_engine(model, training_data=samples(11))  # nothing was done to the model
+    with pytest.raises(ValueError, match="the training data has no samples"):
+        engine_with(samples(0))
     assert "has no batches" in refused_step(Stream(1, (1, 2)))
     engine = engine_with(Unsaved(part=(0, 1)))
     engine.train_batch()
