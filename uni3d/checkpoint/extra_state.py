@@ -98,7 +98,7 @@ def of_modules(model: nn.Module) -> dict[str, Extra]:
                 f"{name} couldn't be restored: {type(module).__name__} has no set_extra_state, only "
                 "get_extra_state"
             )
-        found[name] = _taken_apart(module.get_extra_state(), name)
+        found[name] = taken_apart(module.get_extra_state(), name)
     return found
 
 
@@ -161,7 +161,7 @@ def of_optimizer(optimizer: Optimizer) -> Extra:
     Raises:
         CheckpointError: a part can't be stored.
     """
-    return _taken_apart(current_extra(optimizer), f"{type(optimizer).__name__}.state_dict()")
+    return taken_apart(current_extra(optimizer), f"{type(optimizer).__name__}.state_dict()")
 
 
 def current_extra(optimizer: Optimizer) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def put_together(record: ExtraRecord, tensor_at: Callable[[str], Tensor]) -> Any
     return holder[""]
 
 
-def _taken_apart(value: Any, name: str) -> Extra:
+def taken_apart(value: Any, name: str) -> Extra:
     """Take an extra state apart; `name` is its name in messages.
 
     Raises:

@@ -21,6 +21,7 @@ from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
+from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
@@ -104,12 +105,14 @@ class Restorer:
         model_too = wanted.custom is None
         extra = ExtraLoad(self._state.model, optimizer, saved, self._comm, model_too=model_too)
         extra.check(checkpoint.url, strict=wanted.strict)
-        report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra)
+        data = DataLoad(self._state.data, self._state.model.topology, saved, counters=wanted.counters)
+        report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra, data)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
             ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
             ckpt.agreed(self._comm, extra.restore)
+            ckpt.agreed(self._comm, data.restore)
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
         extra.tell(report)
@@ -179,6 +182,8 @@ class Restorer:
                 "sample_order": SAMPLE_ORDER,
             },
             dataset_length=progress.dataset_length,
+            epoch_length=progress.epoch_length,
+            data=_given_data(self._state),
             accepted=self._config.checkpoint.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,
         )
@@ -194,8 +199,11 @@ class Restorer:
         optimizer: Optimizer | None,
         wanted: Wanted,
         extra: ExtraLoad,
+        data: DataLoad,
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
+            if is_data(key.atom):
+                return data.reason()
             if is_extra(key.state):
                 return extra.reason(key.atom)
             if not _is_moment(key):
@@ -214,7 +222,7 @@ class Restorer:
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
-                [*targets, *extra.targets(checkpoint)],
+                [*targets, *extra.targets(checkpoint), *data.targets(checkpoint)],
                 comm=self._comm,
                 strict=wanted.strict,
                 leave=leave,
@@ -270,6 +278,11 @@ def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
 
 def _is_moment(key: ckpt.ArrayKey) -> bool:
     return key.state not in WEIGHT_STATES and not is_extra(key.state)
+
+
+def _given_data(state: TrainState) -> tuple[str, int, bool] | None:
+    data = state.data
+    return None if data is None else (data.kind, state.model.topology.degrees.dp, data.resumes)
 
 
 def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:

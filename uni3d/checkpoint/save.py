@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
+from uni3d.checkpoint.data_state import DataSaver
 from uni3d.checkpoint.extra_state import (
     Digests,
     ExtraStates,
@@ -61,7 +63,7 @@ class Saver:
             ValueError: the scheduler's state can't be saved, or the ranks have training data of different
                 lengths. Checked here, before any training is lost.
         """
-        _check_same_length(comm, state.progress.dataset_length)
+        _check_data(comm, state)
         if state.lr_scheduler is not None:
             try:
                 ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
@@ -75,6 +77,7 @@ class Saver:
         self._comm = comm
         self._writing = HostComm()  # separate: a background save talks while `comm` is in use
         self._inventory = inventory
+        self._data = DataSaver(state.data, state.model.topology, comm)
         self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
         self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
@@ -100,6 +103,7 @@ class Saver:
         join_all()  # another engine of this process may be saving into the same run
         asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
+        data, tensors = self._data.take()
 
         def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
@@ -110,11 +114,13 @@ class Saver:
                 self._looked_for_others = True
             files = self._config.checkpoint.files
             chosen = ckpt.files_for(where) if files == "auto" else files
-            plan, parts = self._parts(extra.arrays(stage), frozen, chosen)
+            arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
+            plan, parts = self._parts(arrays, frozen, chosen)
             if asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
+            manifest = replace(self._manifest(client_state, extra, frozen), data=data)
+            taken.append(_Taken(where, name, plan, parts, manifest))
             return name, chosen, tuple(sorted(extra.digests(stage).items()))
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
@@ -240,6 +246,9 @@ class Saver:
                 seed=self._config.seed,
                 train_batch_size=progress.train_batch,
                 dataset_length=progress.dataset_length,
+                epoch_length=None
+                if progress.epoch_length == progress.dataset_length
+                else progress.epoch_length,
                 sample_order=SAMPLE_ORDER,
             ),
             client_state=copy.deepcopy(client_state),
@@ -259,16 +268,27 @@ def _check_same_place(files: Mapping[ckpt.Files, int]) -> None:
         )
 
 
-def _check_same_length(comm: HostComm, length: int) -> None:
+def _check_data(comm: HostComm, state: TrainState) -> None:
     """Check that all ranks have training data of one length: each draws its part of one order. Collective.
 
     Raises:
-        ValueError: the lengths differ; the same on all ranks.
+        ValueError: the lengths differ, or a rank can't use its loader; the same on all ranks.
     """
-    (first, _), *others = ckpt.distinct(comm, lambda: length).items()
-    if others:
-        other, ranks = others[0]
-        raise ValueError(
-            f"training_data has {first} samples on rank 0, but {other} on rank {ranks.first}; pass "
-            "the whole dataset on every rank: the engine gives each its part"
-        )
+    data, length = state.data, state.progress.dataset_length
+    kept = {True: "that resumes", False: "that begins anew"}
+    kind, problem = ("dataset", None) if data is None else (f"{data.kind} {kept[data.resumes]}", data.problem)
+    found = ckpt.distinct(comm, lambda: (length, kind, problem))
+    for (_, _, wrong), ranks in found.items():
+        if wrong is not None:
+            raise ValueError(f"{wrong} (rank {ranks.first})")
+    ((first, first_kind, _), _), *others = found.items()
+    for (other, other_kind, _), ranks in others:
+        if other != first:
+            raise ValueError(
+                f"training_data has {first} samples on rank 0, but {other} on rank {ranks.first}; pass "
+                "the whole dataset on every rank: the engine gives each its part"
+            )
+        if other_kind != first_kind:
+            raise ValueError(
+                f"training_data is a {first_kind} on rank 0, but a {other_kind} on rank {ranks.first}"
+            )

@@ -1,6 +1,7 @@
 """The JSON config: DeepSpeed's keys with DeepSpeed's meanings, and a section of our own, `parallel`.
 
     batch                           the three batch sizes
+    data                            loading of samples
     sections                        every section but the next two
     optimizer, torch_optimizers     `optimizer`
     scheduler                       `scheduler`
@@ -24,7 +25,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny, model_validator
 
-from uni3d.config.batch import BatchSizes, BatchTriad, batch_triad
+from uni3d.config.batch import BatchTriad, batch_triad
+from uni3d.config.data import DataKeys
 from uni3d.config.deepspeed_keys import NO_MEANING, READ_AS, REFUSED
 from uni3d.config.files import read_file
 from uni3d.config.optimizer import OptimizerConfig, read_optimizer
@@ -59,7 +61,7 @@ def _never_if_infinite(value: object) -> object:
     return None if value == math.inf else value
 
 
-class Config(BatchSizes):
+class Config(DataKeys):
     """A validated config. What depends on the number of processes is checked later (see `batch_triad`)."""
 
     gradient_clipping: float = Field(default=1.0, ge=0)

@@ -38,7 +38,6 @@ REFUSED: dict[str, str] = {
     "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch; delete it, "
     "and scale the loss",
     "managed_gradient_accumulation": "the engine always counts gradient_accumulation_steps itself; delete it",
-    "dataloader_drop_last": "no samples are dropped: a global batch may span two epochs",
     "elasticity": "any checkpoint resumes on any topology; delete it, and set train_batch_size to keep the "
     "global batch",
     # How work is split
@@ -244,6 +243,7 @@ NO_MEANING = _TUNING | _REQUESTS
 
 READ_AS: dict[str, str] = {
     "bfloat16": "bf16",
+    "num_workers": "num_local_io_workers",
     "tensor_parallel.autotp_size": "parallel.tp",
     "pipeline.stages": "parallel.pp",
     "pipeline.activation_checkpoint_interval": "activation_checkpointing.mode",

@@ -10,6 +10,8 @@ Modules:
     batches         checks of micro batches, the loss of one, dropout's random state
     token_means     the numbers of label tokens behind the losses of Hugging Face models
     sample_order    the order of samples
+    sample_workers  the processes that load samples
     data_loader     the data loader
+    given_loader    loaders and streams that the script brings as training data
     guard           failures during collective calls
 """

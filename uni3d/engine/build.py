@@ -20,11 +20,13 @@ from parallel.parameter_hooks import tensors_in
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
+from uni3d.config.data import epoch_length
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.engine import Engine
+from uni3d.engine.given_loader import GivenLoader, data_as_used
 from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
@@ -44,7 +46,7 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[[Groups], torch.optim.Optimizer] | None = None,
     model_parameters: Iterable[Any] | None = None,
-    training_data: Dataset[Any] | None = None,
+    training_data: Dataset[Any] | Iterable[Any] | None = None,
     lr_scheduler: Scheduler | Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -52,7 +54,7 @@ def initialize(
     *,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
-) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
+) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | GivenLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
     The process group is started if there is none; without torchrun it has one process.
@@ -65,8 +67,8 @@ def initialize(
             functions of the parameter groups and the optimizer. They take precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data, collate_fn: a map-style dataset of `(inputs, targets)`. For a DataLoader or an
-            IterableDataset, leave it out and pass an iterator to `train_batch`.
+        training_data, collate_fn: a map-style dataset of `(inputs, targets)`; or an IterableDataset, a
+            DataLoader or a loader with a state, of this rank's own samples (`uni3d.engine.given_loader`).
         config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
         resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
         weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
@@ -77,10 +79,10 @@ def initialize(
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
         ckpt.CheckpointError: `resume` or `weights` can't be loaded; the same on all ranks.
     """
-    model = check_model(model)
-    check_data(training_data)
+    model, data = check_model(model), check_data(training_data)
     settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
     topology, split, triad = _distribute(settings)
+    data = data_as_used(data, settings, triad, topology, collate_fn)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
@@ -91,9 +93,9 @@ def initialize(
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
     if lr_scheduler is not None:  # it takes the place of the config's
         settings = settings.model_copy(update={"scheduler": None})
-    state = _train_state(settings, triad, built, inner, scheduler, training_data)
+    state = _train_state(settings, triad, built, inner, scheduler, data)
     make = partial(Engine, config=settings, triad=triad, state=state, model_spec=spec)
-    engine = make(training_data=training_data, collate_fn=collate_fn)
+    engine = make(training_data=data, collate_fn=collate_fn)
     if start.run is not None:
         _load(engine, start.run)
     refuse_copies(engine, engine.module)
@@ -153,15 +155,18 @@ def _train_state(
     model: parallel.ParallelModel,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Scheduler | None,
-    training_data: Dataset[Any] | None,
+    training_data: Any,
 ) -> TrainState:
-    length = 0 if training_data is None else len(training_data)  # type: ignore[arg-type]
+    given = training_data if isinstance(training_data, GivenLoader) else None
+    length = 0 if training_data is None or given is not None else len(training_data)
+    used = epoch_length(length, triad.train_batch, drop_last=settings.dataloader_drop_last)
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
-        progress=Progress(train_batch=triad.train_batch, dataset_length=length),
+        progress=Progress(train_batch=triad.train_batch, dataset_length=length, epoch_length=used),
+        data=given,
     )
 
 

@@ -21,7 +21,8 @@ from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted, newest
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
-from uni3d.engine.data_loader import BatchSource, TrainingLoader
+from uni3d.engine.data_loader import BatchSource, TrainingLoader, loading
+from uni3d.engine.given_loader import GivenLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches, in_eval_mode
 from uni3d.engine.step import Stepper
@@ -52,7 +53,7 @@ class Engine:
         triad: BatchTriad,
         state: TrainState,
         model_spec: dict[str, Any],
-        training_data: Dataset[Any] | None = None,
+        training_data: Dataset[Any] | GivenLoader | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         """Collective. `model_spec` is the model's own description, for the manifest."""
@@ -76,11 +77,10 @@ class Engine:
         self._stepper = Stepper(state, config, saver=self._saver, observer=self._observer)
         self._micro = MicroBatches(state.model, state.scaler, triad.accumulation, triad.micro_batch)
         self._guard = Guard(state.progress)
-        self.training_dataloader: TrainingLoader | None = None
-        if training_data is not None:
-            self.training_dataloader = self.loader(
-                training_data, collate_fn, lambda: self.global_samples, lambda: len(self._micro.losses)
-            )
+        data: Any = training_data
+        if data is not None and not isinstance(data, GivenLoader):
+            data = self.loader(data, collate_fn, lambda: self.global_samples, lambda: len(self._micro.losses))
+        self.training_dataloader: TrainingLoader | GivenLoader | None = data
         self._source = BatchSource(self.training_dataloader, state.model, triad)
         state.model.zero.show_parameters()
 
@@ -153,8 +153,8 @@ class Engine:
         taken: Callable[[], int] = lambda: 0,
     ) -> TrainingLoader:
         """Return this rank's micro batches of `dataset`: each `for` begins at `position()`, or 0. Local."""
-        load = partial(TrainingLoader, dataset, self.triad, seed=self.config.seed, collate_fn=collate_fn)
-        return load(dp_rank=self.model.topology.dp_rank, position=position, taken=taken)
+        load = partial(TrainingLoader, dataset, self.triad, position=position, taken=taken)
+        return load(collate_fn=collate_fn, **loading(self.config, self.model.topology))
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 

@@ -165,7 +165,6 @@ REFUSED: dict[str, Any] = {
     "data_types.buffer_dtype": "bf16",
     "gradient_allreduce_op": "sum",
     "managed_gradient_accumulation": False,
-    "dataloader_drop_last": True,
     "zero_optimization.zero_quantized_weights": True,
     "zero_optimization.zero_quantized_nontrainable_weights": True,
     "zero_optimization.zero_quantized_gradients": True,
