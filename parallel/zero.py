@@ -215,8 +215,7 @@ class Zero:
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that a forward pass computed with, even if their memory was freed after it."""
-        for record in self._records:
-            yield record._unsharded_param
+        yield from (r._unsharded_param for r in self._records if hasattr(r, "_unsharded_param"))
         yield from (p for p in cast(nn.Module, self.root).parameters() if stays_whole(p))
 
     def start(self) -> None:
@@ -328,6 +327,9 @@ class ZeroStages:
     def start(self) -> None:
         for zero in self._stages:
             zero.start()
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for zero in self._stages for parameter in zero.whole_parameters())
 
     def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
         for zero in self._stages:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -25,6 +25,14 @@ from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
+from uni3d.engine.deepspeed_arguments import (
+    FurtherArguments,
+    Given,
+    check_further,
+    check_mpu,
+    decoded,
+    with_degrees,
+)
 from uni3d.engine.engine import Engine
 from uni3d.engine.given_loader import GivenLoader, data_as_used
 from uni3d.engine.start import Start
@@ -54,6 +62,7 @@ def initialize(
     *,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
+    **further: Unpack[FurtherArguments],
 ) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | GivenLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
@@ -72,6 +81,7 @@ def initialize(
         config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
         resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
         weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
+        further: others of DeepSpeed's, see `FurtherArguments`.
 
     Returns the engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
 
@@ -80,8 +90,8 @@ def initialize(
         ckpt.CheckpointError: `resume` or `weights` can't be loaded; the same on all ranks.
     """
     model, data = check_model(model), check_data(training_data)
-    settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
-    topology, split, triad = _distribute(settings)
+    settings = _settings(_one_config(args, config, config_params), model, further)
+    topology, split, triad = _distribute(settings, further.get("mpu"))
     data = data_as_used(data, settings, triad, topology, collate_fn)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
@@ -107,11 +117,17 @@ def _load(engine: Engine, run: str | Path) -> None:
     engine.load_checkpoint(run)
     assert engine.last_load is not None, "it was loaded"
     restored = {*engine.last_load.restored}
-    names = [engine.model.first_name(name) for name, _ in engine.named_parameters()]
+    names = [engine.model.first_name(name) for name, _ in engine.module.named_parameters()]
     assert restored.issuperset(f"{name}/{PARAMETER}" for name in names), "the load is strict"
 
 
-def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
+def _settings(config: Given, model: nn.Module, further: FurtherArguments) -> Config:
+    """Return the config together with what else says how the run is laid out."""
+    check_further(further)
+    return _with_pipeline_options(with_degrees(load_config(decoded(config)), further), model)
+
+
+def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
     """Collective: start the process group; return the topology, `parallel`'s settings and the batch sizes.
 
     Checks the config before the process group is started, as ranks that wait there can't report an error.
@@ -128,6 +144,7 @@ def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings,
         shard_group=settings.shard_group,
         device_type=device,
     )
+    check_mpu(mpu, topology)
     return topology, split, triad
 
 
@@ -189,7 +206,7 @@ def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topolog
         )
 
 
-def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
+def _one_config(args: Any, *given: Given | None) -> Given:
     """Return the config, from whichever argument has it."""
     from_args = getattr(args, "deepspeed_config", None)
     configs = [c for c in (*given, from_args) if c is not None]
@@ -198,7 +215,7 @@ def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str
             "give the config once, as config, config_params or args.deepspeed_config; "
             f"got it {len(configs)} times"
         )
-    config: str | Path | Mapping[str, Any] = configs[0]
+    config: Given = configs[0]
     return config
 
 

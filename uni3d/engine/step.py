@@ -121,6 +121,8 @@ class Stepper:
         """Gradient norm of the last step."""
         self.applied = False
         """True if the last step changed the parameters."""
+        self.overflowed = False
+        """True if the last optimizer step was skipped for an overflow in fp16."""
         self._trained = _Trained([], [])
         fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         model = state.model
@@ -136,8 +138,7 @@ class Stepper:
         scale.
 
         Raises:
-            BatchError, StepRefusedError: the gradients can't be right, or there are none. The step was not
-                taken.
+            BatchError, StepRefusedError: the gradients can't be right, or there are none; no step was taken.
             FloatingPointError: the loss or a gradient of this step, or with `deferred` of the previous one,
                 isn't finite, and there is no loss scale to lower. The step was not taken; if the previous
                 one failed, neither was.
@@ -252,6 +253,7 @@ class Stepper:
         if state.scaler is not None or self.applied:
             progress.global_samples += int(numbers.extra)
         if state.scaler is not None:
+            self.overflowed = not self.applied
             if not self.applied:
                 state.model.module.zero_grad()
                 progress.skipped_steps += 1
