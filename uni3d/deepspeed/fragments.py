@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from parallel.fsdp_internals import sharded_of
 from parallel.gathered import WholeParameter, part_here, set_whole, whole_of
 from parallel.gradients import sum_over_ranks
-from parallel.loss import Loss
 from uni3d.deepspeed.engines import engine_of, name_of
 
 
@@ -215,14 +214,8 @@ def _set_part(tensor: Tensor, value: Tensor, call: str) -> None:
 # --- the moment in a step ------------------------------------------------------------------------------
 
 
-def _is_before_step(engine: Any) -> bool:
-    """Return whether the backward pass that ends the accumulation is done, and `step()` is next."""
-    micro = engine._micro
-    return bool(micro.losses) and micro.is_boundary and micro._backwards > 0
-
-
 def _check_settable(engine: Any, call: str) -> None:
-    if engine._micro.losses and not _is_before_step(engine):
+    if engine._micro.losses and not engine._micro.awaits_step:
         raise RuntimeError(
             f"{call} can't be called between the micro batches of a step; call it after the last backward "
             "pass, or between two steps"
@@ -238,12 +231,12 @@ def _gradient_divisor(engine: Any, call: str) -> float:
     micro, scaler = engine._micro, engine.scaler
     if not micro.losses:
         return 1.0  # there are none, or ones that the script has put there
-    if not _is_before_step(engine):
+    if not micro.awaits_step:
         raise RuntimeError(
             f"{call} needs the gradients of the whole step, which are summed over ranks in its last backward "
             f"pass: {len(micro.losses)} of {engine.gradient_accumulation_steps()} micro batches are done"
         )
     if scaler is None and micro.share != 1.0:
         return 1.0  # means, which were divided before the backward passes
-    terms = sum_over_ranks(Loss.sum(micro.losses), [], engine.model.topology).terms.item()
+    terms = sum_over_ranks(micro.total(), [], engine.model.topology).terms.item()
     return float(terms * (micro.share if scaler is None else scaler.factor))

@@ -106,14 +106,15 @@ def initialize(
     state = _train_state(settings, triad, built, inner, scheduler, data)
     make = partial(Engine, config=settings, triad=triad, state=state, model_spec=spec)
     engine = make(training_data=data, collate_fn=collate_fn)
-    if start.run is not None:
-        _load(engine, start.run)
+    _load(engine, start.run)
     refuse_copies(engine, engine.module)
     return engine, inner, engine.training_dataloader, scheduler
 
 
-def _load(engine: Engine, run: str | Path) -> None:
-    """Load the run's newest checkpoint into the engine, all parameters of which are NaN."""
+def _load(engine: Engine, run: str | Path | None) -> None:
+    """Load the run's newest checkpoint, if there is a run; all parameters of the engine are NaN then."""
+    if run is None:
+        return
     engine.load_checkpoint(run)
     assert engine.last_load is not None, "it was loaded"
     restored = {*engine.last_load.restored}
