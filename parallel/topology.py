@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from datetime import timedelta
 from functools import cache, cached_property
 
 import torch
@@ -23,11 +24,12 @@ from parallel.host_comm import HostComm
 AXES = ("pp", "replicate", "shard", "tp")
 
 
-def start_process_group(device_type: str) -> None:
+def start_process_group(device_type: str, timeout: timedelta | None = None) -> None:
     """Join the process group that torchrun announces in the environment, or else make a group of one.
 
-    On GPUs it has NCCL alone. With gloo beside it, it and each axis of a mesh would connect every two of
-    their ranks, and nothing here would use that: `HostComm` has connections of its own.
+    `timeout` is that of its collectives, None for torch's own. On GPUs the group has NCCL alone. With gloo
+    beside it, it and each axis of a mesh would connect every two of their ranks, and nothing here would use
+    that: `HostComm` has connections of its own.
     """
     if dist.is_initialized():
         return
@@ -35,7 +37,7 @@ def start_process_group(device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

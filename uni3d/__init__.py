@@ -16,7 +16,7 @@ The rooms, and the files beside them:
     export, importers        other frameworks' checkpoints, out and in
     name_map, zero_to_fp32   renaming of weights; the script that lies in every checkpoint
     cli, units               the command `uni3d`; sizes and rates as text
-    pipe, deepspeed          names that DeepSpeed scripts import
+    pipe, deepspeed          DeepSpeed's form of a pipeline; DeepSpeed under its own names
     siblings, version        finding `parallel` and `ckpt`; the release
 
 Importing this package loads no torch; `initialize` and `Engine` do when they are first asked for. From then
@@ -32,7 +32,7 @@ from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
-    from uni3d.deepspeed import add_config_arguments, init_distributed
+    from uni3d.deepspeed.training import add_config_arguments, init_distributed
     from uni3d.engine.build import initialize
     from uni3d.engine.data_loader import RepeatingLoader
     from uni3d.engine.engine import Engine
@@ -66,7 +66,7 @@ __all__ = [
 
 _NAMES = {
     "ckpt": ["CheckpointError"],
-    "uni3d.deepspeed": ["add_config_arguments", "init_distributed"],
+    "uni3d.deepspeed.training": ["add_config_arguments", "init_distributed"],
     "uni3d.engine.build": ["initialize"],
     "uni3d.engine.data_loader": ["RepeatingLoader"],
     "uni3d.engine.engine": ["Engine"],

@@ -39,6 +39,17 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
         ValueError: `cycle_momentum` is set, but the optimizer has no betas; or a list has another length
             than there are parameter groups.
     """
+    ratios, cycles = begin(config, optimizer)
+    return CycledMomentum(optimizer, ratios, cycles) if cycles else LambdaLR(optimizer, ratios)
+
+
+def begin(
+    config: SchedulerConfig, optimizer: torch.optim.Optimizer
+) -> tuple[list[Ratio], list[OneCycleParams]]:
+    """Set the optimizer's base rates; return each group's ratio to its rate, and the cycles of its momentum.
+
+    There are no cycles if the schedule doesn't change the momentum. Raises as `make_scheduler` does.
+    """
     groups = optimizer.param_groups
     each = _of_groups(config, optimizer)
     for group, params in zip(groups, each, strict=True):
@@ -46,9 +57,7 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
             group["lr"] = peak
     ratios = [_ratio(params, float(group["lr"])) for group, params in zip(groups, each, strict=True)]
     cycles = [params for params in each if isinstance(params, OneCycleParams) and params.cycle_momentum]
-    if cycles and _has_betas(optimizer, cycles[0]):
-        return CycledMomentum(optimizer, ratios, cycles)
-    return LambdaLR(optimizer, ratios)
+    return ratios, cycles if cycles and _has_betas(optimizer, cycles[0]) else []
 
 
 def go_on(scheduler: LambdaLR, config: SchedulerConfig, rates: list[float] | None = None) -> None:
@@ -77,13 +86,13 @@ def _of_groups(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> lis
 
 
 class CycledMomentum(LambdaLR):
-    """A schedule that also sets each group's first beta."""
+    """A schedule that also sets each group's first beta, if there are cycles of it."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, ratios: list[Ratio], cycles: list[OneCycleParams]
     ) -> None:
         self._momentum = cycles
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups if cycles else ():
             group["initial_betas"] = group["betas"]  # marks them as moved by a schedule, as `initial_lr` does
         super().__init__(optimizer, ratios)
 
@@ -93,7 +102,7 @@ class CycledMomentum(LambdaLR):
 
     def set_betas(self) -> None:
         """Set the betas of the current epoch."""
-        for group, cycle in zip(self.optimizer.param_groups, self._momentum, strict=True):
+        for group, cycle in zip(self.optimizer.param_groups, self._momentum, strict=bool(self._momentum)):
             group["betas"] = (_one_cycle_momentum(cycle, self.last_epoch), SECOND_BETA)
 
     def state_dict(self) -> dict[str, Any]:
