@@ -27,6 +27,19 @@ class ScalarGradients:
     def __init__(self, module: nn.Module, topology: Topology) -> None:
         self._topology = topology
         self._scalars = [p for p in module.parameters() if p.ndim == 0]
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget what the last step has summed."""
+        self._are_sums = False
+        self._apart: list[Tensor | None] = [None] * len(self._scalars)
+
+    def before_backward(self) -> None:
+        """Put sums apart, so that a further backward pass doesn't add to them what is yet to be summed."""
+        if self._are_sums:
+            self._apart, self._are_sums = [p.grad for p in self._scalars], False
+            for parameter in self._scalars:
+                parameter.grad = None
 
     def used(self) -> bool:
         """Return whether any of them has a gradient."""
@@ -48,6 +61,10 @@ class ScalarGradients:
         gradient_sums, times_used = total.chunk(2)
         for parameter, gradient, times in zip(self._scalars, gradient_sums, times_used.tolist(), strict=True):
             parameter.grad = gradient.to(parameter.device) if times and parameter.requires_grad else None
+        for parameter, earlier in zip(self._scalars, self._apart, strict=True):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
+        self._apart, self._are_sums = [None] * len(self._scalars), True
 
 
 def count_for_all_ranks(module: nn.Module, topology: Topology) -> None:

@@ -83,6 +83,7 @@ class Topology:
         shard = shard_count(d.dp, zero_stage, shard_group)
         shape = (d.pp, d.dp // shard, shard, d.tp)
         self.degrees = d
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
         self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         index = torch.cuda.current_device() if device_type == "cuda" else 0
         self.device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
@@ -110,3 +111,15 @@ class Topology:
     def pp_group(self) -> dist.ProcessGroup:
         """Ranks that hold the other pipeline stages for this rank's part of the batch."""
         return self.mesh.get_group("pp")
+
+    def group(self, *axes: str) -> dist.ProcessGroup:
+        """Return the ranks that differ from this one along `axes` alone.
+
+        Collective if several of the axes have more than one rank and it wasn't asked for before.
+        """
+        long = [axis for axis in axes if self.mesh[axis].size() > 1]
+        if len(long) <= 1:
+            return self.mesh.get_group(long[0] if long else axes[0])
+        if (key := tuple(long)) not in self._groups:
+            self._groups[key] = self.mesh[key]._flatten().get_group()
+        return self._groups[key]

@@ -216,7 +216,8 @@ class Zero:
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that a forward pass computed with, even if their memory was freed after it."""
         for record in self._records:
-            yield record._unsharded_param
+            if hasattr(record, "_unsharded_param"):
+                yield record._unsharded_param
         yield from (p for p in cast(nn.Module, self.root).parameters() if stays_whole(p))
 
     def start(self) -> None:
@@ -328,6 +329,11 @@ class ZeroStages:
     def start(self) -> None:
         for zero in self._stages:
             zero.start()
+
+    def whole_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that forward passes computed with; see `Zero.whole_parameters`."""
+        for zero in self._stages:
+            yield from zero.whole_parameters()
 
     def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
         for zero in self._stages:

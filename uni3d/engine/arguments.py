@@ -97,10 +97,11 @@ def check_data(training_data: Any) -> None:
 def refuse_copies(*owners: Any) -> None:
     """Make `copy.deepcopy` of an engine or its module, and so AveragedModel, a clear error."""
     for owner in owners:
-        vars(owner)["__deepcopy__"] = _refuse_copy
+        vars(owner)["__deepcopy__"] = refuse_copy
 
 
-def _refuse_copy(memo: Any) -> NoReturn:
+def refuse_copy(memo: Any = None) -> NoReturn:
+    """Raise the error of whoever copies or pickles an engine, or copies its module."""
     raise RuntimeError(
         "an engine and its module can't be copied: a rank holds only its part of them; load "
         "engine.module_state_dict() into a new model, and average or keep that one"

@@ -24,6 +24,7 @@ from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
+from uni3d.engine.deepspeed_arguments import check_mpu, check_process_group, decoded, with_degrees
 from uni3d.engine.engine import Engine
 from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
@@ -49,6 +50,10 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
+    mpu: Any = None,
+    mesh_param: tuple[int, int] | None = None,
+    dist_init_required: bool | None = None,
+    distributed_port: int | None = None,
     *,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
@@ -67,7 +72,12 @@ def initialize(
             default all that require a gradient.
         training_data, collate_fn: a map-style dataset of `(inputs, targets)`. For a DataLoader or an
             IterableDataset, leave it out and pass an iterator to `train_batch`.
-        config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
+        config, config_params: the path of a JSON file, or its content, also as the base64 of JSON; the
+            second is DeepSpeed's old name.
+        mpu, mesh_param: Megatron's object with degrees and ranks, `(dp, 1)`: where the config has no degrees,
+            they are these; otherwise they must agree.
+        dist_init_required: False if the process group must be there already.
+        distributed_port: of DeepSpeed's rendezvous; torchrun has its own.
         resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
         weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
 
@@ -79,8 +89,11 @@ def initialize(
     """
     model = check_model(model)
     check_data(training_data)
-    settings = _with_pipeline_options(load_config(_one_config(args, config, config_params)), model)
+    check_process_group(dist_init_required)
+    settings = with_degrees(load_config(decoded(_one_config(args, config, config_params))), mpu, mesh_param)
+    settings = _with_pipeline_options(settings, model)
     topology, split, triad = _distribute(settings)
+    check_mpu(mpu, topology)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)

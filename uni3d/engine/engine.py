@@ -1,40 +1,30 @@
-"""The engine: one optimizer step after another, on any topology."""
+"""The engine: one optimizer step after another, on any topology, with DeepSpeed's names for everything."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import Dataset
 
-import ckpt
-from parallel import ParallelModel
-from parallel.loss import Loss
-from uni3d.checkpoint import live_weights
-from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted, newest
-from uni3d.checkpoint.save import Saver
-from uni3d.config import BatchTriad, Config
-from uni3d.engine.batches import loss_in, on_device, random_state
-from uni3d.engine.data_loader import BatchSource, TrainingLoader
-from uni3d.engine.guard import Guard
-from uni3d.engine.micro_batches import MicroBatches, in_eval_mode
-from uni3d.engine.step import Stepper
-from uni3d.observe import Observer
-from uni3d.state import Inventory
-from uni3d.train_state import TrainState
+from parallel.placement import Placement
+from uni3d.engine.arguments import refuse_copy
+from uni3d.engine.checkpoint_core import CheckpointCore
+from uni3d.engine.data_loader import TrainingLoader
+from uni3d.engine.grid import Grid
 
 
-class Engine:
+class Engine(CheckpointCore):
     """Trains one model. Made by `uni3d.initialize`; every method is collective unless it says otherwise.
 
     A step's loss is the mean over the global batch: over its tokens where the loss is `(sum, count)` or, in
     `train_batch`, a Hugging Face model's own; over its micro batches where it is another single value.
+
+    As a `torch.nn.Module` it has one child, `module`, so names of parameters begin with `module.`, as in
+    DeepSpeed. Attributes that it hasn't are looked up in `module`.
 
     Attributes:
         config, triad: the config, and the three batch sizes that it comes to on this topology.
@@ -43,293 +33,73 @@ class Engine:
         scaler: the loss scale of fp16, or None.
         device, global_rank, local_rank, world_size: of this process, as torchrun counts.
         last_load, client_state: the report of the last load and the checkpoint's client_state, or None.
+        grid: places of the ranks, as a DeepSpeed pipeline's grid or an `mpu` has them.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        triad: BatchTriad,
-        state: TrainState,
-        model_spec: dict[str, Any],
-        training_data: Dataset[Any] | None = None,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-    ) -> None:
-        """Collective. `model_spec` is the model's own description, for the manifest."""
-        self.config = config
-        self.triad = triad
-        self.model: ParallelModel = state.model
-        self.module: nn.Module = state.model.module
-        topo = state.model.topology
-        self.device, self.global_rank, self.world_size = topo.device, topo.rank, topo.world_size
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # unset without torchrun
-        self.optimizer, self.lr_scheduler = state.optimizer, state.lr_scheduler
-        self.scaler = state.scaler
-        self.last_load: ckpt.LoadReport | None = None
-        self.client_state: dict[str, Any] | None = None
-        self._progress = state.progress
-        self._comm = topo.host
-        inventory = Inventory(state.model)
-        self._saver = Saver(state, config, comm=self._comm, inventory=inventory, model_spec=model_spec)
-        self._restorer = Restorer(state, config, comm=self._comm, inventory=inventory)
-        self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
-        self._stepper = Stepper(state, config, saver=self._saver, observer=self._observer)
-        self._micro = MicroBatches(state.model, state.scaler, triad.accumulation, triad.micro_batch)
-        self._guard = Guard(state.progress)
-        self.training_dataloader: TrainingLoader | None = None
-        if training_data is not None:
-            self.training_dataloader = self.loader(
-                training_data, collate_fn, lambda: self.global_samples, lambda: len(self._micro.losses)
-            )
-        self._source = BatchSource(self.training_dataloader, state.model, triad)
-        state.model.zero.show_parameters()
+    def __init__(self, **given: Any) -> None:
+        """Collective. Takes what `TrainingCore` takes."""
+        super().__init__(**given)
+        self.grid = Grid(self.model.topology)
 
-    # --- whole batches ---------------------------------------------------------------------------------
+    # --- a module of torch -----------------------------------------------------------------------------
 
-    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """Take one optimizer step on one global batch; return its mean loss, the same on all ranks.
+    def __getattr__(self, name: str) -> Any:
+        """Return the module's attribute of that name. Called only for what the engine itself hasn't."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = vars(self).get("_modules", {}).get("module")
+            if module is None or name.startswith("__"):
+                raise
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            kinds = f"{type(self).__name__} nor its {type(module).__name__}"
+            raise AttributeError(f"neither the {kinds} has an attribute {name!r}") from None
 
-        Takes `gradient_accumulation_steps` micro batches from `data_iter`, by default from the engine's own
-        loader: `(inputs, targets)`, or a tuple or dict of arguments for a model that computes its own loss.
-        Such a model returns the loss, or an object that has it as `.loss`.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
+        """Do what `to`, `cuda`, `half` and the like ask for if it is so already.
 
         Raises:
-            FloatingPointError: the loss or a gradient isn't finite; no step was taken.
-            StopIteration: `data_iter` ended before the step had all its micro batches.
-            BatchError: some rank's micro batches don't fit, or are means of another size than the config's.
+            RuntimeError: it isn't. Ranks hold parts of the parameters, where the config says.
         """
-        self._check_usable()
-        self._micro.check_none("train_batch")
-        self._check_optimizer("train_batch")
-        with self._guard.together("train_batch"):
-            with self._observer.timed("data"):
-                batches = self._source.take(data_iter)
-            self._guard.begun = True
-            if self.scaler is not None and self.scaler.terms is None:  # before fp16's first backward pass
-                self.scaler.set_terms(self._evaluate(batches)[1].item())
-            if self._observer.profiles_next():
-                self._evaluate(batches)  # the first time, torch's schedules compute something for its shapes
-                self._observer.profile(lambda: self._evaluate(batches))
-            if not self.module.training:  # else modules that the script put into eval mode stay in it
-                self.module.train()
-            with self._observer.timed("forward and backward"), self._random_state():
-                loss = self._run(batches, train=True)
-            with self._observer.timed("step"):
-                mean = self._stepper.finish(loss, sizes=self._micro.sizes)
-            self._observer.tell()
-            return mean
+        dtype = self.model.zero.compute_dtype
+        probe = torch.zeros((1, 1, 2, 2), dtype=dtype, device=self.device)
+        result = fn(probe)
+        if result is probe and (probe.is_cuda or not probe.is_shared()):  # type: ignore[no-untyped-call]
+            return self
+        raise RuntimeError(
+            f"an engine can't be moved or cast after initialize(): it computes in {dtype} on {self.device}; "
+            "set parallel.device, and bf16 or fp16, in the config"
+        )
 
-    def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
-        """Return the mean loss of one global batch from `data_iter`, without training on it."""
-        self._check_usable()
-        with self._guard.together("eval_batch"):
-            batches = self._source.take(data_iter)
-            self._guard.begun = True
-            total, tokens, alarms = self._evaluate(batches)
-        self._saver.agree(alarms.item() > 0)
-        return total / tokens
-
-    def _evaluate(self, batches: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, over all ranks: the summed loss, the number of its terms, the number of alarms."""
-        with in_eval_mode(self.module), torch.no_grad(), self._random_state():
-            loss = self._run(batches, train=False)
-        self.model.zero.show_parameters()
-        sums = self._micro.sum_evaluation(loss, alarm=self._saver.failed)
-        return sums.loss, sums.terms, sums.alarms
-
-    def _run(self, batches: list[Any], *, train: bool) -> Loss | None:
-        """Run this rank's micro batches; return the summed loss, None where a later stage has it."""
-        if self.model.pipeline is not None:
-            factor, size = self.scaler.factor if train and self.scaler else 1.0, self.triad.micro_batch
-            return self.model.pipeline.run(batches, train=train, size=size, factor=factor)
-        run = self._micro.train if train else self._micro.evaluate
-        return run(batches, sure=self._source.sure)
-
-    def loader(
-        self,
-        dataset: Dataset[Any],
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        position: Callable[[], int] | None = None,
-        taken: Callable[[], int] = lambda: 0,
-    ) -> TrainingLoader:
-        """Return this rank's micro batches of `dataset`: each `for` begins at `position()`, or 0. Local."""
-        load = partial(TrainingLoader, dataset, self.triad, seed=self.config.seed, collate_fn=collate_fn)
-        return load(dp_rank=self.model.topology.dp_rank, position=position, taken=taken)
-
-    # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output for one micro batch; needs pp = 1, where a rank has the whole model."""
-        self._check_usable()
-        self._micro.check_whole("forward")
-        args, kwargs = on_device((args, kwargs), self.device)
-        first, nth = self._micro.begins_step, self._micro.count_forward()
-        call = partial(self.module, *args, **kwargs)
-        if first and torch.is_grad_enabled() and self._observer.profiles_next():
-            call = partial(self._observer.profile, call, self.triad.accumulation)
-        together = self._guard.together("forward", begun=True)
-        with together, self._observer.timed("forward"), self._random_state(nth):
-            return self._micro.forward(call)
-
-    __call__ = forward
-
-    def backward(self, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Accumulate gradients of one micro batch's loss: its mean, or its sum and the number of its terms.
-
-        An output that has it as `.loss` or `["loss"]` will do. Returns the mean. It and the gradient are
-        divided by the micro batches per step unless `scale_wrt_gas` is false. Inside `no_sync`, a mean isn't
-        one more micro batch of the step.
-        """
-        self._micro.check_whole("backward")
-        self._micro.check_one_backward()
-        self._check_optimizer("backward")
-        loss = loss_in(loss)
-        value = Loss.of(loss)
-        steps = self.triad.accumulation
-        mean = value.total.detach() / value.tokens / (steps if scale_wrt_gas else 1)
-        value = value if scale_wrt_gas else Loss(value.total * steps, value.tokens)
-        with self._guard.together("backward", begun=True), self._observer.timed("backward"):
-            self._micro.backward(value, retain_graph=retain_graph, is_mean=not isinstance(loss, tuple))
-        return mean
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Return whether the micro batch at hand is the last before an optimizer step. Local."""
-        return self._micro.is_boundary
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients on this rank alone; the next backward pass after it sums them. ZeRO 0 or 1."""
-        return self._micro.no_sync()
-
-    def step(self) -> None:
-        """End a micro batch; at the accumulation boundary, take the optimizer step."""
-        self._micro.check_whole("step")
-        self._check_optimizer("step")
-        boundary = self.is_gradient_accumulation_boundary()
-        self._micro.end()
-        self._stepper.applied = False
-        if boundary:
-            with self._guard.together("step", begun=True), self._observer.timed("step"):
-                self._stepper.finish(self._micro.take(), self._micro.share)
-            self._observer.tell()
-
-    def zero_grad(self) -> None:
-        """Drop all gradients, and begin the step's accumulation anew, with a warning if that loses any."""
-        self._micro.drop()
-
-    # --- checkpoints -------------------------------------------------------------------------------------
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | int | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write a checkpoint that any topology can load.
-
-        Returns when everything has been copied; it is written and committed while training goes on. The next
-        save or load, `wait_for_checkpoint` and the end of the process wait for it. If it fails, the engine's
-        next call raises. With the config's `checkpoint.async_save` false it is committed on return.
-
-        Args:
-            save_dir, tag: the run's folder, seen by all ranks, or a URL that fsspec knows; the checkpoint's
-                name in it, by default `global_step<N>`.
-            client_state: the script's own state: dicts, lists, strings, numbers, booleans, None.
-            save_latest: whether `latest` shall name it.
-            exclude_frozen_parameters: leave them out; load with `load_module_strict=False` then.
-
-        Raises:
-            ckpt.CheckpointError: it failed, or the save before did; the same on all ranks. An older one of
-                this tag is as it was, and training may go on.
-        """
-        self._check_ready("save_checkpoint")
-        frozen = not exclude_frozen_parameters
-        self._saver.save(save_dir, tag, client_state or {}, update_latest=save_latest, frozen=frozen)
-        return True
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until the last save is committed; raises CheckpointError, on all ranks, if it failed."""
-        self._saver.wait()
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
 
     @property
-    def last_save(self) -> ckpt.SaveReport | None:
-        """Report of the last save that has ended."""
-        return self._saver.report
+    def _ddp_params_and_buffers_to_ignore(self) -> NoReturn:
+        """Raise an error for DistributedDataParallel, which asks for it."""
+        raise RuntimeError(
+            "an engine sums its gradients over the ranks itself; use it without DistributedDataParallel"
+        )
 
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | int | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: CustomLoad | None = None,
-    ) -> tuple[str, dict[str, Any]]:
-        """Take up a checkpoint, whatever topology wrote it. Returns its folder and its client_state.
-
-        Args:
-            load_dir, tag: the run's folder or URL, and a checkpoint in it, by default the one `latest` names.
-            load_module_strict: require the same arrays in both; else `last_load` lists the differences.
-            load_optimizer_states, load_lr_scheduler_states, load_module_only: what else than weights and
-                buffers is loaded; by default everything.
-            custom_load_fn: called as `custom_load_fn(src=state_dict, dst=module)` to load the parameters.
-                `src` reads each tensor when asked for it, whole and in fp32; `dst` has whole plain tensors in
-                the host's memory, into which all ranks must write the same.
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing if the config compiles the layers, as it is too late for it now. Local.
 
         Raises:
-            ckpt.CheckpointError: nothing is there, or something doesn't fit; the engine is as it was.
-            ckpt.PartialLoadError: data is damaged, and the engine of no more use.
+            RuntimeError: the config doesn't.
         """
-        self._check_ready("load_checkpoint")
-        wanted = Wanted(
-            strict=load_module_strict,
-            optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only,
-            counters=not load_module_only,
-            custom=custom_load_fn,
-        )
-        self._saver.wait()
-        try:
-            loaded = self._restorer.load(load_dir, tag, wanted)
-        except ckpt.PartialLoadError as error:
-            self._guard.unusable = f"a load failed half-way ({error})"
-            raise
-        finally:
-            self.model.zero.show_parameters()
-        self._saver.forget_plan()
-        self._source.moved()
-        self.last_load, self.client_state = loaded.report, loaded.client_state
-        return loaded.url, loaded.client_state
+        if not self.is_compiled:
+            raise RuntimeError(
+                'engine.compile() comes after the layers were sharded; set "compile": {"enabled": true} in '
+                "the config, which compiles each of them"
+            )
 
-    def resume(self, run: str | Path) -> dict[str, Any] | None:
-        """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
-        self._saver.wait()
-        return None if newest(self._comm, run) is None else self.load_checkpoint(run)[1]
+    @property
+    def is_compiled(self) -> bool:
+        return self.config.compile.enabled
 
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """Return this stage's part of the whole model's `state_dict`: fp32, in the host's memory."""
-        self._check_ready("module_state_dict")
-        return live_weights.state_dict_of(self.model, frozen=not exclude_frozen_parameters)
-
-    def save_16bit_model(
-        self,
-        save_dir: str | Path,
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write the whole model's `state_dict` as one `torch.save` file, through the memory of rank 0's host.
-
-        Parameters have the type that training computes in; for fp32 there is `uni3d export`. Raises
-        CheckpointError, the same on all ranks, if it can't be written; the older file is as it was then.
-        """
-        self._check_ready("save_16bit_model")
-        frozen = not exclude_frozen_parameters
-        live_weights.save_16bit(self.model, self._comm, save_dir, save_filename, frozen=frozen)
-        return True
-
-    # --- by DeepSpeed's names; all of it is local ---------------------------------------------------------
+    # --- by DeepSpeed's names: progress; local, as all that follows but `destroy` ------------------------
 
     @property
     def global_steps(self) -> int:
@@ -343,25 +113,52 @@ class Engine:
     def skipped_steps(self) -> int:
         return self._progress.skipped_steps
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.module.parameters()
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters()
-
-    def get_lr(self) -> list[float]:
-        groups = self.optimizer.param_groups if self.optimizer else []
-        return [float(group.get("lr", 0.0)) for group in groups]
+    @property
+    def micro_steps(self) -> int:
+        """Micro batches that this engine has ended, by `step` or `train_batch`; a load doesn't change it."""
+        return self._micro.micro_steps
 
     def get_global_grad_norm(self) -> float | None:
         return self._stepper.look().norm  # before clipping; None before the first step
 
-    def get_loss_scale(self) -> float:
-        return 1.0 if self.scaler is None else self.scaler.scale
-
     def was_step_applied(self) -> bool:
         """Return whether the last `step()` or `train_batch()` changed the parameters: it may be skipped."""
         return self._stepper.look().applied
+
+    # --- the optimizer -----------------------------------------------------------------------------------
+
+    def get_lr(self) -> list[float]:
+        return [float(value) for value in self._of_groups("lr")]
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups.
+
+        Raises:
+            RuntimeError: there is a schedule, which would set it again.
+        """
+        if self.lr_scheduler is not None:
+            raise RuntimeError(
+                "set_lr() would last until the next step, as the schedule sets the learning rate; leave the "
+                "scheduler out, or change its base_lrs"
+            )
+        for group in self.optimizer.param_groups if self.optimizer else []:
+            group["lr"] = lr
+
+    def get_mom(self) -> list[Any]:
+        """Return each parameter group's momentum, or its betas."""
+        kind = "momentum" if any("momentum" in group for group in self._groups()) else "betas"
+        return self._of_groups(kind)
+
+    def get_loss_scale(self) -> float:
+        return 1.0 if self.scaler is None else self.scaler.scale
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups if self.optimizer else []
+
+    def _of_groups(self, key: str) -> list[Any]:
+        return [group.get(key, 0.0) for group in self._groups()]
+
+    # --- settings ----------------------------------------------------------------------------------------
 
     def train_batch_size(self) -> int:
         return self.triad.train_batch
@@ -372,28 +169,177 @@ class Engine:
     def gradient_accumulation_steps(self) -> int:
         return self.triad.accumulation
 
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """Return the sizes of a global batch and a micro batch, and the micro batches per step."""
+        return self.triad.train_batch, self.triad.micro_batch, self.triad.accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Refuse another size of the global batch.
+
+        Raises:
+            ValueError: it isn't the config's.
+        """
+        self._refuse_size("train_batch_size", train_batch_size, self.triad.train_batch)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Refuse another size of the micro batches.
+
+        Raises:
+            ValueError: it isn't the config's.
+        """
+        self._refuse_size("train_micro_batch_size_per_gpu", micro_batch_size, self.triad.micro_batch)
+
+    def _refuse_size(self, key: str, size: int, ours: int) -> None:
+        if size != ours:
+            raise ValueError(
+                f"{key} can't change from {ours} to {size} during a run, as data order and schedule depend "
+                "on it; save a checkpoint, and resume it with another config (checkpoint.accept_changes)"
+            )
+
+    def gradient_clipping(self) -> float:
+        return self.config.gradient_clipping
+
+    def fp16_enabled(self) -> bool:
+        return self.config.precision == "fp16"
+
+    def bfloat16_enabled(self) -> bool:
+        return self.config.precision == "bf16"
+
+    def zero_optimization(self) -> bool:
+        return self.model.zero.stage > 0
+
     def zero_optimization_stage(self) -> int:
         return self.model.zero.stage
 
-    def train(self, mode: bool = True) -> None:
-        self.module.train(mode)  # for forward(); train_batch and eval_batch set their own
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.model.zero.stage >= 2
 
-    def eval(self) -> None:
-        self.train(False)
+    def zero_optimization_partition_weights(self) -> bool:
+        return self.model.zero.stage >= 3
 
-    def _random_state(self, nth: int = 0) -> AbstractContextManager[None]:
-        index = self._micro.index
-        return random_state(self.model.topology, self.config.seed, self.global_steps, index, nth)
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        return True
 
-    def _check_optimizer(self, call: str) -> None:
-        if self.optimizer is None:
-            raise ValueError(f"{call} needs an optimizer; name one in the config or give one to initialize")
+    # --- places of ranks ---------------------------------------------------------------------------------
 
-    def _check_ready(self, call: str) -> None:
-        self._check_usable()
-        self._micro.check_none(call)
-        self._stepper.settle()
+    @property
+    def mpu(self) -> Grid:
+        return self.grid
 
-    def _check_usable(self) -> None:
-        self._guard.check()
-        self._saver.check()
+    @property
+    def dp_world_size(self) -> int:
+        return self.grid.get_data_parallel_world_size()
+
+    @property
+    def mp_world_size(self) -> int:
+        return self.grid.get_model_parallel_world_size()
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        return self.grid.get_data_parallel_group()
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        return 1  # sequences are split over tensor-parallel ranks alone
+
+    def get_data_parallel_rank(self) -> int:
+        return self.grid.get_data_parallel_rank()
+
+    def get_model_parallel_rank(self) -> int:
+        return self.grid.get_model_parallel_rank()
+
+    def get_tensor_parallel_rank(self) -> int:
+        return self.grid.get_tensor_model_parallel_rank()
+
+    def get_pipeline_parallel_rank(self) -> int:
+        return self.grid.get_pipe_parallel_rank()
+
+    def is_first_stage(self) -> bool:
+        return self.grid.is_first_stage
+
+    def is_last_stage(self) -> bool:
+        """Return whether this rank has the model's outputs; under a V schedule that is the first rank."""
+        p, pp = self.config.parallel, self.model.topology.degrees.pp
+        ranks = Placement.of(pp, schedule=p.schedule, virtual_stages=p.virtual_stages).ranks
+        return ranks[-1] == self.model.topology.pp_rank
+
+    # --- data --------------------------------------------------------------------------------------------
+
+    def set_dataloader(self, loader: Iterable[Any]) -> None:
+        """Let `train_batch()` take its micro batches from `loader`, once through."""
+        self._given = iter(loader)
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+        """Let `train_batch()` take its micro batches from `iterator`."""
+        self._given = iterator
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> TrainingLoader:
+        """Return this rank's micro batches of `dataset`, as `loader` does, whatever the route.
+
+        Raises:
+            ValueError: another batch size than the config's, a sampler, or workers.
+        """
+        if batch_size not in (None, self.triad.micro_batch):
+            raise ValueError(
+                f"deepspeed_io() has a batch_size of {batch_size}, but micro batches have "
+                f"{self.triad.micro_batch} samples; leave it out"
+            )
+        if data_sampler is not None or num_local_io_workers:
+            raise ValueError(
+                "deepspeed_io() has an order of its own and no workers; make a torch DataLoader with "
+                "data_sampler and num_workers, and pass uni3d.RepeatingLoader(loader) to train_batch"
+            )
+        return self.loader(dataset, collate_fn)
+
+    # --- memory, and what the engine does itself ---------------------------------------------------------
+
+    @property
+    def enable_backward_allreduce(self) -> bool:
+        return True
+
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        """Do nothing: the last `backward()` before a step has summed the gradients."""
+
+    def empty_partition_cache(self) -> None:
+        """Free parameters that a forward pass at ZeRO stage 3 has left gathered."""
+        if self.model.zero.stage == 3:
+            self.model.zero.reshard()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            "offload_states() isn't supported; keep the states in host memory from the start, with "
+            "zero_optimization.offload_optimizer"
+        )
+
+    def reload_states(self, non_blocking: bool = False) -> NoReturn:
+        raise RuntimeError("reload_states() isn't supported, as offload_states() isn't")
+
+    def destroy(self) -> None:
+        """Wait for the last save, drop the gradients; the engine can't be used afterwards."""
+        self._saver.wait()
+        self.model.zero.drop_gradients()
+        self._guard.unusable = self._guard.unusable or "destroy() was called"
+
+    # --- weights -----------------------------------------------------------------------------------------
+
+    def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
+        """Do what `save_16bit_model` does, under its old name."""
+        return self.save_16bit_model(save_dir, save_filename)
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Tensor] | None:
+        return self.consolidated_state_dict(exclude_frozen_parameters)
+
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict

@@ -7,14 +7,15 @@ by one. In a pipeline, torch's schedule is the loop.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parallel import ParallelModel
 from parallel.agreement import BatchError, first_reason
@@ -54,6 +55,8 @@ class MicroBatches:
     Attributes:
         index: number of the current micro batch, counted from 0.
         losses: losses of the backward passes since the last step, detached.
+        micro_steps: micro batches that have been ended, by this engine.
+        boundary: what the script says instead of counting; None counts.
         share: factor of this step's losses; set before its first backward pass.
         sizes: sizes of the last micro batches that `train` or `evaluate` ran.
     """
@@ -65,14 +68,18 @@ class MicroBatches:
         self._steps = steps
         self._size = size
         self.sizes = Sizes()
-        self._inside_no_sync = False
+        self.micro_steps = 0
+        self.boundary: bool | None = None
+        self._inside_no_sync = self._in_backward = self._strays = False
         self.share = 1.0
         self.clear()
 
     def clear(self) -> None:
         """Restart the step."""
-        self.index = 0
+        self.index = self._unsynced = 0
         self.losses: list[Loss] = []
+        self._are_means = self._summed = False
+        self._model.scalars.begin_step()
         self._begin_next()
 
     def drop(self) -> None:
@@ -84,6 +91,7 @@ class MicroBatches:
                 stacklevel=3,
             )
         self._model.zero.drop_gradients()
+        self._strays = False
         self.clear()
 
     def _begin_next(self) -> None:
@@ -98,7 +106,16 @@ class MicroBatches:
     @property
     def is_boundary(self) -> bool:
         """True if the current micro batch is the step's last."""
-        return self.index + 1 == self._steps
+        return (self.index + 1) % self._steps == 0 if self.boundary is None else self.boundary
+
+    @property
+    def taken(self) -> int:
+        """Number of micro batches since the last step, those inside `no_sync` included.
+
+        Several backward passes before `step()` are of one micro batch, unless the script sets the boundaries.
+        """
+        now = self._backwards if self.boundary is not None else min(1, self._backwards)
+        return self.index + self._unsynced + now
 
     @property
     def ends_step(self) -> bool:
@@ -189,30 +206,73 @@ class MicroBatches:
                 output = call()
         if not torch.is_grad_enabled():
             self._model.zero.show_parameters()
-        return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+        output = tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+        self._watch(output)
+        return output
+
+    def _watch(self, output: Any) -> None:
+        """Notice backward passes through an output that aren't the engine's.
+
+        Their gradients would be added to the next step's: neither summed over the ranks nor scaled.
+        """
+        weak = weakref.ref(self)  # torch keeps hooks where Python's garbage collector doesn't see them
+
+        def hook(_gradient: Tensor) -> None:
+            alive = weak()
+            if alive is not None and not alive._in_backward and not alive._strays:
+                alive._strays = _will_accumulate(alive._model.zero.whole_parameters())
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def check_no_strays(self) -> None:
+        """Raise RuntimeError if there are gradients of backward passes that aren't the engine's."""
+        if self._strays:
+            raise RuntimeError(
+                "a backward pass outside of engine.backward() has left gradients in the engine's parameters, "
+                "neither summed over ranks nor scaled; call engine.backward(loss) in place of "
+                "loss.backward(). If they are of another model's loss, call engine.zero_grad() to drop them, "
+                "before this step's first backward()"
+            )
 
     def backward(self, loss: Loss, *, retain_graph: bool = False, is_mean: bool = False) -> None:
         """Accumulate the gradients of `loss`, which `is_mean` says to be a micro batch's mean.
 
-        If a step's first loss is a mean, its gradients add up to the mean over micro batches. Inside
-        `no_sync`, a mean isn't one more micro batch.
+        If a step's losses are means, their gradients add up to the mean over its micro batches, however many
+        backward passes it has.
+
+        Raises:
+            BatchError: some of the step's losses are means, and others are not.
         """
         zero, topology = self._model.zero, self._model.topology
         if not self.losses:
             self.share = 1.0 / (topology.degrees.dp * self._steps) if is_mean else 1.0
+            self._are_means = is_mean
+        if is_mean != self._are_means:
+            raise BatchError(
+                "some losses of this step are means, and others a sum and its number of terms; give "
+                "backward() one kind, after engine.zero_grad()"
+            )
         last = self.ends_step
         with split_logits(topology):
             if self._scaler is not None and self._scaler.terms is None:
                 terms = sum_over_ranks(loss, [], topology).terms
                 self._scaler.set_terms(terms.item() * self._steps)
             factor = self.share if self._scaler is None else self._scaler.factor
-            with zero.backward(last=last):
-                loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self._in_backward = True
+            self._model.scalars.before_backward()
+            try:
+                with zero.backward(last=last):
+                    loss.lifted(factor).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            finally:
+                self._in_backward = False
             if last:
                 self._model.scalars.sum()
-        counts = not (is_mean and self._inside_no_sync)
-        self.losses.append(Loss(loss.total.detach(), loss.tokens if counts else loss.tokens * 0))
+        self._summed = last
+        self.losses.append(Loss(loss.total.detach(), loss.tokens))
         self._backwards += not self._inside_no_sync
+        self._unsynced += self._inside_no_sync
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -230,33 +290,57 @@ class MicroBatches:
         finally:
             self._inside_no_sync = False
 
-    def check_one_backward(self) -> None:
-        """Check that the current micro batch had no backward pass yet.
+    def check_engine_steps(self) -> None:
+        """Check that the optimizer's own `step()` may be called: no gradients wait for the engine's.
 
         Raises:
-            RuntimeError: it had one. The loop may call the optimizer's own `step()`.
+            RuntimeError: some do. It would step without the micro batches to come, clipping and counting.
         """
-        if self._backwards and not self._inside_no_sync:
+        if self.losses or self._strays:
             raise RuntimeError(
-                "backward() was called a second time without the engine's step(), which ends each micro "
-                "batch; call engine.step() after each backward(), and not optimizer.step() or zero_grad()"
+                "optimizer.step() was called between backward() and the engine's step(), which takes the "
+                "optimizer's step itself; call engine.step() after each backward(), and not optimizer.step()"
             )
 
     def end(self) -> None:
         """End the current micro batch.
 
         Raises:
-            RuntimeError: it had no backward pass, or several, or `no_sync` is still open.
+            RuntimeError: it had no backward pass, or `no_sync` is still open, or the step ends here and
+                its gradients haven't been summed over the ranks.
         """
         if self._inside_no_sync:
             raise RuntimeError("step() can't be called inside no_sync()")
-        if self._backwards != 1:
-            raise RuntimeError(f"step() needs one backward() per micro batch; this one had {self._backwards}")
+        if not self._backwards:
+            raise RuntimeError("step() needs one backward() per micro batch; this one had 0")
+        if self.is_boundary and not self._summed:
+            raise RuntimeError(
+                "the last backward() before this step() didn't sum the gradients over the ranks; call "
+                "set_gradient_accumulation_boundary(True) before it, and let it be outside of no_sync()"
+            )
         self.index += 1
+        self.micro_steps += 1
         self._begin_next()
 
     def take(self) -> Loss:
         """Return the step's summed loss and start the next step."""
-        losses = self.losses
+        losses, are_means = self.losses, self._are_means
         self.clear()
-        return Loss.sum(losses)
+        total = Loss.sum(losses)
+        return Loss(total.total, torch.full_like(total.tokens, self._steps)) if are_means else total
+
+
+def _will_accumulate(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether the backward pass that is under way will add to a gradient of the parameters.
+
+    `torch.autograd.grad`, as in a gradient penalty, doesn't.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad:
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            try:
+                if torch._C._will_engine_execute_node(node):
+                    return True
+            except RuntimeError:  # its gradient is asked for by `torch.autograd.grad`
+                continue
+    return False

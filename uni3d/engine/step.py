@@ -121,6 +121,8 @@ class Stepper:
         """Gradient norm of the last step."""
         self.applied = False
         """True if the last step changed the parameters."""
+        self.overflowed = False
+        """True if the last optimizer step was skipped for an overflow in fp16."""
         self._trained = _Trained([], [])
         fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         model = state.model
@@ -252,6 +254,7 @@ class Stepper:
         if state.scaler is not None or self.applied:
             progress.global_samples += int(numbers.extra)
         if state.scaler is not None:
+            self.overflowed = not self.applied
             if not self.applied:
                 state.model.module.zero_grad()
                 progress.skipped_steps += 1

@@ -92,7 +92,7 @@ def test_the_step_comes_at_the_accumulation_boundary(alone: None, tmp_path: Any)
         engine.backward(engine(*batch))
         if not boundaries[-1]:
             with pytest.raises(RuntimeError, match=r"between a step.s micro batches"):
-                engine.save_checkpoint(tmp_path)
+                engine.load_checkpoint(tmp_path)
         engine.step()
         if len(boundaries) < 3:
             assert torch.equal(before["out.weight"], whole(engine.module)["out.weight"])
