@@ -13,6 +13,7 @@ Programs that say `import deepspeed` themselves, such as Hugging Face's, get it 
     collectives, parallel_groups  `comm` and `utils.groups`
     devices            `accelerator`
     recompute          `checkpointing`, of activations
+    stand_ins, constants, op_builders  classes that can only be named, strings, DeepSpeed's extensions
     log, helpers       `utils.logging`; small functions of `utils` and `runtime.utils`
 
 Importing this package loads no torch: each name is imported from its module when it is first asked for.
@@ -28,6 +29,7 @@ from uni3d.deepspeed.names import PROVIDED, VERSION
 __all__ = [*PROVIDED[""], "install"]  # noqa: PLE0604 (all are strings)
 
 __version__ = INSTALLED
+__git_hash__ = __git_branch__ = None
 __version_major__, __version_minor__, __version_patch__ = (int(part) for part in VERSION.split("."))
 
 make_modules()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -23,6 +24,15 @@ from uni3d.deepspeed.log import logger
 F = TypeVar("F", bound=Callable[..., Any])
 noop_context = nullcontext
 _orig_torch_arange = torch.arange
+
+
+def required_torch_version(min_version: str | float | None = None, max_version: str | float | None = None) -> bool:
+    """Return whether torch is at least and at most of these versions."""
+    if min_version is None and max_version is None:
+        raise AssertionError("required_torch_version needs min_version or max_version")
+    found = Version(torch.__version__)
+    above = min_version is None or Version(str(min_version)) <= found
+    return above and (max_version is None or found <= Version(str(max_version)))
 
 
 class OnDevice:

@@ -23,11 +23,22 @@ _PIPELINE = {
     **_names("uni3d.pipe", "PipelineModule LayerSpec TiedLayerSpec"),
     "PipelineEngine": f"{_HERE}.engines",
 }
-_SCHEDULES = _names(
-    f"{_HERE}.schedules",
-    "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest VALID_LR_SCHEDULES add_tuning_arguments "
-    "get_config_from_args",
-)
+_SCHEDULES = {
+    **_names(
+        f"{_HERE}.schedules",
+        "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest VALID_LR_SCHEDULES add_tuning_arguments "
+        "get_config_from_args",
+    ),
+    **_names(
+        f"{_HERE}.constants",
+        "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR LR_RANGE_TEST_MIN_LR "
+        "LR_RANGE_TEST_STEP_RATE LR_RANGE_TEST_STEP_SIZE LR_RANGE_TEST_STAIRCASE CYCLE_FIRST_STEP_SIZE "
+        "CYCLE_FIRST_STAIR_COUNT CYCLE_SECOND_STEP_SIZE CYCLE_SECOND_STAIR_COUNT DECAY_STEP_SIZE CYCLE_MIN_LR "
+        "CYCLE_MAX_LR DECAY_LR_RATE CYCLE_MIN_MOM CYCLE_MAX_MOM DECAY_MOM_RATE WARMUP_MIN_LR WARMUP_MAX_LR "
+        "WARMUP_NUM_STEPS WARMUP_TYPE WARMUP_LOG_RATE WARMUP_LINEAR_RATE WARMUP_MIN_RATIO COS_MIN_RATIO "
+        "TOTAL_NUM_STEPS",
+    ),
+}
 _GATHERING = {
     **_names(f"{_HERE}.gathering", "Init GatheredParameters MiCS_Init register_external_parameter"),
     **_names(f"{_HERE}.gathering", "unregister_external_parameter"),
@@ -104,6 +115,13 @@ _ZERO_TO_FP32 = _names(
 )
 _LOADER = {"RepeatingLoader": "uni3d.engine.data_loader"}
 _ERROR = {"DeepSpeedConfigError": "uni3d.config:ConfigError"}
+_OPTIMIZER_NAMES = _names(
+    f"{_HERE}.constants",
+    "ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LION_OPTIMIZER MUON_OPTIMIZER",
+)
+_BUILDERS = _names(
+    f"{_HERE}.op_builders", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder FusedAdamBuilder FusedLionBuilder"
+)
 
 PROVIDED: dict[str, dict[str, str]] = {
     "": {
@@ -124,7 +142,13 @@ PROVIDED: dict[str, dict[str, str]] = {
     "checkpointing": _RECOMPUTE,
     "comm": _COMM,
     "comm.comm": _COMM,
-    "ops": {},
+    "git_version_info": _names(f"{_HERE}.op_builders", "torch_info compatible_ops installed_ops")
+    | _names(f"{_HERE}.constants", "git_hash git_branch"),
+    "moe": {},
+    "moe.layer": {},
+    "moe.utils": {},
+    "ops": {"__compatible_ops__": f"{_HERE}.op_builders:compatible_ops"},
+    "ops.op_builder": _BUILDERS,
     "ops.adagrad": _ADAGRAD,
     "ops.adam": _ADAM,
     "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_HERE}.optimizers"},
@@ -134,9 +158,14 @@ PROVIDED: dict[str, dict[str, str]] = {
     "runtime": {},
     "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": _RECOMPUTE,
-    "runtime.config": _ERROR,
+    "runtime.base_optimizer": {},
+    "runtime.bf16_optimizer": {},
+    "runtime.config": {**_ERROR, **_OPTIMIZER_NAMES},
     "runtime.dataloader": _LOADER,
     "runtime.engine": _ENGINE,
+    "runtime.fp16": {},
+    "runtime.fp16.fused_optimizer": {},
+    "runtime.fp16.unfused_optimizer": {},
     "runtime.lr_schedules": _SCHEDULES,
     "runtime.pipe": _PIPELINE,
     "runtime.pipe.engine": {"PipelineEngine": f"{_HERE}.engines"},
@@ -147,6 +176,8 @@ PROVIDED: dict[str, dict[str, str]] = {
         "ensure_directory_exists noop_context",
     ),
     "runtime.zero": _GATHERING,
+    "runtime.zero.stage3": {},
+    "runtime.zero.stage_1_and_2": {},
     "runtime.zero.partition_parameters": _PARTITION,
     "utils": {
         **_FRAGMENTS,
@@ -161,10 +192,23 @@ PROVIDED: dict[str, dict[str, str]] = {
     "utils.logging": _LOG,
     "utils.nvtx": {"instrument_w_nvtx": f"{_HERE}.helpers"},
     "utils.tensor_fragment": _FRAGMENTS,
+    "utils.torch": {"required_torch_version": f"{_HERE}.helpers"},
     "utils.z3_leaf_module": _LEAVES,
     "utils.zero_to_fp32": _ZERO_TO_FP32,
     "zero": _GATHERING,
 }
+
+STAND_INS: dict[str, list[str]] = {
+    "moe.layer": ["MoE"],
+    "ops.op_builder": ["AsyncIOBuilder", "FPQuantizerBuilder", "FusedLambBuilder", "QuantizerBuilder", "UtilsBuilder"],
+    "runtime.base_optimizer": ["ZeROOptimizer", "DeepSpeedOptimizer"],
+    "runtime.bf16_optimizer": ["BF16_Optimizer"],
+    "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
+    "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
+    "runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
+    "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
+}
+"""Classes that programs import to ask whether something is one of theirs. Making one raises an error."""
 
 _INFERENCE = "uni3d trains; export the weights by uni3d export --format hf, and serve them by vLLM or the like"
 _EXPERTS = "expert parallelism isn't supported; experts are sharded by ZeRO and split by the model's tp_plan"

@@ -1,0 +1,54 @@
+"""`deepspeed.ops.op_builder`: which of DeepSpeed's extensions have their optimizers here, though nothing is built."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NoReturn
+
+import torch
+
+torch_info = {
+    "version": ".".join(torch.__version__.split(".")[:2]),
+    "bf16_support": True,
+    "cuda_version": ".".join((torch.version.cuda or "0.0").split(".")[:2]),
+    "nccl_version": ".".join(map(str, torch.cuda.nccl.version()[:2])) if torch.cuda.is_available() else "0.0",
+    "hip_version": "0.0",
+}
+
+
+class NothingToBuild:
+    """An extension of DeepSpeed's, whose work torch does here."""
+
+    NAME = ""
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        return True
+
+    def load(self, verbose: bool = True) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__}: there are no extensions to build; torch does the work")
+
+
+class CPUAdamBuilder(NothingToBuild):
+    NAME = "cpu_adam"
+
+
+class CPUAdagradBuilder(NothingToBuild):
+    NAME = "cpu_adagrad"
+
+
+class CPULionBuilder(NothingToBuild):
+    NAME = "cpu_lion"
+
+
+class FusedAdamBuilder(NothingToBuild):
+    NAME = "fused_adam"
+
+
+class FusedLionBuilder(NothingToBuild):
+    NAME = "fused_lion"
+
+
+compatible_ops: dict[str, Any] = defaultdict(
+    bool, {kind.NAME: True for kind in NothingToBuild.__subclasses__()}
+)
+installed_ops = compatible_ops
