@@ -1,4 +1,6 @@
-"""DeepSpeed's constants for keys of the config."""
+"""DeepSpeed's constants: keys and values of the config."""
+
+from enum import Enum
 
 LR_SCHEDULE = "lr_schedule"
 LR_RANGE_TEST = "LRRangeTest"
@@ -42,3 +44,26 @@ MUON_OPTIMIZER = "muon"
 
 git_hash = git_branch = None
 """A release, not a checkout of DeepSpeed's repository."""
+
+DEFAULT_LEAF_MODULE_CLASSES: list[str] = []
+DEFAULT_LEAF_MODULE_NAMES: list[str] = []
+DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = []
+"""No module has to be marked: all parts of a layer are gathered together."""
+
+
+class OffloadDeviceEnum(str, Enum):
+    """Devices of the config's `offload_param` and `offload_optimizer`; nvme is refused there."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class OffloadStateTypeEnum(str, Enum):
+    """States that `offload_states` of DeepSpeed's engine moves."""
+
+    optim_states = "optim_states"
+    hp_params = "hp_params"
+    lp_params = "lp_params"
+    lp_grads = "lp_grads"
+    contiguous_grad_buffer = "contiguous_grad_buffer"

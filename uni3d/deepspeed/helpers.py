@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from parallel.layers import blocks
+from parallel.placement import balanced_cuts
 from uni3d.deepspeed.devices import get_accelerator
 from uni3d.deepspeed.engines import engine_of
 from uni3d.deepspeed.log import logger
@@ -134,6 +136,33 @@ def ensure_directory_exists(filename: str) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
 
 
+def call_to_str(base: str, *args: Any, **kwargs: Any) -> str:
+    """Return the text of a call."""
+    return f"{base}({', '.join([*map(repr, args), *(f'{key}={value!r}' for key, value in kwargs.items())])})"
+
+
+# --- partitions ----------------------------------------------------------------------------------------
+
+
+def prefix_sum_inc(weights: Sequence[float]) -> list[float]:
+    """Return the sums of the first 1, 2, ... numbers."""
+    return list(accumulate(weights))
+
+
+def partition_uniform(num_items: int, num_parts: int) -> list[int]:
+    """Return where each of the parts begins, and the end; parts differ by at most one item."""
+    return [part * num_items // num_parts for part in range(num_parts + 1)]
+
+
+def partition_balanced(weights: Sequence[float], num_parts: int) -> list[int]:
+    """Return where each part begins, and the end, so that the heaviest part is as light as possible.
+
+    With fewer items than parts, the last ones are empty.
+    """
+    runs = balanced_cuts(weights, min(num_parts, len(weights)))
+    return [0, *(end for _, end in runs), *[len(weights)] * (num_parts - len(runs))]
+
+
 # --- leaf modules --------------------------------------------------------------------------------------
 
 
@@ -156,6 +185,11 @@ def set_z3_leaf_modules(
     found = [module for module in model.modules() if is_leaf(module)]
     if not found and raise_if_not_found:
         raise ValueError(f"{type(model).__name__} has no modules of the classes {list(leaf_module_classes)}")
+    _check_gathered_whole(model, found)
+    return found
+
+
+def _check_gathered_whole(model: nn.Module, found: list[nn.Module]) -> None:
     layers = blocks(model)
     for leaf in found:
         if any(part in layers for part in leaf.modules() if part is not leaf):
@@ -163,10 +197,36 @@ def set_z3_leaf_modules(
                 f"{type(leaf).__name__} is in no list of layers, so ZeRO-3 gathers its parts one by one; put "
                 "it into a layer of an nn.ModuleList, or use stage 2"
             )
-    return found
 
 
 unset_z3_leaf_modules = set_z3_leaf_modules
+
+
+def set_z3_leaf_modules_by_name(
+    model: nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Return the modules with these names, as `set_z3_leaf_modules`, and the names that the model hasn't."""
+    named = dict(model.named_modules())
+    return _leaves_called(model, {name: [name] if name in named else [] for name in module_names}, raise_if_not_found)
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Return the modules whose names end so, as `set_z3_leaf_modules`, and the endings that no name has."""
+    names = [name for name, _ in model.named_modules()]
+    ends = {end: [name for name in names if name.endswith(end)] for end in module_name_suffixes}
+    return _leaves_called(model, ends, raise_if_not_found)
+
+
+def _leaves_called(
+    model: nn.Module, called: dict[str, list[str]], raise_if_not_found: bool
+) -> tuple[list[nn.Module], list[str]]:
+    found = [model.get_submodule(name) for names in called.values() for name in names]
+    if not found and raise_if_not_found:
+        raise ValueError(f"{type(model).__name__} has no modules named {', '.join(called)}")
+    _check_gathered_whole(model, found)
+    return found, [text for text, names in called.items() if not names]
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:

@@ -81,7 +81,7 @@ class Borrowed(ModuleType):
         self.__all__ = [name for name in names if not name.startswith("_")]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name not in PROVIDED[self._module]:
             raise AttributeError(name)
         value = resolve(self._module, name)
         setattr(self, name, value)

@@ -42,7 +42,7 @@ _SCHEDULES = {
 _GATHERING = {
     **_names(f"{_HERE}.gathering", "Init GatheredParameters MiCS_Init register_external_parameter"),
     **_names(f"{_HERE}.gathering", "unregister_external_parameter"),
-    "ZeroParamStatus": f"{_HERE}.engines",
+    **_names(f"{_HERE}.engines", "ZeroParamStatus unwrap_model_for_generation"),
 }
 _PARTITION = {
     **_GATHERING,
@@ -58,7 +58,8 @@ _FRAGMENTS = _names(
 )
 _LEAVES = _names(
     f"{_HERE}.helpers",
-    "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module",
+    "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module "
+    "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix",
 )
 _LOG = _names(
     f"{_HERE}.log", "logger log_dist log_dist_once print_dist warning_once set_log_level_from_string"
@@ -120,7 +121,12 @@ _OPTIMIZER_NAMES = _names(
     "ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LION_OPTIMIZER MUON_OPTIMIZER",
 )
 _BUILDERS = _names(
-    f"{_HERE}.op_builders", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder FusedAdamBuilder FusedLionBuilder"
+    f"{_HERE}.op_builders",
+    "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder FusedAdamBuilder FusedLionBuilder AsyncIOBuilder "
+    "FPQuantizerBuilder FusedLambBuilder QuantizerBuilder",
+)
+_GRIDS = _names(
+    f"{_HERE}.process_topology", "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology"
 )
 
 PROVIDED: dict[str, dict[str, str]] = {
@@ -144,40 +150,41 @@ PROVIDED: dict[str, dict[str, str]] = {
     "comm.comm": _COMM,
     "git_version_info": _names(f"{_HERE}.op_builders", "torch_info compatible_ops installed_ops")
     | _names(f"{_HERE}.constants", "git_hash git_branch"),
-    "moe": {},
-    "moe.layer": {},
-    "moe.utils": {},
     "ops": {"__compatible_ops__": f"{_HERE}.op_builders:compatible_ops"},
+    "ops.aio": {"AsyncIOBuilder": f"{_HERE}.op_builders"},
     "ops.op_builder": _BUILDERS,
     "ops.adagrad": _ADAGRAD,
     "ops.adam": _ADAM,
     "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_HERE}.optimizers"},
     "ops.adam.fused_adam": {"FusedAdam": f"{_HERE}.optimizers"},
     "ops.lion": _LION,
-    "pipe": _PIPELINE,
+    "pipe": {**_PIPELINE, **_GRIDS},
     "runtime": {},
     "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": _RECOMPUTE,
-    "runtime.base_optimizer": {},
-    "runtime.bf16_optimizer": {},
     "runtime.config": {**_ERROR, **_OPTIMIZER_NAMES},
     "runtime.dataloader": _LOADER,
     "runtime.engine": _ENGINE,
-    "runtime.fp16": {},
-    "runtime.fp16.fused_optimizer": {},
-    "runtime.fp16.unfused_optimizer": {},
     "runtime.lr_schedules": _SCHEDULES,
-    "runtime.pipe": _PIPELINE,
+    "runtime.pipe": {**_PIPELINE, **_GRIDS},
     "runtime.pipe.engine": {"PipelineEngine": f"{_HERE}.engines"},
     "runtime.pipe.module": _names("uni3d.pipe", "PipelineModule LayerSpec TiedLayerSpec"),
+    "runtime.pipe.topology": _GRIDS,
+    "runtime.precision_config": {
+        "DeepSpeedFP16Config": "uni3d.config.sections:FP16Config",
+        "DeepSpeedBF16Config": "uni3d.config.sections:BF16Config",
+    },
     "runtime.utils": _names(
         f"{_HERE}.helpers",
         "see_memory_usage memory_status clip_grad_norm_ set_random_seed move_to_device "
-        "ensure_directory_exists noop_context",
+        "ensure_directory_exists noop_context partition_uniform partition_balanced prefix_sum_inc call_to_str",
     ),
     "runtime.zero": _GATHERING,
-    "runtime.zero.stage3": {},
-    "runtime.zero.stage_1_and_2": {},
+    "runtime.zero.leaf_module_config": _names(
+        f"{_HERE}.constants",
+        "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES DEFAULT_LEAF_MODULE_NAME_SUFFIXES",
+    ),
+    "runtime.zero.offload_config": _names(f"{_HERE}.constants", "OffloadDeviceEnum OffloadStateTypeEnum"),
     "runtime.zero.partition_parameters": _PARTITION,
     "utils": {
         **_FRAGMENTS,
@@ -199,20 +206,35 @@ PROVIDED: dict[str, dict[str, str]] = {
 }
 
 STAND_INS: dict[str, list[str]] = {
+    "checkpoint.utils": ["get_model_ckpt_name_for_rank"],
     "moe.layer": ["MoE"],
-    "ops.op_builder": ["AsyncIOBuilder", "FPQuantizerBuilder", "FusedLambBuilder", "QuantizerBuilder", "UtilsBuilder"],
+    "monitor.config": ["DeepSpeedMonitorConfig"],
     "runtime.base_optimizer": ["ZeROOptimizer", "DeepSpeedOptimizer"],
     "runtime.bf16_optimizer": ["BF16_Optimizer"],
+    "runtime.checkpoint_engine.torch_checkpoint_engine": ["TorchCheckpointEngine"],
+    "runtime.config": ["DeepSpeedConfig"],
+    "runtime.config_utils": ["DeepSpeedConfigModel"],
     "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
     "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
+    "runtime.pipe.topology": ["PipelineParallelGrid"],
+    "runtime.precision_config": ["get_bfloat16_config"],
+    "runtime.swap_tensor": ["MIN_SWAPPABLE_BYTES"],
+    "runtime.utils": ["PartitionedTensor"],
+    "runtime.zero.config": ["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadParamConfig", "ZeroStageEnum"],
+    "runtime.zero.linear": ["LinearModuleForZeroStage3"],
+    "runtime.zero.partition_parameters": ["MultipleAllGatherHandles", "partitioned_param_data_shape"],
     "runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
 }
 """Classes that programs import to ask whether something is one of theirs. Making one raises an error."""
 
+for _module in STAND_INS:
+    for _length in range(_module.count(".") + 1):
+        PROVIDED.setdefault(_module.rsplit(".", _length)[0], {})
+
 _INFERENCE = "uni3d trains; export the weights by uni3d export --format hf, and serve them by vLLM or the like"
 _EXPERTS = "expert parallelism isn't supported; experts are sharded by ZeRO and split by the model's tp_plan"
-_TOPOLOGY = "set the degrees in the config's section parallel, or num_stages"
+_TOPOLOGY = "engine.grid has the places and groups of the ranks"
 _TRUST = "its layer-wise norms aren't implemented for sharded layers; use FusedAdam"
 _ONE_BIT = "it needs DeepSpeed's compressed communication; use communication_data_type to halve traffic"
 _LAUNCH = "start the processes with torchrun"
@@ -244,6 +266,7 @@ REFUSED: dict[str, str] = {
     "ZeROOptimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "runtime.base_optimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "runtime.bf16_optimizer": "optimizers are torch's own, over fp32 parameters",
+    "runtime.precision_config": _CONFIG,
     "runtime.fp16": "optimizers are torch's own; engine.scaler is the loss scale",
     "DeepSpeedDataLoader": "use training_data of initialize, or engine.loader(dataset)",
     "runtime.dataloader.DeepSpeedDataLoader": "use training_data of initialize, or engine.loader(dataset)",
@@ -268,24 +291,22 @@ REFUSED: dict[str, str] = {
     "profiling": "set flops_profiler in the config, or use torch.profiler",
     "profiling.flops_profiler": "set flops_profiler in the config, or use torch.profiler",
     "runtime.pipe.topology": _TOPOLOGY,
-    "runtime.pipe.topology.ProcessTopology": _TOPOLOGY,
-    "runtime.pipe.topology.PipeModelDataParallelTopology": _TOPOLOGY,
-    "runtime.pipe.ProcessTopology": _TOPOLOGY,
-    "pipe.ProcessTopology": _TOPOLOGY,
     "checkpoint.DeepSpeedCheckpoint": _CHECKPOINTS,
     "checkpoint.ds_to_universal": _CHECKPOINTS,
     "checkpoint.universal_checkpoint": _CHECKPOINTS,
+    "checkpoint.utils.get_model_ckpt_name_for_rank": _CHECKPOINTS,
+    "runtime.checkpoint_engine": _CHECKPOINTS,
+    "runtime.swap_tensor": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
+    "runtime.zero.linear": "layers are torch's own: use nn.Linear",
     "runtime.zero.stage_1_and_2": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.stage3": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.config": _CONFIG,
     "zero.TiledLinear": "split the layer, or use tensor parallelism: parallel.tp in the config",
-    "zero.unwrap_model_for_generation": "call model.generate on engine.module: layers are gathered as they run",
     **{
         f"{module}.{_ESTIMATE.format(stages, when)}": _PLAN
         for module, stages in (("runtime.zero.stage_1_and_2", "2"), ("runtime.zero.stage3", "3"))
         for when in ("live", "cold")
     },
-    "runtime.zero.offload_config": _CONFIG,
     "utils.timer": "set wall_clock_breakdown in the config",
     "comm.configure": "use torch.profiler, which records collectives",
     "comm.log_summary": "use torch.profiler, which records collectives",

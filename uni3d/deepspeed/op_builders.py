@@ -48,7 +48,29 @@ class FusedLionBuilder(NothingToBuild):
     NAME = "fused_lion"
 
 
-compatible_ops: dict[str, Any] = defaultdict(
-    bool, {kind.NAME: True for kind in NothingToBuild.__subclasses__()}
-)
+class NotHere(NothingToBuild):
+    """An extension whose work nothing does here."""
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        return False
+
+
+class AsyncIOBuilder(NotHere):
+    NAME = "async_io"
+
+
+class FPQuantizerBuilder(NotHere):
+    NAME = "fp_quantizer"
+
+
+class FusedLambBuilder(NotHere):
+    NAME = "fused_lamb"
+
+
+class QuantizerBuilder(NotHere):
+    NAME = "quantizer"
+
+
+_kinds = [CPUAdamBuilder, CPUAdagradBuilder, CPULionBuilder, FusedAdamBuilder, FusedLionBuilder]
+compatible_ops: dict[str, Any] = defaultdict(bool, {kind.NAME: True for kind in _kinds})
 installed_ops = compatible_ops
