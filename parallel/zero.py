@@ -215,9 +215,7 @@ class Zero:
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that a forward pass computed with, even if their memory was freed after it."""
-        for record in self._records:
-            if hasattr(record, "_unsharded_param"):
-                yield record._unsharded_param
+        yield from (r._unsharded_param for r in self._records if hasattr(r, "_unsharded_param"))
         yield from (p for p in cast(nn.Module, self.root).parameters() if stays_whole(p))
 
     def start(self) -> None:
@@ -331,9 +329,7 @@ class ZeroStages:
             zero.start()
 
     def whole_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that forward passes computed with; see `Zero.whole_parameters`."""
-        for zero in self._stages:
-            yield from zero.whole_parameters()
+        return (parameter for zero in self._stages for parameter in zero.whole_parameters())
 
     def on_whole(self, parameter: nn.Parameter, do: Callable[[nn.Parameter], None]) -> None:
         for zero in self._stages:

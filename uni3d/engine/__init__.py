@@ -4,7 +4,12 @@ Modules:
     build           `initialize`: from a model and a config to an engine
     start           the first values of the parameters: drawn, read from files, or loaded by a resume
     arguments       checks of the model and the data, refusals of copies
-    engine          the engine's public methods
+    deepspeed_arguments  `initialize`'s less common arguments: an `mpu`, a config in base64
+    training_core   the engine's calls that train: whole batches, or micro batches one by one
+    checkpoint_core  its calls that save and load
+    engine          `Engine`: these and DeepSpeed's names, as a module of torch
+    grid            places and groups of ranks by DeepSpeed's and Megatron's names
+    optimizer_face  names that DeepSpeed scripts use on the optimizer
     micro_batches   forward and backward passes of a step, without a pipeline
     step            the optimizer step: from summed gradients to updated parameters
     batches         checks of micro batches, the loss of one, dropout's random state

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -24,7 +24,14 @@ from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
-from uni3d.engine.deepspeed_arguments import check_mpu, check_process_group, decoded, with_degrees
+from uni3d.engine.deepspeed_arguments import (
+    FurtherArguments,
+    Given,
+    check_further,
+    check_mpu,
+    decoded,
+    with_degrees,
+)
 from uni3d.engine.engine import Engine
 from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
@@ -50,13 +57,9 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
-    mpu: Any = None,
-    mesh_param: tuple[int, int] | None = None,
-    dist_init_required: bool | None = None,
-    distributed_port: int | None = None,
-    *,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
+    **further: Unpack[FurtherArguments],
 ) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
@@ -72,14 +75,10 @@ def initialize(
             default all that require a gradient.
         training_data, collate_fn: a map-style dataset of `(inputs, targets)`. For a DataLoader or an
             IterableDataset, leave it out and pass an iterator to `train_batch`.
-        config, config_params: the path of a JSON file, or its content, also as the base64 of JSON; the
-            second is DeepSpeed's old name.
-        mpu, mesh_param: Megatron's object with degrees and ranks, `(dp, 1)`: where the config has no degrees,
-            they are these; otherwise they must agree.
-        dist_init_required: False if the process group must be there already.
-        distributed_port: of DeepSpeed's rendezvous; torchrun has its own.
+        config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
         resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
         weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
+        further: others of DeepSpeed's, see `FurtherArguments`.
 
     Returns the engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
 
@@ -89,11 +88,8 @@ def initialize(
     """
     model = check_model(model)
     check_data(training_data)
-    check_process_group(dist_init_required)
-    settings = with_degrees(load_config(decoded(_one_config(args, config, config_params))), mpu, mesh_param)
-    settings = _with_pipeline_options(settings, model)
-    topology, split, triad = _distribute(settings)
-    check_mpu(mpu, topology)
+    settings = _settings(_one_config(args, config, config_params), model, further)
+    topology, split, triad = _distribute(settings, further.get("mpu"))
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
@@ -118,11 +114,17 @@ def _load(engine: Engine, run: str | Path) -> None:
     engine.load_checkpoint(run)
     assert engine.last_load is not None, "it was loaded"
     restored = {*engine.last_load.restored}
-    names = [engine.model.first_name(name) for name, _ in engine.named_parameters()]
+    names = [engine.model.first_name(name) for name, _ in engine.module.named_parameters()]
     assert restored.issuperset(f"{name}/{PARAMETER}" for name in names), "the load is strict"
 
 
-def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
+def _settings(config: Given, model: nn.Module, further: FurtherArguments) -> Config:
+    """Return the config together with what else says how the run is laid out."""
+    check_further(further)
+    return _with_pipeline_options(with_degrees(load_config(decoded(config)), further), model)
+
+
+def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
     """Collective: start the process group; return the topology, `parallel`'s settings and the batch sizes.
 
     Checks the config before the process group is started, as ranks that wait there can't report an error.
@@ -139,6 +141,7 @@ def _distribute(settings: Config) -> tuple[parallel.Topology, parallel.Settings,
         shard_group=settings.shard_group,
         device_type=device,
     )
+    check_mpu(mpu, topology)
     return topology, split, triad
 
 
@@ -197,7 +200,7 @@ def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topolog
         )
 
 
-def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str | Path | Mapping[str, Any]:
+def _one_config(args: Any, *given: Given | None) -> Given:
     """Return the config, from whichever argument has it."""
     from_args = getattr(args, "deepspeed_config", None)
     configs = [c for c in (*given, from_args) if c is not None]
@@ -206,7 +209,7 @@ def _one_config(args: Any, *given: str | Path | Mapping[str, Any] | None) -> str
             "give the config once, as config, config_params or args.deepspeed_config; "
             f"got it {len(configs)} times"
         )
-    config: str | Path | Mapping[str, Any] = configs[0]
+    config: Given = configs[0]
     return config
 
 

@@ -7,7 +7,7 @@ import binascii
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 
@@ -17,6 +17,20 @@ from uni3d.config.strict import unique_keys
 from uni3d.engine.grid import Grid
 
 Given = str | Path | Mapping[str, Any]
+"""A config: the path of a JSON file, its content, or the base64 of JSON."""
+
+
+class FurtherArguments(TypedDict, total=False):
+    """Arguments of `initialize` that few scripts give."""
+
+    mpu: Any
+    """Object with degrees and ranks, as Megatron's. Where the config has no degrees, they are these."""
+    mesh_param: tuple[int, int] | None
+    """`(dp, 1)`, likewise."""
+    dist_init_required: bool | None
+    """False if the process group must be there already."""
+    distributed_port: int | None
+    """Port of DeepSpeed's rendezvous. Without effect, as torchrun has its own."""
 
 
 def decoded(config: Given) -> Given:
@@ -36,26 +50,29 @@ def decoded(config: Given) -> Given:
     return content
 
 
-def check_process_group(dist_init_required: bool | None) -> None:
-    """Check that there is a process group if the script says so.
+def check_further(given: FurtherArguments) -> None:
+    """Check the names, and that there is a process group if the script says so.
 
     Raises:
-        ValueError: there is none.
+        TypeError: a name is unknown.
+        ValueError: there is no process group.
     """
-    if dist_init_required is False and not dist.is_initialized():
+    if unknown := sorted(given.keys() - FurtherArguments.__annotations__.keys()):
+        raise TypeError(f"initialize() got unexpected arguments: {', '.join(unknown)}")
+    if given.get("dist_init_required") is False and not dist.is_initialized():
         raise ValueError(
             "dist_init_required is False, but there is no process group; start it before initialize(), or "
             "leave dist_init_required out"
         )
 
 
-def with_degrees(settings: Config, mpu: Any, mesh_param: Sequence[int] | None) -> Config:
+def with_degrees(settings: Config, given: FurtherArguments) -> Config:
     """Return the config with the degrees of an `mpu` or a mesh, where it has none itself.
 
     Raises:
         ValueError: they contradict the config, or the mesh splits sequences.
     """
-    degrees = {**_of_mesh(mesh_param), **_of_mpu(mpu)}
+    degrees = {**_of_mesh(given.get("mesh_param")), **_of_mpu(given.get("mpu"))}
     section = settings.parallel
     for axis, (degree, source) in degrees.items():
         ours = getattr(section, axis)

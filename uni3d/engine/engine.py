@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class Engine(CheckpointCore):
             kinds = f"{type(self).__name__} nor its {type(module).__name__}"
             raise AttributeError(f"neither the {kinds} has an attribute {name!r}") from None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Do what `to`, `cuda`, `half` and the like ask for if it is so already.
 
         Raises:

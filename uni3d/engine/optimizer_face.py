@@ -1,4 +1,4 @@
-"""What DeepSpeed scripts use of the optimizer besides torch's methods.
+"""Names that DeepSpeed scripts use on the optimizer, besides torch's.
 
 The optimizer stays the object that it was, so schedulers and scripts that hold it aren't misled. It gets a
 class of the same name between itself and its own, and a hook on `step`.

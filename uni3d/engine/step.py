@@ -138,8 +138,7 @@ class Stepper:
         scale.
 
         Raises:
-            BatchError, StepRefusedError: the gradients can't be right, or there are none. The step was not
-                taken.
+            BatchError, StepRefusedError: the gradients can't be right, or there are none; no step was taken.
             FloatingPointError: the loss or a gradient of this step, or with `deferred` of the previous one,
                 isn't finite, and there is no loss scale to lower. The step was not taken; if the previous
                 one failed, neither was.
