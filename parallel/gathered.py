@@ -30,14 +30,17 @@ _CHUNK = 1 << 20
 class WholeParameter(torch.Tensor):
     """A parameter while its whole value is gathered. Copies and results of operations are plain tensors."""
 
-    __slots__ = ("_local_tensor", "_spec")  # as in DTensor, so that an object can change from one to the other
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __slots__ = (
+        "_local_tensor",
+        "_spec",
+    )  # as in DTensor, so that an object can change from one to the other
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self.detach().clone(), requires_grad=self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), requires_grad=self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach(), requires_grad=self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -56,20 +59,23 @@ def gathered(
     topology: Topology,
     named: Sequence[tuple[str, nn.Parameter]],
     source: int | None,
+    *,
+    run_alike: bool,
 ) -> Iterator[None]:
     """Make parameters of `module`, each given once with its name, whole and plain inside. Collective.
 
     Each rank keeps its part of what was written. With `source`, that rank's values count (under pipelines, in
     each stage those of the rank at its place). Without it all ranks must have written the same. If the body
-    raises, what it wrote to sharded parameters is lost.
+    raises, what it wrote to sharded parameters is lost. `run_alike` says that all ranks run the same layers,
+    as at ZeRO stage 3, so that they can agree on whether the model may run inside.
 
     Raises:
         RuntimeError: parameters are in use by a pass; on all ranks, they differ over the ranks at the end; a
             parameter was given another shape.
     """
     _check_unused(module)
-    sharded = [(name, p) for name, p in named if isinstance(p, DTensor)]
-    with _guarded(module, [p for _, p in named], writes=source is not None):
+    sharded: list[tuple[str, nn.Parameter]] = [(name, p) for name, p in named if isinstance(p, DTensor)]
+    with _guarded(module, topology, [p for _, p in named], may_run=run_alike and source is None):
         twins = [whole_of(p) for _, p in sharded]
         for (_, parameter), twin in zip(sharded, twins, strict=True):
             _become_whole(parameter, twin)
@@ -80,8 +86,8 @@ def gathered(
                     broadcast(parameter, topology, source)
             elif unlike := _differing(sharded, topology):
                 raise RuntimeError(
-                    f"{unlike} differs over the ranks at the end of GatheredParameters; write the same on all "
-                    "ranks, or pass modifier_rank, the rank whose values count"
+                    f"{unlike} differs over the ranks at the end of GatheredParameters; write the same on "
+                    "all ranks, or pass modifier_rank, the rank whose values count"
                 )
         finally:
             for (_, parameter), twin in zip(sharded, twins, strict=True):
@@ -161,7 +167,9 @@ def fingerprint(tensor: Tensor) -> Tensor:
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
         place = torch.arange(start + 1, start + 1 + chunk.numel(), device=chunk.device)
-        mixed = (chunk ^ (place * -7046029254386353131)) * -4417276706812531889  # odd: each step is a bijection
+        mixed = (
+            chunk ^ (place * -7046029254386353131)
+        ) * -4417276706812531889  # odd: each step is a bijection
         total = total * 31 + (mixed ^ (mixed >> 29)).sum()
     return total
 
@@ -175,6 +183,7 @@ def _groups(module: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 def _check_unused(module: nn.Module) -> None:
     for state, _ in _groups(module):
+        state._lazy_init()  # it would not know the parameters while they are whole
         if state._training_state.name != "IDLE":
             raise RuntimeError(
                 "GatheredParameters was entered inside a forward or backward pass, which would lose the "
@@ -183,45 +192,63 @@ def _check_unused(module: nn.Module) -> None:
 
 
 @contextmanager
-def _guarded(module: nn.Module, parameters: Iterable[nn.Parameter], *, writes: bool) -> Iterator[None]:
+def _guarded(
+    module: nn.Module, topology: Topology, parameters: Iterable[nn.Parameter], *, may_run: bool
+) -> Iterator[None]:
     """Refuse passes inside that would compute with other values than the script sees.
 
-    A layer is gathered from its shards. So a forward pass is right as long as nothing was written.
+    A layer is gathered from its shards. So if all ranks run the same layers, a forward pass `may_run` as long
+    as nothing was written.
     """
     mine = {id(p) for p in parameters}
-    changed: list[tuple[Any, Callable[..., Any], Callable[..., Any]]] = []
+    changed: list[tuple[Any, Callable[..., Any], Callable[..., Any], list[Any]]] = []
     for part in module.modules():
         records = parameters_of(part) if isinstance(part, FSDPModule) else []
         here = [r for r in records if mine & {id(r.sharded_param), id(getattr(r, "_unsharded_param", None))}]
         if here:
             group = group_of(cast(FSDPModule, part))
-            changed.append((group, group.unshard, group.post_backward))
-            group.unshard = partial(_unshard, group.unshard, here, writes)
+            changed.append((group, group.unshard, group.post_backward, here))
+            check = partial(_check_fresh, here, topology, may_run=may_run)
+            group.unshard = partial(_unshard, group.unshard, check)
             group.post_backward = _refuse_backward
+            for record in here:  # load_state_dict calls it, to see whether the shard has moved
+                record.reset_sharded_param = lambda: None
     try:
         yield
     finally:
-        for group, unshard, post_backward in changed:
+        for state, group in _groups(module):  # a pass that was refused has left them as in the middle of it
+            for part in (state, group):
+                if part is not None:
+                    part._training_state = type(part._training_state).IDLE
+        for group, unshard, post_backward, records in changed:
             group.unshard, group.post_backward = unshard, post_backward
+            for record in records:
+                del record.reset_sharded_param
 
 
-def _unshard(unshard: Callable[..., None], records: list[Any], writes: bool, async_op: bool = False) -> None:
-    for record in records:
-        whole = getattr(record, "_unsharded_param", None)
-        stale = isinstance(whole, WholeParameter) or writes
-        if not stale and isinstance(record.sharded_param, WholeParameter):
-            part = local_part(_shard_of(record.sharded_param))
-            stale = not torch.equal(narrow_to(record.sharded_param.detach(), part).to(part.data), part.data)
-        if stale:
-            raise RuntimeError(
-                "a forward pass inside GatheredParameters would compute with the values from before it; leave "
-                "it first (only without modifier_rank and tensor parallelism, and if nothing was written, the "
-                "model may run inside)"
-            )
+def _unshard(unshard: Callable[..., None], check: Callable[[], None], async_op: bool = False) -> None:
+    check()
     unshard(async_op)
 
 
-def _shard_of(parameter: nn.Parameter) -> Tensor:
+def _check_fresh(records: list[Any], topology: Topology, *, may_run: bool) -> None:
+    """Check that the shards of a layer hold what the script sees. Collective if passes `may_run`."""
+    stale = torch.tensor(float(not may_run), device=topology.device)
+    for parameter in (r.sharded_param for r in records if may_run):
+        if isinstance(parameter, WholeParameter):
+            part = local_part(_shard_of(parameter))
+            if not torch.equal(narrow_to(parameter.detach(), part).to(part.data), part.data):
+                stale.fill_(1.0)
+    for axis in _AXES if may_run else ():
+        dist.all_reduce(stale, op=dist.ReduceOp.MAX, group=topology.mesh.get_group(axis))
+    if stale > 0:
+        raise RuntimeError(
+            "a forward pass inside GatheredParameters would compute with the values from before it; leave it "
+            "first (at ZeRO-3 the model may run inside if there is no modifier_rank and nothing was written)"
+        )
+
+
+def _shard_of(parameter: Tensor) -> Tensor:
     """Return a new DTensor of the shard of a parameter that is whole."""
     local, spec = cast(Any, parameter)._local_tensor, cast(Any, parameter)._spec
     return DTensor.from_local(

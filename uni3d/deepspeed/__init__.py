@@ -26,7 +26,7 @@ from typing import Any
 from uni3d.deepspeed.modules import INSTALLED, children, install, make_modules, resolve
 from uni3d.deepspeed.names import PROVIDED, VERSION
 
-__all__ = [*PROVIDED[""], "install"]  # noqa: PLE0604 (all are strings)
+__all__ = [*PROVIDED[""], "install"]
 
 __version__ = INSTALLED
 __git_hash__ = __git_branch__ = None

@@ -182,10 +182,10 @@ class CUDAAccelerator(CPUAccelerator):
         return "nccl"
 
     def is_bf16_supported(self) -> bool:
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
 
     def is_triton_supported(self) -> bool:
-        return torch.cuda.get_device_capability()[0] >= 8
+        return bool(torch.cuda.get_device_capability()[0] >= 8)
 
     def random(self) -> Any:
         return torch.random
@@ -248,10 +248,10 @@ class CUDAAccelerator(CPUAccelerator):
         return torch.cuda.default_stream(device_index)
 
     def range_push(self, msg: str, *_: Any, **__: Any) -> None:
-        torch.cuda.nvtx.range_push(msg)
+        torch.cuda.nvtx.range_push(msg)  # type: ignore[no-untyped-call]
 
     def range_pop(self, *_: Any) -> None:
-        torch.cuda.nvtx.range_pop()
+        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
     def pin_memory(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
         return tensor.pin_memory()

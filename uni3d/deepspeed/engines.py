@@ -85,7 +85,7 @@ class _OfPipelines(type):
 
 
 class PipelineEngine(metaclass=_OfPipelines):
-    """Kind of the engines that train a `PipelineModule`, for `isinstance` alone: there is one class of engines."""
+    """Kind of the engines that train a `PipelineModule`, for `isinstance`: all are of one class."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("engines are made by initialize(), which takes a PipelineModule as any other model")

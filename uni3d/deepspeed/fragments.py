@@ -1,4 +1,4 @@
-"""`safe_get_*` and `safe_set_*` of `deepspeed.utils`: fp32 values, gradients and optimizer states by parameter.
+"""`safe_get_*` and `safe_set_*` of `deepspeed.utils`: values, gradients and optimizer states by parameter.
 
 The full forms give and take whole tensors, and are collective over the ranks that hold the parameter. The
 local ones give and take this rank's part: neighbouring rows of the parameter, at any ZeRO stage. Parameters
@@ -247,4 +247,4 @@ def _gradient_divisor(engine: Any, call: str) -> float:
     if scaler is None and micro.share != 1.0:
         return 1.0  # means, which were divided before the backward passes
     terms = sum_over_ranks(Loss.sum(micro.losses), [], engine.model.topology).terms.item()
-    return terms * (micro.share if scaler is None else scaler.factor)
+    return float(terms * (micro.share if scaler is None else scaler.factor))

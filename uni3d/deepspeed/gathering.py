@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from parallel.gathered import WholeParameter, as_bytes, from_bytes, gathered
 from uni3d.deepspeed.devices import get_accelerator
 from uni3d.deepspeed.engines import ZeroParamStatus, engine_of, name_of
+from uni3d.deepspeed.training import init_distributed
 
 _REFUSED = {
     "data_parallel_group": 'set the degrees in the config, "parallel": {"dp": ...}',
@@ -32,7 +33,7 @@ class Init:
 
     Parameters are drawn as outside of it, in host memory, whole on each rank; `initialize` then takes rank
     0's values and keeps this rank's part of them. A model that is too large for a host is built on the meta
-    device instead, with an `init_parameter`.
+    device instead, with an `init_parameter`. The process group is started, as in DeepSpeed.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Init:
             remote_device: "cpu" or "none"; `initialize` decides where parameters live.
             config_dict_or_path, config, mem_efficient_linear, pin_memory, tensor_overrides: accepted, as
                 nothing is sharded, moved or replaced here; the config that counts is that of `initialize`.
-            enabled: whether `dtype` counts.
+            enabled: false for a context without effect.
             dtype: type of the floating-point tensors made inside; the engine makes fp32 masters of them.
 
         Raises:
@@ -74,6 +75,8 @@ class Init:
                 f"zero.Init: remote_device is {remote_device!r}; expected 'cpu', 'none' or None (nothing is "
                 "kept on NVMe)"
             )
+        if enabled:
+            init_distributed()
         self.enabled = enabled
         self._dtype = dtype if enabled else None
         self._before: list[torch.dtype] = []
@@ -111,7 +114,9 @@ class GatheredParameters:
     ) -> None:
         """Take one parameter or several; what isn't a tensor is left alone, and so is `fwd_module`."""
         given = [params] if isinstance(params, Tensor) else list(params)
-        self._parameters = list({id(p): p for p in given if isinstance(p, Tensor)}.values()) if enabled else []
+        self._parameters = (
+            list({id(p): p for p in given if isinstance(p, Tensor)}.values()) if enabled else []
+        )
         self._source = modifier_rank
         self._contexts: list[ExitStack] = []
 
@@ -147,7 +152,8 @@ def _whole(engine: Any, parameters: list[nn.Parameter], source: int | None) -> I
         engine._check_ready("GatheredParameters")
     engine.model.zero.carry_writes()
     named = [(name_of(engine, p), p) for p in parameters]
-    with gathered(engine.module, engine.model.topology, named, source):
+    alike = engine.zero_optimization_stage() == 3
+    with gathered(engine.module, engine.model.topology, named, source, run_alike=alike):
         _mark(sharded, ZeroParamStatus.AVAILABLE)
         try:
             yield
@@ -180,7 +186,7 @@ class _Broadcast:
 def register_external_parameter(module: nn.Module, parameter: Any) -> None:
     """Do nothing: a layer is gathered with all its parts, so a part may use another part's parameters.
 
-    At ZeRO-3 a layer that uses a parameter outside of it, without sharing it, meets a sharded tensor, on which
+    At ZeRO-3 a layer that uses a parameter outside of it, without sharing it, meets a sharded tensor, and
     torch raises; stages 0 to 2 take any use.
     """
 

@@ -28,7 +28,9 @@ noop_context = nullcontext
 _orig_torch_arange = torch.arange
 
 
-def required_torch_version(min_version: str | float | None = None, max_version: str | float | None = None) -> bool:
+def required_torch_version(
+    min_version: str | float | None = None, max_version: str | float | None = None
+) -> bool:
     """Return whether torch is at least and at most of these versions."""
     if min_version is None and max_version is None:
         raise AssertionError("required_torch_version needs min_version or max_version")
@@ -106,7 +108,9 @@ def clip_grad_norm_(
         ValueError: an engine trains them, so `gradient_clipping` in its config clips them; or an `mpu`.
     """
     if mpu is not None:
-        raise ValueError("clip_grad_norm_: an mpu isn't supported; the config's gradient_clipping sees all ranks")
+        raise ValueError(
+            "clip_grad_norm_: an mpu isn't supported; the config's gradient_clipping sees all ranks"
+        )
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if any(engine_of(parameter) is not None for parameter in given):
         raise ValueError(
@@ -207,7 +211,9 @@ def set_z3_leaf_modules_by_name(
 ) -> tuple[list[nn.Module], list[str]]:
     """Return the modules with these names, as `set_z3_leaf_modules`, and the names that the model hasn't."""
     named = dict(model.named_modules())
-    return _leaves_called(model, {name: [name] if name in named else [] for name in module_names}, raise_if_not_found)
+    return _leaves_called(
+        model, {name: [name] if name in named else [] for name in module_names}, raise_if_not_found
+    )
 
 
 def set_z3_leaf_modules_by_suffix(

@@ -45,7 +45,9 @@ def _log_once(message: str, ranks: tuple[int, ...] | None, level: int) -> None:
 
 def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger | None = None) -> None:
     """Set a logger's level: "debug", "info", "warning", "error" or "critical"."""
-    levels = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
+    levels = {
+        name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")
+    }
     if log_level_str.lower() not in levels:
         raise ValueError(f"the level is {log_level_str!r}; expected one of {', '.join(levels)}")
     (custom_logger or logger).setLevel(levels[log_level_str.lower()])

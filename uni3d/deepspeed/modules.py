@@ -106,7 +106,8 @@ class Finder(DistributionFinder):
         return None
 
     def find_distributions(
-        self, context: DistributionFinder.Context = DistributionFinder.Context()  # noqa: B008 (as the base)
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008 (as the base)
     ) -> Iterator[Distribution]:
         if self.installed and context.name in (None, NAME):
             yield _Release()
@@ -156,7 +157,7 @@ def install() -> None:
     hugging_face = sys.modules.get("transformers.integrations.deepspeed")
     if hugging_face is not None and "accelerate" in sys.modules:
         raise ImportError(
-            "transformers was imported before and has found no DeepSpeed; call uni3d.deepspeed.install() first"
+            "transformers was imported and has found no DeepSpeed; call uni3d.deepspeed.install() before that"
         )
     FINDER.installed = True
     sys.modules[NAME] = sys.modules[HOME]

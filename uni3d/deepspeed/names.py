@@ -2,7 +2,7 @@
 
 `PROVIDED` maps DeepSpeed's modules to their names, and each name to the module that defines it, with the name
 there after a colon if it is another one. `REFUSED` has full names of modules and of what is in them; the
-reason says what to use instead.
+reason says what to use instead. An empty module with a reason is there for the reasons of what is in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _HERE = "uni3d.deepspeed"
 
 
 def _names(home: str, text: str) -> dict[str, str]:
-    return {name: home for name in text.split()}
+    return dict.fromkeys(text.split(), home)
 
 
 _TRAINING = _names(f"{_HERE}.training", "initialize init_distributed add_config_arguments tp_model_init")
@@ -89,8 +89,8 @@ _COMM = {
         "torch.distributed",
         "is_initialized is_available get_rank get_world_size barrier monitored_barrier broadcast "
         "broadcast_object_list all_reduce reduce reduce_scatter reduce_scatter_tensor all_gather "
-        "all_gather_object all_gather_into_tensor all_to_all all_to_all_single gather scatter send recv isend "
-        "irecv destroy_process_group ReduceOp ProcessGroup gather_object scatter_object_list",
+        "all_gather_object all_gather_into_tensor all_to_all all_to_all_single gather scatter send recv "
+        "isend irecv destroy_process_group ReduceOp ProcessGroup gather_object scatter_object_list",
     ),
     **_names(
         f"{_HERE}.collectives",
@@ -102,9 +102,7 @@ _COMM = {
     "init_distributed": f"{_HERE}.training",
 }
 _ACCELERATOR = _names(f"{_HERE}.devices", "get_accelerator is_current_accelerator_supported")
-_RECOMPUTE = _names(
-    f"{_HERE}.recompute", "configure checkpoint is_configured reset non_reentrant_checkpoint"
-)
+_RECOMPUTE = _names(f"{_HERE}.recompute", "configure checkpoint is_configured reset non_reentrant_checkpoint")
 _ADAM = _names(f"{_HERE}.optimizers", "FusedAdam DeepSpeedCPUAdam")
 _LION = _names(f"{_HERE}.optimizers", "FusedLion DeepSpeedCPULion")
 _ADAGRAD = _names(f"{_HERE}.optimizers", "DeepSpeedCPUAdagrad")
@@ -186,6 +184,8 @@ PROVIDED: dict[str, dict[str, str]] = {
     ),
     "runtime.zero.offload_config": _names(f"{_HERE}.constants", "OffloadDeviceEnum OffloadStateTypeEnum"),
     "runtime.zero.partition_parameters": _PARTITION,
+    "runtime.zero.stage3": {},
+    "runtime.zero.stage_1_and_2": {},
     "utils": {
         **_FRAGMENTS,
         **_LEAVES,
@@ -232,7 +232,10 @@ for _module in STAND_INS:
     for _length in range(_module.count(".") + 1):
         PROVIDED.setdefault(_module.rsplit(".", _length)[0], {})
 
-_INFERENCE = "uni3d trains; export the weights by uni3d export --format hf, and serve them by vLLM or the like"
+_INFERENCE = (
+    "uni3d trains; export the weights by uni3d export --format hf, and serve them by vLLM or the like"
+)
+_GENERATE = "call engine.module.generate(...): layers are gathered as they run"
 _EXPERTS = "expert parallelism isn't supported; experts are sharded by ZeRO and split by the model's tp_plan"
 _TOPOLOGY = "engine.grid has the places and groups of the ranks"
 _TRUST = "its layer-wise norms aren't implemented for sharded layers; use FusedAdam"
@@ -257,8 +260,8 @@ REFUSED: dict[str, str] = {
     "moe": _EXPERTS,
     "sequence": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
     "runtime.sequence_parallel": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
-    "DeepSpeedHybridEngine": "training and generation don't share an engine; call model.generate on engine.module",
-    "runtime.hybrid_engine": "training and generation don't share an engine; call model.generate on engine.module",
+    "DeepSpeedHybridEngine": _GENERATE,
+    "runtime.hybrid_engine": _GENERATE,
     "DeepSpeedConfig": _CONFIG,
     "runtime.config.DeepSpeedConfig": _CONFIG,
     "runtime.config_utils": _CONFIG,
@@ -267,7 +270,7 @@ REFUSED: dict[str, str] = {
     "runtime.base_optimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "runtime.bf16_optimizer": "optimizers are torch's own, over fp32 parameters",
     "runtime.precision_config": _CONFIG,
-    "runtime.fp16": "optimizers are torch's own; engine.scaler is the loss scale",
+    "runtime.fp16": f"engine.scaler is the loss scale; 1-bit optimizers aren't supported: {_ONE_BIT}",
     "DeepSpeedDataLoader": "use training_data of initialize, or engine.loader(dataset)",
     "runtime.dataloader.DeepSpeedDataLoader": "use training_data of initialize, or engine.loader(dataset)",
     "DeepSpeedTransformerLayer": _KERNELS,
@@ -280,7 +283,6 @@ REFUSED: dict[str, str] = {
     "nvme": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
     "ops.lamb": _TRUST,
     "ops.adam.ZenFlowCPUAdam": "optimizer steps aren't split or delayed; use DeepSpeedCPUAdam",
-    "runtime.fp16.onebit": _ONE_BIT,
     "runtime.comm": _ONE_BIT,
     "runtime.compression": _ONE_BIT,
     "compression": "compressed and quantized training isn't supported",
@@ -289,7 +291,6 @@ REFUSED: dict[str, str] = {
     "autotuning": _PLAN,
     "monitor": "set tensorboard, wandb, comet or csv_monitor in the config",
     "profiling": "set flops_profiler in the config, or use torch.profiler",
-    "profiling.flops_profiler": "set flops_profiler in the config, or use torch.profiler",
     "runtime.pipe.topology": _TOPOLOGY,
     "checkpoint.DeepSpeedCheckpoint": _CHECKPOINTS,
     "checkpoint.ds_to_universal": _CHECKPOINTS,

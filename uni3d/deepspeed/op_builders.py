@@ -25,7 +25,9 @@ class NothingToBuild:
         return True
 
     def load(self, verbose: bool = True) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__}: there are no extensions to build; torch does the work")
+        raise NotImplementedError(
+            f"{type(self).__name__}: there are no extensions to build; torch does the work"
+        )
 
 
 class CPUAdamBuilder(NothingToBuild):

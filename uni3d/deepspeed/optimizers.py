@@ -100,7 +100,7 @@ class DeepSpeedCPULion(Lion):
 
 
 class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
-    """Adagrad; it steps where the parameters are. Its states are made at the first step, when they are sharded."""
+    """Adagrad; it steps where the parameters are. The first step makes its states, sharded ones."""
 
     def __init__(
         self,

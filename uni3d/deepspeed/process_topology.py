@@ -13,7 +13,9 @@ class ProcessTopology:
 
     def __init__(self, axes: Sequence[str], dims: Sequence[int]) -> None:
         if len(axes) != len(dims):
-            raise ValueError(f"ProcessTopology got {len(axes)} axes and {len(dims)} dims; expected one for each")
+            raise ValueError(
+                f"ProcessTopology got {len(axes)} axes and {len(dims)} dims; expected one for each"
+            )
         self.axes, self.dims = list(axes), list(dims)
         self.ProcessCoord: Any = namedtuple("ProcessCoord", axes)  # type: ignore[misc]  # the axes vary
         places = product(*(range(dim) for dim in dims))
@@ -32,7 +34,9 @@ class ProcessTopology:
     def get_rank(self, **place: int) -> int:
         """Return the rank at a place: `get_rank(pipe=1, data=0)`."""
         if sorted(place) != sorted(self.axes):
-            raise ValueError(f"get_rank() needs {', '.join(self.axes)}; got {', '.join(place)}. See filter_match()")
+            raise ValueError(
+                f"get_rank() needs {', '.join(self.axes)}; got {', '.join(place)}. See filter_match()"
+            )
         return self.mapping[self.ProcessCoord(**place)]
 
     def get_coord(self, rank: int) -> Any:
@@ -43,7 +47,11 @@ class ProcessTopology:
         raise ValueError(f"rank {rank} isn't in the topology, which has {self.world_size()} ranks")
 
     def get_rank_repr(
-        self, rank: int, omit_axes: Sequence[str] = ("data", "pipe"), inner_sep: str = "_", outer_sep: str = "-"
+        self,
+        rank: int,
+        omit_axes: Sequence[str] = ("data", "pipe"),
+        inner_sep: str = "_",
+        outer_sep: str = "-",
     ) -> str:
         """Return a rank's place as text for names of files, such as `model_01`."""
         place = self.get_coord(rank)

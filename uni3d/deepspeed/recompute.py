@@ -31,7 +31,7 @@ def configure(
     synchronize: bool | None = None,
     profile: bool | None = None,
 ) -> None:
-    """Accept DeepSpeed's defaults. `mpu_` and `deepspeed_config` aren't needed: `initialize` reads the config.
+    """Accept DeepSpeed's defaults. `mpu_` and `deepspeed_config` aren't used: `initialize` reads the config.
 
     Raises:
         ValueError: an option that isn't supported, with the reason.
@@ -57,7 +57,7 @@ def is_configured() -> bool:
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return `function(*args, **kwargs)`, and call it once more in the backward pass, with the same dropout."""
+    """Return `function(*args, **kwargs)`; call it once more in the backward pass, with the same dropout."""
     return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 

@@ -19,4 +19,6 @@ class NeverMadeType(type):
 def stand_in(full: str, reason: str) -> type:
     """Return the class under one of DeepSpeed's full names; making one raises NotImplementedError."""
     home, _, name = full.rpartition(".")
-    return NeverMadeType(name, (), {"__doc__": reason, "__module__": f"uni3d.deepspeed.{home}", "reason": reason})
+    return NeverMadeType(
+        name, (), {"__doc__": reason, "__module__": f"uni3d.deepspeed.{home}", "reason": reason}
+    )

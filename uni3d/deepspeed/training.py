@@ -48,7 +48,8 @@ def initialize(
     given = getattr(args, "deepspeed_config", None) if given is None else given
     if tp is not None and given is not None and (found := load_config(given).parallel.tp) not in (tp, "auto"):
         raise ValueError(
-            f"tp_model_init was called with tp_size {tp}, but the config has parallel.tp {found}; set both alike"
+            f"tp_model_init was called with tp_size {tp}, but the config has parallel.tp {found}; make "
+            "them equal"
         )
     results = build_engine(
         args=args,
@@ -69,7 +70,9 @@ def initialize(
     return results
 
 
-def tp_model_init(model: nn.Module, tp_size: int, dtype: Any = None, config: Any = None, **given: Any) -> nn.Module:
+def tp_model_init(
+    model: nn.Module, tp_size: int, dtype: Any = None, config: Any = None, **given: Any
+) -> nn.Module:
     """Return the model as it is; `initialize` splits it by its `tp_plan` and checks the config's degree.
 
     The type of computation is the config's, whatever `dtype` says.
@@ -115,7 +118,9 @@ def init_distributed(
     if dist_backend not in (None, "nccl", "gloo"):
         raise ValueError(f"dist_backend is {dist_backend!r}; expected 'nccl', 'gloo' or None")
     if config is not None:
-        raise ValueError("init_distributed: config isn't supported; use torch.profiler, which records collectives")
+        raise ValueError(
+            "init_distributed: config isn't supported; use torch.profiler, which records collectives"
+        )
     cuda = torch.cuda.is_available() and dist_backend != "gloo"
     if dist_backend == "nccl" and not cuda:
         raise ValueError("dist_backend is 'nccl', but there is no GPU; leave it out")
