@@ -2,16 +2,17 @@
 
     python tests/peers/deepspeed_unit_tests.py CHECKOUT [--only PART ...] [--out FOLDER]
 
-CHECKOUT is a working copy of DeepSpeed's repository, of which `tests/` alone is used: it is copied, so that no
-`deepspeed` but uni3d's names can be imported. Nothing is filled in: a name that uni3d lacks is a failure. A test
-that takes longer than `--timeout` seconds is killed and counts as a hang, and the others run on.
+CHECKOUT is a working copy of DeepSpeed's repository, of which `tests/` alone is used: it is copied, so that
+no `deepspeed` but uni3d's names can be imported. Nothing is filled in: a name that uni3d lacks is a failure.
+A test that takes longer than `--timeout` seconds is killed and counts as a hang, and the others run on.
 
-This file is also the pytest plugin that does so inside each run: it writes a line of JSON as a test begins and
-as it ends, and loads torch and uni3d once for all the processes that DeepSpeed's tests fork.
+This file is also the pytest plugin of the run: it writes a line of JSON as a test begins and as it ends, and
+loads torch and uni3d once for all the processes that DeepSpeed's tests fork.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -43,9 +44,8 @@ def _write(**event: str) -> None:
 
 def pytest_configure(config) -> None:
     if EVENTS in os.environ:
-        import torch.multiprocessing
-
         import deepspeed  # noqa: F401
+        import torch.multiprocessing
 
         ours = [f"uni3d.deepspeed.{path.stem}" for path in HERE.parents[1].glob("uni3d/deepspeed/*.py")]
         torch.multiprocessing.set_forkserver_preload(["deepspeed", *ours, "pytest", "unit.simple_model"])
@@ -122,7 +122,9 @@ def run_files(tests: Path, names: list[str], env: dict[str, str], timeout: float
         rows[hanging] = {"file": file, "test": hanging, "result": "hang", "error": f"over {timeout:g} s"}
     for test in found:
         file = test.split("::")[0].removeprefix("unit/")
-        rows.setdefault(test, {"file": file, "test": test, "result": "failed", "error": "the run ended early"})
+        rows.setdefault(
+            test, {"file": file, "test": test, "result": "failed", "error": "the run ended early"}
+        )
     return list(rows.values())
 
 
@@ -131,7 +133,7 @@ def _events(env: dict[str, str]) -> list[dict[str, str]]:
 
 
 def _run_once(tests: Path, names: list[str], env: dict[str, str], timeout: float) -> str | None:
-    """Run what is left of the files. Return the test that was under way when it was killed or died, if any."""
+    """Run what is left of the files. Return the test that was under way when the run died, if any."""
     command = [sys.executable, "-m", "pytest", "-p", "deepspeed_unit_tests", "-p", "no:cacheprovider", "-q"]
     with open(env[EVENTS] + ".log", "a") as log:
         run = subprocess.Popen(
@@ -146,11 +148,11 @@ def _run_once(tests: Path, names: list[str], env: dict[str, str], timeout: float
         while run.poll() is None and not killed:
             time.sleep(0.2)
             waited = time.time() - os.stat(env[EVENTS]).st_mtime
-            killed = waited > (timeout if Path(env[EVENTS]).stat().st_size else 10 * timeout)  # imports, first
-        try:
+            killed = waited > (
+                timeout if Path(env[EVENTS]).stat().st_size else 10 * timeout
+            )  # imports, first
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)  # with all that its tests started
-        except ProcessLookupError:
-            pass
         run.wait()
     last = next((e for e in reversed(_events(env)) if e["event"] != "found"), None)
     return last["test"] if last and last["event"] == "begin" else None
@@ -163,7 +165,7 @@ def environment(folder: Path) -> dict[str, str]:
     (names / "deepspeed.py").write_text(STAND_IN)
     path = [str(names), str(HERE), str(HERE.parents[1]), str(folder / "tests")]
     settings = {
-        "PYTHONPATH": os.pathsep.join(path + [os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "LOCAL_SIZE": "8",  # how many "devices" a machine of CPUs has for DeepSpeed

@@ -1,6 +1,6 @@
 """DeepSpeed's constants: keys and values of the config."""
 
-from enum import Enum
+from enum import StrEnum
 
 LR_SCHEDULE = "lr_schedule"
 LR_RANGE_TEST = "LRRangeTest"
@@ -51,7 +51,7 @@ DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = []
 """No module has to be marked: all parts of a layer are gathered together."""
 
 
-class OffloadDeviceEnum(str, Enum):
+class OffloadDeviceEnum(StrEnum):
     """Devices of the config's `offload_param` and `offload_optimizer`; nvme is refused there."""
 
     none = "none"
@@ -59,7 +59,7 @@ class OffloadDeviceEnum(str, Enum):
     nvme = "nvme"
 
 
-class OffloadStateTypeEnum(str, Enum):
+class OffloadStateTypeEnum(StrEnum):
     """States that `offload_states` of DeepSpeed's engine moves."""
 
     optim_states = "optim_states"

@@ -33,8 +33,9 @@ _SCHEDULES = {
         f"{_HERE}.constants",
         "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR LR_RANGE_TEST_MIN_LR "
         "LR_RANGE_TEST_STEP_RATE LR_RANGE_TEST_STEP_SIZE LR_RANGE_TEST_STAIRCASE CYCLE_FIRST_STEP_SIZE "
-        "CYCLE_FIRST_STAIR_COUNT CYCLE_SECOND_STEP_SIZE CYCLE_SECOND_STAIR_COUNT DECAY_STEP_SIZE CYCLE_MIN_LR "
-        "CYCLE_MAX_LR DECAY_LR_RATE CYCLE_MIN_MOM CYCLE_MAX_MOM DECAY_MOM_RATE WARMUP_MIN_LR WARMUP_MAX_LR "
+        "CYCLE_FIRST_STAIR_COUNT CYCLE_SECOND_STEP_SIZE CYCLE_SECOND_STAIR_COUNT DECAY_STEP_SIZE "
+        "CYCLE_MIN_LR CYCLE_MAX_LR DECAY_LR_RATE CYCLE_MIN_MOM CYCLE_MAX_MOM DECAY_MOM_RATE "
+        "WARMUP_MIN_LR WARMUP_MAX_LR "
         "WARMUP_NUM_STEPS WARMUP_TYPE WARMUP_LOG_RATE WARMUP_LINEAR_RATE WARMUP_MIN_RATIO COS_MIN_RATIO "
         "TOTAL_NUM_STEPS",
     ),
@@ -175,7 +176,8 @@ PROVIDED: dict[str, dict[str, str]] = {
     "runtime.utils": _names(
         f"{_HERE}.helpers",
         "see_memory_usage memory_status clip_grad_norm_ set_random_seed move_to_device "
-        "ensure_directory_exists noop_context partition_uniform partition_balanced prefix_sum_inc call_to_str",
+        "ensure_directory_exists noop_context partition_uniform partition_balanced prefix_sum_inc "
+        "call_to_str",
     ),
     "runtime.zero": _GATHERING,
     "runtime.zero.leaf_module_config": _names(
@@ -245,6 +247,7 @@ _PLAN = "use uni3d plan, which estimates memory for any topology"
 _KERNELS = "DeepSpeed's kernels aren't part of uni3d; use torch.nn, whose attention is fused"
 _CONFIG = "use uni3d.config.load_config, which reads the same file"
 _CHECKPOINTS = "every checkpoint loads at any topology; uni3d import reads those of DeepSpeed"
+_IN_MEMORY = "parameters and states stay in memory; offload_optimizer with device cpu is supported"
 _ESTIMATE = "estimate_zero{}_model_states_mem_needs_all_{}"
 
 REFUSED: dict[str, str] = {
@@ -279,8 +282,8 @@ REFUSED: dict[str, str] = {
     "ops.sparse_attention": _KERNELS,
     "ops.fp_quantizer": _KERNELS,
     "ops.op_builder": "there are no extensions to build",
-    "ops.aio": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
-    "nvme": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
+    "ops.aio": _IN_MEMORY,
+    "nvme": _IN_MEMORY,
     "ops.lamb": _TRUST,
     "ops.adam.ZenFlowCPUAdam": "optimizer steps aren't split or delayed; use DeepSpeedCPUAdam",
     "runtime.comm": _ONE_BIT,
@@ -297,7 +300,7 @@ REFUSED: dict[str, str] = {
     "checkpoint.universal_checkpoint": _CHECKPOINTS,
     "checkpoint.utils.get_model_ckpt_name_for_rank": _CHECKPOINTS,
     "runtime.checkpoint_engine": _CHECKPOINTS,
-    "runtime.swap_tensor": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
+    "runtime.swap_tensor": _IN_MEMORY,
     "runtime.zero.linear": "layers are torch's own: use nn.Linear",
     "runtime.zero.stage_1_and_2": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.stage3": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",

@@ -1,4 +1,4 @@
-"""`deepspeed.ops.op_builder`: which of DeepSpeed's extensions have their optimizers here, though nothing is built."""
+"""`deepspeed.ops.op_builder`: which extensions of DeepSpeed's have a counterpart. Nothing is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes that can be named but not made: scripts import them beside what they use, or ask for them in isinstance."""
+"""Classes that can be named but not made: scripts import them, or ask for them in isinstance."""
 
 from __future__ import annotations
 

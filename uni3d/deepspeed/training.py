@@ -107,7 +107,7 @@ def init_distributed(
     rank: int = -1,
     world_size: int = -1,
 ) -> None:
-    """Start the process group unless it exists: where `init_method` says, or else as torchrun's environment does.
+    """Start the process group unless it exists: by `init_method`, or else by torchrun's environment.
 
     `initialize` does the latter too. The backend is NCCL on GPUs and gloo on CPUs; `timeout` is that of
     collectives. MPI isn't asked, and the port is the launcher's.

@@ -105,6 +105,10 @@ class CycledMomentum(LambdaLR):
         for group, cycle in zip(self.optimizer.param_groups, self._momentum, strict=bool(self._momentum)):
             group["betas"] = (_one_cycle_momentum(cycle, self.last_epoch), SECOND_BETA)
 
+    def get_mom(self) -> list[Any] | None:
+        """Return the betas of each group, if there are cycles of them."""
+        return [group["betas"] for group in self.optimizer.param_groups] if self._momentum else None
+
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_momentum"}
 
