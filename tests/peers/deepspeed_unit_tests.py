@@ -31,6 +31,17 @@ from deepspeed_unit_reasons import COUNTED, reason_of  # noqa: E402
 EVENTS = "UNI3D_DEEPSPEED_TESTS_EVENTS"
 DONE = "UNI3D_DEEPSPEED_TESTS_DONE"
 STAND_IN = "import sys\n\ndel sys.modules[__name__]\nfrom uni3d.deepspeed import install\n\ninstall()\n"
+WORKERS = """
+import _pytest.python_api
+
+
+def fail(reason, pytrace=True):
+    raise AssertionError(reason)
+
+
+_pytest.python_api.fail = fail
+"""
+"""For the processes of DeepSpeed's pools, which would wait for ever for one that pytest's own exception ended."""
 Row = dict[str, str]
 
 
@@ -48,7 +59,9 @@ def pytest_configure(config) -> None:
         import torch.multiprocessing
 
         ours = [f"uni3d.deepspeed.{path.stem}" for path in HERE.parents[1].glob("uni3d/deepspeed/*.py")]
-        torch.multiprocessing.set_forkserver_preload(["deepspeed", *ours, "pytest", "unit.simple_model"])
+        torch.multiprocessing.set_forkserver_preload(
+            ["deepspeed", *ours, "unit_test_worker", "unit.simple_model"]
+        )
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -101,9 +114,9 @@ def run_files(tests: Path, names: list[str], env: dict[str, str], timeout: float
     """Return a row for each test of these files; the run begins again behind a test that had to be killed."""
     rows: dict[str, Row] = {}
     found: dict[str, None] = {}
+    Path(env[EVENTS]).write_text("")
     while names:
         Path(env[DONE]).write_text("\n".join(rows))
-        Path(env[EVENTS]).write_text("")
         hanging = _run_once(tests, names, env, timeout)
         for event in _events(env):
             file = event["test"].split("::")[0].removeprefix("unit/")
@@ -144,13 +157,12 @@ def _run_once(tests: Path, names: list[str], env: dict[str, str], timeout: float
             stderr=log,
             start_new_session=True,
         )
-        killed = False
+        killed, size = False, os.stat(env[EVENTS]).st_size
         while run.poll() is None and not killed:
             time.sleep(0.2)
-            waited = time.time() - os.stat(env[EVENTS]).st_mtime
-            killed = waited > (
-                timeout if Path(env[EVENTS]).stat().st_size else 10 * timeout
-            )  # imports, first
+            state = os.stat(env[EVENTS])
+            allowed = timeout if state.st_size > size else 10 * timeout  # imports come first
+            killed = time.time() - state.st_mtime > allowed
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)  # with all that its tests started
         run.wait()
@@ -163,6 +175,7 @@ def environment(folder: Path) -> dict[str, str]:
     names = folder / "names"
     names.mkdir()
     (names / "deepspeed.py").write_text(STAND_IN)
+    (names / "unit_test_worker.py").write_text(WORKERS)
     path = [str(names), str(HERE), str(HERE.parents[1]), str(folder / "tests")]
     settings = {
         "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),

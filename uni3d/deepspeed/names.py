@@ -305,6 +305,9 @@ REFUSED: dict[str, str] = {
     "runtime.zero.stage_1_and_2": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.stage3": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.config": _CONFIG,
+    "runtime.zero.partition_parameters.MultipleAllGatherHandles": "use zero.GatheredParameters",
+    "runtime.zero.partition_parameters.partitioned_param_data_shape": "use zero.GatheredParameters",
+    "runtime.utils.PartitionedTensor": "use torch.distributed.tensor.DTensor",
     "zero.TiledLinear": "split the layer, or use tensor parallelism: parallel.tp in the config",
     **{
         f"{module}.{_ESTIMATE.format(stages, when)}": _PLAN
