@@ -41,7 +41,7 @@ def fail(reason, pytrace=True):
 
 _pytest.python_api.fail = fail
 """
-"""For the processes of DeepSpeed's pools, which would wait for ever for one that pytest's own exception ended."""
+"""For the processes of DeepSpeed's pools: one that pytest's own exception ends is waited for for ever."""
 Row = dict[str, str]
 
 
