@@ -110,7 +110,7 @@ def getting_started_case(
     torch.distributed.all_reduce(means)
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model_engine.named_parameters()
+        for name, p in model_engine.module.named_parameters()
     }
     return (means / model_engine.world_size).tolist(), weights
 

@@ -63,7 +63,7 @@ def test_an_optimizer_of_ones_own(ranks: Ranks, make: Any, as_object: bool, zero
 
 def test_it_comes_before_the_config_s(alone: None) -> None:
     engine = make_engine(seeded(Stack), optimizer=sgd, config={"optimizer": ADAM})
-    assert type(engine.optimizer) is torch.optim.SGD
+    assert isinstance(engine.optimizer, torch.optim.SGD)
 
 
 GROUPS: dict[str, Callable[[nn.Module], Any]] = {

@@ -150,6 +150,8 @@ def places_case(group: int) -> dict[str, Any]:
         sums[name] = int(total)
     assert sums["data_parallel"] == sum(10**rank for rank in members(engine.data_parallel_group))
     assert grid.get_data_parallel_group_ranks() == members(engine.data_parallel_group)
+    train(engine, global_batches(2))
+    assert engine.micro_steps == 2 * engine.gradient_accumulation_steps() == 4
     return {
         "sums": sums,
         "ranks": (

@@ -33,7 +33,7 @@ def run_case(zero: int, pp: int, run: str) -> Any:
     losses, norms = take_steps(engine, STEPS, micro_batches(global_batches(STEPS + 1), engine))
     save_and_wait(engine, run)
     engine.model.zero.reshard()
-    local = {n: p.to_local().numel() for n, p in engine.named_parameters()}
+    local = {n: p.to_local().numel() for n, p in engine.module.named_parameters()}
     return losses, norms, whole(engine.module), local
 
 
