@@ -36,6 +36,7 @@ The parallel model:
     gradients         the global norm, clipping
     dtensor_layout    which part of a tensor each rank of a stage holds
     tensors           a sharded module's tensors by name, and gathered
+    gathered          sharded parameters made whole for a while, the same objects
     failures          errors of other ranks
     host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
 

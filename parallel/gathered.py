@@ -53,6 +53,16 @@ def whole_of(tensor: Tensor) -> Tensor:
     return whole.clone() if whole.data_ptr() == here.to_local().data_ptr() else whole
 
 
+def set_whole(tensor: Tensor, value: Tensor) -> None:
+    """Set a tensor, sharded or not, to a whole value; each rank takes its part. Local."""
+    copy_from_full(tensor, value.to(tensor.device))
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, as live memory."""
+    return local_part(tensor).data
+
+
 @contextmanager
 def gathered(
     module: nn.Module,

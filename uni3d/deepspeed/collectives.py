@@ -46,20 +46,30 @@ def get_all_ranks_from_group(group: Any = None) -> list[int]:
     return list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
 
 
-def allgather_fn(
-    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+def all_gather_into_tensor(
+    output_tensor: Tensor, tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+    """Gather the ranks' tensors into one. torch 2.13 calls it `all_gather_single`."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output_tensor, tensor, group=group, async_op=async_op)
 
 
-def reduce_scatter_fn(
+allgather_fn = all_gather_into_tensor
+
+
+def reduce_scatter_tensor(
     output_tensor: Tensor,
     tensor: Tensor,
     op: Any = dist.ReduceOp.SUM,
     group: Any = None,
     async_op: bool = False,
 ) -> Any:
-    return dist.reduce_scatter_tensor(output_tensor, tensor, op=op, group=group, async_op=async_op)
+    """Reduce the ranks' tensors, and give each its part. torch 2.13 calls it `reduce_scatter_single`."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(output_tensor, tensor, op=op, group=group, async_op=async_op)
+
+
+reduce_scatter_fn = reduce_scatter_tensor
 
 
 def inference_all_reduce(

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.dtensor_layout import copy_from_full, local_part
 from parallel.fsdp_internals import sharded_of
-from parallel.gathered import WholeParameter, whole_of
+from parallel.gathered import WholeParameter, part_here, set_whole, whole_of
 from parallel.gradients import sum_over_ranks
 from parallel.loss import Loss
 from uni3d.deepspeed.engines import engine_of, name_of
@@ -37,7 +36,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
         _check_shape(value, sharded.shape, "safe_set_full_fp32_param")
         for tensor in (sharded, _shown_whole(engine, sharded)):
             if tensor is not None:
-                copy_from_full(tensor, value.to(tensor.device))
+                set_whole(tensor, value)
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
@@ -59,7 +58,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
     """
     state = _existing(_state(param, optim_state_key, "safe_set_full_optimizer_state"), optim_state_key)
     _check_shape(value, state.shape, "safe_set_full_optimizer_state")
-    copy_from_full(state, value.to(state.device))
+    set_whole(state, value)
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -86,7 +85,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     divisor = _gradient_divisor(engine, "safe_set_full_grad")
     gradient = _existing(sharded.grad, "gradient")
     _check_shape(value, gradient.shape, "safe_set_full_grad")
-    copy_from_full(gradient, value.to(gradient.device) * divisor)
+    set_whole(gradient, value * divisor)
 
 
 def safe_update_full_grad_vectorized(
@@ -105,7 +104,7 @@ def safe_update_full_grad_vectorized(
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return a copy of this rank's part of a parameter, in fp32. Local."""
     found = _found(param, "safe_get_local_fp32_param")
-    return None if found is None else local_part(_master(*found)).data.clone()
+    return None if found is None else part_here(_master(*found)).clone()
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -126,7 +125,7 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """Return a copy of this rank's part of an optimizer's state; None before the first step. Local."""
     state = _state(param, optim_state_key, "safe_get_local_optimizer_state")
-    return None if state is None else local_part(state).data.clone()
+    return None if state is None else part_here(state).clone()
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
@@ -142,7 +141,7 @@ def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
         return param.grad
     divisor = _gradient_divisor(found[0], "safe_get_local_grad")
     gradient = found[1].grad
-    return None if gradient is None else local_part(gradient).data.float() / divisor
+    return None if gradient is None else part_here(gradient).float() / divisor
 
 
 def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
@@ -205,7 +204,7 @@ def _check_shape(value: Tensor, shape: torch.Size, call: str) -> None:
 
 
 def _set_part(tensor: Tensor, value: Tensor, call: str) -> None:
-    part = local_part(tensor).data
+    part = part_here(tensor)
     if value.numel() != part.numel():
         raise ValueError(
             f"{call} got {value.numel()} elements; this rank's part is {tuple(part.shape)}, {part.numel()}"

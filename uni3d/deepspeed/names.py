@@ -89,16 +89,16 @@ _COMM = {
     **_names(
         "torch.distributed",
         "is_initialized is_available get_rank get_world_size barrier monitored_barrier broadcast "
-        "broadcast_object_list all_reduce reduce reduce_scatter reduce_scatter_tensor all_gather "
-        "all_gather_object all_gather_into_tensor all_to_all all_to_all_single gather scatter send recv "
-        "isend irecv destroy_process_group ReduceOp ProcessGroup gather_object scatter_object_list",
+        "broadcast_object_list all_reduce reduce reduce_scatter all_gather all_gather_object all_to_all "
+        "all_to_all_single gather scatter send recv isend irecv destroy_process_group ReduceOp "
+        "ProcessGroup gather_object scatter_object_list",
     ),
     **_names(
         f"{_HERE}.collectives",
-        "get_local_rank new_group get_world_group get_global_rank get_all_ranks_from_group allgather_fn "
-        "reduce_scatter_fn inference_all_reduce has_all_gather_into_tensor has_reduce_scatter_tensor "
-        "initialize_mesh_device get_local_rank_from_launcher get_world_rank_from_launcher "
-        "get_world_size_from_launcher",
+        "get_local_rank new_group get_world_group get_global_rank get_all_ranks_from_group "
+        "all_gather_into_tensor allgather_fn reduce_scatter_tensor reduce_scatter_fn inference_all_reduce "
+        "has_all_gather_into_tensor has_reduce_scatter_tensor initialize_mesh_device "
+        "get_local_rank_from_launcher get_world_rank_from_launcher get_world_size_from_launcher",
     ),
     "init_distributed": f"{_HERE}.training",
 }

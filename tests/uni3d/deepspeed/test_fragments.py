@@ -180,7 +180,7 @@ def test_wrong_moments(ranks: Ranks, stage: int) -> None:
 
 
 def fp16_case(as_sum: bool) -> None:
-    """In fp16 gradients are given without the loss scale."""
+    """Gradients in fp16 are given without the loss scale."""
     model = seeded(Wide)
     expected, _ = one_step(model)
     engine = make(model, 1, fp16={"enabled": True, "initial_scale_power": 8})

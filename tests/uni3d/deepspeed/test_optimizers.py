@@ -12,12 +12,12 @@ from models import Stack, assert_same, global_batches, seeded, train, train_plai
 from ranks import Ranks
 from test_gathering import make, whole_now
 from torch import nn
-
-from uni3d.config.strict import ConfigError
 from uni3d.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from uni3d.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from uni3d.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from uni3d.deepspeed.runtime import lr_schedules
+
+from uni3d.config.strict import ConfigError
 from uni3d.optim.lion import Lion
 
 PAIRS: dict[str, Any] = {
