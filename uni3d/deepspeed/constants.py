@@ -45,6 +45,9 @@ MUON_OPTIMIZER = "muon"
 git_hash = git_branch = None
 """A release, not a checkout of DeepSpeed's repository."""
 
+MIN_SWAPPABLE_BYTES = 2**20
+"""Size from which DeepSpeed moves a tensor to NVMe, which is refused here."""
+
 DEFAULT_LEAF_MODULE_CLASSES: list[str] = []
 DEFAULT_LEAF_MODULE_NAMES: list[str] = []
 DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = []

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel.fsdp_internals import sharded_of
 from parallel.gathered import WholeParameter, part_here, set_whole, whole_of
@@ -32,6 +33,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     found = _found(param, "safe_set_full_fp32_param")
     if found is not None:
         engine, sharded = found
+        value = _plain(value)
         _check_settable(engine, "safe_set_full_fp32_param")
         _check_shape(value, sharded.shape, "safe_set_full_fp32_param")
         for tensor in (sharded, _shown_whole(engine, sharded)):
@@ -57,6 +59,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
         RuntimeError: the parameter has no states before the first step.
     """
     state = _existing(_state(param, optim_state_key, "safe_set_full_optimizer_state"), optim_state_key)
+    value = _plain(value)
     _check_shape(value, state.shape, "safe_set_full_optimizer_state")
     set_whole(state, value)
 
@@ -83,7 +86,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
         return
     engine, sharded = found
     divisor = _gradient_divisor(engine, "safe_set_full_grad")
-    gradient = _existing(sharded.grad, "gradient")
+    gradient, value = _existing(sharded.grad, "gradient"), _plain(value)
     _check_shape(value, gradient.shape, "safe_set_full_grad")
     set_whole(gradient, value * divisor)
 
@@ -196,6 +199,11 @@ def _existing(tensor: Tensor | None, what: str) -> Tensor:
             "gradients between the backward pass that ends the accumulation and step()"
         )
     return tensor
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Return a whole value as a plain tensor. One made by `torch.empty_like(parameter)` may be sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _check_shape(value: Tensor, shape: torch.Size, call: str) -> None:

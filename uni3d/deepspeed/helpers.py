@@ -17,7 +17,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from parallel.layers import blocks
 from parallel.placement import balanced_cuts
 from uni3d.deepspeed.devices import get_accelerator
 from uni3d.deepspeed.engines import engine_of
@@ -165,84 +164,3 @@ def partition_balanced(weights: Sequence[float], num_parts: int) -> list[int]:
     """
     runs = balanced_cuts(weights, min(num_parts, len(weights)))
     return [0, *(end for _, end in runs), *[len(weights)] * (num_parts - len(runs))]
-
-
-# --- leaf modules --------------------------------------------------------------------------------------
-
-
-def set_z3_leaf_modules(
-    model: nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
-    """Return the modules of these classes, given as types or names.
-
-    At ZeRO-3 such a module shall be gathered as one, so that ranks may run different parts of it, such as
-    experts. That holds without asking: a whole layer is gathered, an entry of the model's outermost lists.
-
-    Raises:
-        ValueError: the model has none, or one isn't in such a layer.
-    """
-
-    def is_leaf(module: nn.Module) -> bool:
-        names = {type(module).__name__, f"{type(module).__module__}.{type(module).__qualname__}"}
-        return any(names & {c} if isinstance(c, str) else isinstance(module, c) for c in leaf_module_classes)
-
-    found = [module for module in model.modules() if is_leaf(module)]
-    if not found and raise_if_not_found:
-        raise ValueError(f"{type(model).__name__} has no modules of the classes {list(leaf_module_classes)}")
-    _check_gathered_whole(model, found)
-    return found
-
-
-def _check_gathered_whole(model: nn.Module, found: list[nn.Module]) -> None:
-    layers = blocks(model)
-    for leaf in found:
-        if any(part in layers for part in leaf.modules() if part is not leaf):
-            raise ValueError(
-                f"{type(leaf).__name__} is in no list of layers, so ZeRO-3 gathers its parts one by one; put "
-                "it into a layer of an nn.ModuleList, or use stage 2"
-            )
-
-
-unset_z3_leaf_modules = set_z3_leaf_modules
-
-
-def set_z3_leaf_modules_by_name(
-    model: nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
-) -> tuple[list[nn.Module], list[str]]:
-    """Return the modules with these names, as `set_z3_leaf_modules`, and the names that the model hasn't."""
-    named = dict(model.named_modules())
-    return _leaves_called(
-        model, {name: [name] if name in named else [] for name in module_names}, raise_if_not_found
-    )
-
-
-def set_z3_leaf_modules_by_suffix(
-    model: nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
-) -> tuple[list[nn.Module], list[str]]:
-    """Return the modules whose names end so, as `set_z3_leaf_modules`, and the endings that no name has."""
-    names = [name for name, _ in model.named_modules()]
-    ends = {end: [name for name in names if name.endswith(end)] for end in module_name_suffixes}
-    return _leaves_called(model, ends, raise_if_not_found)
-
-
-def _leaves_called(
-    model: nn.Module, called: dict[str, list[str]], raise_if_not_found: bool
-) -> tuple[list[nn.Module], list[str]]:
-    found = [model.get_submodule(name) for names in called.values() for name in names]
-    if not found and raise_if_not_found:
-        raise ValueError(f"{type(model).__name__} has no modules named {', '.join(called)}")
-    _check_gathered_whole(model, found)
-    return found, [text for text, names in called.items() if not names]
-
-
-def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
-    """Return nothing: no module is marked, as all parts of a layer are gathered together."""
-    return []
-
-
-def z3_leaf_module(model: nn.Module) -> bool:
-    return False
-
-
-def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
-    """Do nothing: all parts of a layer are gathered together."""

@@ -58,7 +58,7 @@ _FRAGMENTS = _names(
     "safe_set_local_optimizer_state safe_get_local_grad safe_set_local_grad",
 )
 _LEAVES = _names(
-    f"{_HERE}.helpers",
+    f"{_HERE}.leaf_modules",
     "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module "
     "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix",
 )
@@ -149,6 +149,10 @@ PROVIDED: dict[str, dict[str, str]] = {
     "comm.comm": _COMM,
     "git_version_info": _names(f"{_HERE}.op_builders", "torch_info compatible_ops installed_ops")
     | _names(f"{_HERE}.constants", "git_hash git_branch"),
+    "moe.utils": _names(
+        f"{_HERE}.no_experts",
+        "has_moe_layers is_moe_param is_moe_param_group split_params_into_different_moe_groups_for_optimizer",
+    ),
     "ops": {"__compatible_ops__": f"{_HERE}.op_builders:compatible_ops"},
     "ops.aio": {"AsyncIOBuilder": f"{_HERE}.op_builders"},
     "ops.op_builder": _BUILDERS,
@@ -173,6 +177,7 @@ PROVIDED: dict[str, dict[str, str]] = {
         "DeepSpeedFP16Config": "uni3d.config.sections:FP16Config",
         "DeepSpeedBF16Config": "uni3d.config.sections:BF16Config",
     },
+    "runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": f"{_HERE}.constants"},
     "runtime.utils": _names(
         f"{_HERE}.helpers",
         "see_memory_usage memory_status clip_grad_norm_ set_random_seed move_to_device "
@@ -220,7 +225,6 @@ STAND_INS: dict[str, list[str]] = {
     "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "runtime.pipe.topology": ["PipelineParallelGrid"],
     "runtime.precision_config": ["get_bfloat16_config"],
-    "runtime.swap_tensor": ["MIN_SWAPPABLE_BYTES"],
     "runtime.utils": ["PartitionedTensor"],
     "runtime.zero.config": ["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadParamConfig", "ZeroStageEnum"],
     "runtime.zero.linear": ["LinearModuleForZeroStage3"],

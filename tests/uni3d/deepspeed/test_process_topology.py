@@ -2,7 +2,7 @@
 
 import multiprocessing
 import pickle
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def test_partitions(weights: list[int], parts: int) -> None:
         assert (cuts[0], cuts[-1]) == (0, len(weights))
         assert cuts == sorted(cuts)
     cuts = partition_balanced(weights, parts)
-    heaviest = max(sum(weights[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+    heaviest = max(sum(weights[a:b]) for a, b in pairwise(cuts))
     assert heaviest == cheapest(weights, parts)
     assert prefix_sum_inc(weights)[-1] == sum(weights)
 
