@@ -1,4 +1,4 @@
-"""`deepspeed.utils.z3_leaf_module`: modules that ZeRO-3 gathers as one, so that ranks may run different parts.
+"""`deepspeed.utils.z3_leaf_module`: modules that ZeRO-3 gathers as one; ranks may run different parts.
 
 That holds without asking for every layer, an entry of the model's outermost lists. So marking a module in one
 changes nothing but what `get_z3_leaf_modules` returns; one that ZeRO-3 would gather in parts is refused.
