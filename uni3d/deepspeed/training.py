@@ -113,10 +113,13 @@ def init_distributed(
     collectives. MPI isn't asked, and the port is the launcher's.
 
     Raises:
-        ValueError: an unknown backend, or a `config` of the communication.
+        ValueError: an unknown backend, a `config` of the communication, or `dist_init_required` is False, but
+            there is no process group.
     """
     if dist_backend not in (None, "nccl", "gloo"):
         raise ValueError(f"dist_backend is {dist_backend!r}; expected 'nccl', 'gloo' or None")
+    if dist_init_required is False and not torch.distributed.is_initialized():
+        raise ValueError("init_distributed: dist_init_required is False, but there is no process group")
     if config is not None:
         raise ValueError(
             "init_distributed: config isn't supported; use torch.profiler, which records collectives"
