@@ -23,9 +23,9 @@ from uni3d.deepspeed.engines import engine_of, name_of
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """Return a parameter's whole fp32 value; None before `initialize`."""
+    """Return a trained parameter's whole fp32 value; None before `initialize`, and of a frozen one."""
     found = _found(param, "safe_get_full_fp32_param")
-    return None if found is None else whole_of(_master(*found))
+    return None if found is None or not param.requires_grad else whole_of(_master(*found))
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -105,7 +105,7 @@ def safe_update_full_grad_vectorized(
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """Return a copy of this rank's part of a parameter, in fp32. Local."""
+    """Return a copy of this rank's part of a trained parameter, in fp32; None of a frozen one. Local."""
     found = _found(param, "safe_get_local_fp32_param")
     return None if found is None else part_here(_master(*found)).clone()
 

@@ -58,7 +58,7 @@ def test_a_number_of_steps_that_is_none() -> None:
         lr_schedules.WarmupLR(optimizer, warmup_num_steps=None)  # type: ignore[arg-type]
 
 
-def make(stage: int, **more: Any) -> Any:
+def make(stage: int, model: nn.Module | None = None, **more: Any) -> Any:
     config = {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 3,
@@ -67,7 +67,7 @@ def make(stage: int, **more: Any) -> Any:
         "parallel": {"device": "cpu"},
         "zero_optimization": {"stage": stage},
     }
-    return deepspeed.initialize(model=seeded(Stack), config=config | more)[0]
+    return deepspeed.initialize(model=model or seeded(Stack), config=config | more)[0]
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,20 @@ def sharded_values_case(stage: int) -> None:
 @pytest.mark.parametrize("stage", [slow(0), 1, slow(2), 3])
 def test_setters_take_sharded_values(ranks: Ranks, stage: int) -> None:
     ranks.run(2, sharded_values_case, stage)
+
+
+def frozen_case(stage: int) -> None:
+    """Checks that a frozen parameter has no master of its own, as in DeepSpeed."""
+    model = seeded(Stack)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    engine = make(stage, model=model)
+    whole = deepspeed.utils.safe_get_full_fp32_param
+    local = deepspeed.utils.safe_get_local_fp32_param
+    for parameter in engine.module.parameters():
+        assert (whole(parameter) is None) == (local(parameter) is None) == (not parameter.requires_grad)
+
+
+@pytest.mark.parametrize("stage", [1, slow(3)])
+def test_a_frozen_parameter(ranks: Ranks, stage: int) -> None:
+    ranks.run(2, frozen_case, stage)
