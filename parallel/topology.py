@@ -27,9 +27,9 @@ AXES = ("pp", "replicate", "shard", "tp")
 def start_process_group(device_type: str, timeout: timedelta | None = None) -> None:
     """Join the process group that torchrun announces in the environment, or else make a group of one.
 
-    On GPUs it has NCCL alone. With gloo beside it, it and each axis of a mesh would connect every two of
-    their ranks, and nothing here would use that: `HostComm` has connections of its own. `timeout` is that of
-    its collectives, None for torch's own.
+    `timeout` is that of its collectives, None for torch's own. On GPUs the group has NCCL alone. With gloo
+    beside it, it and each axis of a mesh would connect every two of their ranks, and nothing here would use
+    that: `HostComm` has connections of its own.
     """
     if dist.is_initialized():
         return

@@ -52,6 +52,10 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[str], place: object = None) -> None:
         super().__init__(f"config{'' if place is None else f' {place}'}: {'; '.join(problems)}")
         self.problems = list(problems)
+        self._place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors of a pool's workers are pickled
+        return type(self), (self.problems, self._place)
 
 
 def validate(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel.fsdp_internals import sharded_of
 from parallel.gathered import WholeParameter, part_here, set_whole, whole_of
@@ -21,9 +22,9 @@ from uni3d.deepspeed.engines import engine_of, name_of
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """Return a parameter's whole fp32 value; None before `initialize`."""
+    """Return a trained parameter's whole fp32 value; None before `initialize`, and of a frozen one."""
     found = _found(param, "safe_get_full_fp32_param")
-    return None if found is None else whole_of(_master(*found))
+    return None if found is None or not param.requires_grad else whole_of(_master(*found))
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -31,6 +32,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     found = _found(param, "safe_set_full_fp32_param")
     if found is not None:
         engine, sharded = found
+        value = _plain(value)
         _check_settable(engine, "safe_set_full_fp32_param")
         _check_shape(value, sharded.shape, "safe_set_full_fp32_param")
         for tensor in (sharded, _shown_whole(engine, sharded)):
@@ -56,6 +58,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
         RuntimeError: the parameter has no states before the first step.
     """
     state = _existing(_state(param, optim_state_key, "safe_set_full_optimizer_state"), optim_state_key)
+    value = _plain(value)
     _check_shape(value, state.shape, "safe_set_full_optimizer_state")
     set_whole(state, value)
 
@@ -82,7 +85,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
         return
     engine, sharded = found
     divisor = _gradient_divisor(engine, "safe_set_full_grad")
-    gradient = _existing(sharded.grad, "gradient")
+    gradient, value = _existing(sharded.grad, "gradient"), _plain(value)
     _check_shape(value, gradient.shape, "safe_set_full_grad")
     set_whole(gradient, value * divisor)
 
@@ -101,7 +104,7 @@ def safe_update_full_grad_vectorized(
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """Return a copy of this rank's part of a parameter, in fp32. Local."""
+    """Return a copy of this rank's part of a trained parameter, in fp32; None of a frozen one. Local."""
     found = _found(param, "safe_get_local_fp32_param")
     return None if found is None else part_here(_master(*found)).clone()
 
@@ -195,6 +198,11 @@ def _existing(tensor: Tensor | None, what: str) -> Tensor:
             "gradients between the backward pass that ends the accumulation and step()"
         )
     return tensor
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Return a whole value as a plain tensor. One made by `torch.empty_like(parameter)` may be sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _check_shape(value: Tensor, shape: torch.Size, call: str) -> None:

@@ -125,7 +125,8 @@ def _load(engine: Engine, run: str | Path | None) -> None:
 def _settings(config: Given, model: nn.Module, further: FurtherArguments) -> Config:
     """Return the config together with what else says how the run is laid out."""
     check_further(further)
-    return _with_pipeline_options(with_degrees(load_config(decoded(config)), further), model)
+    topology = model.topology if isinstance(model, PipelineModule) else None
+    return _with_pipeline_options(with_degrees(load_config(decoded(config)), further, topology), model)
 
 
 def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:

@@ -306,6 +306,11 @@ class Engine(CheckpointCore):
     def enable_backward_allreduce(self) -> bool:
         return True
 
+    @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Names of modules whose gradients are summed as sparse tensors: none."""
+        return set()
+
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """Do nothing: the last `backward()` before a step has summed the gradients."""
 

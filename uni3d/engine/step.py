@@ -227,6 +227,11 @@ class Stepper:
             finally:
                 self._undo = lambda: None
 
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps, those that were skipped too."""
+        return self._state.progress.global_steps
+
     def look(self) -> Outcome:
         """Return the outcome of the last step. Local, so it neither raises nor undoes a step."""
         if self._unread is None:

@@ -186,7 +186,7 @@ class TrainingCore(nn.Module):
             value = Loss(value.total * steps, value.tokens)
         with self._guard.together("backward", begun=True), self._observer.timed("backward"):
             self._micro.backward(value, retain_graph=retain_graph, is_mean=not isinstance(loss, tuple))
-        return mean
+        return mean if isinstance(loss, tuple) else mean.to(loss.dtype)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the micro batch at hand is the last before an optimizer step. Local."""
