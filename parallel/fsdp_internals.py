@@ -76,6 +76,14 @@ def set_root(modules: Sequence[FSDPModule]) -> None:
         state._lazy_init = root._lazy_init
 
 
+def keep_class_names(root: nn.Module) -> None:
+    """Give fully_shard's classes, such as FSDPLlama, the modules' own names: libraries look at them."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            made, own = type(module), type(module).__bases__[1]
+            made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
+
+
 def is_whole(group: Any) -> bool:
     """Return whether a group's parameters are gathered, or on their way."""
     return group._all_gather_result is not None or group.is_unsharded

@@ -190,15 +190,16 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.d
 
     `torch.save` writes the whole storage behind a view; for a copy it writes only the tensor. Tensors may be
     nested in lists, tuples (named ones too) and dicts, which are recreated in the same types. A tensor that
-    occurs several times is copied once. Other values stay as they are.
+    occurs several times, as tied weights do, is copied once. Other values stay as they are.
     """
-    copies: dict[int, Tensor] = {}
+    copies: dict[Any, Tensor] = {}
 
     def clone(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if id(value) not in copies:
-                copies[id(value)] = value.detach().clone().to(device)
-            return copies[id(value)]
+            which = _memory(value)
+            if which not in copies:
+                copies[which] = value.detach().clone().to(device)
+            return copies[which]
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(clone, value))
         if isinstance(value, list | tuple):
@@ -210,6 +211,14 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.d
         return value
 
     return clone(item)
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Return what is equal for two tensors of the same elements in the same memory, and for them alone."""
+    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.data_ptr() == 0:
+        return id(tensor)
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy
 
 
 def _check_same(

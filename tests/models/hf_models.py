@@ -1,5 +1,6 @@
 """Small random Hugging Face models, their batches, and their training in plain PyTorch."""
 
+import multiprocessing
 import warnings
 from typing import Any
 
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import uni3d
+import uni3d.deepspeed
+
+if multiprocessing.parent_process() is not None:
+    uni3d.deepspeed.install()  # in ranks, for Trainers; pytest's own process has the real one
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a package that isn't ours

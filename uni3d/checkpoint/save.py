@@ -46,6 +46,7 @@ class Saver:
 
     Attributes:
         report: report of the last completed save, or None.
+        asynchronous: whether `save` returns before the checkpoint is written.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Saver:
                 kind = type(state.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
         self.report: ckpt.SaveReport | None = None
+        self.asynchronous = config.checkpoint.async_save
         self._state = state
         self._config = config
         self._model_spec = model_spec
@@ -101,7 +103,6 @@ class Saver:
         """
         self.wait()
         join_all()  # another engine of this process may be saving into the same run
-        asynchronous = self._config.checkpoint.async_save
         taken: list[_Taken] = []
         data, tensors = self._data.take()
 
@@ -116,7 +117,7 @@ class Saver:
             chosen = ckpt.files_for(where) if files == "auto" else files
             arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
             plan, parts = self._parts(arrays, frozen, chosen)
-            if asynchronous:  # training waits for this copy and nothing else
+            if self.asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
             manifest = replace(self._manifest(client_state, extra, frozen), data=data)
@@ -128,7 +129,7 @@ class Saver:
         ckpt.check_same_tag([name for name, _, _ in found])
         _check_same_place({files: ranks.first for (_, files, _), ranks in reversed(found.items())})
         check_alike({ranks.first: digests for (_, _, digests), ranks in found.items()})
-        if asynchronous:
+        if self.asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
             self.report = self._write(taken[0], update_latest)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from uni3d.config.batch import BatchTriad, batch_triad
 from uni3d.config.data import DataKeys
@@ -109,6 +109,13 @@ class Config(DataKeys):
     def without_meaning(self) -> Mapping[str, str]:
         """DeepSpeed keys that were given and have no effect here, with the reason."""
         return self._without_meaning
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return what a dict of the config has: a section as a dict. `default` for what there isn't."""
+        value = getattr(self, key) if key in type(self).model_fields else None
+        if isinstance(value, BaseModel):
+            return value.model_dump(mode="json")
+        return default if value is None else value
 
     @model_validator(mode="after")
     def _types_agree(self) -> Config:

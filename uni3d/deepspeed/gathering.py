@@ -149,8 +149,8 @@ def _whole(engine: Any, parameters: list[nn.Parameter], source: int | None) -> I
         yield  # shown whole at ZeRO 0 to 2, or gathered by a context outside
         return
     if not any(isinstance(p, WholeParameter) for p in parameters):
-        engine._settle()
         engine._micro.check_none("GatheredParameters")
+        engine._settle()
     engine.model.zero.carry_writes()
     named = [(name_of(engine, p), p) for p in parameters]
     alike = engine.zero_optimization_stage() == 3

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,13 +139,24 @@ def make_modules() -> None:
         sys.meta_path.insert(0, FINDER)
 
 
+def _imported_too_early() -> str | None:
+    """Return the library of Hugging Face's that has looked for DeepSpeed in vain, or None."""
+    utils = sys.modules.get("accelerate.utils")
+    if utils is not None and not hasattr(utils, "DummyOptim"):
+        return "accelerate"
+    glue = sys.modules.get("transformers.integrations.deepspeed")
+    if glue is not None and glue.HfDeepSpeedConfig.__base__ is object and find_spec("accelerate"):
+        return "transformers"
+    return None
+
+
 def install() -> None:
     """Make `import deepspeed` find uni3d.deepspeed in this process, its version too; again does nothing.
 
     Call it before `transformers` and `accelerate` are imported: they look for DeepSpeed then.
 
     Raises:
-        ImportError: the real DeepSpeed was imported, or `transformers` has found that there is none.
+        ImportError: the real DeepSpeed was imported, or one of them has found that there is none.
     """
     there = sys.modules.get(NAME)
     if there is sys.modules[HOME]:
@@ -154,10 +166,9 @@ def install() -> None:
             f"DeepSpeed itself was imported, from {getattr(there, '__file__', None)}; call "
             "uni3d.deepspeed.install() before anything imports deepspeed"
         )
-    hugging_face = sys.modules.get("transformers.integrations.deepspeed")
-    if hugging_face is not None and "accelerate" in sys.modules:
+    if library := _imported_too_early():
         raise ImportError(
-            "transformers was imported and has found no DeepSpeed; call uni3d.deepspeed.install() before that"
+            f"{library} was imported and has found no DeepSpeed; call uni3d.deepspeed.install() before that"
         )
     FINDER.installed = True
     sys.modules[NAME] = sys.modules[HOME]

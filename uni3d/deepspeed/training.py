@@ -38,7 +38,8 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """Collective: return `uni3d.initialize`'s engine, optimizer, data loader and scheduler.
 
-    The functions of `uni3d.deepspeed` that take a parameter know the engine by it.
+    The functions of `uni3d.deepspeed` that take a parameter know the engine by it. Its `save_checkpoint`
+    returns when the checkpoint is complete, unless the config sets `checkpoint.async_save`.
 
     Raises:
         ValueError: an argument doesn't fit, or one that isn't supported, with what to use instead.
@@ -66,7 +67,10 @@ def initialize(
         dist_init_required=dist_init_required,
         distributed_port=distributed_port,
     )
-    register(results[0], is_pipeline=isinstance(model, PipelineModule))
+    engine = results[0]
+    if "async_save" not in engine.config.checkpoint.model_fields_set:
+        engine._saver.asynchronous = False  # such programs look into the folder as soon as it is saved
+    register(engine, is_pipeline=isinstance(model, PipelineModule))
     return results
 
 
