@@ -74,7 +74,7 @@ class Alone:
         return norms
 
 
-def accelerator(zero: int, accumulation: int, sections: dict[str, Any] | None) -> Any:
+def accelerator(zero: int, accumulation: int, sections: dict[str, Any] | None, *, cpu: bool = True) -> Any:
     """Return an Accelerator, of a plugin's arguments if there are no `sections` of a config."""
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from accelerate.state import AcceleratorState, GradientState
@@ -90,7 +90,8 @@ def accelerator(zero: int, accumulation: int, sections: dict[str, Any] | None) -
     else:
         sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
         plugin = DeepSpeedPlugin({"zero_optimization": {"stage": zero}} | sizes | given | sections)
-    PartialState(cpu=True)  # as an Accelerator with DeepSpeed looks for GPUs alone
+    if cpu:
+        PartialState(cpu=True)  # as an Accelerator with DeepSpeed looks for GPUs alone
     return Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation)
 
 
@@ -154,3 +155,15 @@ def test_the_steps_are_those_of_plain_pytorch(ranks: Ranks, tmp_path: Path, zero
         weights = results[0][1]
         for name, parameter in alone.model.named_parameters():
             torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def forgetful_case() -> None:
+    uni3d.deepspeed.install()
+    accel = accelerator(2, 1, {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}, cpu=False)
+    with pytest.raises(ValueError, match="accelerate counts 1 of 2 processes; on CPUs, set Training"):
+        accel.prepare(seeded(Net))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate counts GPUs")
+def test_an_accelerator_that_takes_each_process_for_the_only_one(ranks: Ranks) -> None:
+    ranks.run(2, forgetful_case)

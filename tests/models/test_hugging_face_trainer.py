@@ -134,3 +134,10 @@ def test_in_bf16(hf_ranks: Ranks, tmp_path: Path) -> None:
     whole = uni3d.get_fp32_state_dict_from_zero_checkpoint(f"{folder}/checkpoint-{STEPS}")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.detach(), whole[name].bfloat16()), name
+
+
+def test_its_adafactor_is_refused(alone: None) -> None:
+    model = hf_models.make("llama")
+    optimizer = hf.Adafactor(model.parameters())
+    with pytest.raises(ValueError, match="the optimizer Adafactor of transformers is refused: its means by"):
+        uni3d.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,6 +45,7 @@ def initialize(
     Raises:
         ValueError: an argument doesn't fit, or one that isn't supported, with what to use instead.
     """
+    _check_accelerate()
     tp = None if model is None else _tensor_parallel.get(model)
     given = config if config is not None else config_params
     given = getattr(args, "deepspeed_config", None) if given is None else given
@@ -72,6 +74,23 @@ def initialize(
         engine._saver.asynchronous = False  # such programs look into the folder as soon as it is saved
     register(engine, is_pipeline=isinstance(model, PipelineModule))
     return results
+
+
+def _check_accelerate() -> None:
+    """Check that accelerate, if the script uses it, counts the same processes: it looks for GPUs alone.
+
+    Raises:
+        ValueError: it doesn't, so that all processes would get the same data.
+    """
+    state: Any = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    if state is None or not torch.distributed.is_initialized():
+        return
+    world_size = torch.distributed.get_world_size()
+    if (counted := state._shared_state.get("num_processes", world_size)) != world_size:
+        raise ValueError(
+            f"accelerate counts {counted} of {world_size} processes; on CPUs, set TrainingArguments(use_cpu="
+            "True), or call accelerate.PartialState(cpu=True) before the Accelerator is made"
+        )
 
 
 def tp_model_init(

@@ -52,8 +52,13 @@ def check_works_sharded(optimizer: torch.optim.Optimizer) -> None:
     """Check that a user's optimizer can train sharded parameters.
 
     Raises:
-        ValueError: it is one of torch's that can't.
+        ValueError: it is one of torch's that can't, or the Adafactor of `transformers`.
     """
-    name = type(optimizer).__name__
-    if type(optimizer).__module__.startswith("torch.optim") and name in torch_optim.REFUSED:
+    name, module = type(optimizer).__name__, type(optimizer).__module__
+    if module.startswith("torch.optim") and name in torch_optim.REFUSED:
         raise ValueError(f"the optimizer torch.optim.{name} is refused: {torch_optim.REFUSED[name]}")
+    if (module, name) == ("transformers.optimization", "Adafactor"):
+        raise ValueError(
+            "the optimizer Adafactor of transformers is refused: its means by row and column don't support "
+            "sharded parameters; use AdamW (optim=adamw_torch)"
+        )
