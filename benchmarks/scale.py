@@ -1,35 +1,47 @@
 """Measure what a checkpoint costs one rank at thousands of ranks: planning, agreement, commit, load, start.
 
     python benchmarks/scale.py [--only 70e9] [--ranks 1024]
+    python benchmarks/scale.py --connections [--ranks 128]
 
 No rank runs. The real code plans the save of a GPT with AdamW for the ranks of one pipeline stage, which is
 all that a rank plans; puts together on "rank 0" what all ranks would send it; writes and reads the documents
 of the checkpoint in memory; lists the chunks that one rank reads on half as many ranks; and draws the initial
 weights of the rank that keeps most, from normal distributions. Each case runs in a process of its own. CPU
 seconds, once, not a median: they are to show how costs grow.
+
+With `--connections`: the ranks that one rank talks to, and would if a save's parts were sent directly; the
+Python time of one agreement; and the open descriptors of ranks that are threads of one process and do talk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
+from torch.distributed import HashStore
 
 from ckpt import Plan, plan_arrays
+from ckpt.comm import Seen, counted
 from ckpt.commit import Planned, Record, described
 from ckpt.format import encode_document
 from ckpt.gather import rounds
 from ckpt.parts import ArrayInfo, consolidated, decode_part, encode_part
 from ckpt.read import pieces
 from ckpt.save import PlanId, check_same_plans
+from parallel import HostComm
 from parallel.degrees import Ranks
+from parallel.routes import Routes
 from uni3d.estimate.gpt import GPTShape, derive
 from uni3d.estimate.job import cut_stages
 from uni3d.estimate.save import on_paper, part_boxes, stage_layout
@@ -45,7 +57,7 @@ ONE_STAGE = (70e9, 1, 1024)
 COLUMNS = {
     "plan": "first save: layout, plan, digest, parts (s)",
     "rounds": "in the background: which chunks are gathered when (s)",
-    "agree": "comparing all ranks' plans (ms)",
+    "agree": "agreeing on the plans: the busiest rank's Python (ms)",
     "commit": "rank 0: put together, encode (s)",
     "files": "files",
     "documents_mb": "manifest and its parts (MB)",
@@ -63,10 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", type=float, help="number of parameters")
     parser.add_argument("--ranks", type=int)
+    parser.add_argument("--connections", action="store_true")
     parser.add_argument("--case", nargs=3, type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.case[0], int(args.case[1]), int(args.case[2]))))
+        return
+    if args.connections:
+        show_connections(args.ranks or 128)
         return
     cases = [
         (size, stages, world) for size, stages in STAGES.items() for world in WORLDS if world >= 8 * stages
@@ -85,8 +101,7 @@ def measure(parameters: float, stages: int, world: int) -> dict[str, Any]:
     shape, ranks = derive(int(parameters)), Ranks(pp=stages, dp=world // stages // 8, tp=8, zero=1)
     plan, seconds = timed(lambda: plan_of(shape, ranks, 0))
     _, background = timed(lambda: sum(1 for _ in rounds(plan)))
-    everyone = [PlanId(rank - rank % ranks.of_a_stage, ranks.of_a_stage, "0" * 32) for rank in range(world)]
-    _, agree = timed(lambda: check_same_plans(everyone))
+    agree = agreement(world, ranks.of_a_stage)
     records = [record for stage in range(stages) for record in records_of(plan_of(shape, ranks, stage))]
     (parts, size), commit = timed(lambda: documents(records))
     whole = on_paper(shape, ranks)
@@ -110,6 +125,74 @@ def measure(parameters: float, stages: int, world: int) -> dict[str, Any]:
         "draw": draw,
         "kept": kept / 1e6,
     }
+
+
+def agreement(world: int, of_a_stage: int) -> float:
+    """Return the CPU seconds of rank 0, the busiest, to agree on all ranks' plans, without sending them."""
+    routes = Routes(0, world)
+    plans = [PlanId(rank - rank % of_a_stage, of_a_stage, "0" * 32) for rank in range(world)]
+
+    def outcome(first: int, end: int) -> bytes:
+        found: dict[PlanId, Seen] = {}
+        for rank in range(first, end):
+            seen = found.setdefault(plans[rank], Seen(rank, 0))
+            found[plans[rank]] = Seen(seen.first, seen.times + 1)
+        return pickle.dumps(found)
+
+    bounds = [0, *(routes.children or []), world]
+    told = [outcome(first, end) for first, end in pairwise(bounds)]
+
+    def agree() -> None:
+        whole = pickle.dumps(counted([pickle.loads(part) for part in told]))  # what the children sent
+        check_same_plans(pickle.loads(whole))
+
+    return timed(agree)[1]
+
+
+def show_connections(threads: int) -> None:
+    print("connections of the busiest rank: of HostComm, and for a save's parts if each went to its writer")
+    for size, stages, world in [(7e9, 1, 1024), (70e9, 1, 1024), (70e9, 8, 1024), (70e9, 8, 16384)]:
+        ranks = Ranks(pp=stages, dp=world // stages // 8, tp=8, zero=1)
+        direct = direct_peers(plan_of(derive(int(size)), ranks, 0))
+        few = max(len(connected(rank, world)) for rank in range(0, world, 1 + world // 1024))
+        agree = 1e3 * agreement(world, ranks.of_a_stage)
+        place = f"({ranks.pp}, {ranks.dp}, {ranks.tp})"
+        print(f"  {size / 1e9:.0f}B {place}: {few}, {direct}; one agreement, without I/O: {agree:.2f} ms")
+    opened, most = open_descriptors(threads)
+    print(f"{threads} threads as ranks: {opened:.1f} open descriptors each, with {most:.1f} connections")
+
+
+def connected(rank: int, world: int) -> set[int]:
+    return {peer for peers in Routes(rank, world).peers for peer in peers}
+
+
+def direct_peers(plan: Plan) -> int:
+    """Return the largest number of ranks with which one rank would exchange parts."""
+    peers: dict[int, set[int]] = {rank: set() for rank in plan.ranks}
+    for array, chunk, sources in (gathering for batch in rounds(plan) for gathering in batch):
+        assert array.chunk_plan.sources is sources
+        for source, _ in sources.of_chunk(chunk.box):
+            peers[source].add(chunk.writer)
+            peers[chunk.writer].add(source)
+    return max(len(found - {rank}) for rank, found in peers.items())
+
+
+def open_descriptors(size: int) -> tuple[float, float]:
+    """Connect `size` threads as ranks; return the descriptors and the connections of a rank, on average."""
+    before, store, comms = len(os.listdir("/proc/self/fd")), HashStore(), []
+
+    def one(rank: int) -> None:
+        comm = HostComm.of(store, rank, size)
+        comm.exchange({peer: np.ones(100, np.uint8) for peer in range(size)})
+        comms.append(comm)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    opened = len(os.listdir("/proc/self/fd")) - before
+    return opened / size, sum(len(connected(rank, size)) for rank in range(size)) / size
 
 
 def plan_of(shape: GPTShape, ranks: Ranks, stage: int) -> Plan:

@@ -15,7 +15,7 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     compare(first, second), statistics(...)      list differences; summarize the numbers
     committed_tags(run), read_latest(run)        list the checkpoints of a run, oldest first; find the newest
     prune(run, retention)                        delete old checkpoints, each in one step
-    agreed(comm, work), agreed_by_all(...)       do work on the ranks of a Comm, and fail on all or on none
+    agreed(comm, work), distinct(...)            do work on the ranks of a Comm, and fail on all or on none
 
     box, chunking, array_files, plan, shards     who holds and who writes which part of an array, and where
     gather, links, write, save, commit           writing
@@ -31,7 +31,7 @@ also names of submodules, and importing one of these later would replace the fun
 """
 
 from ckpt.box import Box
-from ckpt.comm import Comm, Solo, agreed, agreed_by_all, from_rank_0
+from ckpt.comm import Comm, Solo, agreed, distinct, from_rank_0, merged, union
 from ckpt.commit import SaveReport
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
@@ -71,7 +71,6 @@ __all__ = [
     "UnreadShard",
     "absent",
     "agreed",
-    "agreed_by_all",
     "check_json",
     "check_owner",
     "check_run",
@@ -80,6 +79,7 @@ __all__ = [
     "committed_tags",
     "common_bytes",
     "compare",
+    "distinct",
     "export_safetensors",
     "exported_bytes",
     "extent",
@@ -88,6 +88,7 @@ __all__ = [
     "from_rank_0",
     "load",
     "make_plan",
+    "merged",
     "numpy_dtype",
     "open_checkpoint",
     "open_store",
@@ -98,6 +99,7 @@ __all__ = [
     "save",
     "statistics",
     "tag_text",
+    "union",
     "verify",
     "weights",
 ]

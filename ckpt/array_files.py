@@ -67,13 +67,13 @@ class FileGrid:
 
     def chunks(self, file: Shape) -> list[Shape]:
         """Return the indices of a file's chunks in the order in which they lie in it: C order."""
-        first, there = self._extent(file)
+        first, there = _extent(self, file)
         return [tuple(a + b for a, b in zip(first, i, strict=True)) for i in np.ndindex(*there)]
 
     def place(self, index: Shape) -> tuple[Shape, int]:
         """Return the index of the file that holds a chunk, and the byte at which the chunk begins."""
         file = tuple(i // n for i, n in zip(index, self.per_file, strict=True))
-        first, there = self._extent(file)
+        first, there = _extent(self, file)
         position = 0
         for i, a, n in zip(index, first, there, strict=True):
             position = position * n + (i - a)
@@ -81,32 +81,42 @@ class FileGrid:
 
     def index_offset(self, file: Shape) -> int:
         """Return the byte at which a file's index begins."""
-        number = prod(self._extent(file)[1])
+        number = prod(_extent(self, file)[1])
         return self.payload + CHECKSUM_BYTES if number == 1 else number * self.stride
 
     def index(self, file: Shape) -> bytes:
         """Return a file's index: `(offset, size)` of each chunk as uint64, then their crc32c."""
-        there = self._extent(file)[1]
-        table = np.full((*self.per_file, 2), _ABSENT, "<u8")
-        number = prod(there)
-        inside = table[tuple(slice(n) for n in there) or ...]
-        inside[..., 0] = (np.arange(number, dtype="<u8") * self.stride).reshape(there)
-        inside[..., 1] = self.payload + CHECKSUM_BYTES
-        data = table.tobytes()
-        return data + crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
+        return _index(self, file)
 
     def file_bytes(self, file: Shape) -> int:
         """Return the size of a file."""
         return self.index_offset(file) + 16 * prod(self.per_file) + CHECKSUM_BYTES
 
-    def _extent(self, file: Shape) -> tuple[Shape, Shape]:
-        """Return the index of a file's first chunk, and the number of its chunks along each dim."""
-        first = tuple(f * n for f, n in zip(file, self.per_file, strict=True))
-        there = tuple(min(n, c - a) for n, c, a in zip(self.per_file, self.counts, first, strict=True))
-        return first, there
+
+# The results below are kept, as a model's arrays are of few kinds, and most have one file.
+
+
+@lru_cache(4096)
+def _extent(grid: FileGrid, file: Shape) -> tuple[Shape, Shape]:
+    """Return the index of a file's first chunk, and the number of its chunks along each dim."""
+    first = tuple(f * n for f, n in zip(file, grid.per_file, strict=True))
+    there = tuple(min(n, c - a) for n, c, a in zip(grid.per_file, grid.counts, first, strict=True))
+    return first, there
+
+
+@lru_cache(64)
+def _index(grid: FileGrid, file: Shape) -> bytes:
+    """Return `grid.index(file)`."""
+    there = _extent(grid, file)[1]
+    table = np.full((*grid.per_file, 2), _ABSENT, "<u8")
+    inside = table[tuple(slice(n) for n in there) or ...]
+    inside[..., 0] = (np.arange(prod(there), dtype="<u8") * grid.stride).reshape(there)
+    inside[..., 1] = grid.payload + CHECKSUM_BYTES
+    data = table.tobytes()
+    return data + crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
 
 
 @lru_cache(4096)
 def file_grid(shape: Shape, chunk_shape: Shape, file_shape: Shape, itemsize: int) -> FileGrid:
-    """Return the one `FileGrid` of these; a model's arrays are of few kinds."""
+    """Return the one `FileGrid` of these."""
     return FileGrid(shape, chunk_shape, file_shape, itemsize)

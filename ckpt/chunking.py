@@ -1,7 +1,8 @@
 """Choice of an array's chunks and files, given the boxes that ranks hold.
 
 zarr's chunks are a regular grid, clipped at the array's end. If the ranks' boxes end on such a grid, each box
-is a number of whole chunks, which its rank can write without the others.
+is a number of whole chunks, which its rank can write without the others. If large boxes end on none (a third
+of 32,000 rows is 10,667, a prime), the few chunks that reach over a bound are gathered.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from ckpt.format import itemsize
 from ckpt.shards import ArrayLayout, Files
 
 CHUNK_BYTES = 4 << 20
-"""Approximate size of a chunk. A reader verifies whole chunks: small ones let it read a part with little in
-vain, large ones keep the manifest small."""
+"""Approximate size of a chunk of a large array. A reader verifies whole chunks: small ones let it read a part
+with little in vain, large ones keep the manifest small."""
+CHUNKS = 64
+"""Number of chunks of an array from which on they are of that size. Smaller arrays have smaller chunks, down
+to `LEAST_CHUNK_BYTES`: else a rank that wants a quarter of ten megabytes would read half of them."""
+LEAST_CHUNK_BYTES = 1 << 20
 
 SMALLEST_CHUNK_BYTES = 512 << 10
 """Smallest part of an array that is a chunk of its own: smaller parts are gathered. It keeps the manifest
@@ -29,6 +34,9 @@ FILE_BYTES = 256 << 20
 """Largest file where each has one writer."""
 GATHERED_FILE_BYTES = 64 << 20
 """The same for arrays that are gathered, as their writer holds all of a file in memory."""
+
+STRADDLED = 8
+"""Number of chunks in a rank's part of an array from which on chunks may reach over its bounds."""
 
 TILES = (8, 4, 2)
 """Numbers of tiles along `ShardSpec.fine_dim` to try: a large array can then be read in eighths."""
@@ -54,7 +62,8 @@ class Cut:
     ranks: tuple[int, ...]
     """All ranks that hold a non-empty box, in order."""
     gathered: bool
-    """True if chunks must be gathered, because boxes aren't whole chunks or are smaller than a chunk."""
+    """True if chunks must be gathered, because boxes aren't whole chunks or are smaller than a chunk. Those
+    that their writer has whole are written in place all the same."""
     chunk_shape: Shape
     file_shape: Shape
     runs: tuple[tuple[Run, ...], ...]
@@ -84,9 +93,17 @@ def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int, files: Fi
         part = max((box.size for box in holders), default=1) * size
         # Small parts make small chunks, so that a rank which loads such a part reads little in vain.
         chunk_bytes = min(chunk_bytes, max(2 * gather_below, 4 * part))
+    chunk_bytes = min(chunk_bytes, max(LEAST_CHUNK_BYTES, math.prod(shape) * size // CHUNKS))
     is_cut = [bool(cut) for cut in ends]
-    tile = _narrowed(pitch, shape, array.fine_dim, size, 2 * gather_below)
+    tile = _narrowed(pitch, shape, array.fine_dim, size, gather_below)
     chunk_shape = _cut_down(tile, is_cut, size, chunk_bytes)
+    dim = next((d for d, n in enumerate(chunk_shape) if n > 1), 0)  # where `_cut_down` has stopped
+    no_divisor = is_cut[dim] if shape else False
+    too_large = no_divisor and math.prod(chunk_shape) * size > 2 * chunk_bytes
+    straddles = files == "array" and too_large and math.prod(pitch) * size >= STRADDLED * chunk_bytes
+    if straddles:
+        tile, is_cut[dim] = (*tile[:dim], shape[dim], *tile[dim + 1 :]), False
+        chunk_shape = _cut_down(tile, is_cut, size, chunk_bytes)
     most = math.inf if files == "array" else GATHERED_FILE_BYTES if gathered else FILE_BYTES
     whole = shape if files == "array" else pitch
     file_shape = _file_shape(whole, chunk_shape, is_cut, size, most)
@@ -96,7 +113,9 @@ def cut_array(array: ArrayLayout, chunk_bytes: int, gather_below: int, files: Fi
         chunks = [c for _, part in parts for c in grid(shape, chunk_shape, part)]
         return Run(sum(box.size for _, box in chunks) * size, tuple(chunks))
 
-    if gathered:
+    if gathered or straddles:
+        if straddles:  # the others stay out of it, so that a chunk within a box is where it is written
+            holders = {box: sharers[:1] for box, sharers in holders.items()}
         parts = list(grid(shape, grain))
         candidates = tuple(_touching(holders, part) for _, part in parts)
         return Cut(
@@ -136,14 +155,18 @@ def _cut_points(name: str, shape: Shape, boxes: list[Box]) -> list[list[int]]:
 
 
 def _narrowed(pitch: Shape, shape: Shape, dim: int | None, element_size: int, least: int) -> Shape:
-    """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles of at least `least` bytes."""
+    """Cut a chunk along `dim`, the array's `fine_dim`, into equal tiles of at least `least` bytes.
+
+    There are so few that about as many fit along another dim: other topologies cut it there.
+    """
     if dim is None:
         return pitch
-    nbytes = math.prod(pitch) * element_size
+    nbytes, whole = math.prod(pitch) * element_size, math.prod(shape) * element_size
     cut = max(1, -(-shape[dim] // pitch[dim]))  # tiles that the ranks' cut already makes
     for tiles in TILES:
         parts = tiles // cut
-        if parts and pitch[dim] % parts == 0 and nbytes >= parts * least:
+        fits = nbytes >= parts * least and whole >= tiles * tiles * least // 2
+        if parts and pitch[dim] % parts == 0 and fits:
             return (*pitch[:dim], pitch[dim] // parts, *pitch[dim + 1 :])
     return pitch
 
@@ -172,6 +195,8 @@ def _cut_down(pitch: Shape, is_cut: list[bool], element_size: int, chunk_bytes: 
         parts = min(-(-size // chunk_bytes), length)
         if is_cut[dim]:  # boxes end at multiples of `length`, so only divisors fit
             parts = _nearest_divisor(length, parts)
+        elif length % (halves := 1 << (parts - 1).bit_length()) == 0:
+            parts = halves  # other topologies cut in halves and quarters, which are whole chunks then
         shape[dim] = -(-length // parts)
         if shape[dim] > 1:  # rather too large a chunk than one that isn't whole rows
             break

@@ -85,7 +85,7 @@ def export_safetensors(
         except OSError as error:
             raise CheckpointError(f"{target} can't be written: {error.strerror}") from None
         files.write_at(fd, memoryview(header), 0)
-        for_each(_Copier(checkpoint, fd, progress).copy, todo, checkpoint.store.threads or cores())
+        for_each(_Copier(checkpoint, fd, durable, progress).copy, todo, checkpoint.store.threads or cores())
         return os.fstat(fd).st_size
 
 
@@ -125,9 +125,12 @@ def _header(
 class _Copier:
     """Copies bands of arrays to their places in the file."""
 
-    def __init__(self, checkpoint: Checkpoint, fd: int, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, fd: int, durable: bool, progress: Callable[[int], None]
+    ) -> None:
         self._reader = BandReader(checkpoint)
         self._fd = fd
+        self._durable = durable
         self._progress = progress
 
     def copy(self, band: tuple[ArrayInfo, Box, str, int]) -> None:
@@ -137,7 +140,12 @@ class _Copier:
             return
         values = self._reader.read(info, box)
         data = (values if dtype == info.dtype else _rounded(values, dtype, info.key.atom)).reshape(-1)
-        files.write_at(self._fd, data.view(np.uint8).data, start + box.span(info.shape)[0] * itemsize(dtype))
+        place = start + box.span(info.shape)[0] * itemsize(dtype)
+        files.write_at(self._fd, data.view(np.uint8).data, place)
+        if (
+            self._durable
+        ):  # the disk works while the next bands are read, and little is left to sync at the end
+            files.begin_to_sync(self._fd, place, data.nbytes)
         self._progress(data.nbytes)
 
 

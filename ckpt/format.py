@@ -82,6 +82,10 @@ def is_tag(name: str) -> bool:
     return name != LATEST and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", name) is not None
 
 
+_PLAIN = re.compile(r"(?!__|zarr\.json$)[A-Za-z0-9_~\-][A-Za-z0-9_.~\-]{,254}").fullmatch
+"""Matches names that `_escaped` leaves as they are: nearly all."""
+
+
 def atom_path(atom: str) -> str:
     """Return the folder of an atom, relative to its checkpoint."""
     return f"atoms/{_escaped(atom)}"
@@ -94,6 +98,8 @@ def array_path(atom: str, state: str) -> str:
 
 def _escaped(name: str) -> str:
     """Percent-encode the characters that a file name or a zarr node can't have."""
+    if _PLAIN(name):
+        return name
     quoted = quote(name, safe="")
     if quoted.startswith((".", "__")) or quoted == ZARR:
         quoted = f"%{ord(quoted[0]):02X}{quoted[1:]}"
@@ -151,14 +157,20 @@ def fill_value(dtype: str) -> float | int | bool:
     return float("nan") if kind == "f" else False if kind == "b" else 0
 
 
+@lru_cache(4096)
 def array_document(dtype: str, grid: FileGrid) -> Json:
-    """Return the `zarr.json` of one array."""
+    """Return the `zarr.json` of one array; not to be changed, as arrays that are alike share it."""
     template = _array_template(dtype, len(grid.shape))
     outer = {"name": "regular", "configuration": {"chunk_shape": list(grid.file_shape)}}
     (codec,) = template["codecs"]
     inner = {**codec["configuration"], "chunk_shape": list(grid.chunk_shape)}
     codecs = [{**codec, "configuration": inner}]
     return {**template, "shape": list(grid.shape), "chunk_grid": outer, "codecs": codecs}
+
+
+@lru_cache(4096)
+def encoded_array_document(dtype: str, grid: FileGrid) -> bytes:
+    return encode_document(array_document(dtype, grid))
 
 
 def group_document(members: Mapping[str, Json] | None = None) -> Json:

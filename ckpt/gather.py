@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ckpt.comm import Bytes, Comm
+from ckpt.comm import Bytes
 from ckpt.format import itemsize, numpy_dtype
 from ckpt.plan import ArrayPlan, Chunk, ChunkPlan, Plan, Sources
 from ckpt.shards import ArrayKey, Shard, UnreadShard
@@ -28,9 +28,10 @@ class Gathering(NamedTuple):
 
 
 def rounds(plan: Plan) -> Iterator[list[Gathering]]:
-    """Yield the chunks of gathered arrays in batches in which no rank receives more than `ROUND_BYTES`.
+    """Yield the chunks to gather in batches in which no rank receives more than `ROUND_BYTES`.
 
-    Where a file has one writer, its chunks are in one batch.
+    A chunk that its writer has whole is in none. Where each file has one writer, all its chunks are in one
+    batch.
     """
     batch: list[Gathering] = []
     load: dict[int, int] = defaultdict(int)
@@ -39,7 +40,10 @@ def rounds(plan: Plan) -> Iterator[list[Gathering]]:
         if sources is None:
             continue
         for chunks in _units(array.chunk_plan, by_file=plan.files == "writer"):
-            writer, size = chunks[0].writer, sum(c.box.size for c in chunks) * itemsize(array.dtype)
+            writer = chunks[0].writer
+            if plan.files == "array" and sources.has_whole(writer, chunks[0].box):
+                continue
+            size = sum(c.box.size for c in chunks) * itemsize(array.dtype)
             if load[writer] and load[writer] + size > ROUND_BYTES:
                 yield batch
                 batch = []
@@ -61,27 +65,23 @@ def _units(chunk_plan: ChunkPlan, *, by_file: bool) -> Iterator[list[Chunk]]:
 
 
 def outgoing(
-    batch: Sequence[Gathering], held: Mapping[ArrayKey, Shard | UnreadShard], comm: Comm
-) -> tuple[list[Bytes], list[int]]:
-    """Return this rank's bytes for each writer, in plan order, and the number of bytes from each rank."""
-    parts: list[list[Bytes]] = [[] for _ in range(comm.size)]
-    incoming = [0] * comm.size
+    batch: Sequence[Gathering], held: Mapping[ArrayKey, Shard | UnreadShard], rank: int
+) -> dict[int, Bytes]:
+    """Return this rank's bytes for each writer, in plan order."""
+    parts: dict[int, list[Bytes]] = defaultdict(list)
     for array, chunk, sources in batch:
-        sent = sources.parts.get(comm.rank)
+        sent = sources.parts.get(rank)
         box = None if sent is None else sent.intersect(chunk.box)
         if box is not None:
             shard = held[array.key]
             part = shard.data[box.relative_to(shard.spec.box).slices]
             parts[chunk.writer].append(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
-        if chunk.writer == comm.rank:
-            for source, box in sources.of_chunk(chunk.box):
-                incoming[source] += box.size * itemsize(array.dtype)
-    return [np.concatenate(p) if p else np.empty(0, np.uint8) for p in parts], incoming
+    return {writer: np.concatenate(pieces) for writer, pieces in parts.items()}
 
 
-def arrived(batch: Sequence[Gathering], received: Sequence[Bytes], rank: int) -> Iterator[Write]:
+def arrived(batch: Sequence[Gathering], received: Mapping[int, Bytes], rank: int) -> Iterator[Write]:
     """Assemble this rank's chunks from the received pieces, which come in plan order from each rank."""
-    cursor = [0] * len(received)
+    cursor: dict[int, int] = defaultdict(int)
     for array, chunk, sources in batch:
         if chunk.writer != rank:
             continue

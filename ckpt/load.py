@@ -7,11 +7,12 @@ dropped.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from ckpt.comm import Comm, agreed
+from ckpt.comm import Comm, agreed, distinct, union
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.read import Checkpoint, pieces
 from ckpt.shards import ArrayKey, Shard
@@ -106,11 +107,9 @@ def _compare(
 
 def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
     """Return the union of all ranks' keys. Among ranks with equal keys, only the first sends them."""
-    digest = blake2b(repr(sorted(wanted)).encode(), digest_size=16).digest()
-    speaks = comm.all_gather(digest).index(digest) == comm.rank
-    found = comm.gather(wanted if speaks else set())
-    union: set[ArrayKey] = comm.broadcast(set().union(*found))
-    return union
+    digest = blake2b(json.dumps(sorted(wanted)).encode(), digest_size=16).digest()
+    speaks = distinct(comm, lambda: digest)[digest].first == comm.rank
+    return comm.all_reduce(wanted if speaks else set(), union)
 
 
 def _read_all(checkpoint: Checkpoint, targets: Sequence[Shard], threads: int | None) -> int:

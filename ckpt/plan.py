@@ -5,9 +5,9 @@ plan proves that all ranks agree on each array's shape and dtype, that their box
 are replicas), and that each chunk has one writer. Ranks that share no array, as those of different pipeline
 stages, plan separately.
 
-An array is written in one of two ways. *In place*: the boxes are whole chunks of a regular grid, as zarr
-needs it; each rank writes its own chunks, and replicas share them out. *Gathered*: the boxes are ragged, or
-smaller than a chunk; one rank receives all of a chunk and writes it.
+A chunk is written in one of two ways. *In place*: a rank has all of it; most boxes are whole chunks of a
+regular grid, as zarr needs it, and replicas share them out. *Gathered*: the boxes are ragged, or smaller than
+a chunk; one rank receives all of a chunk and writes it.
 
 Arrays that are cut alike and have the same writers share one `ChunkPlan`, so that planning and its use take
 time per array, not per array and rank.
@@ -62,6 +62,10 @@ class Sources:
             found = ((source, box.intersect(chunk)) for source, box in self.pieces)
             self._of_chunk[chunk] = tuple((source, piece) for source, piece in found if piece is not None)
         return self._of_chunk[chunk]
+
+    def has_whole(self, rank: int, chunk: Box) -> bool:
+        """Return whether the rank has all of a chunk, so that nothing is sent."""
+        return rank in self.parts and chunk.within(self.parts[rank])
 
     @cached_property
     def parts(self) -> dict[int, Box]:

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ckpt import gather
-from ckpt.comm import Comm, agreed, agreed_by_all, from_rank_0
+from ckpt.comm import Comm, Seen, agreed, distinct, from_rank_0, merged, union
 from ckpt.commit import SaveReport, commit, record
 from ckpt.errors import CheckpointError
 from ckpt.format import DTYPES, Json, check_json, check_same_tag, numpy_dtype
@@ -69,9 +69,9 @@ def save(
     """
     held = {shard.spec.key: shard for shard in shards}
     rounds = list(gather.rounds(plan))
-    checks = agreed_by_all(comm, lambda: (tag, _check(held, plan, comm.rank, document), len(rounds)))
+    checks = distinct(comm, lambda: (tag, _check(held, plan, comm.rank, document), len(rounds)))
     check_same_tag([check[0] for check in checks])
-    check_same_plans([check[1] for check in checks])
+    check_same_plans({check[1]: ranks for check, ranks in checks.items()})
     if retention.keep_last is not None and not durable:
         raise CheckpointError(
             "a save that isn't durable can't delete older checkpoints; save with durable=True"
@@ -128,13 +128,12 @@ class PlanId(NamedTuple):
     """Covers the ranks, each of which has checked that it is one of them."""
 
 
-def check_same_plans(plans: list[PlanId]) -> None:
-    """Check that ranks that share arrays have the same plan for them, given each rank's plan."""
-    found = Counter(plans)
-    for rank, plan in enumerate(plans):
-        if found[plan] != plan.size:
+def check_same_plans(plans: Mapping[PlanId, Seen]) -> None:
+    """Check that ranks that share arrays have the same plan for them, given the plans and their ranks."""
+    for plan, ranks in plans.items():
+        if ranks.times != plan.size:
             raise CheckpointError(
-                f"rank {rank} and a rank that shares its arrays have different plans for them; "
+                f"rank {ranks.first} and a rank that shares its arrays have different plans for them; "
                 "their models or optimizers differ"
             )
 
@@ -177,7 +176,8 @@ def _write_own(writer: Writer, plan: Plan, held: Held, comm: Comm, *, incrementa
     """Write the chunks that this rank holds whole and the metadata of the arrays it owns. Collective."""
     writes = list(_in_place(plan, held, comm.rank))
     arrays = plan.arrays if plan.files == "array" else ()  # else each file has one writer, who decides
-    shared = {array.key: array for array in arrays if len(array.chunk_plan.by_writer) > 1}
+    alone = [array for array in arrays if array.chunk_plan.sources is None]  # no chunk comes from others
+    shared = {array.key: array for array in alone if len(array.chunk_plan.by_writer) > 1}
     linked = _agree_unchanged(writer, shared, writes, comm) if incremental else set()
 
     def work() -> None:
@@ -196,21 +196,27 @@ def _agree_unchanged(
     Most arrays of most saves have changed, so the owner of each looks at one page first.
     """
     mine = [w for w in writes if w.plan.key in shared and w.plan.owner == comm.rank]
-    likely = set[ArrayKey]().union(*agreed_by_all(comm, lambda: writer.unchanged(mine, None)))
+    likely = merged(comm, lambda: set(writer.unchanged(mine, None)), union)
     if not likely:
         return set()
     ours = [w for w in writes if w.plan.key in shared]
-    found = [key for same in agreed_by_all(comm, lambda: writer.unchanged(ours, likely)) for key in same]
-    return {
-        key for key in likely & shared.keys() if found.count(key) == len(shared[key].chunk_plan.by_writer)
-    }
+    found = merged(comm, lambda: Counter(writer.unchanged(ours, likely)), _added)
+    return {key for key in likely & shared.keys() if found[key] == len(shared[key].chunk_plan.by_writer)}
+
+
+def _added(parts: list[Counter[ArrayKey]]) -> Counter[ArrayKey]:
+    found: Counter[ArrayKey] = Counter()
+    for part in parts:
+        found.update(part)
+    return found
 
 
 def _in_place(plan: Plan, held: Held, rank: int) -> Iterator[Write]:
     for array in plan.arrays:
-        if array.chunk_plan.sources is not None:
-            continue
+        sources = array.chunk_plan.sources
         for chunk in array.chunk_plan.by_writer.get(rank, ()):
+            if sources and not (plan.files == "array" and sources.has_whole(rank, chunk.box)):
+                continue
             shard = held[array.key]
             part = chunk.box.relative_to(shard.spec.box).slices
             if isinstance(shard, Shard):
@@ -229,7 +235,7 @@ def _write_gathered(
     """
     for i in range(most):
         batch = rounds[i] if i < len(rounds) else []
-        pieces = agreed(comm, lambda batch=batch: gather.outgoing(batch, held, comm))  # type: ignore[misc]
-        received = comm.exchange(*pieces)
+        pieces = agreed(comm, lambda batch=batch: gather.outgoing(batch, held, comm.rank))  # type: ignore[misc]
+        received = comm.exchange(pieces)
         writes = gather.arrived(batch, received, comm.rank)
         agreed(comm, lambda writes=writes: writer.write_chunks(writes))  # type: ignore[misc]

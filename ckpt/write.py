@@ -12,11 +12,10 @@ from ckpt.box import Box, Shape
 from ckpt.checksums import CHECKSUM_BYTES, Buffer, Summing
 from ckpt.format import (
     ZARR,
-    Json,
-    array_document,
     array_path,
     atom_path,
     encode_document,
+    encoded_array_document,
     file_name,
     fill_value,
     group_document,
@@ -219,18 +218,18 @@ class Writer:
 
     def write_documents(self) -> None:
         """Write the `zarr.json` of each array that this rank owns, and of atoms whose first array it owns."""
-        documents: dict[str, Json] = {} if self._rank else {"atoms": group_document()}
+        group = encode_document(group_document())
+        documents: dict[str, bytes] = {} if self._rank else {"atoms": group}
         first: dict[str, int] = {}
         for array in self._plan.arrays:
             if first.setdefault(array.key.atom, array.owner) == self._rank:
-                documents[atom_path(array.key.atom)] = group_document()
+                documents[atom_path(array.key.atom)] = group
             if array.owner == self._rank:
-                documents[array_path(*array.key)] = array_document(array.dtype, array.grid)
+                documents[array_path(*array.key)] = encoded_array_document(array.dtype, array.grid)
         self._make_folders(documents)
 
         def write(path: str) -> None:
-            content = encode_document(documents[path])
-            self._store.write(f"{self._staging}/{path}/{ZARR}", [content], durable=False)
+            self._store.write(f"{self._staging}/{path}/{ZARR}", [documents[path]], durable=False)
 
         for_each(write, documents, self._threads)
 
@@ -238,6 +237,7 @@ class Writer:
         new = dict.fromkeys(path for path in paths if path not in self._made)
         self._store.make_folders(f"{self._staging}/{path}" for path in new)
         self._made.update(new)
+        self._made.update(path.rpartition("/")[0] for path in new)  # those of atoms come with their arrays
 
     def _link(self, file: _File) -> bool:
         """Link a file that only this rank writes, if the base has the same; return whether it has."""

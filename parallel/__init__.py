@@ -25,9 +25,12 @@ The parallel model:
     agreement         whether the ranks ran what they must run alike
     parameter_hooks   hooks and attributes that a script has put on parameters
     parameter_watch   changes of parameters that sharding would lose
+    state_dicts       `state_dict` of a sharded module, with whole tensors
     layers            repeated layers, the units of sharding
     activation_checkpointing  recomputing activations; compilation
-    weights           a model from the meta device filled in; fp32 masters
+    meta              models on the meta device, with buffers that have values
+    values            values of a model that was built whole, handed out in parts
+    weights           initial weights and fp32 masters, the same on every topology
     initial_weights, recorded_init  initial weights in tiles; what `init_parameter` does to one
     ties              tied weights and the sum of their gradients
     gradients         the global norm, clipping
@@ -35,7 +38,7 @@ The parallel model:
     tensors           a sharded module's tensors by name, and gathered
     gathered          sharded parameters made whole for a while, the same objects
     failures          errors of other ranks
-    host_comm         collectives between CPUs, apart from training's
+    host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
 
 This package knows nothing of files, configs or engines. Importing it loads no torch: each public name is
 imported from its module when it is first asked for.
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from parallel.degrees import Degrees, Ranks, resolve_degrees
     from parallel.failures import Failures, RankFailedError
     from parallel.host_comm import HostComm
+    from parallel.meta import meta_parameters
     from parallel.parallelize import ParallelModel, build
     from parallel.settings import Compile, Precision, Recompute, Settings
     from parallel.topology import Topology, start_process_group
@@ -69,6 +73,7 @@ __all__ = [
     "Topology",
     "build",
     "check_micro_batches",
+    "meta_parameters",
     "resolve_degrees",
     "start_process_group",
 ]
@@ -78,6 +83,7 @@ _NAMES = {
     "degrees": ["Degrees", "Ranks", "resolve_degrees"],
     "failures": ["Failures", "RankFailedError"],
     "host_comm": ["HostComm"],
+    "meta": ["meta_parameters"],
     "parallelize": ["ParallelModel", "build"],
     "settings": ["Compile", "Precision", "Recompute", "Settings"],
     "topology": ["Topology", "start_process_group"],

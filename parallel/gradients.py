@@ -183,9 +183,12 @@ def sum_over_ranks(
     return Sums(total, tokens, square, alarms, unused, idle, apart, unfit, extras)
 
 
-def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the factor, at most 1, that clips gradients of this norm; `torch.nn.utils.clip_grad_norm_`'s."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor | float:
+    """Return the factor, at most 1, that clips gradients of this norm: `torch.nn.utils.clip_grad_norm_`'s.
+
+    A `max_norm` of 0 clips nothing.
+    """
+    return 1.0 if max_norm == 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _cut_by(parameter: nn.Parameter) -> set[str]:

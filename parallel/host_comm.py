@@ -1,124 +1,235 @@
-"""Small collectives in host memory, for planning and checks."""
+"""Small collectives in host memory, for planning and checks, and bytes for any rank.
+
+All messages go between ranks that `parallel.routes` connects: whatever the number of ranks, none has more
+than a few dozen connections or messages at a time, and nothing takes more than a few hops.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from threading import Thread
+from traceback import clear_frames
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
-from torch import Tensor
+
+from parallel.routes import Routes
 
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for the other ranks, which includes the slowest rank's write of a checkpoint."""
 
 SLOT_BYTES = 1 << 10
-"""Size of a value that is sent along with its length."""
+"""Size of a message that is sent along with its length."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank has ended or failed, or doesn't answer."""
 
 
 class HostComm:
     """Collectives of Python values and bytes between the CPUs of all ranks.
 
-    It has connections of its own, so it can be used from any thread without disturbing training's
+    It has connections of its own, so it can be used from any one thread without disturbing training's
     collectives. It outlives `destroy_process_group`, so that background work can finish.
+
+    If a rank fails inside a call, it closes its connections, and so does each rank that waits for it. The
+    call then raises the failing rank's error there and LostRankError on the ranks that need it, as does every
+    later call.
     """
 
     def __init__(self) -> None:
-        """Connect the ranks. Collective."""
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
-        store = dist.distributed_c10d._get_default_store()
-        nth = store.add(f"uni3d/host_comm/{self.rank}", 1)  # ranks create them in the same order
-        own = distributed.PrefixStore(f"uni3d/host_comm/{nth}", store)
+        """Connect the ranks of the default process group. Collective."""
+        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        nth = store.add(f"uni3d/host_comm/{rank}", 1)  # ranks create them in the same order
+        self._connect(distributed.PrefixStore(f"uni3d/host_comm/{nth}", store), rank, dist.get_world_size())
+
+    @classmethod
+    def of(cls, store: Any, rank: int, size: int) -> HostComm:
+        """Connect ranks that meet at a `torch.distributed.Store`, without a process group. Collective."""
+        comm = cls.__new__(cls)
+        comm._connect(store, rank, size)
+        return comm
+
+    def _connect(self, store: Any, rank: int, size: int) -> None:
+        self.rank, self.size, self._routes = rank, size, Routes(rank, size)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = TIMEOUT
         # Ranks connect when they first talk: a rank has a few connections, not one to each of thousands.
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
-        self._group: Any = dist.ProcessGroupGloo(own, self.rank, self.size, options)
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
+        self._lost = ""
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
-        self.broadcast(self.all_gather(None))
+        self.exchange({})
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, by rank."""
-        return self._collect(value, on_all=True)
+    def all_reduce(self, value: T, merge: Callable[[list[T]], T]) -> T:
+        """Return all ranks' values merged, on every rank.
+
+        `merge` gets values of adjacent ranks in their order, some of them merged before. It mustn't fail.
+        """
+        with self._or_close():
+            whole = self._up(pickle.dumps(value), lambda parts: _merged(parts, merge))
+            return pickle.loads(self._down(whole))  # type: ignore[no-any-return]
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank, on rank 0; an empty list on the others."""
-        return self._collect(value, on_all=False)
+        with self._or_close():
+            whole = self._up(_framed(pickle.dumps(value)), b"".join)
+            return [pickle.loads(part) for part in _unframed(whole)] if self.rank == 0 else []
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
-        data = pickle.dumps(value) if self.rank == 0 else b""
-        head = self._broadcast(len(data).to_bytes(8, "little") + data[:SLOT_BYTES], 8 + SLOT_BYTES)
-        length, found = int.from_bytes(head[:8], "little"), head[8:]
-        if length > SLOT_BYTES:
-            found = self._broadcast(data, length)
-        return pickle.loads(found[:length])  # bytes of our own ranks, never of a file
+        with self._or_close():
+            whole = self._down(pickle.dumps(value) if self.rank == 0 else b"")
+            return pickle.loads(whole)  # type: ignore[no-any-return]
 
-    def exchange(self, outgoing: list[Bytes], incoming_sizes: list[int]) -> list[Bytes]:
-        """Send `outgoing[r]` to rank r; return the bytes that each rank sent here, of the announced sizes."""
-        sent = torch.from_numpy(np.concatenate(outgoing))
-        received = torch.empty(sum(incoming_sizes), dtype=torch.uint8)
-        sizes = [part.nbytes for part in outgoing]
-        self._group.alltoall_base(received, sent, incoming_sizes, sizes).wait()
-        ends = np.cumsum(incoming_sizes)[:-1]
-        return np.split(received.numpy(), ends)
+    def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
+        """Send `outgoing[r]` to rank r; return the bytes from each rank that sent some here, by rank."""
+        held = [_Parcel(self.rank, target, data) for target, data in outgoing.items()]
+        with self._or_close():
+            for hop, peers in enumerate(self._routes.peers):
+                onward: dict[int, list[_Parcel]] = defaultdict(list)
+                for parcel in held:
+                    onward[self._routes.after(hop, parcel.source, parcel.target)].append(parcel)
+                held = onward.pop(self.rank, [])
+                bundles = {peer: _bundle(onward.pop(peer, [])) for peer in peers}
+                assert not onward, f"no way from rank {self.rank} to {[*onward]}"
+                for arrived in self._swap(bundles, peers).values():
+                    held += _unbundled(arrived)
+        return {parcel.source: parcel.data for parcel in sorted(held, key=lambda parcel: parcel.source)}
 
-    def _broadcast(self, data: bytes, size: int) -> bytes:
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        memory = _padded(data, size)
-        self._group.broadcast([memory], options).wait()
-        return memory.numpy().tobytes()
-
-    def _collect(self, value: Any, *, on_all: bool) -> list[Any]:
-        data = pickle.dumps(value)
-        # One collective carries every rank's length and, if all are short, which is usual, the values.
-        slots = self._all_gather(len(data).to_bytes(8, "little") + data[:SLOT_BYTES], 8 + SLOT_BYTES)
-        lengths = [int.from_bytes(slot[:8], "little") for slot in slots]
-        if max(lengths) <= SLOT_BYTES:
-            parts = [slot[8:] for slot in slots] if on_all or self.rank == 0 else []
-        elif on_all:
-            parts = self._all_gather(data, max(lengths))
-        else:
-            parts = self._gather(data, slots, lengths)
-        values = zip(parts, lengths, strict=False)
-        return [
-            pickle.loads(part[:length]) for part, length in values
-        ]  # bytes of our own ranks, never of a file
-
-    def _all_gather(self, data: bytes, size: int) -> list[bytes]:
-        everyone = [torch.empty(size, dtype=torch.uint8) for _ in range(self.size)]
-        self._group.allgather([everyone], [_padded(data, size)]).wait()
-        return [part.numpy().tobytes() for part in everyone]
-
-    def _gather(self, data: bytes, slots: list[bytes], lengths: list[int]) -> list[bytes]:
-        """Bring the long values to rank 0 along a binary tree, so that no rank has more than a few peers."""
-        long = [n if n > SLOT_BYTES else 0 for n in lengths]
-        held = [data] if long[self.rank] else []
-        step = 1
-        while step < self.size and self.rank % (2 * step) == 0:
-            nbytes = sum(long[self.rank + step : self.rank + 2 * step])
-            if nbytes:
-                memory = torch.empty(nbytes, dtype=torch.uint8)
-                self._group.recv([memory], self.rank + step, 0).wait()
-                held.append(memory.numpy().tobytes())
-            step *= 2
-        bundle = b"".join(held)
+    def _up(self, data: bytes, merge: Callable[[list[bytes]], bytes]) -> bytes:
+        """Merge the ranks' bytes along the tree; return the whole on rank 0."""
+        arrived = self._swap({}, self._routes.children)
+        merged = merge([data, *(part.tobytes() for part in arrived.values())])
         if self.rank != 0:
-            if bundle:
-                self._group.send([_padded(bundle, len(bundle))], self.rank - step, 0).wait()
-            return []
-        ends = np.cumsum(long)
-        found = [bundle[end - n : end] for end, n in zip(ends, long, strict=True)]
-        return [part or slot[8:] for part, slot in zip(found, slots, strict=True)]
+            self._swap({self._routes.parent: _as_array(merged)}, ())
+        return merged
+
+    def _down(self, data: bytes) -> bytes:
+        """Return rank 0's bytes."""
+        if self.rank != 0:
+            data = self._swap({}, [self._routes.parent])[self._routes.parent].tobytes()
+        # The farthest first, as they have others to tell.
+        self._swap(dict.fromkeys(reversed(self._routes.children), _as_array(data)), ())
+        return data
+
+    @contextmanager
+    def _or_close(self) -> Iterator[None]:
+        """Close the connections if the body fails, so that no rank waits for this one."""
+        if self._lost:
+            raise LostRankError(self._lost)
+        try:
+            yield
+        except BaseException as error:
+            self._lost = str(error) or type(error).__name__
+            # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
+            # process, or the others' calls with `TIMEOUT`.
+            group, self._group = [self._group], None
+            Thread(target=_let_go, args=(group, error), daemon=True).start()
+            raise
+
+    def _swap(self, outgoing: Mapping[int, Bytes], sources: Iterable[int]) -> dict[int, Bytes]:
+        """Send each of these peers its bytes, and return the bytes from each of `sources`."""
+        sending, receiving, found = [], [], {}
+        for peer, data in outgoing.items():
+            head = np.zeros(8 + SLOT_BYTES, np.uint8)
+            head[:8] = np.frombuffer(data.nbytes.to_bytes(8, "little"), np.uint8)
+            head[8 : 8 + data.nbytes] = data[:SLOT_BYTES]
+            for part in [head, data[SLOT_BYTES:]] if data.nbytes > SLOT_BYTES else [head]:
+                sending.append(self._begun(self._group.send, part, peer))
+        for peer in sources:
+            found[peer] = np.empty(8 + SLOT_BYTES, np.uint8)
+            receiving.append(self._begun(self._group.recv, found[peer], peer))
+        self._wait(receiving)
+        further = []
+        for peer, head in found.items():
+            length = int.from_bytes(head[:8].tobytes(), "little")
+            found[peer] = head[8 : 8 + length]
+            if length > SLOT_BYTES:
+                found[peer] = np.empty(length, np.uint8)
+                found[peer][:SLOT_BYTES] = head[8:]
+                further.append(self._begun(self._group.recv, found[peer][SLOT_BYTES:], peer))
+        self._wait(further)
+        self._wait(sending)  # last, as sending ends when the peer receives
+        return found
+
+    def _begun(self, call: Callable[..., Any], memory: Bytes, peer: int) -> tuple[int, Any]:
+        try:
+            return peer, call([torch.from_numpy(memory)], peer, 0)
+        except RuntimeError as error:
+            raise self._without(peer, error) from error
+
+    def _wait(self, works: Iterable[tuple[int, Any]]) -> None:
+        for peer, work in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._without(peer, error) from error
+
+    def _without(self, peer: int, error: RuntimeError) -> LostRankError:
+        why = str(error).partition(" This is typically")[0]  # the rest is general advice
+        return LostRankError(
+            f"rank {self.rank} has lost rank {peer}, which has ended or failed, or waited for one that has; "
+            f"the first such rank's own error says why ({why})"
+        )
 
 
-def _padded(data: bytes, size: int) -> Tensor:
-    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
+def _let_go(group: list[Any], error: BaseException) -> None:
+    """Close connections, which locals of the calls that failed keep open while somebody keeps the error."""
+    group.clear()
+    for kept in (error, error.__cause__, error.__context__):
+        clear_frames(None if kept is None else kept.__traceback__)
+
+
+class _Parcel(NamedTuple):
+    """Bytes on their way from one rank to another."""
+
+    source: int
+    target: int
+    data: Bytes
+
+
+def _bundle(parcels: Sequence[_Parcel]) -> Bytes:
+    """Join parcels that go the same way, behind a list of them."""
+    head = np.array([len(parcels), *(n for p in parcels for n in (p.source, p.target, p.data.nbytes))])
+    return np.concatenate([head.astype(np.int64).view(np.uint8), *(parcel.data for parcel in parcels)])
+
+
+def _unbundled(bundle: Bytes) -> Iterator[_Parcel]:
+    count = int(bundle[:8].view(np.int64)[0])
+    begin = 8 * (1 + 3 * count)
+    for source, target, nbytes in bundle[8:begin].view(np.int64).reshape(-1, 3).tolist():
+        yield _Parcel(source, target, bundle[begin : begin + nbytes])
+        begin += nbytes
+
+
+def _merged(parts: list[bytes], merge: Callable[[list[T]], T]) -> bytes:
+    # Bytes of our own ranks, never of a file.
+    return pickle.dumps(merge([pickle.loads(part) for part in parts])) if len(parts) > 1 else parts[0]
+
+
+def _framed(data: bytes) -> bytes:
+    return len(data).to_bytes(8, "little") + data
+
+
+def _unframed(frames: bytes) -> Iterator[bytes]:
+    begin = 0
+    while begin < len(frames):
+        end = begin + 8 + int.from_bytes(frames[begin : begin + 8], "little")
+        yield frames[begin + 8 : end]
+        begin = end
+
+
+def _as_array(data: bytes) -> Bytes:
+    return np.frombuffer(bytearray(data), np.uint8)  # of memory that may be written to, as torch wants it

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,7 +32,8 @@ from parallel.tensor import (
 from parallel.ties import TiedGradients, tied_names
 from parallel.topology import Topology
 from parallel.tp_styles import no_plan
-from parallel.weights import broadcast_from_first_rank, check_can_materialise, is_meta, materialise
+from parallel.values import BuiltValues, allocate, place_buffers
+from parallel.weights import check_buffers, check_can_materialise, is_meta, materialise
 from parallel.zero import Zero, ZeroStages
 
 
@@ -64,12 +66,16 @@ class ParallelModel:
         return self.ties.get(name, name)
 
 
-def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelModel:
+def build(
+    model: nn.Module, topology: Topology, settings: Settings, *, loaded_later: bool = False
+) -> ParallelModel:
     """Turn `model`, built alike on every rank, into this rank's part of it. Collective.
 
     The model may have attributes that say how to split it (`pipeline_layers`, `tp_plan`, `tp_units`,
     `tp_parts`), its loss (`loss_fn(outputs, targets)`) and, for a model on the meta device, how to initialize
     its parameters (`init_parameter(name, tensor, generator)`). `model` can't be used afterwards.
+
+    With `loaded_later`, the parameters are NaN, for the caller to load; buffers have their values.
 
     Raises:
         ValueError: the model can't be split this way; the message names the layer, the size, the degree.
@@ -77,11 +83,9 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
     degrees, layers, declared = topology.degrees, layer_names(model), declared_splits(model)
     plan = _check_splits(model, declared, topology, settings, layers)
     extras = find_extras(model)
-    init = check_can_materialise(model) if is_meta(model) else None
-    if init is None:
-        broadcast_from_first_rank(model.to(topology.device))
-    loss_fn: LossFn | None = getattr(model, "loss_fn", None)
     ties = tied_names(model)
+    fill = _filler(model, ties, topology, settings, loaded_later=loaded_later)
+    loss_fn: LossFn | None = getattr(model, "loss_fn", None)
     rowwise = rowwise_weights(model, declared.plan)
 
     module, placement, stage_names, repeating = model, Placement(ranks=(0,)), [_names(model)], blocks(model)
@@ -105,9 +109,7 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
         for stretch, output in zip(stretches, outputs, strict=True)
     ]
-    if init is not None:
-        device = torch.device("cpu") if settings.offload else topology.device
-        materialise(module, init, seed=settings.seed, device=device, first_names=ties)
+    fill(module)
     keep_class_names(module)
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
@@ -125,6 +127,33 @@ def build(model: nn.Module, topology: Topology, settings: Settings) -> ParallelM
         sequence_parallel=sequence,
         layers=kept,
     )
+
+
+def _filler(
+    model: nn.Module, ties: dict[str, str], topology: Topology, settings: Settings, *, loaded_later: bool
+) -> Callable[[nn.Module], None]:
+    """Take the values out of the model; return the function that gives them to this rank's part of it.
+
+    Collective, and so is the function.
+
+    Raises:
+        ValueError: the model is on the meta device, and its buffers too, or it can't be initialized.
+    """
+    check_buffers(model)
+    device = torch.device("cpu") if settings.offload else topology.device
+    init = check_can_materialise(model) if is_meta(model) and not loaded_later else None
+    place_buffers(model, topology.device)
+    if init is not None:
+        return partial(materialise, init_parameter=init, seed=settings.seed, device=device, first_names=ties)
+    values = BuiltValues(model)
+    if loaded_later:  # the values, if any, are forgotten
+        return partial(allocate, device=device, nan=True)
+
+    def fill(module: nn.Module) -> None:
+        allocate(module, device)
+        values.hand_out(module, ties, topology.device)
+
+    return fill
 
 
 def _pipeline(

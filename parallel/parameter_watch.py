@@ -151,20 +151,22 @@ class ParameterWatch:
                 raise RuntimeError(_replaced(watched))
             if whole.requires_grad != record.sharded_param.requires_grad:
                 record.sharded_param.requires_grad_(whole.requires_grad)
+            if self._in_place:
+                if watched.plain and whole.data_ptr() != watched.address:
+                    watched.move_back()
+                continue
             if watched.moved:
                 watched.move_back()
-            if self._in_place:
-                continue
             if watched.mine is None:
                 watched.mine = part_of_whole(record)
             watched.version = whole._version
             sharded.append(record.sharded_param._local_tensor)
             parts.append(watched.mine)
-        if sharded and sharded[0].dtype == parts[0].dtype:
+        if parts and parts[0].dtype == sharded[0].dtype:  # a group has one type of each
             torch._foreach_copy_(sharded, parts)
-        for master, part in zip(sharded, parts, strict=True) if sharded else ():
-            if master.dtype != part.dtype:
-                torch.where(master.to(part.dtype) == part, master, part, out=master)
+            return
+        for master, part in zip(sharded, parts, strict=True):
+            torch.where(master.to(part.dtype) == part, master, part, out=master)
 
 
 def _replaced(watched: _Watched) -> str:

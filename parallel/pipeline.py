@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import (
     Schedule1F1B,
@@ -101,13 +100,11 @@ class Pipeline:
         key = None if reason else (*((x.shape, x.dtype) for x in inputs[0]), len(inputs), train)
         new = key not in self._schedules
         if self._topology.degrees.dp > 1:
-            # On the CPU where there is a backend for it: reading the result then waits for no GPU.
-            device = "cpu" if "cpu" in dist.get_backend_config() else self._topology.device
-            most = torch.tensor(2.0 if reason else float(new), device=device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            if most > 1:
+            # In host memory: reading the result waits for no GPU, and a ring would take a hop for each rank.
+            most = self._topology.host.all_reduce(2 if reason else int(new), max)
+            if most == 2:
                 raise BatchError(first_reason(reason, self._topology))
-            new = bool(most > 0)
+            new = most == 1
         if reason or key is None:
             raise BatchError(reason)
         if new:

@@ -63,13 +63,17 @@ class TiedGradients:
 
     def sum(self) -> None:
         """Replace each copy's gradient by the sum over its stages. Collective over the pipeline."""
+        device = self._topology.device
         for copies, holders in self._shared:
             gradients = {stage: _gradient(parameter) for stage, parameter in copies.items()}
             example = next(iter(gradients.values()))
             if example.numel() == 0:  # a shard that is empty here is empty on every stage
                 continue
-            terms = {stage: torch.empty_like(example) for stage in holders if stage not in copies}
-            terms |= {stage: gradient.clone() for stage, gradient in gradients.items()}
+            terms = {
+                stage: torch.empty_like(example, device=device) for stage in holders if stage not in copies
+            }
+            # On the compute device, as an offloaded gradient can't be sent.
+            terms |= {s: gradient.to(device, copy=True) for s, gradient in gradients.items()}
             self._exchange(terms, copies.keys())
             # In stage order on every rank, so that the copies get the same bits.
             total = torch.stack([terms[stage] for stage in holders]).sum(0)

@@ -12,13 +12,14 @@ import atexit
 import os
 import time
 from datetime import timedelta
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.degrees import Degrees, check_shard_group, resolve_degrees, shard_count
+from parallel.host_comm import HostComm
 
 AXES = ("pp", "replicate", "shard", "tp")
 
@@ -26,11 +27,13 @@ AXES = ("pp", "replicate", "shard", "tp")
 def start_process_group(device_type: str, timeout: timedelta | None = None) -> None:
     """Join the process group that torchrun announces in the environment, or else make a group of one.
 
-    `timeout` is that of its collectives, None for torch's own.
+    `timeout` is that of its collectives, None for torch's own. On GPUs the group has NCCL alone. With gloo
+    beside it, it and each axis of a mesh would connect every two of their ranks, and nothing here would use
+    that: `HostComm` has connections of its own.
     """
     if dist.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    backend = "nccl" if device_type == "cuda" else "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -89,6 +92,11 @@ class Topology:
         self.pp_rank, replica, part, self.tp_rank = (self.mesh.get_local_rank(axis) for axis in AXES)
         self.dp_rank = replica * shard + part
         self.speaks_for_stage = self.dp_rank == 0 and self.tp_rank == 0
+
+    @cached_property
+    def host(self) -> HostComm:
+        """Collectives in host memory, for the thread that trains. The first use is collective."""
+        return HostComm()
 
     @property
     def zero_mesh(self) -> DeviceMesh:

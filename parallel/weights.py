@@ -11,14 +11,12 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.dtensor_layout import copy_from_full, local_part
 from parallel.initial_weights import draw
 from parallel.recorded_init import InitParameter, record
-
-LOW = (torch.bfloat16, torch.float16)
+from parallel.values import LOW, allocate
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -39,23 +37,33 @@ def is_meta(module: nn.Module) -> bool:
     return kinds == {True}
 
 
+def check_buffers(model: nn.Module) -> None:
+    """Check that no buffer is on the meta device, where it has no content.
+
+    Raises:
+        ValueError: some are; names them.
+    """
+    buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if buffers:
+        raise ValueError(
+            f"the model has buffers on the meta device ({', '.join(buffers[:4])}), whose content would be "
+            "lost; build it inside `with uni3d.meta_parameters():`, which gives buffers their values, or on "
+            "the CPU"
+        )
+
+
 def check_can_materialise(model: nn.Module) -> InitParameter:
     """Return the `init_parameter(name, tensor, generator)` that a model on the meta device must have.
 
     Raises:
-        ValueError: it has none, or it has buffers, whose content isn't known.
+        ValueError: it has none.
     """
-    buffers = [name for name, _ in model.named_buffers()]
-    if buffers:
-        raise ValueError(
-            f"the model is on the meta device and has buffers ({', '.join(buffers[:4])}), whose content "
-            "would be lost; build it on the CPU"
-        )
     init: InitParameter | None = getattr(model, "init_parameter", None)
     if init is None:
         raise ValueError(
             f"the model is on the meta device, but {type(model).__name__} has no "
-            "init_parameter(name, tensor, generator); add it, or build the model on the CPU"
+            "init_parameter(name, tensor, generator); add it, give initialize its weights (weights=FILE, or "
+            "resume=RUN of a run that has a checkpoint), or build the model on the CPU"
         )
     return init
 
@@ -74,7 +82,7 @@ def materialise(
     `first_names` maps the other names of tied parameters to the names that seed them. `init_parameter` fills
     a whole tensor in place. It may be called twice for a name, the first time with a tensor without memory.
     """
-    module.to_empty(device=device)
+    allocate(module, device)
     largest = max((p.numel() * p.element_size() for p in module.parameters()), default=0)
     scratch: Tensor | None = None
     for name, parameter in module.named_parameters():
@@ -101,20 +109,12 @@ def _draw_whole(init_parameter: InitParameter, full: Tensor, seed: int, name: st
 
 
 @torch.no_grad()
-def broadcast_from_first_rank(module: nn.Module) -> None:
-    """Copy rank 0's values to every rank, for a model that each rank built on its own. Collective."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        whole = tensor.data.contiguous()
-        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # as bytes: gloo doesn't support every type
-        tensor.data.copy_(whole)
-
-
-@torch.no_grad()
 def make_masters(model: nn.Module) -> list[str]:
-    """Convert bf16 and fp16 parameters, and then buffers, to fp32 in place; return the parameters' names.
+    """Check the parameters' types; return the names of bf16 and fp16 ones, which get fp32 masters.
 
-    The optimizer always updates fp32 parameters, whatever type the model computes in. Parameters also become
-    contiguous, as sharding requires. They stay the same objects, so an optimizer over them stays valid.
+    The optimizer always updates fp32 parameters, whatever type the model computes in. Those on the meta
+    device become fp32 here, and contiguous, as sharding requires; 16-bit buffers of a model with 16-bit
+    parameters become fp32. Other parameters are converted one by one in `build`, on their way to the ranks.
 
     Raises:
         ValueError: a parameter has another type; names it.
@@ -122,14 +122,15 @@ def make_masters(model: nn.Module) -> list[str]:
     changed = []
     for name, parameter in model.named_parameters():
         if parameter.dtype in LOW:
-            parameter.data = parameter.data.float()
             changed.append(name)
+            if parameter.is_meta:
+                parameter.data = parameter.data.float()
         elif parameter.dtype != torch.float32:
             raise ValueError(
                 f"{name} is {parameter.dtype}; parameters must be torch.float32, torch.bfloat16 or "
                 "torch.float16" + ("; call model.float()" if parameter.dtype == torch.float64 else "")
             )
-        if not parameter.is_contiguous():
+        if parameter.is_meta and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
     if changed:
         for buffer in model.buffers():

@@ -122,7 +122,7 @@ ALLOWED = {
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
-        *("export", "optim"),
+        *("export", "importers", "optim"),
     },
     "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
     "engine": {

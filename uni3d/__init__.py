@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from uni3d.engine.build import initialize
     from uni3d.engine.data_loader import RepeatingLoader
     from uni3d.engine.engine import Engine
+    from uni3d.engine.start import meta_parameters
     from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from uni3d.recovery import (
         clone_tensors_for_torch_save,
@@ -60,6 +61,7 @@ __all__ = [
     "init_distributed",
     "initialize",
     "load_state_dict_from_zero_checkpoint",
+    "meta_parameters",
 ]
 
 _NAMES = {
@@ -68,6 +70,7 @@ _NAMES = {
     "uni3d.engine.build": ["initialize"],
     "uni3d.engine.data_loader": ["RepeatingLoader"],
     "uni3d.engine.engine": ["Engine"],
+    "uni3d.engine.start": ["meta_parameters"],
     "uni3d.pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "uni3d.recovery": [
         "clone_tensors_for_torch_save",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt import Checkpoint, CheckpointError
 from ckpt.format import Json
@@ -65,6 +65,15 @@ EXTRA_STATE = "extra_state"
 """First part of the state names of an extra state's tensors; a JSON pointer to the tensor's place follows."""
 OPTIMIZER_ATOM = ".optimizer"
 """Atom of the tensors in the optimizer's extra state; no module can have this name."""
+
+
+DATA_ATOM = ".data"
+"""First part of the atoms of tensors in states of the script's loaders; a data-parallel index follows."""
+
+
+def data_atom(index: int) -> str:
+    """Return the atom of the tensors in the state of a data-parallel rank's loader."""
+    return f"{DATA_ATOM}.{index}"
 
 
 def is_extra(state: str) -> bool:
@@ -133,6 +142,8 @@ class EngineRecord:
     train_batch_size: int | None = None
     dataset_length: int | None = None
     """Samples in the engine's own training data; 0 if the script brought the batches, None if not known."""
+    epoch_length: int | None = None
+    """Samples of it that an epoch has; None if it has all."""
     sample_order: int | None = None
     """Version of the order of samples; None for an import, and for the order before version 1."""
 
@@ -143,6 +154,7 @@ class EngineRecord:
             "seed": self.seed,
             "train_batch_size": self.train_batch_size,
             "dataset_length": self.dataset_length,
+            "epoch_length": self.epoch_length,
             "sample_order": self.sample_order,
         }
         return {key: number for key, number in known.items() if number is not None}
@@ -150,6 +162,15 @@ class EngineRecord:
     def document(self) -> Json:
         counters = ("global_steps", "global_samples", "skipped_steps", "loss_scale")
         return {key: getattr(self, key) for key in counters} | self.order
+
+
+class DataRecord(NamedTuple):
+    """Where the script's own loaders of training data stand."""
+
+    kind: str
+    """Name of their class."""
+    states: list[Json]
+    """Extra state of each data-parallel rank's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +193,8 @@ class RunManifest:
     """Type and parameters of a schedule from the config; None if the script made the scheduler."""
     engine: EngineRecord = field(default_factory=EngineRecord)
     client_state: Json = field(default_factory=dict)
+    data: DataRecord | None = None
+    """States of the script's own loaders; None if it brings none, or they have none."""
 
     @property
     def written_on(self) -> Ranks | None:
@@ -194,8 +217,10 @@ class RunManifest:
 
     def document(self) -> Json:
         """Return the keys and values for `ckpt.save`: the fields, in the order of the file."""
-        without = [key for key in ("run_id", "schedule") if getattr(self, key) is None]
+        without = [key for key in ("run_id", "schedule", "data") if getattr(self, key) is None]
         document = {key: value for key, value in vars(self).items() if key not in without}
+        if self.data is not None:
+            document["data"] = self.data._asdict()
         return document | {
             "writer": self.writer.document(),
             "model": self.model.document(),
@@ -248,7 +273,7 @@ class RunManifest:
         top = _Section(manifest, where)
         writer, engine = top.section("writer"), top.section("engine")
         counters = ("global_steps", "global_samples")
-        numbers = (*counters, "seed", "train_batch_size", "dataset_length", "sample_order")
+        numbers = (*counters, "seed", "train_batch_size", "dataset_length", "epoch_length", "sample_order")
         return cls(
             **top.values(step=int, created=str, run_id=str, scheduler=dict, schedule=dict),
             writer=WriterRecord(
@@ -264,6 +289,7 @@ class RunManifest:
                 skipped_steps=engine.get("skipped_steps", int) or 0,
             ),
             client_state=top.get("client_state", dict) or {},
+            data=_read_data(top),
         )
 
 
@@ -341,6 +367,14 @@ def _trains(name: str, values: Json, where: str) -> bool:
     if not isinstance(trains, bool):
         _check(trains, bool, f"{where}: parameters[{name!r}]: requires_grad")
     return bool(trains)
+
+
+def _read_data(top: _Section) -> DataRecord | None:
+    if top.get("data", dict) is None:
+        return None
+    section = top.section("data")
+    section.list_of("states", dict)
+    return DataRecord(section.needed("kind", str), section.needed("states", list))
 
 
 def _read_optimizer(top: _Section) -> OptimizerRecord | None:

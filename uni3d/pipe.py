@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 _REFUSED = {
-    "topology": "set the degrees in the config's section parallel, or num_stages",
     "activation_checkpoint_func": "layers are recomputed by torch.utils.checkpoint; leave it out",
     "checkpointable_layers": "all layers with parameters are recomputed; leave it out",
 }
@@ -103,6 +102,7 @@ class PipelineModule(nn.Module):
         partition_method: str = "parameters",
         activation_checkpoint_interval: int = 0,
         dynamic_shape: bool = False,
+        topology: Any = None,
         **refused: Any,
     ) -> None:
         """Build the layers.
@@ -118,6 +118,8 @@ class PipelineModule(nn.Module):
             activation_checkpoint_interval: 1 recomputes each layer in the backward pass, 0 none; for other
                 intervals see the config's section activation_checkpointing.
             dynamic_shape: accepted for DeepSpeed scripts; shapes may always vary.
+            topology: DeepSpeed's `ProcessTopology` with the axes pipe, data and model, in this order: pp, dp
+                and tp where the config has none.
 
         Raises:
             ValueError: an unsupported argument, with the reason.
@@ -133,6 +135,9 @@ class PipelineModule(nn.Module):
                 f"activation_checkpoint_interval={activation_checkpoint_interval} isn't supported: layers "
                 "are recomputed one by one; use 0 or 1, or the config's activation_checkpointing"
             )
+        self.topology = topology
+        if topology is not None:
+            num_stages = _stages_of(topology, num_stages)
         self.num_stages = num_stages
         self.activation_checkpoint_interval = activation_checkpoint_interval
         if loss_fn is not None:
@@ -236,6 +241,18 @@ class _Applied(nn.Module):
     def forward(self, x: Any) -> Any:
         module, function = self._called
         return function(module, x)
+
+
+def _stages_of(topology: Any, num_stages: int | None) -> int:
+    """Return the number of stages in a topology whose ranks are numbered as they are here."""
+    axes, stages = list(topology.get_axis_names()), int(topology.get_dim("pipe"))
+    if axes not in (["pipe", "data"], ["pipe", "data", "model"]):
+        raise ValueError(
+            f"the topology's axes are {', '.join(axes)}; expected pipe, data and, if at all, model"
+        )
+    if num_stages not in (None, stages):
+        raise ValueError(f"num_stages is {num_stages}, but the topology has {stages}; give one of them")
+    return stages
 
 
 def _tie(module: nn.Module, first: nn.Module, key: str) -> None:

@@ -62,6 +62,11 @@ class Given:
     """Seed, global batch size and version of the order of samples; None if not known."""
     dataset_length: int | None = None
     """Samples in the engine's own training data; 0 if the script brings the batches, None if not known."""
+    epoch_length: int | None = None
+    """Samples that an epoch of it is trained on; None if not known."""
+    data: tuple[str, int, bool] | None = None
+    """The script's own loader of training data: the name of its class, the number of data-parallel ranks, and
+    whether a checkpoint can keep where it stands. None if it brings none, or it isn't known."""
     accepted: Collection[str] = ()
     """Changes that don't stop the run: the config's `checkpoint.accept_changes`."""
     loss_scale: float | None = None
@@ -133,8 +138,9 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
     it, so another batch size changes nothing. A run that hasn't begun has no position to lose, and between
     two epochs another order loses none.
     """
+    yield from _other_loader(saved, given)
     there, here = saved.engine.dataset_length, given.dataset_length
-    position = saved.engine.global_samples
+    position, epoch = saved.engine.global_samples, saved.engine.epoch_length or there
     if not given.counters or there is None or not position:
         return
     where = f"in {given.whose}"
@@ -144,9 +150,32 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
         yield "dataset", difference, "those of its current epoch would come again"
     elif here and here != there:
         yield "dataset", f"training_data has {here} samples {where}, {there} in the checkpoint", effect
+    elif there and (mine := given.epoch_length) and mine != epoch:
+        yield (
+            "dataset",
+            f"an epoch has {mine} of the {there} samples {where}, {epoch} in the checkpoint, by "
+            "dataloader_drop_last and train_batch_size",
+            effect,
+        )
     differences = [text for text in (_other_seed(saved, given), _other_version(saved, given)) if text]
-    if there and here != 0 and position % there and differences:
+    if epoch and here != 0 and position % epoch and differences:
         yield "seed", "; ".join(differences), effect
+
+
+def _other_loader(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, str]]:
+    """Yield the difference between the script's loaders that have states."""
+    if saved.data is None or given.data is None or not given.counters:
+        return
+    kind, dp, resumes = given.data
+    there, n = saved.data.kind, len(saved.data.states)
+    effect = "it would begin anew, and samples of its current epoch would come twice or not at all"
+    if resumes and kind != there:
+        yield "dataset", f"training_data is a {kind} in {given.whose}, a {there} in the checkpoint", effect
+    elif resumes and dp != n:
+        difference = (
+            f"training_data ({kind}) has the states of {n} data-parallel ranks in the checkpoint, but"
+        )
+        yield "dataset", f"{difference} {given.whose} has {dp} of these ranks", effect
 
 
 def _other_seed(saved: RunManifest, given: Given) -> str | None:
@@ -280,6 +309,11 @@ def _loss_scale(saved: RunManifest, given: Given) -> Iterator[str]:
 def _order(saved: RunManifest, given: Given) -> Iterator[str]:
     changed = {key: f"{difference}: {effect}" for key, difference, effect in _other_data(saved, given)}
     yield from (text for key, text in changed.items() if key in given.accepted)
+    if given.data is not None and saved.engine.global_samples:
+        kind, _, resumes = given.data
+        why = f"{kind} has no state_dict" if not resumes else "the checkpoint has no state of it"
+        if not resumes or saved.data is None:
+            yield f"training_data begins anew: {why}"
     if "seed" not in changed:
         yield from _harmless_order(saved, given)
     batch, size = saved.engine.train_batch_size, given.order.get("train_batch_size")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -25,6 +26,8 @@ class Progress:
     """Steps skipped because a gradient overflowed in fp16."""
     dataset_length: int = 0
     """Samples in the engine's own training data; 0 if the script brings its batches."""
+    epoch_length: int = 0
+    """Samples that an epoch of it is trained on (`uni3d.config.data.epoch_length`)."""
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Name of the run in its checkpoints; rank 0's counts."""
 
@@ -32,6 +35,26 @@ class Progress:
         """Count one step and its samples."""
         self.global_steps += 1
         self.global_samples += self.train_batch
+
+
+class DataState(Protocol):
+    """A loader that the script brings, and where it stands."""
+
+    kind: str
+    problem: str | None
+    resumes: bool
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands; needs `resumes`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where it stood."""
+        ...
+
+    def begin_anew(self) -> None:
+        """Begin with an epoch."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +67,8 @@ class TrainState:
     scaler: LossScale | None
     """None unless training is in fp16."""
     progress: Progress
+    data: DataState | None = None
+    """The script's own loader of training data, if it brings one."""
 
     @property
     def rate(self) -> float:

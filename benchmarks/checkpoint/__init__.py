@@ -2,9 +2,9 @@
 
     save, load, resize, export, tiny, memory               the figures: functions that return rows
     subject                                                the model that is saved, as uni3d's engine holds it
-    yardsticks, dcp, deepspeed_arm                         the peers that it is measured against
+    yardsticks, dcp, peers                                 raw calls, DCP and DeepSpeed beside it
     bench, ranks, workspace, procfs, table                 turns, processes, folders, counters, the table
-    export_once                                            a separate program, as `tiny` is too
+    export_once, deepspeed_arm                             separate programs, as `tiny` is too
 
 This module imports nothing: `export_once` measures the memory of an interpreter with nothing else loaded.
 """

@@ -4,14 +4,14 @@
     python -m benchmarks.checkpoint --only save stall --repeats 3   # some of them
     python -m benchmarks.checkpoint --small --repeats 1             # a smoke test
 
-Run it from the root of the repository, on an idle machine with 50 GB free below `--folder` and 20 GiB of
+Run it from the root of the repository, on an idle machine with 60 GB free below `--folder` and 20 GiB of
 memory. The arms of a figure take turns; each cell is the median of `--repeats` rounds (least to most). The
 model is a GPT with 134M parameters and AdamW's fp32 moments: 1.5 GiB in 408 arrays, on gloo ranks with one
 thread each. Every save goes to a fresh folder. Before each arm the disk is synced, and the files of earlier
 arms leave the page cache.
 
-`--deepspeed PYTHON` names an interpreter that has DeepSpeed, and measures it too. Without it, its published
-figures (`benchmarks/RESULTS.md`) are used. To make such an interpreter:
+DCP is measured in turn with ours, and so is DeepSpeed (save, resize, export) if this interpreter has it or
+`--deepspeed-python` names one that has. To make one:
 
     python3 -m venv .venv-deepspeed
     .venv-deepspeed/bin/pip install torch==2.13.0 numpy safetensors setuptools wheel
@@ -31,6 +31,7 @@ from pathlib import Path
 
 from benchmarks.checkpoint import export, load, memory, resize, save, subject, tiny
 from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint.peers import find_deepspeed
 from benchmarks.checkpoint.table import Row, render
 from benchmarks.checkpoint.workspace import Workspace
 
@@ -45,7 +46,7 @@ FIGURES: dict[str, Callable[[Bench], list[Row]]] = {
     "tiny": tiny.figures,
     "memory": memory.figures,
 }
-ROOM_BYTES = 50e9
+ROOM_BYTES = 60e9
 """Most bytes that one figure writes, DeepSpeed's included."""
 
 
@@ -59,7 +60,7 @@ def main() -> int:
         repeats=args.repeats,
         options=options,
         pair_options=options | {"num_layers": 2},
-        deepspeed=args.deepspeed,
+        deepspeed=find_deepspeed(args.deepspeed_python, options),
     )
     try:
         for name in args.only:
@@ -86,7 +87,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a tiny model, for a smoke test")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where to write; emptied at the end")
     parser.add_argument("--json", type=Path, help="write the figures of every round to this file")
-    parser.add_argument("--deepspeed", metavar="PYTHON", help="an interpreter that has DeepSpeed installed")
+    parser.add_argument("--deepspeed-python", metavar="PYTHON",
+                        help="an interpreter that has DeepSpeed (default: this one, if it has)")  # fmt: skip
     return parser.parse_args()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoint.peers import DeepSpeed
 from benchmarks.checkpoint.ranks import Group
 from benchmarks.checkpoint.table import Sample
 from benchmarks.checkpoint.workspace import Workspace, settle_disk
@@ -28,8 +29,8 @@ class Bench:
     """Options of the model."""
     pair_options: dict[str, Any]
     """Options of a smaller model of the same width, which is loaded between all pairs of topologies."""
-    deepspeed: str | None
-    """Path of a Python interpreter that has DeepSpeed, or None."""
+    deepspeed: DeepSpeed | None
+    """None if it isn't installed: then it isn't measured."""
 
     def save_arm(self, ranks: Group, name: str, function: Work, *args: Any, **options: Any) -> Arm:
         """Make an arm: `function(rank, fresh folder, ...)` on all ranks, and its files leave the cache."""

@@ -1,16 +1,16 @@
 """The peer: DeepSpeed's ZeRO checkpoint, made universal, loaded on other ranks, and exported to fp32.
 
-A separate program, for an interpreter that has torch and DeepSpeed but not uni3d. `resize.py` and `export.py`
-run it: `python deepspeed_arm.py FOLDER OPTIONS resize RANKS` or `... FOLDER OPTIONS export` prints
-the seconds of each step as a line of JSON. FOLDER must not exist yet, OPTIONS are the GPT's as JSON, RANKS is
-the number of processes that load. Nothing is synced to the disk.
+A separate program, for an interpreter that has torch and DeepSpeed but not uni3d; `peers.py` runs it. It does
+one step in FOLDER and prints its figures as a line of JSON. OPTIONS are the GPT's as JSON; nothing is synced.
 
-    save      two ranks, ZeRO stage 1: `engine.save_checkpoint`
+    python deepspeed_arm.py STEP FOLDER OPTIONS RANKS
+
+    save      RANKS processes, ZeRO stage 1: `engine.save_checkpoint`
     convert   `ds_to_universal`, with two workers, its temporary files left in place
-    load      `engine.load_checkpoint` with `load_universal`
+    load      RANKS processes: `engine.load_checkpoint` of the universal checkpoint
     export    `zero_to_fp32` into one safetensors file, and the rise of its memory in MiB
 
-Imports and start-up are not timed, except in `export command`, which is `export` as a whole process.
+Imports and start-up are not timed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -38,29 +38,12 @@ sys.path.append(str(ROOT / "examples" / "megatron_gpt"))
 BATCH, SEQ_LEN, TAG = 12, 4, "bench"
 
 
-def resize(folder: Path, options: dict[str, Any], ranks: int) -> dict[str, float]:
-    """Return the seconds of each step."""
-    return {
-        "save": run_ranks(2, folder, options, "save"),
-        "convert": alone("convert", folder)["seconds"],
-        "load": run_ranks(ranks, folder, options, "load"),
-    }
-
-
-def save_and_export(folder: Path, options: dict[str, Any]) -> dict[str, float]:
-    """Return the seconds and MiB of the export."""
-    run_ranks(2, folder, options, "save")
-    start = time.perf_counter()
-    exported = alone("export", folder)
-    command = time.perf_counter() - start
-    return {"export": exported["seconds"], "export MiB": exported["mib"], "export command": command}
-
-
-def run_ranks(world: int, folder: Path, options: dict[str, Any], step: str) -> float:
-    """Run `step` on `world` processes; return the seconds from the first start to the last end."""
+def run_ranks(step: str, folder: Path, options: dict[str, Any], world: int) -> dict[str, float]:
+    """Run `save` or `load` on `world` processes; time it from the first start to the last end."""
+    folder.mkdir(parents=True, exist_ok=True)
     mp.spawn(work, args=(world, folder, options, step), nprocs=world)
     times = [json.loads((folder / f"{step}-{rank}.json").read_text()) for rank in range(world)]
-    return float(max(t["end"] for t in times) - min(t["start"] for t in times))
+    return {"seconds": max(t["end"] for t in times) - min(t["start"] for t in times)}
 
 
 def work(rank: int, world: int, folder: Path, options: dict[str, Any], step: str) -> None:
@@ -110,15 +93,6 @@ def take_step(engine: Any, vocabulary: int, samples: int) -> None:
     engine.step()
 
 
-def alone(step: str, folder: Path) -> dict[str, float]:
-    """Run `convert` or `export` in a new process, as a user would."""
-    # Not by multiprocessing: its children would spawn DeepSpeed's workers instead of forking them, and each
-    # would import everything again.
-    subprocess.run([sys.executable, __file__, str(folder), step], check=True, stdout=subprocess.DEVNULL)
-    figures: dict[str, float] = json.loads((folder / f"{step}.json").read_text())
-    return figures
-
-
 def convert(folder: Path) -> dict[str, float]:
     """Time `ds_to_universal`."""
     from deepspeed.checkpoint import ds_to_universal
@@ -142,10 +116,11 @@ def export(folder: Path) -> dict[str, float]:
     """Time `zero_to_fp32`, and measure its memory."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
+    output = tempfile.mkdtemp(prefix="fp32-", dir=folder)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, start = status("VmRSS"), time.perf_counter()
     convert_zero_checkpoint_to_fp32_state_dict(
-        str(folder / "run"), str(folder / "fp32"), max_shard_size=None, safe_serialization=True, tag=TAG
+        str(folder / "run"), output, max_shard_size=None, safe_serialization=True, tag=TAG
     )
     return {"seconds": time.perf_counter() - start, "mib": (status("VmHWM") - before) / 1024}
 
@@ -156,19 +131,14 @@ def status(entry: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
 
 
-def main(target: Path, what: str, *rest: str) -> None:
-    if what in ("convert", "export"):  # a child of this program, see `alone`
-        result = convert(target) if what == "convert" else export(target)
-        (target / f"{what}.json").write_text(json.dumps(result))
-        return
+def main(step: str, folder: Path, options: dict[str, Any], ranks: int) -> None:
     said, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed prints to stdout; keep it for the answer
-    target.mkdir(parents=True)
-    options = json.loads(what)
-    figures = (
-        resize(target, options, int(rest[1])) if rest[0] == "resize" else save_and_export(target, options)
-    )
+    if step in ("save", "load"):
+        figures = run_ranks(step, folder, options, ranks)
+    else:
+        figures = {"convert": convert, "export": export}[step](folder)
     print(json.dumps(figures), file=said)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]))

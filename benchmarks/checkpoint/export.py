@@ -8,41 +8,43 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.checkpoint import resize, save, subject
+from benchmarks.checkpoint import peers, save, subject
 from benchmarks.checkpoint.bench import Bench, one_folder
 from benchmarks.checkpoint.ranks import Pool
 from benchmarks.checkpoint.table import Bar, Row, Sample
 from benchmarks.checkpoint.workspace import settle_disk
-
-PUBLISHED_S, PUBLISHED_MIB = (4.7, 5.8), (1.27 * 1024,)
-"""Published seconds and MiB of DeepSpeed 0.19.8's `zero_to_fp32` on a ZeRO-1 checkpoint
-(`benchmarks/RESULTS.md`). The source does not say if start-up is included, so they are used both with and
-without it."""
 
 WORK = [sys.executable, "-m", "benchmarks.checkpoint.export_once"]
 COMMAND = [sys.executable, "-c", "from uni3d.cli import main; main()", "export"]
 
 
 def figures(bench: Bench) -> list[Row]:
-    """Measure in new processes, with a warm page cache; the file is fsynced."""
+    """Measure in new processes, with a warm page cache; only our file is fsynced."""
     with Pool(2) as pool, pool.group(2) as ranks:
         ranks.call(subject.make_engine, save.PLACE, bench.options, step=True)
         run = one_folder(bench.workspace, ranks, "source", subject.save, durable=False)
     found: dict[str, list[float]] = {}
+    theirs = bench.workspace.fresh("deepspeed")
+    if bench.deepspeed:
+        bench.deepspeed.step("save", theirs, save.PLACE.world)
     for turn in range(bench.repeats + 1):
-        measured = _measure(bench, run)
+        measured = _measure(bench, run, theirs)
         if turn:  # the first one read the files into the cache
             for name, value in measured.items():
                 found.setdefault(name, []).append(value)
-    return _rows(found)
+    return _rows(bench, found)
 
 
-def _measure(bench: Bench, run: Path) -> dict[str, float]:
-    output, _ = _export(bench, run, WORK)
-    measured: dict[str, float] = json.loads(output)
+def _measure(bench: Bench, run: Path, theirs: Path) -> dict[str, float]:
+    said, _ = _export(bench, run, WORK)
+    measured: dict[str, float] = json.loads(said)
     _, measured["command"] = _export(bench, run, COMMAND)
     if bench.deepspeed:
-        measured |= {f"theirs: {name}": x for name, x in resize.deepspeed_figures(bench, "export").items()}
+        work = bench.deepspeed.step("export", theirs)
+        measured |= {f"theirs: {name}": x for name, x in work.items()}
+        measured["theirs: command"] = bench.deepspeed.zero_to_fp32(theirs)
+        for output in theirs.glob("fp32-*"):
+            settle_disk(output)
     return measured
 
 
@@ -59,34 +61,29 @@ def _export(bench: Bench, run: Path, program: list[str]) -> tuple[str, float]:
     return done.stdout, seconds
 
 
-def _rows(found: dict[str, list[float]]) -> list[Row]:
-    def theirs(name: str, published: tuple[float, ...], unit: str = "s") -> Sample:
-        if f"theirs: {name}" in found:
-            return Sample(tuple(found[f"theirs: {name}"]), unit)
-        return Sample(published, unit, "published")
-
+def _rows(bench: Bench, found: dict[str, list[float]]) -> list[Row]:
     figure = f"fp32 export to safetensors, {found['size'][0] / 2**30:.2f} GiB, fsynced"
-    yardstick, bar = "DeepSpeed's zero_to_fp32, no fsync", Bar("times_as_fast", 8.0)
+    yardstick, bar = peers.named(bench.deepspeed, "zero_to_fp32, no fsync"), Bar("times_as_fast", 8.0)
     return [
         Row(
             figure=f"{figure}, without start-up",
             ours=Sample(tuple(found["seconds"])),
             yardstick=yardstick,
-            theirs=theirs("export", PUBLISHED_S),
+            theirs=peers.sample(found.get("theirs: seconds")),
             bar=bar,
         ),
         Row(
             figure=f"{figure}, the whole command",
             ours=Sample(tuple(found["command"])),
             yardstick=yardstick,
-            theirs=theirs("export command", PUBLISHED_S),
+            theirs=peers.sample(found.get("theirs: command")),
             bar=bar,
         ),
         Row(
             figure="memory of an export over the interpreter's own",
             ours=Sample(tuple(found["mib"]), "MiB"),
-            yardstick="zero_to_fp32",
-            theirs=theirs("export MiB", PUBLISHED_MIB, "MiB"),
+            yardstick=yardstick,
+            theirs=peers.sample(found.get("theirs: mib"), "MiB"),
             bar=Bar("at_most", 256),
         ),
     ]

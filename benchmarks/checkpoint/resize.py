@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from benchmarks.checkpoint import save, subject
-from benchmarks.checkpoint.bench import Bench
+from benchmarks.checkpoint import dcp, peers, save, subject
+from benchmarks.checkpoint.bench import Bench, Work
+from benchmarks.checkpoint.peers import DeepSpeed
 from benchmarks.checkpoint.ranks import Group, Pool
 from benchmarks.checkpoint.subject import Place
 from benchmarks.checkpoint.table import Bar, Row, Sample
@@ -17,11 +15,6 @@ from benchmarks.checkpoint.workspace import settle_disk
 
 TARGETS = (Place(1, 4, 1, 1), Place(1, 1, 1, 1))
 """Topologies that load; those to which DeepSpeed's data-parallel ZeRO-1 can be resized."""
-
-PUBLISHED = {4: (0.66 + 12 + 2.7, 0.90 + 15 + 2.9), 1: (0.66 + 12 + 2.2, 0.90 + 15 + 2.7)}
-"""Seconds of DeepSpeed 0.19.8's save, ds_to_universal and load, by number of loading ranks: least and most of
-3, on another machine of this shape, with the same model except for its norms (`benchmarks/RESULTS.md`)."""
-
 
 Steps = dict[str, float]
 """Seconds of each step of one resize."""
@@ -32,40 +25,67 @@ def figures(bench: Bench) -> list[Row]:
     rows = []
     with Pool(2) as savers, savers.group(2) as saving, Pool(4) as loaders:
         saving.call(subject.make_engine, save.PLACE, bench.options, step=True)
+        saving.call(dcp.prepare, bench.options)
         for target in TARGETS:
             bench.workspace.make_room()
             with loaders.group(target.world) as loading:
                 loading.call(subject.make_engine, target, bench.options, step=False)
-                _resize(bench, saving, loading, durable=False)  # creates the moments
-                arms: dict[str, Callable[[], Steps]] = {
-                    "no fsync": partial(_resize, bench, saving, loading, durable=False),
-                    "durable": partial(_resize, bench, saving, loading, durable=True),
-                }
-                if bench.deepspeed:
-                    arms["deepspeed"] = partial(_deepspeed, bench, target.world)
-                found: dict[str, list[Steps]] = {name: [] for name in arms}
-                for _ in range(bench.repeats):
-                    for name, arm in arms.items():
-                        found[name].append(arm())
-            rows += _rows(target, found)
+                loading.call(dcp.prepare, bench.options)
+                rows += _rows(bench, target, _measure(bench, saving, loading))
     return rows
 
 
-def _rows(target: Place, found: dict[str, list[Steps]]) -> list[Row]:
-    peer = Sample(PUBLISHED[target.world], published="published")
-    if "deepspeed" in found:
-        peer = _sum(found["deepspeed"])
-    figure = f"resize, 2 ranks to {target.world}: save + load"
+def _measure(bench: Bench, saving: Group, loading: Group) -> dict[str, list[Steps]]:
+    """Return the seconds of each round by arm; the arms take turns."""
+
+    def ours(durable: bool) -> Steps:
+        return _resize(bench, saving, loading, partial(subject.save, durable=durable), subject.load)
+
+    arms: dict[str, Callable[[], Steps]] = {
+        "no fsync": partial(ours, durable=False),
+        "durable": partial(ours, durable=True),
+        "DCP": partial(_resize, bench, saving, loading, partial(dcp.save, durable=False), dcp.load),
+    }
+    for arm in arms.values():  # the first creates the moments
+        arm()
+    if bench.deepspeed:
+        arms["DeepSpeed"] = partial(_deepspeed, bench, bench.deepspeed, loading.world)
+    found: dict[str, list[Steps]] = {name: [] for name in arms}
+    for _ in range(bench.repeats):
+        for name, one in arms.items():
+            found[name].append(one())
+    return found
+
+
+def _rows(bench: Bench, target: Place, found: dict[str, list[Steps]]) -> list[Row]:
+    figure, yardstick = (
+        f"resize, 2 ranks to {target.world}: save + load",
+        "save + ds_to_universal + load, no fsync",
+    )
+    peer = _sum(found["DeepSpeed"]) if "DeepSpeed" in found else None
+    parts = {f"{arm}: {step}": Sample(tuple(steps[step] for steps in rounds))
+             for arm, rounds in found.items() for step in rounds[0]}  # fmt: skip
     return [
         Row(
-            figure=f"{figure}, {kind}",
-            ours=_sum(found[kind]),
-            yardstick="DeepSpeed ZeRO-1: save + ds_to_universal + load, no fsync",
+            figure=f"{figure}, no fsync",
+            ours=_sum(found["no fsync"]),
+            yardstick=peers.named(bench.deepspeed, yardstick),
             theirs=peer,
-            bar=bar,
-            parts=_parts("ours", found[kind]) | _parts("DeepSpeed", found.get("deepspeed", [])),
-        )
-        for kind, bar in (("no fsync", Bar("times_as_fast", 8.0)), ("durable", None))
+            bar=Bar("times_as_fast", 8.0),
+            parts=parts,
+        ),
+        Row(
+            figure=f"{figure}, no fsync",
+            ours=_sum(found["no fsync"]),
+            yardstick="DCP, save + load, sync_files=False",
+            theirs=_sum(found["DCP"]),
+        ),
+        Row(
+            figure=f"{figure}, durable",
+            ours=_sum(found["durable"]),
+            yardstick=peers.named(bench.deepspeed, yardstick),
+            theirs=peer,
+        ),
     ]
 
 
@@ -73,34 +93,21 @@ def _sum(rounds: list[Steps]) -> Sample:
     return Sample(tuple(sum(steps.values()) for steps in rounds))
 
 
-def _parts(whose: str, rounds: list[Steps]) -> dict[str, Sample]:
-    names = rounds[0] if rounds else []
-    return {f"{whose}: {name}": Sample(tuple(steps[name] for steps in rounds)) for name in names}
-
-
-def _resize(bench: Bench, saving: Group, loading: Group, *, durable: bool) -> Steps:
-    run = bench.workspace.fresh("resize")
+def _resize(bench: Bench, saving: Group, loading: Group, write: Work, read: Work) -> Steps:
+    folder = bench.workspace.fresh("resize")
     settle_disk()
-    seconds = {"save": saving.time(subject.save, run, durable=durable).seconds}
-    seconds["load"] = loading.time(subject.load, run).seconds
-    settle_disk(run)
+    seconds = {"save": saving.time(write, folder).seconds}
+    seconds["load"] = loading.time(read, folder).seconds
+    settle_disk(folder)
     return seconds
 
 
-def _deepspeed(bench: Bench, ranks: int) -> Steps:
-    return deepspeed_figures(bench, "resize", str(ranks))
-
-
-def deepspeed_figures(bench: Bench, *what: str) -> dict[str, float]:
-    """Run `deepspeed_arm.py` once; return its seconds and MiB by name."""
-    assert bench.deepspeed is not None, "only with an interpreter that has it"
+def _deepspeed(bench: Bench, deepspeed: DeepSpeed, ranks: int) -> Steps:
     folder = bench.workspace.fresh("deepspeed")
-    settle_disk()
-    arm = Path(__file__).with_name("deepspeed_arm.py")
-    command = [bench.deepspeed, str(arm), str(folder), json.dumps(bench.options), *what]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    seconds = {
+        "save": deepspeed.step("save", folder, 2)["seconds"],
+        "convert": deepspeed.step("convert", folder)["seconds"],
+        "load": deepspeed.step("load", folder, ranks)["seconds"],
+    }
     settle_disk(folder)
-    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return seconds

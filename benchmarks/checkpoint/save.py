@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.checkpoint import dcp, subject, yardsticks
+from functools import partial
+
+from benchmarks.checkpoint import dcp, peers, subject, yardsticks
 from benchmarks.checkpoint.bench import Bench, one_folder, take_turns
+from benchmarks.checkpoint.peers import DeepSpeed
 from benchmarks.checkpoint.ranks import Group, Pool, Rank
 from benchmarks.checkpoint.subject import Place
 from benchmarks.checkpoint.table import Bar, Row, Sample
@@ -64,6 +67,8 @@ def _buffered(bench: Bench, ranks: Group, sizes: list[int], specs: list[yardstic
         "dcp": bench.save_arm(ranks, "dcp", dcp.save, durable=False),
         "zarr": bench.save_arm(ranks, "zarr", yardsticks.zarr_write, specs),
     }
+    if bench.deepspeed:
+        arms["deepspeed"] = partial(_deepspeed, bench, bench.deepspeed)
     times = take_turns(arms, bench.repeats)
     figure = "save with durable=False, 2 ranks"
     return [
@@ -82,7 +87,20 @@ def _buffered(bench: Bench, ranks: Group, sizes: list[int], specs: list[yardstic
             bar=Bar("times_as_fast", 4.0),
         ),
         Row(figure=figure, ours=times["ours"], yardstick="DCP, sync_files=False", theirs=times["dcp"]),
+        Row(
+            figure=figure,
+            ours=times["ours"],
+            yardstick=peers.named(bench.deepspeed, "ZeRO 1, save_checkpoint"),
+            theirs=times.get("deepspeed"),
+        ),
     ]
+
+
+def _deepspeed(bench: Bench, deepspeed: DeepSpeed) -> float:
+    folder = bench.workspace.fresh("deepspeed")
+    seconds = deepspeed.step("save", folder, PLACE.world)["seconds"]
+    settle_disk(folder)
+    return seconds
 
 
 def stall_figures(bench: Bench) -> list[Row]:

@@ -48,7 +48,7 @@ def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurr
         if durable:
             os.fsync(fd)
         elif hurry:
-            _begin_to_sync(fd)
+            begin_to_sync(fd)
 
 
 def write_shared(path: str | Path, runs: Iterable[tuple[int, Iterable[Buffer]]], *, hurry: bool) -> None:
@@ -63,7 +63,7 @@ def write_shared(path: str | Path, runs: Iterable[tuple[int, Iterable[Buffer]]],
         for offset, parts in runs:
             _write_parts(fd, parts, offset)
         if hurry:
-            _begin_to_sync(fd)
+            begin_to_sync(fd)
 
 
 def _write_parts(fd: int, parts: Iterable[Buffer], offset: int) -> None:
@@ -92,9 +92,10 @@ def _write_all(fd: int, views: list[memoryview], offset: int) -> None:
             views[0] = views[0][written:]
 
 
-def _begin_to_sync(fd: int) -> None:
+def begin_to_sync(fd: int, offset: int = 0, size: int = 0) -> None:
+    """Begin to write `size` bytes of a file to the disk; with 0, all from `offset`."""
     if _sync_file_range is not None:
-        _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # a hint, so its result doesn't matter
+        _sync_file_range(fd, offset, size, _SYNC_FILE_RANGE_WRITE)  # a hint, so its result doesn't matter
 
 
 def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:

@@ -64,13 +64,17 @@ class LocalStore:
 
     def make_folders(self, paths: Iterable[str]) -> None:
         made = {""}
+
+        def make(folder: str) -> None:
+            if folder in made:
+                return
+            make(folder.rpartition("/")[0])
+            made.add(folder)
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                os.mkdir(self._prefix + folder)
+
         for path in paths:
-            parts = path.split("/")
-            for folder in ("/".join(parts[:n]) for n in range(1, len(parts) + 1)):
-                if folder not in made:
-                    made.add(folder)
-                    with contextlib.suppress(FileExistsError):  # another rank was faster
-                        os.mkdir(self._prefix + folder)
+            make(path)
 
     def write(self, path: str, parts: Iterable[Buffer], *, durable: bool) -> None:
         files.write_file(self._prefix + path, parts, durable=False, hurry=durable)

@@ -109,11 +109,13 @@ def start(
         for split in ("train", "valid")
     )
     engine, *_ = uni3d.initialize(
-        model=model, model_parameters=decay_groups(model), training_data=train_data, config=settings
+        model=model,
+        model_parameters=decay_groups(model),
+        training_data=train_data,
+        config=settings,
+        resume=args.run,  # its newest checkpoint, if any; else the weights are drawn
     )
-    start_up.done("data, model and optimizer")
-    engine.resume(args.run)
-    start_up.done(f"resume at step {engine.global_steps}")
+    start_up.done(f"data, model and optimizer at step {engine.global_steps}")
     return engine, valid_data
 
 

@@ -40,7 +40,7 @@ class ThreadComm:
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
         self.rank, self.size, self.barrier, self.board = rank, size, barrier, board
 
-    def all_gather(self, value: Any) -> list[Any]:
+    def _all(self, value: Any) -> list[Any]:
         self.board[self.rank] = value
         self.barrier.wait(30)
         everyone = pickle.loads(pickle.dumps(self.board))  # ranks share nothing
@@ -48,18 +48,21 @@ class ThreadComm:
         return everyone
 
     def gather(self, value: Any) -> list[Any]:
-        everyone = self.all_gather(value)
+        everyone = self._all(value)
         return [] if self.rank else everyone
 
     def broadcast(self, value: Any) -> Any:
-        return self.all_gather(value)[0]
+        return self._all(value)[0]
 
-    def exchange(self, outgoing: list[np.ndarray], incoming_sizes: list[int]) -> list[np.ndarray]:
-        assert all(o.dtype == np.uint8 and o.ndim == 1 for o in outgoing)
-        assert len(outgoing) == len(incoming_sizes) == self.size
-        received = [sent[self.rank] for sent in self.all_gather(outgoing)]
-        assert [r.nbytes for r in received] == incoming_sizes, "the sizes announced are not those sent"
-        return received
+    def all_reduce(self, value: Any, merge: Callable[[list[Any]], Any]) -> Any:
+        everyone = self._all(value)
+        half = len(everyone) // 2  # in two steps, as ranks that merge along a tree do
+        return merge([*([merge(everyone[:half])] if half else []), merge(everyone[half:])])
+
+    def exchange(self, outgoing: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        assert all(o.dtype == np.uint8 and o.ndim == 1 for o in outgoing.values())
+        everyone = enumerate(self._all(outgoing))
+        return {rank: sent[self.rank] for rank, sent in everyone if self.rank in sent}
 
 
 def run_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:

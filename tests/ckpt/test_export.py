@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_model(memory_path):
-    """200 MiB in three arrays, one of them 128 MiB, come out with a few bands of 8 MiB in memory."""
+    """200 MiB in three arrays, one of them 128 MiB, come out with a few bands of 4 MiB in memory."""
     run, shapes = memory_path / "large", [(32768, 1024), (9437, 1024), (1024, 9437)]
     arrays = {(f"w.{i}", "fp32"): np.full(shape, i, np.float32) for i, shape in enumerate(shapes)}
     layout = layout_of(arrays, {key: [Box.whole(a.shape)] for key, a in arrays.items()})
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_the_model(memory_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size > sum(math.prod(shape) * 4 for shape in shapes) > 200 << 20
-    assert (16 << 20) < peak < (48 << 20)
+    assert (8 << 20) < peak < (24 << 20)
     with safe_open(run / "out.safetensors", "numpy") as opened:
         for i, shape in enumerate(shapes):
             assert opened.get_slice(f"w.{i}").get_shape() == list(shape)

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ckpt_helpers import cut
 from ckpt_layouts import DTYPES, SIZES, check, content, held_of, layouts
@@ -18,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
+from ckpt.parts import ArrayInfo
 from ckpt.plan import plan_arrays
+from ckpt.read import pieces
 
 
 @settings(deadline=None, max_examples=250)
@@ -184,16 +187,16 @@ def test_chunks_are_near_the_size_wanted():
 @pytest.mark.parametrize(
     ("shape", "cuts", "chunk"),
     [
-        ((1024, 4096), (1, 1), (1024, 512)),  # 8 tiles
-        ((1024, 4096), (2, 1), (512, 512)),  # as many, of 1 MiB each
-        ((1024, 4096), (1, 2), (1024, 512)),  # as many: 4 of each half
-        ((1024, 4096), (4, 1), (256, 1024)),  # 4, as 8 would be less than 1 MiB
-        ((1024, 4096), (8, 1), (128, 2048)),  # 2, likewise
-        ((1024, 4096), (16, 1), (64, 4096)),  # none, likewise
-        ((1024, 4096), (9, 9), (512, 512)),  # 8, as its small parts are gathered, into small chunks
-        ((1024, 4099), (1, 1), (205, 4099)),  # a prime: tiles are equal, or not made
-        ((1024, 4092), (1, 1), (1024, 1023)),  # 8 don't divide it, 4 do
-        ((16384, 2064), (1, 1), (3277, 258)),  # of 4 MiB after all
+        ((4096, 8192), (1, 1), (512, 1024)),  # 128 MiB: 8 tiles, and each again in 8
+        ((4096, 8192), (8, 1), (512, 1024)),  # the same, where ranks make the second cut
+        ((1024, 4096), (1, 1), (512, 512)),  # 16 MiB: 8 tiles of 2 MiB, each again in 2
+        ((1024, 4096), (1, 2), (512, 512)),  # as many: 4 of each half
+        ((1024, 4096), (8, 1), (128, 1024)),  # 4, as 8 would be less than 512 KiB
+        ((1024, 4096), (16, 1), (64, 2048)),  # 2, likewise
+        ((1024, 4096), (9, 9), (512, 512)),  # 8, as its small parts are gathered
+        ((1024, 4099), (1, 1), (32, 4099)),  # a prime: tiles are equal, or not made
+        ((1024, 4092), (1, 1), (256, 1023)),  # 4 divide it
+        ((16384, 2064), (1, 1), (2048, 258)),  # 8 x 8
     ],
     ids=str,
 )
@@ -206,8 +209,19 @@ def test_chunks_are_narrow_along_the_fine_dim(shape, cuts, chunk, files):
     assert rows.grid.chunk_shape[1] == (shape[1] if gathered else -(-shape[1] // cuts[1])), "else whole rows"
 
 
+@pytest.mark.parametrize("saved", [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("loads", [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)], ids=str)
+def test_parts_in_halves_and_quarters_are_whole_chunks(saved, loads):
+    """A rank that loads a half or a quarter of nine megabytes, along either dim, reads nothing in vain."""
+    shape = (768, 3072)
+    (array,) = plan_of(shape, cut(shape, saved), 1).arrays
+    info = ArrayInfo(array.key, array.dtype, array.grid, np.empty(0, np.uint32))
+    for box in cut(shape, loads):
+        assert sum(array.grid.payload for _ in pieces(info, box)) == math.prod(box.shape) * 4
+
+
 def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
-    shape, chunks = (1024, 2048), [(1024, 2048), (1024, 256), (512, 2048), (1024, 256)]
+    shape, chunks = (1024, 2048), [(128, 2048), (512, 512), (64, 2048), (512, 256)]
     kinds = [("float32", None), ("float32", 1), ("float64", None), ("float64", 1)]
     box = Box.whole(shape)
     specs = [ShardSpec(ArrayKey(f"w.{i}", "fp32"), d, shape, box, fine) for i, (d, fine) in enumerate(kinds)]

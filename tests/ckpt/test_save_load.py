@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from itertools import chain, pairwise
 
 import ml_dtypes
@@ -15,6 +16,7 @@ from ckpt_helpers import (
     check_read,
     cut,
     layout_of,
+    load_in,
     random_array,
     same,
     save_arrays,
@@ -225,9 +227,59 @@ def test_unwritten_padding_is_never_zeros(tmp_path, dtype):
     assert padding == {fill if dtype != np.float32 else 0x7FC00000}, "the fill value, bit for bit"
 
 
+def bytes_received(monkeypatch):
+    """Count the bytes of exchanges from now on, by the rank that receives them."""
+    got, exchange = defaultdict(int), ThreadComm.exchange
+
+    def noted(comm, outgoing):
+        received = exchange(comm, outgoing)
+        if nbytes := sum(part.nbytes for part in received.values()):
+            got[comm.rank] += nbytes
+        return received
+
+    monkeypatch.setattr(ThreadComm, "exchange", noted)
+    return got
+
+
+def reaching_over(plan, boxes):
+    """Return the bytes of the chunks that lie in none of the boxes alone, by their writer."""
+    found = defaultdict(int)
+    for chunk in plan.arrays[0].chunk_plan.chunks:
+        if not any(chunk.box.within(box) for box in boxes):
+            found[chunk.writer] += 4 * chunk.box.size
+    return dict(found)
+
+
+def test_large_parts_without_a_divisor_are_written_in_place(tmp_path, monkeypatch):
+    """1,009 rows of each rank are a prime number: only the chunks that reach over a bound are gathered."""
+    key, rows = ("w", "fp32"), 1009
+    planning = {"chunk_bytes": 16 << 10, "gather_below": 1 << 10}
+    arrays = {key: random_array(np.random.default_rng(5), "float32", (3 * rows, 64))}
+    boxes = {key: [Box((i * rows, 0), (rows, 64)) for i in range(3)]}
+    plan = make_plan(layout_of(arrays, boxes), **planning)
+    assert plan.arrays[0].grid.chunk_shape == (64, 64)
+    assert len(reaching_over(plan, boxes[key])) == 2
+    got = bytes_received(monkeypatch)
+    save_arrays(tmp_path, "t1", arrays, boxes, planning=planning)
+    assert got == reaching_over(plan, boxes[key])
+    check_read(tmp_path, "t1", arrays)
+    load_in(tmp_path, arrays, {key: cut((3 * rows, 64), (4, 2))})
+    arrays[key][rows - 1] += 1  # in a gathered chunk, of an array whose other chunks stay as they were
+    save_arrays(tmp_path, "t2", arrays, boxes, planning=planning, incremental=True)
+    check_read(tmp_path, "t2", arrays)
+
+
+def test_large_replicas_without_a_divisor(tmp_path):
+    key, rows = ("w", "fp32"), 1009
+    arrays = {key: random_array(np.random.default_rng(6), "float32", (2 * rows, 64))}
+    boxes = {key: [Box((i % 2 * rows, 0), (rows, 64)) for i in range(4)]}
+    save_arrays(tmp_path, "t1", arrays, boxes, planning={"chunk_bytes": 16 << 10, "gather_below": 1 << 10})
+    check_read(tmp_path, "t1", arrays)
+
+
 @pytest.mark.parametrize("round_bytes", [1, 1 << 30])
 def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_bytes):
-    """Each writer receives its chunks and no more, and no rank writes much more than it holds."""
+    """Each writer receives the chunks that it hasn't whole, and no rank writes much more than it holds."""
     monkeypatch.setattr("ckpt.gather.ROUND_BYTES", round_bytes)
     key, ends = ("w", "fp32"), [0, 1501, 2200, 3001]
     arrays = {key: random_array(np.random.default_rng(4), "float32", (3001, 4096))}
@@ -235,17 +287,11 @@ def test_a_large_ragged_array_has_several_writers(tmp_path, monkeypatch, round_b
     plan = make_plan(layout_of(arrays, boxes), gather_below=1 << 60)
     (array,) = plan.arrays
     assert array.chunk_plan.sources is not None
-    assert {w: len(chunks) for w, chunks in array.chunk_plan.by_writer.items()} == {0: 5, 1: 3, 2: 4}
-    got = dict.fromkeys(range(3), 0)
-    exchange = ThreadComm.exchange
-
-    def noted(comm, outgoing, incoming_sizes):
-        got[comm.rank] += sum(incoming_sizes)
-        return exchange(comm, outgoing, incoming_sizes)
-
-    monkeypatch.setattr(ThreadComm, "exchange", noted)
+    assert {w: len(chunks) for w, chunks in array.chunk_plan.by_writer.items()} == {0: 23, 1: 11, 2: 13}
+    got = bytes_received(monkeypatch)
     save_arrays(tmp_path, "t1", arrays, boxes, planning={"gather_below": 1 << 60})
-    assert got == plan.bytes_written()
+    assert sum(got.values()) == sum(reaching_over(plan, boxes[key]).values()) == 2 << 20
+    assert got == reaching_over(plan, boxes[key])
     assert len([*(tmp_path / "t1" / array_path(*key)).glob("c*")]) == 1, "all of them write one file"
     check_read(tmp_path, "t1", arrays)
 
@@ -254,9 +300,9 @@ def test_a_gather_takes_several_rounds(tmp_path, monkeypatch):
     monkeypatch.setattr("ckpt.gather.ROUND_BYTES", 1000)
     exchange, rounds = ThreadComm.exchange, []
 
-    def noted(comm, outgoing, incoming_sizes):
-        rounds.append(sum(o.nbytes for o in outgoing))
-        return exchange(comm, outgoing, incoming_sizes)
+    def noted(comm, outgoing):
+        rounds.append(sum(o.nbytes for o in outgoing.values()))
+        return exchange(comm, outgoing)
 
     monkeypatch.setattr(ThreadComm, "exchange", noted)
     rng = np.random.default_rng(3)

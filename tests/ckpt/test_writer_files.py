@@ -105,8 +105,13 @@ def test_what_is_gathered_comes_file_by_file(layout, sizes, most):
     assert all(len(found) == 1 for found in where.values())
     for of_rank in (units for of in load for units in of.values()):
         assert sum(n for _, n in of_rank) <= most or len({unit for unit, _ in of_rank}) == 1
-    gathered = [array for array in plan.arrays if array.chunk_plan.sources is not None]
-    assert sum(map(len, batches)) == sum(len(array.chunk_plan.chunks) for array in gathered)
+    plans = [array.chunk_plan for array in plan.arrays if array.chunk_plan.sources is not None]
+    gathered = sum(
+        plan.files == "writer" or {rank for rank, _ in chunks.sources.of_chunk(chunk.box)} != {chunk.writer}
+        for chunks in plans
+        for chunk in chunks.chunks
+    )
+    assert sum(map(len, batches)) == gathered
 
 
 LAYOUTS = {"rows": ((4, 1), 1), "columns": ((1, 4), 1), "both": ((2, 2), 1), "copies": ((1, 1), 4)}

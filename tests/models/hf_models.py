@@ -108,7 +108,16 @@ def train_plainly(kind: str, **options: Any) -> tuple[list[float], list[float], 
     return losses, norms, model
 
 
-def make_engine(model: nn.Module, zero: int, *, dp: int = 1, tp: int = 1, **config: Any) -> uni3d.Engine:
+def make_engine(
+    model: nn.Module,
+    zero: int,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    weights: Any = None,
+    resume: Any = None,
+    **config: Any,
+) -> uni3d.Engine:
     given = {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": BATCH // dp // 2,
@@ -118,7 +127,9 @@ def make_engine(model: nn.Module, zero: int, *, dp: int = 1, tp: int = 1, **conf
         "parallel": {"dp": dp, "tp": tp, "device": "cpu"},
     }
     params = [p for p in model.parameters() if p.requires_grad]
-    return uni3d.initialize(model=model, model_parameters=params, config=given | config)[0]
+    return uni3d.initialize(
+        model=model, model_parameters=params, config=given | config, weights=weights, resume=resume
+    )[0]
 
 
 def train(engine: uni3d.Engine, kind: str) -> tuple[list[float], list[float]]:

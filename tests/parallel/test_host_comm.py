@@ -1,13 +1,20 @@
 """Collectives of values and bytes between the CPUs of ranks."""
 
+import os
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from marks import slow
-from ranks import Ranks
+from ranks import RankError, Ranks
 
-from parallel import HostComm
+from parallel import HostComm, host_comm
+from parallel.routes import Routes
 
 LENGTHS = [10, 3_000, 200_000, 20, 5_000]
 """Lengths of one rank's value each: beside its length, alone, and much longer than the others'."""
@@ -17,10 +24,14 @@ def value_of(rank: int, lengths: list[int]) -> tuple[int, bytes]:
     return rank, bytes([rank + 1]) * lengths[rank]
 
 
+def joined(lists: list[list[Any]]) -> list[Any]:
+    return [value for values in lists for value in values]
+
+
 def collectives_case(lengths: list[int]) -> Any:
     comm = HostComm()
     mine = value_of(comm.rank, lengths)
-    return comm.all_gather(mine), comm.gather(mine), comm.broadcast(mine), comm.gather(comm.rank)
+    return comm.all_reduce([mine], joined), comm.gather(mine), comm.broadcast(mine), comm.gather(comm.rank)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +49,160 @@ def test_values_of_very_different_lengths(ranks: Ranks, size: int, turn: int) ->
 
 def exchange_case(sizes: list[list[int]]) -> Any:
     comm = HostComm()
-    outgoing = [np.full(n, 10 * comm.rank + r, np.uint8) for r, n in enumerate(sizes[comm.rank])]
-    received = comm.exchange(outgoing, [row[comm.rank] for row in sizes])
-    return [part.tolist() for part in received]
+    outgoing = {r: np.full(n, 10 * comm.rank + r, np.uint8) for r, n in enumerate(sizes[comm.rank]) if n}
+    return {rank: part.tolist() for rank, part in comm.exchange(outgoing).items()}
 
 
 def test_bytes_for_each_rank(ranks: Ranks) -> None:
-    sizes = [[0, 3, 1], [5, 0, 0], [2, 2, 7]]
+    sizes = [[0, 3, 1], [5, 0, 0], [2, 2, 7_000]]
     for rank, received in enumerate(ranks.run(3, exchange_case, sizes)):
-        assert received == [[10 * r + rank] * sizes[r][rank] for r in range(3)]
+        assert received == {r: [10 * r + rank] * sizes[r][rank] for r in range(3) if sizes[r][rank]}
+
+
+def on_threads(size: int, work: Callable[[HostComm], Any]) -> tuple[list[Any], list[HostComm | None]]:
+    """Do `work(comm)` on `size` ranks of this process; return results or errors, and what keeps them open."""
+    store = dist.HashStore()
+    results: list[Any] = [None] * size
+    comms: list[HostComm | None] = [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            comms[rank] = comm = HostComm.of(store, rank, size)
+            results[rank] = work(comm)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results, comms
+
+
+def sent_by(rank: int, size: int) -> dict[int, np.ndarray]:
+    drawn = np.random.default_rng(rank)
+    targets = drawn.choice(size, min(size, 5), replace=False).tolist()
+    return {target: drawn.integers(0, 256, drawn.integers(0, 4_000), np.uint8) for target in targets}
+
+
+@pytest.mark.parametrize("size", [9, 20, slow(70)])
+def test_ranks_that_arent_connected_reach_each_other(size: int) -> None:
+    def work(comm: HostComm) -> Any:
+        return (
+            comm.exchange(sent_by(comm.rank, size)),
+            comm.all_reduce([comm.rank], joined),
+            comm.gather(comm.rank),
+            comm.broadcast("one" if comm.rank == 0 else ""),
+        )
+
+    everything = [sent_by(rank, size) for rank in range(size)]
+    for rank, (received, reduced, gathered, first) in enumerate(on_threads(size, work)[0]):
+        expected = {source: sent[rank] for source, sent in enumerate(everything) if rank in sent}
+        assert [*received] == [*expected]
+        assert all(np.array_equal(received[source], expected[source]) for source in expected)
+        assert reduced == [*range(size)]
+        assert gathered == ([] if rank else [*range(size)])
+        assert first == "one"
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_rank_has_few_open_descriptors() -> None:
+    before, size = descriptors(), 16
+    _, open_ones = on_threads(
+        size, lambda comm: comm.exchange({r: np.ones(9, np.uint8) for r in range(size)})
+    )
+    peers = sum(len(connected(rank, size)) for rank in range(size))
+    assert len(open_ones) == size
+    assert descriptors() - before <= peers + 4 * size  # four for a rank that listens, and waits for events
+
+
+def connected(rank: int, size: int) -> set[int]:
+    return {peer for peers in Routes(rank, size).peers for peer in peers}
+
+
+@pytest.mark.parametrize(
+    ("size", "most"), [(1, 0), (8, 7), (16, 8), (64, 14), (1_000, 36), (1_024, 22), (2_048, 24), (16_384, 31)]
+)
+def test_peers_of_a_rank_are_few(size: int, most: int) -> None:
+    some = range(0, size, 1 + size // 2_000)
+    assert max(len(connected(rank, size)) for rank in some) <= most
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 9, 63, 100, 130, 513, 600])
+def test_routes_lead_everywhere_by_way_of_peers(size: int) -> None:
+    routes = [Routes(rank, size) for rank in range(size)]
+    for rank, here in enumerate(routes):
+        for hop, peers in enumerate(here.peers):
+            assert all(rank in routes[peer].peers[hop] for peer in peers), "what is sent is received"
+        assert here.children == [r for r in range(1, size) if routes[r].parent == rank]
+        assert {here.parent, *here.children} <= connected(rank, size) | {rank}
+        for target in {0, size - 1, size // 2, (rank * 7 + 3) % size}:
+            at = rank
+            for hop in range(here.hops):
+                after = here.after(hop, rank, target)
+                assert after == at or after in routes[at].peers[hop]
+                at = after
+            assert at == target
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 100, 600])
+def test_children_speak_for_ranks_in_order(size: int) -> None:
+    def below(rank: int) -> list[int]:
+        return [rank, *(r for child in Routes(rank, size).children for r in below(child))]
+
+    assert below(0) == [*range(size)]
+
+
+@pytest.mark.parametrize("failing", [0, 5, 19])
+def test_a_rank_that_raises_in_an_exchange_fails_the_others(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_comm, "TIMEOUT", timedelta(seconds=20))  # if gloo doesn't close a connection
+    size = 20
+
+    def fail(*_: int) -> int:
+        raise MemoryError("no room for the parts")
+
+    def work(comm: HostComm) -> Any:
+        if comm.rank == failing:
+            comm._routes.after = fail
+        comm.exchange({(comm.rank + 1) % size: np.ones(3_000_000, np.uint8)})
+        comm.broadcast(None)
+        return comm.all_reduce(1, sum)
+
+    results, _ = on_threads(size, work)
+    assert isinstance(results[failing], MemoryError)
+    for rank, error in enumerate(results):
+        if rank != failing:
+            assert isinstance(error, host_comm.LostRankError), error
+            assert str(error).startswith(f"rank {rank} has lost rank ")
+
+
+def dying_case(folder: str) -> None:
+    comm = HostComm()
+    if comm.rank == 3:
+        os._exit(1)
+    texts = []
+    for _ in range(2):
+        try:
+            comm.exchange({3: np.ones(5_000_000, np.uint8), 0: np.ones(10, np.uint8)})
+        except host_comm.LostRankError as error:
+            texts.append(str(error))
+    Path(folder, str(comm.rank)).write_text("\n".join(texts))
+
+
+def test_a_rank_that_dies_in_an_exchange_fails_the_others(tmp_path: Path) -> None:
+    pool = Ranks()
+    try:
+        with pytest.raises(RankError, match="rank 3 died"):
+            pool.run(4, dying_case, str(tmp_path))
+    finally:
+        pool.stop()
+    for rank in range(3):
+        first, again = (tmp_path / str(rank)).read_text().split("\n")
+        assert first.startswith(f"rank {rank} has lost rank ")
+        assert again == first

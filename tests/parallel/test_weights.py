@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel
-from parallel.weights import check_can_materialise, generator_for, is_meta
+from parallel.weights import check_buffers, check_can_materialise, generator_for, is_meta
 
 
 class Drawn(nn.Module):
@@ -151,8 +151,10 @@ def test_what_the_meta_device_would_lose_is_refused() -> None:
     assert check_can_materialise(meta(Drawn)) is not None
     with pytest.raises(ValueError, match=r"Undrawn has no init_parameter\(name, tensor, generator\)"):
         check_can_materialise(meta(Undrawn))
-    with pytest.raises(ValueError, match=r"has buffers \(count\), whose content would be lost"):
-        check_can_materialise(meta(Counting))
+    with pytest.raises(ValueError, match=r"has buffers on the meta device \(count\).*meta_parameters\(\)"):
+        check_buffers(meta(Counting))
+    with parallel.meta_parameters():
+        check_buffers(Counting())
     assert is_meta(meta(Undrawn))
     assert not is_meta(Undrawn())
     half = meta(Drawn)

@@ -27,9 +27,9 @@ def tables() -> str:
             "\n**Read as another key.**\n",
             *_table(("key", "read as"), ((f"`{k}`", f"`{v}`") for k, v in deepspeed_keys.READ_AS.items())),
             "\n**Without effect**: accepted with any value, and reported when training begins.\n",
-            *_table(("reason", "keys"), _by_reason(deepspeed_keys.NO_MEANING)),
+            *_table(("section", "keys, and why"), _by_section(deepspeed_keys.NO_MEANING)),
             '\n**Refused**, unless the value turns them off (`null`, `false`, `"enabled": false`).\n',
-            *_table(("reason", "keys"), _by_reason(deepspeed_keys.REFUSED)),
+            *_table(("section", "keys, and why"), _by_section(deepspeed_keys.REFUSED)),
             "\n**Refused optimizers.**\n",
             *_table(("reason", "types"), _by_reason(optimizer_config.REFUSED)),
         ]
@@ -84,6 +84,17 @@ def _default(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
+
+
+def _by_section(keys: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each section of the config, first the whole config, with its keys by reason."""
+    sections: dict[str, dict[str, str]] = {}
+    for key, reason in sorted(keys.items(), key=lambda item: "." in item[0]):
+        section, dot, _ = key.partition(".")
+        sections.setdefault(section if dot else "(whole)", {})[key] = reason
+    for section, inner in sections.items():
+        parts = [f"{names}: {reason}" for reason, names in _by_reason(inner)]
+        yield section, "; ".join(parts)
 
 
 def _by_reason(keys: dict[str, str]) -> Iterator[tuple[str, str]]:

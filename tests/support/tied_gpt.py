@@ -24,6 +24,7 @@ def gpt_engine(
     sizes: dict[str, Any] = TIED,
     groups: bool = False,
     masked: bool = False,
+    resume: Any = None,
     **config: Any,
 ) -> uni3d.Engine:
     """Return an engine with the oracle's data, and with its parameter groups if `groups`.
@@ -45,6 +46,7 @@ def gpt_engine(
         model_parameters=[{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if groups else None,
         training_data=torch.utils.data.TensorDataset(*oracle.samples(masked)),
         config=settings,
+        resume=resume,
     )[0]
 
 

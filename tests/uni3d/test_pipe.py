@@ -211,7 +211,7 @@ def twice() -> PipelineModule:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PipelineModule([], topology=object()), "topology isn't supported: .*parallel"),
+        (lambda: PipelineModule([], checkpointable_layers=[]), "checkpointable_layers isn't supported"),
         (lambda: PipelineModule([], activation_checkpoint_interval=2), r"interval=2 isn't supported"),
         (lambda: PipelineModule([nn.Tanh()], partition_method="profile"), "'profile'; expected parameters"),
         (lambda: PipelineModule([nn.Tanh()], partition_method="type:GRU"), "none of the layers: Tanh"),

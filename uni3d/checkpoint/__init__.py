@@ -6,8 +6,10 @@ Modules:
     background         the host memory of an asynchronous save
     extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
     extra_load         the extra states of a checkpoint: compared, read, given back
+    data_state         where the script's own loaders of data stand
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors
     stored_weights     a checkpoint's weights as plain tensors, read when asked for
+    file_weights       weights in safetensors files, of which each rank reads its parts
 """

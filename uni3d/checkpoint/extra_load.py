@@ -41,7 +41,7 @@ class ExtraLoad:
         """Collective. With `model_too` false, the script loads the modules itself."""
         self._model, self._optimizer, self._comm, self._manifest = model, optimizer, comm, saved
         self._modules = modules_with_extra(model.module)
-        self._everyone: set[str] = set().union(*comm.all_gather(sorted(self._modules)))
+        self._everyone = comm.all_reduce(set(self._modules), ckpt.union)
         self._model_too = model_too
         self._saved: dict[str, ExtraRecord] = {}
         self._further: ExtraRecord | None = None  # the optimizer's, if it is to be restored

@@ -98,7 +98,7 @@ def of_modules(model: nn.Module) -> dict[str, Extra]:
                 f"{name} couldn't be restored: {type(module).__name__} has no set_extra_state, only "
                 "get_extra_state"
             )
-        found[name] = _taken_apart(module.get_extra_state(), name)
+        found[name] = taken_apart(module.get_extra_state(), name)
     return found
 
 
@@ -161,7 +161,7 @@ def of_optimizer(optimizer: Optimizer) -> Extra:
     Raises:
         CheckpointError: a part can't be stored.
     """
-    return _taken_apart(current_extra(optimizer), f"{type(optimizer).__name__}.state_dict()")
+    return taken_apart(current_extra(optimizer), f"{type(optimizer).__name__}.state_dict()")
 
 
 def current_extra(optimizer: Optimizer) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def put_together(record: ExtraRecord, tensor_at: Callable[[str], Tensor]) -> Any
     return holder[""]
 
 
-def _taken_apart(value: Any, name: str) -> Extra:
+def taken_apart(value: Any, name: str) -> Extra:
     """Take an extra state apart; `name` is its name in messages.
 
     Raises:
@@ -302,15 +302,19 @@ def extra_states(model: nn.Module, optimizer: Optimizer | None) -> ExtraStates:
     return ExtraStates(of_modules(model), None if optimizer is None else of_optimizer(optimizer))
 
 
-def check_alike(found: list[dict[tuple[str, int], bytes]]) -> None:
-    """Check that ranks which have the same modules have the same extra states, given each rank's digests.
+Digests = tuple[tuple[tuple[str, int], bytes], ...]
+"""Digests of a rank's extra states, by name and stage."""
+
+
+def check_alike(found: Mapping[int, Digests]) -> None:
+    """Check that ranks which have the same modules have the same extra states, given ranks' digests.
 
     Raises:
         CheckpointError: two ranks differ; names the first such state.
     """
     first: dict[tuple[str, int], tuple[int, bytes]] = {}
-    for rank, digests in enumerate(found):
-        for key, digest in digests.items():
+    for rank, digests in found.items():
+        for key, digest in digests:
             other, expected = first.setdefault(key, (rank, digest))
             if digest != expected:
                 raise CheckpointError(

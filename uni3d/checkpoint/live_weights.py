@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import ckpt
 from ckpt.stores import files
 from parallel import HostComm, ParallelModel
-from parallel.host_comm import Bytes
 from parallel.tensors import named_parameters, persistent_buffers, whole_tensors
 from parallel.ties import tied_names
 from uni3d.checkpoint.extra_state import modules_with_extra
@@ -57,20 +54,16 @@ def whole_on_first_rank(
         if name in wanted
     )
     speaks = model.topology.speaks_for_stage
-    counts = comm.all_gather(len(wanted) if speaks else 0)
     whole: dict[str, Tensor] = {}
-    for i in range(max(counts)):
-        name, tensor = next(mine, ("", torch.empty(0)))
-        sends = speaks and i < counts[comm.rank]
-        heads = comm.all_gather((name, tensor.dtype, tuple(tensor.shape)) if sends else None)
-        nothing = np.empty(0, np.uint8)
-        outgoing: list[Bytes] = [nothing] * comm.size
-        if sends:
-            outgoing[0] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        sizes = [math.prod(head[2]) * head[1].itemsize if head and comm.rank == 0 else 0 for head in heads]
-        for head, data in zip(heads, comm.exchange(outgoing, sizes), strict=True):
-            if head is not None and comm.rank == 0:
-                whole[head[0]] = torch.from_numpy(data.copy()).view(head[1]).reshape(head[2])
+    for _ in range(comm.all_reduce(len(wanted), max)):
+        name, tensor = next(mine, ("", None))
+        data = None if tensor is None or not speaks else tensor.contiguous().reshape(-1).view(torch.uint8)
+        head = () if tensor is None or data is None else (name, tensor.dtype, tuple(tensor.shape))
+        received = comm.exchange({} if data is None else {0: data.numpy()})
+        # A stage's speaker describes what it sent; the ranks' order is that of the stages.
+        heads = comm.all_reduce([head] if head else [], lambda lists: [h for heads in lists for h in heads])
+        for (name, dtype, shape), arrived in zip(heads, received.values(), strict=False):
+            whole[name] = torch.from_numpy(arrived.copy()).view(dtype).reshape(shape)
     return whole | {alias: whole[first] for alias, first in model.ties.items() if first in whole}
 
 

@@ -6,6 +6,8 @@ The hyperparameters of groups and the optimizer's scalars (step counts) are stor
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,9 +50,7 @@ def describe(
     return model_record, OptimizerRecord(
         type=type(optimizer).__name__,
         groups=[_group(group, names) for group in optimizer.param_groups],
-        scalars={
-            names[id(p)]: _scalars(names[id(p)], s) for p, s in optimizer.state.items() if id(p) in names
-        },
+        scalars=_scalars({names[id(p)]: s for p, s in optimizer.state.items() if id(p) in names}),
         extra_state=None if extra.optimizer is None else extra.optimizer.record(),
     )
 
@@ -117,31 +117,40 @@ def _like(current: Any, saved: Any) -> Any:
     return tuple(saved) if isinstance(current, tuple) else saved
 
 
-def _scalars(name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a parameter's states that are single values.
+def _scalars(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the parameters' states that are single values; those on a device come in one transfer per type.
 
     Raises:
         CheckpointError: a state is neither a tensor nor a JSON value.
     """
-    scalars: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            if value.ndim == 0:
-                scalars[key] = _item(value, f"the optimizer's {key!r} of {name}")
-        elif value is None or isinstance(value, bool | int | float | str):
-            scalars[key] = value
-        else:
-            raise CheckpointError(
-                f"the optimizer's {key!r} of {name} is a {type(value).__name__}; a state is a tensor, a "
-                "number, a string, a boolean or None"
-            )
+    scalars: dict[str, dict[str, Any]] = {}
+    tensors: dict[tuple[torch.dtype, torch.device], list[tuple[str, str, Tensor]]] = defaultdict(list)
+    for name, state in states.items():
+        mine = scalars[name] = {}
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                if value.ndim == 0:
+                    mine[key] = None  # keeps its place
+                    here = _local(value, f"the optimizer's {key!r} of {name}")
+                    tensors[here.dtype, here.device].append((name, key, here))
+            elif value is None or isinstance(value, bool | int | float | str):
+                mine[key] = value
+            else:
+                raise CheckpointError(
+                    f"the optimizer's {key!r} of {name} is a {type(value).__name__}; a state is a tensor, a "
+                    "number, a string, a boolean or None"
+                )
+    for found in tensors.values():
+        together = torch.stack([tensor for _, _, tensor in found]).tolist()
+        for (name, key, _), value in zip(found, together, strict=True):
+            scalars[name][key] = value
     return scalars
 
 
-def _item(value: Tensor, what: str) -> Any:
-    """Return the value of a tensor of one element, without a collective."""
+def _local(value: Tensor, what: str) -> Tensor:
+    """Return a tensor of one element as it is on this rank, without a collective."""
     if isinstance(value, DTensor):
         if not all(placement.is_replicate() for placement in value.placements):
             raise CheckpointError(f"{what} is a partial sum on each rank; reduce it before saving")
-        value = value.to_local()
-    return value.item()
+        return value.to_local()
+    return value

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
+from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm, Ranks
 from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
+from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
@@ -93,10 +95,6 @@ class Restorer:
         if before is not None and before != now:
             print(f"uni3d: new topology: {before.text} -> {now.text}", file=sys.stderr, flush=True)
 
-    def latest(self, run: str | Path) -> str | None:
-        """Return the newest committed tag. Rank 0 reads it, as file systems may show it to others later."""
-        return ckpt.from_rank_0(self._comm, lambda: ckpt.read_latest(run))
-
     def _load(self, checkpoint: ckpt.Checkpoint, saved: RunManifest, wanted: Wanted) -> ckpt.LoadReport:
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
@@ -107,12 +105,14 @@ class Restorer:
         model_too = wanted.custom is None
         extra = ExtraLoad(self._state.model, optimizer, saved, self._comm, model_too=model_too)
         extra.check(checkpoint.url, strict=wanted.strict)
-        report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra)
+        data = DataLoad(self._state.data, self._state.model.topology, saved, counters=wanted.counters)
+        report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra, data)
         try:
             if wanted.custom is not None:
                 self._load_model(checkpoint, wanted.custom)
             ckpt.agreed(self._comm, lambda: self._restore_rest(saved, optimizer, scheduler))
             ckpt.agreed(self._comm, extra.restore)
+            ckpt.agreed(self._comm, data.restore)
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
         extra.tell(report)
@@ -182,6 +182,8 @@ class Restorer:
                 "sample_order": SAMPLE_ORDER,
             },
             dataset_length=progress.dataset_length,
+            epoch_length=progress.epoch_length,
+            data=_given_data(self._state),
             accepted=self._config.checkpoint.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,
         )
@@ -197,8 +199,11 @@ class Restorer:
         optimizer: Optimizer | None,
         wanted: Wanted,
         extra: ExtraLoad,
+        data: DataLoad,
     ) -> ckpt.LoadReport:
         def leave(key: ckpt.ArrayKey) -> str | None:
+            if is_data(key.atom):
+                return data.reason()
             if is_extra(key.state):
                 return extra.reason(key.atom)
             if not _is_moment(key):
@@ -217,7 +222,7 @@ class Restorer:
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
-                [*targets, *extra.targets(checkpoint)],
+                [*targets, *extra.targets(checkpoint), *data.targets(checkpoint)],
                 comm=self._comm,
                 strict=wanted.strict,
                 leave=leave,
@@ -241,6 +246,28 @@ class Restorer:
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
 
 
+def newest(comm: HostComm, run: str | Path) -> str | None:
+    """Return the newest committed tag of a run, or None if it has none. Collective.
+
+    Rank 0 reads it, as file systems may show it to others later.
+
+    Raises:
+        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
+            folder of one checkpoint.
+    """
+
+    def find() -> str | None:
+        tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        if tag is None and store.exists(MANIFEST):
+            raise ckpt.CheckpointError(
+                f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
+                "this to load_checkpoint"
+            )
+        return tag
+
+    return ckpt.from_rank_0(comm, find)
+
+
 def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
     """Create the states of parameters; return the extra state from before, to which it is set back."""
     before = copy.deepcopy(current_extra(optimizer))
@@ -251,6 +278,11 @@ def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
 
 def _is_moment(key: ckpt.ArrayKey) -> bool:
     return key.state not in WEIGHT_STATES and not is_extra(key.state)
+
+
+def _given_data(state: TrainState) -> tuple[str, int, bool] | None:
+    data = state.data
+    return None if data is None else (data.kind, state.model.topology.degrees.dp, data.resumes)
 
 
 def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,14 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
-from uni3d.checkpoint.extra_state import ExtraStates, check_alike, check_nothing_is_lost, extra_states
+from uni3d.checkpoint.data_state import DataSaver
+from uni3d.checkpoint.extra_state import (
+    Digests,
+    ExtraStates,
+    check_alike,
+    check_nothing_is_lost,
+    extra_states,
+)
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
@@ -55,7 +64,7 @@ class Saver:
             ValueError: the scheduler's state can't be saved, or the ranks have training data of different
                 lengths. Checked here, before any training is lost.
         """
-        _check_same_length(comm, state.progress.dataset_length)
+        _check_data(comm, state)
         if state.lr_scheduler is not None:
             try:
                 ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
@@ -70,6 +79,7 @@ class Saver:
         self._comm = comm
         self._writing = HostComm()  # separate: a background save talks while `comm` is in use
         self._inventory = inventory
+        self._data = DataSaver(state.data, state.model.topology, comm)
         self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
         self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
@@ -94,8 +104,9 @@ class Saver:
         self.wait()
         join_all()  # another engine of this process may be saving into the same run
         taken: list[_Taken] = []
+        data, tensors = self._data.take()
 
-        def take() -> tuple[str, ckpt.Files, dict[tuple[str, int], bytes]]:
+        def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
             model, optimizer = self._state.model, self._state.optimizer
             extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
@@ -104,18 +115,20 @@ class Saver:
                 self._looked_for_others = True
             files = self._config.checkpoint.files
             chosen = ckpt.files_for(where) if files == "auto" else files
-            plan, parts = self._parts(extra.arrays(stage), frozen, chosen)
+            arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
+            plan, parts = self._parts(arrays, frozen, chosen)
             if self.asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            taken.append(_Taken(where, name, plan, parts, self._manifest(client_state, extra, frozen)))
-            return name, chosen, extra.digests(stage)
+            manifest = replace(self._manifest(client_state, extra, frozen), data=data)
+            taken.append(_Taken(where, name, plan, parts, manifest))
+            return name, chosen, tuple(sorted(extra.digests(stage).items()))
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
-        everyone = ckpt.agreed_by_all(self._comm, take)
-        ckpt.check_same_tag([name for name, _, _ in everyone])
-        _check_same_place([files for _, files, _ in everyone])
-        check_alike([digests for _, _, digests in everyone])
+        found = ckpt.distinct(self._comm, take)
+        ckpt.check_same_tag([name for name, _, _ in found])
+        _check_same_place({files: ranks.first for (_, files, _), ranks in reversed(found.items())})
+        check_alike({ranks.first: digests for (_, _, digests), ranks in found.items()})
         if self.asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
@@ -234,32 +247,49 @@ class Saver:
                 seed=self._config.seed,
                 train_batch_size=progress.train_batch,
                 dataset_length=progress.dataset_length,
+                epoch_length=None
+                if progress.epoch_length == progress.dataset_length
+                else progress.epoch_length,
                 sample_order=SAMPLE_ORDER,
             ),
             client_state=copy.deepcopy(client_state),
         )
 
 
-def _check_same_place(files: list[ckpt.Files]) -> None:
-    """Check that all ranks chose the same kind of files for the run's folder; raises CheckpointError."""
-    if len(set(files)) > 1:
-        other = next(rank for rank, found in enumerate(files) if found != files[0])
+def _check_same_place(files: Mapping[ckpt.Files, int]) -> None:
+    """Check that all ranks chose the same kind of files for the run's folder; raises CheckpointError.
+
+    `files` has the first rank of each choice.
+    """
+    if len(files) > 1:
+        other = max(files.values())
         raise ckpt.CheckpointError(
             f"the run's folder is on another kind of file system on rank {other} than on rank 0; mount it "
             'alike, or set "files" in the config\'s section "checkpoint" to "array" or "writer"'
         )
 
 
-def _check_same_length(comm: HostComm, length: int) -> None:
+def _check_data(comm: HostComm, state: TrainState) -> None:
     """Check that all ranks have training data of one length: each draws its part of one order. Collective.
 
     Raises:
-        ValueError: the lengths differ; the same on all ranks.
+        ValueError: the lengths differ, or a rank can't use its loader; the same on all ranks.
     """
-    lengths = comm.all_gather(length)
-    if len(set(lengths)) > 1:
-        other = next(rank for rank, found in enumerate(lengths) if found != lengths[0])
-        raise ValueError(
-            f"training_data has {lengths[0]} samples on rank 0, but {lengths[other]} on rank {other}; pass "
-            "the whole dataset on every rank: the engine gives each its part"
-        )
+    data, length = state.data, state.progress.dataset_length
+    kept = {True: "that resumes", False: "that begins anew"}
+    kind, problem = ("dataset", None) if data is None else (f"{data.kind} {kept[data.resumes]}", data.problem)
+    found = ckpt.distinct(comm, lambda: (length, kind, problem))
+    for (_, _, wrong), ranks in found.items():
+        if wrong is not None:
+            raise ValueError(f"{wrong} (rank {ranks.first})")
+    ((first, first_kind, _), _), *others = found.items()
+    for (other, other_kind, _), ranks in others:
+        if other != first:
+            raise ValueError(
+                f"training_data has {first} samples on rank 0, but {other} on rank {ranks.first}; pass "
+                "the whole dataset on every rank: the engine gives each its part"
+            )
+        if other_kind != first_kind:
+            raise ValueError(
+                f"training_data is a {first_kind} on rank 0, but a {other_kind} on rank {ranks.first}"
+            )

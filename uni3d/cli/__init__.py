@@ -11,6 +11,7 @@ Modules:
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack a character of a name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    gc.freeze()  # modules live to the end: neither later imports nor the exit need look through them
     try:
         app(prog_name="uni3d")
     except (CommandError, RuntimeError, ValueError, OSError) as error:

@@ -89,7 +89,7 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """
     formats: dict[str, Callable[[Any], str]] = {
         "bytes": format_bytes,
-        "created": lambda x: x[:16].replace("T", " "),
+        "created": lambda x: _cell(x)[:16].replace("T", " "),
         "latest": lambda x: "*" if x else "",
     }
     columns = []
@@ -122,9 +122,12 @@ def plural(n: int, one: str, many: str | None = None) -> str:
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar of bytes if stderr is a terminal. Yields the function that advances it."""
+    if not err.is_terminal:
+        yield lambda n: None
+        return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(label, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)

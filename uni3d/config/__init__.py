@@ -1,21 +1,23 @@
 """The JSON config: DeepSpeed's keys with DeepSpeed's meanings, and a section of our own, `parallel`.
 
     batch                           the three batch sizes
+    data                            loading of samples
     sections                        every section but the next two
     optimizer, torch_optimizers     `optimizer`
     scheduler                       `scheduler`
-    deepspeed_keys                  DeepSpeed's other keys: refused, or accepted without effect
+    deepspeed_keys, sift            DeepSpeed's other keys: refused, or accepted without effect
     deepspeed_differences           differences from DeepSpeed for a given config
+    trainer                         `"auto"`, as Hugging Face's Trainer fills it in
     settings                        the config as `parallel.Settings`
     strict                          validation, and its error messages
     forms                           other forms of a value that DeepSpeed accepts
+    files                           JSON files, with comments
 
 No key is ignored silently: an unknown one is an error that names the nearest known key.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +25,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, SerializeAsAny, model_validator
 
-from uni3d.config.batch import BatchSizes, BatchTriad, batch_triad
-from uni3d.config.deepspeed_keys import sift
+from uni3d.config.batch import BatchTriad, batch_triad
+from uni3d.config.data import DataKeys
+from uni3d.config.deepspeed_keys import NO_MEANING, READ_AS, REFUSED
+from uni3d.config.files import read_file
 from uni3d.config.optimizer import OptimizerConfig, read_optimizer
 from uni3d.config.scheduler import SchedulerConfig, read_scheduler
 from uni3d.config.sections import (
@@ -41,9 +45,11 @@ from uni3d.config.sections import (
     WandbConfig,
     ZeroConfig,
 )
-from uni3d.config.strict import ConfigError, unique_keys, validate
+from uni3d.config.sift import sift
+from uni3d.config.strict import ConfigError, all_keys, validate
+from uni3d.config.trainer import refusal
 
-__all__ = ["BatchTriad", "Config", "FP16Config", "batch_triad", "load_config"]
+__all__ = ["BatchTriad", "Config", "FP16Config", "batch_triad", "load_config", "read_config"]
 
 
 def _lower(value: object) -> object:
@@ -55,7 +61,7 @@ def _never_if_infinite(value: object) -> object:
     return None if value == math.inf else value
 
 
-class Config(BatchSizes):
+class Config(DataKeys):
     """A validated config. What depends on the number of processes is checked later (see `batch_triad`)."""
 
     gradient_clipping: float = Field(default=1.0, ge=0)
@@ -124,42 +130,53 @@ class Config(BatchSizes):
         return self
 
 
-def load_config(config: str | Path | Mapping[str, Any]) -> Config:
+def load_config(config: str | Path | Mapping[str, Any], place: str | Path | None = None) -> Config:
     """Read and validate a config, given as a mapping or the path of a JSON file.
+
+    Args:
+        config: the config.
+        place: the file that a mapping comes from, for error messages.
 
     Raises:
         ValueError: the message names every wrong key and what was expected.
     """
-    values = dict(config) if isinstance(config, Mapping) else _read(config)
-    if not isinstance(values, dict):
-        raise ConfigError([f"expected a JSON object, not {values!r}"])
-    rest, problems, without_meaning = sift(values)
+    if not isinstance(config, Mapping):
+        place = config
+    rest, problems, without_meaning, autos = sift(read_config(config))
+    if autos:
+        problems.append(refusal(autos, place))
     read: dict[str, Any] = {}
     for key, reader in (("optimizer", read_optimizer), ("scheduler", read_scheduler)):
         try:
             read[key] = reader(rest.pop(key, None))
         except ConfigError as error:
-            problems += _not_among(problems, error.problems)
+            problems += _not_among(problems, error.problems, autos)
     try:
-        checked = validate(Config, rest | read)
+        checked = validate(Config, rest | read, elsewhere=_ELSEWHERE)
     except ConfigError as error:
-        problems += _not_among(problems, error.problems)
+        problems += _not_among(problems, error.problems, autos)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, place)
     checked._without_meaning = without_meaning
     return checked
 
 
-def _not_among(problems: list[str], more: list[str]) -> list[str]:
+def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config as they are given.
+
+    Raises:
+        ValueError: there is no JSON object in the file.
+    """
+    values = dict(config) if isinstance(config, Mapping) else read_file(config)
+    if not isinstance(values, dict):
+        raise ConfigError([f"expected a JSON object, not {values!r}"], config)
+    return values
+
+
+_ELSEWHERE = (*all_keys(Config), *NO_MEANING, *READ_AS, *REFUSED)
+
+
+def _not_among(problems: list[str], more: list[str], autos: list[str]) -> list[str]:
     """Return the further problems of keys that have none yet; each begins with its key."""
-    seen = {problem.split()[0] for problem in problems} - {"unknown"}
+    seen = {problem.split()[0] for problem in problems} - {"unknown"} | set(autos)
     return [problem for problem in more if problem.split()[0] not in seen]
-
-
-def _read(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(), object_pairs_hook=unique_keys)
-    except OSError as error:
-        raise ValueError(f"config {path} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"config {path} is not valid JSON: {error}") from None

@@ -1,95 +1,75 @@
 """DeepSpeed's keys that uni3d doesn't have (as of DeepSpeed 0.19).
 
-A key is *refused*, with the reason, if ignoring it would lose something that the user asked for. It has *no
-effect* if it tunes a mechanism that doesn't exist here and training computes the same without it: it is
-accepted, so that existing files work, and reported in one line when training begins and by `uni3d config`. A
-few are other names for our keys: they are *read as* those.
+A key is *refused*, with the reason, if training without it would compute other numbers, or lose something
+that the user asked for. It has *no effect* if it tunes a mechanism that doesn't exist here and training
+computes the same without it: it is accepted, so that existing files work, and reported in one line when
+training begins and by `uni3d config`. Some are other names for our keys: they are *read as* those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-from uni3d.config.forms import as_boolean, as_integer, as_json
-
-_OTHER_DATA = "it changes the samples of a step; select them in training_data"
-_INSIDE = "it replaces modules of the model; do so before initialize"
+_OTHER_DATA = "it changes the samples of a step; delete it, and select them in training_data"
+_INSIDE = "it replaces modules of the model; delete it, and do so before initialize"
 _BY_LAYER = "fully_shard communicates gradients and parameters layer by layer, at every ZeRO stage"
-_QUANTIZED = "communication isn't quantized; use communication_data_type to halve gradient traffic"
+_QUANTIZED = (
+    "communication isn't quantized; delete it, or use communication_data_type to halve gradient traffic"
+)
 _NO_DISK = "offloading to disk isn't supported"
+_FP32 = "parameters and their states are always fp32; delete it"
+_RECOMPUTED = "recomputation is set by activation_checkpointing's mode and every"
+_PINNED = "offloaded memory is always pinned if there is a GPU"
+_SCALED = "bf16 needs no loss scale"
 
 REFUSED: dict[str, str] = {
     # Observation
-    "comet": "log from your script, with the return value of train_batch",
-    "memory_breakdown": "the line printed by steps_per_print includes peak GPU memory",
-    "dump_state": "use uni3d config to print the resolved config",
-    "comms_logger": "use torch.profiler, which records collectives",
-    "autotuning": "it searches by running; use uni3d plan for estimates",
-    "eigenvalue": "it is part of DeepSpeed's quantization schedules, which aren't supported",
+    "comet": "delete it, and log from your script, with the return value of train_batch",
     # Precision
     "amp": "apex isn't supported; use bf16 or fp16",
     "torch_autocast": "layers compute in a single type; use bf16 or fp16",
-    "fp16.fp16_master_weights_and_grads": "parameters and their states are always fp32",
-    "bf16.bf16_master_weights_and_grads": "parameters and their states are always fp32",
-    "bf16.bf16_optimizer_states": "parameters and their states are always fp32",
-    "bf16.check_grad_overflow": "gradients are always checked",
+    "fp16.fp16_master_weights_and_grads": _FP32,
+    "bf16.bf16_master_weights_and_grads": _FP32,
+    "bf16.bf16_optimizer_states": _FP32,
     "data_types.param_dtype": "parameters are always fp32; use bf16 or fp16 for the type of computation",
-    "data_types.buffer_dtype": "buffers keep the model's type",
+    "data_types.buffer_dtype": "buffers keep the model's type; delete it",
     # Gradients, batches
-    "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch",
-    "sparse_gradients": "gradients are always reduced as dense tensors",
-    "managed_gradient_accumulation": "the engine always counts gradient_accumulation_steps itself",
-    "dataloader_drop_last": "no samples are dropped: a global batch may span two epochs",
-    "elasticity": "any checkpoint resumes on any topology; set train_batch_size to keep the global batch",
+    "gradient_allreduce_op": "gradients are always those of the mean loss over the global batch; delete it, "
+    "and scale the loss",
+    "managed_gradient_accumulation": "the engine always counts gradient_accumulation_steps itself; delete it",
+    "elasticity": "any checkpoint resumes on any topology; delete it, and set train_batch_size to keep the "
+    "global batch",
     # How work is split
     "sequence_parallel_size": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
     "data_parallel_size": 'use "parallel": {"dp": ...}',
-    "expert_parallel": "expert parallelism isn't supported",
-    "use_data_before_expert_parallelism": "expert parallelism isn't supported",
+    "expert_parallel": "expert parallelism isn't supported; delete it",
+    "use_data_before_expert_parallelism": "expert parallelism isn't supported; delete it",
     "tensor_parallel.tp_size": 'use "parallel": {"tp": ...}',
     "tensor_parallel.tp": 'use "parallel": {"tp": ...}',
     "tensor_parallel.tensor_parallel": 'use "parallel": {"tp": ...}',
-    "tensor_parallel.partition_config": "a model is sharded according to its own tp_plan",
-    "tensor_parallel.preset_model": "a model is sharded according to its own tp_plan",
-    "tensor_parallel.injection_policy_tuple": "a model is sharded according to its own tp_plan",
+    "tensor_parallel.partition_config": "a model is sharded according to its own tp_plan; delete it",
+    "tensor_parallel.preset_model": "a model is sharded according to its own tp_plan; delete it",
+    "tensor_parallel.injection_policy_tuple": "a model is sharded according to its own tp_plan; delete it",
     "tensor_parallel.replace_with_kernel_inject": _INSIDE,
     "tensor_parallel.kernel_inject": _INSIDE,
-    "pipeline.stages": 'use "parallel": {"pp": ...}',
-    "pipeline.partition": "use parallel.balance",
-    "pipeline.seed_layers": "each parameter is already seeded by its name",
-    "pipeline.activation_checkpoint_interval": 'use activation_checkpointing with mode "full" and every',
     "zero_optimization.zero_quantized_weights": _QUANTIZED,
     "zero_optimization.zero_quantized_nontrainable_weights": _QUANTIZED,
     "zero_optimization.zero_quantized_gradients": _QUANTIZED,
     "zero_optimization.zeropp_loco_param": _QUANTIZED,
-    "zero_optimization.zenflow": "optimizer steps aren't split or delayed",
-    "zero_optimization.ignore_unused_parameters": "parameters without gradients are never an error",
-    "zero_optimization.offload_optimizer.ratio": "partial offloading isn't supported",
-    "zero_optimization.offload_optimizer.super_offload": "it needs DeepSpeed's own kernels",
-    # Memory
-    "activation_checkpointing.partition_activations": "activations aren't partitioned; use "
-    "parallel.sequence_parallel to split those between layers",
-    "activation_checkpointing.cpu_checkpointing": "activations stay on the GPU; use mode",
-    "activation_checkpointing.contiguous_memory_optimization": "torch's allocator handles it; use mode",
-    "activation_checkpointing.number_checkpoints": "use every, to recompute one of every N layers",
-    "activation_checkpointing.synchronize_checkpoint_boundary": "nothing is synchronized there; use mode",
-    "activation_checkpointing.profile": "use torch.profiler",
-    "compile.deepcompile": "layers are compiled by torch.compile; use enabled",
-    "graph_harvesting": 'for CUDA graphs use "compile": {"mode": "reduce-overhead"}',
+    "zero_optimization.zenflow": "optimizer steps aren't split or delayed; delete it",
     # Checkpoints
-    "checkpoint.use_node_local_storage": "checkpoints need storage shared by all ranks",
-    "nebula": "checkpoints are already written in the background",
-    "datastates_ckpt": "checkpoints are already written in the background",
+    "checkpoint.use_node_local_storage": "checkpoints need storage shared by all ranks; delete it",
+    "nebula": "checkpoints are already written in the background, to save_checkpoint's folder; delete it",
     # What is trained, on what
-    "sparse_attention": "attention is up to the model",
-    "progressive_layer_drop": "skipping layers is up to the model",
+    "sparse_attention": "attention is up to the model; delete it",
+    "progressive_layer_drop": "skipping layers is up to the model; delete it",
     "curriculum_learning": _OTHER_DATA,
     "data_efficiency": _OTHER_DATA,
     "compression_training": _INSIDE,
     "quantize_training": _INSIDE,
     "weight_quantization": _INSIDE,
-    "hybrid_engine": "inference isn't supported",
+    "hybrid_engine": "inference isn't supported; delete it",
 }
 """Keys that are refused unless their value turns them off, with the reason."""
 
@@ -99,13 +79,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "managed_gradient_accumulation": (True,),
     "sequence_parallel_size": (1,),
     "tensor_parallel.tp_size": (1,),
-    "pipeline.stages": ("auto",),
     "pipeline.partition": ("best",),
-    "pipeline.activation_checkpoint_interval": (0,),
     "zero_optimization.ignore_unused_parameters": (True,),
     "zero_optimization.offload_optimizer.ratio": (1, 1.0),
 }
-"""Values of refused keys that ask for the default behavior. null, false and `enabled` false always do."""
+"""Values that ask for the default behavior. null, false and `enabled` false do too."""
 
 CONVERTED = {"zero_optimization", "fp16", "bf16", "tensor_parallel", "compile"} | {
     *("comet", "comms_logger", "hybrid_engine"),
@@ -121,6 +99,7 @@ AUTO_IS_DEFAULT = (
 OFF_BY_DEFAULT = {
     *("amp", "torch_autocast", "comet", "comms_logger", "hybrid_engine", "autotuning", "elasticity"),
     *("nebula", "data_efficiency", "curriculum_learning", "progressive_layer_drop", "eigenvalue"),
+    "compression_training",
 }
 """Sections that DeepSpeed ignores unless they have `enabled` true."""
 
@@ -128,6 +107,7 @@ OFF_BY_FALSE_ONLY = {
     "bf16.check_grad_overflow",
     "managed_gradient_accumulation",
     "zero_optimization.ignore_unused_parameters",
+    "compile.disable",
 }
 """Keys for which `false` is a request, not a default."""
 
@@ -136,7 +116,7 @@ def _zero(reason: str, *keys: str) -> dict[str, str]:
     return {f"zero_optimization.{key}": reason for key in keys}
 
 
-NO_MEANING: dict[str, str] = {
+_TUNING: dict[str, str] = {
     **_zero(
         _BY_LAYER,
         *("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size"),
@@ -163,10 +143,8 @@ NO_MEANING: dict[str, str] = {
         "every checkpoint loads on any topology, in fp32",
         *("load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint"),
     ),
-    **_zero("offloaded memory is always pinned if there is a GPU", "cpu_offload_use_pin_memory"),
     **_zero(
-        "offloaded memory is always pinned if there is a GPU",
-        *("offload_optimizer.pin_memory", "offload_param.pin_memory"),
+        _PINNED, "cpu_offload_use_pin_memory", "offload_optimizer.pin_memory", "offload_param.pin_memory"
     ),
     **_zero(
         _NO_DISK,
@@ -189,6 +167,14 @@ NO_MEANING: dict[str, str] = {
     "seq_parallel_communication_data_type": "Ulysses sequence parallelism isn't supported",
     "vocabulary_size": "it only enables a check of alignment",
     "log_level": "use Python's logging",
+    **{
+        f"bf16.{key}": _SCALED
+        for key in (
+            *("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
+            *("consecutive_hysteresis", "min_loss_scale", "auto_cast"),
+        )
+    },
+    "fp16.opt_level": "it belongs to apex",
     "timers": "there are no throughput timers",
     "optimizer.legacy_fusion": "optimizers are torch's",
     "fp16.auto_cast": "floating-point inputs are always cast",
@@ -215,11 +201,52 @@ NO_MEANING: dict[str, str] = {
         )
     },
 }
+"""Keys that tune a mechanism, with the reason why they have no effect."""
+
+_REQUESTS: dict[str, str] = {
+    # Observation
+    "memory_breakdown": "the line printed by steps_per_print includes peak GPU memory",
+    "dump_state": "uni3d config prints the resolved config",
+    "comms_logger": "torch.profiler records collectives",
+    "autotuning": "nothing searches by running; uni3d plan estimates",
+    "eigenvalue": "it steers DeepSpeed's quantization schedules, which aren't supported",
+    # Gradients
+    "sparse_gradients": "gradients are always reduced as dense tensors, with the same sums",
+    "bf16.check_grad_overflow": "a gradient that isn't finite is always an error",
+    **_zero("parameters without gradients are never an error", "ignore_unused_parameters"),
+    # How work is split
+    "pipeline.partition": "a PipelineModule has its own partition_method, other models parallel.balance",
+    "pipeline.seed_layers": "each parameter is already seeded by its name",
+    **_zero("what is offloaded is offloaded whole, and stepped on the CPU", "offload_optimizer.ratio"),
+    **_zero(
+        "what is offloaded is offloaded whole, and stepped on the CPU", "offload_optimizer.super_offload"
+    ),
+    # Memory
+    **{
+        f"activation_checkpointing.{key}": _RECOMPUTED
+        for key in (
+            *("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "profile"),
+            *("number_checkpoints", "synchronize_checkpoint_boundary"),
+        )
+    },
+    "compile.deepcompile": "layers are compiled by torch.compile, if compile.enabled is true",
+    "compile.disable": "layers are compiled by torch.compile, if compile.enabled is true",
+    "graph_harvesting": 'CUDA graphs are those of "compile": {"mode": "reduce-overhead"}',
+    # Checkpoints
+    "datastates_ckpt": "checkpoints are already written in the background",
+}
+REQUESTS = frozenset(_REQUESTS)
+"""Keys of `NO_MEANING` that ask for nothing if their value turns them off: then they aren't reported."""
+
+NO_MEANING = _TUNING | _REQUESTS
 """Keys that are accepted with any value but have no effect, with the reason."""
 
 READ_AS: dict[str, str] = {
     "bfloat16": "bf16",
+    "num_workers": "num_local_io_workers",
     "tensor_parallel.autotp_size": "parallel.tp",
+    "pipeline.stages": "parallel.pp",
+    "pipeline.activation_checkpoint_interval": "activation_checkpointing.mode",
     "zero_optimization.param_persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
     "zero_optimization.cpu_offload_params": "zero_optimization.offload_param",
@@ -227,15 +254,14 @@ READ_AS: dict[str, str] = {
 }
 """Other names for keys of ours."""
 
+OFFLOADED: dict[str, tuple[int, str]] = {
+    "offload_param": (3, "parameters are sharded, and so can be offloaded, at ZeRO stage 3 only"),
+    "offload_optimizer": (1, "ZeRO stage 0 shards nothing, and so offloads nothing"),
+}
+"""Targets of offloading, with the lowest ZeRO stage at which they offload, and the reason."""
 
-class Sifted(NamedTuple):
-    """A config without the keys above."""
-
-    values: dict[str, Any]
-    problems: list[str]
-    """Refused keys, with the reason."""
-    without_meaning: dict[str, str]
-    """Given keys that have no effect, with the reason."""
+ACCUMULATED = "gradients are accumulated in fp32, at ZeRO stages 0 and 1 in communication_data_type"
+"""Why another `data_types.grad_accum_dtype` has no effect."""
 
 
 def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
@@ -244,113 +270,3 @@ def by_reason(keys: Mapping[str, str]) -> dict[str, list[str]]:
     for key, reason in keys.items():
         grouped.setdefault(reason, []).append(key)
     return grouped
-
-
-def sift(values: Mapping[str, Any]) -> Sifted:
-    """Return a copy of a config without the DeepSpeed keys that uni3d doesn't have."""
-    left: dict[str, Any] = as_json(values)
-    problems: list[str] = []
-    without_meaning: dict[str, str] = {}
-    _open_booleans(left)
-    for key in AUTO_IS_DEFAULT:
-        for value in _take(left, key):
-            if value != "auto":
-                _put(left, key, value, key)
-    for key, target in READ_AS.items():
-        for value in _take(left, key):
-            problems += _put(left, key, value, target)
-    for key, reason in REFUSED.items():
-        for value in _take(left, key):
-            if not _is_off(key, value):
-                problems.append(f"{key} is refused: {reason}")
-    for key, reason in NO_MEANING.items():
-        for value in _take(left, key):
-            if value is not None:
-                without_meaning[key] = reason
-    for section in ("tensor_parallel", "pipeline"):  # all their known keys have been removed
-        if section in left and left[section] in ({}, None):
-            del left[section]
-    problems += _autos(left)
-    return Sifted(left, problems, without_meaning)
-
-
-def _open_booleans(values: dict[str, Any]) -> None:
-    """Replace the booleans that stand for a section by that section."""
-    if isinstance(enabled := values.get("zero_optimization"), bool):
-        values["zero_optimization"] = {"stage": int(enabled)}
-    zero = values.get("zero_optimization")
-    for key in ("offload_optimizer", "offload_param"):
-        if isinstance(zero, dict) and isinstance(enabled := zero.get(key), bool):
-            zero[key] = {"device": "cpu" if enabled else "none"}
-
-
-def _take(values: dict[str, Any], key: str) -> Iterator[Any]:
-    """Remove a key if it is present, and yield its value."""
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict):
-            return
-        values = inner
-    if last in values:
-        yield values.pop(last)
-
-
-def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]:
-    """Set the key that `key` is read as, and return the problems with it; null isn't given."""
-    if value is None:
-        return []
-    if key.startswith("zero_optimization.cpu_offload"):
-        if not isinstance(on := as_boolean(value), bool):
-            return [f"{key} is {value!r}: expected true or false"]
-        value = {"device": "cpu" if on else "none"}
-    if key == "tensor_parallel.autotp_size":
-        value = as_integer(value)
-        if value in (0, 1):  # disabled
-            return []
-    *sections, last = target.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            return []  # the section itself is reported
-    if values.get(last) is not None and values[last] != value:
-        return [f"{key} is {value!r}, but {target}, which means the same, is {values[last]!r}; give one"]
-    values[last] = value
-    return []
-
-
-def _is_off(key: str, value: Any) -> bool:
-    """Return whether the value of a refused key turns it off."""
-    converted = key.split(".")[0] in CONVERTED
-    if isinstance(value, dict):
-        enabled = value.get("enabled", key not in OFF_BY_DEFAULT)
-        return not value or (as_boolean(enabled) if converted else enabled) in (None, False)
-    neutral = NEUTRAL.get(key, ())
-    is_number = any(type(wanted) in (int, float) for wanted in neutral)
-    if converted:
-        value = as_integer(value) if is_number else as_boolean(value)
-    if isinstance(value, str):
-        value = value.lower()  # as DeepSpeed does
-    if value is None or any(_same(value, wanted) for wanted in neutral):
-        return True
-    if key in OFF_BY_FALSE_ONLY:
-        return False
-    return value is False or (_same(value, 0) and not is_number)
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    """Return whether two values are equal, where true isn't 1 unless true is wanted."""
-    return bool(value == wanted) and (isinstance(wanted, bool) or not isinstance(value, bool))
-
-
-def _autos(values: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """Yield a problem for each value left to a trainer to fill in."""
-    for name, value in values.items():
-        key = f"{within}{name}"
-        if isinstance(value, Mapping):
-            yield from _autos(value, f"{key}.")
-        elif value == "auto" and not (within.startswith("parallel.") or key == "checkpoint.files"):
-            yield (
-                f'{key} is "auto", which only Hugging Face\'s Trainer fills in; '
-                "give a value, or leave the key out for its default"
-            )

@@ -8,19 +8,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 import uni3d.config.torch_optimizers as torch_optim
-from uni3d.config.strict import ConfigError, Strict, named_section, unknown, validate
+from uni3d.config.strict import ConfigError, Strict, known_keys, named_section, unknown, validate
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
-_ONE_BIT = "it needs DeepSpeed's compressed communication; use communication_data_type to halve traffic"
-_TRUST = "its layer-wise norms aren't implemented for sharded layers"
+_ONE_BIT = (
+    "it needs DeepSpeed's compressed communication; use AdamW, and communication_data_type to halve traffic"
+)
+_TRUST = "its layer-wise norms aren't implemented for sharded layers; use AdamW"
 _MUP = "it belongs to the mup package; pass an instance to initialize"
 REFUSED = {
     "Lamb": _TRUST,
     "OneBitAdam": _ONE_BIT,
     "ZeroOneAdam": _ONE_BIT,
-    "OneBitLamb": f"{_ONE_BIT}; {_TRUST}",
+    "OneBitLamb": _ONE_BIT,
     "MuAdam": _MUP,
     "MuAdamW": _MUP,
     "MuSGD": _MUP,
@@ -201,6 +203,10 @@ def read_optimizer(section: object) -> OptimizerConfig | None:
     if isinstance(params, Mapping) and params.get("max_grad_norm"):
         raise ConfigError(["optimizer.params.max_grad_norm is refused: use gradient_clipping"])
     if name in _OWN:
-        return validate(_OWN[name], values, "optimizer")
-    values["params"] = validate(torch_optim.parameters(name), params, "optimizer.params")
-    return validate(OptimizerConfig, values, "optimizer")
+        known_params = known_keys(_OWN[name], ["params"])
+        return validate(_OWN[name], values, "optimizer", [f"optimizer.params.{key}" for key in known_params])
+    section = torch_optim.parameters(name)
+    values["params"] = validate(section, params, "optimizer.params")
+    return validate(
+        OptimizerConfig, values, "optimizer", [f"optimizer.params.{key}" for key in section.model_fields]
+    )

@@ -55,9 +55,9 @@ class ZeroConfig(DeepSpeedSection):
     stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_stage)] = 0
     """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters; with any pp and tp."""
     offload_optimizer: OffloadConfig | None = None
-    """Offload optimizer states with their sharded parameters and gradients; needs stage 1, 2 or 3."""
+    """Offload optimizer states with their sharded parameters and gradients, at stages 1 to 3."""
     offload_param: OffloadConfig | None = None
-    """Same as `offload_optimizer`, for stage 3."""
+    """Same as `offload_optimizer`, at stage 3."""
     stage3_param_persistence_threshold: int = Field(default=0, ge=0)
     """At stage 3, keep layers with fewer elements than this gathered between forward and backward."""
     zero_hpz_partition_size: int = Field(default=1, ge=0)
@@ -79,10 +79,6 @@ class ZeroConfig(DeepSpeedSection):
 
     @model_validator(mode="after")
     def _fits_the_stage(self) -> ZeroConfig:
-        if self.offload_param is not None and self.offload_param.device == "cpu" and self.stage < 3:
-            raise ValueError(f"offload_param needs stage 3, which shards parameters; stage is {self.stage}")
-        if self.offload and self.stage == 0:
-            raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 shards nothing")
         sizes = (self.zero_hpz_partition_size, self.mics_shard_size)
         if sizes[0] > 1 and sizes[1] > 0 and sizes[0] != sizes[1]:
             raise ValueError(

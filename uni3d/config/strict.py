@@ -47,15 +47,23 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """Every problem of a config, in one error."""
+    """Every problem of a config, in one error; `place` is its file, if it is one."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("config: " + "; ".join(problems))
+    def __init__(self, problems: Sequence[str], place: object = None) -> None:
+        super().__init__(f"config{'' if place is None else f' {place}'}: {'; '.join(problems)}")
         self.problems = list(problems)
+        self._place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors of a pool's workers are pickled
+        return type(self), (self.problems, self._place)
 
 
-def validate(section: type[Section], values: object, within: str = "") -> Section:
+def validate(
+    section: type[Section], values: object, within: str = "", elsewhere: Iterable[str] = ()
+) -> Section:
     """Validate `values` against a section, whose own key is `within` ("" for the whole config).
+
+    `elsewhere` are other keys that an unknown one may be meant for.
 
     Raises:
         ConfigError: the message names every wrong key and what was expected.
@@ -64,11 +72,11 @@ def validate(section: type[Section], values: object, within: str = "") -> Sectio
         return section.model_validate(values)
     except ValidationError as error:
         found: dict[str, tuple[Any, list[str]]] = {}
-        problems = []
+        problems, strangers = [], []
         for e in error.errors():
             key = _full_key(section, e["loc"], within)
             if e["type"] == "extra_forbidden":
-                problems.append(unknown("key", key, known_keys(section, [str(p) for p in e["loc"][:-1]])))
+                strangers.append((key, known_keys(section, [str(p) for p in e["loc"][:-1]])))
                 continue
             if e["type"] == "missing":
                 problems.append(f"{key} is missing")
@@ -84,11 +92,33 @@ def validate(section: type[Section], values: object, within: str = "") -> Sectio
             found.setdefault(key, (e["input"], []))[1].append(message[0].lower() + message[1:])
         for key, (value, messages) in found.items():  # a key with several types has one message per type
             problems.append(f"{key or 'the config'} is {value!r}: {', or '.join(messages)}")
-        raise ConfigError(problems) from None
+        raise ConfigError(_unknown_keys(strangers, elsewhere) + problems) from None
+
+
+def _unknown_keys(found: Sequence[tuple[str, list[str]]], elsewhere: Iterable[str]) -> list[str]:
+    """Return the problems of unknown keys, given with the known ones of their sections."""
+    problems: list[str] = []
+    alone: dict[str, list[str]] = {}
+    places = list(elsewhere)
+    for key, known in found:
+        section, _, last = key.rpartition(".")
+        same = [place for place in places if place.rpartition(".")[2] == last]
+        near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, known, n=1)]
+        if meant := (same if len(same) == 1 else near):
+            problems.append(f"unknown key {key!r}; delete it, or did you mean {meant[0]!r}?")
+        else:
+            hint = f" ({section} has {', '.join(known)})" if section else ""
+            alone.setdefault(hint, []).append(repr(key))
+    for hint, keys in alone.items():
+        many = len(keys) > 1
+        problems.append(
+            f"unknown key{'s' if many else ''} {', '.join(keys)}; delete {'them' if many else 'it'}{hint}"
+        )
+    return problems
 
 
 def unknown(what: str, key: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown key, with the nearest known one."""
+    """Return the message for an unknown name, with the nearest known one."""
     names = sorted(known)
     near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
     return f"unknown {what} {key!r}; " + (
@@ -103,6 +133,16 @@ def known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:
         fields = [s.model_fields[part] for s in sections if part in s.model_fields]
         sections = [model for field in fields for model in sections_of(field.annotation)]
     return sorted({key for s in sections for key in s.model_fields})
+
+
+def all_keys(section: type[BaseModel], within: str = "") -> list[str]:
+    """Return the full names of the keys of a section, and of the sections in it."""
+    found = []
+    for name, field in section.model_fields.items():
+        found.append(f"{within}{name}")
+        for inner in sections_of(field.annotation):
+            found += all_keys(inner, f"{within}{name}.")
+    return found
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

@@ -13,6 +13,10 @@ Programs that say `import deepspeed` themselves, such as Hugging Face's, get it 
     collectives, parallel_groups  `comm` and `utils.groups`
     devices            `accelerator`
     recompute          `checkpointing`, of activations
+    process_topology   `runtime.pipe.topology`
+    leaf_modules       modules that ZeRO-3 gathers as one
+    stand_ins, no_experts, op_builders  classes that can only be named; what isn't there, and says so
+    constants          keys and values of the config
     log, helpers       `utils.logging`; small functions of `utils` and `runtime.utils`
 
 Importing this package loads no torch: each name is imported from its module when it is first asked for.
@@ -28,6 +32,7 @@ from uni3d.deepspeed.names import PROVIDED, VERSION
 __all__ = [*PROVIDED[""], "install"]
 
 __version__ = INSTALLED
+__git_hash__ = __git_branch__ = None
 __version_major__, __version_minor__, __version_patch__ = (int(part) for part in VERSION.split("."))
 
 make_modules()

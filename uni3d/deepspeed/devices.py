@@ -33,7 +33,8 @@ class CPUAccelerator:
         return self._name
 
     def device_count(self) -> int:
-        return 1
+        """Return how many processes this host may run, as the launcher says; 1 without one."""
+        return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
     def is_available(self) -> bool:
         return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -64,6 +66,12 @@ def engine_of(parameter: Tensor) -> Any:
 def name_of(engine: Any, parameter: nn.Parameter) -> str:
     """Return the name of an engine's parameter in its module."""
     return _engines[engine][id(sharded_of(parameter))]
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[nn.Module]:
+    """Give an engine's module, to call `generate` on: at ZeRO-3 layers are gathered as they run."""
+    yield model.module
 
 
 def newest() -> Any:

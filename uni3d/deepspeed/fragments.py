@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel.fsdp_internals import sharded_of
 from parallel.gathered import WholeParameter, part_here, set_whole, whole_of
 from parallel.gradients import sum_over_ranks
-from parallel.loss import Loss
 from uni3d.deepspeed.engines import engine_of, name_of
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """Return a parameter's whole fp32 value; None before `initialize`."""
+    """Return a trained parameter's whole fp32 value; None before `initialize`, and of a frozen one."""
     found = _found(param, "safe_get_full_fp32_param")
-    return None if found is None else whole_of(_master(*found))
+    return None if found is None or not param.requires_grad else whole_of(_master(*found))
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -32,6 +32,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     found = _found(param, "safe_set_full_fp32_param")
     if found is not None:
         engine, sharded = found
+        value = _plain(value)
         _check_settable(engine, "safe_set_full_fp32_param")
         _check_shape(value, sharded.shape, "safe_set_full_fp32_param")
         for tensor in (sharded, _shown_whole(engine, sharded)):
@@ -57,6 +58,7 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
         RuntimeError: the parameter has no states before the first step.
     """
     state = _existing(_state(param, optim_state_key, "safe_set_full_optimizer_state"), optim_state_key)
+    value = _plain(value)
     _check_shape(value, state.shape, "safe_set_full_optimizer_state")
     set_whole(state, value)
 
@@ -83,7 +85,7 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
         return
     engine, sharded = found
     divisor = _gradient_divisor(engine, "safe_set_full_grad")
-    gradient = _existing(sharded.grad, "gradient")
+    gradient, value = _existing(sharded.grad, "gradient"), _plain(value)
     _check_shape(value, gradient.shape, "safe_set_full_grad")
     set_whole(gradient, value * divisor)
 
@@ -102,7 +104,7 @@ def safe_update_full_grad_vectorized(
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """Return a copy of this rank's part of a parameter, in fp32. Local."""
+    """Return a copy of this rank's part of a trained parameter, in fp32; None of a frozen one. Local."""
     found = _found(param, "safe_get_local_fp32_param")
     return None if found is None else part_here(_master(*found)).clone()
 
@@ -198,6 +200,11 @@ def _existing(tensor: Tensor | None, what: str) -> Tensor:
     return tensor
 
 
+def _plain(value: Tensor) -> Tensor:
+    """Return a whole value as a plain tensor. One made by `torch.empty_like(parameter)` may be sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def _check_shape(value: Tensor, shape: torch.Size, call: str) -> None:
     if value.shape != shape:
         raise ValueError(f"{call} got the shape {tuple(value.shape)}; expected {tuple(shape)}")
@@ -215,14 +222,8 @@ def _set_part(tensor: Tensor, value: Tensor, call: str) -> None:
 # --- the moment in a step ------------------------------------------------------------------------------
 
 
-def _is_before_step(engine: Any) -> bool:
-    """Return whether the backward pass that ends the accumulation is done, and `step()` is next."""
-    micro = engine._micro
-    return bool(micro.losses) and micro.is_boundary and micro._backwards > 0
-
-
 def _check_settable(engine: Any, call: str) -> None:
-    if engine._micro.losses and not _is_before_step(engine):
+    if engine._micro.losses and not engine._micro.awaits_step:
         raise RuntimeError(
             f"{call} can't be called between the micro batches of a step; call it after the last backward "
             "pass, or between two steps"
@@ -238,12 +239,12 @@ def _gradient_divisor(engine: Any, call: str) -> float:
     micro, scaler = engine._micro, engine.scaler
     if not micro.losses:
         return 1.0  # there are none, or ones that the script has put there
-    if not _is_before_step(engine):
+    if not micro.awaits_step:
         raise RuntimeError(
             f"{call} needs the gradients of the whole step, which are summed over ranks in its last backward "
             f"pass: {len(micro.losses)} of {engine.gradient_accumulation_steps()} micro batches are done"
         )
     if scaler is None and micro.share != 1.0:
         return 1.0  # means, which were divided before the backward passes
-    terms = sum_over_ranks(Loss.sum(micro.losses), [], engine.model.topology).terms.item()
+    terms = sum_over_ranks(micro.total(), [], engine.model.topology).terms.item()
     return float(terms * (micro.share if scaler is None else scaler.factor))

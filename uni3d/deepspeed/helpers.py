@@ -8,14 +8,16 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from packaging.version import Version
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from parallel.layers import blocks
+from parallel.placement import balanced_cuts
 from uni3d.deepspeed.devices import get_accelerator
 from uni3d.deepspeed.engines import engine_of
 from uni3d.deepspeed.log import logger
@@ -23,6 +25,17 @@ from uni3d.deepspeed.log import logger
 F = TypeVar("F", bound=Callable[..., Any])
 noop_context = nullcontext
 _orig_torch_arange = torch.arange
+
+
+def required_torch_version(
+    min_version: str | float | None = None, max_version: str | float | None = None
+) -> bool:
+    """Return whether torch is at least and at most of these versions."""
+    if min_version is None and max_version is None:
+        raise AssertionError("required_torch_version needs min_version or max_version")
+    found = Version(torch.__version__)
+    above = min_version is None or Version(str(min_version)) <= found
+    return above and (max_version is None or found <= Version(str(max_version)))
 
 
 class OnDevice:
@@ -126,49 +139,28 @@ def ensure_directory_exists(filename: str) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
 
 
-# --- leaf modules --------------------------------------------------------------------------------------
+def call_to_str(base: str, *args: Any, **kwargs: Any) -> str:
+    """Return the text of a call."""
+    return f"{base}({', '.join([*map(repr, args), *(f'{key}={value!r}' for key, value in kwargs.items())])})"
 
 
-def set_z3_leaf_modules(
-    model: nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
-    """Return the modules of these classes, given as types or names.
+# --- partitions ----------------------------------------------------------------------------------------
 
-    At ZeRO-3 such a module shall be gathered as one, so that ranks may run different parts of it, such as
-    experts. That holds without asking: a whole layer is gathered, an entry of the model's outermost lists.
 
-    Raises:
-        ValueError: the model has none, or one isn't in such a layer.
+def prefix_sum_inc(weights: Sequence[float]) -> list[float]:
+    """Return the sums of the first 1, 2, ... numbers."""
+    return list(accumulate(weights))
+
+
+def partition_uniform(num_items: int, num_parts: int) -> list[int]:
+    """Return where each of the parts begins, and the end; parts differ by at most one item."""
+    return [part * num_items // num_parts for part in range(num_parts + 1)]
+
+
+def partition_balanced(weights: Sequence[float], num_parts: int) -> list[int]:
+    """Return where each part begins, and the end, so that the heaviest part is as light as possible.
+
+    With fewer items than parts, the last ones are empty.
     """
-
-    def is_leaf(module: nn.Module) -> bool:
-        names = {type(module).__name__, f"{type(module).__module__}.{type(module).__qualname__}"}
-        return any(names & {c} if isinstance(c, str) else isinstance(module, c) for c in leaf_module_classes)
-
-    found = [module for module in model.modules() if is_leaf(module)]
-    if not found and raise_if_not_found:
-        raise ValueError(f"{type(model).__name__} has no modules of the classes {list(leaf_module_classes)}")
-    layers = blocks(model)
-    for leaf in found:
-        if any(part in layers for part in leaf.modules() if part is not leaf):
-            raise ValueError(
-                f"{type(leaf).__name__} is in no list of layers, so ZeRO-3 gathers its parts one by one; put "
-                "it into a layer of an nn.ModuleList, or use stage 2"
-            )
-    return found
-
-
-unset_z3_leaf_modules = set_z3_leaf_modules
-
-
-def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
-    """Return nothing: no module is marked, as all parts of a layer are gathered together."""
-    return []
-
-
-def z3_leaf_module(model: nn.Module) -> bool:
-    return False
-
-
-def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
-    """Do nothing: all parts of a layer are gathered together."""
+    runs = balanced_cuts(weights, min(num_parts, len(weights)))
+    return [0, *(end for _, end in runs), *[len(weights)] * (num_parts - len(runs))]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from uni3d.deepspeed.names import PROVIDED, REFUSED, VERSION
+from uni3d.deepspeed.names import PROVIDED, REFUSED, STAND_INS, VERSION
 from uni3d.version import __version__ as release
 
 HOME = "uni3d.deepspeed"
@@ -33,6 +33,10 @@ def resolve(module: str, name: str) -> Any:
     Raises:
         AttributeError: nothing; the message says why, or what there is.
     """
+    if name in STAND_INS.get(module, ()):
+        full = f"{module}.{name}".lstrip(".")
+        standing: Any = importlib.import_module(f"{HOME}.stand_ins")
+        return standing.stand_in(full, missing(full))
     home = PROVIDED[module].get(name)
     if home is not None:
         path, _, other = home.partition(":")
@@ -74,17 +78,18 @@ class Borrowed(ModuleType):
         self.__path__: list[str] = []  # so that names which it lacks are looked for by `Finder`
         self.__spec__ = ModuleSpec(self.__name__, None, is_package=True)
         self._module = path
-        self.__all__ = [name for name in PROVIDED[path] if not name.startswith("_")]
+        names = [*PROVIDED[path], *STAND_INS.get(path, ())]
+        self.__all__ = [name for name in names if not name.startswith("_")]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name not in PROVIDED[self._module]:
             raise AttributeError(name)
         value = resolve(self._module, name)
         setattr(self, name, value)
         return value
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *PROVIDED[self._module], *children(self._module)})
+        return sorted({*super().__dir__(), *self.__all__, *children(self._module)})
 
 
 class Finder(DistributionFinder):

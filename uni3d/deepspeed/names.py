@@ -23,15 +23,27 @@ _PIPELINE = {
     **_names("uni3d.pipe", "PipelineModule LayerSpec TiedLayerSpec"),
     "PipelineEngine": f"{_HERE}.engines",
 }
-_SCHEDULES = _names(
-    f"{_HERE}.schedules",
-    "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest VALID_LR_SCHEDULES add_tuning_arguments "
-    "get_config_from_args",
-)
+_SCHEDULES = {
+    **_names(
+        f"{_HERE}.schedules",
+        "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest VALID_LR_SCHEDULES add_tuning_arguments "
+        "get_config_from_args",
+    ),
+    **_names(
+        f"{_HERE}.constants",
+        "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR LR_RANGE_TEST_MIN_LR "
+        "LR_RANGE_TEST_STEP_RATE LR_RANGE_TEST_STEP_SIZE LR_RANGE_TEST_STAIRCASE CYCLE_FIRST_STEP_SIZE "
+        "CYCLE_FIRST_STAIR_COUNT CYCLE_SECOND_STEP_SIZE CYCLE_SECOND_STAIR_COUNT DECAY_STEP_SIZE "
+        "CYCLE_MIN_LR CYCLE_MAX_LR DECAY_LR_RATE CYCLE_MIN_MOM CYCLE_MAX_MOM DECAY_MOM_RATE "
+        "WARMUP_MIN_LR WARMUP_MAX_LR "
+        "WARMUP_NUM_STEPS WARMUP_TYPE WARMUP_LOG_RATE WARMUP_LINEAR_RATE WARMUP_MIN_RATIO COS_MIN_RATIO "
+        "TOTAL_NUM_STEPS",
+    ),
+}
 _GATHERING = {
     **_names(f"{_HERE}.gathering", "Init GatheredParameters MiCS_Init register_external_parameter"),
     **_names(f"{_HERE}.gathering", "unregister_external_parameter"),
-    "ZeroParamStatus": f"{_HERE}.engines",
+    **_names(f"{_HERE}.engines", "ZeroParamStatus unwrap_model_for_generation"),
 }
 _PARTITION = {
     **_GATHERING,
@@ -46,8 +58,9 @@ _FRAGMENTS = _names(
     "safe_set_local_optimizer_state safe_get_local_grad safe_set_local_grad",
 )
 _LEAVES = _names(
-    f"{_HERE}.helpers",
-    "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module",
+    f"{_HERE}.leaf_modules",
+    "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module "
+    "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix",
 )
 _LOG = _names(
     f"{_HERE}.log", "logger log_dist log_dist_once print_dist warning_once set_log_level_from_string"
@@ -102,6 +115,18 @@ _ZERO_TO_FP32 = _names(
 )
 _LOADER = {"RepeatingLoader": "uni3d.engine.data_loader"}
 _ERROR = {"DeepSpeedConfigError": "uni3d.config:ConfigError"}
+_OPTIMIZER_NAMES = _names(
+    f"{_HERE}.constants",
+    "ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LION_OPTIMIZER MUON_OPTIMIZER",
+)
+_BUILDERS = _names(
+    f"{_HERE}.op_builders",
+    "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder FusedAdamBuilder FusedLionBuilder AsyncIOBuilder "
+    "FPQuantizerBuilder FusedLambBuilder QuantizerBuilder",
+)
+_GRIDS = _names(
+    f"{_HERE}.process_topology", "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology"
+)
 
 PROVIDED: dict[str, dict[str, str]] = {
     "": {
@@ -122,29 +147,49 @@ PROVIDED: dict[str, dict[str, str]] = {
     "checkpointing": _RECOMPUTE,
     "comm": _COMM,
     "comm.comm": _COMM,
-    "ops": {},
+    "git_version_info": _names(f"{_HERE}.op_builders", "torch_info compatible_ops installed_ops")
+    | _names(f"{_HERE}.constants", "git_hash git_branch"),
+    "moe.utils": _names(
+        f"{_HERE}.no_experts",
+        "has_moe_layers is_moe_param is_moe_param_group split_params_into_different_moe_groups_for_optimizer",
+    ),
+    "ops": {"__compatible_ops__": f"{_HERE}.op_builders:compatible_ops"},
+    "ops.aio": {"AsyncIOBuilder": f"{_HERE}.op_builders"},
+    "ops.op_builder": _BUILDERS,
     "ops.adagrad": _ADAGRAD,
     "ops.adam": _ADAM,
     "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_HERE}.optimizers"},
     "ops.adam.fused_adam": {"FusedAdam": f"{_HERE}.optimizers"},
     "ops.lion": _LION,
-    "pipe": _PIPELINE,
+    "pipe": {**_PIPELINE, **_GRIDS},
     "runtime": {},
     "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": _RECOMPUTE,
-    "runtime.config": _ERROR,
+    "runtime.config": {**_ERROR, **_OPTIMIZER_NAMES},
     "runtime.dataloader": _LOADER,
     "runtime.engine": _ENGINE,
     "runtime.lr_schedules": _SCHEDULES,
-    "runtime.pipe": _PIPELINE,
+    "runtime.pipe": {**_PIPELINE, **_GRIDS},
     "runtime.pipe.engine": {"PipelineEngine": f"{_HERE}.engines"},
     "runtime.pipe.module": _names("uni3d.pipe", "PipelineModule LayerSpec TiedLayerSpec"),
+    "runtime.pipe.topology": _GRIDS,
+    "runtime.precision_config": {
+        "DeepSpeedFP16Config": "uni3d.config.sections:FP16Config",
+        "DeepSpeedBF16Config": "uni3d.config.sections:BF16Config",
+    },
+    "runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": f"{_HERE}.constants"},
     "runtime.utils": _names(
         f"{_HERE}.helpers",
         "see_memory_usage memory_status clip_grad_norm_ set_random_seed move_to_device "
-        "ensure_directory_exists noop_context",
+        "ensure_directory_exists noop_context partition_uniform partition_balanced prefix_sum_inc "
+        "call_to_str",
     ),
     "runtime.zero": _GATHERING,
+    "runtime.zero.leaf_module_config": _names(
+        f"{_HERE}.constants",
+        "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES DEFAULT_LEAF_MODULE_NAME_SUFFIXES",
+    ),
+    "runtime.zero.offload_config": _names(f"{_HERE}.constants", "OffloadDeviceEnum OffloadStateTypeEnum"),
     "runtime.zero.partition_parameters": _PARTITION,
     "runtime.zero.stage3": {},
     "runtime.zero.stage_1_and_2": {},
@@ -161,17 +206,44 @@ PROVIDED: dict[str, dict[str, str]] = {
     "utils.logging": _LOG,
     "utils.nvtx": {"instrument_w_nvtx": f"{_HERE}.helpers"},
     "utils.tensor_fragment": _FRAGMENTS,
+    "utils.torch": {"required_torch_version": f"{_HERE}.helpers"},
     "utils.z3_leaf_module": _LEAVES,
     "utils.zero_to_fp32": _ZERO_TO_FP32,
     "zero": _GATHERING,
 }
+
+STAND_INS: dict[str, list[str]] = {
+    "checkpoint.utils": ["get_model_ckpt_name_for_rank"],
+    "moe.layer": ["MoE"],
+    "monitor.config": ["DeepSpeedMonitorConfig"],
+    "runtime.base_optimizer": ["ZeROOptimizer", "DeepSpeedOptimizer"],
+    "runtime.bf16_optimizer": ["BF16_Optimizer"],
+    "runtime.checkpoint_engine.torch_checkpoint_engine": ["TorchCheckpointEngine"],
+    "runtime.config": ["DeepSpeedConfig"],
+    "runtime.config_utils": ["DeepSpeedConfigModel"],
+    "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
+    "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
+    "runtime.pipe.topology": ["PipelineParallelGrid"],
+    "runtime.precision_config": ["get_bfloat16_config"],
+    "runtime.utils": ["PartitionedTensor"],
+    "runtime.zero.config": ["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadParamConfig", "ZeroStageEnum"],
+    "runtime.zero.linear": ["LinearModuleForZeroStage3"],
+    "runtime.zero.partition_parameters": ["MultipleAllGatherHandles", "partitioned_param_data_shape"],
+    "runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
+    "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
+}
+"""Classes that programs import to ask whether something is one of theirs. Making one raises an error."""
+
+for _module in STAND_INS:
+    for _length in range(_module.count(".") + 1):
+        PROVIDED.setdefault(_module.rsplit(".", _length)[0], {})
 
 _INFERENCE = (
     "uni3d trains; export the weights by uni3d export --format hf, and serve them by vLLM or the like"
 )
 _GENERATE = "call engine.module.generate(...): layers are gathered as they run"
 _EXPERTS = "expert parallelism isn't supported; experts are sharded by ZeRO and split by the model's tp_plan"
-_TOPOLOGY = "set the degrees in the config's section parallel, or num_stages"
+_TOPOLOGY = "engine.grid has the places and groups of the ranks"
 _TRUST = "its layer-wise norms aren't implemented for sharded layers; use FusedAdam"
 _ONE_BIT = "it needs DeepSpeed's compressed communication; use communication_data_type to halve traffic"
 _LAUNCH = "start the processes with torchrun"
@@ -179,6 +251,7 @@ _PLAN = "use uni3d plan, which estimates memory for any topology"
 _KERNELS = "DeepSpeed's kernels aren't part of uni3d; use torch.nn, whose attention is fused"
 _CONFIG = "use uni3d.config.load_config, which reads the same file"
 _CHECKPOINTS = "every checkpoint loads at any topology; uni3d import reads those of DeepSpeed"
+_IN_MEMORY = "parameters and states stay in memory; offload_optimizer with device cpu is supported"
 _ESTIMATE = "estimate_zero{}_model_states_mem_needs_all_{}"
 
 REFUSED: dict[str, str] = {
@@ -203,6 +276,7 @@ REFUSED: dict[str, str] = {
     "ZeROOptimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "runtime.base_optimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "runtime.bf16_optimizer": "optimizers are torch's own, over fp32 parameters",
+    "runtime.precision_config": _CONFIG,
     "runtime.fp16": f"engine.scaler is the loss scale; 1-bit optimizers aren't supported: {_ONE_BIT}",
     "DeepSpeedDataLoader": "use training_data of initialize, or engine.loader(dataset)",
     "runtime.dataloader.DeepSpeedDataLoader": "use training_data of initialize, or engine.loader(dataset)",
@@ -212,8 +286,8 @@ REFUSED: dict[str, str] = {
     "ops.sparse_attention": _KERNELS,
     "ops.fp_quantizer": _KERNELS,
     "ops.op_builder": "there are no extensions to build",
-    "ops.aio": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
-    "nvme": "parameters and states stay in memory; offload_optimizer with device cpu is supported",
+    "ops.aio": _IN_MEMORY,
+    "nvme": _IN_MEMORY,
     "ops.lamb": _TRUST,
     "ops.adam.ZenFlowCPUAdam": "optimizer steps aren't split or delayed; use DeepSpeedCPUAdam",
     "runtime.comm": _ONE_BIT,
@@ -225,22 +299,25 @@ REFUSED: dict[str, str] = {
     "monitor": "set tensorboard, wandb, comet or csv_monitor in the config",
     "profiling": "set flops_profiler in the config, or use torch.profiler",
     "runtime.pipe.topology": _TOPOLOGY,
-    "pipe.ProcessTopology": _TOPOLOGY,
-    "runtime.pipe.ProcessTopology": _TOPOLOGY,
     "checkpoint.DeepSpeedCheckpoint": _CHECKPOINTS,
     "checkpoint.ds_to_universal": _CHECKPOINTS,
     "checkpoint.universal_checkpoint": _CHECKPOINTS,
+    "checkpoint.utils.get_model_ckpt_name_for_rank": _CHECKPOINTS,
+    "runtime.checkpoint_engine": _CHECKPOINTS,
+    "runtime.swap_tensor": _IN_MEMORY,
+    "runtime.zero.linear": "layers are torch's own: use nn.Linear",
     "runtime.zero.stage_1_and_2": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.stage3": "ZeRO stages are settings of one mechanism; set zero_optimization.stage",
     "runtime.zero.config": _CONFIG,
+    "runtime.zero.partition_parameters.MultipleAllGatherHandles": "use zero.GatheredParameters",
+    "runtime.zero.partition_parameters.partitioned_param_data_shape": "use zero.GatheredParameters",
+    "runtime.utils.PartitionedTensor": "use torch.distributed.tensor.DTensor",
     "zero.TiledLinear": "split the layer, or use tensor parallelism: parallel.tp in the config",
-    "zero.unwrap_model_for_generation": _GENERATE,
     **{
         f"{module}.{_ESTIMATE.format(stages, when)}": _PLAN
         for module, stages in (("runtime.zero.stage_1_and_2", "2"), ("runtime.zero.stage3", "3"))
         for when in ("live", "cold")
     },
-    "runtime.zero.offload_config": _CONFIG,
     "utils.timer": "set wall_clock_breakdown in the config",
     "comm.configure": "use torch.profiler, which records collectives",
     "comm.log_summary": "use torch.profiler, which records collectives",

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from uni3d.config.deepspeed_keys import REFUSED
-
-_KEYS = {
-    "partition_activations": "partition_activations",
-    "contiguous_checkpointing": "contiguous_memory_optimization",
-    "num_checkpoints": "number_checkpoints",
-    "checkpoint_in_cpu": "cpu_checkpointing",
-    "synchronize": "synchronize_checkpoint_boundary",
-    "profile": "profile",
-}
-"""Arguments of `configure`, as keys of the config's section."""
 _calls: list[None] = []
 
 
@@ -31,10 +21,9 @@ def configure(
     synchronize: bool | None = None,
     profile: bool | None = None,
 ) -> None:
-    """Accept DeepSpeed's defaults. `mpu_` and `deepspeed_config` aren't used: `initialize` reads the config.
+    """Accept DeepSpeed's options, as the config does: none of them has an effect, and a warning says so.
 
-    Raises:
-        ValueError: an option that isn't supported, with the reason.
+    `mpu_` and `deepspeed_config` aren't used: `initialize` reads the config.
     """
     given = {
         "partition_activations": partition_activations,
@@ -44,10 +33,12 @@ def configure(
         "synchronize": synchronize,
         "profile": profile,
     }
-    for name, value in given.items():
-        if value:
-            reason = REFUSED[f"activation_checkpointing.{_KEYS[name]}"]
-            raise ValueError(f"checkpointing.configure: {name} isn't supported: {reason}")
+    if asked := [name for name, value in given.items() if value]:
+        warnings.warn(
+            f"checkpointing.configure: {', '.join(asked)} has no effect: `checkpoint` keeps a call's inputs "
+            "where they are, and computes the rest again",
+            stacklevel=2,
+        )
     _calls.append(None)
 
 

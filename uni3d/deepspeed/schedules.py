@@ -38,6 +38,10 @@ _TUNING: dict[str, tuple[type, Any, str]] = {
 """Options of `add_tuning_arguments`, with their types, defaults and help."""
 
 
+_OPTIONAL = {"warmup_max_lr", "cycle_second_step_size", "cycle_second_stair_count", "cycle_momentum"}
+"""Parameters that may be None."""
+
+
 class ClassicSchedule(CycledMomentum):
     """A schedule with DeepSpeed's numbers and attributes. `step()` is called after each optimizer step."""
 
@@ -51,7 +55,7 @@ class ClassicSchedule(CycledMomentum):
         inner: torch.optim.Optimizer = (
             optimizer if isinstance(optimizer, torch.optim.Optimizer) or wrapped is None else wrapped
         )
-        given = {key: value for key, value in params.items() if value is not None}
+        given = {key: value for key, value in params.items() if value is not None or key not in _OPTIONAL}
         config = read_scheduler({"type": type(self).__name__, "params": given})
         assert config is not None, "the section isn't empty"
         super().__init__(inner, *begin(config, inner))

@@ -45,18 +45,6 @@ def initialize(
     Raises:
         ValueError: an argument doesn't fit, or one that isn't supported, with what to use instead.
     """
-    if mpu is not None:
-        raise ValueError(
-            'initialize: mpu isn\'t supported; set the degrees in the config: "parallel": {"tp": 2}'
-        )
-    if mesh_param is not None:
-        raise ValueError("initialize: mesh_param isn't supported; set the config's section parallel")
-    if distributed_port != PORT:
-        raise ValueError(
-            "initialize: distributed_port isn't supported; torchrun sets the port (--master-port)"
-        )
-    if dist_init_required is False and not torch.distributed.is_initialized():
-        raise ValueError("initialize: dist_init_required is False, but there is no process group")
     _check_accelerate()
     tp = None if model is None else _tensor_parallel.get(model)
     given = config if config is not None else config_params
@@ -76,6 +64,10 @@ def initialize(
         collate_fn=collate_fn,
         config=config,
         config_params=config_params,
+        mpu=mpu,
+        mesh_param=mesh_param,
+        dist_init_required=dist_init_required,
+        distributed_port=distributed_port,
     )
     engine = results[0]
     if "async_save" not in engine.config.checkpoint.model_fields_set:
@@ -127,26 +119,40 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def init_distributed(
-    dist_backend: str | None = None, *, timeout: timedelta | None = None, **given: Any
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = PORT,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
 ) -> None:
-    """Start the process group unless it exists, from torchrun's environment or else with one process.
+    """Start the process group unless it exists: by `init_method`, or else by torchrun's environment.
 
-    `initialize` does so too. The backend is NCCL on GPUs and gloo on CPUs;
-    `timeout` is that of collectives.
+    `initialize` does the latter too. The backend is NCCL on GPUs and gloo on CPUs; `timeout` is that of
+    collectives. MPI isn't asked, and the port is the launcher's.
 
     Raises:
-        ValueError: an unknown backend, or an argument that would change the group.
+        ValueError: an unknown backend, a `config` of the communication, or `dist_init_required` is False, but
+            there is no process group.
     """
     if dist_backend not in (None, "nccl", "gloo"):
         raise ValueError(f"dist_backend is {dist_backend!r}; expected 'nccl', 'gloo' or None")
-    harmless = {"auto_mpi_discovery", "verbose", "dist_init_required"}
-    defaults = {"distributed_port": PORT, "init_method": None, "config": None, "rank": -1, "world_size": -1}
-    unlike = {k for k, v in given.items() if k not in harmless and (k not in defaults or v != defaults[k])}
-    if unlike:
+    if dist_init_required is False and not torch.distributed.is_initialized():
+        raise ValueError("init_distributed: dist_init_required is False, but there is no process group")
+    if config is not None:
         raise ValueError(
-            f"init_distributed doesn't support {', '.join(sorted(unlike))}; start the processes with torchrun"
+            "init_distributed: config isn't supported; use torch.profiler, which records collectives"
         )
     cuda = torch.cuda.is_available() and dist_backend != "gloo"
     if dist_backend == "nccl" and not cuda:
         raise ValueError("dist_backend is 'nccl', but there is no GPU; leave it out")
-    parallel.start_process_group("cuda" if cuda else "cpu", timeout)
+    if init_method is None or torch.distributed.is_initialized():
+        parallel.start_process_group("cuda" if cuda else "cpu", timeout)
+        return
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo", init_method=init_method, timeout=timeout, rank=rank, world_size=world_size
+    )

@@ -14,6 +14,7 @@ from ckpt.read import WEIGHT_STATES
 from parallel.combinations import combination_refusal
 from parallel.degrees import resolve_degrees
 from uni3d.config import Config, batch_triad
+from uni3d.config.data import epoch_length
 from uni3d.config.scheduler import describe_schedule
 from uni3d.config.settings import parallel_settings
 from uni3d.manifest import SAMPLE_ORDER, RunManifest, is_extra
@@ -58,9 +59,18 @@ def given_by(config: Config | None, saved: RunManifest) -> Given:
             "train_batch_size": config.train_batch_size,
             "sample_order": SAMPLE_ORDER,
         },
+        epoch_length=_epoch_length(config, saved),
         accepted=config.checkpoint.accept_changes,
         loss_scale=None if fp16 is None else fp16.loss_scale or 2.0**fp16.initial_scale_power,
     )
+
+
+def _epoch_length(config: Config, saved: RunManifest) -> int | None:
+    """Return the samples of an epoch of the checkpoint's data by this config; None if not known."""
+    samples, batch, drops = saved.engine.dataset_length, config.train_batch_size, config.dataloader_drop_last
+    if not samples or (batch is None and drops):
+        return None
+    return epoch_length(samples, batch or samples, drop_last=drops and samples >= (batch or samples))
 
 
 def _scheduler(config: Config, saved: Json) -> GivenScheduler | None:

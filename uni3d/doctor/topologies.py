@@ -210,14 +210,18 @@ class Fitter:
 
 
 def _zero_refusal(values: Mapping[str, Any], stage: int) -> str | None:
-    """Return why a config refuses this ZeRO stage, or None if it doesn't."""
+    """Return why a config refuses this ZeRO stage, or offloads otherwise at it; None if neither."""
     given = values.get("zero_optimization")  # an object, or a boolean or null for one
     zero = {**(given if isinstance(given, Mapping) else {}), "stage": stage}
     try:
-        load_config({**values, "zero_optimization": zero})
+        there = load_config({**values, "zero_optimization": zero})
     except ValueError as error:
         return " ".join(str(error).split())
-    return None
+    if there.offload == load_config(values).offload:
+        return None
+    return (
+        f"the config {'offloads' if there.offload else 'offloads nothing'} at stage {stage}, not at its own"
+    )
 
 
 def _splits(asked: Asked) -> Iterator[tuple[int, int, int]]:

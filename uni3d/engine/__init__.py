@@ -2,6 +2,7 @@
 
 Modules:
     build           `initialize`: from a model and a config to an engine
+    start           the first values of the parameters: drawn, read from files, or loaded by a resume
     arguments       checks of the model and the data, refusals of copies
     deepspeed_arguments  `initialize`'s less common arguments: an `mpu`, a config in base64
     training_core   the engine's calls that train: whole batches, or micro batches one by one
@@ -14,6 +15,8 @@ Modules:
     batches         checks of micro batches, the loss of one, dropout's random state
     token_means     the numbers of label tokens behind the losses of Hugging Face models
     sample_order    the order of samples
+    sample_workers  the processes that load samples
     data_loader     the data loader
+    given_loader    loaders and streams that the script brings as training data
     guard           failures during collective calls
 """

@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, IterableDataset
 
 from ckpt import DTYPES
 from parallel.tensors import persistent_buffers
 from uni3d.checkpoint.extra_state import check_in_layers
+from uni3d.engine.given_loader import is_given_loader
 
 T = TypeVar("T")
 
@@ -69,29 +69,39 @@ def using_up(model: nn.Module, build: Callable[[], T]) -> T:
     return built
 
 
-def check_data(training_data: Any) -> None:
-    """Check that the engine can draw samples from the data in an order of its own.
+def check_data(training_data: Any) -> Any:
+    """Return the data if it is something to train on.
+
+    Raises:
+        ValueError: it is neither a dataset nor a loader.
+    """
+    if training_data is None or is_given_loader(training_data) or _has_samples(training_data):
+        return training_data
+    raise ValueError(
+        f"training_data is a {type(training_data).__name__}, which has no length and no sample by its index, "
+        "and no state_dict: a resume couldn't find its place; pass a map-style dataset, an IterableDataset "
+        "or a DataLoader, or leave training_data out and pass train_batch an iterator of this rank's micro "
+        "batches"
+    )
+
+
+def check_dataset(data: Any) -> None:
+    """Check that samples can be drawn from the data in any order.
 
     Raises:
         ValueError: it isn't a map-style dataset.
     """
-    if training_data is None:
-        return
-    kind = type(training_data).__name__
-    if isinstance(training_data, DataLoader):
+    kind = type(data).__name__
+    if is_given_loader(data):
+        raise ValueError(f"the data is a {kind}, which has an order of its own; iterate over it, as it is")
+    if not _has_samples(data):
         raise ValueError(
-            f"training_data is a {kind}, but the engine makes the batches itself, in an order that every "
-            "topology can go on with; pass its dataset and collate_fn, or leave training_data out and pass "
-            "uni3d.RepeatingLoader(loader) to train_batch"
+            f"the data is a {kind}, which has no length and no sample by its index; pass a map-style dataset"
         )
-    if isinstance(training_data, IterableDataset) or not (
-        hasattr(training_data, "__getitem__") and hasattr(training_data, "__len__")
-    ):
-        raise ValueError(
-            f"training_data is a {kind}, which has no length and no sample by its index: a resume couldn't "
-            "find its place; pass a map-style dataset, or leave training_data out and pass train_batch an "
-            "iterator of this rank's micro batches"
-        )
+
+
+def _has_samples(data: Any) -> bool:
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
 def refuse_copies(*owners: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,9 +20,10 @@ from parallel.parameter_hooks import tensors_in
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
+from uni3d.config.data import epoch_length
 from uni3d.config.deepspeed_keys import by_reason
 from uni3d.config.settings import parallel_settings
-from uni3d.engine.arguments import check_data, check_model, refuse_copies, using_up
+from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.deepspeed_arguments import (
     FurtherArguments,
@@ -32,11 +34,14 @@ from uni3d.engine.deepspeed_arguments import (
     with_degrees,
 )
 from uni3d.engine.engine import Engine
+from uni3d.engine.given_loader import GivenLoader, data_as_used
+from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.optim.optimizers import check_works_sharded, make_optimizer, split_groups
 from uni3d.pipe import PipelineModule
+from uni3d.state import PARAMETER
 from uni3d.train_state import Progress, TrainState
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -49,65 +54,79 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | Callable[[Groups], torch.optim.Optimizer] | None = None,
     model_parameters: Iterable[Any] | None = None,
-    training_data: Dataset[Any] | None = None,
+    training_data: Dataset[Any] | Iterable[Any] | None = None,
     lr_scheduler: Scheduler | Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
+    *,
+    resume: str | Path | None = None,
+    weights: str | Path | None = None,
     **further: Unpack[FurtherArguments],
-) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | None, Scheduler | None]:
+) -> tuple[Engine, torch.optim.Optimizer | None, TrainingLoader | GivenLoader | None, Scheduler | None]:
     """Collective: build the engine that trains `model` by `config`, on all processes of the job.
 
     The process group is started if there is none; without torchrun it has one process.
 
     Args:
         args: an object whose `deepspeed_config` is the config's path, if `config` isn't given.
-        model: the same on every rank, on the CPU or, with an `init_parameter`, on the meta device. It is
-            used up: `engine.module` is this rank's part of it. See `parallel.build` for how a model
-            declares its splits.
+        model: the same on every rank, on the CPU, or on the meta device with an `init_parameter`, `resume` or
+            `weights`. It is used up: `engine.module` is this rank's part of it. See `parallel.build`.
         optimizer, lr_scheduler: over the model's parameters, without state, and over that optimizer; or
             functions of the parameter groups and the optimizer. They take precedence over the config's.
         model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
             default all that require a gradient.
-        training_data, collate_fn: a map-style dataset of `(inputs, targets)`. For a DataLoader or an
-            IterableDataset, leave it out and pass an iterator to `train_batch`.
+        training_data, collate_fn: a map-style dataset of `(inputs, targets)`; or an IterableDataset, a
+            DataLoader or a loader with a state, of this rank's own samples (`uni3d.engine.given_loader`).
         config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
+        resume: a run's folder or URL, as for `engine.resume`; weights that it has aren't drawn first.
+        weights: a safetensors file, or a folder of them, of the whole model; unread if `resume` loads.
         further: others of DeepSpeed's, see `FurtherArguments`.
 
     Returns the engine, its optimizer, the data loader (None without `training_data`) and the scheduler.
 
     Raises:
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
+        ckpt.CheckpointError: `resume` or `weights` can't be loaded; the same on all ranks.
     """
-    model = check_model(model)
-    check_data(training_data)
+    model, data = check_model(model), check_data(training_data)
     settings = _settings(_one_config(args, config, config_params), model, further)
     topology, split, triad = _distribute(settings, further.get("mpu"))
+    data = data_as_used(data, settings, triad, topology, collate_fn)
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
-    _warn_without_effect(settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
-    spec = declared(model)  # before `build`, which uses the model up
-    built = using_up(model, lambda: parallel.build(model, topology, split))
+    spec = declared(model)  # before it is used up
+    start = Start(topology.host, model, resume, weights)
+    built = start.build(model, topology, split)
     inner = _make_optimizer(settings, optimizer, groups, built)
     scheduler = _make_scheduler(settings, lr_scheduler, inner)
-    engine = Engine(
-        # A scheduler of the script's own takes the place of the config's.
-        config=settings if lr_scheduler is None else settings.model_copy(update={"scheduler": None}),
-        triad=triad,
-        state=_train_state(settings, triad, built, inner, scheduler, training_data),
-        model_spec=spec,
-        training_data=training_data,
-        collate_fn=collate_fn,
-    )
+    if lr_scheduler is not None:  # it takes the place of the config's
+        settings = settings.model_copy(update={"scheduler": None})
+    state = _train_state(settings, triad, built, inner, scheduler, data)
+    make = partial(Engine, config=settings, triad=triad, state=state, model_spec=spec)
+    engine = make(training_data=data, collate_fn=collate_fn)
+    _load(engine, start.run)
     refuse_copies(engine, engine.module)
     return engine, inner, engine.training_dataloader, scheduler
+
+
+def _load(engine: Engine, run: str | Path | None) -> None:
+    """Load the run's newest checkpoint, if there is a run; all parameters of the engine are NaN then."""
+    if run is None:
+        return
+    engine.load_checkpoint(run)
+    assert engine.last_load is not None, "it was loaded"
+    restored = {*engine.last_load.restored}
+    names = [engine.model.first_name(name) for name, _ in engine.module.named_parameters()]
+    assert restored.issuperset(f"{name}/{PARAMETER}" for name in names), "the load is strict"
 
 
 def _settings(config: Given, model: nn.Module, further: FurtherArguments) -> Config:
     """Return the config together with what else says how the run is laid out."""
     check_further(further)
-    return _with_pipeline_options(with_degrees(load_config(decoded(config)), further), model)
+    topology = model.topology if isinstance(model, PipelineModule) else None
+    return _with_pipeline_options(with_degrees(load_config(decoded(config)), further, topology), model)
 
 
 def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
@@ -132,7 +151,11 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
 
 
 def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:
-    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none."""
+    """Print one line before the model is built, which takes a while; `steps_per_print` null prints none.
+
+    Keys of the config without effect are a warning.
+    """
+    _warn_without_effect(settings, topology)
     if settings.steps_per_print is None or topology.rank != 0:
         return
     degrees = topology.degrees
@@ -151,15 +174,18 @@ def _train_state(
     model: parallel.ParallelModel,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Scheduler | None,
-    training_data: Dataset[Any] | None,
+    training_data: Any,
 ) -> TrainState:
-    length = 0 if training_data is None else len(training_data)  # type: ignore[arg-type]
+    given = training_data if isinstance(training_data, GivenLoader) else None
+    length = 0 if training_data is None or given is not None else len(training_data)
+    used = epoch_length(length, triad.train_batch, drop_last=settings.dataloader_drop_last)
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
-        progress=Progress(train_batch=triad.train_batch, dataset_length=length),
+        progress=Progress(train_batch=triad.train_batch, dataset_length=length, epoch_length=used),
+        data=given,
     )
 
 
@@ -168,7 +194,7 @@ def _warn_without_effect(config: Config, topology: parallel.Topology) -> None:
     if config.without_meaning and topology.rank == 0:
         grouped = by_reason(config.without_meaning)
         reasons = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in grouped.items())
-        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=3)
+        warnings.warn(f"keys of the config that have no effect: {reasons}", stacklevel=4)
 
 
 def _make_masters(model: nn.Module, settings: Config, topology: parallel.Topology) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ckpt
 from uni3d.checkpoint import live_weights
-from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
+from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted, newest
 from uni3d.engine.training_core import TrainingCore
 
 
@@ -21,6 +21,7 @@ class CheckpointCore(TrainingCore):
         """Collective. Takes what `TrainingCore` takes."""
         super().__init__(**given)
         self.last_load: ckpt.LoadReport | None = None
+        self.client_state: dict[str, Any] | None = None
         self._restorer = Restorer(self._state, self.config, comm=self._comm, inventory=self._inventory)
 
     def save_checkpoint(
@@ -113,18 +114,17 @@ class CheckpointCore(TrainingCore):
         except ckpt.PartialLoadError as error:
             self._guard.unusable = f"a load failed half-way ({error})"
             raise
-        self.model.zero.show_parameters()
+        finally:
+            self.model.zero.show_parameters()
         self._saver.forget_plan()
         self._source.moved()
-        self.last_load = loaded.report
+        self.last_load, self.client_state = loaded.report, loaded.client_state
         return loaded.url, loaded.client_state
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
         self._saver.wait()
-        if self._restorer.latest(run) is None:
-            return None
-        return self.load_checkpoint(run)[1]
+        return None if newest(self._comm, run) is None else self.load_checkpoint(run)[1]
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """Return this stage's part of the whole model's `state_dict`: fp32, in the host's memory."""

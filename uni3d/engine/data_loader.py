@@ -12,20 +12,23 @@ from itertools import count, islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from parallel import ParallelModel
-from uni3d.config import BatchTriad
-from uni3d.engine.arguments import check_data
+from parallel import ParallelModel, Topology
+from uni3d.config import BatchTriad, Config
+from uni3d.config.data import epoch_length
+from uni3d.engine.arguments import check_dataset
 from uni3d.engine.batches import check_batches, on_device
+from uni3d.engine.given_loader import GivenLoader
 from uni3d.engine.sample_order import GlobalOrder
+from uni3d.engine.sample_workers import HERE, Places, SampleFetcher, Workers
 
 _AT_ONCE = 4096
 """Samples that are looked up in the order together, at 0.2 us each on one core; 4 at once take 50 us each."""
 
 
-class _MicroBatchSampler(Sampler[list[int]]):
-    """Lists of sample indices: this rank's micro batches of the global batches that begin before `end`.
+class _MicroBatchPlaces(Iterable[Places]):
+    """Samples of this rank's micro batches of the global batches that begin before `end`.
 
     The first global batch begins at `start`; its first `taken` micro batches are left out. Without an end,
     the epochs follow each other.
@@ -39,16 +42,17 @@ class _MicroBatchSampler(Sampler[list[int]]):
         self._first = dp_rank * self._share
         self._start, self._end, self._taken = start, end, taken
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Places]:
         return islice(self._micro_batches(), self._taken, None)
 
-    def _micro_batches(self) -> Iterator[list[int]]:
+    def _micro_batches(self) -> Iterator[Places]:
         size, step = self._triad.micro_batch, self._triad.train_batch
         starts = count(self._start, step) if self._end is None else range(self._start, self._end, step)
         begins = (start + self._first + i for start in starts for i in range(0, self._share, size))
         while several := list(islice(begins, max(1, _AT_ONCE // size))):
             places = np.add.outer(np.array(several, np.int64), np.arange(size))
-            yield from self._order.samples(places).tolist()
+            samples = self._order.samples(places).tolist()
+            yield from (list(zip(*both, strict=True)) for both in zip(places.tolist(), samples, strict=True))
 
 
 class LoaderIterator(Iterator[Any]):
@@ -65,8 +69,10 @@ class TrainingLoader:
     """Micro batches of this rank: each `for` gives the rest of an epoch, from where training stands.
 
     Global batches are always complete: where their size doesn't divide the number of samples, the last one
-    of an epoch goes on with the first samples of the next. An epoch's `for` gives the global batches that
-    begin in that epoch.
+    of an epoch goes on with the first samples of the next, or with `drop_last` is left out. An epoch's `for`
+    gives the global batches that begin in that epoch.
+
+    Processes that load may be ahead of training. Only what is trained on counts.
 
     A `for` begins at the first sample that hasn't been consumed, so it goes on with the next epoch after one
     that has been trained on, and in the middle of one after a `break` or a resume. An iterator made before a
@@ -83,18 +89,20 @@ class TrainingLoader:
         position: Callable[[], int] | None = None,
         taken: Callable[[], int] = lambda: 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        drop_last: bool = False,
+        workers: Workers = HERE,
     ) -> None:
         """Load from where training stands, or without a `position` from the first sample.
 
         `position` returns the number of samples consumed so far, over all ranks, and `taken` how many micro
         batches this rank has had backward passes of since, those inside `no_sync` included.
         """
-        check_data(dataset)
-        self._dataset = dataset
-        self._length = len(dataset)  # type: ignore[arg-type]
-        self._order = GlobalOrder(self._length, seed)
+        check_dataset(dataset)
+        samples = len(dataset)  # type: ignore[arg-type]
+        self._length = epoch_length(samples, triad.train_batch, drop_last=drop_last)
+        self._order = GlobalOrder(samples, seed, self._length)
         self._triad, self._dp_rank = triad, dp_rank
-        self._collate_fn = collate_fn
+        self._fetcher = SampleFetcher(dataset, seed=seed, workers=workers, collate_fn=collate_fn)
         self.follows_training = position is not None
         self._position, self._taken = position or (lambda: 0), taken
         self._generation = 0
@@ -138,16 +146,30 @@ class TrainingLoader:
 
     def _batches(self, start: int, end: int | None, taken: int) -> Iterator[Any]:
         generation = self._generation
-        sampler = _MicroBatchSampler(
-            self._order, self._triad, self._dp_rank, start=start, end=end, taken=taken
-        )
-        for batch in DataLoader(self._dataset, batch_sampler=sampler, collate_fn=self._collate_fn):
+        wanted = _MicroBatchPlaces(self._order, self._triad, self._dp_rank, start=start, end=end, taken=taken)
+        for batch in self._fetcher.fetch(wanted):
             if generation != self._generation:
                 raise RuntimeError(
                     "this data iterator was made before a checkpoint was loaded, so its samples would be "
                     "out of order; call iter() on the loader again"
                 )
             yield batch
+
+
+def loading(config: Config, topology: Topology) -> dict[str, Any]:
+    """Return the arguments of a `TrainingLoader` that this rank has from the config."""
+    workers = Workers(
+        config.num_local_io_workers,
+        config.prefetch_factor,
+        config.persistent_workers,
+        pin_memory=config.dataloader_pin_memory and topology.device.type == "cuda",
+    )
+    return {
+        "dp_rank": topology.dp_rank,
+        "seed": config.seed,
+        "drop_last": config.dataloader_drop_last,
+        "workers": workers,
+    }
 
 
 class RepeatingLoader:
@@ -162,7 +184,7 @@ class RepeatingLoader:
         self._batches: Iterator[Any] = iter(())
 
     def __iter__(self) -> RepeatingLoader:
-        if isinstance(self.loader, TrainingLoader) and self.loader.follows_training:
+        if isinstance(self.loader, TrainingLoader | GivenLoader) and self.loader.follows_training:
             self._batches = iter(())
         return self
 
@@ -171,7 +193,10 @@ class RepeatingLoader:
             return next(self._batches)
         except StopIteration:
             loader = self.loader
-            self._batches = loader.all_epochs() if isinstance(loader, TrainingLoader) else iter(loader)
+            if isinstance(loader, TrainingLoader | GivenLoader):
+                self._batches = loader.all_epochs()
+            else:
+                self._batches = iter(loader)
         try:
             return next(self._batches)
         except StopIteration:
@@ -188,7 +213,9 @@ class BatchSource:
         sure: True if the last ones have the config's number of samples, whatever their tensors' first dims.
     """
 
-    def __init__(self, loader: TrainingLoader | None, model: ParallelModel, triad: BatchTriad) -> None:
+    def __init__(
+        self, loader: TrainingLoader | GivenLoader | None, model: ParallelModel, triad: BatchTriad
+    ) -> None:
         self._loader = loader
         self._model = model
         self._triad = triad

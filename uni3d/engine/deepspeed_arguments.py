@@ -66,13 +66,17 @@ def check_further(given: FurtherArguments) -> None:
         )
 
 
-def with_degrees(settings: Config, given: FurtherArguments) -> Config:
-    """Return the config with the degrees of an `mpu` or a mesh, where it has none itself.
+def with_degrees(settings: Config, given: FurtherArguments, topology: Any = None) -> Config:
+    """Return the config with the degrees of a topology, an `mpu` or a mesh, where it has none itself.
 
     Raises:
         ValueError: they contradict the config, or the mesh splits sequences.
     """
-    degrees = {**_of_mesh(given.get("mesh_param")), **_of_mpu(given.get("mpu"))}
+    degrees = {
+        **_of_topology(topology),
+        **_of_mesh(given.get("mesh_param")),
+        **_of_mpu(given.get("mpu")),
+    }
     section = settings.parallel
     for axis, (degree, source) in degrees.items():
         ours = getattr(section, axis)
@@ -85,6 +89,17 @@ def with_degrees(settings: Config, given: FurtherArguments) -> Config:
         return settings
     update = {axis: degree for axis, (degree, _) in degrees.items()}
     return settings.model_copy(update={"parallel": section.model_copy(update=update)})
+
+
+def _of_topology(topology: Any) -> dict[str, tuple[int, str]]:
+    if topology is None:
+        return {}
+    axes = {"pp": "pipe", "dp": "data", "tp": "model"}
+    return {
+        axis: (int(topology.get_dim(theirs)), f"the topology's {theirs}")
+        for axis, theirs in axes.items()
+        if theirs in topology.get_axis_names()
+    }
 
 
 def _of_mesh(mesh: Sequence[int] | None) -> dict[str, tuple[int, str]]:

@@ -32,7 +32,7 @@ class Engine(CheckpointCore):
         optimizer, lr_scheduler, training_dataloader: as `initialize` made them, or None.
         scaler: the loss scale of fp16, or None.
         device, global_rank, local_rank, world_size: of this process, as torchrun counts.
-        last_load: the report of the last load, or None.
+        last_load, client_state: the report of the last load and the checkpoint's client_state, or None.
         grid: places of the ranks, as a DeepSpeed pipeline's grid or an `mpu` has them.
     """
 
@@ -305,6 +305,11 @@ class Engine(CheckpointCore):
     @property
     def enable_backward_allreduce(self) -> bool:
         return True
+
+    @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Names of modules whose gradients are summed as sparse tensors: none."""
+        return set()
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         """Do nothing: the last `backward()` before a step has summed the gradients."""

@@ -109,6 +109,11 @@ class MicroBatches:
         return (self.index + 1) % self._steps == 0 if self.boundary is None else self.boundary
 
     @property
+    def awaits_step(self) -> bool:
+        """True from the backward pass that sums the step's gradients over the ranks to `step()`."""
+        return self._summed and self._backwards > 0
+
+    @property
     def taken(self) -> int:
         """Number of micro batches since the last step, those inside `no_sync` included.
 
@@ -324,10 +329,14 @@ class MicroBatches:
 
     def take(self) -> Loss:
         """Return the step's summed loss and start the next step."""
-        losses, are_means = self.losses, self._are_means
+        total = self.total()
         self.clear()
-        total = Loss.sum(losses)
-        return Loss(total.total, torch.full_like(total.tokens, self._steps)) if are_means else total
+        return total
+
+    def total(self) -> Loss:
+        """Return the sum of the step's losses so far; means count as those of all its micro batches."""
+        total = Loss.sum(self.losses)
+        return Loss(total.total, torch.full_like(total.tokens, self._steps)) if self._are_means else total
 
 
 def _will_accumulate(parameters: Iterable[nn.Parameter]) -> bool:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from uni3d.engine.micro_batches import MicroBatches
 from uni3d.engine.step import Stepper
-from uni3d.optim.loss_scale import LossScale
+from uni3d.optim.loss_scale import FACTOR, LossScale
 
 
 class _Parts(NamedTuple):
@@ -22,6 +22,33 @@ class _Parts(NamedTuple):
     micro: MicroBatches
     stepper: Stepper
     scaler: LossScale | None
+
+
+class LossScalerFace:
+    """The loss scale as DeepSpeed's `optimizer.loss_scaler`; 1 without fp16. Read-only."""
+
+    scale_factor = FACTOR
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
+
+    @property
+    def cur_scale(self) -> float:
+        scaler = self._parts.scaler
+        return 1.0 if scaler is None else scaler.scale
+
+    loss_scale = cur_scale
+
+    @property
+    def cur_iter(self) -> int:
+        """Number of optimizer steps, those that were skipped too."""
+        return self._parts.stepper.steps
+
+    @property
+    def scale_window(self) -> int | None:
+        """Steps without an overflow before one that doubles the scale; None of a scale that stays."""
+        scaler = self._parts.scaler
+        return scaler.window if scaler is not None and scaler.dynamic else None
 
 
 class _Face:
@@ -41,6 +68,16 @@ class _Face:
         return 1.0 if scaler is None else scaler.scale
 
     cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """True if overflows and their absence move the loss scale."""
+        scaler = self._engine_parts.scaler
+        return scaler is not None and scaler.dynamic
+
+    @property
+    def loss_scaler(self) -> LossScalerFace:
+        return LossScalerFace(self._engine_parts)
 
     @property
     def overflow(self) -> bool:

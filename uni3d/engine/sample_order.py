@@ -34,10 +34,11 @@ _SMALLEST = 4
 class GlobalOrder:
     """The endless order, epoch after epoch: maps a place to a sample."""
 
-    def __init__(self, n_samples: int, seed: int) -> None:
+    def __init__(self, n_samples: int, seed: int, epoch_length: int | None = None) -> None:
+        """Order samples 0 to `n_samples` - 1; each epoch has the first `epoch_length`, by default all."""
         if n_samples < 1:
             raise ValueError("the training data has no samples")
-        self._n, self._seed = n_samples, seed
+        self._n, self._seed, self._epoch_length = n_samples, seed, epoch_length or n_samples
         side = math.isqrt(n_samples - 1) + 1
         # With odd columns and rows, rounds are even permutations alone: 7 samples would show it.
         self._columns = max(_SMALLEST, side + side % 2)
@@ -45,7 +46,7 @@ class GlobalOrder:
 
     def samples(self, places: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the sample at each place, in an array of the same shape."""
-        epochs, indices = np.divmod(np.asarray(places, np.int64), self._n)
+        epochs, indices = np.divmod(np.asarray(places, np.int64), self._epoch_length)
         numbers, inverse = np.unique(epochs.ravel(), return_inverse=True)
         keys = self._keys(numbers.tolist())[:, inverse]
         found = self._permuted(indices.ravel().astype(uint64), keys)

@@ -173,9 +173,7 @@ class Stepper:
         samples = progress.global_samples + progress.train_batch
         report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, (traces, sizes))
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
-        scale = 1.0 / divisor
-        if self._clip > 0:
-            scale = scale * clip_factor(norm, self._clip)  # as torch's clip_grad_norm_
+        scale = 1.0 / divisor * clip_factor(norm, self._clip)
         # 3. The step.
         if self.deferred:
             state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -228,6 +226,11 @@ class Stepper:
                 self._conclude(report)
             finally:
                 self._undo = lambda: None
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps, those that were skipped too."""
+        return self._state.progress.global_steps
 
     def look(self) -> Outcome:
         """Return the outcome of the last step. Local, so it neither raises nor undoes a step."""

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from parallel import HostComm, ParallelModel
+from parallel import ParallelModel
 from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
-from uni3d.engine.data_loader import BatchSource, TrainingLoader
+from uni3d.engine.data_loader import BatchSource, TrainingLoader, loading
+from uni3d.engine.given_loader import GivenLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches, in_eval_mode
 from uni3d.engine.optimizer_face import put_face
@@ -40,7 +41,7 @@ class TrainingCore(nn.Module):
         triad: BatchTriad,
         state: TrainState,
         model_spec: dict[str, Any],
-        training_data: Dataset[Any] | None = None,
+        training_data: Dataset[Any] | GivenLoader | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         """Collective. `model_spec` is the model's own description, for the manifest."""
@@ -57,7 +58,7 @@ class TrainingCore(nn.Module):
         self.scaler = state.scaler
         self._state = state
         self._progress = state.progress
-        self._comm = HostComm()
+        self._comm = topo.host
         self._inventory = Inventory(state.model)
         self._saver = Saver(state, config, comm=self._comm, inventory=self._inventory, model_spec=model_spec)
         self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
@@ -66,11 +67,11 @@ class TrainingCore(nn.Module):
         self._guard = Guard(state.progress)
         if state.optimizer is not None:
             put_face(state.optimizer, self._micro, self._stepper, state.scaler)
-        self.training_dataloader: TrainingLoader | None = None
-        if training_data is not None:
-            self.training_dataloader = self.loader(
-                training_data, collate_fn, lambda: self._progress.global_samples, lambda: self._micro.taken
-            )
+        data: Any = training_data
+        if data is not None and not isinstance(data, GivenLoader):
+            position = lambda: self._progress.global_samples  # noqa: E731
+            data = self.loader(data, collate_fn, position, lambda: self._micro.taken)
+        self.training_dataloader: TrainingLoader | GivenLoader | None = data
         self._source = BatchSource(self.training_dataloader, state.model, triad)
         self._given: Iterator[Any] | None = None
         """What `train_batch` takes its batches from, if the script has set it."""
@@ -149,8 +150,8 @@ class TrainingCore(nn.Module):
         taken: Callable[[], int] = lambda: 0,
     ) -> TrainingLoader:
         """Return this rank's micro batches of `dataset`: each `for` begins at `position()`, or 0. Local."""
-        load = partial(TrainingLoader, dataset, self.triad, seed=self.config.seed, collate_fn=collate_fn)
-        return load(dp_rank=self.model.topology.dp_rank, position=position, taken=taken)
+        load = partial(TrainingLoader, dataset, self.triad, position=position, taken=taken)
+        return load(collate_fn=collate_fn, **loading(self.config, self.model.topology))
 
     # --- micro batches, one by one (no pipeline stages) ------------------------------------------------
 
@@ -185,7 +186,7 @@ class TrainingCore(nn.Module):
             value = Loss(value.total * steps, value.tokens)
         with self._guard.together("backward", begun=True), self._observer.timed("backward"):
             self._micro.backward(value, retain_graph=retain_graph, is_mean=not isinstance(loss, tuple))
-        return mean
+        return mean if isinstance(loss, tuple) else mean.to(loss.dtype)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the micro batch at hand is the last before an optimizer step. Local."""

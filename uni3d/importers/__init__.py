@@ -11,6 +11,7 @@ Modules:
     torch_tensors  tensors in those files; each storage is verified when it is first read
     weight_files   the one set of weights in a folder, and the files that aren't read
     state_dicts    safetensors files, and `state_dict`s saved by `torch.save`
+    tensor_parts   parts of tensors in safetensors files
     dcp            torch's distributed checkpoint
     deepspeed      DeepSpeed's checkpoints, universal ones too
     megatron       Megatron-core's distributed checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
@@ -23,6 +23,14 @@ Read = Callable[[], Array]
 """Reads the verified values, in a type that converts to the stored one exactly. Thread-safe."""
 
 
+class FilePlace(NamedTuple):
+    """A tensor in a file from which parts of it can be read without the rest."""
+
+    file: Path
+    name: str
+    """Name in the file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForeignArray:
     """One tensor in its unsplit shape, read on demand."""
@@ -37,6 +45,8 @@ class ForeignArray:
     read: Read
     origin: str
     """Place in the source, shown to the user."""
+    place: FilePlace | None = None
+    """Place from which `tensor_parts.read_parts` reads; None in sources that it doesn't read."""
 
     @property
     def key(self) -> tuple[str, str]:

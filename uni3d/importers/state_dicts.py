@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ckpt import DTYPES, CheckpointError, numpy_dtype
-from uni3d.importers.source import BUFFER, FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
+from uni3d.importers.source import (
+    BUFFER,
+    FLOATS,
+    PARAMETER,
+    Array,
+    FilePlace,
+    ForeignArray,
+    Options,
+    Read,
+    Source,
+)
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor
 from uni3d.importers.weight_files import adapter, files_of, is_adapter
@@ -69,6 +79,8 @@ def _source(kind: str, path: Path, options: Options, read: Callable[[Path], _Con
     for file, tensors in held.items():
         for name, tensor in tensors.items():
             array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
+            if isinstance(tensor, _SafeTensor):
+                array = replace(array, place=FilePlace(file, name))
             tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
             first = arrays.setdefault(tensor.identity if tied else name, array)
             if first is not array:

@@ -55,14 +55,21 @@ def measure(model: ParallelModel, comm: HostComm, forward: Callable[[], Any], ti
     }
     owned = {n: p.numel() for n, p in named_parameters(model.module) if n not in model.tied.copies}
     speaks = model.topology.speaks_for_stage
+    parameters: dict[str, int] = defaultdict(int)
+    for name, size in owned.items() if speaks else ():
+        for path in _above(name):
+            parameters[path] += size
+    return comm.all_reduce(Profile(counts, dict(parameters)), _added)
+
+
+def _added(parts: list[Profile]) -> Profile:
     flops: dict[str, float] = defaultdict(float)
     parameters: dict[str, int] = defaultdict(int)
-    for others, names in comm.all_gather((counts, owned if speaks else {})):
-        for path, count in others.items():
+    for part in parts:
+        for path, count in part.flops.items():
             flops[path] += count
-        for name, size in names.items():
-            for path in _above(name):
-                parameters[path] += size
+        for path, size in part.parameters.items():
+            parameters[path] += size
     return Profile(dict(flops), dict(parameters))
 
 

@@ -41,6 +41,11 @@ class LossScale:
         return self._config.loss_scale == 0
 
     @property
+    def window(self) -> int:
+        """Steps without an overflow before one that doubles the scale."""
+        return self._config.loss_scale_window
+
+    @property
     def factor(self) -> float:
         """Factor of a micro batch's summed loss."""
         assert self.terms is not None, "set before the first backward pass"

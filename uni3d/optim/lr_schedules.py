@@ -54,10 +54,17 @@ def begin(
     each = _of_groups(config, optimizer)
     for group, params in zip(groups, each, strict=True):
         if (peak := _peak(params)) is not None:
-            group["lr"] = peak
+            _set_rate(group, peak)
     ratios = [_ratio(params, float(group["lr"])) for group, params in zip(groups, each, strict=True)]
     cycles = [params for params in each if isinstance(params, OneCycleParams) and params.cycle_momentum]
     return ratios, cycles if cycles and _has_betas(optimizer, cycles[0]) else []
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):  # which a compiled or captured step reads
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def go_on(scheduler: LambdaLR, config: SchedulerConfig, rates: list[float] | None = None) -> None:
@@ -103,7 +110,18 @@ class CycledMomentum(LambdaLR):
     def set_betas(self) -> None:
         """Set the betas of the current epoch."""
         for group, cycle in zip(self.optimizer.param_groups, self._momentum, strict=bool(self._momentum)):
-            group["betas"] = (_one_cycle_momentum(cycle, self.last_epoch), SECOND_BETA)
+            # DeepSpeed starts at the lowest momentum, though the rate is at its lowest too
+            lowest = self.last_epoch == 0
+            momentum = cycle.cycle_min_mom if lowest else _one_cycle_momentum(cycle, self.last_epoch)
+            group["betas"] = (momentum, SECOND_BETA)
+
+    def get_mom(self) -> list[Any] | None:
+        """Return the betas at this point of each group's cycle, as DeepSpeed does; None without cycles.
+
+        They are the optimizer's, but for the first step, which has the lowest momentum.
+        """
+        found = [(_one_cycle_momentum(cycle, self.last_epoch), SECOND_BETA) for cycle in self._momentum]
+        return found or None
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_momentum"}
@@ -211,8 +229,6 @@ def _one_cycle_lr(params: OneCycleParams, epoch: int) -> float:
 
 
 def _one_cycle_momentum(params: OneCycleParams, epoch: int) -> float:
-    if epoch == 0:  # DeepSpeed starts at the lowest momentum, though the rate is at its lowest too
-        return params.cycle_min_mom
     if (
         decayed := _decayed(params, epoch)
     ) is not None:  # bounded here: DeepSpeed's formula grows past 1, where it is no average

@@ -77,6 +77,23 @@ CHANGES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {"length": 60},
         "training_data gives the samples in this run, but the script gave the checkpoint's: those",
     ),
+    "drop_last": (
+        "dataset",
+        {"length": 55},
+        {"length": 55, "dataloader_drop_last": True},
+        "an epoch has 48 of the 55 samples in this run, 55 in the checkpoint, by dataloader_drop_last and",
+    ),
+    "drop_batch": (
+        "dataset",
+        {"length": 55, "dataloader_drop_last": True},
+        {
+            "length": 55,
+            "dataloader_drop_last": True,
+            "train_batch_size": 10,
+            "train_micro_batch_size_per_gpu": 5,
+        },
+        "an epoch has 50 of the 55 samples in this run, 48 in the checkpoint, by dataloader_drop_last and",
+    ),
     "seed": (
         "seed",
         {"length": 60, "seed": 1},
@@ -121,7 +138,7 @@ def changes_case(folder: Path, zero: int, names: list[str]) -> dict[str, str]:
         else:
             other.resume(run)
         assert other.global_steps == 2
-        train(other, global_batches(1))
+        other.train_batch(micro_batches(global_batches(1, other.train_batch_size()), other))
     return errors
 
 

@@ -36,6 +36,7 @@ def save(run: Path, **given: Any) -> uni3d.Engine:
 
 def everything(engine: uni3d.Engine) -> list[Any]:
     """Return everything that a load can change, in a comparable form."""
+    engine.model.zero.reshard()  # the optimizer has the sharded parameters
     named = {id(p): name for name, p in engine.module.named_parameters()}
     states = {
         (named[id(p)], key): torch.as_tensor(value).tolist()

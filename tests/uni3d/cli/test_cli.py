@@ -46,6 +46,12 @@ def test_inspect_lists_the_tags(folder: Path) -> None:
     assert [(r["tag"], r["latest"]) for r in alone] == [("global_step1", False)]
 
 
+def test_inspect_shows_a_checkpoint_without_a_date(tmp_path: Path) -> None:
+    """`ckpt.save` by itself writes none."""
+    save_whole(tmp_path, "t1", {("a", "fp32"): np.zeros(2, np.float32)})
+    assert "t1" in run("inspect", tmp_path).stdout
+
+
 def test_inspect_lists_the_atoms(folder: Path) -> None:
     rows = answer("inspect", folder, "--atoms")
     assert {(r["atom"], r["state"], r["dtype"], r["shape"]) for r in rows} == {

@@ -45,6 +45,8 @@ HONOURED: dict[str, Any] = {
     "optimizer.params": {"lr": 0.5},
     "scheduler": {"type": "WarmupLR"},
     "tensor_parallel.autotp_size": 2,
+    "pipeline.stages": 2,
+    "pipeline.activation_checkpoint_interval": 1,
     "steps_per_print": 20,
     "wall_clock_breakdown": True,
     "tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"},
@@ -102,6 +104,9 @@ NAMED: dict[str, Any] = {
     },
     "fp16.auto_cast": True,
     "bf16.immediate_grad_update": True,
+    "bf16.loss_scale": 0,
+    "bf16.initial_scale_power": 16,
+    "fp16.opt_level": "O2",
     "optimizer.legacy_fusion": True,
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
@@ -125,24 +130,9 @@ NAMED: dict[str, Any] = {
     "compile.offload_activation": True,
     "compile.passes": ["z3"],
 }
-REFUSED: dict[str, Any] = {
-    "amp": {"enabled": True, "opt_level": "O1"},
-    "torch_autocast": ON,
-    "fp16.fp16_master_weights_and_grads": True,
-    "bf16.bf16_master_weights_and_grads": True,
-    "bf16.bf16_optimizer_states": True,
+REQUESTS: dict[str, Any] = {
     "bf16.check_grad_overflow": False,
-    "data_types.param_dtype": "bf16",
-    "data_types.buffer_dtype": "bf16",
-    "gradient_allreduce_op": "sum",
     "sparse_gradients": True,
-    "managed_gradient_accumulation": False,
-    "dataloader_drop_last": True,
-    "zero_optimization.zero_quantized_weights": True,
-    "zero_optimization.zero_quantized_nontrainable_weights": True,
-    "zero_optimization.zero_quantized_gradients": True,
-    "zero_optimization.zeropp_loco_param": {"err_beta": 0.8},
-    "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.ignore_unused_parameters": False,
     "zero_optimization.offload_optimizer.ratio": 0.5,
     "zero_optimization.offload_optimizer.super_offload": True,
@@ -152,6 +142,34 @@ REFUSED: dict[str, Any] = {
     "activation_checkpointing.number_checkpoints": 4,
     "activation_checkpointing.synchronize_checkpoint_boundary": True,
     "activation_checkpointing.profile": True,
+    "pipeline.partition": "uniform",
+    "pipeline.seed_layers": True,
+    "compile.deepcompile": True,
+    "graph_harvesting": True,
+    "autotuning": ON,
+    "comms_logger": ON,
+    "memory_breakdown": True,
+    "dump_state": True,
+    "eigenvalue": ON,
+    "datastates_ckpt": {"host_cache_size": 1},
+    "compile.disable": True,
+}
+"""Keys without effect that are reported only if their value asks for something."""
+REFUSED: dict[str, Any] = {
+    "amp": {"enabled": True, "opt_level": "O1"},
+    "torch_autocast": ON,
+    "fp16.fp16_master_weights_and_grads": True,
+    "bf16.bf16_master_weights_and_grads": True,
+    "bf16.bf16_optimizer_states": True,
+    "data_types.param_dtype": "bf16",
+    "data_types.buffer_dtype": "bf16",
+    "gradient_allreduce_op": "sum",
+    "managed_gradient_accumulation": False,
+    "zero_optimization.zero_quantized_weights": True,
+    "zero_optimization.zero_quantized_nontrainable_weights": True,
+    "zero_optimization.zero_quantized_gradients": True,
+    "zero_optimization.zeropp_loco_param": {"err_beta": 0.8},
+    "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "sequence_parallel_size": 2,
     "data_parallel_size": 2,
     "expert_parallel": {"autoep_size": 2},
@@ -159,20 +177,9 @@ REFUSED: dict[str, Any] = {
     "tensor_parallel.tp": {"tp_size": 2},
     "tensor_parallel.partition_config": {"layer_specs": []},
     "tensor_parallel.preset_model": "llama",
-    "pipeline.stages": 4,
-    "pipeline.partition": "uniform",
-    "pipeline.seed_layers": True,
-    "pipeline.activation_checkpoint_interval": 1,
-    "compile.deepcompile": True,
-    "graph_harvesting": True,
     "checkpoint.use_node_local_storage": True,
     "elasticity": {"enabled": True, "max_train_batch_size": 2000},
-    "autotuning": ON,
-    "comms_logger": ON,
-    "memory_breakdown": True,
-    "dump_state": True,
     "comet": ON,
-    "eigenvalue": ON,
     "progressive_layer_drop": ON,
     "curriculum_learning": ON,
     "data_efficiency": ON,
@@ -182,7 +189,6 @@ REFUSED: dict[str, Any] = {
     "sparse_attention": {"mode": "fixed"},
     "hybrid_engine": ON,
     "nebula": ON,
-    "datastates_ckpt": {"host_cache_size": 1},
 }
 
 NEEDS: dict[str, dict[str, Any]] = {
@@ -226,6 +232,17 @@ def test_a_key_without_effect_is_reported_and_changes_nothing(key: str) -> None:
     expected = load_config(BASE | ({"zero_optimization": {section: empty[section]}} if section else {}))
     assert config.model_dump() == expected.model_dump()
     assert not load_config(with_key(key, None)).without_meaning, "null means not given"
+
+
+@pytest.mark.parametrize("key", REQUESTS)
+def test_a_request_without_effect_is_reported_if_it_is_made(key: str) -> None:
+    config, without = load_config(with_key(key, REQUESTS[key])), load_config(BASE | _empty_section(key))
+    assert list(config.without_meaning) == [key]
+    assert config.model_dump() == without.model_dump()
+    opposite = REQUESTS[key] is False
+    for off in (None, {"enabled": False, "more": 1}, opposite):
+        if key != "compile.disable" or off is None:
+            assert not load_config(with_key(key, off)).without_meaning, "nothing to report"
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -279,6 +296,43 @@ def test_keys_are_resolved() -> None:
     off = {"stage": 3, "offload_optimizer": none, "offload_param": none, "cpu_offload": False}
     assert not load_config({"zero_optimization": off}).offload
     assert load_config({"bfloat16": {"enabled": True}}).precision == "bf16"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_what_a_stage_cant_offload_is_reported(stage: int) -> None:
+    """Parameters are offloaded at stage 3 only, and nothing is at stage 0, as in DeepSpeed."""
+    cpu = {"device": "cpu", "pin_memory": True}
+    both = {"stage": stage, "offload_param": cpu, "cpu_offload": True}
+    config = load_config({"zero_optimization": both})
+    expected = ["offload_param"] * (stage < 3) + ["offload_optimizer"] * (stage < 1)
+    assert set(config.without_meaning) - {"zero_optimization.offload_param.pin_memory"} == {
+        f"zero_optimization.{key}" for key in expected
+    }
+    assert config.offload == (stage > 0)
+    only = load_config({"zero_optimization": {"stage": stage, "offload_param": True}})
+    assert only.offload == (stage == 3) == (not only.without_meaning)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sent", "reported"),
+    [(0, None, True), (1, "fp32", True), (1, "BF16", False), (2, "bf16", True), (3, None, True)],
+)
+def test_another_type_of_accumulation_is_reported(stage: int, sent: str | None, reported: bool) -> None:
+    values = {"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": stage}}
+    found = load_config({**values, "communication_data_type": sent}).without_meaning
+    assert list(found) == ["data_types.grad_accum_dtype"] * reported
+
+
+def test_layers_recomputed_together_are_recomputed_one_by_one() -> None:
+    config = load_config({"pipeline": {"activation_checkpoint_interval": 4}})
+    assert (config.activation_checkpointing.mode, config.activation_checkpointing.every) == ("full", 1)
+    assert "not 4 at once" in config.without_meaning["pipeline.activation_checkpoint_interval"]
+
+
+def test_a_comment_is_reported_as_one() -> None:
+    config = load_config({"_comment": "x", "fp16": {"//enabled": True, "loss_scale": 1}, "#seed": 3})
+    assert list(config.without_meaning) == ["_comment", "fp16.//enabled", "#seed"]
+    assert (config.precision, config.fp16.loss_scale, config.seed) == ("fp32", 1.0, 42)
 
 
 def test_zero_settings_reach_the_parallel_package() -> None:

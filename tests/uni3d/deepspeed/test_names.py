@@ -5,12 +5,13 @@ import operator
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import uni3d
 import uni3d.deepspeed as deepspeed
-from uni3d.deepspeed.names import PROVIDED, REFUSED
+from uni3d.deepspeed.names import PROVIDED, REFUSED, STAND_INS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -42,12 +43,12 @@ IMPORTED = NAMES.split()
 NOT_HERE = {
     "init_inference": "vLLM",
     "InferenceEngine": "uni3d export",
-    "moe.layer.MoE": "expert parallelism isn't supported",
+    "moe.experts.Experts": "expert parallelism isn't supported",
     "ops.lamb.FusedLamb": "use FusedAdam",
-    "ops.op_builder.FusedAdamBuilder": "no extensions to build",
+    "ops.op_builder.EvoformerAttnBuilder": "no extensions to build",
     "DeepSpeedConfig": "uni3d.config.load_config",
     "profiling.flops_profiler.get_model_profile": "torch.profiler",
-    "runtime.pipe.topology.ProcessTopology": "the config's section parallel",
+    "runtime.pipe.topology.Nothing": "engine.grid",
     "runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF": "parallel.sequence_parallel",
     "runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_live": "uni3d plan",
     "launcher.runner.DEEPSPEED_ENVIRONMENT_NAME": "torchrun",
@@ -56,6 +57,9 @@ NOT_HERE = {
     "utils.nothing_like_it": "in deepspeed.utils there are OnDevice, RepeatingLoader",
     "frobnicate": "in deepspeed there are",
 }
+
+
+NAMED = [f"{module}.{name}" for module, names in STAND_INS.items() for name in names]
 
 
 def import_from(full: str) -> object:
@@ -78,14 +82,15 @@ def test_real_names(full: str) -> None:
 def test_the_whole_table_is_real() -> None:
     for path, names in PROVIDED.items():
         module = importlib.import_module(f"uni3d.deepspeed.{path}".rstrip("."))
-        assert all(getattr(module, name) is not None for name in names)
+        assert all(hasattr(module, name) for name in names)
         assert set(names) <= set(dir(module))
-    assert not any(PROVIDED[name] for name in REFUSED.keys() & PROVIDED.keys())
+    provided = {f"{path}.{name}".lstrip(".") for path, names in PROVIDED.items() for name in names}
+    assert not provided & REFUSED.keys()
     assert deepspeed.DeepSpeedEngine is uni3d.Engine
 
 
 @pytest.mark.parametrize(
-    "full", [*NOT_HERE, *(name for name in REFUSED if name not in PROVIDED and name not in NOT_HERE)]
+    "full", [*NOT_HERE, *(name for name in REFUSED if not {name} & {*PROVIDED, *NOT_HERE, *NAMED})]
 )
 def test_names_that_are_not_here(full: str) -> None:
     with pytest.raises(ImportError) as caught:
@@ -95,6 +100,17 @@ def test_names_that_are_not_here(full: str) -> None:
     assert NOT_HERE.get(full, REFUSED.get(full, "")) in message
     with pytest.raises(AttributeError, match="isn't part of uni3d"):
         operator.attrgetter(full)(deepspeed)
+
+
+@pytest.mark.parametrize("full", NAMED)
+def test_names_that_only_stand_in(full: str) -> None:
+    found: Any = import_from(full)
+    assert found.__name__ == full.rpartition(".")[2]
+    assert not isinstance(3, found)
+    with pytest.raises(NotImplementedError) as caught:
+        found()
+    assert str(caught.value) == found.__doc__
+    assert str(caught.value).startswith(f"deepspeed.{full} isn't part of uni3d: ")
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +138,7 @@ def test_install() -> None:
         + "assert packaging.version.parse(found) >= packaging.version.parse('0.19.6')\n"
         + "assert 'deepspeed' in importlib.metadata.packages_distributions()\n"
         + "assert not dist.is_initialized()\n"
-        + "try: from deepspeed.moe.layer import MoE\n"
+        + "try: from deepspeed.moe.experts import Experts\n"
         + "except ImportError as error: print(error)\n"
         + "try: import deepspeed.frobnicate\n"
         + "except ImportError as error: print(error)\n"

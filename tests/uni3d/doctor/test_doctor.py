@@ -16,6 +16,8 @@ from resharding_cases import Place, build
 from tied_gpt import TIED
 from whole_arrays import save_whole
 
+from uni3d.doctor.topologies import _zero_refusal
+
 doctor = partial(commands.run, "doctor")
 
 
@@ -252,3 +254,20 @@ def test_leftovers_and_latest_are_reported(run: Path) -> None:
     own = doctor(run / "global_step2", "--world-size", 2)
     assert own.returncode == 0
     assert "latest is" not in own.words
+
+
+@pytest.mark.parametrize(
+    ("zero", "refused"),
+    [
+        ({"stage": 2}, set()),
+        ({"stage": 2, "offload_optimizer": True}, {0}),
+        ({"stage": 3, "offload_param": True}, {0, 1, 2}),
+        ({"stage": 2, "offload_param": True}, {3}),
+        ({"stage": 0, "offload_optimizer": True}, {1, 2, 3}),
+    ],
+)
+def test_a_stage_that_offloads_otherwise_isnt_offered(zero: dict[str, Any], refused: set[int]) -> None:
+    """Memory is estimated with the offloading of the run so far."""
+    found = {stage: _zero_refusal({"zero_optimization": zero}, stage) for stage in range(4)}
+    assert {stage for stage in found if found[stage]} == refused
+    assert all("at stage" in str(found[stage]) for stage in refused)

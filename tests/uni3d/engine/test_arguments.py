@@ -1,7 +1,6 @@
 """Arguments that scripts get wrong: a clear error on all ranks, or what was meant."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ranks import Ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import ckpt
 import uni3d
@@ -129,11 +128,6 @@ def test_copies_point_at_the_weights(alone: None, zero: int) -> None:
 # --- data --------------------------------------------------------------------------------------------------
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(global_batches(4, size=3))
-
-
 class NoLength(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return index
@@ -142,23 +136,25 @@ class NoLength(torch.utils.data.Dataset[Any]):
 def data_case() -> list[str]:
     samples = TensorDataset(*(torch.cat(parts) for parts in zip(*global_batches(2), strict=True)))
     errors = []
-    for data in (DataLoader(samples, batch_size=3), Stream(), NoLength(), iter([])):
+    for data in (NoLength(), iter([])):
         with pytest.raises(ValueError, match="training_data is a ") as caught:
             make_engine(model := seeded(Stack), training_data=data, zero=1)
         errors.append(str(caught.value))
     engine = make_engine(model, zero=1)  # which nothing was done to
     engine.train_batch(uni3d.RepeatingLoader(DataLoader(samples, batch_size=3)))  # as the messages say
-    with pytest.raises(ValueError, match="training_data is a DataLoader"):
-        engine.loader(DataLoader(samples))  # type: ignore[arg-type]
+    for data in (DataLoader(samples), NoLength()):
+        with pytest.raises(ValueError, match="the data is a ") as caught:
+            engine.loader(data)  # type: ignore[arg-type]
+        errors.append(str(caught.value))
     return errors
 
 
 def test_data_that_has_no_order(ranks: Ranks) -> None:
     one, other = ranks.run(2, data_case)
     assert one == other
-    assert one[0].startswith("training_data is a DataLoader, but")
-    assert "pass its dataset and collate_fn" in one[0]
-    for error, kind in zip(one[1:], ("Stream", "NoLength", "list_iterator"), strict=True):
+    assert one[2].startswith("the data is a DataLoader, which has an order of its own")
+    assert one[3].startswith("the data is a NoLength, which has no length and no sample by its index")
+    for error, kind in zip(one[:2], ("NoLength", "list_iterator"), strict=True):
         assert error.startswith(f"training_data is a {kind}, which has no length and no sample by its index")
 
 

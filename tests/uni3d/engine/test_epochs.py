@@ -25,7 +25,9 @@ from uni3d.engine.sample_order import GlobalOrder
 class Training:
     """Loader of one rank, and the counts of an engine that trains on its batches."""
 
-    def __init__(self, n: int, micro: int, accumulation: int, rank: int = 0, dp: int = 1) -> None:
+    def __init__(
+        self, n: int, micro: int, accumulation: int, rank: int = 0, dp: int = 1, *, drop_last: bool = False
+    ) -> None:
         self.triad = BatchTriad(
             train_batch=micro * accumulation * dp, micro_batch=micro, accumulation=accumulation
         )
@@ -37,6 +39,7 @@ class Training:
             seed=5,
             position=lambda: self.samples,
             taken=lambda: self.taken,
+            drop_last=drop_last,
         )
 
     def step(self, *, counts: bool = True) -> None:
@@ -88,6 +91,42 @@ def test_the_order_of_epochs_is_that_of_the_endless_loader() -> None:
     assert [len(training.epoch()) for _ in range(2)] == [6, 4], "10 samples are 2.5 global batches"
     training.samples = 0
     assert training.epoch() + training.epoch() == endless
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 40))
+def test_an_epoch_ends_before_an_incomplete_global_batch(
+    dp: int, micro: int, accumulation: int, n: int
+) -> None:
+    size = micro * accumulation * dp
+    if n < size:
+        with pytest.raises(ValueError, match=rf"the data has {n} samples, fewer than train_batch_size"):
+            Training(n, micro, accumulation, drop_last=True, dp=dp)
+        return
+    ranks = [Training(n, micro, accumulation, rank, dp, drop_last=True) for rank in range(dp)]
+    endless = [[b.tolist() for (b,) in islice(r.loader.all_epochs(), 3 * len(r.loader))] for r in ranks]
+    order, everything = GlobalOrder(n, 5), []
+    for epoch in range(3):
+        found = [rank.epoch() for rank in ranks]
+        assert len(found[0]) == len(ranks[0].loader)
+        samples = global_order(found, accumulation)
+        assert samples == order.samples(range(epoch * n, epoch * n + n // size * size)).tolist()
+        everything.append(found)
+    assert [[b for epoch in everything for b in epoch[rank]] for rank in range(dp)] == endless
+
+
+def test_a_break_in_an_epoch_with_dropped_samples() -> None:
+    whole, training = Training(11, 2, 2, drop_last=True), Training(11, 2, 2, drop_last=True)
+    expected = [whole.epoch() for _ in range(3)]
+    assert [len(epoch) for epoch in expected] == [4, 4, 4]
+    for epoch in expected:
+        found = []
+        for (batch,) in training.loader:
+            if len(found) == 3:
+                break
+            found.append(batch.tolist())
+            training.step()
+        assert found + training.epoch() == epoch
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
@@ -179,6 +218,41 @@ def test_a_script_that_loops_over_epochs(ranks: Ranks, tmp_path: Path, world: in
     for epoch in range(2):
         mine = torch.cat([found[epoch] for _, found in results])
         assert sorted(mine.tolist()) == sorted(samples.tolist()), "each sample once per epoch"
+
+
+def part_of_epochs_case(run: str, steps: int, drops: bool) -> Any:
+    """Resume on these ranks; return the samples of the rest of the epoch, of the next, and of some steps."""
+    x = torch.arange(40.0).unsqueeze(1).expand(40, 6).contiguous()
+    engine = make_engine(
+        seeded(Stack),
+        micro=2,
+        training_data=TensorDataset(x, x[:, :1] / 40),
+        config={"dataloader_drop_last": drops, "train_batch_size": 12},
+    )
+    engine.resume(run)
+    gas = engine.gradient_accumulation_steps()
+    found = [one_epoch(engine) for _ in range(2)] + [one_epoch(engine, stop=steps * gas)]
+    engine.save_checkpoint(run)
+    engine.wait_for_checkpoint()
+    return [[batch[:, 0].int().tolist() for batch in part] for part in found], len(engine.training_dataloader)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_resume_on_other_ranks_begins_with_the_rest_of_the_epoch(
+    ranks: Ranks, tmp_path: Path, drops: bool
+) -> None:
+    """Compare with a plain walk over the order: the position that each run leaves is the next one's."""
+    order, used, begin = GlobalOrder(40, 42), 36 if drops else 40, 0
+    for world in (1, 2, 3, 1):
+        results = ranks.run(world, part_of_epochs_case, str(tmp_path), 2, drops)
+        for part in range(3):
+            found = global_order([parts[part] for parts, _ in results], 12 // (2 * world))
+            end = next(k for k in count(begin, 12) if k >= (begin // used + 1) * used)
+            end = begin + 24 if part == 2 else end
+            places = [p // used * 40 + p % used for p in range(begin, end)]
+            assert found == order.samples(places).tolist()
+            begin = end
+        assert [length for _, length in results] == [(36 if drops else 48) // 12 * (6 // world)] * world
 
 
 def test_ways_to_take_batches_can_be_mixed(alone: None) -> None:

@@ -70,10 +70,11 @@ def real_case(shape: GPTShape, place: parallel.Ranks, run: str) -> dict[str, Any
     engine.train_batch()
     exchange, sent, received = parallel.HostComm.exchange, [], []
 
-    def counted(self: parallel.HostComm, outgoing: Any, incoming_sizes: Any) -> Any:
-        received.append(sum(incoming_sizes))
-        sent.append(sum(part.nbytes for rank, part in enumerate(outgoing) if rank != self.rank))
-        return exchange(self, outgoing, incoming_sizes)
+    def counted(self: parallel.HostComm, outgoing: Any) -> Any:
+        sent.append(sum(part.nbytes for rank, part in outgoing.items() if rank != self.rank))
+        arrived = exchange(self, outgoing)
+        received.append(sum(part.nbytes for part in arrived.values()))
+        return arrived
 
     with (
         mock.patch.object(parallel.HostComm, "exchange", counted),

@@ -255,6 +255,7 @@ def test_who_is_muons(alone: None) -> None:
     model.add_module("conv", nn.Conv1d(2, 2, 2))
     model.asked.weight.use_muon = False
     engine = make_engine(model, config={"optimizer": MUON})
+    engine.model.zero.reshard()  # the optimizer has the sharded parameters
     names = {id(p): name for name, p in engine.module.named_parameters()}
     matrices, rest = engine.optimizer.param_groups
     assert (matrices["use_muon"], [names[id(p)] for p in matrices["params"]]) == (True, ["up.weight"])
