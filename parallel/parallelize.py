@@ -110,7 +110,6 @@ def build(
         for stretch, output in zip(stretches, outputs, strict=True)
     ]
     fill(module)
-    keep_class_names(module)
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
     return ParallelModel(
@@ -182,7 +181,7 @@ def _shard(
     settings: Settings,
     output: torch.dtype | None,
 ) -> Zero:
-    return Zero(
+    zero = Zero(
         stretch,
         units(stretch, layers),
         topology.zero_mesh,
@@ -192,6 +191,8 @@ def _shard(
         persistence_threshold=settings.persistence_threshold,
         output=output,
     )
+    keep_class_names(stretch)
+    return zero
 
 
 def _names(model: nn.Module, layers: Sequence[str] | None = None) -> set[str]:
