@@ -45,7 +45,8 @@ def initialize(
     Raises:
         ValueError: an argument doesn't fit, or one that isn't supported, with what to use instead.
     """
-    _check_accelerate()
+    if config_params is not None:  # accelerate's way to give the config
+        _check_accelerate()
     tp = None if model is None else _tensor_parallel.get(model)
     given = config if config is not None else config_params
     given = getattr(args, "deepspeed_config", None) if given is None else given
@@ -77,16 +78,17 @@ def initialize(
 
 
 def _check_accelerate() -> None:
-    """Check that accelerate, if the script uses it, counts the same processes: it looks for GPUs alone.
+    """Check that an Accelerator with DeepSpeed counts all processes, if there is one: it looks for GPUs alone.
 
     Raises:
         ValueError: it doesn't, so that all processes would get the same data.
     """
-    state: Any = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
-    if state is None or not torch.distributed.is_initialized():
+    accelerator: Any = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    shared = {} if accelerator is None else accelerator._shared_state
+    if not shared.get("deepspeed_plugins") or not torch.distributed.is_initialized():
         return
     world_size = torch.distributed.get_world_size()
-    if (counted := state._shared_state.get("num_processes", world_size)) != world_size:
+    if (counted := shared.get("num_processes", world_size)) != world_size:
         raise ValueError(
             f"accelerate counts {counted} of {world_size} processes; on CPUs, set TrainingArguments(use_cpu="
             "True), or call accelerate.PartialState(cpu=True) before the Accelerator is made"
