@@ -78,7 +78,7 @@ def initialize(
 
 
 def _check_accelerate() -> None:
-    """Check that an Accelerator with DeepSpeed counts all processes, if there is one: it looks for GPUs alone.
+    """Check that an Accelerator with DeepSpeed, if there is one, counts all processes: it looks for GPUs.
 
     Raises:
         ValueError: it doesn't, so that all processes would get the same data.
