@@ -107,7 +107,7 @@ def safe_update_full_grad_vectorized(
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return a copy of this rank's part of a trained parameter, in fp32; None of a frozen one. Local."""
     found = _found(param, "safe_get_local_fp32_param")
-    return None if found is None else part_here(_master(*found)).clone()
+    return None if found is None or not param.requires_grad else part_here(_master(*found)).clone()
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
