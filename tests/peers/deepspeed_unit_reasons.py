@@ -63,6 +63,23 @@ COUNTED = {
 }
 
 
+FURTHER = {
+    "runtime/test_multiple_models.py": 150,
+    "v1/half_precision/test_bf16.py": 28,
+    "v1/half_precision/test_gradient_clipping_default.py": 7,
+    "v1/half_precision/test_mixed_precision_dtype.py": 22,
+    "v1/half_precision/test_with_autocast.py": 5,
+    "v1/zero/test_zero.py": 99,
+    "v1/zero/test_zero2_offload_multi_backward.py": 10,
+    "v1/zero/test_zero_activation_checkpoint_lifecycle.py": 11,
+    "v1/zero/test_zero_autocast.py": 24,
+    "v1/zero/test_zero_cpu_offload_grad_accum.py": 1,
+    "v1/zero/test_zero_functorch_linear.py": 7,
+    "v1/zero/test_zero_torch_func.py": 19,
+    "v1/zero/test_zero_user_backward.py": 192,
+}
+"""Files that `--further` runs instead: grids of the same settings, and DeepSpeed's newer tests of ZeRO."""
+
 CUDA = [r"^Skipped: ", r"module 'torch.cpu'", r"Cannot access accelerator device"]
 """Left out by DeepSpeed's own conditions on a CPU, or in need of a device's functions."""
 
