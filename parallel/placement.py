@@ -52,7 +52,7 @@ def check_layers(layers: int, stages: int) -> None:
         )
 
 
-def balanced_cuts(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
+def balanced_cuts(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
     """Cut `costs` into `parts` non-empty runs so that the most costly run is as cheap as possible.
 
     Returns the runs as `(first, end)`. There must be at least as many costs as parts. The linear partition
