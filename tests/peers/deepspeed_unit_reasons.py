@@ -87,8 +87,8 @@ REFUSED = [
     r"isn't part of uni3d: ",
     r"is refused: ",
     r"can't be nested",
+    r"can't be called inside no_sync",
     r"no_sync\(\) needs whole gradients",
-    r"step\(\) can't be called inside no_sync\(\)",
     r"over another optimizer",
     r"is in no list of layers",
     r"was saved by another run",
@@ -103,6 +103,8 @@ REFUSED = [
     r"interval=\d+ isn't supported",
     r"must be a number",
     r"FloatingPointError: step",
+    r"already called with this",
+    r"is a plain tensor, but the parameter is sharded",
 ]
 """What uni3d says no to, in these words. Some tests expect a refusal too, but of another type or wording."""
 
@@ -113,6 +115,7 @@ INSIDES = [
     r"DID NOT RAISE <class '(NotImplementedError|AssertionError|uni3d)",
     r"where False = isinstance\(",
     r"0-sized",
+    r"aten.allclose.default Sharding",  # two sharded parameters, which are empty in DeepSpeed
 ]
 """Attributes and classes inside of DeepSpeed's engine, optimizers, schedules, and what they can't do."""
 
@@ -124,6 +127,10 @@ BY_HAND = {
     "TestNewClassDeclared": "insides",  # zero.Init shards nothing: initialize does
     "TestNestingInit": "insides",
     "TestReturnParam": "insides",
+    "TestShutdownInNestingInit": "insides",
+    "TestNestedParallelInit": "insides",
+    "test_non_strict_load_sparse": "refused",  # gradients are always summed as dense tensors
+    "test_leaf_module_enabled_via_config": "insides",  # the marks of modules; all layers are gathered whole
 }
 
 

@@ -246,6 +246,11 @@ def _gradient_divisor(engine: Any, call: str) -> float:
     micro, scaler = engine._micro, engine.scaler
     if not micro.losses:
         return 1.0  # there are none, or ones that the script has put there
+    if micro._inside_no_sync:
+        raise RuntimeError(
+            f"{call} can't be called inside no_sync(), where gradients are each rank's own; call it after "
+            "the next backward() outside"
+        )
     if not _is_before_step(engine):
         raise RuntimeError(
             f"{call} needs the gradients of the whole step, which are summed over ranks in its last backward "
