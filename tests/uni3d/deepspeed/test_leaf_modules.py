@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 from torch import nn
-
-import uni3d.deepspeed as deepspeed
-from uni3d.deepspeed import utils
 from uni3d.deepspeed.moe.utils import (
     has_moe_layers,
     is_moe_param,
     split_params_into_different_moe_groups_for_optimizer,
 )
+
+import uni3d.deepspeed as deepspeed
+from uni3d.deepspeed import utils
 
 
 class Expert(nn.Linear):

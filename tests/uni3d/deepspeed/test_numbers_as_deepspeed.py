@@ -8,9 +8,9 @@ from marks import slow
 from models import ADAM, Stack, global_batches, micro_batches, seeded
 from ranks import Ranks
 from torch import nn
+from uni3d.deepspeed.runtime import lr_schedules
 
 import uni3d.deepspeed as deepspeed
-from uni3d.deepspeed.runtime import lr_schedules
 
 
 def test_the_momentum_of_a_cycle() -> None:
