@@ -11,7 +11,6 @@ from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
-from parallel.fsdp_internals import keep_class_names
 from parallel.gradients import ScalarGradients
 from parallel.layers import blocks, units
 from parallel.loss import LossFn
@@ -110,7 +109,6 @@ def build(
         for stretch, output in zip(stretches, outputs, strict=True)
     ]
     fill(module)
-    keep_class_names(module)
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
     return ParallelModel(
