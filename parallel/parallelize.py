@@ -180,7 +180,7 @@ def _shard(
     settings: Settings,
     output: torch.dtype | None,
 ) -> Zero:
-    return Zero(
+    zero = Zero(
         stretch,
         units(stretch, layers),
         topology.zero_mesh,
@@ -190,6 +190,8 @@ def _shard(
         persistence_threshold=settings.persistence_threshold,
         output=output,
     )
+    keep_class_names(stretch)
+    return zero
 
 
 def _names(model: nn.Module, layers: Sequence[str] | None = None) -> set[str]:
