@@ -80,7 +80,12 @@ FURTHER = {
 }
 """Files that `--further` runs instead: grids of the same settings, and DeepSpeed's newer tests of ZeRO."""
 
-CUDA = [r"^Skipped: ", r"module 'torch.cpu'", r"Cannot access accelerator device"]
+CUDA = [
+    r"^Skipped: ",
+    r"module 'torch.cpu'",
+    r"Cannot access accelerator device",
+    r"DistributedDataParallel device_ids",
+]
 """Left out by DeepSpeed's own conditions on a CPU, or in need of a device's functions."""
 
 REFUSED = [
