@@ -11,6 +11,7 @@ from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
+from parallel.fsdp_internals import keep_class_names
 from parallel.gradients import ScalarGradients
 from parallel.layers import blocks, units
 from parallel.loss import LossFn

@@ -40,7 +40,6 @@ from parallel.fsdp_internals import (
     compute_in_place,
     group_of,
     is_trained,
-    keep_class_names,
     on_whole,
     parameters_of,
     set_root,
@@ -97,7 +96,6 @@ class Zero:
         self._mesh = mesh
         self._trained: bytes | None = None
         self._shard(units, persistence_threshold, output)
-        keep_class_names(root)
         sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
         self._sharded = sharded
         self._records = [record for module in sharded for record in parameters_of(module)]
