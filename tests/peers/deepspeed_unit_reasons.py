@@ -63,15 +63,37 @@ COUNTED = {
 }
 
 
-CUDA = [r"^Skipped: ", r"module 'torch.cpu'", r"Cannot access accelerator device"]
+FURTHER = {
+    "runtime/test_multiple_models.py": 150,
+    "v1/half_precision/test_bf16.py": 28,
+    "v1/half_precision/test_gradient_clipping_default.py": 7,
+    "v1/half_precision/test_mixed_precision_dtype.py": 22,
+    "v1/half_precision/test_with_autocast.py": 5,
+    "v1/zero/test_zero.py": 99,
+    "v1/zero/test_zero2_offload_multi_backward.py": 10,
+    "v1/zero/test_zero_activation_checkpoint_lifecycle.py": 11,
+    "v1/zero/test_zero_autocast.py": 24,
+    "v1/zero/test_zero_cpu_offload_grad_accum.py": 1,
+    "v1/zero/test_zero_functorch_linear.py": 7,
+    "v1/zero/test_zero_torch_func.py": 19,
+    "v1/zero/test_zero_user_backward.py": 192,
+}
+"""Files that `--further` runs instead: grids of the same settings, and DeepSpeed's newer tests of ZeRO."""
+
+CUDA = [
+    r"^Skipped: ",
+    r"module 'torch.cpu'",
+    r"Cannot access accelerator device",
+    r"DistributedDataParallel device_ids",
+]
 """Left out by DeepSpeed's own conditions on a CPU, or in need of a device's functions."""
 
 REFUSED = [
     r"isn't part of uni3d: ",
     r"is refused: ",
     r"can't be nested",
+    r"can't be called inside no_sync",
     r"no_sync\(\) needs whole gradients",
-    r"step\(\) can't be called inside no_sync\(\)",
     r"over another optimizer",
     r"is in no list of layers",
     r"was saved by another run",
@@ -86,6 +108,8 @@ REFUSED = [
     r"interval=\d+ isn't supported",
     r"must be a number",
     r"FloatingPointError: step",
+    r"already called with this",
+    r"is a plain tensor, but the parameter is sharded",
 ]
 """What uni3d says no to, in these words. Some tests expect a refusal too, but of another type or wording."""
 
@@ -96,6 +120,7 @@ INSIDES = [
     r"DID NOT RAISE <class '(NotImplementedError|AssertionError|uni3d)",
     r"where False = isinstance\(",
     r"0-sized",
+    r"aten.allclose.default Sharding",  # two sharded parameters, which are empty in DeepSpeed
 ]
 """Attributes and classes inside of DeepSpeed's engine, optimizers, schedules, and what they can't do."""
 
@@ -107,6 +132,10 @@ BY_HAND = {
     "TestNewClassDeclared": "insides",  # zero.Init shards nothing: initialize does
     "TestNestingInit": "insides",
     "TestReturnParam": "insides",
+    "TestShutdownInNestingInit": "insides",
+    "TestNestedParallelInit": "insides",
+    "test_non_strict_load_sparse": "refused",  # gradients are always summed as dense tensors
+    "test_leaf_module_enabled_via_config": "insides",  # the marks of modules; all layers are gathered whole
 }
 
 

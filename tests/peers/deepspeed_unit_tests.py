@@ -28,7 +28,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from deepspeed_unit_reasons import COUNTED, reason_of  # noqa: E402
+from deepspeed_unit_reasons import COUNTED, FURTHER, reason_of  # noqa: E402
 
 EVENTS = "UNI3D_DEEPSPEED_TESTS_EVENTS"
 DONE = "UNI3D_DEEPSPEED_TESTS_DONE"
@@ -127,7 +127,7 @@ def run_files(tests: Path, names: list[str], env: dict[str, str], timeout: float
                 found[event["test"]] = None
             elif event["event"] in ("broken", "left"):
                 result = "failed" if event["event"] == "broken" else "skipped"
-                for number in range(COUNTED[file]):
+                for number in range({**COUNTED, **FURTHER}[file]):
                     test = f"{event['test']}::{number}"
                     rows[test] = {**event, "test": test, "file": file, "result": result}
             elif event["event"] != "begin":  # one that fails to end cleanly has passed first: the last counts
@@ -213,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the files to run")
+    parser.add_argument("--further", action="store_true", help="run the files of the second list")
     parser.add_argument("--out", type=Path, default=Path("deepspeed-tests"))
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one test")
     args = parser.parse_args()
@@ -221,7 +222,7 @@ def main() -> None:
         folder = Path(temporary)
         shutil.copytree(args.checkout / "tests", folder / "tests", symlinks=True)
         env = environment(folder)
-        names = [name for name in COUNTED if any(part in name for part in args.only)]
+        names = [n for n in (FURTHER if args.further else COUNTED) if any(part in n for part in args.only)]
         rows = run_files(folder / "tests", names, env, args.timeout)
         for row in rows:
             row["reason"] = reason_of(row)

@@ -106,7 +106,7 @@ def safe_update_full_grad_vectorized(
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """Return a copy of this rank's part of a trained parameter, in fp32; None of a frozen one. Local."""
     found = _found(param, "safe_get_local_fp32_param")
-    return None if found is None else part_here(_master(*found)).clone()
+    return None if found is None or not param.requires_grad else part_here(_master(*found)).clone()
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
@@ -239,6 +239,11 @@ def _gradient_divisor(engine: Any, call: str) -> float:
     micro, scaler = engine._micro, engine.scaler
     if not micro.losses:
         return 1.0  # there are none, or ones that the script has put there
+    if micro._inside_no_sync:
+        raise RuntimeError(
+            f"{call} can't be called inside no_sync(), where gradients are each rank's own; call it after "
+            "the next backward() outside"
+        )
     if not micro.awaits_step:
         raise RuntimeError(
             f"{call} needs the gradients of the whole step, which are summed over ranks in its last backward "

@@ -193,6 +193,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     "runtime.zero.partition_parameters": _PARTITION,
     "runtime.zero.stage3": {},
     "runtime.zero.stage_1_and_2": {},
+    "runtime.zero.utils": {"ZeRORuntimeException": f"{_HERE}.stand_ins"},
     "utils": {
         **_FRAGMENTS,
         **_LEAVES,

@@ -7,11 +7,17 @@ from typing import Any, NoReturn
 
 import torch
 
+
+def _nccl() -> str:
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version[:2]))
+
+
 torch_info = {
     "version": ".".join(torch.__version__.split(".")[:2]),
     "bf16_support": True,
     "cuda_version": ".".join((torch.version.cuda or "0.0").split(".")[:2]),
-    "nccl_version": ".".join(map(str, torch.cuda.nccl.version()[:2])) if torch.cuda.is_available() else "0.0",  # type: ignore[no-untyped-call]
+    "nccl_version": _nccl() if torch.cuda.is_available() else "0.0",
     "hip_version": "0.0",
 }
 

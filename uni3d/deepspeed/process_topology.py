@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,10 +17,9 @@ class ProcessTopology:
                 f"ProcessTopology got {len(axes)} axes and {len(dims)} dims; expected one for each"
             )
         self.axes, self.dims = list(axes), list(dims)
-        coordinates: Any = namedtuple("ProcessCoord", axes)  # type: ignore[misc]  # the axes vary
-        self.ProcessCoord = coordinates
-        places = product(*(range(dim) for dim in dims))
-        self.mapping = {coordinates(*place): rank for rank, place in enumerate(places)}
+        self.ProcessCoord: Any = namedtuple("ProcessCoord", axes)  # type: ignore[misc]  # axes vary
+        places: Iterable[Any] = product(*(range(dim) for dim in dims))
+        self.mapping = {self.ProcessCoord(*place): rank for rank, place in enumerate(places)}
 
     def world_size(self) -> int:
         return len(self.mapping)

@@ -22,3 +22,7 @@ def stand_in(full: str, reason: str) -> type:
     return NeverMadeType(
         name, (), {"__doc__": reason, "__module__": f"uni3d.deepspeed.{home}", "reason": reason}
     )
+
+
+class ZeRORuntimeException(Exception):  # noqa: N818 (DeepSpeed's name)
+    """Error that DeepSpeed raises where ZeRO can't do something. Never raised here; it can be caught."""

@@ -143,9 +143,23 @@ def frozen_case(stage: int) -> None:
     whole = deepspeed.utils.safe_get_full_fp32_param
     local = deepspeed.utils.safe_get_local_fp32_param
     for parameter in engine.module.parameters():
-        assert (whole(parameter) is None) == (local(parameter) is None) == (not parameter.requires_grad)
+        assert (whole(parameter) is None) == (not parameter.requires_grad)
+        assert (local(parameter) is None) == (not parameter.requires_grad)
 
 
 @pytest.mark.parametrize("stage", [1, slow(3)])
 def test_a_frozen_parameter(ranks: Ranks, stage: int) -> None:
     ranks.run(2, frozen_case, stage)
+
+
+def inside_no_sync_case() -> None:
+    engine = make(1)
+    with engine.no_sync():
+        x, y = next(micro_batches(global_batches(1), engine))
+        engine.backward((engine(x) - y).square().mean())
+        with pytest.raises(RuntimeError, match=r"safe_get_full_grad can't be called inside no_sync\(\)"):
+            deepspeed.utils.safe_get_full_grad(next(engine.module.parameters()))
+
+
+def test_gradients_inside_no_sync(ranks: Ranks) -> None:
+    ranks.run(2, inside_no_sync_case)
