@@ -36,7 +36,7 @@ class Numbers(NamedTuple):
     norm: float
     """Global gradient norm before clipping."""
     finite: float
-    """1 if the loss and the norm are finite, else 0."""
+    """1 if the norm and, but in fp16, the loss are finite, else 0."""
     alarms: float
     """Number of ranks whose background save has failed."""
     terms: float
@@ -160,7 +160,8 @@ class Stepper:
         divisor = tokens * (share if state.scaler is None else state.scaler.factor)
         mean_loss, norm = sums.loss / tokens, sums.square.sqrt() / divisor
         right = (sums.apart + sums.unfit + tokens.frac() == 0) & (sums.idle < model.topology.world_size)
-        finite = (mean_loss + norm).isfinite() & right
+        # In fp16 a loss may be past the type's range though its gradients aren't, as DeepSpeed has it too.
+        finite = (mean_loss + norm if state.scaler is None else norm).isfinite() & right
         try:
             self.settle()
         except (FloatingPointError, StepRefusedError, BatchError):

@@ -103,7 +103,11 @@ def test_the_loss_scaler_of_the_optimizer(ranks: Ranks) -> None:
 
 
 def test_the_loss_scaler_without_fp16(alone: None) -> None:
-    optimizer = make(0).optimizer
+    engine = make(0)
+    optimizer = engine.optimizer
+    assert engine.sparse_tensor_module_names == set()
+    with pytest.raises(RuntimeError, match="no file of optimizer states"):
+        engine._get_optimizer_ckpt_name("run", "tag")
     scaler = optimizer.loss_scaler
     assert (optimizer.dynamic_loss_scale, scaler.cur_scale, scaler.scale_window) == (False, 1.0, None)
 
@@ -163,3 +167,21 @@ def inside_no_sync_case() -> None:
 
 def test_gradients_inside_no_sync(ranks: Ranks) -> None:
     ranks.run(2, inside_no_sync_case)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_an_infinite_loss_whose_gradients_are_finite(alone: None, kind: str) -> None:
+    """Is no overflow of fp16, as in DeepSpeed: gradients alone are. Without a loss scale it is an error."""
+    engine = make(0, **{kind: {"enabled": True}})
+    weight = engine.module.out.weight
+    before = weight.detach().clone()
+    for x, y in micro_batches(global_batches(1), engine):
+        engine.backward((engine(x) - y).square().mean() + float("inf"))
+        if kind == "bf16" and engine.is_gradient_accumulation_boundary():
+            with pytest.raises(FloatingPointError, match="the loss is inf"):
+                engine.step()
+            return
+        engine.step()
+    assert engine.was_step_applied()
+    assert engine.skipped_steps == 0
+    assert not torch.equal(engine.module.out.weight, before)
