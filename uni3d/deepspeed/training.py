@@ -138,8 +138,8 @@ def init_distributed(
     collectives. MPI isn't asked, and the port is the launcher's.
 
     Raises:
-        ValueError: an unknown backend, a `config` of the communication, or `dist_init_required` is False, but
-            there is no process group.
+        ValueError: an unknown backend, a `config` of the communication, a rank without an `init_method`, or
+            `dist_init_required` is False, but there is no process group.
     """
     if dist_backend not in (None, "nccl", "gloo"):
         raise ValueError(f"dist_backend is {dist_backend!r}; expected 'nccl', 'gloo' or None")
@@ -148,6 +148,11 @@ def init_distributed(
     if config is not None:
         raise ValueError(
             "init_distributed: config isn't supported; use torch.profiler, which records collectives"
+        )
+    if init_method is None and (rank, world_size) != (-1, -1):
+        raise ValueError(
+            f"init_distributed: rank {rank} and world_size {world_size} need an init_method, such as "
+            "'tcp://localhost:29500'; without one the launcher sets them"
         )
     cuda = torch.cuda.is_available() and dist_backend != "gloo"
     if dist_backend == "nccl" and not cuda:
