@@ -45,7 +45,7 @@ def test_refusals_of_topologies() -> None:
     with pytest.raises(ValueError, match="1 axes and 2 dims"):
         ProcessTopology(["a"], [2, 2])
     topology = PipeDataParallelTopology(2, 2)
-    with pytest.raises(ValueError, match=r"get_rank\(\) got pipe; it needs pipe, data"):
+    with pytest.raises(ValueError, match=r"get_rank\(\) needs pipe, data; got pipe"):
         topology.get_rank(pipe=0)
     with pytest.raises(ValueError, match="rank 4 isn't in the topology"):
         topology.get_coord(4)
