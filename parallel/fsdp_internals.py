@@ -28,6 +28,7 @@ GROUP_RECORDS = (
     "_register_state_dict_hooks",
     "_partial_reduce_output",
     "_register_post_backward_hook",
+    "_training_state",
     "all_reduce_grads",
     "is_unsharded",
     "post_backward",
@@ -204,8 +205,9 @@ def take_over(
 
 
 def _reshard(group: Any, before: Callable[[Any], None]) -> None:
-    before(group)
-    type(group).reshard(group)
+    if group._training_state.name != "FORWARD":  # what `take_over` has taken over stays whole after it
+        before(group)
+        type(group).reshard(group)
 
 
 def start_gathering(group: Any) -> None:
