@@ -112,6 +112,13 @@ class Topology:
         """Ranks that hold the other pipeline stages for this rank's part of the batch."""
         return self.mesh.get_group("pp")
 
+    def close(self) -> None:
+        """Give up the mesh's process groups: torch keeps them otherwise, with their threads and connections."""
+        made = [*(self.mesh.get_group(axis) for axis in AXES), *self._groups.values()]
+        for group in {id(group): group for group in made}.values():
+            if dist.is_initialized() and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
     def group(self, *axes: str) -> dist.ProcessGroup:
         """Return the ranks that differ from this one along `axes` alone.
 

@@ -331,9 +331,10 @@ class Engine(CheckpointCore):
         raise RuntimeError("reload_states() isn't supported, as offload_states() isn't")
 
     def destroy(self) -> None:
-        """Wait for the last save, drop the gradients; the engine can't be used afterwards."""
+        """Wait for the last save, drop gradients and process groups; the engine can't be used afterwards."""
         self._saver.wait()
         self.model.zero.drop_gradients()
+        self.model.topology.close()
         self._guard.unusable = self._guard.unusable or "destroy() was called"
 
     def _get_optimizer_ckpt_name(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -1,5 +1,6 @@
 """DeepSpeed's names on the engine and on its optimizer, each with DeepSpeed's meaning."""
 
+import gc
 import json
 import warnings
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from marks import STAGES
+from marks import STAGES, slow
 from models import (
     OwnLoss,
     Stack,
@@ -348,6 +349,26 @@ def destroyed_case(folder: str) -> None:
 
 def test_destroy(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(2, destroyed_case, str(tmp_path))
+
+
+def many_engines_case(zero: int) -> list[int]:
+    """Return the number of threads after each of several engines; a process group has three."""
+    threads = []
+    for _ in range(3):
+        engine = make_engine(seeded(Stack), zero=zero, micro=3)
+        train(engine, global_batches(1))
+        engine.destroy()
+        del engine
+        gc.collect()
+        threads.append(len(list(Path("/proc/self/task").iterdir())))
+    return threads
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+@pytest.mark.parametrize("zero", [1, slow(3)])
+def test_destroyed_engines_leave_no_threads(ranks: Ranks, zero: int) -> None:
+    for first, *others in ranks.run(2, many_engines_case, zero):
+        assert others == [first] * 2
 
 
 def accelerate_case(zero: int) -> tuple[list[float], dict[str, Tensor]]:
