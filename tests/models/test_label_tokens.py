@@ -97,7 +97,7 @@ def case(kind: str, zero: int, micro: int, precision: str = "fp32", tp: int = 1)
         losses.append(engine.train_batch(iter(step)).item())
         assert engine.was_step_applied()
     assert "_loss_function" not in vars(engine.module), "the model is as it was"
-    return losses, evaluated, hf_models.whole(engine.module)
+    return losses, evaluated, engine.module_state_dict()
 
 
 def check(kind: str, results: list[Trained], rel: float = 1e-5, weights_to: float = 2e-5) -> None:
