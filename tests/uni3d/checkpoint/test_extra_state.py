@@ -201,6 +201,8 @@ def refused_case(run: Path, zero: int) -> dict[str, str]:
     engine = make_engine(model, zero=zero)
     errors = {}
     for name, (value, _) in REFUSED.items():
+        if name == "sharded" and zero < 3:
+            continue  # parameters are whole there between steps, and a tensor can be kept
         model.out.odd = value(engine.module.out)
         with pytest.raises(ckpt.CheckpointError) as caught:
             engine.save_checkpoint(run)
@@ -216,8 +218,9 @@ def refused_case(run: Path, zero: int) -> dict[str, str]:
 def test_what_cannot_be_kept_is_refused_by_name(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     one, other = ranks.run(2, refused_case, tmp_path / "run", zero)
     assert one == other
-    for name, (_, expected) in REFUSED.items():
-        assert expected in one[name], name
+    assert one.keys() == REFUSED.keys() - ({"sharded"} if zero < 3 else set())
+    for name, error in one.items():
+        assert REFUSED[name][1] in error, name
 
 
 class Adding(nn.Linear):
