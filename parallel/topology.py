@@ -113,7 +113,7 @@ class Topology:
         return self.mesh.get_group("pp")
 
     def close(self) -> None:
-        """Give up the mesh's process groups: torch keeps them otherwise, with their threads and connections."""
+        """Give up the mesh's process groups; torch keeps them otherwise, with threads and connections."""
         made = [*(self.mesh.get_group(axis) for axis in AXES), *self._groups.values()]
         for group in {id(group): group for group in made}.values():
             if dist.is_initialized() and group is not dist.group.WORLD:
