@@ -337,11 +337,6 @@ class Engine(CheckpointCore):
         self.model.topology.close()
         self._guard.unusable = self._guard.unusable or "destroy() was called"
 
-    def _get_optimizer_ckpt_name(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(
-            "a checkpoint has no file of optimizer states, but an array for each, in <tag>/atoms/<parameter>"
-        )
-
     # --- weights -----------------------------------------------------------------------------------------
 
     def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
