@@ -105,7 +105,7 @@ class ParameterWatch:
                     raise RuntimeError(_replaced(watched))
 
     def before_reshard(self, group: Any) -> None:
-        """Look at a group's whole parameters before they are freed; `requires_grad` is carried over.
+        """Look at a group's whole parameters before they are put away; `requires_grad` is carried over.
 
         Raises:
             RuntimeError: one was replaced or written to.

@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.refused = False
-        """Whether something was refused: the model's code may have caught the error."""
+        """True if something was refused: the model's code may have caught the error."""
         self._same = [tensor]  # and what `.data` and `detach()` gave of it
         self._generator = generator
 

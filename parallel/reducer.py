@@ -58,7 +58,7 @@ class Reducer:
     ) -> None:
         """Take over from fully_shard's hooks on `modules`, the first of which is the root.
 
-        `watch` looks at parameters before they are gathered, which happens for all together, and freed.
+        `watch` looks at parameters before they are gathered, all together, and put away.
         With `alone`, the gradients of a single rank are adopted, not reduced. With `offload`, whole
         parameters are only there from a forward pass to the end of its backward pass.
         """

@@ -229,7 +229,7 @@ class Zero:
                 on_whole(record, do)
 
     def reshard(self) -> None:
-        """Free the whole parameters, so that `parameters()` returns the sharded ones.
+        """Put the whole parameters away, so that `parameters()` returns the sharded ones.
 
         Call it before the sharded ones are read or written outside of a step: the whole copies that a forward
         pass has left would be used again, though stale.

@@ -139,7 +139,7 @@ CASES: dict[int, tuple[dict[str, Any] | None, Callable[[Any], LambdaLR] | None]]
     2: (None, None),
     3: ({"optimizer": OPTIMIZER, "scheduler": SCHEDULER}, warmup),
 }
-"""By ZeRO stage: sections of the config, or None for a plugin without one; the schedule in plain PyTorch."""
+"""Sections of the config for each ZeRO stage, None for a plugin without one; the schedule in PyTorch."""
 
 
 @pytest.mark.parametrize("zero", CASES)

@@ -91,12 +91,12 @@ CASES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
     2: ({}, {"lr_scheduler_type": "cosine", "label_smoothing_factor": 0.1, "max_grad_norm": 0.0}),
     3: (OPTIMIZER, {}),
 }
-"""By ZeRO stage: the sections of the config in place of the Trainer's own, and the Trainer's options."""
+"""Sections of the config in place of the Trainer's own, and the Trainer's options, for each ZeRO stage."""
 
 
 @pytest.mark.parametrize("zero", CASES)
 def test_the_steps_are_those_of_one_process(hf_ranks: Ranks, tmp_path: Path, zero: int) -> None:
-    """On two ranks; then, from a checkpoint half-way, on three and at another stage of ZeRO."""
+    """Train on two ranks; then, from a checkpoint half-way, on three and at another stage of ZeRO."""
     config, options = CASES[zero]
     alone = trainer(str(tmp_path / "alone"), 1, None, **options)
     if "optimizer" in config:  # which makes no exceptions from weight decay

@@ -1,4 +1,4 @@
-"""Which of DeepSpeed's test files are counted, and why a test of theirs doesn't pass on uni3d.
+"""DeepSpeed's test files that are counted, and reasons why a test of theirs doesn't pass on uni3d.
 
 Left out: `ops`, `inference`, `hybrid_engine`, `compile` and `v1/compile`, `v1/nvme` (kernels and CUDA),
 `autotuning`, `compression`, `elasticity`, `launcher`, `linear`, `module_inject`, `sequence*`, `ulysses_alst`,
@@ -111,7 +111,7 @@ REFUSED = [
     r"already called with this",
     r"is a plain tensor, but the parameter is sharded",
 ]
-"""What uni3d says no to, in these words. Some tests expect a refusal too, but of another type or wording."""
+"""Refusals of uni3d, by their words. Some tests expect a refusal too, but of another type or wording."""
 
 INSIDES = [
     r"isn't part of uni3d; ",

@@ -75,7 +75,7 @@ _BY_ACCELERATE: dict[str, Any] = {
 FILLED = (*_FROM, *_BY_WIDTH, *_BY_ACCELERATE)
 """Every key whose "auto" is filled in."""
 FILL_FIRST = "give --fill"
-"""What to do about a key that isn't filled in because nobody asked for it."""
+"""Advice on a key that isn't filled in because nobody asked for it."""
 
 
 class Filled(NamedTuple):

@@ -15,7 +15,7 @@ from parallel.fsdp_internals import sharded_of
 from parallel.tensors import named_parameters
 
 _engines: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
-"""By engine, the newest last: the names of its parameters, by the id of the sharded one."""
+"""Names of each engine's parameters, by the id of the sharded one; the newest engine last."""
 _of_pipelines: WeakSet[Any] = WeakSet()
 
 
