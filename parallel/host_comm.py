@@ -45,7 +45,8 @@ class HostComm:
 
     If a rank fails inside a call, it closes its connections, and so does each rank that waits for it. The
     call then raises the failing rank's error there and LostRankError on the ranks that need it, as does every
-    later call.
+    later call. Gloo sometimes waits for its own threads and keeps the connections of a rank that lives on:
+    the others then wait until it ends, or for `TIMEOUT`.
     """
 
     def __init__(self) -> None:
