@@ -14,6 +14,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import uni3d
 
@@ -79,10 +80,13 @@ def trainer_case(
     clipping = {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     deepspeed = dict.fromkeys(sizes, "auto") | clipping | {"zero_optimization": {"stage": zero}} | config
     warnings.filterwarnings("ignore", "keys of the config that have no effect: zero_allow_untested_optimizer")
-    made = trainer(folder, ranks, deepspeed, **options)
-    made.train(resume_from_checkpoint=resume)
-    made.save_model(f"{folder}/final")
-    return history(made)
+    try:
+        made = trainer(folder, ranks, deepspeed, **options)
+        made.train(resume_from_checkpoint=resume)
+        made.save_model(f"{folder}/final")
+        return history(made)
+    finally:
+        unset_hf_deepspeed_config()  # else the library builds other tests' models under zero.Init
 
 
 CASES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -104,12 +104,14 @@ def _work(pipe: Connection) -> None:
     """Run cases until the pipe closes: the main loop of a worker."""
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     modules: dict[str, ModuleType] = {}
+    cleaner = Cleaner()
     while True:
         try:
             file, name, rank, world_size, rendezvous, args = pipe.recv()
         except EOFError:
             return
         pipe.send(_run_case(modules, file, name, rank, world_size, rendezvous, args))
+        cleaner.clean()
 
 
 def _run_case(
@@ -141,21 +143,33 @@ def _run_case(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        _free_groups()
 
 
-def _free_groups() -> None:
-    """Release a case's process groups: each has threads that wake up now and then, and hundreds add up.
+class Cleaner:
+    """Releases a case's process groups: each has threads that wake up now and then, and hundreds add up.
 
-    Engines are in reference cycles, and torch caches sharding decisions with the meshes they are for.
+    Engines are in reference cycles, and torch caches sharding decisions with the meshes they are for. What
+    imports have made is frozen, so that the collector looks through a case's own objects alone.
     """
-    from torch.distributed.tensor import _redistribute
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    _clear_sharding_prop_cache()
-    if hasattr(_redistribute, "clear_redistribute_planner_cache"):
-        _redistribute.clear_redistribute_planner_cache()
-    for cached in [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]:
-        if cached.__module__.startswith("torch.distributed."):
+    def __init__(self) -> None:
+        self._caches: list[Any] = []
+        self._modules = 0
+
+    def clean(self) -> None:
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        if hasattr(_redistribute, "clear_redistribute_planner_cache"):
+            _redistribute.clear_redistribute_planner_cache()
+        imported = len(sys.modules) > self._modules
+        if imported:
+            made = [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper]
+            self._caches += [o for o in made if o.__module__.startswith("torch.distributed.")]
+        for cached in self._caches:
             cached.cache_clear()
-    gc.collect()
+        gc.collect()
+        if imported:
+            self._modules = len(sys.modules)
+            gc.freeze()
