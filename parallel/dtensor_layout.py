@@ -76,7 +76,7 @@ class StageLayout:
         if key not in self._known:
             assert names is not None, "the topology names its axes"
             self._known[key] = {
-                rank: _place(shape, tuple(mesh.shape), [place[n] for n in names], tensor.placements)
+                rank: place_of(shape, tuple(mesh.shape), [place[n] for n in names], tensor.placements)
                 for rank, place in self._places.items()
             }
         return self._known[key]
@@ -87,12 +87,13 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _place(
+def place_of(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
     coordinate: list[int],
     placements: tuple[Placement, ...],
 ) -> Place:
+    """Return the part that a rank at a coordinate of a mesh holds of a tensor of this shape."""
     local, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, coordinate, placements)
     if 0 in local:  # an empty part's offset may lie beyond the end
         offset = (0,) * len(shape)

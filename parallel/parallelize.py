@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from parallel.activation_checkpointing import change_forward
 from parallel.combinations import check_combination, pipeline_refusal
+from parallel.degrees import Ranks
+from parallel.dtensor_layout import StageLayout
 from parallel.fsdp_internals import keep_class_names
 from parallel.gradients import ScalarGradients
 from parallel.layers import blocks, units
@@ -64,6 +66,47 @@ class ParallelModel:
     def first_name(self, name: str) -> str:
         """Return the name of one of this rank's parameters in the whole model."""
         return self.ties.get(name, name)
+
+    # --- as checkpoints see it (`uni3d.train_state.StoredModel`) ------------------------------------------
+
+    @cached_property
+    def layout(self) -> StageLayout:
+        return StageLayout(self.topology)
+
+    @property
+    def copies(self) -> Collection[str]:
+        return self.tied.copies
+
+    @property
+    def stage(self) -> int:
+        return self.topology.pp_rank
+
+    @property
+    def speaks_for_stage(self) -> bool:
+        return self.topology.speaks_for_stage
+
+    @property
+    def device(self) -> torch.device:
+        return self.topology.device
+
+    @property
+    def ranks(self) -> Ranks:
+        degrees = self.topology.degrees
+        return Ranks(pp=degrees.pp, dp=degrees.dp, tp=degrees.tp, zero=self.zero.stage)
+
+    @property
+    def shard_group(self) -> int:
+        return self.topology.mesh["shard"].size()
+
+    @property
+    def data_part(self) -> tuple[int, int]:
+        return self.topology.dp_rank, self.topology.degrees.dp
+
+    def carry_writes(self) -> None:
+        self.zero.carry_writes()
+
+    def reshard(self) -> None:
+        self.zero.reshard()
 
 
 def build(

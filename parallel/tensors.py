@@ -6,7 +6,7 @@ takes tenths of one, since a checkpoint asks while training waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from parallel.dtensor_layout import copy_from_full
 from parallel.fsdp_internals import sharded_of
@@ -23,7 +24,7 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters, each once, under its first name; the sharded ones, whatever the modules show."""
     seen: set[int] = set()
     found = []
-    for prefix, owner in _modules(module):
+    for prefix, owner in modules(module):
         for name, parameter in owner._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -35,7 +36,7 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the buffers in the module's `state_dict`, a shared one under each of its names."""
     return [
         (prefix + name, buffer)
-        for prefix, owner in _modules(module, once=False)
+        for prefix, owner in modules(module, once=False)
         for name, buffer in owner._buffers.items()
         if buffer is not None and name not in owner._non_persistent_buffers_set
     ]
@@ -65,10 +66,27 @@ def whole_module(module: nn.Module) -> Iterator[nn.Module]:
         copy_from_full(parameter, whole.detach())
 
 
-def _modules(module: nn.Module, *, once: bool = True) -> list[tuple[str, nn.Module]]:
+class Parts(nn.Module):
+    """Holder of a rank's modules, which adds nothing to their names."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for i, part in enumerate(parts):
+            self.add_module(str(i), part)
+
+
+WRAPPERS = (DistributedDataParallel, Parts)
+"""Modules whose children have the names of parameters for themselves."""
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Names under which `torch.compile` and torch's activation checkpointing keep a module that they wrap."""
+
+
+def modules(module: nn.Module, *, once: bool = True) -> list[tuple[str, nn.Module]]:
     """Return `(prefix of its tensors' names, module)`, parents before children.
 
-    With `once`, a module that is there several times comes under its first name alone.
+    With `once`, a module that is there several times comes under its first name alone. Names leave out
+    wrappers' segments.
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
@@ -79,7 +97,12 @@ def _modules(module: nn.Module, *, once: bool = True) -> list[tuple[str, nn.Modu
             continue
         seen.add(id(owner))
         found.append((prefix, owner))
-        children = [(f"{prefix}{name}.", c) for name, c in owner._modules.items() if c is not None]
+        wraps = isinstance(owner, WRAPPERS)
+        children = [
+            (prefix if wraps or name in WRAPPED else f"{prefix}{name}.", child)
+            for name, child in owner._modules.items()
+            if child is not None
+        ]
         stack.extend(reversed(children))
     return found
 

@@ -116,9 +116,9 @@ ALLOWED = {
     "manifest": {"ckpt", "parallel", "version"},
     "resume_rules": {"manifest"},
     "name_map": {"config"},
-    "state": {"ckpt", "parallel"},
+    "state": {"ckpt", "parallel", "train_state"},
     "optim": {"config"},
-    "train_state": {"optim", "parallel"},
+    "train_state": {"config", "optim", "parallel"},
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),

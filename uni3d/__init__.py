@@ -32,6 +32,7 @@ from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
+    from uni3d.checkpoint.checkpointer import Checkpointer, load, save
     from uni3d.deepspeed.training import add_config_arguments, init_distributed
     from uni3d.engine.build import initialize
     from uni3d.engine.data_loader import RepeatingLoader
@@ -49,6 +50,7 @@ from uni3d.version import __version__ as __version__
 
 __all__ = [
     "CheckpointError",
+    "Checkpointer",
     "Engine",
     "LayerSpec",
     "PipelineModule",
@@ -60,12 +62,15 @@ __all__ = [
     "get_fp32_state_dict_from_zero_checkpoint",
     "init_distributed",
     "initialize",
+    "load",
     "load_state_dict_from_zero_checkpoint",
     "meta_parameters",
+    "save",
 ]
 
 _NAMES = {
     "ckpt": ["CheckpointError"],
+    "uni3d.checkpoint.checkpointer": ["Checkpointer", "load", "save"],
     "uni3d.deepspeed.training": ["add_config_arguments", "init_distributed"],
     "uni3d.engine.build": ["initialize"],
     "uni3d.engine.data_loader": ["RepeatingLoader"],

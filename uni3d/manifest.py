@@ -147,6 +147,10 @@ class EngineRecord:
     sample_order: int | None = None
     """Version of the order of samples; None for an import, and for the order before version 1."""
 
+    def samples(self, train_batch: int) -> int:
+        """Return the samples that the run has seen, or as many as these steps take of a global batch."""
+        return (self.global_steps or 0) * train_batch if self.global_samples is None else self.global_samples
+
     @property
     def order(self) -> dict[str, int]:
         """Known ones of the numbers that fix the order of samples, and the global batch."""

@@ -88,11 +88,9 @@ def compare(saved: RunManifest, given: Given) -> Comparison:
 
 
 def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
-    counters = {"global_steps": saved.engine.global_steps, "global_samples": saved.engine.global_samples}
-    missing = [name for name, number in counters.items() if number is None]
-    if given.counters and missing:
+    if given.counters and saved.engine.global_steps is None:
         yield (
-            f"the manifest has no {' and no '.join(missing)}: it holds weights, not a run; load them with "
+            "the manifest has no global_steps: it holds weights, not a run; load them with "
             "load_module_only=True"
         )
     if given.optimizer is not None:
@@ -140,6 +138,11 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
     """
     yield from _other_loader(saved, given)
     there, here = saved.engine.dataset_length, given.dataset_length
+    if given.counters and here and saved.engine.global_steps and saved.engine.global_samples is None:
+        difference = (
+            f"training_data gives the samples in {given.whose}, but the checkpoint doesn't count its own"
+        )
+        yield "dataset", difference, "those of its current epoch would come again"
     position, epoch = saved.engine.global_samples, saved.engine.epoch_length or there
     if not given.counters or there is None or not position:
         return
@@ -322,7 +325,10 @@ def _order(saved: RunManifest, given: Given) -> Iterator[str]:
             f"train_batch_size is {size} in {given.whose}, {batch} in the checkpoint: the order of samples "
             f"stays, and goes on at sample {saved.engine.global_samples}"
         )
-    if saved.engine.seed is None and saved.engine.global_samples is not None:  # another framework's
+    if saved.engine.global_samples is None and given.order.get("train_batch_size"):
+        at = saved.engine.samples(size or 0)
+        yield f"the checkpoint doesn't count samples: {given.whose} goes on at sample {at}"
+    elif saved.engine.seed is None and given.order.get("seed") is not None:  # another framework's
         yield (
             "the checkpoint doesn't say in which order its samples came: this run's own order continues at "
             f"sample {saved.engine.global_samples}"

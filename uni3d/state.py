@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 import ckpt
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Shard, ShardSpec
 from ckpt.parts import ArrayInfo
-from ckpt.read import BUFFER
+from ckpt.read import BUFFER as BUFFER
 from ckpt.read import PARAMETER as PARAMETER
-from parallel import ParallelModel
-from parallel.dtensor_layout import Place, StageLayout, copy_from_full, local_tensor
+from parallel.dtensor_layout import Place, copy_from_full, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
+from uni3d.train_state import StoredModel
 
 _NOBODY: Mapping[int, Place] = {}
 
@@ -47,9 +47,9 @@ class Inventory:
     object.
     """
 
-    def __init__(self, model: ParallelModel) -> None:
+    def __init__(self, model: StoredModel) -> None:
         self._model = model
-        self._stage = StageLayout(model.topology)
+        self._stage = model.layout
         self._known: dict[tuple[str, str, bool], Held] = {}  # by name, state, and True if it is saved
         self._before: dict[tuple[str, str, bool], Held] = {}
 
@@ -70,14 +70,14 @@ class Inventory:
             CheckpointError: a tensor has a dtype that can't be stored, or its place in the whole is unknown.
         """
         model = self._model
-        model.zero.carry_writes()
+        model.carry_writes()
         self._before, self._known = self._known, {}  # entries not found again are dropped
         arrays = []
         for name, parameter in named_parameters(model.module):
             if not (frozen or parameter.requires_grad):
                 continue
             first = model.first_name(name)
-            savers = None if name not in model.tied.copies else _NOBODY
+            savers = None if name not in model.copies else _NOBODY
             fine_dim = 1 if name in model.rowwise else None
             arrays.append(self._held(first, PARAMETER, parameter, savers, fine_dim))
             wanted = optimizer if with_states is None or first in with_states else None
@@ -93,7 +93,7 @@ class Inventory:
         saver = self._stage.ranks[0]  # copies may differ between ranks: dp and tp rank 0 saves its own
         for name, buffer in persistent_buffers(model.module):
             place = ((0,) * buffer.ndim, tuple(buffer.shape))
-            arrays.append(self._held(name, BUFFER, buffer, {saver: place}, None))
+            arrays.append(self._held(model.first_name(name), BUFFER, buffer, {saver: place}, None))
         for key, tensor in extra.items():  # plain, and the same on all ranks of the stage
             place = ((0,) * tensor.ndim, tuple(tensor.shape))
             arrays.append(self._held(key.atom, key.state, tensor, {saver: place}, None))
@@ -224,7 +224,7 @@ def create_states(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = None
 
 
-def forget_states(model: ParallelModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
+def forget_states(model: StoredModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
     """Drop the states of all parameters except `but`, as if they had never had a gradient."""
     for name, parameter in named_parameters(model.module):
         if model.first_name(name) not in but:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ckpt
-from parallel import HostComm, Topology
+from parallel import HostComm
 from uni3d import state
 from uni3d.checkpoint.extra_state import Extra, ExtraRecord, array_key, put_together, taken_apart
 from uni3d.manifest import DATA_ATOM, DataRecord, RunManifest, data_atom
@@ -22,8 +22,8 @@ from uni3d.train_state import DataState
 class DataSaver:
     """Gathers the states for each save."""
 
-    def __init__(self, data: DataState | None, topology: Topology, comm: HostComm) -> None:
-        self._data, self._topology, self._comm = data, topology, comm
+    def __init__(self, data: DataState | None, part: tuple[int, int], comm: HostComm) -> None:
+        self._data, self._part, self._comm = data, part[0], comm
         self._tensors: dict[ckpt.ArrayKey, Tensor] = {}
 
     def take(self) -> tuple[DataRecord | None, dict[ckpt.ArrayKey, Tensor]]:
@@ -32,13 +32,11 @@ class DataSaver:
         Raises:
             CheckpointError: a state can't be stored, or ranks of one data-parallel index differ.
         """
-        data, topology = self._data, self._topology
+        data, part = self._data, self._part
         if data is None or not data.resumes:
             return None, {}
         what = f"training_data ({data.kind}): state"
-        found = ckpt.merged(
-            self._comm, lambda: [(topology.dp_rank, taken_apart(data.state_dict(), what))], _joined
-        )
+        found = ckpt.merged(self._comm, lambda: [(part, taken_apart(data.state_dict(), what))], _joined)
         return ckpt.agreed(self._comm, lambda: self._put_in_order(data.kind, found))
 
     def _put_in_order(
@@ -72,17 +70,17 @@ class DataLoad:
     """Load of this rank's state."""
 
     def __init__(
-        self, data: DataState | None, topology: Topology, saved: RunManifest, *, counters: bool
+        self, data: DataState | None, part: tuple[int, int], saved: RunManifest, *, counters: bool
     ) -> None:
         self._data = data if counters else None
         self._record: ExtraRecord | None = None
         self._read: dict[ckpt.ArrayKey, Tensor] = {}
-        self._atom = data_atom(topology.dp_rank)
+        self._atom = data_atom(part[0])
         there = saved.data
         if self._data is None or not self._data.resumes or there is None:
             return
-        if (there.kind, len(there.states)) == (self._data.kind, topology.degrees.dp):
-            self._record = ExtraRecord.of(there.states[topology.dp_rank], "training_data")
+        if (there.kind, len(there.states)) == (self._data.kind, part[1]):
+            self._record = ExtraRecord.of(there.states[part[0]], "training_data")
 
     def reason(self) -> str | None:
         """Return why the tensors of the states aren't loaded on any rank; None if they are."""

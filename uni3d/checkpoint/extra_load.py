@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import ckpt
-from parallel import HostComm, ParallelModel
+from parallel import HostComm
 from uni3d import state
 from uni3d.checkpoint.extra_state import (
     ExtraRecord,
@@ -22,6 +22,7 @@ from uni3d.checkpoint.extra_state import (
     takes,
 )
 from uni3d.manifest import OPTIMIZER_ATOM, RunManifest
+from uni3d.train_state import StoredModel
 
 MISSING, OLD = "not in the checkpoint", "not in the checkpoint: its release saved no extra states"
 
@@ -31,7 +32,7 @@ class ExtraLoad:
 
     def __init__(
         self,
-        model: ParallelModel,
+        model: StoredModel,
         optimizer: Optimizer | None,
         saved: RunManifest,
         comm: HostComm,
@@ -40,7 +41,7 @@ class ExtraLoad:
     ) -> None:
         """Collective. With `model_too` false, the script loads the modules itself."""
         self._model, self._optimizer, self._comm, self._manifest = model, optimizer, comm, saved
-        self._modules = modules_with_extra(model.module)
+        self._modules = {model.first_name(n): m for n, m in modules_with_extra(model.module).items()}
         self._everyone = comm.all_reduce(set(self._modules), ckpt.union)
         self._model_too = model_too
         self._saved: dict[str, ExtraRecord] = {}
@@ -141,4 +142,4 @@ class ExtraLoad:
     def _tensor(self, atom: str, record: ExtraRecord, place: str) -> Tensor:
         tensor = self._read[array_key(atom, place)]
         on_host = record.tensors[place] == "cpu"
-        return tensor if on_host else tensor.to(self._model.topology.device)
+        return tensor if on_host else tensor.to(self._model.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 import ckpt
 from ckpt import CheckpointError, check_json
+from parallel.tensors import modules
 from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM
 from uni3d.state import array_key as key_of
+from uni3d.train_state import StoredModel
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 """Types of tensors that are stored; others mean something that the numbers don't show."""
@@ -82,7 +84,7 @@ def array_key(atom: str, place: str) -> ckpt.ArrayKey:
 
 def modules_with_extra(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that have an extra state, by the names of torch's `state_dict`, each once."""
-    return {f"{prefix}_extra_state": m for prefix, m in _walk(model) if _overrides(m, "get_extra_state")}
+    return {f"{prefix}_extra_state": m for prefix, m in modules(model) if _overrides(m, "get_extra_state")}
 
 
 def of_modules(model: nn.Module) -> dict[str, Extra]:
@@ -109,9 +111,9 @@ def check_nothing_is_lost(model: nn.Module) -> None:
         CheckpointError: it has; names it.
     """
     known = {id(t) for t in (*model.parameters(), *model.buffers())}
-    extra = modules_with_extra(model).keys()
     full = model.state_dict(keep_vars=True)
-    if lost := [name for name, value in full.items() if id(value) not in known and name not in extra]:
+    lost = [name for name, t in full.items() if id(t) not in known and not name.endswith("_extra_state")]
+    if lost:
         raise CheckpointError(
             f"{type(model).__name__}.state_dict() has {', '.join(lost[:5])}, which a checkpoint wouldn't "
             "keep: it keeps parameters, buffers, and what get_extra_state returns"
@@ -134,18 +136,6 @@ def check_in_layers(model: nn.Module) -> None:
                 f"{type(module).__name__} has an extra state ({name}), but is in none of the "
                 "pipeline_layers, and pipeline stages keep only these; move get_extra_state to a layer"
             )
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `(prefix of its names, module)`, each once. A save can't wait for torch's own walk."""
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        prefix, owner = stack.pop()
-        if id(owner) not in seen:
-            seen.add(id(owner))
-            yield prefix, owner
-            stack += [(f"{prefix}{n}.", m) for n, m in reversed(owner._modules.items()) if m is not None]
 
 
 def _overrides(module: nn.Module, method: str) -> bool:
@@ -293,13 +283,14 @@ class ExtraStates(NamedTuple):
         return found
 
 
-def extra_states(model: nn.Module, optimizer: Optimizer | None) -> ExtraStates:
+def extra_states(model: StoredModel, optimizer: Optimizer | None) -> ExtraStates:
     """Return this rank's extra states.
 
     Raises:
         CheckpointError: one can't be stored.
     """
-    return ExtraStates(of_modules(model), None if optimizer is None else of_optimizer(optimizer))
+    modules = {model.first_name(name): extra for name, extra in of_modules(model.module).items()}
+    return ExtraStates(modules, None if optimizer is None else of_optimizer(optimizer))
 
 
 Digests = tuple[tuple[tuple[str, int], bytes], ...]

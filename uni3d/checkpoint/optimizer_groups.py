@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ckpt import CheckpointError
-from parallel import ParallelModel
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
+from uni3d.train_state import StoredModel
 
 
 def describe(
-    model: ParallelModel,
+    model: StoredModel,
     optimizer: torch.optim.Optimizer | None,
     declared: dict[str, Any],
     extra: ExtraStates,
@@ -39,7 +39,7 @@ def describe(
     requires_grad = {name: trains for name, trains in here.items() if frozen or trains}
     model_record = ModelRecord(
         requires_grad=requires_grad,
-        buffers=[name for name, _ in persistent_buffers(model.module)],
+        buffers=[model.first_name(name) for name, _ in persistent_buffers(model.module)],
         left_out=None if frozen else [name for name in here if name not in requires_grad],
         declared=declared,
         extra_state={name: state.record() for name, state in extra.modules.items()},
@@ -56,7 +56,7 @@ def describe(
 
 
 def given_optimizer(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord | None
+    model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord | None
 ) -> GivenOptimizer:
     """Return the description of this rank's optimizer, to compare with the saved one."""
     names = _names(model)
@@ -70,7 +70,7 @@ def given_optimizer(
     return GivenOptimizer(type=type(optimizer).__name__, groups=groups)
 
 
-def restore_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
+def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
     """Restore the groups' hyperparameters and the states' scalars.
 
     Raises:
@@ -92,13 +92,19 @@ def restore_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, sa
             state[key] = _like(state[key], scalar)
 
 
-def _names(model: ParallelModel) -> dict[int, str]:
+def _names(model: StoredModel) -> dict[int, str]:
     """Return each parameter's name in the whole model, by its id."""
     return {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
 
 
 def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
     # Two stages on one rank may each have a copy of a tied parameter, under one name.
+    for parameter in group["params"]:
+        if id(parameter) not in names:
+            raise CheckpointError(
+                f"the optimizer has a parameter of shape {list(parameter.shape)} that isn't the model's: "
+                "make the optimizer from the model's parameters, once it is wrapped and sharded"
+            )
     values: dict[str, Any] = {"params": list(dict.fromkeys(names[id(p)] for p in group["params"]))}
     for key, value in group.items():
         if key in IMPLEMENTATION_KEYS:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 import ckpt
 from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
-from parallel import HostComm, Ranks
+from parallel import HostComm
 from parallel.tensors import whole_module
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
@@ -26,13 +26,12 @@ from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
-from uni3d.config import Config
-from uni3d.config.scheduler import describe_schedule
+from uni3d.config.scheduler import SchedulerConfig, describe_schedule
 from uni3d.manifest import SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import Given, GivenScheduler, compare, without_progress
 from uni3d.state import Inventory
-from uni3d.train_state import TrainState
+from uni3d.train_state import RunState
 
 CustomLoad = Callable[[Mapping[str, Tensor], nn.Module], Any]
 """A script's own loader of the model's weights, called with the keywords `src` and `dst`."""
@@ -64,9 +63,8 @@ class Loaded(NamedTuple):
 class Restorer:
     """Loads checkpoints into one engine. All calls are collective."""
 
-    def __init__(self, state: TrainState, config: Config, *, comm: HostComm, inventory: Inventory) -> None:
+    def __init__(self, state: RunState, *, comm: HostComm, inventory: Inventory) -> None:
         self._state = state
-        self._config = config
         self._comm = comm
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
@@ -78,7 +76,7 @@ class Restorer:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
-        self._state.model.zero.reshard()  # parameters are looked up as the optimizer has them
+        self._state.model.reshard()  # parameters are looked up as the optimizer has them
         checkpoint = ckpt.open_together(self._comm, run, tag)
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         report = self._load(checkpoint, saved, wanted)
@@ -89,9 +87,7 @@ class Restorer:
 
     def _tell_resize(self, saved: RunManifest) -> None:
         """Print a line if another topology wrote the checkpoint."""
-        model, before = self._state.model, saved.written_on
-        degrees = model.topology.degrees
-        now = Ranks(pp=degrees.pp, dp=degrees.dp, tp=degrees.tp, zero=model.zero.stage)
+        now, before = self._state.model.ranks, saved.written_on
         if before is not None and before != now:
             print(f"uni3d: new topology: {before.text} -> {now.text}", file=sys.stderr, flush=True)
 
@@ -105,7 +101,7 @@ class Restorer:
         model_too = wanted.custom is None
         extra = ExtraLoad(self._state.model, optimizer, saved, self._comm, model_too=model_too)
         extra.check(checkpoint.url, strict=wanted.strict)
-        data = DataLoad(self._state.data, self._state.model.topology, saved, counters=wanted.counters)
+        data = DataLoad(self._state.data, self._state.model.data_part, saved, counters=wanted.counters)
         report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra, data)
         try:
             if wanted.custom is not None:
@@ -138,9 +134,9 @@ class Restorer:
         if scheduler is not None and saved.scheduler is not None:
             rates = [float(rate) for rate in getattr(scheduler, "base_lrs", ())]  # a SequentialLR has none
             scheduler.load_state_dict(saved.scheduler)
-            if self._config.scheduler is not None and isinstance(scheduler, LambdaLR):
-                same = saved.schedule in (None, describe_schedule(self._config.scheduler))
-                go_on(scheduler, self._config.scheduler, None if same else rates)
+            if self._state.schedule is not None and isinstance(scheduler, LambdaLR):
+                same = saved.schedule in (None, describe_schedule(self._state.schedule))
+                go_on(scheduler, self._state.schedule, None if same else rates)
             if optimizer is None:  # its groups weren't restored, and they hold the next step's rate
                 for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                     group["lr"] = lr
@@ -149,9 +145,8 @@ class Restorer:
         """Restore the counters, the run's identifier and, if both runs are in fp16, the loss scale."""
         progress, scaler = self._state.progress, self._state.scaler
         assert saved.global_steps is not None, "compared before"
-        assert saved.global_samples is not None, "compared before"
         progress.global_steps = saved.global_steps
-        progress.global_samples = saved.global_samples
+        progress.global_samples = saved.samples(progress.train_batch)
         progress.skipped_steps = saved.skipped_steps
         progress.run_id = run_id or progress.run_id
         if scaler is not None and saved.loss_scale is not None:
@@ -174,17 +169,17 @@ class Restorer:
         given = Given(
             whose="this run",
             optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
-            scheduler=None if scheduler is None else _given(scheduler, self._config),
+            scheduler=None if scheduler is None else _given(scheduler, self._state.schedule),
             counters=counters,
             order={
-                "seed": self._config.seed,
-                "train_batch_size": progress.train_batch,
-                "sample_order": SAMPLE_ORDER,
+                "seed": self._state.seed,
+                "train_batch_size": progress.train_batch or None,
+                "sample_order": None if self._state.seed is None else SAMPLE_ORDER,
             },
             dataset_length=progress.dataset_length,
             epoch_length=progress.epoch_length,
             data=_given_data(self._state),
-            accepted=self._config.checkpoint.accept_changes,
+            accepted=self._state.settings.accept_changes,
             loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
@@ -280,17 +275,17 @@ def _is_moment(key: ckpt.ArrayKey) -> bool:
     return key.state not in WEIGHT_STATES and not is_extra(key.state)
 
 
-def _given_data(state: TrainState) -> tuple[str, int, bool] | None:
+def _given_data(state: RunState) -> tuple[str, int, bool] | None:
     data = state.data
-    return None if data is None else (data.kind, state.model.topology.degrees.dp, data.resumes)
+    return None if data is None else (data.kind, state.model.data_part[1], data.resumes)
 
 
-def _given(scheduler: LRScheduler, config: Config) -> GivenScheduler:
+def _given(scheduler: LRScheduler, schedule: SchedulerConfig | None) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
     state = scheduler.state_dict()
     return GivenScheduler(
         type=type(scheduler).__name__,
         keys=state.keys(),
         state=without_progress(state),
-        schedule=describe_schedule(config.scheduler),
+        schedule=describe_schedule(schedule),
     )

@@ -15,6 +15,7 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
+from uni3d.checkpoint.copies import check_copies
 from uni3d.checkpoint.data_state import DataSaver
 from uni3d.checkpoint.extra_state import (
     Digests,
@@ -24,11 +25,10 @@ from uni3d.checkpoint.extra_state import (
     extra_states,
 )
 from uni3d.checkpoint.optimizer_groups import describe
-from uni3d.config import Config
 from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SAMPLE_ORDER, SCRIPT, EngineRecord, RunManifest, WriterRecord
 from uni3d.state import Held, Inventory, on_host, parts_to_save
-from uni3d.train_state import TrainState
+from uni3d.train_state import RunState
 
 
 class _Taken(NamedTuple):
@@ -51,14 +51,20 @@ class Saver:
 
     def __init__(
         self,
-        state: TrainState,
-        config: Config,
+        state: RunState,
         *,
         comm: HostComm,
+        writing: HostComm,
         inventory: Inventory,
         model_spec: dict[str, Any],
+        compare_copies: bool = False,
     ) -> None:
-        """Collective. `model_spec` is the model's own description for the manifest.
+        """Collective.
+
+        Args:
+            comm, writing: connections for the thread that trains, and for the one that writes meanwhile.
+            model_spec: the model's own description for the manifest.
+            compare_copies: compare the copies of a tensor on several ranks before each save.
 
         Raises:
             ValueError: the scheduler's state can't be saved, or the ranks have training data of different
@@ -72,18 +78,18 @@ class Saver:
                 kind = type(state.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
         self.report: ckpt.SaveReport | None = None
-        self.asynchronous = config.checkpoint.async_save
+        self.asynchronous = state.settings.async_save
         self._state = state
-        self._config = config
         self._model_spec = model_spec
         self._comm = comm
-        self._writing = HostComm()  # separate: a background save talks while `comm` is in use
+        self._writing = writing
+        self._compare_copies = compare_copies
         self._inventory = inventory
-        self._data = DataSaver(state.data, state.model.topology, comm)
+        self._data = DataSaver(state.data, state.model.data_part, comm)
         self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
         self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
-        self._snapshot = Snapshot(state.model.topology.device)
+        self._snapshot = Snapshot(state.model.device)
         self._background: Background[ckpt.SaveReport] = Background("uni3d's last save_checkpoint")
         self._agreed_failure = False
         self._looked_for_others = False
@@ -109,11 +115,11 @@ class Saver:
         def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
             model, optimizer = self._state.model, self._state.optimizer
-            extra, stage = extra_states(model.module, optimizer), model.topology.pp_rank
+            extra, stage = extra_states(model, optimizer), model.stage
             if not self._looked_for_others:  # once, as torch's own `state_dict` takes its time
                 check_nothing_is_lost(model.module)
                 self._looked_for_others = True
-            files = self._config.checkpoint.files
+            files = self._state.settings.files
             chosen = ckpt.files_for(where) if files == "auto" else files
             arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
             plan, parts = self._parts(arrays, frozen, chosen)
@@ -129,6 +135,8 @@ class Saver:
         ckpt.check_same_tag([name for name, _, _ in found])
         _check_same_place({files: ranks.first for (_, files, _), ranks in reversed(found.items())})
         check_alike({ranks.first: digests for (_, _, digests), ranks in found.items()})
+        if self._compare_copies:
+            check_copies(self._comm, self._held)
         if self.asynchronous:
             self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
         else:
@@ -190,10 +198,10 @@ class Saver:
 
     def _write(self, taken: _Taken, update_latest: bool) -> ckpt.SaveReport:
         """Write the checkpoint, in either thread. Torch's process groups may be destroyed by then."""
-        settings, (run, tag, plan, parts, manifest) = self._config.checkpoint, taken
+        settings, (run, tag, plan, parts, manifest) = self._state.settings, taken
         # Before the gather, so that a value that JSON can't hold is refused in all ranks' name.
         ckpt.agreed(self._writing, lambda: ckpt.check_json(manifest.document(), "the checkpoint's document"))
-        gathered = self._writing.gather(manifest if self._state.model.topology.speaks_for_stage else None)
+        gathered = self._writing.gather(manifest if self._state.model.speaks_for_stage else None)
         stages = [part for part in gathered if part is not None]  # rank 0 has all, and writes the manifest
         whole = ckpt.agreed(self._writing, lambda: stages[0].merged(stages[1:]) if stages else manifest)
         shards = ckpt.agreed(self._writing, lambda: [on_host(*part) for part in parts])
@@ -217,8 +225,7 @@ class Saver:
         Values that training may change before the write are copied.
         """
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
-        scaler, topology = self._state.scaler, model.topology
-        degrees = topology.degrees
+        scaler, ranks = self._state.scaler, model.ranks
         model_record, optimizer = describe(
             model, self._state.optimizer, self._model_spec, extra, frozen=frozen
         )
@@ -229,28 +236,28 @@ class Saver:
             run_id=progress.run_id,
             writer=WriterRecord(
                 torch=str(torch.__version__),
-                topology={"pp": degrees.pp, "dp": degrees.dp, "tp": degrees.tp},
-                zero_stage=model.zero.stage,
-                shard_group=topology.mesh["shard"].size(),
+                topology={"pp": ranks.pp, "dp": ranks.dp, "tp": ranks.tp},
+                zero_stage=ranks.zero,
+                shard_group=model.shard_group,
                 layers=model.layers,
             ),
             model=model_record,
             optimizer=optimizer,
-            aliases=model.ties,
+            aliases=dict(model.ties),
             scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
-            schedule=None if scheduler is None else describe_schedule(self._config.scheduler),
+            schedule=None if scheduler is None else describe_schedule(self._state.schedule),
             engine=EngineRecord(
                 global_steps=progress.global_steps,
-                global_samples=progress.global_samples,
+                global_samples=progress.global_samples if progress.train_batch else None,
                 skipped_steps=progress.skipped_steps,
                 loss_scale=None if scaler is None else scaler.state_dict(),
-                seed=self._config.seed,
-                train_batch_size=progress.train_batch,
+                seed=self._state.seed,
+                train_batch_size=progress.train_batch or None,
                 dataset_length=progress.dataset_length,
                 epoch_length=None
                 if progress.epoch_length == progress.dataset_length
                 else progress.epoch_length,
-                sample_order=SAMPLE_ORDER,
+                sample_order=None if self._state.seed is None else SAMPLE_ORDER,
             ),
             client_state=copy.deepcopy(client_state),
         )
@@ -269,7 +276,7 @@ def _check_same_place(files: Mapping[ckpt.Files, int]) -> None:
         )
 
 
-def _check_data(comm: HostComm, state: TrainState) -> None:
+def _check_data(comm: HostComm, state: RunState) -> None:
     """Check that all ranks have training data of one length: each draws its part of one order. Collective.
 
     Raises:

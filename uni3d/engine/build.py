@@ -186,6 +186,9 @@ def _train_state(
         scaler=LossScale(settings.fp16) if settings.precision == "fp16" else None,
         progress=Progress(train_batch=triad.train_batch, dataset_length=length, epoch_length=used),
         data=given,
+        settings=settings.checkpoint,
+        seed=settings.seed,
+        schedule=settings.scheduler,
     )
 
 

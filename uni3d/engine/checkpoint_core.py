@@ -22,7 +22,7 @@ class CheckpointCore(TrainingCore):
         super().__init__(**given)
         self.last_load: ckpt.LoadReport | None = None
         self.client_state: dict[str, Any] | None = None
-        self._restorer = Restorer(self._state, self.config, comm=self._comm, inventory=self._inventory)
+        self._restorer = Restorer(self._state, comm=self._comm, inventory=self._inventory)
 
     def save_checkpoint(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from parallel import ParallelModel
+from parallel import HostComm, ParallelModel
 from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
@@ -60,7 +60,9 @@ class TrainingCore(nn.Module):
         self._progress = state.progress
         self._comm = topo.host
         self._inventory = Inventory(state.model)
-        self._saver = Saver(state, config, comm=self._comm, inventory=self._inventory, model_spec=model_spec)
+        self._saver = Saver(
+            state, comm=self._comm, writing=HostComm(), inventory=self._inventory, model_spec=model_spec
+        )
         self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
         self._stepper = Stepper(state, config, saver=self._saver, observer=self._observer)
         self._micro = MicroBatches(state.model, state.scaler, triad.accumulation, triad.micro_batch)
