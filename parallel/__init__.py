@@ -11,6 +11,7 @@ Rules, which load no torch:
 The parallel model:
 
     parallelize       `build`: from a plain model to this rank's part of it
+    found_model       a model that another trainer has sharded, read off its tensors
     topology          the ranks on a mesh (pp, replicate, shard, tp)
     tensor            a model's `tp_plan` applied as DTensor styles
     plan_checks       what a plan would compute wrongly without an error

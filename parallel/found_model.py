@@ -97,7 +97,6 @@ class FoundModel:
         parts = [model] if isinstance(model, nn.Module) else list(model)
         if not parts or not all(isinstance(part, nn.Module) for part in parts):
             raise TypeError(f"model must be a torch.nn.Module, or a list of them; got {model!r}")
-        self.wrapped = model
         self.module: nn.Module = Parts(parts)
         self._names, self._comm = names, comm
         self.reshard()

@@ -67,7 +67,7 @@ class ParallelModel:
         """Return the name of one of this rank's parameters in the whole model."""
         return self.ties.get(name, name)
 
-    # --- as checkpoints see it (`uni3d.train_state.StoredModel`) ------------------------------------------
+    # --- as checkpoints see it (`uni3d.stored_model`) ------------------------------------------
 
     @cached_property
     def layout(self) -> StageLayout:

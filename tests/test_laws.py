@@ -112,17 +112,17 @@ def test_no_circles() -> None:
 
 ALLOWED = {
     **{name: set() for name in ("version", "siblings", "zero_to_fp32", "pipe", "units")},
-    "config": {"parallel"},
+    **{name: {"parallel"} for name in ("config", "stored_model")},
     "manifest": {"ckpt", "parallel", "version"},
     "resume_rules": {"manifest"},
     "name_map": {"config"},
-    "state": {"ckpt", "parallel", "train_state"},
+    "state": {"ckpt", "parallel", "stored_model"},
     "optim": {"config"},
-    "train_state": {"config", "optim", "parallel"},
+    "train_state": {"config", "optim", "parallel", "stored_model"},
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
-        *("export", "importers", "optim"),
+        *("export", "importers", "optim", "stored_model"),
     },
     "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
     "engine": {

@@ -11,6 +11,7 @@ The rooms, and the files beside them:
     engine, optim, observe   training: the engine, optimizers and schedules, lines and curves
     checkpoint, recovery     saving and restoring a run; a checkpoint's weights without one
     train_state, state       all that a step changes; its tensors as named shards
+    stored_model             a model as checkpoints see it
     manifest, resume_rules   the run's part of a manifest; refusals and changes of a resume
     estimate, doctor, plot   memory, files and traffic on paper; advice on a resize; pictures
     export, importers        other frameworks' checkpoints, out and in
@@ -32,7 +33,8 @@ from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
-    from uni3d.checkpoint.checkpointer import Checkpointer, load, save
+    from uni3d.checkpoint.checkpointer import Checkpointer
+    from uni3d.checkpoint.functions import load, save
     from uni3d.deepspeed.training import add_config_arguments, init_distributed
     from uni3d.engine.build import initialize
     from uni3d.engine.data_loader import RepeatingLoader
@@ -70,7 +72,8 @@ __all__ = [
 
 _NAMES = {
     "ckpt": ["CheckpointError"],
-    "uni3d.checkpoint.checkpointer": ["Checkpointer", "load", "save"],
+    "uni3d.checkpoint.checkpointer": ["Checkpointer"],
+    "uni3d.checkpoint.functions": ["load", "save"],
     "uni3d.deepspeed.training": ["add_config_arguments", "init_distributed"],
     "uni3d.engine.build": ["initialize"],
     "uni3d.engine.data_loader": ["RepeatingLoader"],

@@ -25,7 +25,7 @@ from ckpt.read import BUFFER as BUFFER
 from ckpt.read import PARAMETER as PARAMETER
 from parallel.dtensor_layout import Place, copy_from_full, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
-from uni3d.train_state import StoredModel
+from uni3d.stored_model import StoredModel
 
 _NOBODY: Mapping[int, Place] = {}
 

@@ -1,8 +1,10 @@
-"""Checkpoints of a run: saving an engine and restoring one.
+"""Checkpoints of a run: saving and restoring an engine, or what another trainer trains.
 
 Modules:
+    checkpointer, functions  other trainers' checkpoints, by an object or by single calls
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
+    copies             copies of a tensor on several ranks, compared before a save
     background         the host memory of an asynchronous save
     extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
     extra_load         the extra states of a checkpoint: compared, read, given back

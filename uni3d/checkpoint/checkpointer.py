@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -22,10 +22,9 @@ from uni3d.checkpoint.model_spec import declared
 from uni3d.checkpoint.restore import Restorer, Wanted, newest
 from uni3d.checkpoint.save import Saver
 from uni3d.config.sections import CheckpointConfig
+from uni3d.config.strict import validate
 from uni3d.state import Inventory
 from uni3d.train_state import Progress, RunState
-
-Change = Literal["dataset", "seed", "scheduler"]
 
 
 class Restored(NamedTuple):
@@ -76,12 +75,7 @@ class Checkpointer:
         lr_scheduler: LRScheduler | None = None,
         dataloader: Any = None,
         names: Names | None = None,
-        keep_last: int | None = None,
-        keep_every: int | None = None,
-        async_save: bool = True,
-        durable: bool = True,
-        files: ckpt.Files | Literal["auto"] = "auto",
-        accept_changes: Sequence[Change] = (),
+        **settings: Any,
     ) -> None:
         """Collective over all ranks of the default process group; a process without one is alone.
 
@@ -92,26 +86,25 @@ class Checkpointer:
             dataloader: an object with `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader.
             names: from the names in this rank's model to those in the whole one, where they differ: a
                 function, or a mapping. For pipeline stages that number their layers from 0.
-            keep_last, keep_every, async_save, durable, files, accept_changes: as in the config's section
-                `checkpoint`.
+            settings: options of the config's section `checkpoint`: `async_save`, `durable`, `files`,
+                `keep_last`, `keep_every`, `accept_changes`.
 
         Raises:
             ValueError: a tensor doesn't say which part of a whole it is, two stages have the same name, or a
                 state can't be saved; the same on all ranks.
             TypeError: an argument is of another type.
         """
+        options = _settings(settings)
         _check_types(optimizer, dataloader)
         self.run = run
-        settings = CheckpointConfig(
-            async_save=async_save,
-            durable=durable,
-            files=files,
-            keep_last=keep_last,
-            keep_every=keep_every,
-            accept_changes=list(accept_changes),
-        )
-        comm = _connect()
-        self._comm, self._names = comm, names
+        self._given = {
+            "model": model,
+            "optimizer": optimizer,
+            "lr_scheduler": lr_scheduler,
+            "dataloader": dataloader,
+            "names": names,
+        }
+        self._comm = comm = _connect()
         self._model = FoundModel(model, comm, names)
         self._state = RunState(
             model=self._model,
@@ -119,7 +112,7 @@ class Checkpointer:
             lr_scheduler=lr_scheduler,
             progress=Progress(train_batch=0),
             data=None if dataloader is None else _Loader(dataloader),
-            settings=settings,
+            settings=options,
         )
         self._state.progress.run_id = comm.broadcast(self._state.progress.run_id)
         inventory = Inventory(self._model)
@@ -214,17 +207,10 @@ class Checkpointer:
         """Wait until the last save is committed; raises CheckpointError, on all ranks, if it failed."""
         self._saver.wait()
 
-    def is_of(self, **given: Any) -> bool:
-        """Return whether it was made of these very objects. Local."""
-        state = self._state
-        mine = {
-            "model": self._model.wrapped,
-            "optimizer": state.optimizer,
-            "lr_scheduler": state.lr_scheduler,
-            "dataloader": None if state.data is None else cast(_Loader, state.data).loader,
-            "names": self._names,
-        }
-        return all(mine[key] is value for key, value in given.items())
+    def is_of(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+        """Return whether it was made of these very objects, and with these settings. Local."""
+        same = all(self._given[key] is value for key, value in given.items())
+        return same and self._state.settings == _settings(settings)
 
 
 class _Loader:
@@ -247,6 +233,10 @@ class _Loader:
         """Leave it as it is: the script has just made it."""
 
 
+def _settings(given: Mapping[str, Any]) -> CheckpointConfig:
+    return validate(CheckpointConfig, dict(given), "checkpoint")
+
+
 def _check_types(optimizer: Any, dataloader: Any) -> None:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be one torch.optim.Optimizer; got {type(optimizer).__name__}")
@@ -265,8 +255,8 @@ def _connect() -> HostComm:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         raise RuntimeError(
-            f"WORLD_SIZE is {ranks}, but there is no process group, so each process would take itself for the "
-            "only one: call torch.distributed.init_process_group first"
+            f"WORLD_SIZE is {ranks}, but there is no process group, so each process would take itself for "
+            "the only one: call torch.distributed.init_process_group first"
         )
     return HostComm.of(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
 
@@ -288,77 +278,3 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         if name is None:
             return module
         module = cast(nn.Module, module._modules[name])
-
-
-# --- as functions ------------------------------------------------------------------------------------------
-
-_KEPT = "_uni3d_checkpointer"
-
-
-def save(
-    run: str | Path,
-    *,
-    model: nn.Module | Sequence[nn.Module],
-    step: int,
-    optimizer: Optimizer | None = None,
-    lr_scheduler: LRScheduler | None = None,
-    dataloader: Any = None,
-    names: Names | None = None,
-    tag: str | int | None = None,
-    client_state: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> SaveHandle:
-    """Save a run that another trainer trains. Collective; see `Checkpointer`, whose `settings` it takes too.
-
-    The model keeps a Checkpointer from call to call, so that only the first one connects and plans.
-    """
-    given = {
-        "model": model,
-        "optimizer": optimizer,
-        "lr_scheduler": lr_scheduler,
-        "dataloader": dataloader,
-        "names": names,
-    }
-    return _kept(run, given, settings).save(step, tag=tag, client_state=client_state)
-
-
-def load(
-    run: str | Path,
-    *,
-    model: nn.Module | Sequence[nn.Module],
-    optimizer: Optimizer | None = None,
-    lr_scheduler: LRScheduler | None = None,
-    dataloader: Any = None,
-    names: Names | None = None,
-    tag: str | int | None = None,
-    strict: bool = True,
-    **settings: Any,
-) -> Restored:
-    """Load a run into what another trainer trains. Collective; see `Checkpointer.load`.
-
-    Without an optimizer, weights and buffers are loaded.
-    """
-    given = {
-        "model": model,
-        "optimizer": optimizer,
-        "lr_scheduler": lr_scheduler,
-        "dataloader": dataloader,
-        "names": names,
-    }
-    trains = optimizer is not None
-    return _kept(run, given, settings).load(tag, strict=strict, optimizer=trains, run=run)
-
-
-def _kept(run: str | Path, given: dict[str, Any], settings: dict[str, Any]) -> Checkpointer:
-    """Return the model's Checkpointer of these objects and settings; make it if it has none. Collective."""
-    model = given["model"]
-    owner = vars(model if isinstance(model, nn.Module) else model[0])
-    known: tuple[Checkpointer, dict[str, Any]] | None = owner.get(_KEPT)
-    if known is not None and known[0].is_of(**given) and known[1] == settings:
-        known[0].run = run
-        return known[0]
-    if known is not None:
-        known[0].wait()
-    made = Checkpointer(run, **given, **settings)
-    owner[_KEPT] = (made, settings)
-    return made

@@ -22,7 +22,7 @@ from uni3d.checkpoint.extra_state import (
     takes,
 )
 from uni3d.manifest import OPTIMIZER_ATOM, RunManifest
-from uni3d.train_state import StoredModel
+from uni3d.stored_model import StoredModel
 
 MISSING, OLD = "not in the checkpoint", "not in the checkpoint: its release saved no extra states"
 

@@ -22,7 +22,7 @@ from ckpt import CheckpointError, check_json
 from parallel.tensors import modules
 from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM
 from uni3d.state import array_key as key_of
-from uni3d.train_state import StoredModel
+from uni3d.stored_model import StoredModel
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 """Types of tensors that are stored; others mean something that the numbers don't show."""

@@ -19,7 +19,7 @@ from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
-from uni3d.train_state import StoredModel
+from uni3d.stored_model import StoredModel
 
 
 def describe(
