@@ -29,7 +29,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.checkpoint import export, load, memory, resize, save, subject, tiny
+from benchmarks.checkpoint import export, load, memory, resize, save, subject, tiny, without_engine
 from benchmarks.checkpoint.bench import Bench
 from benchmarks.checkpoint.peers import find_deepspeed
 from benchmarks.checkpoint.table import Row, render
@@ -45,6 +45,7 @@ FIGURES: dict[str, Callable[[Bench], list[Row]]] = {
     "export": export.figures,
     "tiny": tiny.figures,
     "memory": memory.figures,
+    "without-engine": without_engine.figures,
 }
 ROOM_BYTES = 60e9
 """Most bytes that one figure writes, DeepSpeed's included."""

@@ -37,6 +37,7 @@ def prepare(rank: Rank, options: dict[str, Any]) -> None:
         for tensor in (parameter.detach(), *moments.values()):
             _local(tensor).uniform_()
     weights, moments_by_name = get_state_dict(model, optimizer)
+    rank.kept.update(model=model, optimizer=optimizer)
     rank.kept["dcp state"] = {"model": weights, "optimizer": moments_by_name}
     # The background thread's collectives must not meet those of the main one.
     rank.kept["dcp group"] = dist.new_group(backend="gloo")

@@ -7,6 +7,7 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ from torch.distributed.tensor import DTensor
 
 import uni3d
 from benchmarks.checkpoint.ranks import Rank
+from parallel import HostComm
+from uni3d.checkpoint.save import Saver
 from uni3d.config import load_config
+from uni3d.state import Inventory
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "megatron_gpt"))
 
@@ -65,7 +69,7 @@ def unfilled_model(options: dict[str, Any]) -> GPT:
 def make_engine(rank: Rank, place: Place, options: dict[str, Any], *, step: bool) -> None:
     """Collective: make this rank's engine. With `step` it takes one step, and so has moments."""
     settings = _settings(place, durable=True, background=False)
-    with _quiet():
+    with quiet():
         engine = uni3d.initialize(model=unfilled_model(options), config=settings)[0]
     rank.kept.update(engine=engine, place=place)
     if step:
@@ -76,18 +80,20 @@ def make_engine(rank: Rank, place: Place, options: dict[str, Any], *, step: bool
 def face(rank: Rank, *, durable: bool, background: bool) -> Any:
     """Return this rank's engine with these settings of `checkpoint`.
 
-    All such engines share one model and optimizer, so arms that differ in settings save the same memory.
+    Arms that differ in settings save the same memory, each by a saver of its own.
     """
-    name = f"engine {durable=} {background=}"
+    name, engine = f"saver {durable=} {background=}", rank.kept["engine"]
     if name not in rank.kept:
-        first = rank.kept["engine"]
-        rank.kept[name] = uni3d.Engine(
-            config=load_config(_settings(rank.kept["place"], durable=durable, background=background)),
-            triad=first.triad,
-            state=first._saver._state,
-            model_spec=first._saver._model_spec,
+        config = load_config(_settings(rank.kept["place"], durable=durable, background=background))
+        rank.kept[name] = Saver(
+            replace(engine._state, settings=config.checkpoint),
+            comm=engine._comm,
+            writing=HostComm(),
+            inventory=Inventory(engine.model),
+            model_spec=engine._saver._model_spec,
         )
-    return rank.kept[name]
+    engine._saver = rank.kept[name]
+    return engine
 
 
 def save(rank: Rank, run: Path, *, durable: bool) -> None:
@@ -106,7 +112,7 @@ def wait(rank: Rank) -> None:
 
 
 def load(rank: Rank, run: Path) -> None:
-    with _quiet():  # it prints a line about each load
+    with quiet():  # it prints a line about each load
         rank.kept["engine"].load_checkpoint(run, "bench")
 
 
@@ -159,6 +165,7 @@ def _settings(place: Place, *, durable: bool, background: bool) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Leave out the lines that building and loading print."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
