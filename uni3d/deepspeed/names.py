@@ -114,7 +114,10 @@ _ZERO_TO_FP32 = _names(
     "convert_zero_checkpoint_to_fp32_state_dict",
 )
 _LOADER = {"RepeatingLoader": "uni3d.engine.data_loader"}
-_ERROR = {"DeepSpeedConfigError": "uni3d.config:ConfigError"}
+_CONFIGS = {
+    "DeepSpeedConfig": f"{_HERE}.config_values",
+    "DeepSpeedConfigError": "uni3d.config:ConfigError",
+}
 _OPTIMIZER_NAMES = _names(
     f"{_HERE}.constants",
     "ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LION_OPTIMIZER MUON_OPTIMIZER",
@@ -133,7 +136,7 @@ PROVIDED: dict[str, dict[str, str]] = {
         **_TRAINING,
         **_ENGINE,
         **_PIPELINE,
-        **_ERROR,
+        **_CONFIGS,
         **_names(f"{_HERE}.helpers", "OnDevice"),
         **_names(f"{_HERE}.log", "logger log_dist"),
         "add_tuning_arguments": f"{_HERE}.schedules",
@@ -165,7 +168,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     "runtime": {},
     "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": _RECOMPUTE,
-    "runtime.config": {**_ERROR, **_OPTIMIZER_NAMES},
+    "runtime.config": {**_CONFIGS, **_OPTIMIZER_NAMES},
     "runtime.dataloader": _LOADER,
     "runtime.engine": _ENGINE,
     "runtime.lr_schedules": _SCHEDULES,
@@ -185,6 +188,12 @@ PROVIDED: dict[str, dict[str, str]] = {
         "call_to_str",
     ),
     "runtime.zero": _GATHERING,
+    "runtime.zero.config": {
+        "DeepSpeedZeroConfig": "uni3d.config.sections:ZeroConfig",
+        "DeepSpeedZeroOffloadOptimizerConfig": "uni3d.config.sections:OffloadConfig",
+        "DeepSpeedZeroOffloadParamConfig": "uni3d.config.sections:OffloadConfig",
+        "ZeroStageEnum": f"{_HERE}.constants",
+    },
     "runtime.zero.leaf_module_config": _names(
         f"{_HERE}.constants",
         "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES DEFAULT_LEAF_MODULE_NAME_SUFFIXES",
@@ -220,14 +229,12 @@ STAND_INS: dict[str, list[str]] = {
     "runtime.base_optimizer": ["ZeROOptimizer", "DeepSpeedOptimizer"],
     "runtime.bf16_optimizer": ["BF16_Optimizer"],
     "runtime.checkpoint_engine.torch_checkpoint_engine": ["TorchCheckpointEngine"],
-    "runtime.config": ["DeepSpeedConfig"],
     "runtime.config_utils": ["DeepSpeedConfigModel"],
     "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
     "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "runtime.pipe.topology": ["PipelineParallelGrid"],
     "runtime.precision_config": ["get_bfloat16_config"],
     "runtime.utils": ["PartitionedTensor"],
-    "runtime.zero.config": ["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadParamConfig", "ZeroStageEnum"],
     "runtime.zero.linear": ["LinearModuleForZeroStage3"],
     "runtime.zero.partition_parameters": ["MultipleAllGatherHandles", "partitioned_param_data_shape"],
     "runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
@@ -270,8 +277,6 @@ REFUSED: dict[str, str] = {
     "runtime.sequence_parallel": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
     "DeepSpeedHybridEngine": _GENERATE,
     "runtime.hybrid_engine": _GENERATE,
-    "DeepSpeedConfig": _CONFIG,
-    "runtime.config.DeepSpeedConfig": _CONFIG,
     "runtime.config_utils": _CONFIG,
     "DeepSpeedOptimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "ZeROOptimizer": "optimizers are torch's own: use torch.optim.Optimizer",

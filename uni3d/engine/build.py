@@ -135,7 +135,7 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
     Checks the config before the process group is started, as ranks that wait there can't report an error.
     """
     check_installed(settings)
-    degrees, device = _degrees(settings)
+    degrees, device = degrees_of(settings)
     triad = batch_triad(settings, degrees.dp)
     split = parallel_settings(settings)
     parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
@@ -243,7 +243,8 @@ def _with_pipeline_options(settings: Config, model: nn.Module) -> Config:
     return settings.model_copy(update={"parallel": p, "activation_checkpointing": again})
 
 
-def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
+def degrees_of(settings: Config) -> tuple[parallel.Degrees, str]:
+    """Return the degrees of the config on the processes of this job, and the type of their device."""
     device = settings.parallel.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
