@@ -20,7 +20,7 @@ _LOWER = {getattr(constants, name) for name in dir(constants) if name.endswith("
 
 
 class DeepSpeedConfig:
-    """What `initialize` makes of a config on these processes. Read-only.
+    """A config by DeepSpeed's names, with the batch sizes of these processes. Read-only.
 
     Attributes:
         train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps: the three batch sizes.
@@ -29,6 +29,7 @@ class DeepSpeedConfig:
         float16_config, fp16_enabled, loss_scale, initial_dynamic_scale: section `fp16`.
         bfloat16_config, bfloat16_enabled: section `bf16`.
         gradient_clipping, steps_per_print, wall_clock_breakdown, dataloader_drop_last: keys of these names.
+        gradient_allreduce_op: "mean"; any other is refused.
         communication_data_type: torch's dtype, or None if the config has none.
         optimizer_name, optimizer_params, scheduler_name, scheduler_params: as the config gives them, or None.
         flops_profiler_config, compile_config: these sections.
@@ -62,6 +63,7 @@ class DeepSpeedConfig:
             initial_dynamic_scale=2.0**fp16.initial_scale_power,
             bfloat16_config=bf16,
             bfloat16_enabled=bf16.enabled,
+            gradient_allreduce_op="mean",
             gradient_clipping=settings.gradient_clipping,
             steps_per_print=settings.steps_per_print,
             wall_clock_breakdown=settings.wall_clock_breakdown,

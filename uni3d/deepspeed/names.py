@@ -24,11 +24,8 @@ _PIPELINE = {
     "PipelineEngine": f"{_HERE}.engines",
 }
 _SCHEDULES = {
-    **_names(
-        f"{_HERE}.schedules",
-        "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest VALID_LR_SCHEDULES add_tuning_arguments "
-        "get_config_from_args",
-    ),
+    **_names("uni3d.optim.schedule_classes", "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest"),
+    **_names(f"{_HERE}.schedules", "VALID_LR_SCHEDULES add_tuning_arguments get_config_from_args"),
     **_names(
         f"{_HERE}.constants",
         "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR LR_RANGE_TEST_MIN_LR "
@@ -104,7 +101,8 @@ _COMM = {
 }
 _ACCELERATOR = _names(f"{_HERE}.devices", "get_accelerator is_current_accelerator_supported")
 _RECOMPUTE = _names(f"{_HERE}.recompute", "configure checkpoint is_configured reset non_reentrant_checkpoint")
-_ADAM = _names(f"{_HERE}.optimizers", "FusedAdam DeepSpeedCPUAdam")
+_FUSED_ADAM = {"FusedAdam": "uni3d.optim.adam"}
+_ADAM = {**_FUSED_ADAM, "DeepSpeedCPUAdam": f"{_HERE}.optimizers"}
 _LION = _names(f"{_HERE}.optimizers", "FusedLion DeepSpeedCPULion")
 _ADAGRAD = _names(f"{_HERE}.optimizers", "DeepSpeedCPUAdagrad")
 _CLONE = {"clone_tensors_for_torch_save": "uni3d.recovery"}
@@ -162,7 +160,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     "ops.adagrad": _ADAGRAD,
     "ops.adam": _ADAM,
     "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_HERE}.optimizers"},
-    "ops.adam.fused_adam": {"FusedAdam": f"{_HERE}.optimizers"},
+    "ops.adam.fused_adam": _FUSED_ADAM,
     "ops.lion": _LION,
     "pipe": {**_PIPELINE, **_GRIDS},
     "runtime": {},

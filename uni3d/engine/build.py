@@ -38,8 +38,8 @@ from uni3d.engine.given_loader import GivenLoader, data_as_used
 from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
-from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.optim.optimizers import check_works_sharded, make_optimizer, split_groups
+from uni3d.optim.schedule_classes import make_scheduler
 from uni3d.pipe import PipelineModule
 from uni3d.state import PARAMETER
 from uni3d.train_state import Progress, TrainState

@@ -43,6 +43,7 @@ EXPECTED = {
     "loss_scale": 0.0,
     "initial_dynamic_scale": 16.0,
     "bfloat16_enabled": False,
+    "gradient_allreduce_op": "mean",
     "gradient_clipping": 0.5,
     "steps_per_print": 7,
     "wall_clock_breakdown": False,
