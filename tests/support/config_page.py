@@ -26,7 +26,7 @@ def tables() -> str:
             *_table(("type", "parameters and their defaults"), _schedules()),
             "\n**Read as another key.**\n",
             *_table(("key", "read as"), ((f"`{k}`", f"`{v}`") for k, v in deepspeed_keys.READ_AS.items())),
-            "\n**Without effect**: accepted with any value, and reported when training begins.\n",
+            "\n**Without effect**: accepted, and reported when training begins.\n",
             *_table(("section", "keys, and why"), _by_section(deepspeed_keys.NO_MEANING)),
             '\n**Refused**, unless the value turns them off (`null`, `false`, `"enabled": false`).\n',
             *_table(("section", "keys, and why"), _by_section(deepspeed_keys.REFUSED)),
