@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.dtensor_layout import copy_from_full
-from parallel.fsdp_internals import sharded_of
+from parallel.fsdp_internals import sharded_of, showers
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -63,6 +63,22 @@ def whole_module(module: nn.Module) -> Iterator[nn.Module]:
     yield _copy(module, {id(p): whole for p, whole in zip(sharded, wholes, strict=True)}, {})
     for parameter, whole in zip(sharded, wholes, strict=True):
         copy_from_full(parameter, whole.detach())
+
+
+@contextmanager
+def sharded_shown(module: nn.Module) -> Iterator[bool]:
+    """Show the sharded parameters of `module` inside, to be read and written; yield if it has any.
+
+    Collective. Whole ones that a script sees between two steps are gathered and shown again at the end.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.reshard()
+    try:
+        yield bool(parts)
+    finally:
+        for show in showers(parts):
+            show()
 
 
 def _modules(module: nn.Module, *, once: bool = True) -> list[tuple[str, nn.Module]]:
