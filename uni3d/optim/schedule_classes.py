@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from uni3d.config.scheduler import SchedulerConfig, read_scheduler
+from uni3d.config.scheduler import ScheduleParams, SchedulerConfig, read_scheduler
 from uni3d.optim.lr_schedules import CycledMomentum, begin
 
 Rates = float | Sequence[float]
@@ -17,7 +17,12 @@ _OPTIONAL = {"warmup_max_lr", "cycle_second_step_size", "cycle_second_stair_coun
 
 
 class ClassicSchedule(CycledMomentum):
-    """A schedule with DeepSpeed's numbers and attributes. `step()` is called after each optimizer step."""
+    """A schedule with DeepSpeed's numbers. `step()` is called after each optimizer step.
+
+    Its parameters can be read as attributes of their names, such as `warmup_num_steps`.
+    """
+
+    _params: ScheduleParams
 
     def __init__(self, optimizer: Any, **params: Any) -> None:
         """Set the optimizer's initial rates.
@@ -32,14 +37,28 @@ class ClassicSchedule(CycledMomentum):
         given = {key: value for key, value in params.items() if value is not None or key not in _OPTIONAL}
         config = read_scheduler({"type": type(self).__name__, "params": given})
         assert config is not None, "the section isn't empty"
-        super().__init__(inner, *begin(config, inner))
+        self._begin(config, inner)
 
     @classmethod
     def of_config(cls, config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> Self:
         """Return the config's schedule, which is of this class. Raises as `begin` does."""
         made = cls.__new__(cls)
-        CycledMomentum.__init__(made, optimizer, *begin(config, optimizer))
+        made._begin(config, optimizer)
         return made
+
+    def _begin(self, config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> None:
+        self._params = config.params
+        CycledMomentum.__init__(self, optimizer, *begin(config, optimizer))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the parameter of that name. Called only for what there isn't otherwise."""
+        params = vars(self).get("_params")
+        if params is None or name not in type(params).model_fields:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(params, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "_params"}
 
     @property
     def last_batch_iteration(self) -> int:
@@ -53,7 +72,25 @@ class ClassicSchedule(CycledMomentum):
         super().step()
 
 
-class WarmupLR(ClassicSchedule):
+class BoundedSchedule(ClassicSchedule):
+    """A schedule between a lowest and a highest rate."""
+
+    _lowest = "warmup_min_lr"
+    """Name of the parameter of the lowest rate."""
+
+    @property
+    def min_lrs(self) -> list[float]:
+        """Lowest rate of each parameter group."""
+        groups = len(self.base_lrs)
+        return [float(getattr(self._params.of_group(i, groups), self._lowest)) for i in range(groups)]
+
+    @property
+    def max_lrs(self) -> list[float]:
+        """Highest rate of each parameter group."""
+        return [float(rate) for rate in self.base_lrs]
+
+
+class WarmupLR(BoundedSchedule):
     """Warmup from `warmup_min_lr` to `warmup_max_lr`, by default each group's own rate; then constant."""
 
     def __init__(
@@ -75,7 +112,7 @@ class WarmupLR(ClassicSchedule):
         )
 
 
-class WarmupDecayLR(ClassicSchedule):
+class WarmupDecayLR(BoundedSchedule):
     """Warmup from `warmup_min_lr` to `warmup_max_lr`, then a line to 0 at `total_num_steps`."""
 
     def __init__(
@@ -122,9 +159,15 @@ class WarmupCosineLR(ClassicSchedule):
             last_batch_iteration=last_batch_iteration,
         )
 
+    def get_lr_ratio(self) -> float:
+        """Return the ratio of the next step's rate to each group's own."""
+        return float(self.lr_lambdas[0](self.last_epoch))
 
-class OneCycle(ClassicSchedule):
+
+class OneCycle(BoundedSchedule):
     """Rates that rise and fall once, then decay; the momentum does the opposite."""
+
+    _lowest = "cycle_min_lr"
 
     def __init__(
         self,

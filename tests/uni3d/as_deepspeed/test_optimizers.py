@@ -12,6 +12,7 @@ from models import Stack, assert_same, global_batches, make_engine, seeded, trai
 from ranks import Ranks
 from test_gathering import make, whole_now
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from uni3d.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from uni3d.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from uni3d.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -143,6 +144,23 @@ def test_schedules_keep_count() -> None:
     assert set(lr_schedules.VALID_LR_SCHEDULES) == {
         *("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
     }
+
+
+def test_schedules_tell_their_parameters() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.2)]
+    warmup = lr_schedules.WarmupLR(torch.optim.Adam(groups), warmup_num_steps=7, warmup_type="linear")
+    assert (warmup.warmup_num_steps, warmup.warmup_type) == (7, "linear")
+    assert (warmup.min_lrs, warmup.max_lrs) == ([0.0, 0.0], [0.1, 0.2])
+    assert warmup.state_dict().keys() == LambdaLR(sgd(), [lambda _: 1.0]).state_dict().keys()
+    with pytest.raises(AttributeError, match="WarmupLR has no attribute 'total_num_steps'"):
+        warmup.total_num_steps  # noqa: B018
+    cycle = lr_schedules.OneCycle(torch.optim.Adam(groups), [0.01, 0.02], [0.1, 0.2], decay_lr_rate=0.5)
+    assert (cycle.min_lrs, cycle.max_lrs, cycle.decay_lr_rate) == ([0.01, 0.02], [0.1, 0.2], 0.5)
+    cosine = lr_schedules.WarmupCosineLR(torch.optim.Adam(groups), 100, warmup_num_steps=10)
+    assert (cosine.total_num_steps, cosine.get_lr_ratio()) == (100, 0.0)
+    cosine.optimizer.step()
+    cosine.step(1)
+    assert cosine.get_lr_ratio() == pytest.approx(math.log(2) / math.log(10))
 
 
 def schedule_case(stage: int, run: str) -> None:
