@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from uni3d.config import batch_triad, load_config
 from uni3d.config.optimizer import OptimizerConfig
 from uni3d.config.scheduler import SchedulerConfig
+from uni3d.config.sections import BF16Config, FP16Config
 from uni3d.deepspeed import constants
 from uni3d.engine.build import degrees_of
 from uni3d.engine.deepspeed_arguments import Given, decoded, with_degrees
@@ -85,6 +87,16 @@ class DeepSpeedConfig:
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"DeepSpeedConfig is read-only; change {name} in what it is made of")
+
+
+def get_bfloat16_config(param_dict: Mapping[str, Any]) -> BF16Config:
+    """Return the section `bf16`, or `bfloat16`, of a config; other keys aren't looked at."""
+    return load_config({key: param_dict[key] for key in ("bf16", "bfloat16") if key in param_dict}).bf16
+
+
+def get_float16_config(param_dict: Mapping[str, Any]) -> FP16Config:
+    """Return the section `fp16` of a config; other keys aren't looked at."""
+    return load_config({key: param_dict[key] for key in ("fp16",) if key in param_dict}).fp16
 
 
 def _named(section: OptimizerConfig | SchedulerConfig | None) -> tuple[Any, dict[str, Any] | None]:

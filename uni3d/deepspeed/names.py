@@ -177,6 +177,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     "runtime.precision_config": {
         "DeepSpeedFP16Config": "uni3d.config.sections:FP16Config",
         "DeepSpeedBF16Config": "uni3d.config.sections:BF16Config",
+        **_names(f"{_HERE}.config_values", "get_bfloat16_config get_float16_config"),
     },
     "runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": f"{_HERE}.constants"},
     "runtime.utils": _names(
@@ -231,7 +232,6 @@ STAND_INS: dict[str, list[str]] = {
     "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
     "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "runtime.pipe.topology": ["PipelineParallelGrid"],
-    "runtime.precision_config": ["get_bfloat16_config"],
     "runtime.utils": ["PartitionedTensor"],
     "runtime.zero.linear": ["LinearModuleForZeroStage3"],
     "runtime.zero.partition_parameters": ["MultipleAllGatherHandles", "partitioned_param_data_shape"],

@@ -10,6 +10,7 @@ import torch
 from models import Stack, make_engine, seeded
 from ranks import Ranks
 from uni3d.deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from uni3d.deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 from uni3d.deepspeed.runtime.zero.config import (
     DeepSpeedZeroConfig,
     DeepSpeedZeroOffloadOptimizerConfig,
@@ -86,6 +87,15 @@ def test_what_isn_t_given() -> None:
     assert (config.zero_enabled, config.communication_data_type) == (False, None)
     other: Any = DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "sgd", "params": {"lr": 1}}})
     assert (other.optimizer_name, other.optimizer_params) == ("SGD", {"lr": 1.0})
+
+
+def test_sections_of_a_mapping() -> None:
+    given = {"bfloat16": {"enabled": "true"}, "train_batch_size": None, "of": "the script"}
+    assert get_bfloat16_config(given).enabled
+    assert not get_float16_config(given).enabled
+    assert get_float16_config({"fp16": {"enabled": True, "loss_scale": 8}}).loss_scale == 8
+    with pytest.raises(DeepSpeedConfigError, match=r"bf16\.enabled is 'maybe'"):
+        get_bfloat16_config({"bfloat16": {"enabled": "maybe"}})
 
 
 def test_errors() -> None:
