@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from pydantic import model_validator
 
 from uni3d.config import batch_triad, load_config
 from uni3d.config.optimizer import OptimizerConfig
 from uni3d.config.scheduler import SchedulerConfig
-from uni3d.config.sections import BF16Config, FP16Config
+from uni3d.config.sections import BF16Config, FP16Config, ZeroConfig
+from uni3d.config.sift import sift
 from uni3d.deepspeed import constants
 from uni3d.engine.build import degrees_of
 from uni3d.engine.deepspeed_arguments import Given, decoded, with_degrees
@@ -19,6 +21,27 @@ from uni3d.engine.deepspeed_arguments import Given, decoded, with_degrees
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOWER = {getattr(constants, name) for name in dir(constants) if name.endswith("_OPTIMIZER")}
 """Names that DeepSpeed writes in small letters; the others are classes of `torch.optim`."""
+
+
+class DeepSpeedZeroConfig(ZeroConfig):
+    """Section `zero_optimization`, read as in a config; of keys without effect nothing is kept.
+
+    Raises:
+        ValueError: a key or its value is refused.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sifted(cls, values: dict[str, Any]) -> Any:
+        rest, problems, _, autos = sift({"zero_optimization": values})
+        if problems or autos:
+            raise ValueError("; ".join([*problems, *(f"{key} is 'auto': give a value" for key in autos)]))
+        return rest["zero_optimization"]
+
+    @property
+    def gather_16bit_weights_on_model_save(self) -> bool:
+        """True: `save_16bit_model` always gathers the weights."""
+        return True
 
 
 class DeepSpeedConfig:
@@ -55,7 +78,7 @@ class DeepSpeedConfig:
             gradient_accumulation_steps=triad.accumulation,
             world_size=dp,
             global_rank=dist.get_rank() if dist.is_initialized() else 0,
-            zero_config=zero,
+            zero_config=DeepSpeedZeroConfig.model_construct(zero.model_fields_set, **dict(zero)),
             zero_enabled=zero.stage > 0,
             zero_optimization_stage=zero.stage,
             mics_shard_size=zero.mics_shard_size,

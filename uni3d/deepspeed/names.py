@@ -188,7 +188,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     ),
     "runtime.zero": _GATHERING,
     "runtime.zero.config": {
-        "DeepSpeedZeroConfig": "uni3d.config.sections:ZeroConfig",
+        "DeepSpeedZeroConfig": f"{_HERE}.config_values",
         "DeepSpeedZeroOffloadOptimizerConfig": "uni3d.config.sections:OffloadConfig",
         "DeepSpeedZeroOffloadParamConfig": "uni3d.config.sections:OffloadConfig",
         "ZeroStageEnum": f"{_HERE}.constants",

@@ -98,6 +98,23 @@ def test_sections_of_a_mapping() -> None:
         get_bfloat16_config({"bfloat16": {"enabled": "maybe"}})
 
 
+def test_a_section_of_zero() -> None:
+    given = {"stage": 3, "overlap_comm": True, "cpu_offload": True, "reduce_bucket_size": "auto"}
+    zero = DeepSpeedZeroConfig(**given)
+    assert (zero.stage, zero.offload_param, zero.shard_group) == (3, None, None)
+    assert zero.offload_optimizer == DeepSpeedZeroOffloadOptimizerConfig(device="cpu")
+    assert zero.gather_16bit_weights_on_model_save
+    assert DeepSpeedZeroConfig() == DeepSpeedZeroConfig(stage=0)
+    for wrong, message in (
+        ({"stage": 5}, "stage"),
+        ({"zero_quantized_weights": True}, "zero_quantized_weights is refused"),
+        ({"sub_group_sizes": 1}, "sub_group_sizes"),
+        ({"stage": "auto"}, "stage is 'auto': give a value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DeepSpeedZeroConfig(**wrong)
+
+
 def test_errors() -> None:
     config: Any = DeepSpeedConfig({"train_batch_size": 3})
     with pytest.raises(
