@@ -187,6 +187,18 @@ def show_in_state_dicts(module: FSDPModule) -> None:
         group._register_state_dict_hooks = lambda: None
 
 
+def set_shower(module: FSDPModule, show: Callable[[], None]) -> None:
+    """Note how to show the whole parameters of `module`, and of all that are gathered with it."""
+    state: Any = module._get_fsdp_state()
+    state.show_parameters = show
+
+
+def showers(modules: Sequence[FSDPModule]) -> list[Callable[[], None]]:
+    """Return what `set_shower` has noted, each once."""
+    states = [module._get_fsdp_state() for module in modules]
+    return list(dict.fromkeys(state.show_parameters for state in states if hasattr(state, "show_parameters")))
+
+
 def take_over(
     module: FSDPModule, unshard: Callable[[Any], None], before_reshard: Callable[[Any], None]
 ) -> None:

@@ -27,6 +27,7 @@ from parallel.fsdp_internals import (
     is_whole,
     keep_whole,
     reduce_gradients,
+    set_shower,
     show_in_state_dicts,
     start_gathering,
     take_over,
@@ -85,6 +86,7 @@ class Reducer:
             if not offload:
                 show_in_state_dicts(module)
                 keep_whole(module)
+                set_shower(module, self.show_parameters)
 
     # --- parameters --------------------------------------------------------------------------------------
 

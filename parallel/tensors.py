@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.dtensor_layout import copy_from_full
-from parallel.fsdp_internals import sharded_of
+from parallel.fsdp_internals import sharded_of, showers
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -80,6 +80,22 @@ WRAPPERS = (DistributedDataParallel, Parts)
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Names under which `torch.compile` and torch's activation checkpointing keep a module that they wrap."""
+
+
+@contextmanager
+def sharded_shown(module: nn.Module) -> Iterator[bool]:
+    """Show the sharded parameters of `module` inside, to be read and written; yield if it has any.
+
+    Collective. Whole ones that a script sees between two steps are gathered and shown again at the end.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.reshard()
+    try:
+        yield bool(parts)
+    finally:
+        for show in showers(parts):
+            show()
 
 
 def modules(module: nn.Module, *, once: bool = True) -> list[tuple[str, nn.Module]]:

@@ -91,7 +91,7 @@ def load_state_dict_from_zero_checkpoint(
     """Move `model` to the CPU, fill it from a checkpoint and return it.
 
     Tensors are read one at a time, and converted to the model's types. An engine's module (without pipeline
-    stages) stays on its device; each rank that calls this fills its own part, so all must.
+    stages) stays on its device and as it is shown; each rank fills its own part, so all must call this.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or its names or shapes differ from the model's;
@@ -103,8 +103,15 @@ def load_state_dict_from_zero_checkpoint(
         raise ckpt.CheckpointError(
             f"{type(model).__name__} is on the meta device; call model.to_empty(device='cpu') first"
         )
-    if not state.gather_anew(model):
-        model.cpu()
+    with state.sharded_shown(model) as stays:
+        if not stays:
+            model.cpu()
+        _fill(model, weights)
+    return model
+
+
+def _fill(model: nn.Module, weights: StoredWeights) -> None:
+    """Copy the weights into a model that they must fit."""
     extra = modules_with_extra(model)
     targets = {
         k: v for k, v in model.state_dict(keep_vars=True).items() if k not in extra and isinstance(v, Tensor)
@@ -117,7 +124,6 @@ def load_state_dict_from_zero_checkpoint(
             module.set_extra_state(weights.extra_state(name))
     except ckpt.CheckpointError as error:
         raise ckpt.PartialLoadError(str(error)) from error
-    return model
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import ckpt
@@ -25,6 +24,7 @@ from ckpt.read import BUFFER as BUFFER
 from ckpt.read import PARAMETER as PARAMETER
 from parallel.dtensor_layout import Place, copy_from_full, local_tensor
 from parallel.tensors import named_parameters, persistent_buffers
+from parallel.tensors import sharded_shown as sharded_shown
 from uni3d.stored_model import StoredModel
 
 _NOBODY: Mapping[int, Place] = {}
@@ -187,14 +187,6 @@ def to_torch(array: npt.NDArray[Any]) -> Tensor:
     if array.dtype == ckpt.numpy_dtype("bfloat16"):
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def gather_anew(module: nn.Module) -> bool:
-    """Make sharded modules gather their parameters anew when they next need them; return if there are any."""
-    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in sharded:
-        part.reshard()
-    return bool(sharded)
 
 
 def fill(tensor: Tensor, whole: Tensor) -> None:

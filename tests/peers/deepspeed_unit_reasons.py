@@ -120,14 +120,14 @@ INSIDES = [
     r"DID NOT RAISE <class '(NotImplementedError|AssertionError|uni3d)",
     r"where False = isinstance\(",
     r"0-sized",
+    r"DeepSpeedConfig is read-only",
+    r"DeepSpeedZeroConfig|elastic checkpointing|prefetch_bucket_size",  # keys without effect are not kept
     r"aten.allclose.default Sharding",  # two sharded parameters, which are empty in DeepSpeed
 ]
 """Attributes and classes inside of DeepSpeed's engine, optimizers, schedules, and what they can't do."""
 
 BY_HAND = {
-    "TestClientOptimizer::test[None]": "insides",  # the class of the optimizer that the config makes
-    "TestConfigOptimizer": "insides",
-    "TestClientLrScheduler": "insides",  # the class of the schedule that the config makes
+    "TestClientLrScheduler": "insides",  # a schedule that is no LambdaLR
     "TestPipeModuleSequential": "insides",  # a PipelineModule is split by initialize, not by its constructor
     "TestNewClassDeclared": "insides",  # zero.Init shards nothing: initialize does
     "TestNestingInit": "insides",

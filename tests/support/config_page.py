@@ -17,7 +17,7 @@ def tables() -> str:
     return "\n".join(
         [
             "**Honoured.**\n",
-            *_table(("key", "default", "meaning"), _honoured(Config)),
+            *_table(("section", "keys, with their defaults"), _honoured(Config)),
             "\n**`optimizer.type`**, in any case, with parameters in `optimizer.params`. Other classes of",
             "`torch.optim` are given by name, with their own parameters:",
             f"{_others()}.\n",
@@ -25,8 +25,8 @@ def tables() -> str:
             "\n**`scheduler.type`**, with parameters in `scheduler.params`.\n",
             *_table(("type", "parameters and their defaults"), _schedules()),
             "\n**Read as another key.**\n",
-            *_table(("key", "read as"), ((f"`{k}`", f"`{v}`") for k, v in deepspeed_keys.READ_AS.items())),
-            "\n**Without effect**: accepted with any value, and reported when training begins.\n",
+            *_table(("keys", "read as"), ((k, f"`{v}`") for v, k in _by_reason(deepspeed_keys.READ_AS))),
+            "\n**Without effect**: accepted, and reported when training begins.\n",
             *_table(("section", "keys, and why"), _by_section(deepspeed_keys.NO_MEANING)),
             '\n**Refused**, unless the value turns them off (`null`, `false`, `"enabled": false`).\n',
             *_table(("section", "keys, and why"), _by_section(deepspeed_keys.REFUSED)),
@@ -41,17 +41,21 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
-def _honoured(section: type[BaseModel], within: str = "") -> Iterator[tuple[str, str, str]]:
+def _honoured(section: type[BaseModel], within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each section, first the whole config, with a line for each of its own keys."""
+    lines, inside = [], []
     for name, field in section.model_fields.items():
         inner = sections_of(field.annotation)
         if name in ("optimizer", "scheduler"):
             continue
         if inner:
-            yield from _honoured(inner[0], f"{within}{name}.")
+            inside.append((inner[0], f"{within}{name}."))
             continue
         text = (section.__doc__ if name == "enabled" else field.description) or ""
-        text = " ".join(text.split())
-        yield f"`{within}{name}`", _default(field.default), text
+        lines.append(f"`{within}{name}` {_default(field.default)}: {' '.join(text.split())}")
+    yield within.rstrip(".") or "(whole)", "<br>".join(lines)
+    for further, name in inside:
+        yield from _honoured(further, name)
 
 
 def _others() -> str:

@@ -239,7 +239,14 @@ REQUESTS = frozenset(_REQUESTS)
 """Keys of `NO_MEANING` that ask for nothing if their value turns them off: then they aren't reported."""
 
 NO_MEANING = _TUNING | _REQUESTS
-"""Keys that are accepted with any value but have no effect, with the reason."""
+"""Keys that are accepted but have no effect, with the reason; `CHOICES` says which can't have any value."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "checkpoint.tag_validation": ("Ignore", "Warn", "Fail"),
+    "log_level": ("debug", "info", "warning", "error", "critical"),
+    "seq_parallel_communication_data_type": ("fp32", "bf16", "fp16"),
+}
+"""Values, in any case, that keys of `NO_MEANING` can have: DeepSpeed refuses others, as they are slips."""
 
 READ_AS: dict[str, str] = {
     "bfloat16": "bf16",

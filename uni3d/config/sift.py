@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from uni3d.config.deepspeed_keys import (
     ACCUMULATED,
     AUTO_IS_DEFAULT,
+    CHOICES,
     CONVERTED,
     NEUTRAL,
     NO_MEANING,
@@ -55,6 +56,7 @@ def sift(values: Mapping[str, Any]) -> Sifted:
                 problems.append(f"{key} is refused: {reason}")
     for key, reason in NO_MEANING.items():
         for value in _take(left, key):
+            problems += _other_choice(key, value)
             if value is not None and not (key in REQUESTS and _is_off(key, value)):
                 without_meaning[key] = reason
     without_meaning |= _not_offloaded(left) | _other_accumulation(left)
@@ -160,6 +162,14 @@ def _put(values: dict[str, Any], key: str, value: Any, target: str) -> list[str]
         return [f"{key} is {said!r}, but {target}, which means the same, is {values[last]!r}; give one"]
     values[last] = value
     return []
+
+
+def _other_choice(key: str, value: Any) -> list[str]:
+    """Return the problem with a value that DeepSpeed doesn't have for this key."""
+    choices = CHOICES.get(key)
+    if choices is None or value is None or str(value).lower() in map(str.lower, choices):
+        return []
+    return [f"{key} is {value!r}: expected {', '.join(choices[:-1])} or {choices[-1]}"]
 
 
 def _is_off(key: str, value: Any) -> bool:

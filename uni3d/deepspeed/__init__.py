@@ -6,6 +6,7 @@ Programs that say `import deepspeed` themselves, such as Hugging Face's, get it 
     names, modules     the table of names, and the modules that are made of it; `install`
     training           `initialize`, `init_distributed`, arguments of the command line
     engines            the engine of a parameter
+    config_values      `runtime.config.DeepSpeedConfig`, and sections of a config
     gathering          `zero`: `Init`, `GatheredParameters`
     fragments          `utils`: fp32 values, gradients and optimizer states by parameter
     schedules          `runtime.lr_schedules`

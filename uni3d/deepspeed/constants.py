@@ -1,6 +1,6 @@
 """DeepSpeed's constants: keys and values of the config."""
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 LR_SCHEDULE = "lr_schedule"
 LR_RANGE_TEST = "LRRangeTest"
@@ -52,6 +52,16 @@ DEFAULT_LEAF_MODULE_CLASSES: list[str] = []
 DEFAULT_LEAF_MODULE_NAMES: list[str] = []
 DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = []
 """No module has to be marked: all parts of a layer are gathered together."""
+
+
+class ZeroStageEnum(IntEnum):
+    """ZeRO stages by what they are the first to shard."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+    max_stage = 3
 
 
 class OffloadDeviceEnum(StrEnum):

@@ -24,11 +24,8 @@ _PIPELINE = {
     "PipelineEngine": f"{_HERE}.engines",
 }
 _SCHEDULES = {
-    **_names(
-        f"{_HERE}.schedules",
-        "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest VALID_LR_SCHEDULES add_tuning_arguments "
-        "get_config_from_args",
-    ),
+    **_names("uni3d.optim.schedule_classes", "WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest"),
+    **_names(f"{_HERE}.schedules", "VALID_LR_SCHEDULES add_tuning_arguments get_config_from_args"),
     **_names(
         f"{_HERE}.constants",
         "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR LR_RANGE_TEST_MIN_LR "
@@ -104,7 +101,8 @@ _COMM = {
 }
 _ACCELERATOR = _names(f"{_HERE}.devices", "get_accelerator is_current_accelerator_supported")
 _RECOMPUTE = _names(f"{_HERE}.recompute", "configure checkpoint is_configured reset non_reentrant_checkpoint")
-_ADAM = _names(f"{_HERE}.optimizers", "FusedAdam DeepSpeedCPUAdam")
+_FUSED_ADAM = {"FusedAdam": "uni3d.optim.adam"}
+_ADAM = {**_FUSED_ADAM, "DeepSpeedCPUAdam": f"{_HERE}.optimizers"}
 _LION = _names(f"{_HERE}.optimizers", "FusedLion DeepSpeedCPULion")
 _ADAGRAD = _names(f"{_HERE}.optimizers", "DeepSpeedCPUAdagrad")
 _CLONE = {"clone_tensors_for_torch_save": "uni3d.recovery"}
@@ -114,7 +112,10 @@ _ZERO_TO_FP32 = _names(
     "convert_zero_checkpoint_to_fp32_state_dict",
 )
 _LOADER = {"RepeatingLoader": "uni3d.engine.data_loader"}
-_ERROR = {"DeepSpeedConfigError": "uni3d.config:ConfigError"}
+_CONFIGS = {
+    "DeepSpeedConfig": f"{_HERE}.config_values",
+    "DeepSpeedConfigError": "uni3d.config:ConfigError",
+}
 _OPTIMIZER_NAMES = _names(
     f"{_HERE}.constants",
     "ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LION_OPTIMIZER MUON_OPTIMIZER",
@@ -133,7 +134,7 @@ PROVIDED: dict[str, dict[str, str]] = {
         **_TRAINING,
         **_ENGINE,
         **_PIPELINE,
-        **_ERROR,
+        **_CONFIGS,
         **_names(f"{_HERE}.helpers", "OnDevice"),
         **_names(f"{_HERE}.log", "logger log_dist"),
         "add_tuning_arguments": f"{_HERE}.schedules",
@@ -159,13 +160,13 @@ PROVIDED: dict[str, dict[str, str]] = {
     "ops.adagrad": _ADAGRAD,
     "ops.adam": _ADAM,
     "ops.adam.cpu_adam": {"DeepSpeedCPUAdam": f"{_HERE}.optimizers"},
-    "ops.adam.fused_adam": {"FusedAdam": f"{_HERE}.optimizers"},
+    "ops.adam.fused_adam": _FUSED_ADAM,
     "ops.lion": _LION,
     "pipe": {**_PIPELINE, **_GRIDS},
     "runtime": {},
     "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": _RECOMPUTE,
-    "runtime.config": {**_ERROR, **_OPTIMIZER_NAMES},
+    "runtime.config": {**_CONFIGS, **_OPTIMIZER_NAMES},
     "runtime.dataloader": _LOADER,
     "runtime.engine": _ENGINE,
     "runtime.lr_schedules": _SCHEDULES,
@@ -176,6 +177,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     "runtime.precision_config": {
         "DeepSpeedFP16Config": "uni3d.config.sections:FP16Config",
         "DeepSpeedBF16Config": "uni3d.config.sections:BF16Config",
+        **_names(f"{_HERE}.config_values", "get_bfloat16_config get_float16_config"),
     },
     "runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": f"{_HERE}.constants"},
     "runtime.utils": _names(
@@ -185,6 +187,12 @@ PROVIDED: dict[str, dict[str, str]] = {
         "call_to_str",
     ),
     "runtime.zero": _GATHERING,
+    "runtime.zero.config": {
+        "DeepSpeedZeroConfig": f"{_HERE}.config_values",
+        "DeepSpeedZeroOffloadOptimizerConfig": "uni3d.config.sections:OffloadConfig",
+        "DeepSpeedZeroOffloadParamConfig": "uni3d.config.sections:OffloadConfig",
+        "ZeroStageEnum": f"{_HERE}.constants",
+    },
     "runtime.zero.leaf_module_config": _names(
         f"{_HERE}.constants",
         "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES DEFAULT_LEAF_MODULE_NAME_SUFFIXES",
@@ -220,14 +228,11 @@ STAND_INS: dict[str, list[str]] = {
     "runtime.base_optimizer": ["ZeROOptimizer", "DeepSpeedOptimizer"],
     "runtime.bf16_optimizer": ["BF16_Optimizer"],
     "runtime.checkpoint_engine.torch_checkpoint_engine": ["TorchCheckpointEngine"],
-    "runtime.config": ["DeepSpeedConfig"],
     "runtime.config_utils": ["DeepSpeedConfigModel"],
     "runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
     "runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "runtime.pipe.topology": ["PipelineParallelGrid"],
-    "runtime.precision_config": ["get_bfloat16_config"],
     "runtime.utils": ["PartitionedTensor"],
-    "runtime.zero.config": ["DeepSpeedZeroConfig", "DeepSpeedZeroOffloadParamConfig", "ZeroStageEnum"],
     "runtime.zero.linear": ["LinearModuleForZeroStage3"],
     "runtime.zero.partition_parameters": ["MultipleAllGatherHandles", "partitioned_param_data_shape"],
     "runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3"],
@@ -270,8 +275,6 @@ REFUSED: dict[str, str] = {
     "runtime.sequence_parallel": "use parallel.sequence_parallel, which uses the tensor-parallel ranks",
     "DeepSpeedHybridEngine": _GENERATE,
     "runtime.hybrid_engine": _GENERATE,
-    "DeepSpeedConfig": _CONFIG,
-    "runtime.config.DeepSpeedConfig": _CONFIG,
     "runtime.config_utils": _CONFIG,
     "DeepSpeedOptimizer": "optimizers are torch's own: use torch.optim.Optimizer",
     "ZeROOptimizer": "optimizers are torch's own: use torch.optim.Optimizer",

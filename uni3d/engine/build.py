@@ -38,8 +38,8 @@ from uni3d.engine.given_loader import GivenLoader, data_as_used
 from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
-from uni3d.optim.lr_schedules import make_scheduler
 from uni3d.optim.optimizers import check_works_sharded, make_optimizer, split_groups
+from uni3d.optim.schedule_classes import make_scheduler
 from uni3d.pipe import PipelineModule
 from uni3d.state import PARAMETER
 from uni3d.train_state import Progress, TrainState
@@ -135,7 +135,7 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
     Checks the config before the process group is started, as ranks that wait there can't report an error.
     """
     check_installed(settings)
-    degrees, device = _degrees(settings)
+    degrees, device = degrees_of(settings)
     triad = batch_triad(settings, degrees.dp)
     split = parallel_settings(settings)
     parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
@@ -246,7 +246,8 @@ def _with_pipeline_options(settings: Config, model: nn.Module) -> Config:
     return settings.model_copy(update={"parallel": p, "activation_checkpointing": again})
 
 
-def _degrees(settings: Config) -> tuple[parallel.Degrees, str]:
+def degrees_of(settings: Config) -> tuple[parallel.Degrees, str]:
+    """Return the degrees of the config on the processes of this job, and the type of their device."""
     device = settings.parallel.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

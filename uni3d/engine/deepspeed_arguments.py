@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -35,7 +36,7 @@ class FurtherArguments(TypedDict, total=False):
 
 def decoded(config: Given) -> Given:
     """Return the content of a config that is the base64 of JSON, as launchers hand it on; others as given."""
-    if not isinstance(config, str) or Path(config).exists():
+    if not isinstance(config, str) or os.path.exists(config):  # pathlib raises for texts too long for a name
         return config
     try:
         text = base64.b64decode(config, altchars=b"-_", validate=True).decode()

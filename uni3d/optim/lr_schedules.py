@@ -32,23 +32,16 @@ HIGHEST_MOMENTUM = 0.999
 """Upper bound of the momentum under `decay_mom_rate`."""
 
 
-def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Return the config's schedule over `optimizer`, and set the optimizer's initial rates.
-
-    Raises:
-        ValueError: `cycle_momentum` is set, but the optimizer has no betas; or a list has another length
-            than there are parameter groups.
-    """
-    ratios, cycles = begin(config, optimizer)
-    return CycledMomentum(optimizer, ratios, cycles) if cycles else LambdaLR(optimizer, ratios)
-
-
 def begin(
     config: SchedulerConfig, optimizer: torch.optim.Optimizer
 ) -> tuple[list[Ratio], list[OneCycleParams]]:
     """Set the optimizer's base rates; return each group's ratio to its rate, and the cycles of its momentum.
 
-    There are no cycles if the schedule doesn't change the momentum. Raises as `make_scheduler` does.
+    There are no cycles if the schedule doesn't change the momentum.
+
+    Raises:
+        ValueError: `cycle_momentum` is set, but the optimizer has no betas; or a list has another length
+            than there are parameter groups.
     """
     groups = optimizer.param_groups
     each = _of_groups(config, optimizer)
@@ -68,7 +61,7 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def go_on(scheduler: LambdaLR, config: SchedulerConfig, rates: list[float] | None = None) -> None:
-    """Fit a schedule of `make_scheduler` to its restored state.
+    """Fit a config's schedule to its restored state.
 
     Its ratios are taken anew, for the restored base rates. With `rates`, the schedule has changed: these are
     its base rates instead, and the next step has the rate that the schedule gives it.

@@ -9,6 +9,7 @@ from torch import nn
 
 from uni3d.config import torch_optimizers as torch_optim
 from uni3d.config.optimizer import AdamConfig, LionConfig, MuonConfig, OptimizerConfig
+from uni3d.optim.adam import Adam, AdamW
 from uni3d.optim.lion import Lion
 from uni3d.optim.muon import MuonWithAdam, muon_groups
 
@@ -25,8 +26,11 @@ def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optim
     """
     params = config.hyperparameters
     if isinstance(config, AdamConfig):
-        kind = torch.optim.AdamW if config.params.adam_w_mode else torch.optim.Adam
-        return kind(groups, fused=True, **params)  # one pass over memory instead of one per operation
+        decoupled = config.params.adam_w_mode
+        if config.params.torch_adam:
+            kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+            return kind(groups, fused=True, **params)  # one pass over memory instead of one per operation
+        return AdamW(groups, **params) if decoupled else Adam(groups, adam_w_mode=False, **params)
     if isinstance(config, LionConfig):
         return Lion(groups, **params)
     if isinstance(config, MuonConfig):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 NAMES = """
 initialize init_distributed add_config_arguments tp_model_init DeepSpeedEngine PipelineEngine PipelineModule
+DeepSpeedConfig runtime.config.DeepSpeedConfig runtime.zero.config.ZeroStageEnum
 zero comm ops runtime utils accelerator checkpointing pipe checkpoint get_accelerator add_tuning_arguments
 OnDevice logger log_dist
 zero.Init zero.GatheredParameters zero.register_external_parameter zero.MiCS_Init zero.ZeroParamStatus
@@ -46,7 +47,6 @@ NOT_HERE = {
     "moe.experts.Experts": "expert parallelism isn't supported",
     "ops.lamb.FusedLamb": "use FusedAdam",
     "ops.op_builder.EvoformerAttnBuilder": "no extensions to build",
-    "DeepSpeedConfig": "uni3d.config.load_config",
     "profiling.flops_profiler.get_model_profile": "torch.profiler",
     "runtime.pipe.topology.Nothing": "engine.grid",
     "runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF": "parallel.sequence_parallel",

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 from marks import slow
-from models import Stack, assert_same, global_batches, seeded, train, train_plainly
+from models import Stack, assert_same, global_batches, make_engine, seeded, train, train_plainly
 from ranks import Ranks
 from test_gathering import make, whole_now
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from uni3d.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from uni3d.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from uni3d.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from uni3d.deepspeed.runtime import lr_schedules
 
+from uni3d.config import load_config
 from uni3d.config.strict import ConfigError
 from uni3d.optim.lion import Lion
+from uni3d.optim.optimizers import make_optimizer
+from uni3d.optim.schedule_classes import make_scheduler
 
 PAIRS: dict[str, Any] = {
     "FusedAdam": (
@@ -142,6 +146,23 @@ def test_schedules_keep_count() -> None:
     }
 
 
+def test_schedules_tell_their_parameters() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.2)]
+    warmup = lr_schedules.WarmupLR(torch.optim.Adam(groups), warmup_num_steps=7, warmup_type="linear")
+    assert (warmup.warmup_num_steps, warmup.warmup_type) == (7, "linear")
+    assert (warmup.min_lrs, warmup.max_lrs) == ([0.0, 0.0], [0.1, 0.2])
+    assert warmup.state_dict().keys() == LambdaLR(sgd(), [lambda _: 1.0]).state_dict().keys()
+    with pytest.raises(AttributeError, match="WarmupLR has no attribute 'total_num_steps'"):
+        warmup.total_num_steps  # noqa: B018
+    cycle = lr_schedules.OneCycle(torch.optim.Adam(groups), [0.01, 0.02], [0.1, 0.2], decay_lr_rate=0.5)
+    assert (cycle.min_lrs, cycle.max_lrs, cycle.decay_lr_rate) == ([0.01, 0.02], [0.1, 0.2], 0.5)
+    cosine = lr_schedules.WarmupCosineLR(torch.optim.Adam(groups), 100, warmup_num_steps=10)
+    assert (cosine.total_num_steps, cosine.get_lr_ratio()) == (100, 0.0)
+    cosine.optimizer.step()
+    cosine.step(1)
+    assert cosine.get_lr_ratio() == pytest.approx(math.log(2) / math.log(10))
+
+
 def schedule_case(stage: int, run: str) -> None:
     """A schedule of the script's own steps with the engine, and resumes."""
 
@@ -182,3 +203,50 @@ def test_tuning_arguments() -> None:
     cycle, _ = lr_schedules.get_config_from_args(parser.parse_args(["--lr_schedule", "OneCycle"]))
     assert cycle is not None
     assert "cycle_second_step_size" not in cycle["params"], "-1 is its default"
+
+
+CYCLE = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("WarmupLR", {}),
+        ("WarmupDecayLR", {"total_num_steps": 9}),
+        ("WarmupCosineLR", {"total_num_steps": 9}),
+        ("OneCycle", CYCLE),
+        ("LRRangeTest", {}),
+    ],
+)
+def test_a_config_makes_the_same_classes(alone: None, kind: str, params: dict[str, Any]) -> None:
+    """Scripts ask which schedule and which optimizer they got."""
+    config = {"scheduler": {"type": kind, "params": params}, "optimizer": {"type": "Adam"}}
+    engine: Any = make_engine(seeded(Stack), zero=1, config=config)
+    assert isinstance(engine.lr_scheduler, getattr(lr_schedules, kind))
+    assert isinstance(engine.optimizer, FusedAdam)
+    assert isinstance(engine.optimizer, torch.optim.AdamW), "as Adam has decoupled weight decay by default"
+    assert type(engine.optimizer).__name__ == "AdamW"
+    before = engine.lr_scheduler.last_batch_iteration
+    train(engine, global_batches(1))
+    assert engine.lr_scheduler.last_batch_iteration == before + 1
+
+
+def test_the_class_of_adam() -> None:
+    def made(**params: Any) -> torch.optim.Optimizer:
+        config = load_config({"optimizer": {"type": "Adam", "params": params}})
+        assert config.optimizer is not None
+        return make_optimizer(config.optimizer, [{"params": list(nn.Linear(2, 2).parameters())}])
+
+    coupled = made(adam_w_mode=False)
+    assert isinstance(coupled, FusedAdam)
+    assert not isinstance(coupled, torch.optim.AdamW)
+    assert type(made(torch_adam=True)) is torch.optim.AdamW
+    assert type(made(torch_adam=True, adam_w_mode=False)) is torch.optim.Adam
+
+
+def test_a_cycle_of_the_momentum_that_was_asked_for() -> None:
+    section = {"type": "OneCycle", "params": {**CYCLE, "cycle_momentum": True}}
+    config = load_config({"scheduler": section}).scheduler
+    assert config is not None
+    with pytest.raises(ValueError, match="has no betas to cycle"):
+        make_scheduler(config, sgd())

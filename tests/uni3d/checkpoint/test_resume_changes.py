@@ -19,7 +19,7 @@ import ckpt
 from uni3d.cli import app
 from uni3d.config import load_config
 from uni3d.manifest import EngineRecord, RunManifest
-from uni3d.optim.lr_schedules import make_scheduler
+from uni3d.optim.schedule_classes import make_scheduler
 
 WARMUP: dict[str, Any] = {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "linear"}}
 COSINE = {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 3, "total_num_steps": 20}}

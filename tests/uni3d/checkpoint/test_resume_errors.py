@@ -94,7 +94,7 @@ MISFITS: dict[str, tuple[Callable[[], uni3d.Engine], str]] = {
     ),
     "no_scheduler": (
         lambda: make_engine(seeded(Stack), config={"scheduler": {"type": "WarmupLR"}}),
-        "the checkpoint has no scheduler, but this run has LambdaLR; load it with load_lr_scheduler_states=",
+        "the checkpoint has no scheduler, but this run has WarmupLR; load it with load_lr_scheduler_states=",
     ),
 }
 

@@ -11,6 +11,7 @@ import pytest
 from models import Stack, make_engine, seeded
 
 from uni3d.config import Config, load_config
+from uni3d.config.strict import ConfigError
 
 ON = {"enabled": True}
 BASE: dict[str, Any] = {"optimizer": {"type": "Adam"}}
@@ -258,6 +259,25 @@ def test_a_key_that_is_refused_is_accepted_when_it_is_off(key: str) -> None:
 def _empty_section(key: str) -> dict[str, Any]:
     parts = key.split(".")
     return {parts[0]: {parts[1]: {}}} if len(parts) == 3 else {}
+
+
+@pytest.mark.parametrize(
+    ("key", "right", "wrong", "expected"),
+    [
+        ("checkpoint.tag_validation", ("Ignore", "WARN", "fail"), ("foo", True), "Ignore, Warn or Fail"),
+        ("log_level", ("INFO",), ("loud",), "debug, info, warning, error or critical"),
+        ("seq_parallel_communication_data_type", ("FP32", "bf16"), ("fp8",), "fp32, bf16 or fp16"),
+    ],
+)
+def test_a_value_that_deepspeed_refuses(
+    key: str, right: tuple[str, ...], wrong: tuple[Any, ...], expected: str
+) -> None:
+    for value in right:
+        assert list(load_config(with_key(key, value)).without_meaning) == [key]
+    for value in wrong:
+        with pytest.raises(ConfigError) as caught:
+            load_config(with_key(key, value))
+        assert str(caught.value) == f"config: {key} is {value!r}: expected {expected}"
 
 
 NEUTRAL = {

@@ -11,6 +11,7 @@ from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, w
 from ranks import Ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,9 +172,23 @@ def fill_case(run: Path, zero: int) -> Any:
     other = make_engine(OwnLoss(), zero=zero)
     train(other, batches[:1])  # so that ranks may still have whole parameters
     assert uni3d.load_state_dict_from_zero_checkpoint(other.module, run) is other.module
+    shown = dict(other.module.named_parameters())
+    assert any(isinstance(p, DTensor) for p in shown.values()) == (zero == 3), "whole, as between two steps"
     found = whole(other.module)
     for name in saved.keys() - {"scratch"}:
         assert torch.equal(found[name], saved[name]), name
+    with torch.no_grad():  # the script may write to what is shown, and an error changes nothing of that
+        other.module.out.bias.add_(1.0)
+    with pytest.raises(ckpt.CheckpointError, match="no committed checkpoint"):
+        uni3d.load_state_dict_from_zero_checkpoint(other.module, run, tag="none")
+    other.module.fixed.extra = nn.Linear(1, 1)
+    with pytest.raises(ckpt.CheckpointError, match=r"lacks fixed\.extra\.bias"):
+        uni3d.load_state_dict_from_zero_checkpoint(other.module, run)
+    del other.module.fixed.extra
+    assert any(isinstance(p, DTensor) for p in other.module.parameters()) == (zero == 3)
+    assert torch.equal(whole(other.module)["out.bias"], saved["out.bias"] + 1.0)
+    assert torch.equal(other.module_state_dict()["out.bias"], saved["out.bias"].cpu() + 1.0)
+    uni3d.load_state_dict_from_zero_checkpoint(other.module, run)
     score = other.eval_batch(iter([(x[:3], y[:3]) for x, y in batches] * 4))
     other.load_checkpoint(run, load_module_only=True)
     assert other.eval_batch(iter([(x[:3], y[:3]) for x, y in batches] * 4)) == score

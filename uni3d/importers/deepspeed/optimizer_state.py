@@ -137,7 +137,7 @@ def _schedule_at(section: Any, epoch: int, rates: list[float], groups: list[dict
     """Return uni3d's scheduler over groups of these base rates, after `epoch` steps. Loads torch."""
     import torch
 
-    from uni3d.optim.lr_schedules import make_scheduler
+    from uni3d.optim.schedule_classes import make_scheduler
 
     optimizer = torch.optim.AdamW(
         [
