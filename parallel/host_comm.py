@@ -62,6 +62,16 @@ class HostComm:
         comm._connect(store, rank, size)
         return comm
 
+    @classmethod
+    def meeting(cls, name: str, rank: int, size: int) -> HostComm:
+        """Connect `size` ranks of the default process group that meet under a name of their own. Collective.
+
+        It may run in any thread: it waits on a connection to the store that is its own, so that nothing else
+        of the process has to wait for it.
+        """
+        store: Any = dist.distributed_c10d._get_default_store()
+        return cls.of(distributed.PrefixStore(name, store.clone()), rank, size)
+
     def _connect(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size, self._routes = rank, size, Routes(rank, size)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
