@@ -84,9 +84,9 @@ class StoredNames:
         self._used: dict[str, Steps] = {}  # paths of model and optimizer in the names that were asked for
         self.own: dict[str, tuple[Steps, Stored]] = {}
         for path in (*self._in_model(), *self._in_optimizer(), *beside):
-            stored = self._stored(path)
-            if stored is not None:
-                self.own[flat_name(path)] = path, stored
+            here = self._stored(path)
+            if here is not None:
+                self.own[flat_name(path)] = path, here
 
     def find(self, name: str) -> Stored | None:
         """Return what is stored for a name of the loading script's state_dict; None if nothing is.
@@ -95,7 +95,9 @@ class StoredNames:
             CheckpointError: the name has two meanings, or names of a second model or optimizer came before.
         """
         if name in self.own:
-            return self.own[name][1]
+            path, stored = self.own[name]
+            self._use(self._part(path), name)
+            return stored
         found: list[tuple[str, Steps, Stored]] = []
         parts = name.split(".")
         for n in range(3):
@@ -112,13 +114,20 @@ class StoredNames:
         if not found:
             return self._in_client(self._client, parts)
         what, path, stored = found[-1]
+        self._use((what, path), name)
+        return stored
+
+    def _use(self, part: tuple[str, Steps] | None, name: str) -> None:
+        """Note the path of the model or the optimizer that a name is of; raise if it is a second one."""
+        if part is None:
+            return
+        what, path = part
         first = self._used.setdefault(what, path)
         if first != path:
             raise CheckpointError(
                 f"{name}: the state_dict has two {what}s, below {flat_name(first) or 'no key'} and below "
                 f"{flat_name(path) or 'no key'}, but {self._where} has one; load them one after the other"
             )
-        return stored
 
     # --- names of the saved state_dict -------------------------------------------------------------------
 
@@ -139,14 +148,20 @@ class StoredNames:
                 elif key != "params":
                     yield from ((*top, f"param_groups.{name}.{key}") for name in group["params"])
 
+    def _part(self, path: Steps) -> tuple[str, Steps] | None:
+        """Return which of model and optimizer a path of the saved state_dict is of, and the path of that."""
+        model, optimizer = self._form.model, self._form.optimizer
+        if optimizer is not None and path[: len(optimizer)] == optimizer and len(path) > len(optimizer):
+            return "optimizer", optimizer
+        of_model = path[: len(model)] == model and flat_name(path[len(model) :]) in self._weights
+        return ("model", model) if of_model else None
+
     def _stored(self, path: Steps) -> Stored | None:
         """Return what is stored for a path of the saved state_dict."""
-        name, model, optimizer = flat_name(path), self._form.model, self._form.optimizer
-        if optimizer is not None and path[: len(optimizer)] == optimizer and len(path) > len(optimizer):
-            return self._state(flat_name(path[len(optimizer) :]), name)
-        rest = flat_name(path[len(model) :])
-        if path[: len(model)] == model and rest in self._weights:
-            return self._weights[rest]
+        name, part = flat_name(path), self._part(path)
+        if part is not None:
+            rest = flat_name(path[len(part[1]) :])
+            return self._state(rest, name) if part[0] == "optimizer" else self._weights[rest]
         key, kinds = key_beside(path), self._form.kinds_of(name, optimizer=False)
         if key in self._apart:
             return StoredBytes(key) if kinds.get("") == "bytes" else key

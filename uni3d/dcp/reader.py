@@ -218,9 +218,9 @@ class _Described(dict[str, STORAGE_TYPES]):
             yield name, self._of(stored)
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or self._names.find(str(name)) is not None
+        return self._names.find(str(name)) is not None
 
-    def __missing__(self, name: str) -> STORAGE_TYPES:
+    def __getitem__(self, name: str) -> STORAGE_TYPES:
         stored = self._names.find(name)
         if stored is None:
             raise KeyError(name)

@@ -234,7 +234,8 @@ def _is_array(live: LiveStateDict, key: str) -> bool:
 
 def _form(live: LiveStateDict, names: SortedNames) -> StateDictForm:
     groups = [path for path in names.states.values() if flat_name(path).startswith("param_groups.")]
-    of_optimizer = {key: live.kinds.get(key, {}) for key in names.states if not _is_array(live, key)}
+    numbers = [key for key in names.states if key not in live.tensors or not live.tensors[key].shape]
+    of_optimizer = {key: live.kinds.get(key, {}) for key in numbers}
     beside = {key: live.kinds[key] for key in names.beside if live.kinds.get(key)}
     beside |= {key: {"": "bytes"} for key in names.beside if key in live.sizes}
     return StateDictForm(
