@@ -62,6 +62,7 @@ class StoredNames:
         manifest = RunManifest.of(checkpoint)
         self._client = manifest.client_state
         self._groups = manifest.optimizer.groups if manifest.optimizer else []
+        self._home = {name: group for group in self._groups for name in group["params"]}
         self._scalars = manifest.optimizer.scalars if manifest.optimizer else {}
         self._weights: dict[str, ArrayKey] = {}
         self._moments: dict[str, dict[str, ArrayKey]] = {}
@@ -95,27 +96,27 @@ class StoredNames:
             CheckpointError: the name has two meanings, or names of a second model or optimizer came before.
         """
         if name in self.own:
-            path, stored = self.own[name]
+            path, known = self.own[name]
             self._use(self._part(path), name)
-            return stored
+            return known
         found: list[tuple[str, Steps, Stored]] = []
         parts = name.split(".")
         for n in range(3):
-            head, rest = tuple(parts[:n]), ".".join(parts[n:])
-            if (n == 0 or head[-1] in MODELS) and rest in self._weights:
-                found.append(("model", head, self._weights[rest]))
-            elif n and head[-1] in OPTIMIZERS:
+            top, rest = tuple(parts[:n]), ".".join(parts[n:])
+            if (n == 0 or top[-1] in MODELS) and rest in self._weights:
+                found.append(("model", top, self._weights[rest]))
+            elif n and top[-1] in OPTIMIZERS:
                 stored = self._state(rest, name)
                 if stored is not None:
-                    found.append(("optimizer", head, stored))
+                    found.append(("optimizer", top, stored))
         if len({stored for _, _, stored in found if isinstance(stored, ArrayKey)}) > 1:
             options = " or ".join(stored.atom for _, _, stored in found if isinstance(stored, ArrayKey))
             raise CheckpointError(f"{name} may be {options} of {self._where}; rename the state_dict's key")
         if not found:
             return self._in_client(self._client, parts)
-        what, path, stored = found[-1]
-        self._use((what, path), name)
-        return stored
+        what, head, meaning = found[-1]
+        self._use((what, head), name)
+        return meaning
 
     def _use(self, part: tuple[str, Steps] | None, name: str) -> None:
         """Note the path of the model or the optimizer that a name is of; raise if it is a second one."""
@@ -197,7 +198,7 @@ class StoredNames:
         if number.isdecimal() and "." not in key:
             return (self._groups[int(number)] if int(number) < len(self._groups) else None), key
         owner, _, key = rest.rpartition(".")
-        return next((group for group in self._groups if owner in group["params"]), None), key
+        return self._home.get(owner), key
 
     def _in_client(self, place: Any, parts: list[str]) -> StoredValue | None:
         """Return the value of the client state at a flat name, whose keys may have dots."""
