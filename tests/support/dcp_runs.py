@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from models import Batch, OwnLoss, adamw, global_batches, seeded
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -23,14 +24,18 @@ NESTED, FLAT = ("model", "optim", False), ("", "optimizer", True)
 """Forms of a state_dict: the tutorial's, and torchtitan's, whose weights have no key of their own."""
 
 Form = tuple[str, str, bool]
+Sharded = bool | tuple[int, int]
+"""True if all ranks shard a model, or the groups of ranks that hold the same and the ranks of a group."""
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
 
-def make_run(*, sharded: bool = False, seed: int = 3, kind: type[nn.Module] = OwnLoss) -> Run:
+def make_run(*, sharded: Sharded = False, seed: int = 3, kind: type[nn.Module] = OwnLoss) -> Run:
     """Return a model and its optimizer, without a step taken."""
     model = seeded(kind) if seed == 3 else kind()
     if sharded:
-        fully_shard(model)
+        axes = ("replicate", "shard")
+        mesh = None if sharded is True else init_device_mesh("cpu", sharded, mesh_dim_names=axes)
+        fully_shard(model, mesh=mesh)
     return model, adamw([p for p in model.parameters() if p.requires_grad])
 
 
@@ -49,7 +54,7 @@ def take_step(run: Run, batch: Batch) -> float:
     return total.item() / ranks
 
 
-def trained(*, sharded: bool = False) -> Run:
+def trained(*, sharded: Sharded = False) -> Run:
     run = make_run(sharded=sharded)
     for batch in BATCHES[:STEPS]:
         take_step(run, batch)
@@ -84,7 +89,7 @@ def load(state: dict[str, Any], run: Any, tag: str | None = None) -> dict[str, A
     return state
 
 
-def loaded(source: Any, *, sharded: bool = False, form: Form = NESTED) -> Run:
+def loaded(source: Any, *, sharded: Sharded = False, form: Form = NESTED) -> Run:
     """Return a run with other weights, filled from a checkpoint."""
     run, (model, optim, flat) = make_run(sharded=sharded, seed=7), form
     state = load(state_of(run, form), source)

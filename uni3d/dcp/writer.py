@@ -89,7 +89,12 @@ class StorageWriter(storage.StorageWriter):
             buffers: name patterns of buffers of floating point, which a state_dict doesn't tell from frozen
                 parameters.
             durable: sync every file and folder to the disk before the commit.
+
+        Raises:
+            ValueError: the step isn't a number of steps.
         """
+        if step is not None and not (type(step) is int and step >= 0):
+            raise ValueError(f"step is {step!r}; expected the number of steps taken, an int of 0 or more")
         self._run, self._tag = run, tag
         self._step, self._optimizer, self._buffers = step, optimizer, tuple(buffers)
         self._durable = durable

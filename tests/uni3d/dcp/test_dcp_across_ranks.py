@@ -144,6 +144,21 @@ def test_replicas_are_written_once(tmp_path: Path, ranks: Ranks) -> None:
     assert written == expected
 
 
+def save_groups(folder: str) -> tuple[int, int]:
+    """Save a model that each of two groups of two ranks shards; return bytes as `save_replicated`."""
+    run = trained(sharded=(2, 2))
+    report = save(state_of(run), folder).report
+    assert_equal(everything(loaded(folder, sharded=True)), everything(run))
+    infos = ckpt.open_checkpoint(folder).arrays.values()
+    return sum(info.nbytes + 4 * len(info.sums) for info in infos), report.bytes_written
+
+
+@pytest.mark.slow
+def test_groups_that_hold_the_same_write_it_once(tmp_path: Path, ranks: Ranks) -> None:
+    ((expected, written),) = set(ranks.run(4, save_groups, str(tmp_path)))
+    assert written == expected
+
+
 def save_and_go_on(folder: str) -> dict[str, Any]:
     """Save in the background while training goes on; return what was held at the save."""
     run, batch = trained(sharded=True), BATCHES[STEPS]

@@ -147,6 +147,8 @@ def test_refused_ways_to_save(tmp_path: Path) -> None:
     with one_process():
         text = refusal(dcp.save, weights(), storage_writer=uni3d.dcp.StorageWriter())
     assert "StorageWriter has no run" in text
+    with pytest.raises(ValueError, match="step is -1; expected the number of steps taken"):
+        uni3d.dcp.StorageWriter(tmp_path, step=-1)
     nested = DefaultSavePlanner(flatten_state_dict=False)
     with one_process():
         text = refusal(dcp.save, weights(), storage_writer=writer, planner=nested)
