@@ -144,13 +144,14 @@ class StorageWriter(storage.StorageWriter):
             CheckpointError: the same on all ranks; the checkpoint doesn't exist.
         """
         seat: _Seat = plan.storage_data
-        comm: ckpt.Comm = ckpt.Solo()
-        if seat.size > 1:
-            comm = HostComm.meeting(f"uni3d/dcp/{seat.token}", seat.rank, seat.size)
+        many = seat.size > 1
+        comm = HostComm.meeting(f"uni3d/dcp/{seat.token}", seat.rank, seat.size) if many else None
         try:
-            self.report = self._save(plan, planner, comm)
+            self.report = self._save(plan, planner, comm or ckpt.Solo())
         finally:
             self._local, self._plans = [], []
+            if comm is not None:
+                comm.leave()
         sizes = [(item.index, item.tensor_storage_size() or 0) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(index, size, None) for index, size in sizes])

@@ -1,6 +1,9 @@
 """A run that DCP saved through uni3d goes on anywhere: by DCP on other ranks, and in uni3d's engine."""
 
 import io
+import os
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -181,6 +184,21 @@ def test_training_goes_on_during_an_async_save(tmp_path: Path, ranks: Ranks) -> 
     held = ranks.run(2, save_and_go_on, str(tmp_path))[0]
     assert ckpt.open_checkpoint(tmp_path).manifest["aliases"] == {"decode.weight": "encode.weight"}
     assert_equal(everything(loaded(tmp_path)), held)
+
+
+@pytest.mark.slow
+def test_an_async_save_by_a_process(tmp_path: Path) -> None:
+    """Both saves are of one state, so that they have the same arrays."""
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).parents[2] / "support" / "dcp_process_save.py"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    here, process = (ckpt.open_checkpoint(tmp_path, tag) for tag in ("here", "process"))
+    assert ckpt.compare(here, process) == []
+    assert process.manifest["aliases"] == here.manifest["aliases"] == {"decode.weight": "encode.weight"}
 
 
 class Uneven(nn.Module):

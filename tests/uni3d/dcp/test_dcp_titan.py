@@ -4,20 +4,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from dcp_runs import STEPS, assert_equal, everything, make_run, one_process, take_step, trained
+from dcp_runs import STEPS, assert_equal, everything, load, make_run, one_process, save, take_step, trained
 from models import global_batches, seeded
 from ranks import Ranks
 from torch import nn
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import ckpt
 import uni3d
@@ -126,6 +129,54 @@ def test_sixteen_bits_come_back(tmp_path: Path) -> None:
         dcp.load(found, storage_reader=uni3d.dcp.StorageReader(tmp_path))
     assert torch.equal(found["model"]["w"], state["w"])
     assert ckpt.open_checkpoint(tmp_path).read("w").dtype == "float32"
+
+
+VALUES: dict[str, Any] = {
+    "nested tuples": (1, (2.5, ["x", ()]), None),
+    "a size": torch.Size([2, 3]),
+    "a number of numpy": np.float32(0.1),
+    "text": "größe / 100%",
+    "lists": [[], [True, [1]]],
+    "dicts in lists": [{"a": 1, "b.c": [2]}, {"a": (3,)}],
+    "bytes": bytes(range(256)),
+    "no bytes": b"",
+    "a number": torch.tensor(2**53 + 1),
+    "a vector of one": torch.tensor([0.1], dtype=torch.float64),
+    "a state of random numbers": torch.get_rng_state(),
+    "sixteen bits": torch.randn(5).bfloat16(),
+}
+
+
+def blank(value: Any) -> Any:
+    """Return something in the place of a value that DCP takes for the same names."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return [dict.fromkeys(each, 0) for each in value]
+    return 0
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
+def test_values_beside_come_back_as_they_were(tmp_path: Path, name: str, anew: bool) -> None:
+    value = VALUES[name]
+    state = {"model": {"w": torch.ones(2)}, "its": {name: value}}
+    save(state, tmp_path, "t")
+    if anew:  # without a state_dict to load into
+        found: dict[str, Any] = {}
+        reader = uni3d.dcp.StorageReader(tmp_path)
+        _load_state_dict(found, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    else:
+        found = load({"model": {"w": torch.zeros(2)}, "its": {name: blank(value)}}, tmp_path)
+    assert torch.equal(found["model"]["w"], torch.ones(2))
+    there = found["its"][name]
+    assert type(there) is type(value)
+    if isinstance(value, torch.Tensor):
+        assert (there.dtype, there.shape) == (value.dtype, value.shape)
+        assert torch.equal(there, value)
+    else:
+        assert there == value
+        assert repr(there) == repr(value), "the types inside, too"
 
 
 # --- the documentation -----------------------------------------------------------------------------------
