@@ -81,11 +81,8 @@ def knows_tensors(path: Path) -> bool:
 
 def test_one_joint() -> None:
     both = [relative(p) for p in of("uni3d") if "ckpt" in packages(p) and knows_tensors(p)]
-    rooms = ("checkpoint", "dcp", "engine")
-    assert all(name == "uni3d/state.py" or name.split("/")[1] in rooms for name in both)
-    layout = {
-        relative(p) for p in of("uni3d") if any(n.startswith("parallel.dtensor_layout") for n in imports(p))
-    }
+    assert {name.split("/")[1] for name in both} <= {"state.py", "checkpoint", "dcp", "engine"}
+    layout = {relative(p) for p in of("uni3d") if any("parallel.dtensor_layout" in n for n in imports(p))}
     assert layout == {"uni3d/state.py"}
     kinds = {"Box", "Shard", "ShardSpec", "ArrayKey"}
     makers = {
@@ -95,8 +92,7 @@ def test_one_joint() -> None:
         if isinstance(node, ast.Call) and called(node) in kinds
     }
     # Besides: boxes of no tensor, of tensors in foreign files, and of those that DCP's planner has cut.
-    others = {"uni3d/estimate/save.py", "uni3d/importers/write.py", "uni3d/dcp/arrays.py"}
-    assert makers == {"uni3d/state.py"} | others
+    assert makers == {f"uni3d/{n}.py" for n in ("state", "estimate/save", "importers/write", "dcp/arrays")}
     importers = {relative(p) for p in of("uni3d") if {f"ckpt.{kind}" for kind in kinds} & set(imports(p))}
     assert importers == makers
 
@@ -385,10 +381,9 @@ IN_MEMORY = {
 }
 """Files that may pickle, and the calls they may make: never to or from a file. The unpickler of foreign
 checkpoints refuses everything that isn't known to be inert."""
-ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("checkpoint/live_weights", "zero_to_fp32")}
-"""Where a user asks for torch's own file."""
-HANDED_ON = {"uni3d/dcp/reader.py": {("torch", "save")}}
-"""Where torch's own interface takes values in no other form; in memory."""
+SAVERS = ("checkpoint/live_weights", "zero_to_fp32", "dcp/reader")
+ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in SAVERS}
+"""Where a user asks for torch's own file, or DCP's planners take values in no other form (in memory)."""
 
 
 @every_file
@@ -398,9 +393,8 @@ def test_nothing_pickles(path: Path) -> None:
     named = [a for node in ast.walk(parse(path)) if isinstance(node, ast.Import) for a in node.names]
     plain = {alias.name for alias in named if alias.asname is None}
     assert packages(path) & PICKLERS <= plain, "by its module's own name, so that its use is seen below"
-    may = ASKED_FOR.get(relative(path), set()) | HANDED_ON.get(relative(path), set())
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             pair = (node.value.id, node.attr)
-            assert pair not in PICKLING - may, f"line {node.lineno}"
+            assert pair not in PICKLING - ASKED_FOR.get(relative(path), set()), f"line {node.lineno}"
             assert pair[0] not in PICKLERS or pair in allowed, f"line {node.lineno}"

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ckpt import ArrayKey, Checkpoint, CheckpointError
+import ckpt
+from ckpt import Checkpoint, CheckpointError
 from ckpt.read import WEIGHT_STATES
 from uni3d.dcp.arrays import key_beside
 from uni3d.dcp.form import StateDictForm, flat_name
@@ -38,10 +39,10 @@ class KeptValue(NamedTuple):
 class StoredBytes(NamedTuple):
     """Bytes, stored as an array."""
 
-    key: ArrayKey
+    key: ckpt.ArrayKey
 
 
-Stored = ArrayKey | StoredBytes | StoredValue | KeptValue
+Stored = ckpt.ArrayKey | StoredBytes | StoredValue | KeptValue
 
 
 class StoredNames:
@@ -64,9 +65,9 @@ class StoredNames:
         self._groups = manifest.optimizer.groups if manifest.optimizer else []
         self._home = {name: group for group in self._groups for name in group["params"]}
         self._scalars = manifest.optimizer.scalars if manifest.optimizer else {}
-        self._weights: dict[str, ArrayKey] = {}
-        self._moments: dict[str, dict[str, ArrayKey]] = {}
-        self._apart: set[ArrayKey] = set()
+        self._weights: dict[str, ckpt.ArrayKey] = {}
+        self._moments: dict[str, dict[str, ckpt.ArrayKey]] = {}
+        self._apart: set[ckpt.ArrayKey] = set()
         for key in checkpoint.arrays:
             if is_extra(key.state):
                 self._apart.add(key)
@@ -109,8 +110,8 @@ class StoredNames:
                 stored = self._state(rest, name)
                 if stored is not None:
                     found.append(("optimizer", top, stored))
-        if len({stored for _, _, stored in found if isinstance(stored, ArrayKey)}) > 1:
-            options = " or ".join(stored.atom for _, _, stored in found if isinstance(stored, ArrayKey))
+        if len({stored for _, _, stored in found if isinstance(stored, ckpt.ArrayKey)}) > 1:
+            options = " or ".join(stored.atom for _, _, stored in found if isinstance(stored, ckpt.ArrayKey))
             raise CheckpointError(f"{name} may be {options} of {self._where}; rename the state_dict's key")
         if not found:
             return self._in_client(self._client, parts)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 import ckpt
-from ckpt import ArrayKey, Checkpoint, CheckpointError
+from ckpt import Checkpoint, CheckpointError
 from uni3d.checkpoint.background import threads_per_rank
 from uni3d.dcp.arrays import target_of
 from uni3d.dcp.names import KeptValue, Stored, StoredBytes, StoredNames, StoredValue
@@ -144,7 +144,7 @@ class StorageReader(storage.StorageReader):
 
     def _target(self, item: ReadItem, planner: LoadPlanner) -> tuple[ReadItem, Tensor, ckpt.Shard]:
         key = self._stored(item)
-        assert isinstance(key, ArrayKey), item.storage_index.fqn
+        assert isinstance(key, ckpt.ArrayKey), item.storage_index.fqn
         tensor = planner.resolve_tensor(item)
         info = self._open.arrays[key]
         kept: torch.dtype = getattr(torch, info.dtype)
@@ -227,7 +227,7 @@ class _Described(dict[str, STORAGE_TYPES]):
         return self._of(stored)
 
     def _of(self, stored: Stored) -> STORAGE_TYPES:
-        if not isinstance(stored, ArrayKey):
+        if not isinstance(stored, ckpt.ArrayKey):
             return BytesStorageMetadata()
         info = self._checkpoint.arrays[stored]
         shape = torch.Size(info.shape)

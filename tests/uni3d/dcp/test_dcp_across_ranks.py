@@ -169,12 +169,11 @@ def save_and_go_on(folder: str) -> dict[str, Any]:
     held = everything(run)
     writer = uni3d.dcp.StorageWriter(folder)
     saving = dcp.async_save(state_of(run), storage_writer=writer, process_group=own)
-    while not saving.done():
+    done = torch.tensor(0.0)
+    while not done:  # on all ranks: each takes the same steps
         take_step(run, batch)
-        others = torch.tensor(float(saving.done()))
-        dist.all_reduce(others, dist.ReduceOp.MIN)
-        if others:
-            break
+        done = torch.tensor(float(saving.done()))
+        dist.all_reduce(done, dist.ReduceOp.MIN)
     saving.result()
     dist.barrier()
     return held
