@@ -35,6 +35,8 @@ from uni3d.importers.source import Options
 from uni3d.importers.write import manifest_of
 from uni3d.manifest import SCRIPT, RunManifest
 
+OWNER = "a script by uni3d.dcp"
+"""Stands for the run's identifier, which DCP's saves lack: they replace no checkpoint of an engine's run."""
 UNKNOWN = "unknown"
 """Class of an optimizer whose state doesn't show it."""
 
@@ -52,6 +54,7 @@ class _Job(NamedTuple):
 
     run: str | Path
     tag: str
+    files: ckpt.Files
     arrays: list[SavedArray]
     document: dict[str, Any]
     """The manifest's, on rank 0 alone."""
@@ -164,6 +167,13 @@ class StorageWriter(storage.StorageWriter):
     # --- the save ----------------------------------------------------------------------------------------
 
     def _save(self, plan: SavePlan, planner: SavePlanner, comm: ckpt.Comm) -> ckpt.SaveReport:
+        given = ckpt.distinct(comm, lambda: (str(self._run), str(self._tag), self._step))
+        if len(given) > 1:
+            (first, _), (other, ranks) = [*given.items()][:2]
+            raise CheckpointError(
+                f"StorageWriter has (run, tag, step) {first} on rank 0, but {other} on rank {ranks.first}; "
+                "give all ranks the same"
+            )
         own = ckpt.agreed(comm, lambda: own_part(plan, self._local, planner))
         owns = comm.gather(own)
         mine: list[_Job] = []
@@ -177,7 +187,7 @@ class StorageWriter(storage.StorageWriter):
 
         def planned() -> ckpt.Plan:
             layouts = [array.layout for array in job.arrays]
-            return ckpt.plan_arrays(layouts, range(comm.size), files=ckpt.files_for(job.run))
+            return ckpt.plan_arrays(layouts, range(comm.size), files=job.files)
 
         ours = ckpt.agreed(comm, planned)
         wanted = ours.parts(comm.rank)
@@ -203,10 +213,11 @@ class StorageWriter(storage.StorageWriter):
         live = LiveStateDict(self._plans, owns)
         names = sort_names(live)
         apart = [key for key in names.beside if _is_array(live, key)]
-        values = replace(names, beside=[key for key in names.beside if key not in apart])
+        values = replace(names, beside=[key for key in names.beside if not _is_array(live, key)])
         source = source_of(live, values, Options(buffers=self._buffers))
         step = self._step if self._step is not None else counted_steps(source.client_state, source.optimizer)
         run, tag = self._place(step)
+        ckpt.check_owner(run, tag, OWNER)
         writer = {"torch": str(torch.__version__), "world_size": len(owns)}
         manifest: RunManifest = replace(
             manifest_of(replace(source, step=step or 0, writer=writer), self._optimizer_of(source.optimizer)),
@@ -214,7 +225,8 @@ class StorageWriter(storage.StorageWriter):
         )
         document = manifest.document()
         ckpt.check_json(document, "the checkpoint's document")
-        return _Job(run, tag, saved_arrays(live, source.arrays, apart), document)
+        arrays = saved_arrays(live, source.arrays, apart)
+        return _Job(run, tag, ckpt.files_for(run), arrays, document)
 
     def _optimizer_of(self, state: Any) -> str:
         return self._optimizer or (None if state is None else state.type) or UNKNOWN

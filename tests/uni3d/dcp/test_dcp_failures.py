@@ -23,7 +23,7 @@ from dcp_runs import (
     trained,
 )
 from marks import slow
-from models import OwnLoss, make_engine, seeded
+from models import OwnLoss, make_engine, save_and_wait, seeded
 from ranks import Ranks
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -60,6 +60,17 @@ def test_a_value_that_is_not_of_json_is_refused_everywhere(tmp_path: Path, ranks
     for text in ranks.run(2, save_odd, str(tmp_path / "run"), mine):
         assert "odd.it is a " in text
         assert "Odd; uni3d.dcp saves tensors, bytes and values of JSON, and pickles nothing" in text
+    assert not (tmp_path / "run").exists()
+
+
+def save_two_tags(folder: str) -> str:
+    return refusal(save, weights(), folder, f"t{dist.get_rank()}")
+
+
+def test_ranks_with_two_tags_are_refused(tmp_path: Path, ranks: Ranks) -> None:
+    for text in ranks.run(2, save_two_tags, str(tmp_path / "run")):
+        assert "'t0', None) on rank 0, but" in text
+        assert "'t1', None) on rank 1; give all ranks the same" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -215,6 +226,15 @@ def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:
     data[1] ^= 1
     file.write_bytes(data)
     assert "out.bias/fp32 chunk [0]" in refusal(load, state_of(make_run()), tmp_path)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_of_an_engine_is_not_replaced(tmp_path: Path) -> None:
+    save_and_wait(make_engine(seeded(OwnLoss)), tmp_path, tag="t")
+    text = refusal(save, weights(), tmp_path, "t")
+    assert "was saved by another run" in text
+    assert "this one is a script by uni3d.dcp" in text
+    assert "out.bias" in ckpt.open_checkpoint(tmp_path, "t").atoms
 
 
 @pytest.mark.usefixtures("alone")
