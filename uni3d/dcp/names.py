@@ -80,6 +80,7 @@ class StoredNames:
                 self._weights[alias] = self._weights[first]
         self._form = StateDictForm(optimizer=("optim",) if manifest.optimizer else None)
         beside: list[Steps] = [(name,) for name in self._client]
+        self._recorded = manifest.dcp is not None
         if manifest.dcp is not None:
             self._form = StateDictForm.of(manifest.dcp, self._where)
             beside = self._form.beside
@@ -196,10 +197,19 @@ class StoredNames:
     def _group(self, rest: str) -> tuple[Mapping[str, Any] | None, str]:
         """Return the group that a hyperparameter's name is of, and its key there."""
         number, _, key = rest.partition(".")
-        if number.isdecimal() and "." not in key:
-            return (self._groups[int(number)] if int(number) < len(self._groups) else None), key
-        owner, _, key = rest.rpartition(".")
-        return self._home.get(owner), key
+        owner, _, own_key = rest.rpartition(".")
+        by_parameter = self._home.get(owner)
+        if not number.isdecimal() or "." in key or int(number) >= len(self._groups):
+            return by_parameter, own_key
+        by_number = self._groups[int(number)]
+        if by_parameter is None or by_parameter is by_number:
+            return by_number, key
+        if not self._recorded:  # a parameter may be named 0
+            raise CheckpointError(
+                f"param_groups.{rest} may be of group {number} or of the parameter {owner!r} of "
+                f"{self._where}; name the parameters in another way"
+            )
+        return (by_parameter if self._form.flat else by_number), key
 
     def _in_client(self, place: Any, parts: list[str]) -> StoredValue | None:
         """Return the value of the client state at a flat name, whose keys may have dots."""

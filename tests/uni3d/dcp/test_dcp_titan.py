@@ -131,6 +131,26 @@ def test_sixteen_bits_come_back(tmp_path: Path) -> None:
     assert ckpt.open_checkpoint(tmp_path).read("w").dtype == "float32"
 
 
+def test_parameters_with_numbers_for_names(tmp_path: Path) -> None:
+    """In the flat form, `param_groups.0.lr` is of the parameter 0, not of the first group."""
+    model = nn.ParameterList([torch.ones(2), torch.ones(3)])
+    optimizer = torch.optim.AdamW([{"params": [model[1]], "lr": 0.1}, {"params": [model[0]], "lr": 0.2}])
+    flat = Optimizers(model, optimizer)
+    save({"model": model.state_dict(), "optim": flat.state_dict()}, tmp_path, "t")
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    flat.load_state_dict(load({"optim": flat.state_dict()}, tmp_path)["optim"])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_buffers_by_name(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(2), "rope.angles": torch.rand(3, dtype=torch.float64)}}
+    save(state, tmp_path, "t", buffers=["*.angles"])
+    checkpoint = ckpt.open_checkpoint(tmp_path)
+    assert checkpoint.atoms == {"w": ["fp32"], "rope.angles": ["value"]}
+    assert np.array_equal(checkpoint.read("rope.angles", "value"), state["model"]["rope.angles"].numpy())
+
+
 VALUES: dict[str, Any] = {
     "nested tuples": (1, (2.5, ["x", ()]), None),
     "a size": torch.Size([2, 3]),
