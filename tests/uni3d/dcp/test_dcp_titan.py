@@ -132,7 +132,7 @@ def test_sixteen_bits_come_back(tmp_path: Path) -> None:
 
 
 def test_parameters_with_numbers_for_names(tmp_path: Path) -> None:
-    """In the flat form, `param_groups.0.lr` is of the parameter 0, not of the first group."""
+    """`param_groups.0.lr` of the flat form is of the parameter 0, not of the first group."""
     model = nn.ParameterList([torch.ones(2), torch.ones(3)])
     optimizer = torch.optim.AdamW([{"params": [model[1]], "lr": 0.1}, {"params": [model[0]], "lr": 0.2}])
     flat = Optimizers(model, optimizer)
