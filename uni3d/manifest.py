@@ -66,8 +66,7 @@ EXTRA_STATE = "extra_state"
 OPTIMIZER_ATOM = ".optimizer"
 """Atom of the tensors in the optimizer's extra state; no module can have this name."""
 
-DCP_ATOM = ".dcp"
-"""Atom of tensors and bytes that `uni3d.dcp` saved beside model and optimizer."""
+DCP_ATOM = ".dcp"  # tensors and bytes that `uni3d.dcp` saved beside model and optimizer
 DATA_ATOM = ".data"
 """First part of the atoms of tensors in states of the script's loaders; a data-parallel index follows."""
 
