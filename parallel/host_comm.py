@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Thread
 from traceback import clear_frames
@@ -62,6 +62,19 @@ class HostComm:
         comm._connect(store, rank, size)
         return comm
 
+    @classmethod
+    def meeting(cls, name: str, rank: int, size: int) -> HostComm:
+        """Connect `size` ranks of the default process group that meet under a name of their own. Collective.
+
+        It may run in any thread: it waits on a connection to the store that is its own, so that nothing else
+        of the process has to wait for it. `leave` is to be called after the last collective.
+        """
+        store: Any = dist.distributed_c10d._get_default_store()
+        meeting = distributed.PrefixStore(name, store.clone())
+        comm = cls.of(meeting, rank, size)
+        comm._met = meeting
+        return comm
+
     def _connect(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size, self._routes = rank, size, Routes(rank, size)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -70,8 +83,16 @@ class HostComm:
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
         self._lost = ""
+        self._met: Any = None
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
         self.exchange({})
+
+    def leave(self) -> None:
+        """Close the connections, and remove this rank's address from the store of `meeting`. Local."""
+        self._lost, self._group = self._lost or "this rank has left", None
+        if self._met is not None:
+            with suppress(RuntimeError):  # the store may have ended with its process
+                self._met.delete_key(f"0/{self.rank}")  # as gloo names it; under another name it only stays
 
     def all_reduce(self, value: T, merge: Callable[[list[T]], T]) -> T:
         """Return all ranks' values merged, on every rank.

@@ -15,6 +15,7 @@ The rooms, and the files beside them:
     manifest, resume_rules   the run's part of a manifest; refusals and changes of a resume
     estimate, doctor, plot   memory, files and traffic on paper; advice on a resize; pictures
     export, importers        other frameworks' checkpoints, out and in
+    dcp                      storage for torch's distributed checkpoint
     name_map, zero_to_fp32   renaming of weights; the script that lies in every checkpoint
     cli, units               the command `uni3d`; sizes and rates as text
     pipe, deepspeed          DeepSpeed's form of a pipeline; DeepSpeed under its own names
@@ -33,6 +34,7 @@ from uni3d.siblings import claim_names
 
 if TYPE_CHECKING:
     from ckpt import CheckpointError
+    from uni3d import dcp as dcp
     from uni3d.checkpoint.checkpointer import Checkpointer
     from uni3d.checkpoint.functions import load, save
     from uni3d.deepspeed.training import add_config_arguments, init_distributed
@@ -61,6 +63,7 @@ __all__ = [
     "add_config_arguments",
     "clone_tensors_for_torch_save",
     "convert_zero_checkpoint_to_fp32_state_dict",
+    "dcp",
     "get_fp32_state_dict_from_zero_checkpoint",
     "init_distributed",
     "initialize",
@@ -93,6 +96,8 @@ claim_names()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "dcp":
+        return import_module("uni3d.dcp")
     if name not in _HOME:
         raise AttributeError(f"module 'uni3d' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -66,7 +66,7 @@ EXTRA_STATE = "extra_state"
 OPTIMIZER_ATOM = ".optimizer"
 """Atom of the tensors in the optimizer's extra state; no module can have this name."""
 
-
+DCP_ATOM = ".dcp"  # tensors and bytes that `uni3d.dcp` saved beside model and optimizer
 DATA_ATOM = ".data"
 """First part of the atoms of tensors in states of the script's loaders; a data-parallel index follows."""
 
@@ -199,6 +199,8 @@ class RunManifest:
     client_state: Json = field(default_factory=dict)
     data: DataRecord | None = None
     """States of the script's own loaders; None if it brings none, or they have none."""
+    dcp: Json | None = None
+    """Form of the state_dict that `uni3d.dcp` saved (`uni3d.dcp.form`); None for other writers."""
 
     @property
     def written_on(self) -> Ranks | None:
@@ -221,7 +223,7 @@ class RunManifest:
 
     def document(self) -> Json:
         """Return the keys and values for `ckpt.save`: the fields, in the order of the file."""
-        without = [key for key in ("run_id", "schedule", "data") if getattr(self, key) is None]
+        without = [key for key in ("run_id", "schedule", "data", "dcp") if getattr(self, key) is None]
         document = {key: value for key, value in vars(self).items() if key not in without}
         if self.data is not None:
             document["data"] = self.data._asdict()
@@ -279,7 +281,7 @@ class RunManifest:
         counters = ("global_steps", "global_samples")
         numbers = (*counters, "seed", "train_batch_size", "dataset_length", "epoch_length", "sample_order")
         return cls(
-            **top.values(step=int, created=str, run_id=str, scheduler=dict, schedule=dict),
+            **top.values(step=int, created=str, run_id=str, scheduler=dict, schedule=dict, dcp=dict),
             writer=WriterRecord(
                 **writer.values(uni3d=str, torch=str, zero_stage=int, shard_group=int, imported=dict),
                 topology=writer.map_of("topology", int),

@@ -156,10 +156,15 @@ def parts_to_save(arrays: Iterable[Held], parts: Mapping[ArrayKey, Box]) -> list
 
 def on_host(spec: ShardSpec, tensor: Tensor) -> Shard:
     """Return the part for `ckpt`: the tensor's own memory, or a copy from the GPU."""
+    return Shard(spec, to_numpy(tensor))
+
+
+def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """Return an array of the tensor's own memory, or of a copy from the GPU."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:  # torch can't convert to the numpy type, which is ml_dtypes'
-        return Shard(spec, tensor.view(torch.int16).numpy().view(ckpt.numpy_dtype("bfloat16")))
-    return Shard(spec, tensor.numpy())
+        return tensor.view(torch.int16).numpy().view(ckpt.numpy_dtype("bfloat16"))
+    return tensor.numpy()
 
 
 def array_key(atom: str, state: str) -> ArrayKey:

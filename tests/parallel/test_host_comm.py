@@ -14,6 +14,7 @@ from marks import slow
 from ranks import RankError, Ranks
 
 from parallel import HostComm, host_comm
+from parallel.host_comm import LostRankError
 from parallel.routes import Routes
 
 LENGTHS = [10, 3_000, 200_000, 20, 5_000]
@@ -57,6 +58,37 @@ def test_bytes_for_each_rank(ranks: Ranks) -> None:
     sizes = [[0, 3, 1], [5, 0, 0], [2, 2, 7_000]]
     for rank, received in enumerate(ranks.run(3, exchange_case, sizes)):
         assert received == {r: [10 * r + rank] * sizes[r][rank] for r in range(3) if sizes[r][rank]}
+
+
+def meeting_case() -> Any:
+    """Let ranks 1 and 2 of 3 meet, twice, each time in a thread; return what they say."""
+    mine, found = dist.get_rank() - 1, {}
+
+    def meet(name: str) -> None:
+        comm = HostComm.meeting(name, mine, 2)
+        met = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+        assert met.check([f"0/{mine}"]), "or the address has another name"
+        found[name] = comm.gather(mine), comm.exchange({0: np.full(2, mine, np.uint8)})
+        comm.leave()
+        assert not met.check([f"0/{mine}"])
+        with pytest.raises(LostRankError, match="this rank has left"):
+            comm.gather(mine)
+
+    threads = [threading.Thread(target=meet, args=(name,)) for name in ("one", "two") if mine >= 0]
+    for thread in threads:
+        thread.start()
+    dist.barrier()
+    for thread in threads:
+        thread.join()
+    dist.barrier()  # before a rank goes on to end the process group
+    return {n: (said, {r: part.tolist() for r, part in got.items()}) for n, (said, got) in found.items()}
+
+
+def test_some_ranks_meet_and_leave_nothing(ranks: Ranks) -> None:
+    nobody, first, second = ranks.run(3, meeting_case)
+    assert nobody == {}
+    assert first == dict.fromkeys(("one", "two"), ([0, 1], {0: [0, 0], 1: [1, 1]}))
+    assert second == dict.fromkeys(("one", "two"), ([], {}))
 
 
 def on_threads(size: int, work: Callable[[HostComm], Any]) -> tuple[list[Any], list[HostComm | None]]:

@@ -27,7 +27,7 @@ from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
-from uni3d.manifest import SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
+from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import Given, GivenScheduler, compare, without_progress
 from uni3d.state import Inventory
@@ -199,6 +199,8 @@ class Restorer:
         def leave(key: ckpt.ArrayKey) -> str | None:
             if is_data(key.atom):
                 return data.reason()
+            if key.atom == DCP_ATOM:
+                return "of the script that saved it by uni3d.dcp, neither the model's nor the optimizer's"
             if is_extra(key.state):
                 return extra.reason(key.atom)
             if not _is_moment(key):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckpt import CheckpointError, numpy_dtype
+from uni3d.importers.dcp.names import Steps
 from uni3d.importers.pickles import Function, StandIn, TypeName, read_pickle
 from uni3d.importers.source import Array, Options
 from uni3d.importers.torch_files import TorchFile
@@ -26,9 +27,6 @@ from uni3d.importers.torch_tensors import NAMES, StoredTensor
 METADATA = ".metadata"
 _SAMPLE = 64
 _METADATA_NAMES = {**NAMES, "torch.serialization._get_layout": Function(TypeName)}
-
-Steps = tuple[str | int, ...]
-"""Path to a value in nested dicts and lists: keys and indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +64,15 @@ class Layout:
         tensors: by name.
         objects: places of the values that aren't tensors, by name.
         steps: path in the nested dict, by name, in the dict's order.
+        where: the folder, for messages.
+        left_out: a line for everything that isn't taken, or that the user should know.
     """
 
     def __init__(self, path: Path, options: Options) -> None:
         """Read `.metadata`, and check that every file exists and is long enough."""
         self.path, self._options = path, options
+        self.where = str(path)
+        self.left_out: list[str] = []
         self._sizes: dict[str, int] = {}
         content = self._metadata()
         self.tensors: dict[str, ChunkedTensor] = {}
@@ -87,6 +89,11 @@ class Layout:
         names = {**self.tensors, **self.objects}
         order = [*(name for name in paths if name in names), *(name for name in names if name not in paths)]
         self.steps: dict[str, Steps] = {name: _steps(paths.get(name, (name,))) for name in order}
+
+    @property
+    def without(self) -> str:
+        """Advice on how to do without the optimizer's states."""
+        return "; or import with --weights-only"
 
     @property
     def files(self) -> frozenset[Path]:
@@ -115,7 +122,24 @@ class Layout:
             values[_slices(chunk)] = self._chunk(tensor, chunk)
         return values
 
-    def sample(self, name: str) -> bytes:
+    def tied(self, name: str, owner: str) -> bool:
+        """Return whether two tensors have the same bits; False for constants, often equal but not tied."""
+        if self._sample(name) != self._sample(owner):
+            return False
+        mine, theirs = (np.ascontiguousarray(self.read(key)).reshape(-1) for key in (owner, name))
+        if mine.size and (mine == mine[0]).all():
+            return False
+        return np.array_equal(mine.view(np.uint8), theirs.view(np.uint8))
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Leave out an entry, with a line for the user."""
+        self.left_out.append(f"{name}: {reason}")
+
+    def note(self, line: str) -> None:
+        """Take a line for the user."""
+        self.left_out.append(line)
+
+    def _sample(self, name: str) -> bytes:
         """Return a tensor's first values, unverified; they tell most tensors of one shape apart."""
         tensor = self.tensors[name]
         first = next((c for c in tensor.chunks if not any(c.offsets)), None)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from ckpt import DTYPES, CheckpointError
-from uni3d.importers.dcp.layout import Layout, Steps
+from uni3d.importers.dcp.names import Content, Steps
 from uni3d.importers.pickles import plain
 from uni3d.importers.source import FLOATS, ForeignArray, OptimizerState
 from uni3d.importers.torch_tensors import StoredTensor, item
@@ -24,15 +24,14 @@ from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 
 def read_optimizer(
-    layout: Layout, keys: Mapping[str, Steps], names: Mapping[str, Any], guesses: list[str]
+    content: Content, keys: Mapping[str, Steps], names: Mapping[str, Any]
 ) -> tuple[list[ForeignArray], OptimizerState]:
     """Read the optimizer's arrays, and its other state.
 
     Args:
-        layout: the checkpoint.
+        content: the state_dict; gets a note if it has no groups.
         keys: name of each entry in the checkpoint -> its path below the optimizer's key.
         names: names of the model's tensors.
-        guesses: gets a line if the checkpoint has no groups.
 
     Raises:
         CheckpointError: an entry belongs to no known parameter.
@@ -43,48 +42,50 @@ def read_optimizer(
     own: dict[str, dict[str, Any]] = {}  # hyperparameters by parameter
     for key, path in keys.items():
         joined = ".".join(map(str, path))
-        tensor = layout.tensors.get(key)
+        tensor = content.tensors.get(key)
         if joined.startswith("state.") and tensor is not None and tensor.shape:
-            name, state = _split(layout, key, joined.removeprefix("state."), names)
-            arrays.append(moment(layout, key, name, state))
+            name, state = _split(content, key, joined.removeprefix("state."), names)
+            arrays.append(moment(content, key, name, state))
             continue
-        value = layout.number(key) if tensor is not None else layout.object(key)
+        value = content.number(key) if tensor is not None else content.object(key)
         for steps, each in _leaves(path, value):
             text = ".".join(map(str, steps))
             kind, _, rest = text.partition(".")
             if kind == "state":
-                name, state = _split(layout, key, rest, names)
-                scalars.setdefault(name, {})[state] = _number(layout, key, each)
+                name, state = _split(content, key, rest, names)
+                scalars.setdefault(name, {})[state] = _number(content, key, each)
             elif kind == "param_groups" and len(steps) > 2 and isinstance(steps[1], int):
-                listed.setdefault(steps[1], {})[".".join(map(str, steps[2:]))] = _number(layout, key, each)
+                listed.setdefault(steps[1], {})[".".join(map(str, steps[2:]))] = _number(content, key, each)
             elif kind == "param_groups" and rest:
-                name, hyperparameter = _split(layout, key, rest, names)
-                own.setdefault(name, {})[hyperparameter] = _number(layout, key, each)
+                name, hyperparameter = _split(content, key, rest, names)
+                own.setdefault(name, {})[hyperparameter] = _number(content, key, each)
             elif not (kind in ("state", "param_groups") and each in ({}, [])):
-                raise CheckpointError(f"{layout.path}: {key} is neither optimizer state nor a hyperparameter")
-    groups = _listed_groups(layout, listed, names) if listed else _equal_groups(own)
+                raise CheckpointError(
+                    f"{content.where}: {key} is neither optimizer state nor a hyperparameter"
+                )
+    groups = _listed_groups(content, listed, names) if listed else _equal_groups(own)
     grouped = {name for group in groups for name in group["params"]}
     for name in (*scalars, *(array.name for array in arrays)):
         if name not in grouped:
             raise CheckpointError(
-                f"{layout.path} has optimizer state of {name}, but {name} is in no parameter group; with "
+                f"{content.where} has optimizer state of {name}, but {name} is in no parameter group; with "
                 "pipeline stages, save with flatten_optimizer_state_dict=True"
             )
     if not listed:
-        guesses.append(
+        content.note(
             "division into parameter groups: not stored; parameters with equal hyperparameters form one "
             f"group, which makes {len(groups)}"
         )
     return arrays, OptimizerState(type=kind_of(groups), groups=groups, scalars=scalars)
 
 
-def moment(layout: Layout, key: str, name: str, state: str) -> ForeignArray:
+def moment(content: Content, key: str, name: str, state: str) -> ForeignArray:
     """Return an optimizer state as an array; floats become float32, as in uni3d."""
-    tensor = layout.tensors[key]
+    tensor = content.tensors[key]
     dtype = "float32" if tensor.dtype in FLOATS else tensor.dtype
     if dtype not in DTYPES:
-        raise CheckpointError(f"{layout.path}: {key} has type {dtype}, which can't be stored")
-    read = partial(layout.read, key)
+        raise CheckpointError(f"{content.where}: {key} has type {dtype}, which can't be stored")
+    read = partial(content.read, key)
     return ForeignArray(name=name, state=state, dtype=dtype, shape=tensor.shape, read=read, origin=key)
 
 
@@ -108,7 +109,7 @@ def _leaves(steps: Steps, value: Any) -> Iterator[tuple[Steps, Any]]:
         yield steps, value
 
 
-def _split(layout: Layout, key: str, text: str, names: Mapping[str, Any]) -> tuple[str, str]:
+def _split(content: Content, key: str, text: str, names: Mapping[str, Any]) -> tuple[str, str]:
     """Split `text` into a parameter's name and the rest."""
     name = text
     while name:
@@ -123,20 +124,19 @@ def _split(layout: Layout, key: str, text: str, names: Mapping[str, Any]) -> tup
             "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
         )
     raise CheckpointError(
-        f"{layout.path}: optimizer entry {key} belongs to no known parameter: {why}; or import with "
-        "--weights-only"
+        f"{content.where}: optimizer entry {key} belongs to no known parameter: {why}{content.without}"
     )
 
 
-def _number(layout: Layout, key: str, value: Any) -> Any:
+def _number(content: Content, key: str, value: Any) -> Any:
     try:
         return plain(item(value) if isinstance(value, StoredTensor) and value.size == 1 else value)
     except TypeError as error:
-        raise CheckpointError(f"{layout.path}: {key} is {error}, which can't be stored") from None
+        raise CheckpointError(f"{content.where}: {key} is {error}, which can't be stored") from None
 
 
 def _listed_groups(
-    layout: Layout, listed: dict[int, dict[str, Any]], names: Mapping[str, Any]
+    content: Content, listed: dict[int, dict[str, Any]], names: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     groups = []
     for i, group in sorted(listed.items()):
@@ -144,9 +144,9 @@ def _listed_groups(
         unknown = [p for p in params if p not in names] if isinstance(params, list) else ["its parameters"]
         if unknown:
             raise CheckpointError(
-                f"{layout.path}: parameter group {i} has {unknown[0]!r}, which isn't a tensor of the model; "
-                "save the result of torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, or "
-                "import with --weights-only"
+                f"{content.where}: parameter group {i} has {unknown[0]!r}, which isn't a tensor of the "
+                "model; save the result of torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
+                f"{content.without}"
             )
         groups.append({"params": params, **clean(group)})
     return groups
