@@ -124,7 +124,8 @@ ALLOWED = {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
         *("export", "importers", "optim", "stored_model"),
     },
-    "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
+    "export_torch": {"ckpt"},
+    "recovery": {"ckpt", "checkpoint", "export_torch", "manifest", "state", "zero_to_fp32"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),
         "pipe",
@@ -137,7 +138,7 @@ ALLOWED = {
     "importers": {"ckpt", "config", "manifest", "optim", "resume_rules", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
-        *("name_map", "recovery", "units", "version", "zero_to_fp32", "checkpoint"),
+        *("export_torch", "name_map", "units", "version", "zero_to_fp32"),
     },
 }
 """Imports that each folder and file of `uni3d` may have; `uni3d/__init__.py` may have all but `cli`."""
@@ -280,8 +281,7 @@ MANIFEST_KEYS = {
     *("requires_grad", "left_out", "declared", "aliases", "scalars"),
     *("engine", "global_steps", "global_samples", "skipped_steps", "client_state"),
 }
-"""Keys that mean nothing else. `step`, `model`, `optimizer` and so on are also keys of configs, reports and
-torch's state_dicts, so they are forbidden only where the mapping is called `manifest`."""
+"""Keys that mean nothing else; others (`step`) are forbidden only where the mapping is called `manifest`."""
 LOOKED_UP = {
     # DeepSpeed's keys of the same name.
     "uni3d/importers/deepspeed/__init__.py": {"global_steps", "global_samples", "skipped_steps"},
@@ -380,9 +380,9 @@ IN_MEMORY = {
     "parallel/host_comm.py": {("pickle", "dumps"), ("pickle", "loads")},
     "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
 }
-"""Files that may pickle, and the calls they may make: never to or from a file. The unpickler of foreign
-checkpoints refuses everything that isn't known to be inert."""
-ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in ("checkpoint/live_weights", "zero_to_fp32")}
+"""Calls never to or from a file; the unpickler of checkpoints refuses what isn't known to be inert."""
+FILES_OF_TORCH = ("checkpoint/live_weights", "export_torch/torch_file", "zero_to_fp32")
+ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in FILES_OF_TORCH}
 """Where a user asks for torch's own file."""
 
 

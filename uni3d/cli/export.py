@@ -117,13 +117,12 @@ def _plain(
             if kind == "safetensors":
                 ckpt.export_safetensors(checkpoint, path, names=names, dtype=dtype, progress=progress)
             else:
-                import torch
+                from uni3d.export_torch.torch_file import write_torch_file
 
-                from uni3d.checkpoint.stored_weights import StoredWeights
-                from uni3d.recovery import write_torch_file
-
-                weights, rounded = StoredWeights(checkpoint), None if dtype is None else getattr(torch, dtype)
-                write_torch_file(weights, path, names, aliases, dtype=rounded, progress=progress)
+                tensors = {name: infos[name] for name in names}
+                tensors |= {alias: infos[first] for alias, first in aliases.items()}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_torch_file(checkpoint, path, tensors, dtype=dtype, progress=progress)
 
         if max_shard_size is None:
             if output.exists():
