@@ -82,6 +82,13 @@ def write_torch_file(
         return os.fstat(fd).st_size
 
 
+def arrays_in(content: Any) -> set[ArrayInfo]:
+    """Return the arrays in nested dicts, each once."""
+    if isinstance(content, Mapping):
+        return set[ArrayInfo]().union(*map(arrays_in, content.values()))
+    return {content} if isinstance(content, ArrayInfo) else set()
+
+
 def _with_tensors(content: Any, dtype: str | None, arrays: dict[ArrayInfo, Tensor]) -> Any:
     """Return `content` with a fake tensor for each array; they are added to `arrays`, in torch's order."""
     if isinstance(content, ArrayInfo):
