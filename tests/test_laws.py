@@ -124,7 +124,7 @@ ALLOWED = {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
         *("export", "importers", "optim", "stored_model"),
     },
-    "export_torch": {"ckpt", "checkpoint", "export", "manifest"},
+    "export_torch": {"ckpt", "checkpoint", "export", "manifest", "resume_rules"},
     "recovery": {"ckpt", "checkpoint", "export_torch", "manifest", "state", "zero_to_fp32"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),

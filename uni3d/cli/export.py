@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckpt import Checkpoint
 
 _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
-_FOLDERS = ("hf", "dcp")
+_FOLDERS = ("hf", "dcp", "deepspeed-universal")
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -24,7 +24,7 @@ def export(
     output: Annotated[
         Path,
         Argument(
-            help="File to write, or folder with --max-shard-size or --format hf or dcp. Must not exist.",
+            help="File to write, or folder with --max-shard-size or a format that is one. Must not exist.",
             show_default=False,
         ),
     ],
@@ -33,8 +33,8 @@ def export(
         str | None,
         Option(
             "--format",
-            help="safetensors, torch, hf: a folder that Hugging Face's transformers loads, or dcp: one that "
-            "torch.distributed.checkpoint loads.",
+            help="safetensors, torch; or a folder: hf for Hugging Face's transformers, dcp for "
+            "torch.distributed.checkpoint, deepspeed-universal for DeepSpeed's load_universal.",
             show_default="from the suffix of OUTPUT",
         ),
     ] = None,
@@ -68,7 +68,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint's weights as one state_dict, in fp32 by default.
+    """Write a checkpoint's weights as one state_dict, in fp32 by default, or all of it for another trainer.
 
     The result doesn't depend on the topology that saved the checkpoint.
     """
@@ -84,8 +84,10 @@ def export(
         files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
-        if kind is None:
+        if file_format == "dcp":
             files = _dcp(checkpoint, output, of, names if include or exclude else None, optimizer)
+        elif kind is None:
+            files = _universal(checkpoint, output)
         else:
             files = _plain(checkpoint, output, kind, of, max_shard_size, names)
     kept = set(names)
@@ -112,11 +114,13 @@ def _check_options(
     """Raise ValueError if an option isn't for this format; `chosen` is whether tensors are."""
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype}: expected {', '.join(_DTYPES)}")
-    if file_format == "hf" and chosen:
-        raise ValueError("--format hf writes whole models; leave out --include and --exclude")
+    if file_format in ("hf", "deepspeed-universal") and chosen:
+        raise ValueError(f"--format {file_format} writes whole models; leave out --include and --exclude")
+    if file_format == "deepspeed-universal" and dtype != "fp32":
+        raise ValueError(f"--format {file_format} writes the fp32 weights; leave out --dtype {dtype}")
     if file_format != "hf" and (hf_config is not None or name_map is not None):
         raise ValueError("--hf-config and --name-map need --format hf")
-    if file_format in ("dcp",) and max_shard_size is not None:
+    if file_format in ("dcp", "deepspeed-universal") and max_shard_size is not None:
         raise ValueError(f"--format {file_format} writes a file for each tensor; leave out --max-shard-size")
     if optimizer and file_format != "dcp":
         raise ValueError("--optimizer needs --format dcp")
@@ -138,6 +142,17 @@ def _dcp(
     total = sum(ckpt.exported_bytes(info, dtype) for info in arrays_in(content))
     with progress_bar("exporting", total) as progress:
         return write_dcp(checkpoint, output, content, dtype=dtype, progress=progress)
+
+
+def _universal(checkpoint: Checkpoint, output: Path) -> list[Path]:
+    """Write a folder that DeepSpeed loads as a universal checkpoint; return its files."""
+    from uni3d.export_torch.deepspeed_universal import universal_files, write_universal
+    from uni3d.export_torch.torch_file import arrays_in
+
+    contents = universal_files(checkpoint)
+    total = sum(info.nbytes for content in contents.values() for info in arrays_in(content))
+    with progress_bar("exporting", total) as progress:
+        return write_universal(checkpoint, output, contents, progress=progress)
 
 
 def _plain(
@@ -212,7 +227,7 @@ def _hugging_face(
 def _format(output: Path, asked: str | None, *, whole: bool) -> str:
     """Return the format asked for, else that of the file's suffix; safetensors by default for a folder."""
     if asked not in (None, "safetensors", "torch"):
-        raise ValueError(f"--format {asked}: expected safetensors, torch, {' or '.join(_FOLDERS)}")
+        raise ValueError(f"--format {asked}: expected safetensors, torch, {', '.join(_FOLDERS)}")
     named = _SUFFIXES.get(output.suffix) if whole else None
     if whole and named is None:
         raise ValueError(

@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def write_torch_file(
     Args:
         checkpoint: holds the arrays.
         path: the file, in an existing folder.
-        content: dicts, nested, with an `ArrayInfo` for each tensor. One that occurs twice is one tensor.
+        content: dicts, nested, with an `ArrayInfo` for each tensor, one that occurs twice being one tensor;
+            or an object without any.
         dtype: "bfloat16" or "float16" to round parameters to.
         durable: sync the file, and its folder.
         progress: gets the bytes written.
@@ -66,12 +68,14 @@ def write_torch_file(
         ckpt.CheckpointError: a chunk is damaged, or a number is too large for `dtype`.
         OSError: the file can't be written.
     """
-    with files.new_file(path, durable=durable) as fd:
-        arrays: dict[ArrayInfo, Tensor] = {}
+    arrays: dict[ArrayInfo, Tensor] = {}
+    if there_are_arrays := bool(arrays_in(content)):
         with FakeTensorMode():
-            tree = _with_tensors(content, dtype, arrays)
-        with os.fdopen(fd, "wb", closefd=False) as file, skip_data(materialize_fake_tensors=True):
-            torch.save(tree, file)
+            content = _with_tensors(content, dtype, arrays)
+    data = skip_data(materialize_fake_tensors=True) if there_are_arrays else nullcontext()
+    with files.new_file(path, durable=durable) as fd:
+        with os.fdopen(fd, "wb", closefd=False) as file, data:
+            torch.save(content, file)
         entries = _entries(fd, len(arrays))
         todo = [
             (info, ckpt.exported_type(info, dtype), entry.begin)

@@ -21,6 +21,7 @@ FORMATS = {
     "torch": "--format torch",
     "several": "--format torch --max-shard-size 1MB",
     "dcp": "--format dcp --optimizer",
+    "universal": "--format deepspeed-universal",
 }
 SINGLE = {"safetensors": "out.safetensors", "torch": "out.pt"}
 
