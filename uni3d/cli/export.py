@@ -68,9 +68,10 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint's weights as one state_dict, in fp32 by default, or all of it for another trainer.
+    """Write a checkpoint's weights as one state_dict, in fp32 by default.
 
-    The result doesn't depend on the topology that saved the checkpoint.
+    Two formats hold the optimizer, too, and another trainer goes on from them: dcp with --optimizer, and
+    deepspeed-universal. The result doesn't depend on the topology that saved the checkpoint.
     """
     import ckpt
 
