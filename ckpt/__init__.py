@@ -12,6 +12,7 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     verify(checkpoint)                           read and check every object; list the problems
     absent(checkpoint)                           list missing and truncated objects, by their sizes alone
     export_safetensors(checkpoint, path)         write one fp32 state_dict file, streamed
+    copy_arrays(checkpoint, fd, arrays)          write arrays into a file of another format, streamed
     compare(first, second), statistics(...)      list differences; summarize the numbers
     committed_tags(run), read_latest(run)        list the checkpoints of a run, oldest first; find the newest
     prune(run, retention)                        delete old checkpoints, each in one step
@@ -35,7 +36,7 @@ from ckpt.comm import Comm, Solo, agreed, distinct, from_rank_0, merged, union
 from ckpt.commit import SaveReport
 from ckpt.compare import Difference, common_bytes, compare
 from ckpt.errors import CheckpointError, PartialLoadError
-from ckpt.export import export_safetensors, exported_bytes, weights
+from ckpt.export import copy_arrays, export_safetensors, exported_bytes, exported_type, weights
 from ckpt.format import DTYPES, check_json, check_same_tag, check_tag, numpy_dtype, tag_text
 from ckpt.load import LoadReport, load
 from ckpt.plan import Layout, Plan, make_plan, plan_arrays
@@ -79,9 +80,11 @@ __all__ = [
     "committed_tags",
     "common_bytes",
     "compare",
+    "copy_arrays",
     "distinct",
     "export_safetensors",
     "exported_bytes",
+    "exported_type",
     "extent",
     "files_for",
     "find_checkpoint",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -74,19 +74,35 @@ def export_safetensors(
         aliases = {k: v for k, v in checkpoint.manifest.get("aliases", {}).items() if v in arrays}
     types = {name: exported_type(info, dtype) for name, info in arrays.items()}
     header, places = _header(checkpoint.tag, arrays, types, aliases)
-    todo = [
-        (info, box, types[name], len(header) + places[name])
-        for name, info in arrays.items()
-        for box in bands(info)
-    ]
+    todo = [(info, types[name], len(header) + places[name]) for name, info in arrays.items()]
     with ExitStack() as stack:
         try:
             fd = stack.enter_context(files.new_file(target, durable=durable))
         except OSError as error:
             raise CheckpointError(f"{target} can't be written: {error.strerror}") from None
         files.write_at(fd, memoryview(header), 0)
-        for_each(_Copier(checkpoint, fd, durable, progress).copy, todo, checkpoint.store.threads or cores())
+        copy_arrays(checkpoint, fd, todo, durable=durable, progress=progress)
         return os.fstat(fd).st_size
+
+
+def copy_arrays(
+    checkpoint: Checkpoint,
+    fd: int,
+    arrays: Iterable[tuple[ArrayInfo, str, int]],
+    *,
+    durable: bool = True,
+    progress: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Copy arrays, each with its exported dtype and its place, into an open file, a few bands at a time.
+
+    With `durable`, writing to the disk begins at once; the caller syncs. `progress` gets the bytes written.
+
+    Raises:
+        CheckpointError: a chunk is damaged, or a number is too large for the dtype.
+    """
+    copy = _Copier(checkpoint, fd, durable, progress).copy
+    todo = [(info, box, dtype, place) for info, dtype, place in arrays for box in bands(info)]
+    for_each(copy, todo, checkpoint.store.threads or cores())
 
 
 def exported_type(info: ArrayInfo, dtype: str | None) -> str:

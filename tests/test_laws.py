@@ -122,8 +122,9 @@ ALLOWED = {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
         *("export", "importers", "optim", "stored_model"),
     },
-    "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
     "dcp": {"ckpt", "parallel", "checkpoint", "importers", "manifest", "resume_rules", "state"},
+    "export_torch": {"ckpt", "checkpoint", "export", "manifest", "resume_rules"},
+    "recovery": {"ckpt", "checkpoint", "export_torch", "manifest", "state", "zero_to_fp32"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),
         "pipe",
@@ -136,7 +137,7 @@ ALLOWED = {
     "importers": {"ckpt", "config", "manifest", "optim", "resume_rules", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
-        *("name_map", "recovery", "units", "version", "zero_to_fp32", "checkpoint"),
+        *("export_torch", "name_map", "units", "version", "zero_to_fp32"),
     },
 }
 """Imports that each folder and file of `uni3d` may have; `uni3d/__init__.py` may have all but `cli`."""
@@ -279,8 +280,7 @@ MANIFEST_KEYS = {
     *("requires_grad", "left_out", "declared", "aliases", "scalars"),
     *("engine", "global_steps", "global_samples", "skipped_steps", "client_state"),
 }
-"""Keys that mean nothing else. `step`, `model`, `optimizer` and so on are also keys of configs, reports and
-torch's state_dicts, so they are forbidden only where the mapping is called `manifest`."""
+"""Keys that mean nothing else; others (`step`) are forbidden only where the mapping is called `manifest`."""
 LOOKED_UP = {
     # DeepSpeed's keys of the same name.
     "uni3d/importers/deepspeed/__init__.py": {"global_steps", "global_samples", "skipped_steps"},
@@ -379,9 +379,8 @@ IN_MEMORY = {
     "parallel/host_comm.py": {("pickle", "dumps"), ("pickle", "loads")},
     "uni3d/importers/pickles.py": {("pickle", "Unpickler")},
 }
-"""Files that may pickle, and the calls they may make: never to or from a file. The unpickler of foreign
-checkpoints refuses everything that isn't known to be inert."""
-SAVERS = ("checkpoint/live_weights", "zero_to_fp32", "dcp/reader")
+"""Calls never to or from a file; the unpickler of checkpoints refuses what isn't known to be inert."""
+SAVERS = ("checkpoint/live_weights", "export_torch/torch_file", "zero_to_fp32", "dcp/reader")
 ASKED_FOR = {f"uni3d/{name}.py": {("torch", "save")} for name in SAVERS}
 """Where a user asks for torch's own file, or DCP's planners take values in no other form (in memory)."""
 

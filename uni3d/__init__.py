@@ -16,6 +16,7 @@ The rooms, and the files beside them:
     estimate, doctor, plot   memory, files and traffic on paper; advice on a resize; pictures
     export, importers        other frameworks' checkpoints, out and in
     dcp                      storage for torch's distributed checkpoint
+    export_torch             the same in files that torch writes
     name_map, zero_to_fp32   renaming of weights; the script that lies in every checkpoint
     cli, units               the command `uni3d`; sizes and rates as text
     pipe, deepspeed          DeepSpeed's form of a pipeline; DeepSpeed under its own names

@@ -7,7 +7,7 @@ They work for every topology and ZeRO stage, and include frozen parameters, buff
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import ckpt
 from ckpt.threads import cores, for_each
 from uni3d import state, zero_to_fp32
-from uni3d.checkpoint import live_weights
 from uni3d.checkpoint.extra_state import modules_with_extra
 from uni3d.checkpoint.stored_weights import StoredWeights
+from uni3d.export_torch.torch_file import write_torch_file
 
 
 class PseudoTensor:
@@ -138,8 +138,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
     The file is `pytorch_model.bin` or, with `safe_serialization`, `model.safetensors`. Above
     `max_shard_size` ("5GB", "500MiB", bytes) there are several, with an index. A few MiB are in memory at a
-    time for safetensors, one file otherwise. Files get their final names when all are complete. Every rank
-    may call it at once: each writes files of its own, the same, of which one remains.
+    time. Files get their final names when all are complete. Every rank may call it at once: each writes files
+    of its own, the same, of which one remains.
 
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or it is damaged; nothing was written.
@@ -153,42 +153,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         if safe_serialization:
             ckpt.export_safetensors(checkpoint, path, names=names)
         else:
-            write_torch_file(weights, path, names, aliases)
+            tensors = {name: weights.infos[name] for name in names}
+            tensors |= {alias: weights.infos[first] for alias, first in aliases.items()}
+            write_torch_file(checkpoint, path, tensors)
 
     sizes = {name: info.nbytes for name, info in weights.infos.items()}
     zero_to_fp32.write_files(output_dir, sizes, weights.aliases, max_shard_size, safe_serialization, write)
-
-
-def write_torch_file(
-    weights: StoredWeights,
-    path: Path,
-    names: list[str],
-    aliases: Mapping[str, str],
-    *,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] = lambda n: None,
-) -> None:
-    """Write tensors with `torch.save`, all of which are in memory then; `aliases` are further names.
-
-    Parameters are rounded to `dtype`, if given. `progress` is called with the bytes read.
-
-    Raises:
-        ckpt.CheckpointError: a tensor is damaged, or has a value too large for `dtype`.
-    """
-
-    def read(name: str) -> Tensor:
-        tensor = weights[name]
-        if dtype is None or weights.infos[name].key.state != state.PARAMETER:
-            progress(tensor.nbytes)
-            return tensor
-        rounded = tensor.to(dtype)
-        progress(rounded.nbytes)
-        if (rounded.isinf() & tensor.isfinite()).any():
-            raise ckpt.CheckpointError(f"{name} has values too large for {dtype}; export it as fp32")
-        return rounded
-
-    tensors = dict(zip(names, for_each(read, names, cores()), strict=True))
-    live_weights.write(path, tensors | {alias: tensors[first] for alias, first in aliases.items()})
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = torch.device("cpu")) -> Any:  # noqa: B008

@@ -166,7 +166,7 @@ def new_file(path: Path, *, durable: bool) -> Iterator[int]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        with opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
             yield fd
             if durable:
                 os.fsync(fd)

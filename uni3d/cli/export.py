@@ -1,4 +1,4 @@
-"""`uni3d export`: write the weights of a checkpoint as safetensors or torch files."""
+"""`uni3d export`: write a checkpoint, or its weights alone, in another format."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ckpt import Checkpoint
 
 _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
+_FOLDERS = ("hf", "dcp", "deepspeed-universal")
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -23,7 +24,7 @@ def export(
     output: Annotated[
         Path,
         Argument(
-            help="File to write, or folder with --max-shard-size or --format hf. Must not exist.",
+            help="File to write, or folder with --max-shard-size or a format that is one. Must not exist.",
             show_default=False,
         ),
     ],
@@ -32,7 +33,8 @@ def export(
         str | None,
         Option(
             "--format",
-            help="safetensors, torch, or hf: a folder that Hugging Face's transformers loads.",
+            help="safetensors, torch; or a folder: hf for Hugging Face's transformers, dcp for "
+            "torch.distributed.checkpoint, deepspeed-universal for DeepSpeed's load_universal.",
             show_default="from the suffix of OUTPUT",
         ),
     ] = None,
@@ -50,6 +52,10 @@ def export(
     exclude: Annotated[
         list[str] | None, Option(help="Leave out tensors whose names match. Can be repeated.")
     ] = None,
+    optimizer: Annotated[
+        bool,
+        Option("--optimizer", help="With --format dcp: the optimizer's states and groups, too."),
+    ] = False,
     hf_config: Annotated[
         Path | None, Option(help="With --format hf: the model's config.json, if the checkpoint has none.")
     ] = None,
@@ -64,24 +70,27 @@ def export(
 ) -> None:
     """Write a checkpoint's weights as one state_dict, in fp32 by default.
 
-    The result doesn't depend on the topology that saved the checkpoint.
+    Two formats hold the optimizer, too, and another trainer goes on from them: dcp with --optimizer, and
+    deepspeed-universal. The result doesn't depend on the topology that saved the checkpoint.
     """
     import ckpt
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype {dtype}: expected {', '.join(_DTYPES)}")
+    _check_options(
+        file_format, dtype, max_shard_size, bool(include or exclude), optimizer, hf_config, name_map
+    )
     hf = file_format == "hf"
-    if hf and (include or exclude):
-        raise ValueError("--format hf writes whole models; leave out --include and --exclude")
-    if not hf and (hf_config is not None or name_map is not None):
-        raise ValueError("--hf-config and --name-map need --format hf")
-    kind = None if hf else _format(output, file_format, whole=max_shard_size is None)
+    kind = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
     checkpoint, of = ckpt.open_checkpoint(run, tag), _DTYPES[dtype]
-    if kind is None:
+    if hf:
         files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
-        files = _plain(checkpoint, output, kind, of, max_shard_size, names)
+        if file_format == "dcp":
+            files = _dcp(checkpoint, output, of, names if include or exclude else None, optimizer)
+        elif kind is None:
+            files = _universal(checkpoint, output)
+        else:
+            files = _plain(checkpoint, output, kind, of, max_shard_size, names)
     kept = set(names)
     left_out = [name for name in ckpt.weights(checkpoint) if name not in kept]
     size = sum(file.stat().st_size for file in files)
@@ -92,6 +101,59 @@ def export(
     if left_out and hf:
         lines.append(f"left out by the name map: {', '.join(left_out)}")
     answer(row, lines, as_json)
+
+
+def _check_options(
+    file_format: str | None,
+    dtype: str,
+    max_shard_size: str | None,
+    chosen: bool,
+    optimizer: bool,
+    hf_config: Path | None,
+    name_map: Path | None,
+) -> None:
+    """Raise ValueError if an option isn't for this format; `chosen` is whether tensors are."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected {', '.join(_DTYPES)}")
+    if file_format in ("hf", "deepspeed-universal") and chosen:
+        raise ValueError(f"--format {file_format} writes whole models; leave out --include and --exclude")
+    if file_format == "deepspeed-universal" and dtype != "fp32":
+        raise ValueError(f"--format {file_format} writes the fp32 weights; leave out --dtype {dtype}")
+    if file_format != "hf" and (hf_config is not None or name_map is not None):
+        raise ValueError("--hf-config and --name-map need --format hf")
+    if file_format in ("dcp", "deepspeed-universal") and max_shard_size is not None:
+        raise ValueError(f"--format {file_format} writes a file for each tensor; leave out --max-shard-size")
+    if optimizer and file_format != "dcp":
+        raise ValueError("--optimizer needs --format dcp")
+    if optimizer and chosen:
+        raise ValueError("--optimizer writes whole models; leave out --include and --exclude")
+    if optimizer and dtype != "fp32":
+        raise ValueError(f"--optimizer writes the fp32 weights that it trains; leave out --dtype {dtype}")
+
+
+def _dcp(
+    checkpoint: Checkpoint, output: Path, dtype: str | None, names: list[str] | None, optimizer: bool
+) -> list[Path]:
+    """Write a folder that torch.distributed.checkpoint loads; return its files."""
+    import ckpt
+    from uni3d.export_torch.dcp import dcp_content, write_dcp
+    from uni3d.export_torch.torch_file import arrays_in
+
+    content = dcp_content(checkpoint, names, optimizer=optimizer)
+    total = sum(ckpt.exported_bytes(info, dtype) for info in arrays_in(content))
+    with progress_bar("exporting", total) as progress:
+        return write_dcp(checkpoint, output, content, dtype=dtype, progress=progress)
+
+
+def _universal(checkpoint: Checkpoint, output: Path) -> list[Path]:
+    """Write a folder that DeepSpeed loads as a universal checkpoint; return its files."""
+    from uni3d.export_torch.deepspeed_universal import universal_files, write_universal
+    from uni3d.export_torch.torch_file import arrays_in
+
+    contents = universal_files(checkpoint)
+    total = sum(info.nbytes for content in contents.values() for info in arrays_in(content))
+    with progress_bar("exporting", total) as progress:
+        return write_universal(checkpoint, output, contents, progress=progress)
 
 
 def _plain(
@@ -117,13 +179,12 @@ def _plain(
             if kind == "safetensors":
                 ckpt.export_safetensors(checkpoint, path, names=names, dtype=dtype, progress=progress)
             else:
-                import torch
+                from uni3d.export_torch.torch_file import write_torch_file
 
-                from uni3d.checkpoint.stored_weights import StoredWeights
-                from uni3d.recovery import write_torch_file
-
-                weights, rounded = StoredWeights(checkpoint), None if dtype is None else getattr(torch, dtype)
-                write_torch_file(weights, path, names, aliases, dtype=rounded, progress=progress)
+                tensors = {name: infos[name] for name in names}
+                tensors |= {alias: infos[first] for alias, first in aliases.items()}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_torch_file(checkpoint, path, tensors, dtype=dtype, progress=progress)
 
         if max_shard_size is None:
             if output.exists():
@@ -167,7 +228,7 @@ def _hugging_face(
 def _format(output: Path, asked: str | None, *, whole: bool) -> str:
     """Return the format asked for, else that of the file's suffix; safetensors by default for a folder."""
     if asked not in (None, "safetensors", "torch"):
-        raise ValueError(f"--format {asked}: expected safetensors, torch or hf")
+        raise ValueError(f"--format {asked}: expected safetensors, torch, {', '.join(_FOLDERS)}")
     named = _SUFFIXES.get(output.suffix) if whole else None
     if whole and named is None:
         raise ValueError(

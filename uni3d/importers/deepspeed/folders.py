@@ -70,6 +70,7 @@ class RankFolder:
             *(path for of_rank in (*models.values(), *optimizers.values()) for path in of_rank),
             *(path for of_tp in layers.values() for _, path in of_tp),
             *(folder.parent / name for name in _LATEST),
+            *(folder.glob("zero_pp_rank_0_*_model_states.pt") if is_universal(folder) else ()),
         }
         opened = {m: [self._open(path) for path in of] for m, of in models.items()}
         states = {m: [self._open(p)["optimizer_state_dict"] for p in of] for m, of in optimizers.items()}
@@ -140,7 +141,8 @@ def _sorted(folder: Path) -> tuple[_Files, _Files, dict[int, list[tuple[int, Pat
             first = layers[int(found[2] or 0)].setdefault(int(found[1]), path)
         else:
             continue
-        if first != path:
+        # DeepSpeed looks for one at ZeRO 3 and for the other below; an export has both, weights are in zero/.
+        if first != path and not (is_universal(folder) and first.name.startswith("mp_rank_")):
             raise CheckpointError(
                 f"{folder} has files of two saves for one rank: {first.name} and {path.name}; delete the "
                 "stale ones"
