@@ -90,7 +90,7 @@ class ExtraLoad:
                 yield f"missing in the checkpoint: {shown(name)}"
         for name in sorted(self._saved.keys() - self._everyone):
             if name.startswith(OBJECT):  # as a loader's state, of no use to another script
-                self._dropped[name] = "this run has no such object"
+                self._dropped[name] = "not asked for"
                 continue
             self._dropped[name] = "not in the model"
             yield f"unexpected in the checkpoint: {name}"

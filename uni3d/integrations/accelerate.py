@@ -176,7 +176,7 @@ def _check_schedule(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if None not in (there, here) and there != here:
         raise ValueError(
             f"accelerate takes {here} steps of the scheduler for each of the optimizer's here, {there} in "
-            "the checkpoint, so that the schedule would be elsewhere: let it count the optimizer's steps on any "
+            "the checkpoint, so the schedule would be elsewhere: let it count the optimizer's steps on any "
             "number of ranks, by Accelerator(step_scheduler_with_optimizer=False)"
         )
 
