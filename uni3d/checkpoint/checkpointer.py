@@ -100,14 +100,8 @@ class Checkpointer:
         options = _settings(settings)
         _check_types(optimizer, dataloader, objects or {})
         self.run = run
-        self._given = {
-            "model": model,
-            "optimizer": optimizer,
-            "lr_scheduler": lr_scheduler,
-            "dataloader": dataloader,
-            "objects": objects,
-            "names": names,
-        }
+        given = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self._given: dict[str, Any] = given | {"dataloader": dataloader, "objects": objects, "names": names}
         self._comm = comm = connect()
         self._model = FoundModel(model, comm, names)
         self._state = RunState(

@@ -1,5 +1,6 @@
 """Loops over an Accelerator save and resume by uni3d: their steps are those of plain PyTorch."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import FullyShardedDataParallelPlugin
 from marks import slow
 from models import WIDTH, seeded
+from page_diffs import script
 from ranks import RankError, Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
+
+import uni3d.deepspeed
+
+if multiprocessing.parent_process() is not None:
+    uni3d.deepspeed.install()  # in ranks, for others' cases: it can't come after accelerate
+
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from uni3d.integrations.accelerate import AcceleratorCheckpointer
 
@@ -213,6 +221,37 @@ def test_a_schedule_that_counts_ranks_is_not_resized(ranks: Ranks, tmp_path: Pat
         RankError, match="takes 3 steps of the scheduler for each of the optimizer's here, 2 in"
     ):
         ranks.run(3, schedule_case, str(tmp_path / "run"))
+
+
+def page_case(folder: str, changed: bool, samples: int) -> list[float]:
+    """Run the page's script over the first samples."""
+    accel, losses = accelerator(False), []
+    model, ranks = seeded(Net), dist.get_world_size()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)
+    part = torch.utils.data.Subset(data(), range(samples))
+    loader: Any = DataLoader(part, batch_size=GLOBAL_BATCH // ranks)
+
+    def train_step(model: nn.Module, optimizer: Any, batch: Any) -> None:
+        loss = F.mse_loss(model(batch[0]), batch[1])
+        accel.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accel.reduce(loss.detach(), "mean").item())
+
+    names = {"accelerator": accel, "model": model, "optimizer": optimizer, "loader": loader}
+    os.chdir(folder)
+    exec(script("accelerate: the Accelerator", changed=changed), names | {"train_step": train_step})
+    return losses
+
+
+def test_the_pages_script(ranks: Ranks, tmp_path: Path) -> None:
+    for name in ("plain", "kept"):
+        (tmp_path / name).mkdir()
+    expected = ranks.run(2, page_case, str(tmp_path / "plain"), False, SAMPLES)[0]
+    assert len(expected) == STEPS
+    found = ranks.run(2, page_case, str(tmp_path / "kept"), True, 2 * GLOBAL_BATCH)[0]
+    found += ranks.run(3, page_case, str(tmp_path / "kept"), True, SAMPLES)[0]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # --- refusals ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from hf_models import ADAM, hf
 from marks import slow
+from page_diffs import script
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -264,3 +265,27 @@ def test_a_checkpoint_of_another_trainer_is_refused(alone: None, tmp_path: Path)
     keeper = CheckpointCallback(tmp_path)
     with pytest.raises(ValueError, match="global_step3 has no state of transformers' Trainer"):
         keeper.resume(trainer(str(tmp_path), 1, [keeper]))
+
+
+# --- the page ------------------------------------------------------------------------------------------
+
+
+def page_case(folder: str, changed: bool, steps: int) -> dict[str, list[float]]:
+    """Run the page's script on a Trainer's arguments that stay as they are."""
+    prepare()
+    given = trainer(folder, dist.get_world_size(), [], max_steps=steps, lr_scheduler_type="constant")
+    names = {"Trainer": hf.Trainer, "model": given.model, "args": given.args, "data": samples()}
+    os.chdir(folder)
+    exec(script("transformers: the Trainer", changed=changed), names)
+    return history(names["trainer"])
+
+
+def test_the_pages_script(hf_ranks: Ranks, tmp_path: Path) -> None:
+    for name in ("plain", "kept"):
+        (tmp_path / name).mkdir()
+    expected = hf_ranks.run(2, page_case, str(tmp_path / "plain"), False, STEPS)[0]
+    hf_ranks.run(2, page_case, str(tmp_path / "kept"), True, 2)
+    found = hf_ranks.run(3, page_case, str(tmp_path / "kept"), True, STEPS)[0]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert len(list((tmp_path / "kept" / "runs" / "mine").glob("global_step*"))) == 3
+    assert list((tmp_path / "plain").glob("checkpoint-*")), "of the Trainer's own"
