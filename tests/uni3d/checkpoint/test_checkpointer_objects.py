@@ -133,6 +133,16 @@ def test_random_generators_of_each_rank(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(3, resized_case, run) == [*expected, expected[0]]
 
 
+def test_a_loss_scale(alone: None, tmp_path: Path) -> None:
+    """The state of torch's own scaler, as Accelerators and the Trainer have it in fp16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    uni3d.save(tmp_path, model=seeded(Stack), step=1, objects={"loss_scale": scaler}, async_save=False)
+    other = torch.amp.GradScaler("cpu")
+    uni3d.Checkpointer(tmp_path, model=seeded(Stack), objects={"loss_scale": other}).restore()
+    assert other.get_scale() == 8.0
+
+
 # --- refusals -----------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
-"""The loop of plain PyTorch that `docs/integrations.md` shows, run as it stands."""
+"""The loop of plain PyTorch that `docs/integrations.md` shows, run as it stands; imports of the package."""
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,11 @@ def test_the_pages_names_of_a_stage() -> None:
     exec(block, names)
     assert names["whole_name"]("layers.3.weight") == "layers.15.weight"
     assert names["whole_name"]("norm.weight") == "norm.weight"
+
+
+def test_the_package_loads_no_library() -> None:
+    code = (
+        "import sys, uni3d.integrations; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
