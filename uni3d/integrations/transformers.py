@@ -65,13 +65,13 @@ class CheckpointCallback(TrainerCallback):
             tag: the checkpoint to go on from, by default the newest one.
 
         Returns:
-            What `train` takes as `resume_from_checkpoint`: a folder with the Trainer's state, or None if the
+            The `resume_from_checkpoint` of `train`: a folder with the Trainer's state, or None if the
             run has no checkpoint. `train` is to be called at once.
 
         Raises:
-            ValueError: the Trainer is set to something that these checkpoints can't do, or its data isn't
-                that of the checkpoint.
-            ckpt.CheckpointError: the checkpoint can't be read, or another trainer wrote it.
+            ValueError: the Trainer is set to something that these checkpoints can't do, its data isn't that
+                of the checkpoint, or another trainer wrote it.
+            ckpt.CheckpointError: the checkpoint can't be read.
         """
         _check(trainer, self)
         self._remove_folder()

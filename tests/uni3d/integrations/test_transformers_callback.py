@@ -122,7 +122,7 @@ RESIZES = [
     (2, False, 3, False, 2),
     slow(2, False, 3, False, 3),  # at the end of an epoch
     slow(3, False, 2, True, 1),
-    (2, True, 3, True, 4),
+    slow(2, True, 3, True, 4),
     slow(3, True, 1, False, 2),
 ]
 """Ranks and whether they shard, before a break and after it, and the steps before it."""
@@ -189,6 +189,7 @@ class Counter(hf.TrainerCallback, ExportableState):
         return {"args": {"count": self.count}, "attributes": {}}
 
 
+@pytest.mark.slow
 def test_the_trainers_own_state_comes_back(alone: None, tmp_path: Path) -> None:
     run, options = tmp_path / "run", {"save_total_limit": 2, "restore_callback_states_from_checkpoint": True}
     keeper = CheckpointCallback(run)
