@@ -113,9 +113,8 @@ ALLOWED = {
     **{name: {"parallel"} for name in ("config", "stored_model")},
     "manifest": {"ckpt", "parallel", "version"},
     "resume_rules": {"manifest"},
-    "name_map": {"config"},
     "state": {"ckpt", "parallel", "stored_model"},
-    "optim": {"config"},
+    **{name: {"config"} for name in ("name_map", "optim")},
     "train_state": {"config", "optim", "parallel", "stored_model"},
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
@@ -125,6 +124,7 @@ ALLOWED = {
     "dcp": {"ckpt", "parallel", "checkpoint", "importers", "manifest", "resume_rules", "state"},
     "export_torch": {"ckpt", "checkpoint", "export", "manifest", "resume_rules"},
     "recovery": {"ckpt", "checkpoint", "export_torch", "manifest", "state", "zero_to_fp32"},
+    "integrations": {"checkpoint"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),
         "pipe",

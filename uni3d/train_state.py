@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -72,6 +73,8 @@ class RunState:
     progress: Progress
     data: DataState | None = None
     """The script's own loader of training data, if it brings one."""
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """Further objects of the script's with a state, by name."""
     settings: CheckpointConfig
     seed: int | None = None
     """Seed of the order of samples; None if the script orders them."""

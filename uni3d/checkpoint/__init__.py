@@ -2,6 +2,7 @@
 
 Modules:
     checkpointer, functions  other trainers' checkpoints, by an object or by single calls
+    random_states      generators of random numbers of all ranks, as an object of a Checkpointer
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
     copies             copies of a tensor on several ranks, compared before a save

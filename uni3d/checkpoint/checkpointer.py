@@ -74,6 +74,7 @@ class Checkpointer:
         optimizer: Optimizer | None = None,
         lr_scheduler: LRScheduler | None = None,
         dataloader: Any = None,
+        objects: Mapping[str, Any] | None = None,
         names: Names | None = None,
         **settings: Any,
     ) -> None:
@@ -84,6 +85,8 @@ class Checkpointer:
             model, optimizer: this rank's; a list of modules if it has several pipeline stages.
             lr_scheduler: a scheduler of torch, or any object with its `state_dict` and `load_state_dict`.
             dataloader: an object with `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader.
+            objects: by name, further objects with `state_dict` and `load_state_dict` whose state is the same
+                on all ranks: values of JSON and plain tensors. No pickle is written.
             names: from the names in this rank's model to those in the whole one, where they differ: a
                 function, or a mapping. For pipeline stages that number their layers from 0.
             settings: options of the config's section `checkpoint`: `async_save`, `durable`, `files`,
@@ -95,16 +98,11 @@ class Checkpointer:
             TypeError: an argument is of another type.
         """
         options = _settings(settings)
-        _check_types(optimizer, dataloader)
+        _check_types(optimizer, dataloader, objects or {})
         self.run = run
-        self._given = {
-            "model": model,
-            "optimizer": optimizer,
-            "lr_scheduler": lr_scheduler,
-            "dataloader": dataloader,
-            "names": names,
-        }
-        self._comm = comm = _connect()
+        given = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self._given: dict[str, Any] = given | {"dataloader": dataloader, "objects": objects, "names": names}
+        self._comm = comm = connect()
         self._model = FoundModel(model, comm, names)
         self._state = RunState(
             model=self._model,
@@ -112,6 +110,7 @@ class Checkpointer:
             lr_scheduler=lr_scheduler,
             progress=Progress(train_batch=0),
             data=None if dataloader is None else _Loader(dataloader),
+            objects=dict(objects or {}),
             settings=options,
         )
         self._state.progress.run_id = comm.broadcast(self._state.progress.run_id)
@@ -119,7 +118,7 @@ class Checkpointer:
         self._saver = Saver(
             self._state,
             comm=comm,
-            writing=_connect(),
+            writing=connect(),
             inventory=inventory,
             model_spec=_described(self._model.module),
             compare_copies=True,
@@ -189,7 +188,7 @@ class Checkpointer:
         Args:
             tag: its name, by default the one that `latest` names.
             strict: require the same arrays in both; else the report lists the differences.
-            optimizer: whether the optimizer and the scheduler are restored too.
+            optimizer: whether all but the model is restored too.
             run: the folder to load from, by default the run's own.
 
         Raises:
@@ -237,7 +236,7 @@ def _settings(given: Mapping[str, Any]) -> CheckpointConfig:
     return validate(CheckpointConfig, dict(given), "checkpoint")
 
 
-def _check_types(optimizer: Any, dataloader: Any) -> None:
+def _check_types(optimizer: Any, dataloader: Any, objects: Mapping[str, Any]) -> None:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be one torch.optim.Optimizer; got {type(optimizer).__name__}")
     for method in ("state_dict", "load_state_dict"):
@@ -246,9 +245,16 @@ def _check_types(optimizer: Any, dataloader: Any) -> None:
                 f"dataloader is a {type(dataloader).__name__}, which has no {method}: give one that has a "
                 "state, as torchdata's StatefulDataLoader, or leave it out"
             )
+    for name, item in objects.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise TypeError(f"objects has the name {name!r}; expected letters, digits and _, as in Python")
+        if not all(callable(getattr(item, method, None)) for method in ("state_dict", "load_state_dict")):
+            raise TypeError(
+                f"objects[{name!r}] is a {type(item).__name__}, which has no state_dict and load_state_dict"
+            )
 
 
-def _connect() -> HostComm:
+def connect() -> HostComm:
     """Connect all ranks. Collective."""
     if dist.is_initialized():
         return HostComm()

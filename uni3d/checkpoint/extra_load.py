@@ -13,12 +13,14 @@ import ckpt
 from parallel import HostComm
 from uni3d import state
 from uni3d.checkpoint.extra_state import (
+    OBJECT,
     ExtraRecord,
     array_key,
     current_extra,
     modules_with_extra,
     put_together,
     restore_optimizer_extra,
+    shown,
     takes,
 )
 from uni3d.manifest import OPTIMIZER_ATOM, RunManifest
@@ -27,8 +29,15 @@ from uni3d.stored_model import StoredModel
 MISSING, OLD = "not in the checkpoint", "not in the checkpoint: its release saved no extra states"
 
 
+class _Taker:
+    """An object of the script's in the place of a module."""
+
+    def __init__(self, taker: Any) -> None:
+        self.set_extra_state = taker.load_state_dict
+
+
 class ExtraLoad:
-    """Load of a checkpoint's extra states into a model and an optimizer."""
+    """Load of a checkpoint's extra states into a model, an optimizer and further objects."""
 
     def __init__(
         self,
@@ -38,10 +47,14 @@ class ExtraLoad:
         comm: HostComm,
         *,
         model_too: bool,
+        objects: Mapping[str, Any],
     ) -> None:
         """Collective. With `model_too` false, the script loads the modules itself."""
         self._model, self._optimizer, self._comm, self._manifest = model, optimizer, comm, saved
-        self._modules = {model.first_name(n): m for n, m in modules_with_extra(model.module).items()}
+        self._modules: dict[str, Any] = {
+            model.first_name(n): m for n, m in modules_with_extra(model.module).items()
+        }
+        self._modules |= {OBJECT + name: _Taker(taker) for name, taker in objects.items()}
         self._everyone = comm.all_reduce(set(self._modules), ckpt.union)
         self._model_too = model_too
         self._saved: dict[str, ExtraRecord] = {}
@@ -72,10 +85,13 @@ class ExtraLoad:
             return
         old = self._manifest.model.extra_state is None
         for name in sorted(self._everyone - self._saved.keys()):
-            self._defaulted[name] = OLD if old else MISSING
+            self._defaulted[shown(name)] = OLD if old else MISSING
             if not old:
-                yield f"missing in the checkpoint: {name}"
+                yield f"missing in the checkpoint: {shown(name)}"
         for name in sorted(self._saved.keys() - self._everyone):
+            if name.startswith(OBJECT):  # as a loader's state, of no use to another script
+                self._dropped[name] = "not asked for"
+                continue
             self._dropped[name] = "not in the model"
             yield f"unexpected in the checkpoint: {name}"
 
@@ -128,9 +144,9 @@ class ExtraLoad:
 
     def tell(self, report: ckpt.LoadReport) -> None:
         """Add the extra states to the report. Local."""
-        report.extra = [*sorted(self._restored), *self._further_names]
+        report.extra = [*map(shown, sorted(self._restored)), *self._further_names]
         report.defaulted |= self._defaulted
-        report.dropped |= self._dropped
+        report.dropped |= {shown(name): why for name, why in self._dropped.items()}
 
     @property
     def _restored(self) -> set[str]:

@@ -1,7 +1,8 @@
 """Extra state: what modules and optimizers keep besides parameters, buffers and states by parameter.
 
 A module's is what `get_extra_state` returns, an optimizer's what its `state_dict` has besides `param_groups`
-and the states of parameters. Both are values of JSON with tensors in them. The manifest holds the values,
+and the states of parameters; that of a script's further object is its `state_dict`. All are values of JSON
+with tensors in them. The manifest holds the values,
 with null in each tensor's place; the tensors are arrays. Ranks with the same modules must have the same.
 """
 
@@ -77,6 +78,15 @@ class Extra(NamedTuple):
 def array_key(atom: str, place: str) -> ckpt.ArrayKey:
     """Return the name of the array of a tensor at a place of an extra state."""
     return key_of(atom, EXTRA_STATE + place)
+
+
+OBJECT = ".object."
+"""First part of the names of states of further objects, which no module can have."""
+
+
+def shown(name: str) -> str:
+    """Return the name of a module's or an object's state for messages and reports."""
+    return f"objects[{name.removeprefix(OBJECT)!r}]" if name.startswith(OBJECT) else name
 
 
 # --- modules ---------------------------------------------------------------------------------------------
@@ -261,16 +271,21 @@ def taken_apart(value: Any, name: str) -> Extra:
 
 
 class ExtraStates(NamedTuple):
-    """Extra states of a rank's modules and of its optimizer."""
+    """Extra states of a rank's modules, of its optimizer and of further objects."""
 
     modules: dict[str, Extra]
     optimizer: Extra | None
+    objects: dict[str, Extra]
+    """The same on all pipeline stages."""
 
     def arrays(self, stage: int) -> dict[ckpt.ArrayKey, Tensor]:
         """Return the tensors that a rank of this pipeline stage saves, by the names of their arrays."""
         found: dict[ckpt.ArrayKey, Tensor] = {}
         for name, extra in self.modules.items():
             found |= extra.arrays(name)
+        if stage == 0:
+            for name, extra in self.objects.items():
+                found |= extra.arrays(name)
         if self.optimizer is not None and stage == 0:  # the same on all stages
             found |= self.optimizer.arrays(OPTIMIZER_ATOM)
         return found
@@ -278,19 +293,24 @@ class ExtraStates(NamedTuple):
     def digests(self, stage: int) -> dict[tuple[str, int], bytes]:
         """Return a digest of each, for `check_alike`. The optimizer's is that of all pipeline stages."""
         found = {(name, stage): extra.digest() for name, extra in self.modules.items()}
+        found |= {(shown(name), 0): extra.digest() for name, extra in self.objects.items()}
         if self.optimizer is not None:
             found["the optimizer's extra state", 0] = self.optimizer.digest()
         return found
 
 
-def extra_states(model: StoredModel, optimizer: Optimizer | None) -> ExtraStates:
+def extra_states(model: StoredModel, optimizer: Optimizer | None, objects: Mapping[str, Any]) -> ExtraStates:
     """Return this rank's extra states.
 
     Raises:
         CheckpointError: one can't be stored.
     """
     modules = {model.first_name(name): extra for name, extra in of_modules(model.module).items()}
-    return ExtraStates(modules, None if optimizer is None else of_optimizer(optimizer))
+    further = {
+        f"{OBJECT}{name}": taken_apart(item.state_dict(), f"objects[{name!r}] ({type(item).__name__}): state")
+        for name, item in objects.items()
+    }
+    return ExtraStates(modules, None if optimizer is None else of_optimizer(optimizer), further)
 
 
 Digests = tuple[tuple[tuple[str, int], bytes], ...]

@@ -10,8 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+import ckpt
 from parallel.found_model import Names
-from uni3d.checkpoint.checkpointer import Checkpointer, Restored, SaveHandle
+from uni3d.checkpoint.checkpointer import Checkpointer, Restored, SaveHandle, connect
+from uni3d.checkpoint.restore import newest
+from uni3d.manifest import RunManifest
 
 _KEPT = "_uni3d_checkpointer"
 
@@ -24,6 +27,7 @@ def save(
     optimizer: Optimizer | None = None,
     lr_scheduler: LRScheduler | None = None,
     dataloader: Any = None,
+    objects: Mapping[str, Any] | None = None,
     names: Names | None = None,
     tag: str | int | None = None,
     client_state: Mapping[str, Any] | None = None,
@@ -38,6 +42,7 @@ def save(
         "optimizer": optimizer,
         "lr_scheduler": lr_scheduler,
         "dataloader": dataloader,
+        "objects": objects,
         "names": names,
     }
     return _kept(run, given, settings).save(step, tag=tag, client_state=client_state)
@@ -50,6 +55,7 @@ def load(
     optimizer: Optimizer | None = None,
     lr_scheduler: LRScheduler | None = None,
     dataloader: Any = None,
+    objects: Mapping[str, Any] | None = None,
     names: Names | None = None,
     tag: str | int | None = None,
     strict: bool = True,
@@ -64,10 +70,24 @@ def load(
         "optimizer": optimizer,
         "lr_scheduler": lr_scheduler,
         "dataloader": dataloader,
+        "objects": objects,
         "names": names,
     }
     trains = optimizer is not None
     return _kept(run, given, settings).load(tag, strict=strict, optimizer=trains, run=run)
+
+
+def stored_client_state(run: str | Path, tag: str | int | None = None) -> tuple[str, dict[str, Any]] | None:
+    """Return a checkpoint's tag and client_state, by default the newest's; None if there is none. Collective.
+
+    For what a script must know before it makes its model.
+    """
+    comm = connect()
+    name = newest(comm, run) if tag is None else ckpt.tag_text(tag)
+    if name is None:
+        return None
+    found = ckpt.from_rank_0(comm, lambda: RunManifest.of(ckpt.open_checkpoint(run, name)).client_state)
+    return name, found
 
 
 def _kept(run: str | Path, given: dict[str, Any], settings: dict[str, Any]) -> Checkpointer:

@@ -42,7 +42,7 @@ def describe(
         buffers=[model.first_name(name) for name, _ in persistent_buffers(model.module)],
         left_out=None if frozen else [name for name in here if name not in requires_grad],
         declared=declared,
-        extra_state={name: state.record() for name, state in extra.modules.items()},
+        extra_state={name: state.record() for name, state in (extra.modules | extra.objects).items()},
     )
     if optimizer is None:
         return model_record, None

@@ -99,7 +99,10 @@ class Restorer:
             self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
         )
         model_too = wanted.custom is None
-        extra = ExtraLoad(self._state.model, optimizer, saved, self._comm, model_too=model_too)
+        objects = self._state.objects if wanted.counters else {}
+        extra = ExtraLoad(
+            self._state.model, optimizer, saved, self._comm, model_too=model_too, objects=objects
+        )
         extra.check(checkpoint.url, strict=wanted.strict)
         data = DataLoad(self._state.data, self._state.model.data_part, saved, counters=wanted.counters)
         report = self._load_arrays(checkpoint, saved, optimizer, wanted, extra, data)

@@ -115,7 +115,7 @@ class Saver:
         def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
             model, optimizer = self._state.model, self._state.optimizer
-            extra, stage = extra_states(model, optimizer), model.stage
+            extra, stage = extra_states(model, optimizer, self._state.objects), model.stage
             if not self._looked_for_others:  # once, as torch's own `state_dict` takes its time
                 check_nothing_is_lost(model.module)
                 self._looked_for_others = True

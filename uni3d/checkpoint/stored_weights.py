@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ckpt
 from uni3d import state
-from uni3d.checkpoint.extra_state import ExtraRecord, array_key, put_together
+from uni3d.checkpoint.extra_state import OBJECT, ExtraRecord, array_key, put_together
 from uni3d.manifest import RunManifest
 
 
@@ -24,7 +24,8 @@ class StoredWeights(Mapping[str, Tensor]):
         """The stored arrays, each tied weight once."""
         self.aliases = {k: v for k, v in manifest.aliases.items() if v in self.infos}
         """Further names of tied weights -> their name in `infos`."""
-        self.extra_states = manifest.model.extra_state or {}
+        saved = manifest.model.extra_state or {}
+        self.extra_states = {name: v for name, v in saved.items() if not name.startswith(OBJECT)}
         """Extra states of modules by torch's names; they aren't in the mapping."""
 
     def __getitem__(self, name: str) -> Tensor:
