@@ -1,0 +1,5 @@
+"""Checkpoints for the loops of other libraries, each in a module of its own that imports its library.
+
+Modules:
+    lightning  a callback for the Trainer of PyTorch Lightning
+"""
