@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import RandomSampler
 
 import ckpt
@@ -100,12 +101,12 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         _check(trainer)
         trainer.fit_loop.setup_data()  # Lightning does the same for Trainer.estimated_stepping_batches
         self._data = _Loaders(_stateful(trainer))
-        schedulers = trainer.lr_scheduler_configs
+        scheduler = _scheduler(trainer)
         self.checkpointer = Checkpointer(
             self.run,
             model=trainer.strategy.model,
             optimizer=trainer.optimizers[0] if trainer.optimizers else None,
-            lr_scheduler=schedulers[0].scheduler if schedulers else None,
+            lr_scheduler=None if isinstance(scheduler, ReduceLROnPlateau) else scheduler,
             dataloader=self._data if self._data.loaders else None,
             **self.settings,
         )
@@ -133,11 +134,23 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         precision = trainer.precision_plugin
         if record["precision"] is not None and record["precision"][0] == type(precision).__qualname__:
             precision.load_state_dict(record["precision"][1])
+        self._take_up_plateau(trainer, record["plateau"])
         loop = trainer.fit_loop
         loop.load_state_dict(record["loops"])
         if record["epoch_ended"]:  # the loops would take it for an epoch that goes on
             loop._restarting = loop.epoch_loop.restarting = False
         return record
+
+    def _take_up_plateau(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
+        scheduler = _scheduler(trainer)
+        if (state is None) == isinstance(scheduler, ReduceLROnPlateau):
+            before, now = ("no", "a") if state is None else ("a", "no")
+            raise ckpt.CheckpointError(
+                f"the checkpoint has {before} ReduceLROnPlateau, and configure_optimizers returns {now} such "
+                "scheduler: return the one that the run had"
+            )
+        if state is not None:
+            scheduler.load_state_dict(state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the loaders go on where they were. Local."""
@@ -230,14 +243,15 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             return
         assert self.checkpointer is not None, "on_fit_start has run"
         record, self._due = self._due, None
-        state, precision = _hooks(trainer), trainer.precision_plugin
+        precision, scheduler = trainer.precision_plugin, _scheduler(trainer)
         scaling = precision.state_dict()
         record |= {
-            "hooks": state,
+            "hooks": _hooks(trainer),
             "datamodule": None
             if trainer.datamodule is None
             else call._call_lightning_datamodule_hook(trainer, "state_dict"),
             "precision": [type(precision).__qualname__, scaling] if scaling else None,
+            "plateau": scheduler.state_dict() if isinstance(scheduler, ReduceLROnPlateau) else None,
         }
         self.checkpointer.save(self._step, client_state={_KEY: _encoded(record, "the Trainer's state")})
 
@@ -263,6 +277,11 @@ def _check(trainer: Trainer) -> None:
     others = [c for c in trainer.callbacks if isinstance(c, UniversalCheckpoint)]
     if len(others) > 1:
         raise ValueError(f"the Trainer has {len(others)} callbacks UniversalCheckpoint; give it one")
+
+
+def _scheduler(trainer: Trainer) -> Any:
+    """Return the scheduler; None if there is none. A ReduceLROnPlateau's state has numbers that JSON lacks."""
+    return trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
 
 
 # --- Lightning's loops and loaders ------------------------------------------------------------------------

@@ -168,8 +168,6 @@ def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[st
         "seen": count.steps,
         "best": count.best.item(),
         "kept": module.kept,
-        "began": None if keeper.restored is None else keeper.restored.client_state["lightning"]["batches"],
-        "state": torch.get_rng_state().numel(),
     }
 
 
@@ -234,4 +232,33 @@ def test_a_run_goes_on_within_an_epoch(
         assert (result["seen"], result["best"]) == (12, float("inf"))
         assert result["kept"]["seen"] == [5, 0.5]
         assert result["kept"]["tensor"].tolist() == [1, 2]
-    assert uni3d.checkpoint_tags(run) if hasattr(uni3d, "checkpoint_tags") else True
+
+
+ENDS = [
+    ({"max_epochs": 1}, {}, 4),
+    slow({"max_epochs": 1, "interval": "epoch"}, {}, 4),
+    slow({"max_epochs": 2, "interval": "plateau"}, {}, 8),
+    slow({"max_steps": 8}, {}, 8),  # Lightning restarts otherwise if steps are its limit
+    slow({"max_steps": 6}, {}, 6),
+    slow({"max_steps": 3, "accumulate_grad_batches": 2}, {"accumulate_grad_batches": 2}, 6),
+    slow({"interval": "epoch", **MID}, {}, 5),
+]
+
+
+@pytest.mark.parametrize(("first", "then", "batch"), ENDS)
+def test_a_run_goes_on_where_it_ended(
+    ranks: Ranks, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], batch: int
+) -> None:
+    run, interval = str(tmp_path / "run"), first.get("interval", "step")
+    limit = {"max_steps": 12 // then.get("accumulate_grad_batches", 1)}
+    limit = limit if "max_steps" in first else {"max_epochs": EPOCHS}
+    ranks.run(2, fit_case, "ddp", run, 3, {**({"max_epochs": EPOCHS} if "stop" in first else {}), **first})
+    oracle = alone(interval, then.get("accumulate_grad_batches", 1))
+    for result in ranks.run(3, fit_case, "ddp", run, 8, {"interval": interval, **limit, **then}):
+        check(result, oracle, first=batch)
+        assert result["step"] == result["logged"] == len(oracle[0]) // then.get("accumulate_grad_batches", 1)
+        assert result["epoch"] == EPOCHS
+
+
+def test_a_validation_that_has_run_is_not_repeated() -> None:
+    pass
