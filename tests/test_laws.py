@@ -124,6 +124,7 @@ ALLOWED = {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
         *("export", "importers", "optim", "stored_model"),
     },
+    "integrations": {"ckpt", "checkpoint"},
     "recovery": {"ckpt", "checkpoint", "manifest", "state", "zero_to_fp32"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),

@@ -1,5 +1,6 @@
 """Checkpoints for the loops of other libraries, each in a module of its own that imports its library.
 
 Modules:
-    lightning  a callback for the Trainer of PyTorch Lightning
+    lightning   a callback for the Trainer of PyTorch Lightning
+    json_state  states with tensors and infinities as JSON
 """

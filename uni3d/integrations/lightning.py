@@ -7,34 +7,28 @@ schedulers have stepped, right before the next batch or epoch begins, or at the 
 
 from __future__ import annotations
 
-import base64
 import copy
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningModule, Trainer, __version__
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import RandomSampler
 
 import ckpt
 from uni3d.checkpoint.checkpointer import Checkpointer, Restored
+from uni3d.integrations.json_state import decoded, encoded
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 """Strategies whose model keeps parameters that say which part of a whole they are."""
 
-LARGEST = 1 << 20
-"""Bytes of a tensor that a callback's or the module's own state may hold; larger ones belong in buffers."""
-
-_KEY, _TENSOR, _FLOAT = "lightning", "uni3d.tensor", "uni3d.float"
+_KEY = "lightning"
 _OWN = ("epoch", "global_step", "pytorch-lightning_version", "callbacks")
 """Keys of the dict that `on_save_checkpoint` is given."""
 
@@ -81,7 +75,7 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         self.every_n_epochs = 1 if every_n_steps is None and every_n_epochs is None else every_n_epochs
         self.checkpointer: Checkpointer | None = None
         self.restored: Restored | None = None
-        self._data = _Loaders([])
+        self._data = TrainingLoaders([])
         self._step = 0
         self._due: dict[str, Any] | None = None
         self._begun: dict[str, Any] | None = None
@@ -100,7 +94,7 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             return
         _check(trainer)
         trainer.fit_loop.setup_data()  # Lightning does the same for Trainer.estimated_stepping_batches
-        self._data = _Loaders(_stateful(trainer))
+        self._data = TrainingLoaders(_stateful(trainer))
         scheduler = _scheduler(trainer)
         self.checkpointer = Checkpointer(
             self.run,
@@ -120,11 +114,11 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         """Give Lightning's objects their states; return the record. Local."""
         if _KEY not in client_state:
             raise ckpt.CheckpointError(
-                f"{self.run} wasn't saved by UniversalCheckpoint, so it has no state of Lightning's loops; to "
-                "begin with its weights, pass resume=False and another run, and call uni3d.load in the "
+                f"{self.run} wasn't saved by UniversalCheckpoint, so it lacks the state of the loops; "
+                "to begin with its weights, pass resume=False and another run, and call uni3d.load in the "
                 "module's on_fit_start"
             )
-        record: dict[str, Any] = _decoded(client_state[_KEY])
+        record: dict[str, Any] = decoded(client_state[_KEY])
         checkpoint = _Hooked(record["hooks"])
         call._call_lightning_module_hook(trainer, "on_load_checkpoint", checkpoint)
         if (states := record["datamodule"]) is not None and trainer.datamodule is not None:
@@ -188,8 +182,8 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             return
         if self._data.loaders:
             raise ValueError(
-                "some of the training loaders have a state_dict and some haven't, so they can't go on together "
-                "within an epoch: give all of them a state, or resume from the end of an epoch"
+                "some of the training loaders have a state_dict and some haven't, so they can't go on within "
+                "an epoch together: give all of them a state, or resume from the end of an epoch"
             )
         if any(isinstance(getattr(loader, "sampler", None), RandomSampler) for loader in plain):
             rank_zero_warn(
@@ -253,7 +247,7 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             "precision": [type(precision).__qualname__, scaling] if scaling else None,
             "plateau": scheduler.state_dict() if isinstance(scheduler, ReduceLROnPlateau) else None,
         }
-        self.checkpointer.save(self._step, client_state={_KEY: _encoded(record, "the Trainer's state")})
+        self.checkpointer.save(self._step, client_state={_KEY: encoded(record, "the Trainer's state")})
 
 
 def _check(trainer: Trainer) -> None:
@@ -265,8 +259,8 @@ def _check(trainer: Trainer) -> None:
     if not isinstance(trainer.strategy, STRATEGIES):
         known = ", ".join(strategy.__name__ for strategy in STRATEGIES)
         raise ValueError(
-            f"the Trainer's strategy is {type(trainer.strategy).__name__}; UniversalCheckpoint knows {known}. "
-            "For sharded parameters use ModelParallelStrategy with fully_shard in configure_model"
+            f"the strategy is {type(trainer.strategy).__name__}; UniversalCheckpoint takes {known}; "
+            "to shard parameters, use the last with fully_shard in configure_model"
         )
     for what, given in (("optimizers", trainer.optimizers), ("schedulers", trainer.lr_scheduler_configs)):
         if len(given) > 1:
@@ -280,7 +274,10 @@ def _check(trainer: Trainer) -> None:
 
 
 def _scheduler(trainer: Trainer) -> Any:
-    """Return the scheduler; None if there is none. A ReduceLROnPlateau's state has numbers that JSON lacks."""
+    """Return the scheduler, if there is one.
+
+    A ReduceLROnPlateau's state has infinities, which JSON lacks, so it goes with the record.
+    """
     return trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
 
 
@@ -288,7 +285,7 @@ def _scheduler(trainer: Trainer) -> Any:
 
 
 def _counters(trainer: Trainer, *, ended: bool) -> dict[str, Any]:
-    """Return the state of the fit loop for `on_train_batch_end`, or for the end of an epoch that has ended."""
+    """Return the fit loop's state: that of `on_train_batch_end`, or of the end of an epoch."""
     state: dict[str, Any] = copy.deepcopy(_without_loaders(trainer.fit_loop))
     if ended:
         state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
@@ -326,13 +323,13 @@ def _stateful(trainer: Trainer) -> list[Any]:
     fetcher = trainer.fit_loop._data_fetcher
     if found and isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None:
         raise ValueError(
-            f"{type(found[0]).__name__} has a state but no length, so Lightning fetches a batch in advance and "
-            "its state is of the wrong batch: give it a __len__"
+            f"{type(found[0]).__name__} has a state but no length, so Lightning fetches a batch in advance, "
+            "and the state is that of the next batch: give it a __len__"
         )
     return found
 
 
-class _Loaders:
+class TrainingLoaders:
     """Training loaders with a state, as a Checkpointer takes one."""
 
     def __init__(self, loaders: list[Any]) -> None:
@@ -364,7 +361,7 @@ class _Loaders:
         self._given = None
 
 
-# --- states of hooks as JSON --------------------------------------------------------------------------------
+# --- states of hooks ----------------------------------------------------------------------------------------
 
 
 class _Hooked(dict[str, Any]):
@@ -387,45 +384,3 @@ def _hooks(trainer: Trainer) -> dict[str, Any]:
     call._call_callbacks_on_save_checkpoint(trainer, checkpoint)
     call._call_lightning_module_hook(trainer, "on_save_checkpoint", checkpoint)
     return checkpoint
-
-
-def _encoded(value: Any, where: str) -> Any:
-    """Return a state as JSON that `_decoded` returns as it was.
-
-    Raises:
-        ckpt.CheckpointError: it can't be; names the place.
-    """
-    if isinstance(value, dict):
-        ckpt.check_json(dict.fromkeys(value), where)
-        return {key: _encoded(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list):
-        return [_encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_FLOAT: str(value)}
-    if type(value) is not Tensor:
-        ckpt.check_json(value, where)
-        return value
-    if value.nbytes > LARGEST:
-        raise ckpt.CheckpointError(
-            f"{where} is a tensor of {value.nbytes:,} bytes; up to {LARGEST:,} are kept: make it a buffer of "
-            "the module"
-        )
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    dtype = str(value.dtype).removeprefix("torch.")
-    return {_TENSOR: [dtype, list(value.shape), base64.b64encode(data).decode()]}
-
-
-def _decoded(value: Any) -> Any:
-    """Return what `_encoded` was given; tensors are on the CPU."""
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {_FLOAT}:
-        return float(value[_FLOAT])
-    if value.keys() == {_TENSOR}:
-        dtype, shape, data = value[_TENSOR]
-        flat = torch.from_numpy(np.frombuffer(base64.b64decode(data), np.uint8).copy())
-        return flat.view(getattr(torch, dtype)).reshape(shape)
-    return {key: _decoded(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""`UniversalCheckpoint`: a Lightning run goes on with other ranks and another strategy, as if uninterrupted."""
+"""`UniversalCheckpoint`: a Lightning run goes on with other ranks and another strategy, as uninterrupted."""
 
 import warnings
 from pathlib import Path
@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 pytest.importorskip("lightning")
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 import ckpt
-import uni3d
 from uni3d.integrations.lightning import UniversalCheckpoint
+from uni3d.manifest import RunManifest
 
 WIDTH, SAMPLES, BATCH, EPOCHS = 8, 48, 12, 3
 STEPS_PER_EPOCH = SAMPLES // BATCH
@@ -54,6 +55,8 @@ class Net(LightningModule):
         self.layers, self.interval = layers(seed), interval
         self.losses: dict[int, float] = {}
         self.kept: dict[str, Any] = {}
+        self.validated: list[int] = []
+        self.keep: Any = torch.tensor([1, 2])
 
     def configure_model(self) -> None:
         mesh = self.device_mesh
@@ -74,6 +77,9 @@ class Net(LightningModule):
         self.losses[batch_number] = mean.item()
         return loss
 
+    def on_validation_start(self) -> None:
+        self.validated.append(self.global_step)
+
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         loss = nn.functional.mse_loss(self.layers(batch[0]), batch[1])
         self.log("val", loss, sync_dist=True)
@@ -87,7 +93,9 @@ class Net(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["mine"] = {"seen": [self.global_step, 0.5], "tensor": torch.tensor([1, 2])}
+        checkpoint["mine"] = {"seen": [self.global_step, 0.5], "value": self.keep}
+        if isinstance(self.keep, str):
+            checkpoint["mine"]["value"] = checkpoint[self.keep]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.kept = checkpoint["mine"]
@@ -135,6 +143,9 @@ def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[st
     interval, stop = options.pop("interval", "step"), options.pop("stop", None)
     keeper = UniversalCheckpoint(run, **options.pop("keeper", {}))
     module, count = Net(seed, interval), Count(stop)
+    module.keep = options.pop("keep", module.keep)
+    make, fit = options.pop("loader", DataLoader), options.pop("fit", {})
+    batch_size = options.pop("batch", None)
     parts = {"fsdp x tp": 2, "plain": 1}.get(name, dist.get_world_size())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers, logs and loaders
@@ -144,16 +155,16 @@ def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[st
                 devices=1 if name == "plain" else dist.get_world_size(),
                 strategy=strategy(name),
                 plugins=[Pool()],
-                callbacks=[keeper, count],
+                callbacks=[keeper, count, *options.pop("callbacks", [])],
                 logger=False,
-                enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                **{"num_sanity_val_steps": 0, **options},
+                **{"enable_checkpointing": False, "num_sanity_val_steps": 0, **options},
             )
             sampler = DistributedSampler(data(), 1, 0) if name == "plain" else None
-            loader = DataLoader(data(), BATCH // parts, shuffle=sampler is None, sampler=sampler)
-            trainer.fit(module, loader, DataLoader(data(), BATCH // parts))
+            rows = batch_size or BATCH // parts
+            loader = make(data(), rows, shuffle=sampler is None, sampler=sampler)
+            trainer.fit(module, loader, DataLoader(data(), BATCH // parts), **fit)
         finally:
             rank_zero_only.rank = 0
     return {
@@ -168,6 +179,8 @@ def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[st
         "seen": count.steps,
         "best": count.best.item(),
         "kept": module.kept,
+        "validated": module.validated,
+        "states": [callback.state_dict() for callback in trainer.callbacks[2:]],
     }
 
 
@@ -231,7 +244,7 @@ def test_a_run_goes_on_within_an_epoch(
         assert (result["step"], result["epoch"], result["logged"]) == (12, EPOCHS, 12)
         assert (result["seen"], result["best"]) == (12, float("inf"))
         assert result["kept"]["seen"] == [5, 0.5]
-        assert result["kept"]["tensor"].tolist() == [1, 2]
+        assert result["kept"]["value"].tolist() == [1, 2]
 
 
 ENDS = [
@@ -260,5 +273,115 @@ def test_a_run_goes_on_where_it_ended(
         assert result["epoch"] == EPOCHS
 
 
-def test_a_validation_that_has_run_is_not_repeated() -> None:
-    pass
+def test_validations_go_on_with_the_steps(ranks: Ranks, tmp_path: Path) -> None:
+    """A checkpoint of a step is taken after its validation, which a resume doesn't repeat."""
+    run, options = str(tmp_path / "run"), {"val_check_interval": 2, "max_epochs": EPOCHS}
+    first = {**options, "keeper": {"every_n_steps": 6}, "stop": 7, "interval": "epoch"}
+    assert ranks.run(2, fit_case, "ddp", run, 3, first)[0]["validated"][:3] == [2, 4, 6]
+    for result in ranks.run(2, fit_case, "fsdp", run, 8, {**options, "interval": "epoch"}):
+        check(result, alone("epoch"), first=6)
+        assert result["validated"] == [8, 10, 12]
+
+
+def with_lightnings_case(run: str, seed: int, steps: int) -> dict[str, Any]:
+    folder = f"{run}-lightning"
+    kept = ModelCheckpoint(folder, monitor="val", save_top_k=2)
+    options = {"enable_checkpointing": True, "callbacks": [EarlyStopping("val", patience=9), kept]}
+    return fit_case("ddp", run, seed, {"max_epochs": steps, **options})
+
+
+@pytest.mark.slow
+def test_states_of_lightnings_own_callbacks(ranks: Ranks, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    (stopping, kept) = ranks.run(2, with_lightnings_case, run, 3, 2)[0]["states"]
+    result = ranks.run(2, with_lightnings_case, run, 8, 2)[0]  # nothing is left to do
+    assert result["losses"] == {}
+    assert result["states"][0] == stopping
+    for key in ("best_model_path", "best_model_score", "best_k_models", "kth_value"):
+        assert result["states"][1][key] == kept[key], key
+    assert len(kept["best_k_models"]) == 2
+
+
+def with_stateful_case(run: str, seed: int, stop: int | None) -> dict[str, Any]:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def loader(dataset: TensorDataset, rows: int, **_: Any) -> Any:
+        return StatefulDataLoader(dataset, rows, sampler=DistributedSampler(dataset))
+
+    options = {"max_epochs": EPOCHS, "keeper": {"every_n_steps": 5}, "stop": stop, "interval": "epoch"}
+    return fit_case("ddp", run, seed, {**options, "loader": loader})
+
+
+@pytest.mark.slow
+def test_loaders_with_a_state_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("torchdata")
+    run = str(tmp_path / "run")
+    ranks.run(2, with_stateful_case, run, 3, 7)
+    states = RunManifest.of(ckpt.open_checkpoint(run)).data.states
+    assert [state["value"]["loaders"][0]["_num_yielded"] for state in states] == [1, 1]
+    for result in ranks.run(2, with_stateful_case, run, 8, None):
+        check(result, alone("epoch"), first=5)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def refused_case(run: str, seed: int, options: dict[str, Any]) -> str:
+    try:
+        fit_case("plain", run, seed, {"max_epochs": 2, **options})
+    except (ckpt.CheckpointError, ValueError, KeyError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+class Two(Callback):
+    """Makes the module's optimizers several."""
+
+    def setup(self, trainer: Trainer, pl_module: Net, stage: str) -> None:
+        pl_module.automatic_optimization = False
+        pl_module.configure_optimizers = lambda: [adam(pl_module), adam(pl_module)]
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters())
+
+
+REFUSED = [
+    ({"callbacks": [Two()]}, "configure_optimizers returns 2 optimizers, and a checkpoint keeps one"),
+    ({"callbacks": [UniversalCheckpoint("x")]}, "the Trainer has 2 callbacks UniversalCheckpoint"),
+    ({"keep": (1, 2)}, "the Trainer's state['hooks']['mine']['value'] is a tuple"),
+    ({"keep": torch.zeros(300_000)}, "['value'] is a tensor of 1,200,000 bytes; up to 1,048,576 are kept"),
+    ({"keep": "state_dict"}, "state_dict: UniversalCheckpoint's hooks see epoch, global_step"),
+    ({"keep": {1: 2}}, "['value'] has the key 1; keys must be strings"),
+    ({"keeper": {"every_n_step": 1}}, "unknown key 'checkpoint.every_n_step'"),
+    ({"keeper": {"every_n_steps": 0}}, "every_n_steps must be a positive int or None; got 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED, ids=[said[-30:] for _, said in REFUSED])
+def test_what_is_refused(ranks: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    assert said in ranks.run(1, refused_case, str(tmp_path / "run"), 3, options)[0]
+
+
+RESUMES = [
+    ({"batch": 6}, "the checkpoint is of batch 2 of an epoch of 4 batches, and an epoch now has 8"),
+    ({"fit": {"ckpt_path": "PATH"}}, "leave ckpt_path out to resume the run"),
+    ({"interval": "plateau"}, "the checkpoint has no ReduceLROnPlateau, and configure_optimizers returns a"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), RESUMES, ids=[said[-30:] for _, said in RESUMES])
+def test_a_resume_that_is_refused(ranks: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    run = str(tmp_path / "run")
+    ranks.run(1, fit_case, "plain", run, 3, {"max_steps": 2})
+    if "fit" in options:
+        ranks.run(
+            1,
+            fit_case,
+            "plain",
+            run + "-2",
+            3,
+            {"max_steps": 2, "enable_checkpointing": True, "default_root_dir": str(tmp_path)},
+        )
+        options = {"fit": {"ckpt_path": str(next(tmp_path.rglob("*.ckpt")))}}
+    assert said in ranks.run(1, refused_case, run, 3, options)[0]
