@@ -1,224 +1,33 @@
 """`UniversalCheckpoint`: a Lightning run goes on with other ranks and another strategy, as uninterrupted."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from marks import slow
 from ranks import Ranks
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch import Tensor
+from torch.utils.data import DistributedSampler, TensorDataset
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_runs import EPOCHS, alone, fit_case
 
 import ckpt
-from uni3d.integrations.lightning import UniversalCheckpoint
 from uni3d.manifest import RunManifest
 
-WIDTH, SAMPLES, BATCH, EPOCHS = 8, 48, 12, 3
-STEPS_PER_EPOCH = SAMPLES // BATCH
-
-
-def layers(seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(WIDTH, 12), nn.Tanh(), nn.Linear(12, WIDTH), nn.LayerNorm(WIDTH))
-
-
-def data() -> TensorDataset:
-    inputs = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(inputs, inputs.roll(1, 1).square())
-
-
-def optimizer_and_rate(model: nn.Module, interval: str) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, eps=0.01, foreach=False)
-    if interval == "plateau":
-        return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
-
-
-class Net(LightningModule):
-    def __init__(self, seed: int, interval: str) -> None:
-        super().__init__()
-        self.layers, self.interval = layers(seed), interval
-        self.losses: dict[int, float] = {}
-        self.kept: dict[str, Any] = {}
-        self.validated: list[int] = []
-        self.keep: Any = torch.tensor([1, 2])
-
-    def configure_model(self) -> None:
-        mesh = self.device_mesh
-        if mesh is None or isinstance(self.layers[0].weight, DTensor):
-            return
-        if mesh["tensor_parallel"].size() > 1:
-            styles = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-            parallelize_module(self.layers, mesh["tensor_parallel"], styles)
-        fully_shard(self.layers, mesh=mesh["data_parallel"])
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.mse_loss(self.layers(batch[0]), batch[1])
-        mean = loss.detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        batch_number = self.current_epoch * self.trainer.num_training_batches + batch_idx
-        self.losses[batch_number] = mean.item()
-        return loss
-
-    def on_validation_start(self) -> None:
-        self.validated.append(self.global_step)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        loss = nn.functional.mse_loss(self.layers(batch[0]), batch[1])
-        self.log("val", loss, sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        optimizer, schedule = optimizer_and_rate(self, self.interval)
-        interval = "epoch" if self.interval == "plateau" else self.interval
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": interval, "monitor": "val"},
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["mine"] = {"seen": [self.global_step, 0.5], "value": self.keep}
-        if isinstance(self.keep, str):
-            checkpoint["mine"]["value"] = checkpoint[self.keep]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.kept = checkpoint["mine"]
-
-
-class Count(Callback):
-    """Stops after some step, and keeps what JSON can't."""
-
-    def __init__(self, stop: int | None) -> None:
-        self.stop, self.steps, self.best = stop, 0, torch.tensor(0.0)
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.steps += 1
-        trainer.should_stop |= trainer.global_step == self.stop
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "best": torch.tensor(float("inf")), "worst": float("-inf")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.best = state["steps"], state["best"]
-
-
-class Pool(LightningEnvironment):
-    """Ranks that are there already, with a process group."""
-
-    creates_processes_externally = True
-
-    def local_rank(self) -> int:
-        return dist.get_rank()
-
-
-def strategy(name: str) -> Any:
-    if name == "ddp":
-        return DDPStrategy()
-    if name == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
-    if name == "fsdp x tp":
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)
-    return "auto"
-
-
-def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Fit; return the losses by batch, the whole weights, and Lightning's counters."""
-    options = dict(options)
-    interval, stop = options.pop("interval", "step"), options.pop("stop", None)
-    keeper = UniversalCheckpoint(run, **options.pop("keeper", {}))
-    module, count = Net(seed, interval), Count(stop)
-    module.keep = options.pop("keep", module.keep)
-    make, fit = options.pop("loader", DataLoader), options.pop("fit", {})
-    batch_size = options.pop("batch", None)
-    parts = {"fsdp x tp": 2, "plain": 1}.get(name, dist.get_world_size())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice on workers, logs and loaders
-        try:
-            trainer = Trainer(
-                accelerator="cpu",
-                devices=1 if name == "plain" else dist.get_world_size(),
-                strategy=strategy(name),
-                plugins=[Pool()],
-                callbacks=[keeper, count, *options.pop("callbacks", [])],
-                logger=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                **{"enable_checkpointing": False, "num_sanity_val_steps": 0, **options},
-            )
-            sampler = DistributedSampler(data(), 1, 0) if name == "plain" else None
-            rows = batch_size or BATCH // parts
-            loader = make(data(), rows, shuffle=sampler is None, sampler=sampler)
-            trainer.fit(module, loader, DataLoader(data(), BATCH // parts), **fit)
-        finally:
-            rank_zero_only.rank = 0
-    return {
-        "losses": module.losses,
-        "weights": {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for name, p in module.named_parameters()
-        },
-        "step": trainer.global_step,
-        "epoch": trainer.current_epoch,
-        "logged": trainer.fit_loop.epoch_loop._batches_that_stepped,
-        "seen": count.steps,
-        "best": count.best.item(),
-        "kept": module.kept,
-        "validated": module.validated,
-        "states": [callback.state_dict() for callback in trainer.callbacks[2:]],
-    }
-
-
-def alone(interval: str = "step", accumulate: int = 1) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Train in plain PyTorch; return the losses by batch, and the weights."""
-    model, losses, number = nn.ModuleDict({"layers": layers(3)}), {}, 0
-    optimizer, schedule = optimizer_and_rate(model, interval)
-    sampler = DistributedSampler(data(), 1, 0)
-    for epoch in range(EPOCHS):
-        sampler.set_epoch(epoch)
-        for inputs, targets in DataLoader(data(), BATCH, sampler=sampler):
-            loss = nn.functional.mse_loss(model["layers"](inputs), targets)
-            (loss / accumulate).backward()
-            losses[number] = loss.item()
-            number += 1
-            if number % accumulate == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-                if interval == "step":
-                    schedule.step()
-        if interval == "epoch":
-            schedule.step()
-        elif interval == "plateau":
-            with torch.no_grad():
-                inputs, targets = data().tensors
-                schedule.step(nn.functional.mse_loss(model["layers"](inputs), targets))
-    return losses, dict(model.named_parameters())
-
+pytestmark = pytest.mark.slow  # ranks take many seconds to import Lightning
 
 MID = {"keeper": {"every_n_steps": 5}, "stop": 7}
 """Ends after step 7, in an epoch, and leaves a checkpoint of step 5."""
 PAIRS = [
     (2, "ddp", 3, "fsdp"),
-    slow(3, "fsdp", 2, "ddp"),
-    slow(4, "fsdp x tp", 2, "ddp"),
-    slow(2, "ddp", 4, "fsdp x tp"),
-    slow(2, "fsdp", 1, "plain"),
-    slow(1, "plain", 2, "ddp"),
+    (3, "fsdp", 2, "ddp"),
+    (4, "fsdp x tp", 2, "ddp"),
+    (2, "ddp", 4, "fsdp x tp"),
+    (2, "fsdp", 1, "plain"),
+    (1, "plain", 2, "ddp"),
 ]
 
 
@@ -249,12 +58,12 @@ def test_a_run_goes_on_within_an_epoch(
 
 ENDS = [
     ({"max_epochs": 1}, {}, 4),
-    slow({"max_epochs": 1, "interval": "epoch"}, {}, 4),
-    slow({"max_epochs": 2, "interval": "plateau"}, {}, 8),
-    slow({"max_steps": 8}, {}, 8),  # Lightning restarts otherwise if steps are its limit
-    slow({"max_steps": 6}, {}, 6),
-    slow({"max_steps": 3, "accumulate_grad_batches": 2}, {"accumulate_grad_batches": 2}, 6),
-    slow({"interval": "epoch", **MID}, {}, 5),
+    ({"max_epochs": 1, "interval": "epoch"}, {}, 4),
+    ({"max_epochs": 2, "interval": "plateau"}, {}, 8),
+    ({"max_steps": 8}, {}, 8),  # Lightning restarts otherwise if steps are its limit
+    ({"max_steps": 6}, {}, 6),
+    ({"max_steps": 3, "accumulate_grad_batches": 2}, {"accumulate_grad_batches": 2}, 6),
+    ({"interval": "epoch", **MID}, {}, 5),
 ]
 
 
@@ -290,7 +99,6 @@ def with_lightnings_case(run: str, seed: int, steps: int) -> dict[str, Any]:
     return fit_case("ddp", run, seed, {"max_epochs": steps, **options})
 
 
-@pytest.mark.slow
 def test_states_of_lightnings_own_callbacks(ranks: Ranks, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     (stopping, kept) = ranks.run(2, with_lightnings_case, run, 3, 2)[0]["states"]
@@ -312,7 +120,6 @@ def with_stateful_case(run: str, seed: int, stop: int | None) -> dict[str, Any]:
     return fit_case("ddp", run, seed, {**options, "loader": loader})
 
 
-@pytest.mark.slow
 def test_loaders_with_a_state_go_on(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("torchdata")
     run = str(tmp_path / "run")
@@ -321,67 +128,3 @@ def test_loaders_with_a_state_go_on(ranks: Ranks, tmp_path: Path) -> None:
     assert [state["value"]["loaders"][0]["_num_yielded"] for state in states] == [1, 1]
     for result in ranks.run(2, with_stateful_case, run, 8, None):
         check(result, alone("epoch"), first=5)
-
-
-# --- what is refused ----------------------------------------------------------------------------------------
-
-
-def refused_case(run: str, seed: int, options: dict[str, Any]) -> str:
-    try:
-        fit_case("plain", run, seed, {"max_epochs": 2, **options})
-    except (ckpt.CheckpointError, ValueError, KeyError) as error:
-        return str(error)
-    return "nothing was refused"
-
-
-class Two(Callback):
-    """Makes the module's optimizers several."""
-
-    def setup(self, trainer: Trainer, pl_module: Net, stage: str) -> None:
-        pl_module.automatic_optimization = False
-        pl_module.configure_optimizers = lambda: [adam(pl_module), adam(pl_module)]
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters())
-
-
-REFUSED = [
-    ({"callbacks": [Two()]}, "configure_optimizers returns 2 optimizers, and a checkpoint keeps one"),
-    ({"callbacks": [UniversalCheckpoint("x")]}, "the Trainer has 2 callbacks UniversalCheckpoint"),
-    ({"keep": (1, 2)}, "the Trainer's state['hooks']['mine']['value'] is a tuple"),
-    ({"keep": torch.zeros(300_000)}, "['value'] is a tensor of 1,200,000 bytes; up to 1,048,576 are kept"),
-    ({"keep": "state_dict"}, "state_dict: UniversalCheckpoint's hooks see epoch, global_step"),
-    ({"keep": {1: 2}}, "['value'] has the key 1; keys must be strings"),
-    ({"keeper": {"every_n_step": 1}}, "unknown key 'checkpoint.every_n_step'"),
-    ({"keeper": {"every_n_steps": 0}}, "every_n_steps must be a positive int or None; got 0"),
-]
-
-
-@pytest.mark.parametrize(("options", "said"), REFUSED, ids=[said[-30:] for _, said in REFUSED])
-def test_what_is_refused(ranks: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    assert said in ranks.run(1, refused_case, str(tmp_path / "run"), 3, options)[0]
-
-
-RESUMES = [
-    ({"batch": 6}, "the checkpoint is of batch 2 of an epoch of 4 batches, and an epoch now has 8"),
-    ({"fit": {"ckpt_path": "PATH"}}, "leave ckpt_path out to resume the run"),
-    ({"interval": "plateau"}, "the checkpoint has no ReduceLROnPlateau, and configure_optimizers returns a"),
-]
-
-
-@pytest.mark.parametrize(("options", "said"), RESUMES, ids=[said[-30:] for _, said in RESUMES])
-def test_a_resume_that_is_refused(ranks: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    run = str(tmp_path / "run")
-    ranks.run(1, fit_case, "plain", run, 3, {"max_steps": 2})
-    if "fit" in options:
-        ranks.run(
-            1,
-            fit_case,
-            "plain",
-            run + "-2",
-            3,
-            {"max_steps": 2, "enable_checkpointing": True, "default_root_dir": str(tmp_path)},
-        )
-        options = {"fit": {"ckpt_path": str(next(tmp_path.rglob("*.ckpt")))}}
-    assert said in ranks.run(1, refused_case, run, 3, options)[0]
