@@ -115,9 +115,8 @@ ALLOWED = {
     **{name: {"parallel"} for name in ("config", "stored_model")},
     "manifest": {"ckpt", "parallel", "version"},
     "resume_rules": {"manifest"},
-    "name_map": {"config"},
     "state": {"ckpt", "parallel", "stored_model"},
-    "optim": {"config"},
+    **{name: {"config"} for name in ("name_map", "optim")},
     "train_state": {"config", "optim", "parallel", "stored_model"},
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
