@@ -21,7 +21,7 @@ from parallel.tensors import Parts, modules, named_parameters, persistent_buffer
 Names = Callable[[str], str] | Mapping[str, str]
 """From a stage's names to those of the whole model: a function, or a mapping of those that differ."""
 
-TENSOR_AXES = ("tp", "model", "tensor")
+TENSOR_AXES = ("tp", "model", "tensor", "tensor_parallel")
 """Names of mesh axes along which libraries split tensors of a layer."""
 
 _Mesh = tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]

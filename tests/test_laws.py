@@ -124,7 +124,7 @@ ALLOWED = {
     "dcp": {"ckpt", "parallel", "checkpoint", "importers", "manifest", "resume_rules", "state"},
     "export_torch": {"ckpt", "checkpoint", "export", "manifest", "resume_rules"},
     "recovery": {"ckpt", "checkpoint", "export_torch", "manifest", "state", "zero_to_fp32"},
-    "integrations": {"checkpoint"},
+    "integrations": {"ckpt", "checkpoint"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),
         "pipe",

@@ -10,7 +10,7 @@ The rooms, and the files beside them:
     config                   the JSON config
     engine, optim, observe   training: the engine, optimizers and schedules, lines and curves
     checkpoint, recovery     saving and restoring a run; a checkpoint's weights without one
-    integrations             checkpoints for the loops of transformers and accelerate
+    integrations             checkpoints for the loops of other libraries
     train_state, state       all that a step changes; its tensors as named shards
     stored_model             a model as checkpoints see it
     manifest, resume_rules   the run's part of a manifest; refusals and changes of a resume

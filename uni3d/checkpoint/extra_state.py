@@ -120,8 +120,8 @@ def check_nothing_is_lost(model: nn.Module) -> None:
     Raises:
         CheckpointError: it has; names it.
     """
+    full = model.state_dict(keep_vars=True)  # first: it reshards what a forward alone left whole
     known = {id(t) for t in (*model.parameters(), *model.buffers())}
-    full = model.state_dict(keep_vars=True)
     lost = [name for name, t in full.items() if id(t) not in known and not name.endswith("_extra_state")]
     if lost:
         raise CheckpointError(

@@ -113,6 +113,26 @@ def test_a_run_goes_from_fsdp_to_the_engine_to_ddp(ranks: Ranks, tmp_path: Path)
             torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def validated_case(run: str) -> tuple[list[float], list[float]]:
+    """Save after a validation, whose forward leaves whole parameters in the outermost module."""
+    plain = seeded(Stack)
+    model = fully_shard(plain)
+    optimizer = adamw(model)
+    keeper = uni3d.Checkpointer(run, model=model, optimizer=optimizer)
+    steps(model, plain, optimizer, 0, 1)
+    with torch.no_grad():
+        mean_loss(model, plain, *global_batches(6)[0])
+    keeper.save(1).wait()
+    losses = steps(model, plain, optimizer, 1, 2)
+    keeper.load()
+    return losses, steps(model, plain, optimizer, 1, 2)
+
+
+def test_the_first_save_may_follow_a_validation(ranks: Ranks, tmp_path: Path) -> None:
+    for losses, again in ranks.run(2, validated_case, str(tmp_path / "run")):
+        assert again == losses
+
+
 # --- pipeline stages ----------------------------------------------------------------------------------
 
 
