@@ -116,11 +116,12 @@ class Inventory:
     ) -> Held:
         """Return the entry of a tensor. `savers=None` is all ranks that have the same stages."""
         key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter and its copy
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         known = self._before.get(key)
         if known is not None and known.tensor is local_tensor(tensor):
-            self._known[key] = known
-            return known
-        dtype = str(tensor.dtype).removeprefix("torch.")
+            if (known.spec.dtype, known.spec.shape) == (dtype, shape):  # `model.half()` keeps the objects
+                self._known[key] = known
+                return known
         if dtype not in ckpt.DTYPES:
             raise CheckpointError(
                 f"{name}/{state} has dtype {dtype}, which can't be stored; "
@@ -134,7 +135,7 @@ class Inventory:
         part = local_tensor(tensor)
         box = Box(*places[self._stage.rank])
         assert box.shape == tuple(part.shape), f"{name}/{state}: {tuple(part.shape)} here, computed {box}"
-        spec = ShardSpec(ArrayKey(name, state), dtype, tuple(tensor.shape), box, fine_dim)
+        spec = ShardSpec(ArrayKey(name, state), dtype, shape, box, fine_dim)
         held = Held(spec, part, places if savers is None else savers)
         self._known[key] = held
         return held
