@@ -99,8 +99,8 @@ class FoundModel:
             raise TypeError(f"model must be a torch.nn.Module, or a list of them; got {model!r}")
         self.module: nn.Module = Parts(parts)
         self._names, self._comm = names, comm
+        self.ties: dict[str, str] = {}
         self.reshard()
-        self.ties = {self._named(name): self._named(first) for name, first in _ties(self.module)}
         self.copies: frozenset[str] = frozenset()
         self.rowwise: frozenset[str] = frozenset()
         self.layers: list[list[str]] | None = None
@@ -117,10 +117,11 @@ class FoundModel:
         return self.ties.get(mapped, mapped)
 
     def reshard(self) -> None:
-        """Let modules of `fully_shard` show their sharded parameters."""
+        """Let modules of `fully_shard` show their sharded parameters, and see which are tied by now."""
         for _, part in modules(self.module):
             if isinstance(part, FSDPModule):
                 part.reshard()
+        self.ties = {self._named(name): self._named(first) for name, first in _ties(self.module)}
 
     carry_writes = reshard
 

@@ -83,7 +83,7 @@ class Inventory:
             wanted = optimizer if with_states is None or first in with_states else None
             for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
                 if isinstance(value, Tensor) and value.ndim > 0:
-                    if not isinstance(value, DTensor) and _is_sharded(parameter):
+                    if not isinstance(value, DTensor) and _is_cut(parameter):
                         raise CheckpointError(
                             f"the optimizer's {key!r} of {name} is a plain tensor, but the parameter is "
                             "sharded; use an optimizer that creates its states by zeros_like(parameter)"
@@ -92,8 +92,10 @@ class Inventory:
                     arrays.append(self._held(first, key, value, savers, fine))
         saver = self._stage.ranks[0]  # copies may differ between ranks: dp and tp rank 0 saves its own
         for name, buffer in persistent_buffers(model.module):
-            place = ((0,) * buffer.ndim, tuple(buffer.shape))
-            arrays.append(self._held(model.first_name(name), BUFFER, buffer, {saver: place}, None))
+            savers = None  # one that is cut is saved by all
+            if not _is_cut(buffer):
+                savers = {saver: ((0,) * buffer.ndim, tuple(buffer.shape))}
+            arrays.append(self._held(model.first_name(name), BUFFER, buffer, savers, None))
         for key, tensor in extra.items():  # plain, and the same on all ranks of the stage
             place = ((0,) * tensor.ndim, tuple(tensor.shape))
             arrays.append(self._held(key.atom, key.state, tensor, {saver: place}, None))
@@ -116,11 +118,12 @@ class Inventory:
     ) -> Held:
         """Return the entry of a tensor. `savers=None` is all ranks that have the same stages."""
         key = (name, state, savers is not _NOBODY)  # a rank may have a tied parameter and its copy
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         known = self._before.get(key)
-        if known is not None and known.tensor is local_tensor(tensor):
-            self._known[key] = known
+        same = known is not None and known.tensor is local_tensor(tensor)
+        if known is not None and same and (known.spec.dtype, known.spec.shape) == (dtype, shape):
+            self._known[key] = known  # compared, as `model.half()` keeps the objects
             return known
-        dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in ckpt.DTYPES:
             raise CheckpointError(
                 f"{name}/{state} has dtype {dtype}, which can't be stored; "
@@ -134,7 +137,7 @@ class Inventory:
         part = local_tensor(tensor)
         box = Box(*places[self._stage.rank])
         assert box.shape == tuple(part.shape), f"{name}/{state}: {tuple(part.shape)} here, computed {box}"
-        spec = ShardSpec(ArrayKey(name, state), dtype, tuple(tensor.shape), box, fine_dim)
+        spec = ShardSpec(ArrayKey(name, state), dtype, shape, box, fine_dim)
         held = Held(spec, part, places if savers is None else savers)
         self._known[key] = held
         return held
@@ -199,17 +202,21 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
     copy_from_full(tensor, whole)
 
 
-def create_states(optimizer: torch.optim.Optimizer) -> None:
-    """Create the states of an optimizer that has taken no step, as targets of a load.
+def create_states(optimizer: torch.optim.Optimizer, lacking: Collection[Tensor] = ()) -> None:
+    """Create an optimizer's states, as targets of a load: those of `lacking`, and all if it has none.
 
     It takes a step with zero gradients and zero rate. torch's `get_optimizer_state_dict` does the same, but
     not if there are states under other keys than parameters.
     """
     groups = optimizer.param_groups
-    trained = [p for group in groups for p in group["params"] if p.requires_grad]
+    everyone = [p for group in groups for p in group["params"]]
+    wanted = {id(p) for p in lacking}  # some may be frozen by now
+    if not any(isinstance(key, Tensor) for key in optimizer.state):
+        wanted |= {id(p) for p in everyone if p.requires_grad}
     rates = [(group, group["lr"]) for group in groups if "lr" in group]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in everyone]
+    for parameter in everyone:
+        parameter.grad = torch.zeros_like(parameter) if id(parameter) in wanted else None
     try:
         for group, rate in rates:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
@@ -217,8 +224,8 @@ def create_states(optimizer: torch.optim.Optimizer) -> None:
     finally:
         for group, rate in rates:
             group["lr"] = rate
-        for parameter in trained:
-            parameter.grad = None
+        for parameter, gradient in zip(everyone, gradients, strict=True):
+            parameter.grad = gradient
 
 
 def forget_states(model: StoredModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
@@ -228,8 +235,8 @@ def forget_states(model: StoredModel, optimizer: torch.optim.Optimizer, *, but: 
             optimizer.state.pop(parameter, None)
 
 
-def _is_sharded(parameter: Tensor) -> bool:
-    """Return whether each rank holds only a part of the parameter."""
+def _is_cut(parameter: Tensor) -> bool:
+    """Return whether each rank holds only a part of the tensor."""
     return isinstance(parameter, DTensor) and any(
         not placement.is_replicate() and size > 1
         for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True)

@@ -18,7 +18,7 @@ import ckpt
 from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm
-from parallel.tensors import whole_module
+from parallel.tensors import named_parameters, whole_module
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.data_state import DataLoad, is_data
@@ -210,14 +210,17 @@ class Restorer:
                 return None if wanted.custom is None else "custom_load_fn loads the model"
             return "optimizer states were not requested" if optimizer is None else None
 
-        model, before = self._state.model, None
+        model, before, had = self._state.model, None, set[int]()
         stored = {key.atom for key in checkpoint.arrays if _is_moment(key)}  # they have states
         if optimizer is not None and saved.optimizer is not None:
             stored |= saved.optimizer.scalars.keys()
         try:
-            if optimizer is not None and stored:  # the same on all ranks, while `fresh` may differ
-                fresh = not any(isinstance(key, Tensor) for key in optimizer.state)
-                before = ckpt.agreed(self._comm, lambda: _with_states(optimizer) if fresh else None)
+            if optimizer is not None and stored:  # the same on all ranks, while `lacking` may differ
+                lacking = self._lacking(optimizer, stored)
+                had = {id(key) for key, states in optimizer.state.items() if states}
+                before = ckpt.agreed(
+                    self._comm, lambda: _with_states(optimizer, lacking) if lacking else None
+                )
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
@@ -230,13 +233,25 @@ class Restorer:
             )
         except ckpt.CheckpointError:
             if optimizer is not None and before is not None:
-                optimizer.state.clear()
+                for key in [key for key in optimizer.state if id(key) not in had]:
+                    del optimizer.state[key]
                 restore_optimizer_extra(optimizer, before)
             raise
         state.finish_load(held, targets)
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report
+
+    def _lacking(self, optimizer: Optimizer, stored: set[str]) -> list[Tensor]:
+        """Return the optimizer's parameters whose states are stored, but not there: unused or frozen yet."""
+        model, mine = self._state.model, {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [
+            parameter
+            for name, parameter in named_parameters(model.module)
+            if id(parameter) in mine
+            and model.first_name(name) in stored
+            and not optimizer.state.get(parameter)
+        ]
 
     def _targets(
         self, optimizer: Optimizer | None, stored: set[str], model_too: bool
@@ -268,10 +283,10 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
     return ckpt.from_rank_0(comm, find)
 
 
-def _with_states(optimizer: Optimizer) -> Mapping[str, Any]:
+def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:
     """Create the states of parameters; return the extra state from before, to which it is set back."""
     before = copy.deepcopy(current_extra(optimizer))
-    state.create_states(optimizer)
+    state.create_states(optimizer, lacking)
     restore_optimizer_extra(optimizer, copy.deepcopy(before))
     return before
 
