@@ -94,10 +94,7 @@ class FoundModel:
             ValueError: a tensor doesn't say which part of a whole it is, or two stages have the same name;
                 the same on all ranks.
         """
-        parts = [model] if isinstance(model, nn.Module) else list(model)
-        if not parts or not all(isinstance(part, nn.Module) for part in parts):
-            raise TypeError(f"model must be a torch.nn.Module, or a list of them; got {model!r}")
-        self.module: nn.Module = Parts(parts)
+        self.module: nn.Module = Parts(parts_of(model))
         self._names, self._comm = names, comm
         self.ties: dict[str, str] = {}
         self.reshard()
@@ -163,6 +160,14 @@ class FoundModel:
             return name
         return self._names(name) if callable(self._names) else self._names.get(name, name)
 
+    def _other_names(self) -> str:
+        """Return the problem with a mapping of names that the model doesn't have; "" if there is none."""
+        if self._names is None or callable(self._names):
+            return ""
+        here = {name for name, _ in (*named_parameters(self.module), *persistent_buffers(self.module))}
+        strangers = [name for name in self._names if name not in here and not name.endswith("_extra_state")]
+        return f"names has {strangers[0]}, which this rank's model doesn't have" if strangers else ""
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in (*named_parameters(self.module), *persistent_buffers(self.module)):
             yield self.first_name(name), tensor
@@ -170,7 +175,7 @@ class FoundModel:
     def _find_stages(self) -> tuple[int, list[_Stage], list[_Mesh]]:
         """Return this rank's stage, all stages by their first ranks, and this rank's meshes. Collective."""
         mine: list[_Mesh] = []
-        problem = _problem(self.module)
+        problem = _problem(self.module) or self._other_names()
         digest = blake2b(digest_size=16)
         for name, tensor in self._tensors():
             cut: Any = ""
@@ -208,6 +213,14 @@ class FoundModel:
                     f"ranks {other} and {rank} have different models, and both have {name}: pass names=, "
                     "which maps a stage's names to the whole model's"
                 )
+
+
+def parts_of(model: Any) -> list[nn.Module]:
+    """Return the modules of a model, one or several stages; raises TypeError if it isn't made of modules."""
+    parts = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Sequence) else []
+    if not parts or not all(isinstance(part, nn.Module) for part in parts):
+        raise TypeError(f"model must be a torch.nn.Module, or a list of them; got {model!r}")
+    return parts
 
 
 def _stage(entries: list[tuple[int, tuple[_Mesh, ...], str]]) -> _Stage:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 from parallel import HostComm
-from parallel.found_model import FoundModel, Names
+from parallel.found_model import FoundModel, Names, parts_of
 from parallel.tensors import WRAPPED
 from uni3d.checkpoint.model_spec import declared
 from uni3d.checkpoint.restore import Restorer, Wanted, newest
@@ -25,6 +25,8 @@ from uni3d.config.sections import CheckpointConfig
 from uni3d.config.strict import validate
 from uni3d.state import Inventory
 from uni3d.train_state import Progress, RunState
+
+T = TypeVar("T")
 
 
 class Restored(NamedTuple):
@@ -97,12 +99,11 @@ class Checkpointer:
                 state can't be saved; the same on all ranks.
             TypeError: an argument is of another type.
         """
-        options = _settings(settings)
-        _check_types(optimizer, dataloader, objects or {})
-        self.run = run
+        self._comm = comm = connect()
+        options = _together(comm, lambda: _checked(model, optimizer, dataloader, objects, settings))
+        self.run, self._settings = run, settings
         given = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         self._given: dict[str, Any] = given | {"dataloader": dataloader, "objects": objects, "names": names}
-        self._comm = comm = connect()
         self._model = FoundModel(model, comm, names)
         self._state = RunState(
             model=self._model,
@@ -165,12 +166,12 @@ class Checkpointer:
         Raises:
             ckpt.CheckpointError: it failed, or the save before did; the same on all ranks. An older one of
                 this tag is as it was.
+            TypeError: an argument is of another type on some rank; the same on all.
         """
-        if type(step) is not int or step < 0:
-            raise TypeError(f"step must be the number of optimizer steps taken; got {step!r}")
+        kept = _together(self._comm, lambda: _checked_save(step, client_state))
         self._state.progress.global_steps = step
         frozen = not exclude_frozen_parameters
-        self._saver.save(self.run, tag, dict(client_state or {}), update_latest=save_latest, frozen=frozen)
+        self._saver.save(self.run, tag, kept, update_latest=save_latest, frozen=frozen)
         return SaveHandle(self._saver, f"global_step{step}" if tag is None else str(tag))
 
     def restore(self, tag: str | int | None = None, *, strict: bool = True) -> Restored | None:
@@ -208,8 +209,7 @@ class Checkpointer:
 
     def is_of(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
         """Return whether it was made of these very objects, and with these settings. Local."""
-        same = all(self._given[key] is value for key, value in given.items())
-        return same and self._state.settings == _settings(settings)
+        return self._settings == settings and all(self._given[key] is value for key, value in given.items())
 
 
 class _Loader:
@@ -232,11 +232,34 @@ class _Loader:
         """Leave it as it is: the script has just made it."""
 
 
-def _settings(given: Mapping[str, Any]) -> CheckpointConfig:
-    return validate(CheckpointConfig, dict(given), "checkpoint")
+def _together(comm: HostComm, check: Callable[[], T]) -> T:
+    """Return this rank's result of `check`; raise the error of the first rank that has one. Collective."""
+    found: list[T] = []
+    errors: list[Exception] = []
+    try:
+        found.append(check())
+    except (TypeError, ValueError) as error:
+        errors.append(error)
+    everyone = comm.all_reduce(errors, lambda parts: [error for part in parts for error in part][:1])
+    if everyone:
+        raise everyone[0]
+    return found[0]
 
 
-def _check_types(optimizer: Any, dataloader: Any, objects: Mapping[str, Any]) -> None:
+def _checked_save(step: Any, client_state: Any) -> dict[str, Any]:
+    """Return a copy of the client state."""
+    if type(step) is not int or step < 0:
+        raise TypeError(f"step must be the number of optimizer steps taken; got {step!r}")
+    if client_state is not None and not isinstance(client_state, Mapping):
+        raise TypeError(f"client_state must be a dict; got {client_state!r}")
+    return dict(client_state or {})
+
+
+def _checked(
+    model: Any, optimizer: Any, dataloader: Any, objects: Any, settings: Mapping[str, Any]
+) -> CheckpointConfig:
+    """Return the settings, once all arguments are of the right types."""
+    parts_of(model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be one torch.optim.Optimizer; got {type(optimizer).__name__}")
     for method in ("state_dict", "load_state_dict"):
@@ -245,13 +268,14 @@ def _check_types(optimizer: Any, dataloader: Any, objects: Mapping[str, Any]) ->
                 f"dataloader is a {type(dataloader).__name__}, which has no {method}: give one that has a "
                 "state, as torchdata's StatefulDataLoader, or leave it out"
             )
-    for name, item in objects.items():
+    for name, item in (objects or {}).items():
         if not isinstance(name, str) or not name.isidentifier():
             raise TypeError(f"objects has the name {name!r}; expected letters, digits and _, as in Python")
         if not all(callable(getattr(item, method, None)) for method in ("state_dict", "load_state_dict")):
             raise TypeError(
                 f"objects[{name!r}] is a {type(item).__name__}, which has no state_dict and load_state_dict"
             )
+    return validate(CheckpointConfig, dict(settings), "checkpoint")
 
 
 def connect() -> HostComm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -9,6 +10,7 @@ import torch
 
 import ckpt
 from parallel import HostComm
+from uni3d.manifest import RunManifest
 from uni3d.state import BUFFER, Held
 
 SAMPLED = 1024
@@ -35,6 +37,16 @@ def check_copies(comm: HostComm, arrays: Sequence[Held]) -> None:
     mine = {first: {name: (comm.rank, d) for name, d in found} for first, found in samples if first in differ}
     named = comm.all_reduce([mine], lambda parts: [one for part in parts for one in part])
     raise ckpt.CheckpointError(_difference(named))
+
+
+def digests_of(manifest: RunManifest, stage: int) -> dict[tuple[str, int], bytes]:
+    """Return digests of a rank's step and optimizer, for `extra_state.check_alike`."""
+    found = {("the step", 0): _digest(str(manifest.step))}
+    if (optimizer := manifest.optimizer) is not None:
+        values = {"groups": optimizer.groups, "scalars": optimizer.scalars}
+        text = json.dumps(values, sort_keys=True, default=repr)
+        found["the optimizer's record of hyperparameters and step counts", stage] = _digest(text)
+    return found
 
 
 def _difference(found: Sequence[_Digests]) -> str:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
-from parallel.found_model import Names
+from parallel.found_model import Names, parts_of
 from uni3d.checkpoint.checkpointer import Checkpointer, Restored, SaveHandle, connect
 from uni3d.checkpoint.restore import newest
 from uni3d.manifest import RunManifest
@@ -93,7 +93,7 @@ def stored_client_state(run: str | Path, tag: str | int | None = None) -> tuple[
 def _kept(run: str | Path, given: dict[str, Any], settings: dict[str, Any]) -> Checkpointer:
     """Return the model's Checkpointer of these objects and settings; make it if it has none. Collective."""
     model = given["model"]
-    owner = vars(model if isinstance(model, nn.Module) else model[0])
+    owner = vars(parts_of(model)[0])
     known: Checkpointer | None = owner.get(_KEPT)
     if known is not None and known.is_of(given, settings):
         known.run = run

@@ -15,7 +15,7 @@ import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
-from uni3d.checkpoint.copies import check_copies
+from uni3d.checkpoint.copies import check_copies, digests_of
 from uni3d.checkpoint.data_state import DataSaver
 from uni3d.checkpoint.extra_state import (
     Digests,
@@ -128,7 +128,10 @@ class Saver:
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
             manifest = replace(self._manifest(client_state, extra, frozen), data=data)
             taken.append(_Taken(where, name, plan, parts, manifest))
-            return name, chosen, tuple(sorted(extra.digests(stage).items()))
+            digests = extra.digests(stage)
+            if self._compare_copies:
+                digests |= digests_of(manifest, stage)
+            return name, chosen, tuple(sorted(digests.items()))
 
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
         found = ckpt.distinct(self._comm, take)

@@ -58,16 +58,17 @@ def test_a_parameter_that_grows_between_two_saves(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("alone")
 def test_weights_tied_and_untied_between_saves(tmp_path: Path) -> None:
     model, reader = net(), net(4)
+    model[1].weight = model[0].weight
     checkpointer = uni3d.Checkpointer(tmp_path, model=model)
     checkpointer.save(1)
-    model[1].weight = model[0].weight
+    model[1].weight = nn.Parameter(torch.randn(4, 4))
     checkpointer.save(2).wait()
-    reader[1].weight = reader[0].weight
     uni3d.load(tmp_path, model=reader)
     check_equal(reader, model.state_dict())
-    model[1].weight = nn.Parameter(torch.randn(4, 4))
+    model[1].weight = model[0].weight
     checkpointer.save(3).wait()
     reader = net(5)
+    reader[1].weight = reader[0].weight
     uni3d.load(tmp_path, model=reader)
     check_equal(reader, model.state_dict())
 

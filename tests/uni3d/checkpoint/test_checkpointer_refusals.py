@@ -56,6 +56,32 @@ def meta(run: str) -> None:
     uni3d.save(run, model=model, step=1)
 
 
+def other_rates(run: str) -> None:
+    model = nn.Linear(4, 4)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.ones_(model.bias)
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["lr"] = 0.1 + dist.get_rank()
+    uni3d.save(run, model=model, optimizer=optimizer, step=1)
+
+
+def other_steps(run: str) -> None:
+    torch.manual_seed(0)
+    uni3d.save(run, model=nn.Linear(4, 4), step=dist.get_rank(), tag="last")
+
+
+def bad_step_on_one_rank(run: str) -> None:
+    uni3d.save(run, model=nn.Linear(4, 4), step=1 if dist.get_rank() else "one")  # type: ignore[arg-type]
+
+
+def bad_setting_on_one_rank(run: str) -> None:
+    uni3d.save(run, model=nn.Linear(4, 4), step=1, keep_last=dist.get_rank())
+
+
+def strange_names(run: str) -> None:
+    uni3d.save(run, model=nn.Linear(4, 4), step=1, names={"wieght": "weight"})
+
+
 REFUSED: dict[Callable[[str], None], str] = {
     cut_by_hand: r"weight is \[2, 4\] float32 on rank 0, but \[3, 4\] float32 on rank 1: a tensor must",
     equal_parts: r"weight/fp32 has other numbers on rank 1 than on rank 0, though both hold the same part",
@@ -63,6 +89,11 @@ REFUSED: dict[Callable[[str], None], str] = {
     early_optimizer: r"the optimizer has a parameter of shape \[4, 4\] that isn't the model's: make",
     other_optimizer: r"the optimizer has a parameter of shape \[3, 3\] that isn't the model's: make",
     partial_sum: "is a partial sum",
+    other_rates: "the optimizer's record of hyperparameters and step counts differs between ranks 0 and 1",
+    other_steps: "the step differs between ranks 0 and 1",
+    bad_step_on_one_rank: "step must be the number of optimizer steps taken; got 'one'",
+    bad_setting_on_one_rank: "checkpoint.keep_last is 0: input should be greater than 0",
+    strange_names: "names has wieght, which this rank's model doesn't have",
     meta: "weight is on the meta device: it has no values",
 }
 
