@@ -104,8 +104,9 @@ def test_readme_config() -> None:
     (text,) = blocks(README, "json")
     assert len(text.splitlines()) == 12
     assert load_config(json.loads(text)).parallel.dp == "auto"
-    (diff,) = blocks(README, "diff")
+    diff, own_loop = blocks(README, "diff")
     assert len(re.findall(r"^[+-]", diff, re.MULTILINE)) == 6
+    assert own_loop in blocks(ROOT / "docs" / "integrations.md", "diff"), "which tests run"
 
 
 def test_checkpoint_section_shows_the_defaults() -> None:

@@ -56,12 +56,6 @@ def test_the_pages_names_of_a_stage() -> None:
     assert names["whole_name"]("norm.weight") == "norm.weight"
 
 
-def test_the_readme_shows_the_pages_script() -> None:
-    readme = (PAGE.parents[1] / "README.md").read_text()
-    diffs = re.findall(r"^```diff\n.*?^```$", readme, re.M | re.S)
-    assert any(diff in PAGE.read_text() for diff in diffs)
-
-
 def test_the_package_loads_no_library() -> None:
     code = (
         "import sys, uni3d.integrations; print({'torch', 'transformers', 'accelerate'} & sys.modules.keys())"
