@@ -244,7 +244,8 @@ def missing_arrays(saved: RunManifest, given: Given, *, any_states: bool) -> Ite
 def _changes(saved: RunManifest, given: Given) -> Iterator[str]:
     """Yield a line for each value of the run, or of the checkpoint, that won't be used."""
     if given.optimizer is not None and saved.optimizer is not None:
-        yield from _hyperparameters(saved.optimizer, given.optimizer, given.whose)
+        scheduled = given.scheduler is not None and saved.scheduler is not None
+        yield from _hyperparameters(saved.optimizer, given.optimizer, given.whose, scheduled=scheduled)
         if given.scheduler is None and saved.scheduler is not None:
             rates = ", ".join(f"{group['lr']:g}" for group in saved.optimizer.groups if "lr" in group)
             rates = f"the learning rate stays at {rates}"
@@ -256,7 +257,9 @@ def _changes(saved: RunManifest, given: Given) -> Iterator[str]:
         yield from _order(saved, given)
 
 
-def _hyperparameters(saved: OptimizerRecord, given: GivenOptimizer, whose: str) -> Iterator[str]:
+def _hyperparameters(
+    saved: OptimizerRecord, given: GivenOptimizer, whose: str, *, scheduled: bool
+) -> Iterator[str]:
     """Yield a line for each different hyperparameter, except those that a scheduler moves."""
     if given.groups is None:
         if saved.type == given.type:
@@ -264,7 +267,8 @@ def _hyperparameters(saved: OptimizerRecord, given: GivenOptimizer, whose: str) 
         return
     for i, (there, here) in enumerate(zip(saved.groups, given.groups, strict=False)):
         for key in sorted(there.keys() & here.keys() - IMPLEMENTATION_KEYS):
-            if not _same(here[key], there[key]) and f"initial_{key}" not in here:
+            moves = f"initial_{key}" in here or (key == "lr" and scheduled)
+            if not _same(here[key], there[key]) and not moves:
                 yield _kept(f"group {i}'s {key}", here[key], there[key], whose)
         for key in sorted(there.keys() - here.keys() - IMPLEMENTATION_KEYS):
             yield f"group {i}'s {key} ({there[key]}) in the checkpoint has no counterpart in {whose}"
@@ -279,7 +283,10 @@ def _of_config(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any], wh
             yield _kept(key, value, having[0][key], whose)
 
 
-_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"}
+_PROGRESS = {
+    *("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
+    *("best", "num_bad_epochs", "cooldown_counter"),  # of ReduceLROnPlateau
+}
 
 
 def without_progress(state: Any) -> Any:

@@ -9,6 +9,7 @@ Modules:
     background         the host memory of an asynchronous save
     extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
     extra_load         the extra states of a checkpoint: compared, read, given back
+    json_state         states of schedulers and loops as JSON
     data_state         where the script's own loaders of data stand
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest

@@ -24,6 +24,7 @@ from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
+from uni3d.checkpoint.json_state import decoded, encoded
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
@@ -136,7 +137,7 @@ class Restorer:
             restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
             rates = [float(rate) for rate in getattr(scheduler, "base_lrs", ())]  # a SequentialLR has none
-            scheduler.load_state_dict(saved.scheduler)
+            scheduler.load_state_dict(decoded(saved.scheduler))
             if self._state.schedule is not None and isinstance(scheduler, LambdaLR):
                 same = saved.schedule in (None, describe_schedule(self._state.schedule))
                 go_on(scheduler, self._state.schedule, None if same else rates)
@@ -302,7 +303,7 @@ def _given_data(state: RunState) -> tuple[str, int, bool] | None:
 
 def _given(scheduler: LRScheduler, schedule: SchedulerConfig | None) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
-    state = scheduler.state_dict()
+    state = encoded(scheduler.state_dict(), "the scheduler's state")
     return GivenScheduler(
         type=type(scheduler).__name__,
         keys=state.keys(),

@@ -24,6 +24,7 @@ from uni3d.checkpoint.extra_state import (
     check_nothing_is_lost,
     extra_states,
 )
+from uni3d.checkpoint.json_state import encoded
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SAMPLE_ORDER, SCRIPT, EngineRecord, RunManifest, WriterRecord
@@ -73,7 +74,7 @@ class Saver:
         _check_data(comm, state)
         if state.lr_scheduler is not None:
             try:
-                ckpt.check_json(state.lr_scheduler.state_dict(), "its state")
+                encoded(state.lr_scheduler.state_dict(), "its state")
             except ckpt.CheckpointError as error:
                 kind = type(state.lr_scheduler).__name__
                 raise ValueError(f"{kind} can't be saved: {error}") from None
@@ -247,7 +248,7 @@ class Saver:
             model=model_record,
             optimizer=optimizer,
             aliases=dict(model.ties),
-            scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+            scheduler=None if scheduler is None else encoded(scheduler.state_dict(), "the scheduler's state"),
             schedule=None if scheduler is None else describe_schedule(self._state.schedule),
             engine=EngineRecord(
                 global_steps=progress.global_steps,

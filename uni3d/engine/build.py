@@ -340,6 +340,11 @@ def _make_scheduler(
         assert settings.scheduler is not None, "checked above"
         return make_scheduler(settings.scheduler, optimizer)
     scheduler: Scheduler = given if isinstance(given, Scheduler) else given(optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau takes a metric at each step, and the engine steps the schedule without one: "
+            "step it in your loop, over the optimizer that initialize returns"
+        )
     if scheduler.optimizer is not optimizer:
         raise ValueError("lr_scheduler is over another optimizer; pass initialize() that optimizer too")
     return scheduler

@@ -4,5 +4,4 @@ Modules:
     transformers  a callback for the Trainer of Hugging Face's transformers
     accelerate    checkpoints of all that an Accelerator has prepared
     lightning     a callback for the Trainer of PyTorch Lightning
-    json_state    states with tensors and infinities as JSON
 """

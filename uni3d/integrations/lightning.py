@@ -18,12 +18,11 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _Prefet
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import RandomSampler
 
 import ckpt
 from uni3d.checkpoint.checkpointer import Checkpointer, Restored
-from uni3d.integrations.json_state import decoded, encoded
+from uni3d.checkpoint.json_state import decoded, encoded
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 """Strategies whose model keeps parameters that say which part of a whole they are."""
@@ -95,12 +94,12 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         _check(trainer)
         trainer.fit_loop.setup_data()  # Lightning does the same for Trainer.estimated_stepping_batches
         self._data = TrainingLoaders(_stateful(trainer))
-        scheduler = _scheduler(trainer)
+        schedules = trainer.lr_scheduler_configs
         self.checkpointer = Checkpointer(
             self.run,
             model=trainer.strategy.model,
             optimizer=trainer.optimizers[0] if trainer.optimizers else None,
-            lr_scheduler=None if isinstance(scheduler, ReduceLROnPlateau) else scheduler,
+            lr_scheduler=schedules[0].scheduler if schedules else None,
             dataloader=self._data if self._data.loaders else None,
             **self.settings,
         )
@@ -128,23 +127,11 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         precision = trainer.precision_plugin
         if record["precision"] is not None and record["precision"][0] == type(precision).__qualname__:
             precision.load_state_dict(record["precision"][1])
-        self._take_up_plateau(trainer, record["plateau"])
         loop = trainer.fit_loop
         loop.load_state_dict(record["loops"])
         if record["epoch_ended"]:  # the loops would take it for an epoch that goes on
             loop._restarting = loop.epoch_loop.restarting = False
         return record
-
-    def _take_up_plateau(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
-        scheduler = _scheduler(trainer)
-        if (state is None) == isinstance(scheduler, ReduceLROnPlateau):
-            before, now = ("no", "a") if state is None else ("a", "no")
-            raise ckpt.CheckpointError(
-                f"the checkpoint has {before} ReduceLROnPlateau, and configure_optimizers returns {now} such "
-                "scheduler: return the one that the run had"
-            )
-        if state is not None:
-            scheduler.load_state_dict(state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the loaders go on where they were. Local."""
@@ -237,7 +224,7 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             return
         assert self.checkpointer is not None, "on_fit_start has run"
         record, self._due = self._due, None
-        precision, scheduler = trainer.precision_plugin, _scheduler(trainer)
+        precision = trainer.precision_plugin
         scaling = precision.state_dict()
         record |= {
             "hooks": _hooks(trainer),
@@ -245,7 +232,6 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             if trainer.datamodule is None
             else call._call_lightning_datamodule_hook(trainer, "state_dict"),
             "precision": [type(precision).__qualname__, scaling] if scaling else None,
-            "plateau": scheduler.state_dict() if isinstance(scheduler, ReduceLROnPlateau) else None,
         }
         self.checkpointer.save(self._step, client_state={_KEY: encoded(record, "the Trainer's state")})
 
@@ -271,14 +257,6 @@ def _check(trainer: Trainer) -> None:
     others = [c for c in trainer.callbacks if isinstance(c, UniversalCheckpoint)]
     if len(others) > 1:
         raise ValueError(f"the Trainer has {len(others)} callbacks UniversalCheckpoint; give it one")
-
-
-def _scheduler(trainer: Trainer) -> Any:
-    """Return the scheduler, if there is one.
-
-    A ReduceLROnPlateau's state has infinities, which JSON lacks, so it goes with the record.
-    """
-    return trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
 
 
 # --- Lightning's loops and loaders ------------------------------------------------------------------------

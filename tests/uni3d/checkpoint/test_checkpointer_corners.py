@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, ReduceLROnPlateau
 
 import uni3d
 
@@ -145,3 +147,40 @@ def whole_parameters_shown(run: str) -> None:
 @pytest.mark.parametrize("case", [cut_buffer, whole_parameters_shown], ids=lambda case: case.__name__)
 def test_on_two_ranks(ranks: Ranks, tmp_path: Path, case: Callable[[str], None]) -> None:
     ranks.run(2, case, str(tmp_path))
+
+
+SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
+    "milestones": lambda optimizer: MultiStepLR(optimizer, [2, 4], gamma=0.1),
+    "plateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=0, factor=0.5),
+    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, 5),
+}
+
+
+def rates(scheduler: Any, optimizer: Optimizer, steps: range) -> list[float]:
+    found = []
+    for step in steps:
+        optimizer.step()
+        scheduler.step(*([1.0 + step] if isinstance(scheduler, ReduceLROnPlateau) else []))
+        found.append(float(optimizer.param_groups[0]["lr"]))
+    return found
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_whose_states_json_lacks(tmp_path: Path, kind: str, tensor: bool) -> None:
+    """Counters, infinities, and rates that are tensors."""
+
+    def made() -> tuple[nn.Module, Optimizer, Any]:
+        model = net()
+        optimizer = SGD(model.parameters(), lr=torch.tensor(0.8) if tensor else 0.8)
+        return model, optimizer, SCHEDULES[kind](optimizer)
+
+    model, optimizer, scheduler = made()
+    rates(scheduler, optimizer, range(2))
+    uni3d.save(tmp_path, model=model, optimizer=optimizer, lr_scheduler=scheduler, step=2).wait()
+    expected = rates(scheduler, optimizer, range(2, 5))
+    model, optimizer, scheduler = made()
+    uni3d.load(tmp_path, model=model, optimizer=optimizer, lr_scheduler=scheduler)
+    assert rates(scheduler, optimizer, range(2, 5)) == pytest.approx(expected, rel=1e-6)
+    assert len({*expected}) > 1

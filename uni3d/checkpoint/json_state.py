@@ -1,9 +1,10 @@
-"""States with tensors and infinities as JSON, for a checkpoint's `client_state`."""
+"""States with tensors, infinities and counters as JSON: those of schedulers, and of other loops."""
 
 from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import ckpt
 LARGEST = 1 << 20
 """Bytes of a tensor that a state may hold; larger ones belong in a module's buffers."""
 
-_TENSOR, _FLOAT = "uni3d.tensor", "uni3d.float"
+_TENSOR, _FLOAT, _COUNTER = "uni3d.tensor", "uni3d.float", "uni3d.counter"
 
 
 def encoded(value: Any, where: str) -> Any:
@@ -24,6 +25,10 @@ def encoded(value: Any, where: str) -> Any:
     Raises:
         ckpt.CheckpointError: it can't be; names the place.
     """
+    if type(value) is Counter:
+        pairs = [[key, number] for key, number in value.items()]
+        ckpt.check_json(pairs, where)
+        return {_COUNTER: pairs}
     if isinstance(value, dict):
         ckpt.check_json(dict.fromkeys(value), where)
         return {key: encoded(item, f"{where}[{key!r}]") for key, item in value.items()}
@@ -53,6 +58,8 @@ def decoded(value: Any) -> Any:
         return value
     if value.keys() == {_FLOAT}:
         return float(value[_FLOAT])
+    if value.keys() == {_COUNTER}:
+        return Counter(dict(value[_COUNTER]))
     if value.keys() == {_TENSOR}:
         dtype, shape, data = value[_TENSOR]
         flat = torch.from_numpy(np.frombuffer(base64.b64decode(data), np.uint8).copy())
