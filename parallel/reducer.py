@@ -108,20 +108,30 @@ class Reducer:
         if self._shown or not is_whole(group):
             self._gather()
 
-    def _gather(self) -> None:
-        """Start to gather what isn't whole, in the order of the forward pass. A layer waits for its own."""
+    def _before_gather(self) -> None:
         self.carry_writes()
         self._shown = False
         self._root._get_fsdp_state()._lazy_init()
         if not any(map(is_whole, self._groups)):
             self._watch.before_gather()
+
+    def _gather(self) -> None:
+        """Start to gather what isn't whole, in the order of the forward pass. A layer waits for its own."""
+        self._before_gather()
         for group in reversed(self._groups):
             start_gathering(group)
 
     def _wait(self) -> None:
-        """Make all parameters whole, those of layers that this rank didn't run included."""
-        self._gather()
-        for group in self._groups:
+        """Make all parameters whole, those of layers that this rank didn't run included.
+
+        One layer is gathered while the one before it is put into place, so that only two are in memory twice.
+        """
+        self._before_gather()
+        order = [*reversed(self._groups)]
+        for group, following in zip(order, [*order[1:], None], strict=True):
+            start_gathering(group)
+            if following is not None:
+                start_gathering(following)
             group.wait_for_unshard()
 
     def reshard(self) -> None:

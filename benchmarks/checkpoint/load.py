@@ -42,8 +42,12 @@ pp, tp and dp up to 4. dp = 3 divides neither the vocabulary nor the dims that t
 
 def figures(bench: Bench) -> list[Row]:
     """Load on the topology that saved: two ranks, everything in the page cache."""
+    return [*_same_topology(bench, 3), *_same_topology(bench, 1)]
+
+
+def _same_topology(bench: Bench, zero: int) -> list[Row]:
     with Pool(2) as pool, pool.group(2) as ranks:
-        save.prepare(bench, ranks)
+        save.prepare(bench, ranks, Place(1, 2, 1, zero))
         ranks.call(dcp.prepare, bench.options)
         run = one_folder(bench.workspace, ranks, "ours", subject.save, durable=False)
         theirs = one_folder(bench.workspace, ranks, "dcp", dcp.save, durable=False)
@@ -53,12 +57,13 @@ def figures(bench: Bench) -> list[Row]:
             "ours": lambda: ranks.time(subject.load, run).seconds,
             "raw": lambda: ranks.time(yardsticks.read_files, paths, sizes).seconds,
             "dcp": lambda: ranks.time(dcp.load, theirs).seconds,
+            "gather": lambda: ranks.time(subject.show_parameters).seconds,
         }
         for arm in arms.values():
             arm()
         times = take_turns(arms, bench.repeats)
-    figure = "load into existing tensors, checksums verified, same topology, 2 ranks"
-    return [
+    figure = f"load into existing tensors, checksums verified, same topology, 2 ranks, ZeRO {zero}"
+    rows = [
         Row(
             figure=figure,
             ours=times["ours"],
@@ -68,6 +73,10 @@ def figures(bench: Bench) -> list[Row]:
         ),
         Row(figure=figure, ours=times["ours"], yardstick="DCP", theirs=times["dcp"]),
     ]
+    gathers = "gathering whole parameters, which a load ends with and the next step needs"
+    if zero < 3:
+        rows.append(Row(figure=figure, ours=times["ours"], yardstick=gathers, theirs=times["gather"]))
+    return rows
 
 
 def _check_that_it_loads(ranks: Group, run: Path) -> None:

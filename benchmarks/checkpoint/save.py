@@ -28,9 +28,9 @@ def figures(bench: Bench) -> list[Row]:
         return rows + _buffered(bench, ranks, sizes, specs)
 
 
-def prepare(bench: Bench, ranks: Group) -> None:
+def prepare(bench: Bench, ranks: Group, place: Place = PLACE) -> None:
     """Make an engine with moments, and a buffer of its shard's size, on each of two ranks."""
-    ranks.call(subject.make_engine, PLACE, bench.options, step=True)
+    ranks.call(subject.make_engine, place, bench.options, step=True)
     ranks.call(yardsticks.prepare, max(ranks.call(subject.bytes_held)))
 
 

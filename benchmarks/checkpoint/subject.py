@@ -116,6 +116,13 @@ def load(rank: Rank, run: Path) -> None:
         rank.kept["engine"].load_checkpoint(run, "bench")
 
 
+def show_parameters(rank: Rank) -> None:
+    """Gather whole parameters, as a load does at ZeRO 0 to 2."""
+    zero = rank.kept["engine"].model.zero
+    zero.reshard()
+    zero.show_parameters()
+
+
 def bytes_read(rank: Rank) -> int:
     """Return the bytes that this rank read in its last load, by uni3d's count."""
     return int(rank.kept["engine"].last_load.bytes_read)
