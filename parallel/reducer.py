@@ -128,10 +128,9 @@ class Reducer:
         """
         self._before_gather()
         order = [*reversed(self._groups)]
-        for group, following in zip(order, [*order[1:], None], strict=True):
-            start_gathering(group)
-            if following is not None:
-                start_gathering(following)
+        for i, group in enumerate(order):
+            for started in order[i : i + 2]:
+                start_gathering(started)
             group.wait_for_unshard()
 
     def reshard(self) -> None:

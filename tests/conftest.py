@@ -22,6 +22,14 @@ def ranks() -> Iterator[Ranks]:
     pool.stop()
 
 
+@pytest.fixture(scope="module")
+def fresh_ranks(ranks: Ranks) -> Iterator[None]:
+    """Worker processes of a file's own: accelerate and its like keep what one case told them for the next."""
+    ranks.stop()
+    yield
+    ranks.stop()
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test's own process is the only rank, as a script that torchrun didn't start."""

@@ -127,7 +127,7 @@ def test_the_page_s_manifest_is_what_is_written(tmp_path):
 def test_every_key_of_the_manifest_is_in_the_page() -> None:
     keys = set(re.findall(r"^\| `(\w+)` \| [a-z ]+ \|", PAGE, re.MULTILINE))
     example, part = json.loads(EXAMPLE), json.loads(PART)
-    optional = {"data"}  # of a run whose loader has a state
+    optional = {"data", "dcp"}  # of a run whose loader has a state, and of DCP's saves
     assert keys - optional == set(example) - {"crc32c"} | set(part["embed.weight"]["fp32"])
     assert f"| `version` | integer | of this page: `{FORMAT_VERSION}` |" in PAGE
     assert f'| `format` | string | `"{FORMAT_NAME}"` |' in PAGE

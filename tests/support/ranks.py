@@ -132,6 +132,7 @@ def _run_case(
     torch.set_num_threads(1)
     warnings.simplefilter("error")  # as pytest does in its own process
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # advice on full_tensor's speed
+    environment = dict(os.environ)
     try:
         if file not in modules:
             spec = importlib.util.spec_from_file_location(f"case_{len(modules)}", file)
@@ -152,6 +153,9 @@ def _run_case(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        for name in os.environ.keys() - environment.keys():  # libraries read them in later cases
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 class Cleaner:

@@ -30,6 +30,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from uni3d.integrations.accelerate import AcceleratorCheckpointer
 
+pytestmark = pytest.mark.usefixtures("fresh_ranks")
+
 GLOBAL_BATCH, SAMPLES, EPOCHS, SEED = 6, 30, 2, 11
 STEPS = SAMPLES // GLOBAL_BATCH
 

@@ -17,7 +17,10 @@ from lightning_runs import EPOCHS, alone, fit_case
 import ckpt
 from uni3d.manifest import RunManifest
 
-pytestmark = pytest.mark.slow  # ranks take many seconds to import Lightning
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_ranks"),
+]  # ranks take many seconds to import Lightning
 
 MID = {"keeper": {"every_n_steps": 5}, "stop": 7}
 """Ends after step 7, in an epoch, and leaves a checkpoint of step 5."""

@@ -18,7 +18,10 @@ from lightning_runs import BATCH, Net, Pool, data, fit_case
 import ckpt
 from uni3d.integrations.lightning import UniversalCheckpoint
 
-pytestmark = pytest.mark.slow  # ranks take many seconds to import Lightning
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_ranks"),
+]  # ranks take many seconds to import Lightning
 
 
 def refused_case(run: str, seed: int, options: dict[str, Any]) -> str:

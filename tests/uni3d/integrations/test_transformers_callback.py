@@ -22,6 +22,8 @@ from transformers.trainer_callback import ExportableState
 import uni3d
 from uni3d.integrations.transformers import CheckpointCallback
 
+pytestmark = pytest.mark.usefixtures("fresh_ranks")
+
 GLOBAL_BATCH, STEPS = 12, 5
 
 
