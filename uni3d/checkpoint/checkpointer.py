@@ -102,8 +102,10 @@ class Checkpointer:
         self._comm = comm = connect()
         options = _together(comm, lambda: _checked(model, optimizer, dataloader, objects, settings))
         self.run, self._settings = run, settings
-        given = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        self._given: dict[str, Any] = given | {"dataloader": dataloader, "objects": objects, "names": names}
+        given: dict[str, Any] = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        given |= {"dataloader": dataloader, "objects": objects, "names": names}
+        # A script may make the same list or dict anew for each call.
+        self._given = {key: _members(value) for key, value in given.items()}
         self._model = FoundModel(model, comm, names)
         self._state = RunState(
             model=self._model,
@@ -209,7 +211,8 @@ class Checkpointer:
 
     def is_of(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
         """Return whether it was made of these very objects, and with these settings. Local."""
-        return self._settings == settings and all(self._given[key] is value for key, value in given.items())
+        same = all(_alike(self._given[key], _members(value)) for key, value in given.items())
+        return same and self._settings == settings
 
 
 class _Loader:
@@ -230,6 +233,20 @@ class _Loader:
 
     def begin_anew(self) -> None:
         """Leave it as it is: the script has just made it."""
+
+
+def _members(value: Any) -> dict[Any, Any]:
+    """Return the members of a mapping or a sequence; of anything else, itself."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return dict(enumerate(value)) if isinstance(value, Sequence) else {None: value}
+
+
+def _alike(mine: dict[Any, Any], given: dict[Any, Any]) -> bool:
+    """Return whether the members are the same objects, or the same names."""
+    return mine.keys() == given.keys() and all(
+        item is given[key] or (isinstance(item, str) and item == given[key]) for key, item in mine.items()
+    )
 
 
 def _together(comm: HostComm, check: Callable[[], T]) -> T:

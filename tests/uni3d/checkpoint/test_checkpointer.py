@@ -335,9 +335,15 @@ def test_functions_keep_what_they_plan(tmp_path: Path) -> None:
     kept = vars(model)["_uni3d_checkpointer"]
     uni3d.save(tmp_path / "run", model=model, optimizer=optimizer, step=2).wait()
     assert vars(model)["_uni3d_checkpointer"] is kept
+    average = Counter()
+    for step in (3, 4):  # lists and dicts are made anew in each call
+        given = {"objects": {"average": average}, "names": {"first.weight": "begin.weight"}}
+        uni3d.save(tmp_path / "run", model=[model], optimizer=optimizer, step=step, **given).wait()
+        kept = vars(model)["_uni3d_checkpointer"] if step == 3 else kept
+    assert vars(model)["_uni3d_checkpointer"] is kept
     for name, copied in ("deep", copy.deepcopy(model)), ("pickled", pickle.loads(pickle.dumps(model))):
         uni3d.save(tmp_path / name, model=copied, step=1).wait()
-    uni3d.save(tmp_path / "run", model=model, step=3).wait()
+    uni3d.save(tmp_path / "run", model=model, step=5).wait()
     assert vars(model)["_uni3d_checkpointer"] is not kept
 
 
