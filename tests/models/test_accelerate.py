@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import WIDTH, seeded
+from models import WIDTH, Net, seeded
 from ranks import Ranks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,18 +25,6 @@ RATE, EPS, DECAY = 0.01, 1e-3, 0.01
 OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "eps": EPS}}
 RATES = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
 SCHEDULER = {"type": "WarmupLR", "params": RATES | {"warmup_type": "linear"}}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.out = nn.Linear(WIDTH, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return self.out(x)
 
 
 def data() -> tuple[Tensor, Tensor]:

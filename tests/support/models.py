@@ -41,6 +41,20 @@ class OwnLoss(nn.Module):
         return F.mse_loss(self.out(self.decode(hidden)), y)
 
 
+class Net(nn.Module):
+    """Plain layers, for loops that compute the loss themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.out = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+
 class Stack(nn.Module):
     """Chain that can be cut into pipeline stages; its loss is a sum and a number of terms."""
 

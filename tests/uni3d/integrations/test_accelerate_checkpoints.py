@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from marks import slow
-from models import WIDTH, seeded
+from models import WIDTH, Net, seeded
 from page_diffs import script
 from ranks import RankError, Ranks
 from torch import Tensor, nn
@@ -34,18 +34,6 @@ pytestmark = pytest.mark.usefixtures("fresh_ranks")
 
 GLOBAL_BATCH, SAMPLES, EPOCHS, SEED = 6, 30, 2, 11
 STEPS = SAMPLES // GLOBAL_BATCH
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.out = nn.Linear(WIDTH, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return self.out(x)
 
 
 class Average:
