@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ FOLDERS = [TESTS / "support", TESTS / "models", TESTS / "uni3d", TESTS.parent / 
 sys.path[:0] = map(str, FOLDERS)
 
 from ranks import Ranks  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests and all imported modules out of every later garbage collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
