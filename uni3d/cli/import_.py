@@ -74,6 +74,10 @@ def import_(
         list[str] | None,
         Option(help="Your own class that is pickled in SRC, to be ignored. Can be repeated."),
     ] = None,
+    trust: Annotated[
+        bool,
+        Option("--trust", help="Read SRC's pickles without trying them in a process with limits first."),
+    ] = False,
     no_checksums: Annotated[
         bool, Option("--no-checksums", help="Skip SRC's checksums and the comparison of its copies.")
     ] = False,
@@ -99,6 +103,7 @@ def import_(
         stand_ins=tuple(stand_in or ()),
         weights_only=weights_only,
         verify=not no_checksums,
+        trust=trust,
     )
     found = read(src, kind, options)
     _check_used(options, found)

@@ -174,3 +174,5 @@ class Options:
     """True if the optimizer state isn't read; its format then doesn't matter."""
     verify: bool = True
     """True if the source's checksums are verified."""
+    trust: bool = False
+    """True if pickles aren't tried in another process first."""

@@ -166,8 +166,13 @@ class Layout:
                     "supported; load it with torch and save it again"
                 )
             raise CheckpointError(f"{self.path} has no {METADATA}{why}")
-        stand_ins = self._options.stand_ins
-        found = read_pickle(file.read_bytes(), str(file), stand_ins=stand_ins, names=_METADATA_NAMES)
+        found = read_pickle(
+            file.read_bytes(),
+            str(file),
+            stand_ins=self._options.stand_ins,
+            names=_METADATA_NAMES,
+            trust=self._options.trust,
+        )
         if not isinstance(found, StandIn) or not found.name.endswith(".Metadata"):
             raise CheckpointError(f"{file} holds {found!r}, expected torch's Metadata")
         return found
