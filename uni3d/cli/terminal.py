@@ -20,6 +20,9 @@ from uni3d.units import format_bytes
 if TYPE_CHECKING:
     from ckpt.stores import Store
 
+_LONGEST = 10_000
+"""Characters of an error that are printed."""
+
 out = Console()
 err = Console(stderr=True)
 
@@ -60,12 +63,21 @@ def open_run(run: str) -> Store:
 
 def say(line: object) -> None:
     """Print a line verbatim: not wrapped, and without reading brackets in names as markup."""
-    out.print(Text(str(line)), soft_wrap=True)
+    out.print(Text(_escaped(str(line))), soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    """Return the text with escapes for what would steer the terminal: a name may hold any character."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def complain(error: object) -> None:
     """Print an error as one line on stderr."""
-    text = " ".join(str(error).splitlines())
+    text = _escaped(" ".join(str(error).splitlines()))
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text)} characters)"
     err.print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
 
 
@@ -112,7 +124,7 @@ def _padded(cell: str, spaces: int, right: bool) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _escaped(str(value))
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:
