@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from ckpt import CheckpointError, committed_tags
 from ckpt.format import MANIFEST
@@ -38,6 +40,12 @@ _READERS: dict[str, Callable[[Path, Options], Source]] = {
 }
 KINDS = tuple(_READERS)
 _TORCH = (".pt", ".pth", ".bin")
+_NUMBERED = re.compile(r"(?:checkpoint|step|epoch)[-_](\d+)")
+"""Names of checkpoints in the folder of a run of transformers, accelerate and scripts like theirs."""
+
+
+class UnknownKindError(CheckpointError):
+    """A file or folder in which nothing looks like a checkpoint."""
 
 
 def read(path: Path, kind: str, options: Options) -> Source:
@@ -89,21 +97,27 @@ def kind_of(path: Path, tag: str | None = None) -> str:
     found |= sets(place)
     check_one(place, found)
     if not found:
-        raise CheckpointError(_unknown(path))
+        _refuse_unknown(path)
     return next(iter(found.values()))
 
 
-def _unknown(path: Path) -> str:
-    """Return the error for a folder of no known kind, with its folders that may be of one."""
+def _refuse_unknown(path: Path) -> NoReturn:
+    """Raise the error for a folder of no known kind, with its folders that may be of one."""
+    numbered = {int(m[1]): each for each in path.iterdir() if (m := _NUMBERED.fullmatch(each.name))}
+    if numbered:
+        names = ", ".join(numbered[n].name for n in sorted(numbered))
+        newest = numbered[max(numbered)]
+        raise CheckpointError(f"{path} is the folder of a run ({names}); did you mean {newest}?")
     marks = (METADATA, "latest", "*_model_states.pt", *(f"*{suffix}" for suffix in SUFFIXES))
     inside = [
         each.name
         for each in sorted(path.iterdir())
         if each.is_dir() and any(any(each.glob(mark)) for mark in marks)
     ]
-    return (
+    text = (
         f"{path} isn't a known kind of checkpoint. Expected {METADATA} (torch's distributed checkpoint, "
         "Megatron), *_model_states.pt (DeepSpeed), *.safetensors or *.bin (Hugging Face). "
         + (f"Its folders {', '.join(inside)} may be; give one of them. " if inside else "")
         + "To override the detection, use --from"
     )
+    raise CheckpointError(text) if inside else UnknownKindError(text)

@@ -21,6 +21,8 @@ Array = npt.NDArray[Any]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 Read = Callable[[], Array]
 """Reads the verified values, in a type that converts to the stored one exactly. Thread-safe."""
+ReadPart = Callable[[tuple[slice, ...]], Array]
+"""Reads a part, given a slice for each dim, without the rest."""
 
 
 class FilePlace(NamedTuple):
@@ -45,6 +47,10 @@ class ForeignArray:
     read: Read
     origin: str
     """Place in the source, shown to the user."""
+    own_dtype: str | None = None
+    """Type in the source; None if it isn't known."""
+    read_part: ReadPart | None = None
+    """None if the tensor is read whole."""
     place: FilePlace | None = None
     """Place from which `tensor_parts.read_parts` reads; None in sources that it doesn't read."""
 

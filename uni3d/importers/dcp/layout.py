@@ -74,6 +74,8 @@ class Layout:
         self.where = str(path)
         self.left_out: list[str] = []
         self._sizes: dict[str, int] = {}
+        self._maps: dict[str, memoryview] = {}
+        self._verified: dict[FileRange, StoredTensor] = {}
         content = self._metadata()
         self.tensors: dict[str, ChunkedTensor] = {}
         self.objects: dict[str, FileRange] = {}
@@ -113,6 +115,25 @@ class Layout:
             row: Array = self._read(tensor, (1, *tensor.shape[1:]), part)[0]
             return row
         return self._read(tensor, tensor.shape, tensor.chunks)
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> Array:
+        """Return a part of a tensor, given a slice for each dim; only chunks that it meets are read.
+
+        Raises:
+            CheckpointError: one of these is damaged, or doesn't match the metadata.
+        """
+        tensor = self.tensors[name]
+        values = np.empty([each.stop - each.start for each in part], numpy_dtype(tensor.dtype))
+        for chunk in tensor.chunks:
+            cuts = [
+                (max(want.start, begin), min(want.stop, begin + size))
+                for want, begin, size in zip(part, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if all(low < high for low, high in cuts):
+                there = tuple(slice(a - o, b - o) for (a, b), o in zip(cuts, chunk.offsets, strict=True))
+                here = tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(cuts, part, strict=True))
+                values[here or ...] = self._chunk(tensor, chunk)[there or ...]
+        return values
 
     def _read(self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> Array:
         if len(chunks) == 1:
@@ -235,6 +256,8 @@ class Layout:
         return FileRange(file=file, offset=offset, length=length)
 
     def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
+        if verify and chunk.place in self._verified:  # a tensor may be read in many parts
+            return self._verified[chunk.place].read()
         stored = self._open(chunk.place, tensor.name, verify=verify).load()
         what = f"{self.path / chunk.place.file}: {tensor.name} at {list(chunk.offsets)}"
         if not isinstance(stored, StoredTensor):
@@ -244,11 +267,17 @@ class Layout:
                 f"{what} is {stored.dtype}{list(stored.shape)}, expected {tensor.dtype}{list(chunk.sizes)} "
                 f"from {METADATA}"
             )
-        return stored.read()
+        values = stored.read()
+        if verify:
+            self._verified[chunk.place] = stored
+        return values
 
     def _open(self, place: FileRange, name: str, *, verify: bool = True) -> TorchFile:
-        with (self.path / place.file).open("rb") as file:  # the map lives as long as its arrays
-            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if place.file not in self._maps:
+            with (self.path / place.file).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[place.file] = memoryview(mapped)
+        whole = self._maps[place.file]
         data = whole[place.offset : place.offset + place.length]
         # A safetensors file begins with the length, in eight bytes, of the JSON that follows.
         if bytes(data[:2]) != b"PK" and bytes(whole[8:9]) == b"{":
