@@ -74,7 +74,7 @@ def _tag_rows(run: str, tag: str | None, newest: ckpt.Checkpoint) -> list[dict[s
                 "latest": not alone and checkpoint.tag == newest.tag,
                 "step": manifest.step,
                 "created": manifest.created,
-                "written on": _written_on(manifest),
+                "written on": _written_on(checkpoint, manifest),
                 "atoms": len(checkpoint.atoms),
                 "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
             }
@@ -82,8 +82,12 @@ def _tag_rows(run: str, tag: str | None, newest: ckpt.Checkpoint) -> list[dict[s
     return rows
 
 
-def _written_on(manifest: RunManifest) -> str:
+def _written_on(checkpoint: ckpt.Checkpoint, manifest: RunManifest) -> str:
+    from uni3d.importers.in_place import ForeignCheckpoint
+
     imported = manifest.imported_from
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return f"{imported}, in place"
     return str(manifest.written_on or "unknown") if imported is None else f"imported from {imported}"
 
 

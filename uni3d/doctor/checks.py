@@ -106,7 +106,7 @@ def notes(config: Config | None, manifest: RunManifest) -> Iterator[str]:
     groups = 0 if saved is None else len(saved.groups)
     muon = config is not None and config.optimizer is not None and config.optimizer.type == "Muon"
     if config is not None and config.optimizer is None and saved is not None:
-        yield f"the config names no optimizer: the script must pass {saved.type}"
+        yield f"the config names no optimizer: the script must pass {saved.type or 'one of its class'}"
     if groups > 1 and not muon:
         yield f"the optimizer has {groups} parameter groups: the script must create the same"
     if manifest.writer.imported and saved is not None:
