@@ -68,7 +68,7 @@ def doctor(
     from uni3d.doctor import examine
 
     try:
-        asked = _asked(world_size, {"pp": pp, "dp": dp, "tp": tp}, zero, memory)
+        asked = _asked(world_size or 0, {"pp": pp, "dp": dp, "tp": tp}, zero, memory)
         report = examine(run, tag, asked, config, model, kind)
     except (CheckpointError, OSError, ValueError) as error:
         others = _other_checkpoints(run, error) if isinstance(error, CheckpointError) else ""
@@ -94,10 +94,8 @@ def _other_checkpoints(run: str, error: CheckpointError) -> str:
 
 
 def _asked(world: int, degrees: dict[str, int | None], zero: int | None, memory: str | None) -> Asked:
-    from parallel.degrees import check_world_size
     from uni3d.doctor.topologies import Asked
 
-    check_world_size(world, {axis: n for axis, n in degrees.items() if n is not None})
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
     return Asked(world=world, **degrees, zero=zero, memory=limit)
 
@@ -154,6 +152,7 @@ def _restored(found: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrapped("lacks" if not i else "", f"{name}: {why}" if why else name)
     for line in found["left_out"]:
         yield from _wrapped("left out", line)
+    yield from _wrapped("goes on", f"on {', '.join(map(str, found['ranks']))} ranks, of those tried")
 
 
 def _config(report: Mapping[str, Any]) -> Iterator[str]:
@@ -175,7 +174,9 @@ def _about(report: Mapping[str, Any]) -> str:
     if report["train_batch_size"] is not None:
         counts.append(f"global batch {report['train_batch_size']}")
     counts.append(f"{report['class'] or 'model'}, {format_bytes(report['bytes'])}")
-    if report["imported_from"]:
+    if report["in_place"]:
+        counts.append(f"of {report['imported_from']}, in place")
+    elif report["imported_from"]:
         counts.append(f"imported from {report['imported_from']}")
     elif report["written_on"]:
         counts.append("written on " + " ".join(f"{axis}{n}" for axis, n in report["written_on"].items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -207,12 +206,10 @@ def _origin(source: Source) -> str:
 def _renamed(source: Source, name_map: Path | None) -> Source:
     if name_map is None:
         return source
+    from uni3d.importers.in_place import renamed
     from uni3d.name_map import NameMap
 
-    names = NameMap.load(name_map)
-    renamed = source.renamed(names.rename_all([*(array.name for array in source.arrays), *source.aliases]))
-    idle = [f"pattern {pattern!r} of the name map: it matches no tensor" for pattern in names.unused]
-    return replace(renamed, left_out=[*renamed.left_out, *idle])
+    return renamed(source, NameMap.load(name_map))
 
 
 def _check_optimizer(source: Source, given: str | None) -> None:

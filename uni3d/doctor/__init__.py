@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ckpt
 from ckpt.read import WEIGHT_STATES
+from parallel.degrees import check_world_size
 from uni3d.config import load_config
 from uni3d.doctor import checks
 from uni3d.doctor.memory import Known
@@ -26,6 +28,8 @@ from uni3d.importers import in_place
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
 
+WORLDS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of ranks that another framework's checkpoint is tried on."""
 FEW = 3
 """Most reasons that are put into one sentence."""
 
@@ -48,6 +52,7 @@ def examine(
     """
     checkpoint = in_place.open(run, tag, kind=kind, states=False)
     manifest = RunManifest.of(checkpoint)
+    asked = _on_ranks(asked, manifest)
     source = SavedModel(checkpoint.arrays, manifest)
     known = None if model is None else Known(model, source)
     values = _values(config_path, known)
@@ -73,8 +78,12 @@ def examine(
         **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
         "warnings": changes,
-        "in_place": _in_place(checkpoint, manifest),
-        "notes": [*checks.notes(config, manifest), *_own_shapes(source)],
+        "in_place": (found := _in_place(checkpoint, manifest, fitter)),
+        "notes": [
+            *checks.notes(config, manifest, in_place=found is not None),
+            *_own_shapes(source),
+            *_whole_reads(checkpoint),
+        ],
         "whole": whole,
         "config_given": config is not None,
         "activations_counted": known is not None,
@@ -182,7 +191,17 @@ def _recommended(
     }
 
 
-def _in_place(checkpoint: ckpt.Checkpoint, manifest: RunManifest) -> dict[str, Any] | None:
+def _on_ranks(asked: Asked, manifest: RunManifest) -> Asked:
+    """Return the question with a number of ranks; one process is taken to have written an import."""
+    if not asked.world:
+        ranks = manifest.writer.ranks
+        asked = replace(asked, world=1 if ranks is None else ranks.total)
+    given = {axis: n for axis in ("pp", "dp", "tp") if (n := getattr(asked, axis)) is not None}
+    check_world_size(asked.world, given)
+    return asked
+
+
+def _in_place(checkpoint: ckpt.Checkpoint, manifest: RunManifest, fitter: Fitter) -> dict[str, Any] | None:
     """Return what a load of another framework's checkpoint restores, and what isn't there; None for ours."""
     if not isinstance(checkpoint, in_place.ForeignCheckpoint):
         return None
@@ -203,7 +222,17 @@ def _in_place(checkpoint: ckpt.Checkpoint, manifest: RunManifest) -> dict[str, A
         there["client state"] = ", ".join(manifest.client_state)
     wanted = {"optimizer": "its states and hyperparameters", "LR schedule": "", "step": "it counts from 0"}
     lacks = {name: why for name, why in wanted.items() if name not in there}
-    return {"restored": there, "lacks": lacks, "left_out": checkpoint.left_out}
+    ranks = [n for n in WORLDS if fitter.answer(Asked(world=n)).topologies]
+    return {"restored": there, "lacks": lacks, "left_out": checkpoint.left_out, "ranks": ranks}
+
+
+def _whole_reads(checkpoint: ckpt.Checkpoint) -> Iterator[str]:
+    """Yield a note if another framework's checkpoint can't be read in parts."""
+    if isinstance(checkpoint, in_place.ForeignCheckpoint) and (n := checkpoint.whole_reads):
+        yield (
+            f"{n} of {len(checkpoint.arrays)} arrays are read whole by each rank that has a part of them: "
+            "import the checkpoint if it is large, or loaded often"
+        )
 
 
 def _own_shapes(source: SavedModel) -> Iterator[str]:

@@ -6,6 +6,7 @@ Modules:
     detect         which framework wrote a file or folder, and the reader for it
     source         the result of a reader: arrays that are read on demand, and everything else
     write          write a source as a checkpoint of uni3d, array by array
+    in_place       the same, read and loaded without writing it
     pickles        the restricted unpickler: plain containers, tensors, inert stand-ins; nothing else
     torch_files    files of `torch.save`, mapped into memory
     torch_tensors  tensors in those files; each storage is verified when it is first read

@@ -215,6 +215,11 @@ class ForeignCheckpoint(Checkpoint):
             f"{self.url} is a {self.source.kind} checkpoint, without {path}; import it first"
         )
 
+    @property
+    def whole_reads(self) -> int:
+        """Number of arrays of which parts can't be read without the rest."""
+        return sum(array.read_part is None for array in self._of.values())
+
     def in_types(self, wanted: Mapping[ArrayKey, str]) -> ForeignCheckpoint:
         """Return the checkpoint with floating-point arrays in types that are wanted and are the source's own.
 
