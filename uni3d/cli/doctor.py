@@ -150,7 +150,7 @@ def _restored(found: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrapped("restores" if not i else "", f"{name}: {what}")
     for i, (name, why) in enumerate(found["lacks"].items()):
         yield from _wrapped("lacks" if not i else "", f"{name}: {why}" if why else name)
-    for line in found["left_out"]:
+    for line in found["not_read"]:
         yield from _wrapped("left out", line)
     yield from _wrapped("goes on", f"on {', '.join(map(str, found['ranks']))} ranks, of those tried")
 

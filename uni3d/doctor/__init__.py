@@ -223,7 +223,7 @@ def _in_place(checkpoint: ckpt.Checkpoint, manifest: RunManifest, fitter: Fitter
     wanted = {"optimizer": "its states and hyperparameters", "LR schedule": "", "step": "it counts from 0"}
     lacks = {name: why for name, why in wanted.items() if name not in there}
     ranks = [n for n in WORLDS if fitter.answer(Asked(world=n)).topologies]
-    return {"restored": there, "lacks": lacks, "left_out": checkpoint.left_out, "ranks": ranks}
+    return {"restored": there, "lacks": lacks, "not_read": checkpoint.left_out, "ranks": ranks}
 
 
 def _whole_reads(checkpoint: ckpt.Checkpoint) -> Iterator[str]:

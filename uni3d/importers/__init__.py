@@ -14,6 +14,8 @@ Modules:
     state_dicts    safetensors files, and `state_dict`s saved by `torch.save`
     tensor_parts   parts of tensors in safetensors files
     dcp            torch's distributed checkpoint
+    accelerate     the folders of accelerate and transformers' Trainer under FSDP
+    trainer_files  the optimizer, the schedule and the number of steps beside weights
     deepspeed      DeepSpeed's checkpoints, universal ones too
     megatron       Megatron-core's distributed checkpoint
 """

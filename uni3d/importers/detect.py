@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from ckpt import CheckpointError, committed_tags
 from ckpt.format import MANIFEST
+from uni3d.importers.accelerate import is_sharded, read_accelerate
 from uni3d.importers.dcp import read_dcp
 from uni3d.importers.dcp.layout import METADATA
 from uni3d.importers.deepspeed import read_deepspeed
@@ -19,6 +20,7 @@ from uni3d.importers.megatron import BACKEND, read_megatron
 from uni3d.importers.source import PARAMETER, Options, Source
 from uni3d.importers.state_dicts import read_safetensors, read_torch
 from uni3d.importers.torch_files import is_archive
+from uni3d.importers.trainer_files import with_optimizer
 from uni3d.importers.weight_files import (
     SUFFIXES,
     check_one,
@@ -34,6 +36,7 @@ _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "deepspeed": read_deepspeed,
     "deepspeed-universal": read_universal,
     "dcp": read_dcp,
+    "accelerate": read_accelerate,
     "megatron": read_megatron,
     "safetensors": read_safetensors,
     "torch": read_torch,
@@ -60,6 +63,8 @@ def read(path: Path, kind: str, options: Options) -> Source:
     if options.tag is not None and not chosen.startswith("deepspeed"):
         raise CheckpointError(f"--tag only works with DeepSpeed checkpoints; {path} is a {chosen} one")
     found = _READERS[chosen](path, options)
+    if chosen in SUFFIXES.values() and path.is_dir():
+        found = with_optimizer(found, path, options)
     folders = [path, Path(found.where)] if path.is_dir() else [path.parent] if is_index(path) else []
     left_out = [*found.left_out, *unread(folders, found.files)]
     if is_adapter([array.name for array in found.arrays if array.state == PARAMETER]):
@@ -91,6 +96,8 @@ def kind_of(path: Path, tag: str | None = None) -> str:
     place, found = path, dict[str, str]()
     if (path / METADATA).is_file():
         found[METADATA] = "megatron" if (path / BACKEND).is_file() else "dcp"
+    elif is_sharded(path):
+        found["pytorch_model_fsdp_0"] = "accelerate"
     elif folder := checkpoint_folder(path, tag):
         place = folder
         found["*_model_states.pt"] = "deepspeed-universal" if is_universal(folder) else "deepspeed"

@@ -170,6 +170,8 @@ class Options:
     """Name patterns of tensor-parallel parameters, with their rules in `deepspeed.tensor_parallel.RULES`."""
     in_model_order: bool = False
     """True if numbered optimizer states belong to the parameters in the model's order."""
+    optimizer_order: tuple[tuple[str, ...], ...] | None = None
+    """Names of the parameters of a given optimizer, by group, in the order by which torch numbers them."""
     frozen: tuple[str, ...] = ()
     """Name patterns of the parameters that weren't trained, for `in_model_order`."""
     untie: bool = False
