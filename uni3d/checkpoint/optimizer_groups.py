@@ -47,7 +47,7 @@ def describe(
     )
     if optimizer is None:
         return model_record, None
-    names = _names(model)
+    names = names_by_id(model)
     return model_record, OptimizerRecord(
         type=type(optimizer).__name__,
         groups=[_group(group, names) for group in optimizer.param_groups],
@@ -60,7 +60,7 @@ def given_optimizer(
     model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord | None
 ) -> GivenOptimizer:
     """Return the description of this rank's optimizer, to compare with the saved one."""
-    names = _names(model)
+    names = names_by_id(model)
     groups = [_group(group, names) for group in optimizer.param_groups]
     there = [] if saved is None else saved.groups
     for group, given, values in zip(optimizer.param_groups, groups, there, strict=False):
@@ -116,7 +116,7 @@ def check_states(
             )
 
 
-def _names(model: StoredModel) -> dict[int, str]:
+def names_by_id(model: StoredModel) -> dict[int, str]:
     """Return each parameter's name in the whole model, by its id."""
     return {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
 

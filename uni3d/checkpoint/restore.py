@@ -26,7 +26,12 @@ from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.json_state import decoded, encoded
-from uni3d.checkpoint.optimizer_groups import check_states, given_optimizer, restore_optimizer
+from uni3d.checkpoint.optimizer_groups import (
+    check_states,
+    given_optimizer,
+    names_by_id,
+    restore_optimizer,
+)
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
 from uni3d.importers.in_place import ForeignCheckpoint, open_together
@@ -84,13 +89,29 @@ class Restorer:
         self._state.model.reshard()  # parameters are looked up as the optimizer has them
         model = self._state.model
         buffers = [model.first_name(name) for name, _ in persistent_buffers(model.module)]
-        checkpoint = open_together(self._comm, run, tag, buffers=buffers, states=wanted.optimizer)
+        order = self._order() if wanted.optimizer else None
+        states = wanted.optimizer
+        checkpoint = open_together(self._comm, run, tag, buffers=buffers, optimizer=order, states=states)
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
-        report = self._load(checkpoint, saved, wanted)
+        try:
+            report = self._load(checkpoint, saved, wanted)
+        except ckpt.CheckpointError as error:
+            if not isinstance(checkpoint, ForeignCheckpoint) or not checkpoint.left_out:
+                raise
+            raise type(error)(
+                f"{error}; left out of {checkpoint.url}: {'; '.join(checkpoint.left_out)}"
+            ) from None
         if self._comm.rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
             self._tell_resize(saved)
         return Loaded(report, checkpoint.url, saved.client_state)
+
+    def _order(self) -> list[list[str]] | None:
+        """Return the names of the optimizer's parameters, by group."""
+        if self._state.optimizer is None:
+            return None
+        names = names_by_id(self._state.model)
+        return [[names.get(id(p), "") for p in g["params"]] for g in self._state.optimizer.param_groups]
 
     def _tell_resize(self, saved: RunManifest) -> None:
         """Print a line if another topology wrote the checkpoint."""

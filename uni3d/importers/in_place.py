@@ -77,8 +77,8 @@ def open(  # noqa: A001  as in `uni3d.open`
                     "optimizer"
                 )
             return ours
-    names = _name_map(name_map)
-    return _opened(Path(run), tag, kind, tuple(buffers), names, optimizer=optimizer, states=states)
+    given, names = Options(buffers=tuple(buffers)), _name_map(name_map)
+    return _opened(Path(run), tag, kind, given, names, optimizer=optimizer, states=states)
 
 
 def open_together(
@@ -87,11 +87,13 @@ def open_together(
     tag: str | int | None = None,
     *,
     buffers: Collection[str] = (),
+    optimizer: Sequence[Sequence[str]] | None = None,
     states: bool = True,
 ) -> Checkpoint:
     """Open the same checkpoint on every rank; each reads another framework's by itself. Collective.
 
-    `buffers` are the names of this rank's buffers. A checkpoint that each rank has opened stays as it is.
+    `buffers` are the names of this rank's buffers, `optimizer` those of its optimizer's parameters, by group.
+    A checkpoint that each rank has opened stays as it is.
 
     Raises:
         CheckpointError: as `open`, or the ranks see different ones; the same on all ranks.
@@ -106,8 +108,12 @@ def open_together(
             if kind is None:
                 raise
         everyones = comm.all_reduce(set(buffers), ckpt.union)
-        patterns = tuple(map(escape, sorted(everyones)))
-        found = ckpt.agreed(comm, lambda: _opened(Path(run), tag, kind, patterns, None, states=states))
+        order = None if optimizer is None else tuple(map(tuple, optimizer))
+        whole = len(ckpt.distinct(comm, lambda: order)) == 1  # else each has a stage's alone
+        given = Options(
+            buffers=tuple(map(escape, sorted(everyones))), optimizer_order=order if whole else None
+        )
+        found = ckpt.agreed(comm, lambda: _opened(Path(run), tag, kind, given, states=states))
     if len(ckpt.distinct(comm, lambda: _digest(found))) > 1:
         raise CheckpointError(f"{found.url} isn't the same on all ranks; give a folder that all ranks see")
     return found
@@ -145,14 +151,13 @@ def _opened(
     path: Path,
     tag: str | int | None,
     kind: str,
-    buffers: tuple[str, ...],
-    names: NameMap | None,
+    options: Options,
+    names: NameMap | None = None,
     *,
     optimizer: str | None = None,
     states: bool = True,
 ) -> ForeignCheckpoint:
-    deepspeed = kind.startswith("deepspeed")  # which records its buffers
-    options = Options(tag=None if tag is None else tag_text(tag), buffers=() if deepspeed else buffers)
+    options = replace(options, tag=None if tag is None else tag_text(tag))
     try:
         source = _read(path, kind, options, states=states)
     except CheckpointError as error:

@@ -82,6 +82,8 @@ def _source(kind: str, path: Path, options: Options, read: Callable[[Path], _Con
             array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
             if isinstance(tensor, _SafeTensor):
                 array = replace(array, place=FilePlace(file, name), read_part=partial(read_part, file, name))
+            else:
+                array = replace(array, read_part=tensor.read_part)
             tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
             first = arrays.setdefault(tensor.identity if tied else name, array)
             if first is not array:

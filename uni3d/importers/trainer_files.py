@@ -174,7 +174,7 @@ class _Optimizer:
         return self.tensors[name].read()
 
     def read_part(self, name: str, part: tuple[slice, ...]) -> Array:
-        return self.read(name)[part or ...]
+        return self.tensors[name].read_part(part)
 
     def number(self, name: str) -> Any:
         return item(self.tensors[name])
