@@ -82,7 +82,7 @@ def export(
     hf = file_format == "hf"
     plain = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
     states = optimizer or file_format == "deepspeed-universal"
-    checkpoint, of = open_any(run, tag, kind, states=states), _DTYPES[dtype]
+    checkpoint, of = open_any(run, tag, kind, states=states, trains=states), _DTYPES[dtype]
     if hf:
         files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:

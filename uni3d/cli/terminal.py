@@ -69,14 +69,23 @@ def open_run(run: str) -> Store:
     raise ckpt.CheckpointError(f"{store.where('')} {what}; give the folder of a run")
 
 
-def open_any(run: str, tag: str | None, kind: str = "auto", *, states: bool = False) -> Checkpoint:
+def open_any(
+    run: str, tag: str | None, kind: str = "auto", *, states: bool = False, trains: bool = False
+) -> Checkpoint:
     """Open uni3d's own checkpoint, or another framework's in place.
 
-    Optimizer states that can't be read are left out unless `states` is true.
+    Optimizer states that can't be read are left out unless `states` is true. `trains` is whether another
+    trainer is to go on, for which the optimizer's class must be known.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or lacks what is asked for.
     """
     from uni3d.importers import in_place
 
-    return in_place.open(run, tag, kind=kind, states=states)
+    found = in_place.open(run, tag, kind=kind, states=states)
+    if trains and isinstance(found, in_place.ForeignCheckpoint):
+        found.check_class()
+    return found
 
 
 def left_out(checkpoint: Checkpoint) -> list[str]:

@@ -52,7 +52,7 @@ def open(  # noqa: A001  as in `uni3d.open`
         tag: the checkpoint's name in the run's folder, by default the newest.
         kind: kind of another framework's checkpoint, as for `uni3d import --from`.
         name_map: regular expression -> new name of a tensor, or None to leave it out; or a JSON file of it.
-        buffers: name patterns of buffers, where the source doesn't record which tensors are.
+        buffers: patterns of the source's names of buffers, where it doesn't record which tensors are.
         optimizer: class of the optimizer, where the source doesn't record it.
         states: False if optimizer states that can't be read are to be left out.
 
@@ -225,16 +225,23 @@ class ForeignCheckpoint(Checkpoint):
         """Number of arrays of which parts can't be read without the rest."""
         return sum(array.read_part is None for array in self._of.values())
 
-    def in_types(self, wanted: Mapping[ArrayKey, str]) -> ForeignCheckpoint:
-        """Return the checkpoint with floating-point arrays in types that are wanted and are the source's own.
+    def check_class(self) -> None:
+        """Raise CheckpointError if there is an optimizer whose class isn't known."""
+        known = self.source.optimizer is None or self.source.optimizer.type or self._optimizer
+        if not known:
+            raise CheckpointError(
+                f"{self.url} doesn't record the class of its optimizer; import it, with --optimizer CLASS"
+            )
 
-        Elsewhere they are fp32, as after an import.
+    def in_types(self, wanted: Mapping[ArrayKey, str]) -> ForeignCheckpoint:
+        """Return the checkpoint with floating-point arrays in the types that are wanted, where these can hold
+        all values of the source's own type. Elsewhere they are as after an import.
         """
         arrays = [
-            replace(array, dtype=array.own_dtype)
-            if array.own_dtype in FLOATS and wanted.get(key) == array.own_dtype  # type: ignore[call-overload]
+            replace(array, dtype=wanted[array.key])  # type: ignore[index]
+            if array.own_dtype in FLOATS and _holds(wanted.get(array.key), array.own_dtype)  # type: ignore[call-overload]
             else array
-            for key, array in self._of.items()
+            for array in self.source.arrays
         ]
         return ForeignCheckpoint(replace(self.source, arrays=arrays), self._optimizer)
 
@@ -254,6 +261,11 @@ class ForeignCheckpoint(Checkpoint):
         with self._locks[key]:  # threads that want other parts of it wait for the one that reads it
             whole = self._kept(key)
         return whole[part or ...]
+
+
+def _holds(wanted: str | None, own: str) -> bool:
+    """Return whether the type that is wanted has all values of another floating-point type."""
+    return wanted in FLOATS and np.can_cast(ckpt.numpy_dtype(own), ckpt.numpy_dtype(wanted), "safe")
 
 
 def _info(planned: ArrayPlan) -> ArrayInfo:
