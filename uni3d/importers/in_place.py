@@ -115,7 +115,8 @@ def open_together(
         )
         found = ckpt.agreed(comm, lambda: _opened(Path(run), tag, kind, given, states=states))
     if len(ckpt.distinct(comm, lambda: _digest(found))) > 1:
-        raise CheckpointError(f"{found.url} isn't the same on all ranks; give a folder that all ranks see")
+        urls = " and ".join(sorted(comm.all_reduce({found.url}, ckpt.union)))
+        raise CheckpointError(f"{urls}: not the same checkpoint on all ranks; give a folder that all see")
     return found
 
 
