@@ -25,7 +25,10 @@ def import_(
     ] = None,
     kind: Annotated[
         str,
-        Option("--from", help="auto, deepspeed, deepspeed-universal, dcp, megatron, safetensors or torch."),
+        Option(
+            "--from",
+            help="auto, deepspeed, deepspeed-universal, dcp, accelerate, megatron, safetensors or torch.",
+        ),
     ] = "auto",
     tag: Annotated[
         str | None, Option(help="Tag to read, if SRC has several.", show_default="its newest")
@@ -257,7 +260,7 @@ def _check_used(options: Options, found: Source) -> None:
     for option, given, fits, kinds in (
         ("--split", options.split, deepspeed, "DeepSpeed"),
         ("--in-model-order", options.in_model_order, deepspeed, "DeepSpeed"),
-        ("--untie", options.untie, found.kind in ("dcp", "torch"), "torch and dcp"),
+        ("--untie", options.untie, found.kind in ("dcp", "accelerate", "torch"), "torch, dcp and accelerate"),
     ):
         if given and not fits:
             raise ValueError(f"{option} only works with {kinds} checkpoints; {this}")
