@@ -90,8 +90,15 @@ class Restorer:
         model = self._state.model
         buffers = [model.first_name(name) for name, _ in persistent_buffers(model.module)]
         order = self._order() if wanted.optimizer else None
-        states = wanted.optimizer
-        checkpoint = open_together(self._comm, run, tag, buffers=buffers, optimizer=order, states=states)
+        checkpoint = open_together(
+            self._comm,
+            run,
+            tag,
+            buffers=buffers,
+            ties=model.ties,
+            optimizer=order,
+            states=wanted.optimizer,
+        )
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
         try:
             report = self._load(checkpoint, saved, wanted)

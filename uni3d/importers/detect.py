@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,15 +62,30 @@ def read(path: Path, kind: str, options: Options) -> Source:
         raise CheckpointError(f"{path} doesn't exist")
     chosen = kind_of(path, options.tag) if kind == "auto" else kind
     if options.tag is not None and not chosen.startswith("deepspeed"):
-        raise CheckpointError(f"--tag only works with DeepSpeed checkpoints; {path} is a {chosen} one")
+        raise CheckpointError(f"a tag only works with DeepSpeed checkpoints; {path} is a {chosen} one")
     found = _READERS[chosen](path, options)
     if chosen in SUFFIXES.values() and path.is_dir():
-        found = with_optimizer(found, path, options)
+        found = with_config(with_optimizer(found, path, options), path)
     folders = [path, Path(found.where)] if path.is_dir() else [path.parent] if is_index(path) else []
     left_out = [*found.left_out, *unread(folders, found.files)]
     if is_adapter([array.name for array in found.arrays if array.state == PARAMETER]):
         left_out.append("the base model: SRC has the weights of an adapter (LoRA) alone")
     return replace(found, left_out=left_out)
+
+
+def with_config(source: Source, folder: Path) -> Source:
+    """Return the source of a folder's weights with Hugging Face's description of the model, if any."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return source
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        return source
+    if config.get("quantization_config") is not None:  # of no use for weights that aren't quantized
+        return source
+    declared = {"hugging_face": {"config": config}}
+    return replace(source, declared=declared, files=source.files | {file})
 
 
 def kind_of(path: Path, tag: str | None = None) -> str:

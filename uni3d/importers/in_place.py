@@ -15,6 +15,7 @@ from glob import escape
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from ckpt.read import Arrays, Piece
 from ckpt.shards import ArrayKey
 from ckpt.threads import cores
 from uni3d.importers.detect import KINDS, UnknownKindError, kind_of, read
-from uni3d.importers.source import FLOATS, Array, Options, Source
+from uni3d.importers.source import FLOATS, PARAMETER, Array, ForeignArray, Options, Source
 from uni3d.importers.write import converted, manifest_of, plan_of, read_whole
 from uni3d.name_map import NameMap, Rules
 
@@ -87,13 +88,20 @@ def open_together(
     tag: str | int | None = None,
     *,
     buffers: Collection[str] = (),
+    ties: Mapping[str, str] = MappingProxyType({}),
     optimizer: Sequence[Sequence[str]] | None = None,
     states: bool = True,
 ) -> Checkpoint:
     """Open the same checkpoint on every rank; each reads another framework's by itself. Collective.
 
-    `buffers` are the names of this rank's buffers, `optimizer` those of its optimizer's parameters, by group.
     A checkpoint that each rank has opened stays as it is.
+
+    Args:
+        comm: the ranks.
+        run, tag, states: as for `open`.
+        buffers: names of this rank's buffers.
+        ties: other names of its tied parameters -> their first names.
+        optimizer: names of its optimizer's parameters, by group.
 
     Raises:
         CheckpointError: as `open`, or the ranks see different ones; the same on all ranks.
@@ -107,15 +115,17 @@ def open_together(
             kind = ckpt.from_rank_0(comm, lambda: foreign_kind(run, tag))
             if kind is None:
                 raise
-        everyones = comm.all_reduce(set(buffers), ckpt.union)
+        names, pairs = set(buffers), set(ties.items())
+        names, pairs = comm.all_reduce(names, ckpt.union), comm.all_reduce(pairs, ckpt.union)
         order = None if optimizer is None else tuple(map(tuple, optimizer))
         whole = len(ckpt.distinct(comm, lambda: order)) == 1  # else each has a stage's alone
-        given = Options(
-            buffers=tuple(map(escape, sorted(everyones))), optimizer_order=order if whole else None
+        given = Options(buffers=tuple(map(escape, sorted(names))), optimizer_order=order if whole else None)
+        found = ckpt.agreed(
+            comm, lambda: _opened(Path(run), tag, kind, given, ties=dict(pairs), states=states)
         )
-        found = ckpt.agreed(comm, lambda: _opened(Path(run), tag, kind, given, states=states))
     if len(ckpt.distinct(comm, lambda: _digest(found))) > 1:
-        urls = " and ".join(sorted(comm.all_reduce({found.url}, ckpt.union)))
+        places = comm.all_reduce({found.url}, ckpt.union)
+        urls = " and ".join(sorted(places))
         raise CheckpointError(f"{urls}: not the same checkpoint on all ranks; give a folder that all see")
     return found
 
@@ -126,7 +136,10 @@ def foreign_kind(run: str | Path, tag: str | int | None = None) -> str | None:
     Raises:
         CheckpointError: it isn't clear which checkpoint there is meant.
     """
-    path = Path(run)
+    try:
+        path = Path(ckpt.check_run(run))
+    except CheckpointError:
+        return None
     if "://" in str(run) or not path.exists() or (path / MANIFEST).is_file() or ckpt.committed_tags(path):
         return None
     try:
@@ -155,6 +168,7 @@ def _opened(
     options: Options,
     names: NameMap | None = None,
     *,
+    ties: Mapping[str, str] = MappingProxyType({}),
     optimizer: str | None = None,
     states: bool = True,
 ) -> ForeignCheckpoint:
@@ -165,7 +179,7 @@ def _opened(
         if " --" not in str(error):
             raise
         raise CheckpointError(f"{error} (an option of `uni3d import`, which converts it)") from None
-    source = source if names is None else renamed(source, names)
+    source = _tied(source if names is None else renamed(source, names), ties)
     return ForeignCheckpoint(source, optimizer)
 
 
@@ -178,6 +192,29 @@ def _read(path: Path, kind: str, options: Options, *, states: bool) -> Source:
         reason = f"optimizer state: {error}"
     source = read(path, kind, replace(options, weights_only=True))
     return replace(source, left_out=[*source.left_out, reason])
+
+
+def _tied(source: Source, ties: Mapping[str, str]) -> Source:
+    """Return the source with a model's ties, where it stores tied weights apart or under another name."""
+    weights = {array.name: array for array in source.arrays if array.state == PARAMETER}
+    ties = {other: first for other, first in ties.items() if other in weights}
+    alone = {other: first for other, first in ties.items() if first not in weights}
+    same = {o: f for o, f in ties.items() if o not in alone and _equal(weights[o], weights[f])}
+    if alone:
+        names = {*(array.name for array in source.arrays), *source.aliases}
+        source = source.renamed({name: name for name in names} | alone)
+    if same:
+        source = replace(
+            source,
+            arrays=[array for array in source.arrays if array.name not in same],
+            aliases={**source.aliases, **same},
+            frozen=source.frozen - same.keys(),
+        )
+    return source
+
+
+def _equal(one: ForeignArray, other: ForeignArray) -> bool:
+    return one.shape == other.shape and np.array_equal(read_whole(one), read_whole(other))
 
 
 def _digest(checkpoint: Checkpoint) -> str:
@@ -258,7 +295,13 @@ class ForeignCheckpoint(Checkpoint):
     def _part(self, key: ArrayKey, part: tuple[slice, ...]) -> Array:
         array = self._of[key]
         if array.read_part is not None:
-            return converted(array, array.read_part(part))
+            values = array.read_part(part)
+            wanted = tuple(each.stop - each.start for each in part)
+            if values.shape != wanted:
+                raise CheckpointError(
+                    f"{array.origin} has changed: a part of it isn't {list(wanted)} any more"
+                )
+            return converted(array, values)
         with self._locks[key]:  # threads that want other parts of it wait for the one that reads it
             whole = self._kept(key)
         return whole[part or ...]

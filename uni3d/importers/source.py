@@ -100,6 +100,8 @@ class Source:
     """Loss scale of fp16, in the manifest's form."""
     writer: dict[str, Any] = field(default_factory=dict)
     """Versions and topology of the writer, for information."""
+    declared: dict[str, Any] = field(default_factory=dict)
+    """The model's description, in the manifest's form."""
     client_state: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     """Everything in the source that isn't imported, each with the reason."""

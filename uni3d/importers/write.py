@@ -82,6 +82,7 @@ def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
         model=ModelRecord(
             requires_grad={name: name not in source.frozen for name in parameters},
             buffers=[array.name for array in source.arrays if array.state == BUFFER],
+            declared=source.declared,
         ),
         optimizer=None
         if state is None

@@ -116,7 +116,7 @@ def test_the_doctor_says_what_is_there(tmp_path: Path) -> None:
     assert report["in_place"]["ranks"] == [1, 2, 4], "those that divide the batch of 12"
     done = run("doctor", FIXTURES / KINDS["safetensors"])
     assert done.returncode == 1
-    for words in ("lacks optimizer", "LR schedule", "config.json", "goes on on 1, 2, 4"):
+    for words in ("lacks optimizer", "LR schedule", "generation_config.json: not read", "goes on on 1, 2, 4"):
         assert words in done.words, words
     assert answer("doctor", FIXTURES / KINDS["dcp"])["world_size"] == 1
 
@@ -272,6 +272,26 @@ def test_what_is_opened_can_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(map(torch.equal, mine.state_dict().values(), theirs.state_dict().values()))
     assert report.left_out == ["epoch: not part of the state_dict"]
     assert "left out: epoch: not part of the state_dict" in capsys.readouterr().err
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.last.weight = self.first.weight
+
+
+@pytest.mark.parametrize("names", [("first", "last"), ("last",), ("first",)])
+def test_ties_are_the_models(tmp_path: Path, names: tuple[str, ...]) -> None:
+    values = torch.randn(3, 3)
+    saved(tmp_path / "dcp", {"model": {f"{name}.weight": values.clone() for name in names}})
+    model = Tied()
+    load(tmp_path / "dcp", model=model)
+    assert torch.equal(model.first.weight, values)
+    apart = {"first.weight": values, "last.weight": values + 1}
+    saved(tmp_path / "apart", {"model": apart})
+    with pytest.raises(ckpt.CheckpointError, match=r"unexpected in the checkpoint: last\.weight/fp32"):
+        load(tmp_path / "apart", model=model)
 
 
 # --- a Trainer's folder ------------------------------------------------------------------------------------
