@@ -116,7 +116,7 @@ class Layout:
             return row
         return self._read(tensor, tensor.shape, tensor.chunks)
 
-    def read_part(self, name: str, part: tuple[slice, ...]) -> Array:
+    def read_part(self, name: str, part: tuple[slice, ...], *, verify: bool = True) -> Array:
         """Return a part of a tensor, given a slice for each dim; only chunks that it meets are read.
 
         Raises:
@@ -132,15 +132,15 @@ class Layout:
             if all(low < high for low, high in cuts):
                 there = tuple(slice(a - o, b - o) for (a, b), o in zip(cuts, chunk.offsets, strict=True))
                 here = tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(cuts, part, strict=True))
-                values[here or ...] = self._chunk(tensor, chunk)[there or ...]
+                values[here or ...] = self.chunk(tensor, chunk, verify=verify)[there or ...]
         return values
 
     def _read(self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> Array:
         if len(chunks) == 1:
-            return self._chunk(tensor, chunks[0])
+            return self.chunk(tensor, chunks[0])
         values = np.empty(shape, numpy_dtype(tensor.dtype))
         for chunk in chunks:
-            values[_slices(chunk)] = self._chunk(tensor, chunk)
+            values[_slices(chunk)] = self.chunk(tensor, chunk)
         return values
 
     def tied(self, name: str, owner: str) -> bool:
@@ -166,7 +166,7 @@ class Layout:
         first = next((c for c in tensor.chunks if not any(c.offsets)), None)
         if first is None or not prod(first.sizes):
             return b""
-        return self._chunk(tensor, first, verify=False).ravel()[:_SAMPLE].tobytes()
+        return self.chunk(tensor, first, verify=False).ravel()[:_SAMPLE].tobytes()
 
     def number(self, name: str) -> Any:
         """Return the number in a tensor of one element."""
@@ -255,7 +255,7 @@ class Layout:
             )
         return FileRange(file=file, offset=offset, length=length)
 
-    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
+    def chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
         if verify and chunk.place in self._verified:  # a tensor may be read in many parts
             return self._verified[chunk.place].read()
         stored = self._open(chunk.place, tensor.name, verify=verify).load()
