@@ -98,7 +98,7 @@ def kind_of(path: Path, tag: str | None = None) -> str:
         check_whole(path)
         kind = kind_of_file(path) or ("torch" if is_archive(path) or path.suffix.lower() in _TORCH else None)
         if kind is None:
-            raise CheckpointError(f"{path} is neither a safetensors file nor a file written by torch.save")
+            raise UnknownKindError(f"{path} is neither a safetensors file nor a file written by torch.save")
         return kind
     if (path / MANIFEST).is_file() or committed_tags(path):
         raise CheckpointError(f"{path} already is a uni3d checkpoint or run; load it without an import")
