@@ -149,14 +149,23 @@ def test_the_loss_scale(tmp_path: Path) -> None:
     assert source.loss_scale == {"scale": 1024.0, "terms": None, "hysteresis": 1, "good_steps": 7}
 
 
-def bucketed(folder: Path, weights: dict[str, Tensor], masters: list[Tensor]) -> Path:
-    """Write weights, and the masters and moments of parameters in a bucket, each from a multiple of 64 on."""
+def bucketed(
+    folder: Path, weights: dict[str, Tensor], masters: list[Tensor], moments: tuple[int, ...] = (10,)
+) -> Path:
+    """Write weights, and the masters and moments of parameters in a bucket, each from a multiple of 64 on.
+
+    For each number in `moments`, there is a rank with such a bucket.
+    """
     tensors: dict[str, Any] = {name: [((0,) * w.ndim, w)] for name, w in weights.items()}
-    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_x.bucket_idx_0"
-    for n, state in enumerate(("param", "exp_avg", "exp_avg_sq")):
+    for rank, state, more in (
+        (rank, state, more * n)
+        for rank, more in enumerate(moments)
+        for n, state in enumerate(("param", "exp_avg", "exp_avg_sq"))
+    ):
+        bucket = f"optimizer.distributed.dp_group_idx_{rank}.gbuf_idx_0.dtype_x.bucket_idx_0"
         flat = torch.full((64 * (len(masters) - 1) + masters[-1].numel(),), torch.nan)
         for i, master in enumerate(masters):
-            flat[64 * i : 64 * i + master.numel()] = master.flatten() + 10 * n
+            flat[64 * i : 64 * i + master.numel()] = master.flatten() + more
         tensors[f"{bucket}.{state}"] = [((0,), flat[:40].clone()), ((40,), flat[40:].clone())]
     optimizer = {**common()["optimizer"], "param_state_sharding_type": "dp_reshardable"}
     return write_dist(folder, tensors, common(optimizer=optimizer))
@@ -171,6 +180,17 @@ def test_a_bucket_s_parameters_are_known_by_their_values(tmp_path: Path) -> None
         for n, state in enumerate(("fp32", "exp_avg", "exp_avg_sq")):
             assert torch.equal(torch.from_numpy(found[f"{state}/{name}"]), master + 10 * n), (state, name)
     assert [group["params"] for group in source.optimizer.groups] == [["a.weight"], ["a.bias", "b.weight"]]
+
+
+def test_the_buckets_of_two_ranks_agree(tmp_path: Path) -> None:
+    """Tensor-parallel ranks have a copy each of what isn't split."""
+    master = torch.randn(8)
+    weights = {"a.weight": master.bfloat16()}
+    found = values(source_of(bucketed(tmp_path / "it", weights, [master], moments=(10, 10))))
+    assert torch.equal(torch.from_numpy(found["exp_avg/a.weight"]), master + 10)
+    arrays = source_of(bucketed(tmp_path / "other", weights, [master], moments=(10, 11))).arrays
+    with pytest.raises(CheckpointError, match=r"exp_avg in .* differs from its copy on another rank"):
+        next(array for array in arrays if array.state == "exp_avg").read()
 
 
 def test_a_bucket_that_is_not_clear_is_refused(tmp_path: Path) -> None:
