@@ -73,7 +73,6 @@ __all__ = [
     "load",
     "load_state_dict_from_zero_checkpoint",
     "meta_parameters",
-    "open",
     "save",
 ]
 

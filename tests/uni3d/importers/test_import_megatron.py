@@ -166,7 +166,8 @@ def bucketed(
         flat = torch.full((64 * (len(masters) - 1) + masters[-1].numel(),), torch.nan)
         for i, master in enumerate(masters):
             flat[64 * i : 64 * i + master.numel()] = master.flatten() + more
-        tensors[f"{bucket}.{state}"] = [((0,), flat[:40].clone()), ((40,), flat[40:].clone())]
+        middle = min(40, len(flat) // 2)  # between data-parallel ranks
+        tensors[f"{bucket}.{state}"] = [((0,), flat[:middle].clone()), ((middle,), flat[middle:].clone())]
     optimizer = {**common()["optimizer"], "param_state_sharding_type": "dp_reshardable"}
     return write_dist(folder, tensors, common(optimizer=optimizer))
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from commands import answer
 from hf_models import hf
+from marks import slow
 from models import Net, global_batches, seeded
 from ranks import Ranks
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def made(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, LRSchedule
     return model, optimizer, StepLR(optimizer, 2, 0.5)
 
 
-def accelerate_case(folder: str) -> tuple[Arrays, list[float], list[float]]:
+def accelerate_case(folder: str, form: str) -> tuple[Arrays, list[float], list[float]]:
     """Train under accelerate, save_state, and train on; then load that into a model of FSDP2's own."""
     prepare()
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
@@ -107,7 +108,7 @@ def accelerate_case(folder: str) -> tuple[Arrays, list[float], list[float]]:
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Linear"],
-        state_dict_type="SHARDED_STATE_DICT",
+        state_dict_type=form,
     )
     accel = Accelerator(fsdp_plugin=plugin, step_scheduler_with_optimizer=False)
     model, optimizer, schedule = accel.prepare(*made(seeded(Net)))
@@ -124,13 +125,14 @@ def accelerate_case(folder: str) -> tuple[Arrays, list[float], list[float]]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_accelerates_sharded_folder(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["SHARDED_STATE_DICT", slow("FULL_STATE_DICT")])
+def test_accelerates_folder(ranks: Ranks, tmp_path: Path, form: str) -> None:
     folder = tmp_path / "state"
-    arrays, losses, again = ranks.run(2, accelerate_case, str(folder))[0]
+    arrays, losses, again = ranks.run(2, accelerate_case, str(folder), form)[0]
     assert again == pytest.approx(losses, rel=1e-6)
     found = uni3d.open(folder)
     assert isinstance(found, ForeignCheckpoint)
-    assert found.source.kind == "accelerate"
+    assert found.source.kind == ("accelerate" if form == "SHARDED_STATE_DICT" else "torch")
     assert_same(stored(found), arrays)
     manifest = RunManifest.of(found)
     assert (manifest.step, manifest.scheduler["last_epoch"]) == (BEFORE, BEFORE)  # type: ignore[index]
