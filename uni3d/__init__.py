@@ -85,7 +85,7 @@ _NAMES = {
     "uni3d.engine.data_loader": ["RepeatingLoader"],
     "uni3d.engine.engine": ["Engine"],
     "uni3d.engine.start": ["meta_parameters"],
-    "uni3d.importers.in_place": ["open"],
+    "uni3d.importers.in_place": ["open"],  # not in `__all__`, as a star import would hide Python's
     "uni3d.pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "uni3d.recovery": [
         "clone_tensors_for_torch_save",
