@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
@@ -34,7 +35,7 @@ from uni3d.checkpoint.optimizer_groups import (
 )
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
-from uni3d.importers.in_place import ForeignCheckpoint, open_together
+from uni3d.importers.in_place import ForeignCheckpoint, foreign_kind, open_together
 from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import UNKNOWN, Given, GivenScheduler, compare, without_progress
@@ -321,11 +322,17 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
 
     Raises:
         ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
-            folder of one checkpoint.
+            folder of one checkpoint, or another framework's.
     """
 
     def find() -> str | None:
-        tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        try:
+            tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        except ckpt.CheckpointError:
+            _refuse_foreign(run)
+            raise
+        if tag is None:
+            _refuse_foreign(run)  # a run isn't to begin anew beside it
         if tag is None and store.exists(MANIFEST):
             raise ckpt.CheckpointError(
                 f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
@@ -334,6 +341,18 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
         return tag
 
     return ckpt.from_rank_0(comm, find)
+
+
+def _refuse_foreign(run: str | Path) -> None:
+    """Raise CheckpointError if another framework has saved a run into the folder."""
+    kind = None
+    with contextlib.suppress(ckpt.CheckpointError):
+        kind = foreign_kind(run)
+    if kind not in (None, "safetensors", "torch"):  # weights may lie beside a run
+        raise ckpt.CheckpointError(
+            f"{run} is a {kind} checkpoint: load it in place with load_checkpoint or uni3d.load, and save to "
+            "another folder"
+        )
 
 
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:

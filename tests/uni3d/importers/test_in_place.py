@@ -294,6 +294,13 @@ def test_ties_are_the_models(tmp_path: Path, names: tuple[str, ...]) -> None:
         load(tmp_path / "apart", model=model)
 
 
+@pytest.mark.parametrize("kind", ["deepspeed", "dcp"])
+def test_a_run_does_not_begin_anew_in_a_foreign_folder(kind: str) -> None:
+    keeper = uni3d.Checkpointer(FIXTURES / KINDS[kind], model=network())
+    with pytest.raises(ckpt.CheckpointError, match=f"is a {kind} checkpoint: load it in place"):
+        keeper.restore()
+
+
 # --- a Trainer's folder ------------------------------------------------------------------------------------
 
 
