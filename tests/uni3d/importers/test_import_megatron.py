@@ -157,15 +157,18 @@ def bucketed(
     For each number in `moments`, there is a rank with such a bucket.
     """
     tensors: dict[str, Any] = {name: [((0,) * w.ndim, w)] for name, w in weights.items()}
+    begins = [0]
+    for master in masters:
+        begins.append(-(-(begins[-1] + master.numel()) // 64) * 64)
     for rank, state, more in (
         (rank, state, more * n)
         for rank, more in enumerate(moments)
         for n, state in enumerate(("param", "exp_avg", "exp_avg_sq"))
     ):
         bucket = f"optimizer.distributed.dp_group_idx_{rank}.gbuf_idx_0.dtype_x.bucket_idx_0"
-        flat = torch.full((64 * (len(masters) - 1) + masters[-1].numel(),), torch.nan)
-        for i, master in enumerate(masters):
-            flat[64 * i : 64 * i + master.numel()] = master.flatten() + more
+        flat = torch.full((begins[-2] + masters[-1].numel(),), torch.nan)
+        for begin, master in zip(begins, masters, strict=False):
+            flat[begin : begin + master.numel()] = master.flatten() + more
         middle = min(40, len(flat) // 2)  # between data-parallel ranks
         tensors[f"{bucket}.{state}"] = [((0,), flat[:middle].clone()), ((middle,), flat[middle:].clone())]
     optimizer = {**common()["optimizer"], "param_state_sharding_type": "dp_reshardable"}
@@ -192,6 +195,14 @@ def test_the_buckets_of_two_ranks_agree(tmp_path: Path) -> None:
     arrays = source_of(bucketed(tmp_path / "other", weights, [master], moments=(10, 11))).arrays
     with pytest.raises(CheckpointError, match=r"exp_avg in .* differs from its copy on another rank"):
         next(array for array in arrays if array.state == "exp_avg").read()
+
+
+def test_a_short_parameter_may_begin_as_a_longer_one(tmp_path: Path) -> None:
+    """Biases that haven't moved, one behind the other, could be one that is as long as both."""
+    masters = {"a.bias": torch.zeros(64), "b.bias": torch.zeros(128), "c.weight": torch.randn(4, 4)}
+    weights = {name: master.bfloat16() for name, master in masters.items()}
+    with pytest.raises(CheckpointError, match=r"at 0 of .* are those of b\.bias and a\.bias"):
+        source_of(bucketed(tmp_path / "it", weights, [*masters.values()]))
 
 
 def test_a_bucket_that_is_not_clear_is_refused(tmp_path: Path) -> None:

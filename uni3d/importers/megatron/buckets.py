@@ -162,9 +162,8 @@ class Buckets:
                 for shard in by_first.get((numel, values[:numel].tobytes()), [])
             ]
             fits = [s for s in fits if len(fits) == 1 or self._is_at(s, key, at)]
-            fits = [
-                s for s in fits if s.numel == fits[0].numel
-            ]  # a half of a gated layer begins as the whole
+            # A half of a gated layer begins as the whole.
+            fits = [s for s in fits if s.numel == max(o.numel for o in fits if o.atom == s.atom)]
             if len(fits) != 1:
                 what = " and ".join(shard.atom for shard in fits) or "no weight"
                 raise CheckpointError(f"the values at {at} of {key} are those of {what}")
