@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -18,7 +19,7 @@ from uni3d.importers.deepspeed import read_deepspeed
 from uni3d.importers.deepspeed.folders import checkpoint_folder, is_universal
 from uni3d.importers.deepspeed.universal import read_universal
 from uni3d.importers.megatron import BACKEND, read_megatron
-from uni3d.importers.source import PARAMETER, Options, Source
+from uni3d.importers.source import PARAMETER, Array, ForeignArray, Options, Source
 from uni3d.importers.state_dicts import read_safetensors, read_torch
 from uni3d.importers.torch_files import is_archive
 from uni3d.importers.trainer_files import with_optimizer
@@ -43,6 +44,9 @@ _READERS: dict[str, Callable[[Path, Options], Source]] = {
     "torch": read_torch,
 }
 KINDS = tuple(_READERS)
+_OF_A_WRONG_FORM: tuple[type[Exception], ...] = (ArithmeticError, AttributeError, LookupError, MemoryError)
+_OF_A_WRONG_FORM += (RecursionError, TypeError, ValueError)
+"""Errors of Python's that code raises which follows a form that isn't there."""
 _TORCH = (".pt", ".pth", ".bin")
 _NUMBERED = re.compile(r"(?:checkpoint|step|epoch)[-_](\d+)")
 """Names of checkpoints in the folder of a run of transformers, accelerate and scripts like theirs."""
@@ -60,17 +64,50 @@ def read(path: Path, kind: str, options: Options) -> Source:
     """
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist")
-    chosen = kind_of(path, options.tag) if kind == "auto" else kind
+    with telling_of(path, "known"):
+        chosen = kind_of(path, options.tag) if kind == "auto" else kind
     if options.tag is not None and not chosen.startswith("deepspeed"):
         raise CheckpointError(f"a tag only works with DeepSpeed checkpoints; {path} is a {chosen} one")
-    found = _READERS[chosen](path, options)
-    if chosen in SUFFIXES.values() and path.is_dir():
-        found = with_config(with_optimizer(found, path, options), path)
+    with telling_of(path, chosen):
+        found = _READERS[chosen](path, options)
+        if chosen in SUFFIXES.values() and path.is_dir():
+            found = with_config(with_optimizer(found, path, options), path)
+        found = replace(found, arrays=[_telling(array, path, chosen) for array in found.arrays])
     folders = [path, Path(found.where)] if path.is_dir() else [path.parent] if is_index(path) else []
     left_out = [*found.left_out, *unread(folders, found.files)]
     if is_adapter([array.name for array in found.arrays if array.state == PARAMETER]):
         left_out.append("the base model: SRC has the weights of an adapter (LoRA) alone")
     return replace(found, left_out=left_out)
+
+
+@contextmanager
+def telling_of(path: Path, kind: str) -> Iterator[None]:
+    """Let errors of the block name the checkpoint at `path`, and turn those of a wrong form into one.
+
+    Files of other frameworks have no schema: a number may be a string, a key absent, a list too short, in
+    places without number. Readers check what would be read wrongly; what they can't follow ends here.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except _OF_A_WRONG_FORM as error:
+        raise CheckpointError(
+            f"{path} hasn't the form of a {kind} checkpoint: {type(error).__name__}: {str(error)[:300]}; if "
+            "it loads in the framework that wrote it, report this as an error of uni3d"
+        ) from error
+
+
+def _telling(array: ForeignArray, path: Path, kind: str) -> ForeignArray:
+    """Return an array whose read tells of the checkpoint as `telling_of` does."""
+
+    def read() -> Array:
+        with telling_of(path, kind):
+            return array.read()
+
+    return replace(array, read=read)
 
 
 def with_config(source: Source, folder: Path) -> Source:
