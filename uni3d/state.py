@@ -23,11 +23,20 @@ from ckpt.parts import ArrayInfo
 from ckpt.read import BUFFER as BUFFER
 from ckpt.read import PARAMETER as PARAMETER
 from parallel.dtensor_layout import Place, copy_from_full, local_tensor
+from parallel.flat_parameters import FlatSlice
 from parallel.tensors import named_parameters, persistent_buffers
 from parallel.tensors import sharded_shown as sharded_shown
 from uni3d.stored_model import StoredModel
 
 _NOBODY: Mapping[int, Place] = {}
+
+
+class FlatView(NamedTuple):
+    """Flat parameters of FSDP1 and their states by the parameters' ids, as a save writes them."""
+
+    values: dict[int, Tensor]
+    states: dict[int, dict[str, Any]]
+    """Name -> rows of the state, or a value. Without the parameters that have no states."""
 
 
 class Held(NamedTuple):
@@ -60,11 +69,13 @@ class Inventory:
         *,
         frozen: bool = True,
         extra: Mapping[ArrayKey, Tensor] = MappingProxyType({}),
+        flat: FlatView | None = None,
     ) -> list[Held]:
         """Return this rank's parts of all parameters, buffers and optimizer states, and `extra` tensors.
 
         `with_states` names the parameters whose optimizer states are included; None is all. With
-        `frozen=False`, parameters that don't require a gradient are left out.
+        `frozen=False`, parameters that don't require a gradient are left out. Flat parameters come as `flat`
+        has them; those that it lacks are left out.
 
         Raises:
             CheckpointError: a tensor has a dtype that can't be stored, or its place in the whole is unknown.
@@ -79,6 +90,9 @@ class Inventory:
             first = model.first_name(name)
             savers = None if name not in model.copies else _NOBODY
             fine_dim = 1 if name in model.rowwise else None
+            if model.flat is not None and parameter in model.flat:
+                arrays += self._flat(first, parameter, flat)
+                continue
             arrays.append(self._held(first, PARAMETER, parameter, savers, fine_dim))
             wanted = optimizer if with_states is None or first in with_states else None
             for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
@@ -100,6 +114,20 @@ class Inventory:
             place = ((0,) * tensor.ndim, tuple(tensor.shape))
             arrays.append(self._held(key.atom, key.state, tensor, {saver: place}, None))
         return arrays
+
+    def _flat(self, name: str, parameter: Tensor, flat: FlatView | None) -> list[Held]:
+        if flat is None:
+            raise CheckpointError(
+                f"{name} is in a flat parameter of FullyShardedDataParallel (FSDP1), which this doesn't know"
+            )
+        tensors = dict(flat.states.get(id(parameter), {}))
+        if id(parameter) in flat.values:
+            tensors[PARAMETER] = flat.values[id(parameter)]
+        return [
+            self._held(name, key, value, None, None)
+            for key, value in tensors.items()
+            if isinstance(value, Tensor)
+        ]
 
     def plan(self, arrays: Iterable[Held], files: ckpt.Files) -> ckpt.Plan:
         """Plan the saving of the arrays over the ranks that have the same stages."""
@@ -141,6 +169,12 @@ class Inventory:
         held = Held(spec, part, places if savers is None else savers)
         self._known[key] = held
         return held
+
+
+def flat_part(name: str, state: str, rows: Tensor, place: FlatSlice) -> Held:
+    """Return the entry of rows of a flat parameter, or of a state of it, that are loaded but not saved."""
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return Held(ShardSpec(ArrayKey(name, state), dtype, place.shape, Box(*place.rows)), rows, _NOBODY)
 
 
 def parts_to_save(arrays: Iterable[Held], parts: Mapping[ArrayKey, Box]) -> list[tuple[ShardSpec, Tensor]]:

@@ -6,6 +6,7 @@ Modules:
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
     copies             copies of a tensor on several ranks, compared before a save
+    flat_states        FSDP1's parameters and their states, gathered for a save, and read by rows
     background         the host memory of an asynchronous save
     extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
     extra_load         the extra states of a checkpoint: compared, read, given back

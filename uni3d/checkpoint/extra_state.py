@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 import ckpt
@@ -120,7 +121,9 @@ def check_nothing_is_lost(model: nn.Module) -> None:
     Raises:
         CheckpointError: it has; names it.
     """
-    full = model.state_dict(keep_vars=True)  # first: it reshards what a forward alone left whole
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    # First: it reshards what a forward alone left whole. FSDP1's gathers everything, so that isn't asked for.
+    full = _own_entries(model) if wrapped else model.state_dict(keep_vars=True)
     known = {id(t) for t in (*model.parameters(), *model.buffers())}
     lost = [name for name, t in full.items() if id(t) not in known and not name.endswith("_extra_state")]
     if lost:
@@ -128,6 +131,19 @@ def check_nothing_is_lost(model: nn.Module) -> None:
             f"{type(model).__name__}.state_dict() has {', '.join(lost[:5])}, which a checkpoint wouldn't "
             "keep: it keeps parameters, buffers, and what get_extra_state returns"
         )
+
+
+def _own_entries(model: nn.Module) -> dict[str, Any]:
+    """Return what the modules themselves put into a `state_dict`, with their hooks, but without FSDP1's."""
+    found: dict[str, Any] = {}
+    for prefix, module in modules(model):
+        if not isinstance(module, FullyShardedDataParallel):
+            own: dict[str, Any] = {}
+            module._save_to_state_dict(own, prefix, keep_vars=True)
+            for hook in module._state_dict_hooks.values():
+                hook(module, own, prefix, {})
+            found |= own
+    return found
 
 
 def check_in_layers(model: nn.Module) -> None:

@@ -29,11 +29,12 @@ def describe(
     extra: ExtraStates,
     *,
     frozen: bool,
+    flat: Mapping[int, Mapping[str, Any]],
 ) -> tuple[ModelRecord, OptimizerRecord | None]:
     """Return the manifest's records of this rank's part of the model and the optimizer.
 
     `declared` is the model's own description. With `frozen=False`, parameters that don't require a gradient
-    are left out.
+    are left out. `flat` has the states of flat parameters, by their ids.
     """
     here = {model.first_name(n): p.requires_grad for n, p in named_parameters(model.module)}
     requires_grad = {name: trains for name, trains in here.items() if frozen or trains}
@@ -47,10 +48,11 @@ def describe(
     if optimizer is None:
         return model_record, None
     names = _names(model)
+    states = {id(p): state for p, state in optimizer.state.items()} | {**flat}
     return model_record, OptimizerRecord(
         type=type(optimizer).__name__,
         groups=[_group(group, names) for group in optimizer.param_groups],
-        scalars=_scalars({names[id(p)]: s for p, s in optimizer.state.items() if id(p) in names}),
+        scalars=scalars_of({names[i]: state for i, state in states.items() if i in names}),
         extra_state=None if extra.optimizer is None else extra.optimizer.record(),
     )
 
@@ -123,7 +125,7 @@ def _like(current: Any, saved: Any) -> Any:
     return tuple(saved) if isinstance(current, tuple) else saved
 
 
-def _scalars(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def scalars_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the parameters' states that are single values; those on a device come in one transfer per type.
 
     Raises:

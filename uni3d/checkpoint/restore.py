@@ -24,6 +24,7 @@ from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
+from uni3d.checkpoint.flat_states import FlatTarget, finish_flat, flat_targets
 from uni3d.checkpoint.json_state import decoded, encoded
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.stored_weights import StoredWeights
@@ -223,7 +224,7 @@ class Restorer:
                     self._comm, lambda: _with_states(optimizer, lacking) if lacking else None
                 )
             model_too = wanted.custom is None
-            held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            held, targets, flat = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
             report = ckpt.load(
                 checkpoint,
                 [*targets, *extra.targets(checkpoint), *data.targets(checkpoint)],
@@ -239,6 +240,7 @@ class Restorer:
                 restore_optimizer_extra(optimizer, before)
             raise
         state.finish_load(held, targets)
+        finish_flat(model, flat)
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report
@@ -256,10 +258,12 @@ class Restorer:
 
     def _targets(
         self, optimizer: Optimizer | None, stored: set[str], model_too: bool
-    ) -> tuple[list[state.Held], list[ckpt.Shard]]:
-        held = self._inventory.arrays(optimizer, with_states=stored)
+    ) -> tuple[list[state.Held], list[ckpt.Shard], list[FlatTarget]]:
+        flat = flat_targets(self._state.model, optimizer, stored)
+        held = self._inventory.arrays(optimizer, with_states=stored, flat=state.FlatView({}, {}))
+        held += [target.held for target in flat]
         held = [array for array in held if model_too or _is_moment(array.spec.key)]
-        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
+        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held], flat
 
 
 def newest(comm: HostComm, run: str | Path) -> str | None:

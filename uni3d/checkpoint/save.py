@@ -24,11 +24,12 @@ from uni3d.checkpoint.extra_state import (
     check_nothing_is_lost,
     extra_states,
 )
+from uni3d.checkpoint.flat_states import gather_flat
 from uni3d.checkpoint.json_state import encoded
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SAMPLE_ORDER, SCRIPT, EngineRecord, RunManifest, WriterRecord
-from uni3d.state import Held, Inventory, on_host, parts_to_save
+from uni3d.state import FlatView, Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import RunState
 
 
@@ -112,6 +113,7 @@ class Saver:
         join_all()  # another engine of this process may be saving into the same run
         taken: list[_Taken] = []
         data, tensors = self._data.take()
+        flat = gather_flat(self._state.model, self._state.optimizer, self._comm)
 
         def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
@@ -123,11 +125,11 @@ class Saver:
             files = self._state.settings.files
             chosen = ckpt.files_for(where) if files == "auto" else files
             arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
-            plan, parts = self._parts(arrays, frozen, chosen)
+            plan, parts = self._parts(arrays, flat, frozen, chosen)
             if self.asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            manifest = replace(self._manifest(client_state, extra, frozen), data=data)
+            manifest = replace(self._manifest(client_state, extra, flat, frozen), data=data)
             taken.append(_Taken(where, name, plan, parts, manifest))
             digests = extra.digests(stage)
             if self._compare_copies:
@@ -189,10 +191,10 @@ class Saver:
         self._held, self._plan = [], None
 
     def _parts(
-        self, extra: dict[ckpt.ArrayKey, Tensor], frozen: bool, files: ckpt.Files
+        self, extra: dict[ckpt.ArrayKey, Tensor], flat: FlatView, frozen: bool, files: ckpt.Files
     ) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """Return the plan and this rank's parts by it; plan again only if the arrays have changed. Local."""
-        held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra)
+        held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra, flat=flat)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same or self._plan.files != files:
             self._plan = self._inventory.plan(held, files)
@@ -223,7 +225,9 @@ class Saver:
             threads=threads_per_rank(self._comm.size),
         )
 
-    def _manifest(self, client_state: dict[str, Any], extra: ExtraStates, frozen: bool) -> RunManifest:
+    def _manifest(
+        self, client_state: dict[str, Any], extra: ExtraStates, flat: FlatView, frozen: bool
+    ) -> RunManifest:
         """Return the manifest of this rank's stage. Local.
 
         Values that training may change before the write are copied.
@@ -231,7 +235,7 @@ class Saver:
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, ranks = self._state.scaler, model.ranks
         model_record, optimizer = describe(
-            model, self._state.optimizer, self._model_spec, extra, frozen=frozen
+            model, self._state.optimizer, self._model_spec, extra, frozen=frozen, flat=flat.states
         )
         # Checked here so that the script's own call raises; everything else is checked by the write.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import RankError, Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.optim import AdamW, Optimizer
 
@@ -28,10 +28,6 @@ def cut_by_hand(run: str) -> None:
 def equal_parts(run: str) -> None:
     torch.manual_seed(dist.get_rank())
     uni3d.save(run, model=nn.Linear(4, 2), step=1)
-
-
-def flat_parameters(run: str) -> None:
-    uni3d.save(run, model=FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")), step=1)
 
 
 def early_optimizer(run: str) -> None:
@@ -85,7 +81,6 @@ def strange_names(run: str) -> None:
 REFUSED: dict[Callable[[str], None], str] = {
     cut_by_hand: r"weight is \[2, 4\] float32 on rank 0, but \[3, 4\] float32 on rank 1: a tensor must",
     equal_parts: r"weight/fp32 has other numbers on rank 1 than on rank 0, though both hold the same part",
-    flat_parameters: "the model is wrapped in FullyShardedDataParallel, whose flat parameters",
     early_optimizer: r"the optimizer has a parameter of shape \[4, 4\] that isn't the model's: make",
     other_optimizer: r"the optimizer has a parameter of shape \[3, 3\] that isn't the model's: make",
     partial_sum: "is a partial sum",
