@@ -6,7 +6,8 @@ it as numpy memory with a box.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import ckpt
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Shard, ShardSpec
@@ -240,7 +242,8 @@ def create_states(optimizer: torch.optim.Optimizer, lacking: Collection[Tensor] 
     """Create an optimizer's states, as targets of a load: those of `lacking`, and all if it has none.
 
     It takes a step with zero gradients and zero rate. torch's `get_optimizer_state_dict` does the same, but
-    not if there are states under other keys than parameters.
+    not if there are states under other keys than parameters. No hook sees that step, nor does a scheduler,
+    which counts the calls of the object's `step`, so the class's is called.
     """
     groups = optimizer.param_groups
     everyone = [p for group in groups for p in group["params"]]
@@ -254,12 +257,32 @@ def create_states(optimizer: torch.optim.Optimizer, lacking: Collection[Tensor] 
     try:
         for group, rate in rates:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
-        optimizer.step(closure=None)
+        with _without_hooks(optimizer):
+            type(optimizer).step(optimizer, closure=None)
     finally:
         for group, rate in rates:
             group["lr"] = rate
         for parameter, gradient in zip(everyone, gradients, strict=True):
             parameter.grad = gradient
+
+
+@contextmanager
+def _without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Take away the hooks of an optimizer's steps, and those of all optimizers' steps, for a while."""
+    registers: list[dict[Any, Any]] = [
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    ]
+    kept = [dict(register) for register in registers]
+    for register in registers:
+        register.clear()
+    try:
+        yield
+    finally:
+        for register, hooks in zip(registers, kept, strict=True):
+            register.update(hooks)
 
 
 def forget_states(model: StoredModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:
