@@ -12,6 +12,7 @@ Modules:
     extra_load         the extra states of a checkpoint: compared, read, given back
     json_state         states of schedulers and loops as JSON
     data_state         where the script's own loaders of data stand
+    several            several optimizers or schedulers, handled as one
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors

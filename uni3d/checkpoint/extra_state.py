@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 import ckpt
 from ckpt import CheckpointError, check_json
 from parallel.tensors import modules
+from uni3d.checkpoint.several import OptimizerSet, type_of
 from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM
 from uni3d.state import array_key as key_of
 from uni3d.stored_model import StoredModel
@@ -177,15 +178,20 @@ def of_optimizer(optimizer: Optimizer) -> Extra:
     Raises:
         CheckpointError: a part can't be stored.
     """
-    return taken_apart(current_extra(optimizer), f"{type(optimizer).__name__}.state_dict()")
+    return taken_apart(current_extra(optimizer), f"{type_of(optimizer)}.state_dict()")
 
 
 def current_extra(optimizer: Optimizer) -> dict[str, Any]:
     """Return further keys of the optimizer's `state_dict`, and as `state` what it keeps under strings.
 
+    Of several optimizers, these by the names of those that have any.
+
     Raises:
         CheckpointError: it keeps states under other keys, which can't be stored.
     """
+    if isinstance(optimizer, OptimizerSet):
+        found = {name: current_extra(member) for name, member in optimizer.members.items()}
+        return {name: extra for name, extra in found.items() if extra}
     name = type(optimizer).__name__
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     others = {key: value for key, value in optimizer.state.items() if id(key) not in known}
@@ -207,6 +213,10 @@ def takes(optimizer: Optimizer) -> bool:
 
 def restore_optimizer_extra(optimizer: Optimizer, value: Mapping[str, Any]) -> None:
     """Give the optimizer an extra state; its states of parameters stay the tensors that they are."""
+    if isinstance(optimizer, OptimizerSet):
+        for name, member in optimizer.members.items():
+            restore_optimizer_extra(member, value.get(name, {}))
+        return
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for key in [key for key in optimizer.state if id(key) not in mine]:
         del optimizer.state[key]

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ckpt import CheckpointError
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
+from uni3d.checkpoint.several import OptimizerSet, type_of
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
 from uni3d.stored_model import StoredModel
@@ -50,7 +51,8 @@ def describe(
     names = _names(model)
     states = {id(p): state for p, state in optimizer.state.items()} | {**flat}
     return model_record, OptimizerRecord(
-        type=type(optimizer).__name__,
+        type=type_of(optimizer),
+        members=_members(optimizer),
         groups=[_group(group, names) for group in optimizer.param_groups],
         scalars=scalars_of({names[i]: state for i, state in states.items() if i in names}),
         extra_state=None if extra.optimizer is None else extra.optimizer.record(),
@@ -69,7 +71,7 @@ def given_optimizer(
             # A tensor hyperparameter has rounded the value; it is equal if the saved one rounds to the same.
             if isinstance(value, Tensor) and key in values and value == _like(value, values[key]):
                 given[key] = values[key]
-    return GivenOptimizer(type=type(optimizer).__name__, groups=groups)
+    return GivenOptimizer(type=type_of(optimizer), members=_members(optimizer), groups=groups)
 
 
 def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
@@ -92,6 +94,16 @@ def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, save
             )
         for key, scalar in scalars.items():
             state[key] = _like(state[key], scalar)
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
+    """Return the manifest's record of each of several optimizers."""
+    if not isinstance(optimizer, OptimizerSet):
+        return None
+    return [
+        {"name": name, "type": type_of(member), "groups": len(member.param_groups)}
+        for name, member in optimizer.members.items()
+    ]
 
 
 def _names(model: StoredModel) -> dict[int, str]:

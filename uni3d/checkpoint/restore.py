@@ -20,6 +20,7 @@ from ckpt.read import WEIGHT_STATES
 from parallel import HostComm
 from parallel.tensors import named_parameters, whole_module
 from uni3d import state
+from uni3d.argument_names import OF_ENGINE, ArgumentNames
 from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
@@ -27,6 +28,7 @@ from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.flat_states import FlatTarget, finish_flat, flat_targets
 from uni3d.checkpoint.json_state import decoded, encoded
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
+from uni3d.checkpoint.several import SchedulerSet, optimizers_by_name, schedulers_by_name, type_of
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
 from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
@@ -65,8 +67,17 @@ class Loaded(NamedTuple):
 class Restorer:
     """Loads checkpoints into one engine. All calls are collective."""
 
-    def __init__(self, state: RunState, *, comm: HostComm, inventory: Inventory) -> None:
+    def __init__(
+        self,
+        state: RunState,
+        *,
+        comm: HostComm,
+        inventory: Inventory,
+        arguments: ArgumentNames = OF_ENGINE,
+    ) -> None:
+        """Load into `state`; messages name the caller's `arguments`."""
         self._state = state
+        self._arguments = arguments
         self._comm = comm
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
@@ -143,8 +154,9 @@ class Restorer:
                 same = saved.schedule in (None, describe_schedule(self._state.schedule))
                 go_on(scheduler, self._state.schedule, None if same else rates)
             if optimizer is None:  # its groups weren't restored, and they hold the next step's rate
-                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                    group["lr"] = lr
+                for one in schedulers_by_name(scheduler).values():
+                    for group, lr in zip(one.optimizer.param_groups, one.get_last_lr(), strict=True):
+                        group["lr"] = lr
 
     def _restore_counters(self, saved: EngineRecord, run_id: str | None) -> None:
         """Restore the counters, the run's identifier and, if both runs are in fp16, the loss scale."""
@@ -185,6 +197,7 @@ class Restorer:
             epoch_length=progress.epoch_length,
             data=_given_data(self._state),
             accepted=self._state.settings.accept_changes,
+            arguments=self._arguments,
             loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
@@ -280,8 +293,8 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
         tag, store = ckpt.read_latest(run), ckpt.open_store(run)
         if tag is None and store.exists(MANIFEST):
             raise ckpt.CheckpointError(
-                f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
-                "this to load_checkpoint"
+                f"{store.where('')} is a checkpoint, not a run's folder: to resume the run, give the folder "
+                "that it is in"
             )
         return tag
 
@@ -291,7 +304,11 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:
     """Create the states of parameters; return the extra state from before, to which it is set back."""
     before = copy.deepcopy(current_extra(optimizer))
-    state.create_states(optimizer, lacking)
+    wanted = {id(parameter) for parameter in lacking}
+    for member in optimizers_by_name(optimizer).values():
+        mine = [p for group in member.param_groups for p in group["params"] if id(p) in wanted]
+        if mine:
+            state.create_states(member, mine)
     restore_optimizer_extra(optimizer, copy.deepcopy(before))
     return before
 
@@ -308,9 +325,11 @@ def _given_data(state: RunState) -> tuple[str, int, bool] | None:
 def _given(scheduler: LRScheduler, schedule: SchedulerConfig | None) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
     state = encoded(scheduler.state_dict(), "the scheduler's state")
+    several = isinstance(scheduler, SchedulerSet)
     return GivenScheduler(
-        type=type(scheduler).__name__,
-        keys=state.keys(),
+        type=type_of(scheduler),
+        keys={(name, key) for name in state for key in state[name]} if several else {*state},
         state=without_progress(state),
+        several=several,
         schedule=describe_schedule(schedule),
     )
