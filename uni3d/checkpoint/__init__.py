@@ -13,6 +13,7 @@ Modules:
     json_state         states of schedulers and loops as JSON
     data_state         where the script's own loaders of data stand
     several            several optimizers or schedulers, handled as one
+    tied               weights that are tied in a checkpoint alone, or in a run alone
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors

@@ -30,6 +30,7 @@ from uni3d.checkpoint.json_state import decoded, encoded
 from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
 from uni3d.checkpoint.several import SchedulerSet, optimizers_by_name, schedulers_by_name, type_of
 from uni3d.checkpoint.stored_weights import StoredWeights
+from uni3d.checkpoint.tied import as_stored, tie_refusals, untied
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
 from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
@@ -108,9 +109,7 @@ class Restorer:
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
         # All ranks refuse together, before any of them changes a tensor.
-        changes = ckpt.agreed(
-            self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
-        )
+        changes = ckpt.agreed(self._comm, lambda: self._check_fits(saved, optimizer, scheduler, wanted))
         model_too = wanted.custom is None
         objects = self._state.objects if wanted.counters else {}
         extra = ExtraLoad(
@@ -174,8 +173,7 @@ class Restorer:
         saved: RunManifest,
         optimizer: Optimizer | None,
         scheduler: LRScheduler | None,
-        *,
-        counters: bool,
+        wanted: Wanted,
     ) -> list[str]:
         """Compare everything but the arrays; return the changes to report.
 
@@ -187,7 +185,7 @@ class Restorer:
             whose="this run",
             optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
             scheduler=None if scheduler is None else _given(scheduler, self._state.schedule),
-            counters=counters,
+            counters=wanted.counters,
             order={
                 "seed": self._state.seed,
                 "train_batch_size": progress.train_batch or None,
@@ -201,6 +199,9 @@ class Restorer:
             loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
+        if wanted.custom is None:
+            strict, has_states = wanted.strict, optimizer is not None
+            refusals[:0] = tie_refusals(model, saved, self._arguments, strict=strict, optimizer=has_states)
         if refusals:
             raise ckpt.CheckpointError("; ".join(refusals))
         return changes
@@ -236,8 +237,9 @@ class Restorer:
                 before = ckpt.agreed(
                     self._comm, lambda: _with_states(optimizer, lacking) if lacking else None
                 )
-            model_too = wanted.custom is None
-            held, targets, flat = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            held, targets, flat = ckpt.agreed(
+                self._comm, lambda: self._targets(optimizer, stored, None if wanted.custom else saved)
+            )
             report = ckpt.load(
                 checkpoint,
                 [*targets, *extra.targets(checkpoint), *data.targets(checkpoint)],
@@ -270,12 +272,16 @@ class Restorer:
         ]
 
     def _targets(
-        self, optimizer: Optimizer | None, stored: set[str], model_too: bool
+        self, optimizer: Optimizer | None, stored: set[str], saved: RunManifest | None
     ) -> tuple[list[state.Held], list[ckpt.Shard], list[FlatTarget]]:
+        """Return what this rank reads; without `saved`, the script loads the model itself."""
         flat = flat_targets(self._state.model, optimizer, stored)
         held = self._inventory.arrays(optimizer, with_states=stored, flat=state.FlatView({}, {}))
         held += [target.held for target in flat]
-        held = [array for array in held if model_too or _is_moment(array.spec.key)]
+        if saved is None:
+            held = [array for array in held if _is_moment(array.spec.key)]
+        else:
+            held = as_stored(held, untied(self._state.model, saved))
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held], flat
 
 
