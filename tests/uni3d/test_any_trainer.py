@@ -374,7 +374,9 @@ def test_what_one_trainer_saves_another_loads(ranks: Ranks, tmp_path: Path, writ
         assert loss == pytest.approx(alone.losses[2], rel=1e-5)
 
 
-@pytest.mark.parametrize("writer", ["ddp", matrix("fsdp"), "fsdp x tp", matrix("hsdp"), matrix("tp")])
+@pytest.mark.parametrize(
+    "writer", ["ddp", matrix("fsdp"), matrix("fsdp1"), "fsdp x tp", matrix("hsdp"), matrix("tp")]
+)
 def test_momentum(ranks: Ranks, tmp_path: Path, writer: str) -> None:
     run, alone = str(tmp_path / "run"), Alone(torch.bfloat16, "momentum")
     saved = ranks.run(RANKS[writer], save_case, writer, run, torch.bfloat16, "momentum")[0]
