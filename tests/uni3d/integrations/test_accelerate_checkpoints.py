@@ -213,6 +213,53 @@ def test_a_schedule_that_counts_ranks_is_not_resized(ranks: Ranks, tmp_path: Pat
         ranks.run(3, schedule_case, str(tmp_path / "run"))
 
 
+def by_two(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    first, *rest = model.parameters()
+    sgd = torch.optim.SGD([first], lr=0.05, momentum=0.9, foreach=False)
+    adamw = torch.optim.AdamW(rest, lr=0.02, eps=0.01, foreach=False)
+    return [sgd, adamw], [StepLR(sgd, 2, 0.5), StepLR(adamw, 3, 0.5)]
+
+
+def two_case(run: str, steps: list[int]) -> list[float]:
+    """Train with two optimizers and schedules from a checkpoint, if there is one, and save."""
+    accel = accelerator(False, by_optimizer=False)
+    model: Any = seeded(Net)
+    optimizers, schedules = by_two(model)
+    model, *rest = accel.prepare(model, *optimizers, *schedules)
+    keeper = AcceleratorCheckpointer(accel, run, async_save=False)
+    keeper.restore()
+    losses, rank, ranks = [], dist.get_rank(), dist.get_world_size()
+    for step in steps:
+        x, y = (part[step * 6 : step * 6 + 6][rank::ranks] for part in data().tensors)
+        loss = F.mse_loss(model(x), y)
+        accel.backward(loss)
+        for item in rest:
+            item.step()
+        for item in rest[:2]:
+            item.zero_grad()
+        losses.append(accel.reduce(loss.detach(), "mean").item())
+    keeper.save(steps[-1] + 1)
+    return losses
+
+
+def test_several_optimizers(ranks: Ranks, tmp_path: Path) -> None:
+    model: Any = seeded(Net)
+    optimizers, schedules = by_two(model)
+    expected = []
+    for step in range(4):
+        x, y = (part[step * 6 : step * 6 + 6] for part in data().tensors)
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        for item in (*optimizers, *schedules):
+            item.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        expected.append(loss.item())
+    found = ranks.run(2, two_case, str(tmp_path), [0, 1])[0]
+    found += ranks.run(3, two_case, str(tmp_path), [2, 3])[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def page_case(folder: str, changed: bool, samples: int) -> list[float]:
     """Run the page's script over the first samples."""
     accel, losses = accelerator(False), []

@@ -19,7 +19,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from lightning_runs import BATCH, EPOCHS, Net, Pool, alone, data, fit_case
+from lightning_runs import BATCH, EPOCHS, Manual, Net, Pool, alone, alone_by_two, data, fit_case
 
 import ckpt
 from uni3d.manifest import RunManifest
@@ -138,6 +138,17 @@ def test_loaders_with_a_state_go_on(ranks: Ranks, tmp_path: Path) -> None:
     assert [state["value"]["loaders"][0]["_num_yielded"] for state in states] == [1, 1]
     for result in ranks.run(2, with_stateful_case, run, 8, None):
         check(result, alone("epoch"), first=5)
+
+
+def test_several_optimizers(ranks: Ranks, tmp_path: Path) -> None:
+    """Each batch takes two steps by Lightning's count, so a checkpoint is due when 9 are behind it."""
+    run, options = str(tmp_path / "run"), {"module": Manual, "max_epochs": EPOCHS}
+    before = ranks.run(2, fit_case, "ddp", run, 3, {**options, "keeper": {"every_n_steps": 9}, "stop": 12})[0]
+    assert [path.name for path in (tmp_path / "run").glob("global_step*")] == ["global_step10"]
+    expected = alone_by_two()
+    assert before["losses"] == pytest.approx({n: expected[n] for n in range(6)}, rel=1e-5)
+    for result in ranks.run(3, fit_case, "fsdp", run, 8, options):
+        assert result["losses"] == pytest.approx({n: expected[n] for n in range(5, 12)}, rel=1e-5)
 
 
 # --- the page ------------------------------------------------------------------------------------------
