@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from ckpt import ArrayKey
 from parallel.tensors import named_parameters
 from uni3d.argument_names import ArgumentNames
 from uni3d.manifest import RunManifest
-from uni3d.state import Held
+from uni3d.state import Held, array_key
 from uni3d.stored_model import StoredModel
 
 
@@ -53,6 +52,6 @@ def as_stored(held: Iterable[Held], names: dict[str, str]) -> list[Held]:
     found = []
     for entry in held:
         atom, state = entry.spec.key
-        key = ArrayKey(names.get(atom, atom), state)
+        key = array_key(names.get(atom, atom), state)
         found.append(entry if key.atom == atom else entry._replace(spec=replace(entry.spec, key=key)))
     return found
