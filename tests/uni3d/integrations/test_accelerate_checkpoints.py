@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from models import WIDTH, Net, seeded
 from page_diffs import script
 from ranks import RankError, Ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -59,7 +61,9 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, inputs.square().mean(1, keepdim=True))
 
 
-def accelerator(sharded: bool, accumulation: int = 1, by_optimizer: bool = False) -> Accelerator:
+def accelerator(
+    sharded: bool, accumulation: int = 1, by_optimizer: bool = False, version: int = 2
+) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
@@ -69,7 +73,8 @@ def accelerator(sharded: bool, accumulation: int = 1, by_optimizer: bool = False
     if sharded:
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU  # it shards on these alone
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
+            fsdp_version=version,
+            use_orig_params=True if version == 1 else None,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["Linear"],
         )
@@ -240,6 +245,46 @@ def two_case(run: str, steps: list[int]) -> list[float]:
         losses.append(accel.reduce(loss.detach(), "mean").item())
     keeper.save(steps[-1] + 1)
     return losses
+
+
+def flat_case(run: str, steps: list[int]) -> list[float]:
+    """Train with FSDP1 from a checkpoint, if there is one, and save."""
+    with warnings.catch_warnings(action="ignore"):  # accelerate: FSDP1 is deprecated
+        accel = accelerator(True, version=1)
+        accel.state.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another device
+        model: Any = accel.prepare(seeded(Net))
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)
+        optimizer = accel.prepare(optimizer)
+        assert isinstance(model, FullyShardedDataParallel)
+        keeper = AcceleratorCheckpointer(accel, run, async_save=False)
+        keeper.restore()
+        losses, rank, ranks = [], dist.get_rank(), dist.get_world_size()
+        for step in steps:
+            x, y = (part[step * 6 : step * 6 + 6][rank::ranks] for part in data().tensors)
+            loss = F.mse_loss(model(x), y)
+            accel.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(accel.reduce(loss.detach(), "mean").item())
+        keeper.save(steps[-1] + 1)
+    return losses
+
+
+@pytest.mark.slow
+def test_fsdp1(ranks: Ranks, tmp_path: Path) -> None:
+    model: Any = seeded(Net)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)
+    expected = []
+    for step in range(4):
+        x, y = (part[step * 6 : step * 6 + 6] for part in data().tensors)
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    found = ranks.run(2, flat_case, str(tmp_path), [0, 1])[0]
+    found += ranks.run(3, flat_case, str(tmp_path), [2, 3])[0]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_several_optimizers(ranks: Ranks, tmp_path: Path) -> None:
