@@ -225,83 +225,53 @@ def by_two(model: nn.Module) -> tuple[list[Any], list[Any]]:
     return [sgd, adamw], [StepLR(sgd, 2, 0.5), StepLR(adamw, 3, 0.5)]
 
 
-def two_case(run: str, steps: list[int]) -> list[float]:
-    """Train with two optimizers and schedules from a checkpoint, if there is one, and save."""
-    accel = accelerator(False, by_optimizer=False)
-    model: Any = seeded(Net)
-    optimizers, schedules = by_two(model)
-    model, *rest = accel.prepare(model, *optimizers, *schedules)
-    keeper = AcceleratorCheckpointer(accel, run, async_save=False)
-    keeper.restore()
-    losses, rank, ranks = [], dist.get_rank(), dist.get_world_size()
+def by_one(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    return [torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)], []
+
+
+def descend(
+    model: nn.Module, optimizers: list[Any], schedules: list[Any], steps: list[int], accel: Any = None
+) -> list[float]:
+    """Take steps on samples in order, with an Accelerator on this rank's part; return the mean losses."""
+    losses, (rank, ranks) = [], (accel.process_index, accel.num_processes) if accel else (0, 1)
     for step in steps:
         x, y = (part[step * 6 : step * 6 + 6][rank::ranks] for part in data().tensors)
         loss = F.mse_loss(model(x), y)
-        accel.backward(loss)
-        for item in rest:
-            item.step()
-        for item in rest[:2]:
-            item.zero_grad()
-        losses.append(accel.reduce(loss.detach(), "mean").item())
-    keeper.save(steps[-1] + 1)
-    return losses
-
-
-def flat_case(run: str, steps: list[int]) -> list[float]:
-    """Train with FSDP1 from a checkpoint, if there is one, and save."""
-    with warnings.catch_warnings(action="ignore"):  # accelerate: FSDP1 is deprecated
-        accel = accelerator(True, version=1)
-        accel.state.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another device
-        model: Any = accel.prepare(seeded(Net))
-        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)
-        optimizer = accel.prepare(optimizer)
-        assert isinstance(model, FullyShardedDataParallel)
-        keeper = AcceleratorCheckpointer(accel, run, async_save=False)
-        keeper.restore()
-        losses, rank, ranks = [], dist.get_rank(), dist.get_world_size()
-        for step in steps:
-            x, y = (part[step * 6 : step * 6 + 6][rank::ranks] for part in data().tensors)
-            loss = F.mse_loss(model(x), y)
-            accel.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(accel.reduce(loss.detach(), "mean").item())
-        keeper.save(steps[-1] + 1)
-    return losses
-
-
-@pytest.mark.slow
-def test_fsdp1(ranks: Ranks, tmp_path: Path) -> None:
-    model: Any = seeded(Net)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)
-    expected = []
-    for step in range(4):
-        x, y = (part[step * 6 : step * 6 + 6] for part in data().tensors)
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
-    found = ranks.run(2, flat_case, str(tmp_path), [0, 1])[0]
-    found += ranks.run(3, flat_case, str(tmp_path), [2, 3])[0]
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_several_optimizers(ranks: Ranks, tmp_path: Path) -> None:
-    model: Any = seeded(Net)
-    optimizers, schedules = by_two(model)
-    expected = []
-    for step in range(4):
-        x, y = (part[step * 6 : step * 6 + 6] for part in data().tensors)
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
+        (accel.backward if accel else torch.autograd.backward)(loss)
         for item in (*optimizers, *schedules):
             item.step()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        expected.append(loss.item())
-    found = ranks.run(2, two_case, str(tmp_path), [0, 1])[0]
-    found += ranks.run(3, two_case, str(tmp_path), [2, 3])[0]
+        losses.append((accel.reduce(loss.detach(), "mean") if accel else loss).item())
+    return losses
+
+
+def steps_case(run: str, flat: bool, steps: list[int]) -> list[float]:
+    """Train by FSDP1 or by two optimizers, from a checkpoint if there is one, and save."""
+    with warnings.catch_warnings(action="ignore"):  # accelerate: FSDP1 is deprecated
+        accel = accelerator(flat, version=1)
+        model: Any = seeded(Net)
+        if flat:
+            accel.state.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another device
+            model = accel.prepare(model)
+            assert isinstance(model, FullyShardedDataParallel)
+        optimizers, schedules = (by_one if flat else by_two)(model)
+        if not flat:
+            model = accel.prepare(model)
+        optimizers, schedules = [*map(accel.prepare, optimizers)], [*map(accel.prepare, schedules)]
+        keeper = AcceleratorCheckpointer(accel, run, async_save=False)
+        keeper.restore()
+        losses = descend(model, optimizers, schedules, steps, accel)
+        keeper.save(steps[-1] + 1)
+    return losses
+
+
+@pytest.mark.parametrize("flat", [False, slow(True)], ids=["two optimizers", "FSDP1"])
+def test_steps_go_on_with_more_ranks(ranks: Ranks, tmp_path: Path, flat: bool) -> None:
+    model: Any = seeded(Net)
+    expected = descend(model, *(by_one if flat else by_two)(model), [0, 1, 2, 3])
+    found = ranks.run(2, steps_case, str(tmp_path), flat, [0, 1])[0]
+    found += ranks.run(3, steps_case, str(tmp_path), flat, [2, 3])[0]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
