@@ -41,6 +41,7 @@ The parallel model:
     gathered          sharded parameters made whole for a while, the same objects
     failures          errors of other ranks
     host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
+    liveness           signs of life, by which a slow rank is told apart from one that is gone
 
 This package knows nothing of files, configs or engines. Importing it loads no torch: each public name is
 imported from its module when it is first asked for.

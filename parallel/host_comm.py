@@ -7,11 +7,13 @@ than a few dozen connections or messages at a time, and nothing takes more than 
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
-from threading import Thread
+from queue import SimpleQueue
+from threading import Event, Thread
 from traceback import clear_frames
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,13 +23,15 @@ import torch
 import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
 
+from parallel import liveness
+from parallel.liveness import Liveness, named
 from parallel.routes import Routes
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""Longest wait for the other ranks, which includes the slowest rank's write of a checkpoint."""
+"""Longest wait for ranks that are alive, which includes the slowest rank's write of a checkpoint."""
 
 SLOT_BYTES = 1 << 10
 """Size of a message that is sent along with its length."""
@@ -43,11 +47,14 @@ class HostComm:
     It has connections of its own, so it can be used from any one thread without disturbing training's
     collectives. It outlives `destroy_process_group`, so that background work can finish.
 
-    If a rank fails inside a call, it closes its connections, and so does each rank that waits for it. The
-    call then raises the failing rank's error there and LostRankError on the ranks that need it, as does every
-    later call. Gloo sometimes waits for its own threads and keeps the connections of a rank that lives on:
-    the others then wait until it ends, or for `TIMEOUT`.
+    If a rank fails inside a call, or ends, or gives no sign of life for `patience` seconds, the call raises
+    LostRankError on all others, with the same words, as does every later call.
+
+    Attributes:
+        doing: name of the work at hand, for messages.
     """
+
+    doing = ""
 
     def __init__(self) -> None:
         """Connect the ranks of the default process group. Collective."""
@@ -84,12 +91,32 @@ class HostComm:
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
         self._lost = ""
         self._met: Any = None
+        self._waits_for: int | None = None
+        if size > 1:
+            self._life = Liveness(store, rank, size)
+            self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+            # Gloo's waits can't be interrupted: they are a thread's, which is left behind if a rank is gone.
+            Thread(target=_serve, args=(self._calls,), name="uni3d's connections", daemon=True).start()
+            self._end = weakref.finalize(self, self._calls.put, None)
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
         self.exchange({})
 
+    @property
+    def patience(self) -> float:
+        """Seconds without a sign of life after which a rank counts as gone."""
+        return self._life.patience if self.size > 1 else 0.0
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        if self.size > 1:
+            self._life.patience = seconds
+
     def leave(self) -> None:
-        """Close the connections, and remove this rank's address from the store of `meeting`. Local."""
+        """Close the connections, and remove what this rank wrote into the store of `meeting`. Local."""
         self._lost, self._group = self._lost or "this rank has left", None
+        if self.size > 1:
+            self._end()
+            self._life.end()
         if self._met is not None:
             with suppress(RuntimeError):  # the store may have ended with its process
                 self._met.delete_key(f"0/{self.rank}")  # as gloo names it; under another name it only stays
@@ -99,36 +126,40 @@ class HostComm:
 
         `merge` gets values of adjacent ranks in their order, some of them merged before. It mustn't fail.
         """
-        with self._or_close():
-            whole = self._up(pickle.dumps(value), lambda parts: _merged(parts, merge))
-            return pickle.loads(self._down(whole))  # type: ignore[no-any-return]
+        return self._done(  # type: ignore[no-any-return]
+            lambda: pickle.loads(
+                self._down(self._up(pickle.dumps(value), lambda parts: _merged(parts, merge)))
+            )
+        )
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank, on rank 0; an empty list on the others."""
-        with self._or_close():
-            whole = self._up(_framed(pickle.dumps(value)), b"".join)
-            return [pickle.loads(part) for part in _unframed(whole)] if self.rank == 0 else []
+        whole = self._done(lambda: self._up(_framed(pickle.dumps(value)), b"".join))
+        return [pickle.loads(part) for part in _unframed(whole)] if self.rank == 0 else []
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
-        with self._or_close():
-            whole = self._down(pickle.dumps(value) if self.rank == 0 else b"")
-            return pickle.loads(whole)  # type: ignore[no-any-return]
+        whole = self._done(lambda: self._down(pickle.dumps(value) if self.rank == 0 else b""))
+        return pickle.loads(whole)  # type: ignore[no-any-return]
 
     def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
         """Send `outgoing[r]` to rank r; return the bytes from each rank that sent some here, by rank."""
-        held = [_Parcel(self.rank, target, data) for target, data in outgoing.items()]
-        with self._or_close():
-            for hop, peers in enumerate(self._routes.peers):
-                onward: dict[int, list[_Parcel]] = defaultdict(list)
-                for parcel in held:
-                    onward[self._routes.after(hop, parcel.source, parcel.target)].append(parcel)
-                held = onward.pop(self.rank, [])
-                bundles = {peer: _bundle(onward.pop(peer, [])) for peer in peers}
-                assert not onward, f"no way from rank {self.rank} to {[*onward]}"
-                for arrived in self._swap(bundles, peers).values():
-                    held += _unbundled(arrived)
+        parcels = [_Parcel(self.rank, target, data) for target, data in outgoing.items()]
+        held = self._done(lambda: self._carried(parcels))
         return {parcel.source: parcel.data for parcel in sorted(held, key=lambda parcel: parcel.source)}
+
+    def _carried(self, held: list[_Parcel]) -> list[_Parcel]:
+        """Send parcels on their way, and those of others, hop by hop; return the ones for this rank."""
+        for hop, peers in enumerate(self._routes.peers):
+            onward: dict[int, list[_Parcel]] = defaultdict(list)
+            for parcel in held:
+                onward[self._routes.after(hop, parcel.source, parcel.target)].append(parcel)
+            held = onward.pop(self.rank, [])
+            bundles = {peer: _bundle(onward.pop(peer, [])) for peer in peers}
+            assert not onward, f"no way from rank {self.rank} to {[*onward]}"
+            for arrived in self._swap(bundles, peers).values():
+                held += _unbundled(arrived)
+        return held
 
     def _up(self, data: bytes, merge: Callable[[list[bytes]], bytes]) -> bytes:
         """Merge the ranks' bytes along the tree; return the whole on rank 0."""
@@ -146,20 +177,45 @@ class HostComm:
         self._swap(dict.fromkeys(reversed(self._routes.children), _as_array(data)), ())
         return data
 
-    @contextmanager
-    def _or_close(self) -> Iterator[None]:
-        """Close the connections if the body fails, so that no rank waits for this one."""
+    def _done(self, work: Callable[[], T]) -> T:
+        """Return the result of `work`, which waits for other ranks; close the connections if it fails."""
         if self._lost:
             raise LostRankError(self._lost)
+        if self.size == 1:
+            return work()
+        call = _Call(work)
+        self._calls.put(call)
         try:
-            yield
+            while not call.ended.wait(liveness.INTERVAL):
+                if reason := self._life.reason() or self._given_up():
+                    raise LostRankError(reason)
+            return call.result()  # type: ignore[no-any-return]
         except BaseException as error:
+            if not isinstance(error, LostRankError):
+                self._life.tell(f"{self._work}rank {self.rank} failed: {type(error).__name__}: {error}"[:500])
             self._lost = str(error) or type(error).__name__
             # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
-            # process, or the others' calls with `TIMEOUT`.
+            # process; the others look for the reason meanwhile.
             group, self._group = [self._group], None
             Thread(target=_let_go, args=(group, error), daemon=True).start()
             raise
+
+    def _given_up(self) -> str | None:
+        """Return why this rank waits no longer, once the one that it waits for counts as gone."""
+        peer = self._waits_for
+        if peer is None or self._life.silence(peer) < self.patience:
+            return None
+        gone = self._life.silent()
+        if peer not in gone:
+            return None
+        return self._life.tell(
+            f"{self._work}{named(gone)} gave no sign of life for {self.patience:.0f} s: stopped, or "
+            "the machine is gone"
+        )
+
+    @property
+    def _work(self) -> str:
+        return f"{self.doing}: " if self.doing else ""
 
     def _swap(self, outgoing: Mapping[int, Bytes], sources: Iterable[int]) -> dict[int, Bytes]:
         """Send each of these peers its bytes, and return the bytes from each of `sources`."""
@@ -194,17 +250,53 @@ class HostComm:
 
     def _wait(self, works: Iterable[tuple[int, Any]]) -> None:
         for peer, work in works:
+            self._waits_for = peer
             try:
                 work.wait()
             except RuntimeError as error:
                 raise self._without(peer, error) from error
+            finally:
+                self._waits_for = None
 
     def _without(self, peer: int, error: RuntimeError) -> LostRankError:
         why = str(error).partition(" This is typically")[0]  # the rest is general advice
-        return LostRankError(
-            f"rank {self.rank} has lost rank {peer}, which has ended or failed, or waited for one that has; "
-            f"the first such rank's own error says why ({why})"
-        )
+        what = f"rank {peer} has ended, or its connection to rank {self.rank}; its own last output says why"
+        if "Timed out" in why:
+            what = f"rank {self.rank} has waited {TIMEOUT} for rank {peer}, which is alive but busy"
+        return LostRankError(self._life.tell(f"{self._work}{what} ({why})"))
+
+
+class _Call:
+    """A call that a thread of the connections' own makes."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.ended = Event()
+        self._work = work
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            self._result = self._work()
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._work
+            self.ended.set()
+
+    def result(self) -> Any:
+        """Return the result of a call that has ended, or raise its error."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._result
+
+
+def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Make calls until None comes."""
+    while (call := calls.get()) is not None:
+        call()
+        del call  # the connections end when their owner lets them go
 
 
 def _let_go(group: list[Any], error: BaseException) -> None:

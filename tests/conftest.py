@@ -1,6 +1,10 @@
 """Fixtures of all tests."""
 
+import gc
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +12,21 @@ import pytest
 import torch.distributed as dist
 
 TESTS = Path(__file__).parent
-FOLDERS = [TESTS / "support", TESTS / "models", TESTS / "uni3d", TESTS.parent / "examples" / "megatron_gpt"]
+FOLDERS = [
+    TESTS / "support",
+    TESTS / "faults",
+    TESTS / "models",
+    TESTS / "uni3d",
+    TESTS.parent / "examples" / "megatron_gpt",
+]
 sys.path[:0] = map(str, FOLDERS)
 
 from ranks import Ranks  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests and all imported modules out of every later garbage collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +35,16 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def memory_path() -> Iterator[Path]:
+    """A folder in memory if the system has one, for tests that write thousands of files and sync none."""
+    shared = Path("/dev/shm")
+    usable = shared.is_dir() and os.access(shared, os.W_OK)
+    path = Path(tempfile.mkdtemp(prefix="ckpt-tests-", dir=shared if usable else None))
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

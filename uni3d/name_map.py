@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from uni3d.config.strict import unique_keys
 
 Rules = Mapping[str, str | None]
 """Pattern -> replacement, in the order in which they are tried."""
+
+SECONDS = 5
+"""Seconds that matching one name against one pattern may take."""
 
 
 class NameMap:
@@ -59,7 +66,7 @@ class NameMap:
             ValueError: the new name is empty.
         """
         for pattern, replacement in self._rules:
-            if match := pattern.fullmatch(name):
+            if match := self._matched(pattern, name):
                 self._used.add(pattern.pattern)
                 if replacement is None:
                     return None
@@ -70,6 +77,21 @@ class NameMap:
                     )
                 return new
         return name
+
+    def _matched(self, pattern: re.Pattern[str], name: str) -> re.Match[str] | None:
+        """Match a whole name.
+
+        Raises:
+            ValueError: it takes more than `SECONDS`: patterns such as `(a+)+b` can take years.
+        """
+        try:
+            with _time_limit(SECONDS):
+                return pattern.fullmatch(name)
+        except TimeoutError:
+            raise ValueError(
+                f"{self.source}: the pattern {pattern.pattern!r} takes more than {SECONDS} s to match "
+                f"{name[:80]!r}; don't repeat what repeats itself"
+            ) from None
 
     @property
     def unused(self) -> list[str]:
@@ -91,6 +113,25 @@ class NameMap:
                 raise ValueError(f"{self.source} renames both {first} and {name} to {new}")
             renamed[name] = new
         return renamed
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds. Only in the main thread, which gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _compiled(pattern: str, replacement: object, source: str) -> re.Pattern[str]:

@@ -121,13 +121,26 @@ class Array:
         self.bits = np.dtype(BITS.get(NAMES[self.dtype], self.dtype)).newbyteorder("<")
         self.nbytes = math.prod(self.shape) * self.bits.itemsize
         self.sums = np.frombuffer(base64.b64decode(record["crc32c"]), "<u4")
+        self._check(f"{atom}/{state}")
+
+    def _check(self, name: str) -> None:
+        """Raise ValueError if the numbers of the record don't fit each other."""
+        sizes = [(n, c, f) for n, c, f in zip(self.shape, self.chunk, self.file, strict=True)]
+        if not all(type(n) is int and n >= 0 for each in sizes for n in each):
+            raise ValueError(f"{name} has a shape that isn't of whole numbers")
+        if not all(c and f % c == 0 for _, c, f in sizes) or math.prod(self.counts) != len(self.sums):
+            raise ValueError(f"the chunks of {name} don't fit its shape")
+
+    @property
+    def counts(self) -> list[int]:
+        """Chunks along each dim."""
+        return [-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)]
 
     def fill(self, out: Any) -> None:
         """Verify all chunks and copy them into `out`, an array of this shape."""
-        counts = [-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)]  # chunks along each dim
         per_file = [f // c for f, c in zip(self.file, self.chunk, strict=True)]
         files: dict[tuple[int, ...], int] = {}
-        for sum_, index in zip(self.sums, product(*map(range, counts)), strict=True):
+        for sum_, index in zip(self.sums, product(*map(range, self.counts)), strict=True):
             file = tuple(i // n for i, n in zip(index, per_file, strict=True))
             position = files[file] = files.get(file, -1) + 1  # a file's chunks lie in C order
             box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.chunk, strict=True))
@@ -173,6 +186,14 @@ def find(checkpoint_dir: str, tag: str | None) -> Path:
 
 def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the arrays by name, and the other names of tied weights, after checking the manifest."""
+    try:
+        return _decoded(folder, exclude_frozen_parameters)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        text = f"{folder} has a document that isn't of its format: {type(error).__name__}: {error}"
+        raise UnreadableError(text[:500]) from None
+
+
+def _decoded(folder: Path, exclude_frozen_parameters: bool) -> tuple[dict[str, Array], dict[str, str]]:
     head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
     if head != b'{"crc32c": "%08x",' % crc32c(rest):
         raise UnreadableError(f"{folder / 'manifest.json'} is damaged: its checksum doesn't match")
@@ -182,6 +203,8 @@ def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[st
     parameters = manifest.get("model", {}).get("parameters", {})
     arrays: dict[str, Array] = {}
     for part, record in manifest["parts"].items():
+        if Path(part).name != part:
+            raise ValueError(f"{part!r} as the name of a file")
         data = (folder / part).read_bytes()
         if crc32c(data) != int(record["crc32c"], 16):
             raise UnreadableError(f"{folder / part} is damaged: its checksum isn't the manifest's")

@@ -105,7 +105,7 @@ def pictures_case(zero: int, config: str) -> tuple[list[float], list[list[int]],
     return losses, numbers, weights_of(engine)
 
 
-@pytest.mark.parametrize("zero", [0, slow(1), slow(2), 3])
+@pytest.mark.parametrize("zero", [slow(0), slow(1), slow(2), 3])
 def test_a_classifier_of_pictures(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     config = tmp_path / "ds_config.json"
     config.write_text(json.dumps(PICTURES | {"zero_optimization": {"stage": zero}}))

@@ -1,7 +1,9 @@
 """Collectives of values and bytes between the CPUs of ranks."""
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from marks import slow
 from ranks import RankError, Ranks
 
-from parallel import HostComm, host_comm
+from parallel import HostComm, host_comm, liveness
 from parallel.host_comm import LostRankError
 from parallel.routes import Routes
 
@@ -71,6 +73,7 @@ def meeting_case() -> Any:
         found[name] = comm.gather(mine), comm.exchange({0: np.full(2, mine, np.uint8)})
         comm.leave()
         assert not met.check([f"0/{mine}"])
+        assert not met.check([f"alive/{mine}"])
         with pytest.raises(LostRankError, match="this rank has left"):
             comm.gather(mine)
 
@@ -211,7 +214,7 @@ def test_a_rank_that_raises_in_an_exchange_fails_the_others(
     for rank, error in enumerate(results):
         if rank != failing:
             assert isinstance(error, host_comm.LostRankError), error
-            assert str(error).startswith(f"rank {rank} has lost rank ")
+            assert str(error) == f"rank {failing} failed: MemoryError: no room for the parts"
 
 
 def dying_case(folder: str) -> None:
@@ -236,5 +239,50 @@ def test_a_rank_that_dies_in_an_exchange_fails_the_others(tmp_path: Path) -> Non
         pool.stop()
     for rank in range(3):
         first, again = (tmp_path / str(rank)).read_text().split("\n")
-        assert first.startswith(f"rank {rank} has lost rank ")
+        assert first.startswith("rank 3 has ended, or its connection to rank ")
         assert again == first
+
+
+def stopping_case(folder: str, stopped: int) -> str:
+    """Let a rank stop until another, which has given it up, lets it go on; return what the ranks raise."""
+    liveness.INTERVAL = 0.2
+    comm = HostComm()
+    comm.patience, comm.doing = 1, "the save of t1"
+    pids = comm.broadcast(comm.all_reduce({comm.rank: os.getpid()}, merged))
+    if comm.rank == stopped:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        comm.all_reduce(1, sum)
+    except LostRankError as error:
+        if comm.rank == (stopped + 1) % comm.size:
+            os.kill(pids[stopped], signal.SIGCONT)
+        return str(error)
+    return "nothing"
+
+
+def merged(parts: list[dict[int, int]]) -> dict[int, int]:
+    return {rank: pid for part in parts for rank, pid in part.items()}
+
+
+@pytest.mark.parametrize("stopped", [2, slow(0), slow(3)])
+def test_a_rank_that_is_stopped_is_named_on_all(tmp_path: Path, stopped: int) -> None:
+    pool = Ranks()
+    try:
+        told = pool.run(4, stopping_case, str(tmp_path), stopped)
+    finally:
+        pool.stop()
+    expected = f"the save of t1: rank {stopped} gave no sign of life for 1 s: stopped, or the machine is gone"
+    assert told == [expected] * 4
+
+
+def slow_case() -> int:
+    liveness.INTERVAL = 0.2
+    comm = HostComm()
+    comm.patience = 1
+    if comm.rank == 1:
+        time.sleep(3)
+    return comm.all_reduce(1, sum)
+
+
+def test_a_rank_that_is_slow_is_waited_for(ranks: Ranks) -> None:
+    assert ranks.run(3, slow_case) == [3, 3, 3]

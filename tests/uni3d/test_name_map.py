@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import uni3d.name_map
 from uni3d.name_map import NameMap
 
 RULES = {
@@ -85,3 +86,12 @@ def test_a_file_that_is_none(file: Path) -> None:
     file.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="can't be read as JSON: 'utf-8' codec"):
         NameMap.load(file)
+
+
+def test_a_pattern_that_takes_years(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uni3d.name_map, "SECONDS", 0.2)
+    names = NameMap({"(a+)+b": "x"})
+    assert names.rename("aab") == "x"
+    with pytest.raises(ValueError, match=r"the pattern '\(a\+\)\+b' takes more than 0.2 s to match 'aaaa"):
+        names.rename("a" * 60)
+    assert names.rename("aab") == "x"

@@ -5,6 +5,7 @@ Modules:
     random_states      generators of random numbers of all ranks, as an object of a Checkpointer
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
+    newest_tag         the newest checkpoint of a run
     copies             copies of a tensor on several ranks, compared before a save
     flat_states        FSDP1's parameters and their states, gathered for a save, and read by rows
     background         the host memory of an asynchronous save

@@ -18,7 +18,8 @@ from parallel.found_model import FoundModel, Names, parts_of
 from parallel.tensors import WRAPPED
 from uni3d.argument_names import OF_CHECKPOINTER
 from uni3d.checkpoint.model_spec import declared
-from uni3d.checkpoint.restore import Restorer, Wanted, newest
+from uni3d.checkpoint.newest_tag import newest
+from uni3d.checkpoint.restore import Restorer, Wanted
 from uni3d.checkpoint.save import Saver
 from uni3d.checkpoint.several import Optimizers, Schedulers, joined_optimizer, joined_scheduler
 from uni3d.config.sections import CheckpointConfig
@@ -194,7 +195,8 @@ class Checkpointer:
             tag: its name, by default the one that `latest` names.
             strict: require the same arrays in both; else the report lists the differences.
             optimizer: whether all but the model is restored too.
-            run: the folder to load from, by default the run's own.
+            run: the folder to load from, by default the run's own; also another framework's folder or file,
+                or what each rank has opened by `uni3d.open`.
 
         Raises:
             ckpt.CheckpointError: nothing is there, or something doesn't fit; nothing has changed.

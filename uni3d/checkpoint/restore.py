@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
-from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm
-from parallel.tensors import named_parameters, whole_module
+from parallel.tensors import named_parameters, persistent_buffers, whole_module
 from uni3d import state
 from uni3d.argument_names import OF_ENGINE, ArgumentNames
 from uni3d.checkpoint.background import threads_per_rank
@@ -27,14 +27,20 @@ from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.flat_states import FlatTarget, finish_flat, flat_targets
 from uni3d.checkpoint.json_state import decoded, encoded
-from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
+from uni3d.checkpoint.optimizer_groups import (
+    check_states,
+    given_optimizer,
+    names_by_id,
+    restore_optimizer,
+)
 from uni3d.checkpoint.several import SchedulerSet, optimizers_by_name, schedulers_by_name, type_of
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.checkpoint.tied import as_stored, tie_refusals, untied
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
+from uni3d.importers.in_place import ForeignCheckpoint, open_together
 from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
-from uni3d.resume_rules import Given, GivenScheduler, compare, without_progress
+from uni3d.resume_rules import UNKNOWN, Given, GivenScheduler, compare, without_progress
 from uni3d.state import Inventory
 from uni3d.train_state import RunState
 
@@ -83,21 +89,48 @@ class Restorer:
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
 
-    def load(self, run: str | Path, tag: str | int | None, wanted: Wanted) -> Loaded:
+    def load(self, run: str | Path | ckpt.Checkpoint, tag: str | int | None, wanted: Wanted) -> Loaded:
         """Load the model, the optimizer, the scheduler and the counters; see `Engine.load_checkpoint`.
+
+        `run` may be another framework's folder or file, or what each rank has opened.
 
         Raises:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
         self._state.model.reshard()  # parameters are looked up as the optimizer has them
-        checkpoint = ckpt.open_together(self._comm, run, tag)
+        model = self._state.model
+        buffers = [model.first_name(name) for name, _ in persistent_buffers(model.module)]
+        order = self._order() if wanted.optimizer else None
+        checkpoint = open_together(
+            self._comm,
+            run,
+            tag,
+            buffers=buffers,
+            ties=model.ties,
+            optimizer=order,
+            states=wanted.optimizer,
+        )
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
-        report = self._load(checkpoint, saved, wanted)
+        try:
+            report = self._load(checkpoint, saved, wanted)
+        except ckpt.CheckpointError as error:
+            if not isinstance(checkpoint, ForeignCheckpoint) or not checkpoint.left_out:
+                raise
+            raise type(error)(
+                f"{error}; left out of {checkpoint.url}: {'; '.join(checkpoint.left_out)}"
+            ) from None
         if self._comm.rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
             self._tell_resize(saved)
         return Loaded(report, checkpoint.url, saved.client_state)
+
+    def _order(self) -> list[list[str]] | None:
+        """Return the names of the optimizer's parameters, by group."""
+        if self._state.optimizer is None:
+            return None
+        names = names_by_id(self._state.model)
+        return [[names.get(id(p), "") for p in g["params"]] for g in self._state.optimizer.param_groups]
 
     def _tell_resize(self, saved: RunManifest) -> None:
         """Print a line if another topology wrote the checkpoint."""
@@ -127,6 +160,8 @@ class Restorer:
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
         extra.tell(report)
+        if isinstance(checkpoint, ForeignCheckpoint):
+            report.left_out = checkpoint.left_out
         if wanted.counters:
             self._restore_counters(saved.engine, saved.run_id)
         if changes and self._comm.rank == 0:
@@ -240,6 +275,10 @@ class Restorer:
             held, targets, flat = ckpt.agreed(
                 self._comm, lambda: self._targets(optimizer, stored, None if wanted.custom else saved)
             )
+            if isinstance(checkpoint, ForeignCheckpoint):
+                checkpoint = ckpt.agreed(
+                    self._comm, partial(self._fitted, checkpoint, optimizer, saved, targets)
+                )
             report = ckpt.load(
                 checkpoint,
                 [*targets, *extra.targets(checkpoint), *data.targets(checkpoint)],
@@ -259,6 +298,18 @@ class Restorer:
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report
+
+    def _fitted(
+        self,
+        checkpoint: ForeignCheckpoint,
+        optimizer: Optimizer | None,
+        saved: RunManifest,
+        targets: list[ckpt.Shard],
+    ) -> ForeignCheckpoint:
+        """Return the checkpoint in the types of the targets, as far as these are the source's own."""
+        if optimizer is not None and saved.optimizer is not None and saved.optimizer.type == UNKNOWN:
+            check_states(self._state.model, optimizer, saved.optimizer, checkpoint)
+        return checkpoint.in_types({target.spec.key: target.spec.dtype for target in targets})
 
     def _lacking(self, optimizer: Optimizer, stored: set[str]) -> list[Tensor]:
         """Return the optimizer's parameters whose states are stored, but not there: unused or frozen yet."""
@@ -283,28 +334,6 @@ class Restorer:
         else:
             held = as_stored(held, untied(self._state.model, saved))
         return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held], flat
-
-
-def newest(comm: HostComm, run: str | Path) -> str | None:
-    """Return the newest committed tag of a run, or None if it has none. Collective.
-
-    Rank 0 reads it, as file systems may show it to others later.
-
-    Raises:
-        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
-            folder of one checkpoint.
-    """
-
-    def find() -> str | None:
-        tag, store = ckpt.read_latest(run), ckpt.open_store(run)
-        if tag is None and store.exists(MANIFEST):
-            raise ckpt.CheckpointError(
-                f"{store.where('')} is a checkpoint, not a run's folder: to resume the run, give the folder "
-                "that it is in"
-            )
-        return tag
-
-    return ckpt.from_rank_0(comm, find)
 
 
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:

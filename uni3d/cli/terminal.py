@@ -18,12 +18,26 @@ from typer import Argument, Option
 from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
+    from ckpt import Checkpoint
     from ckpt.stores import Store
+
+_LONGEST = 10_000
+"""Characters of an error that are printed."""
 
 out = Console()
 err = Console(stderr=True)
 
 Run = Annotated[str, Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)]
+AnyRun = Annotated[
+    str,
+    Argument(
+        help="Folder or URL of a run, or of a single checkpoint; or another framework's folder or file.",
+        show_default=False,
+    ),
+]
+From = Annotated[
+    str, Option("--from", help="Kind of another framework's checkpoint, if it is one; as in uni3d import.")
+]
 RunOnly = Annotated[str, Argument(help="Folder or URL of a run.", show_default=False)]
 Tag = Annotated[str | None, Option(help="Tag of the checkpoint.", show_default="the newest committed one")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -58,14 +72,47 @@ def open_run(run: str) -> Store:
     raise ckpt.CheckpointError(f"{store.where('')} {what}; give the folder of a run")
 
 
+def open_any(
+    run: str, tag: str | None, kind: str = "auto", *, states: bool = False, trains: bool = False
+) -> Checkpoint:
+    """Open uni3d's own checkpoint, or another framework's in place.
+
+    Optimizer states that can't be read are left out unless `states` is true. `trains` is whether another
+    trainer is to go on, for which the optimizer's class must be known.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or lacks what is asked for.
+    """
+    from uni3d.importers import in_place
+
+    found = in_place.open(run, tag, kind=kind, states=states)
+    if trains and isinstance(found, in_place.ForeignCheckpoint):
+        found.check_class()
+    return found
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Return what isn't read of another framework's checkpoint; nothing for our own."""
+    return list(getattr(checkpoint, "left_out", []))
+
+
 def say(line: object) -> None:
     """Print a line verbatim: not wrapped, and without reading brackets in names as markup."""
-    out.print(Text(str(line)), soft_wrap=True)
+    out.print(Text(_escaped(str(line))), soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    """Return the text with escapes for what would steer the terminal: a name may hold any character."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def complain(error: object) -> None:
     """Print an error as one line on stderr."""
-    text = " ".join(str(error).splitlines())
+    text = _escaped(" ".join(str(error).splitlines()))
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text)} characters)"
     err.print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
 
 
@@ -112,7 +159,7 @@ def _padded(cell: str, spaces: int, right: bool) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _escaped(str(value))
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:

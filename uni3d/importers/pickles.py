@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from ckpt import CheckpointError
+from ckpt.parts import uncollected
+from uni3d.importers import trial
 
 _FRAMEWORKS = ("apex", "deepspeed", "megatron", "torch.distributed", "torch.optim", "torchtitan")
 """Packages whose classes and functions get stand-ins."""
@@ -119,8 +121,11 @@ def read_pickle(
     stand_ins: Collection[str] = (),
     names: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
+    trust: bool = False,
 ) -> Any:
     """Unpickle `data` without importing or calling anything outside of this module and `names`.
+
+    Unless `trust`, another process tries it first, with limits of memory and time (`trial`).
 
     Args:
         data: the pickle.
@@ -130,10 +135,13 @@ def read_pickle(
         persistent: resolves persistent ids (storages of tensors).
 
     Raises:
-        CheckpointError: `data` isn't a pickle, or names anything else.
+        CheckpointError: `data` isn't a pickle, names anything else, or takes too much memory or time.
     """
+    if not trust:
+        trial.check(data, where, stand_ins)
     try:
-        return _Unpickler(data, where, stand_ins, {**_PLAIN, **(names or {})}, persistent).load()
+        with uncollected():
+            return _Unpickler(data, where, stand_ins, {**_PLAIN, **(names or {})}, persistent).load()
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -175,6 +183,21 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
+def serve_trials() -> None:
+    """Try pickles for another process; tensors are stand-ins, all else is as in `read_pickle`."""
+    trial.serve(lambda data, stand_ins: _Unpickler(data, "", stand_ins, _TRIAL_NAMES, StandIn).load())
+
+
+class _TrialNames(dict[str, Any]):
+    """Names that a trial allows: the plain ones, and stand-ins for all of torch's."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith("torch.")
+
+    def __missing__(self, name: str) -> Any:
+        return self.setdefault(name, type(name.rpartition(".")[2], (StandIn,), {"name": name}))
+
+
 # --- what is allowed -----------------------------------------------------------------------------------
 
 
@@ -194,6 +217,17 @@ def _bytearray(*args: Any) -> bytes:
 def _default_dict(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
     """Return a plain dict, without the factory."""
     return dict(items)
+
+
+def _list_alone(kind: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return the type `kind` made of nothing or of a list: of a range it could be without end."""
+
+    def made(items: Any = (), *rest: Any) -> Any:
+        if rest or not isinstance(items, list | tuple | set | frozenset):
+            raise ValueError(f"a {kind.__name__} of a {type(items).__name__}")
+        return kind(items)
+
+    return made
 
 
 def _object(kind: Any, base: Any = None, state: Any = None) -> Any:
@@ -248,7 +282,7 @@ _PLAIN: dict[str, Any] = {
     "copy_reg._reconstructor": Function(_object),
     "numpy.dtype": Function(_Dtype),
     "numpy.ndarray": TypeName("numpy.ndarray"),
-    "torch.Size": tuple,
+    "torch.Size": Function(_list_alone(tuple)),
 }
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _PLAIN[f"{_module}.scalar"] = Function(_numpy_scalar)
@@ -256,13 +290,16 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
 for _module in ("numpy.core.numeric", "numpy._core.numeric"):
     _PLAIN[f"{_module}._frombuffer"] = Function(_numpy_buffer)
 for _module in ("builtins", "__builtin__"):
-    _PLAIN |= {f"{_module}.{kind.__name__}": kind for kind in (set, frozenset, complex, slice, range)}
+    _PLAIN |= {f"{_module}.{kind.__name__}": kind for kind in (complex, slice, range)}
+    _PLAIN |= {f"{_module}.{kind.__name__}": Function(_list_alone(kind)) for kind in (set, frozenset)}
     _PLAIN |= {
         f"{_module}.{name}": TypeName(name)
         for name in ("list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "object")
     }
     _PLAIN[f"{_module}.bytearray"] = Function(_bytearray)
     _PLAIN[f"{_module}.xrange"] = range
+
+_TRIAL_NAMES = _TrialNames(_PLAIN)
 
 
 def plain(value: Any) -> Any:

@@ -57,8 +57,14 @@ class TorchFile:
         data = bytes(self._part(entry))
         if self._options.verify and zlib.crc32(data) != entry.CRC:
             raise CheckpointError(f"{self.path} is damaged: the CRC-32 of data.pkl doesn't match")
-        stand_ins = self._options.stand_ins
-        return read_pickle(data, str(self.path), stand_ins=stand_ins, names=NAMES, persistent=self._storage)
+        return read_pickle(
+            data,
+            str(self.path),
+            stand_ins=self._options.stand_ins,
+            names=NAMES,
+            persistent=self._storage,
+            trust=self._options.trust,
+        )
 
     def _storage(self, pid: Any) -> tuple[Storage, str]:
         """Return the storage of a persistent id, and the type of its elements."""

@@ -206,6 +206,7 @@ with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_under_zero_3(tmp_path: Path) -> None:
     """Weights of `from_pretrained` and `_from_config` are real while the config of ZeRO-3 is alive."""
     pytest.importorskip("transformers")

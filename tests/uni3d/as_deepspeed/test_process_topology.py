@@ -114,6 +114,7 @@ def join(rank: int, where: str) -> None:
     assert value.item() == 3
 
 
+@pytest.mark.slow
 def test_init_distributed_by_a_file(tmp_path: Path) -> None:
     started = [
         multiprocessing.get_context("spawn").Process(target=join, args=(rank, f"file://{tmp_path / 'store'}"))

@@ -117,3 +117,18 @@ def test_diff_and_its_exit_codes(folder: Path) -> None:
     missing = run("diff", folder, folder / "nowhere")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")
+
+
+def test_names_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    name = "a\x1b[2J\x07\u202eb"
+    arrays = {(name, "fp32"): np.zeros(2, np.float32)}
+    save_whole(tmp_path / "a", "t1", arrays)
+    save_whole(tmp_path / "b", "t1", {("c", "fp32"): np.zeros(2, np.float32)})
+    (file,) = (tmp_path / "a").glob("t1/atoms/*/fp32/c.0")
+    file.write_bytes(b"")
+    told = [run("inspect", tmp_path / "a", "--atoms"), run("verify", tmp_path / "a")]
+    told += [run("diff", tmp_path / "a", tmp_path / "b"), run("export", tmp_path / "a", tmp_path / "out.pt")]
+    for done in told:
+        text = done.stdout + done.stderr
+        assert r"a\x1b[2J\x07\u202eb" in text
+        assert all(c.isprintable() or c == "\n" for c in text)

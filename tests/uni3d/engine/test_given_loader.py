@@ -129,7 +129,8 @@ def resume_case(kind: str, run: str, steps: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world"), [(k, w) for k in KINDS for w in (1, 2) if (k, w) != ("sequential", 2)]
+    ("kind", "world"),
+    [(k, w) if w == 2 else slow(k, w) for k in KINDS for w in (1, 2) if (k, w) != ("sequential", 2)],
 )
 def test_a_resume_goes_on_where_the_loader_stood(ranks: Ranks, tmp_path: Path, kind: str, world: int) -> None:
     """Resume in the middle of an epoch, at its end, and in a later one: an epoch has 2 steps."""

@@ -198,7 +198,8 @@ def failing_case(how: str) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("how", [slow("raises"), "dies"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_process_that_fails_is_one_error_on_all_ranks(ranks: Ranks, how: str) -> None:
     (other, steps), (own, its_steps) = ranks.run(2, failing_case, how)
     assert steps == its_steps

@@ -84,6 +84,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     arrays = {(f"w{i}", "fp32"): np.full((8, 1 << 20), i, np.float32) for i in range(6)}
     save_whole(tmp_path, "t1", arrays | {("s", "fp32"): np.ones(3, np.float32)}, step=1)

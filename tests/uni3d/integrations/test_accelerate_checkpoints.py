@@ -151,7 +151,7 @@ def plain() -> Found:
 RESIZES = [
     (2, False, 3, False, 3),
     slow(3, False, 2, True, 7),
-    (2, True, 3, True, 7),
+    slow(2, True, 3, True, 7),
     slow(3, True, 1, False, 5),
 ]
 """Ranks and whether they shard, before a break and after it, and the steps before it."""
