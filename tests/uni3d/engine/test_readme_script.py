@@ -14,11 +14,9 @@ README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 def readme_case(folder: str, steps: int) -> tuple[int, list[float]]:
-    (config,) = re.findall(r"^```json\n(.*?)^```$", README, re.M | re.S)
     diff = re.findall(r"^```diff\n(.*?)^```$", README, re.M | re.S)[0]
     script = "\n".join(line[1:] for line in diff.splitlines() if (line or " ")[0] in " +")
     os.chdir(folder)
-    Path("config.json").write_text(config)
     (batch,) = global_batches(1, 320)
     names: dict[str, Any] = {"model": seeded(Stack), "dataset": TensorDataset(*batch)}
     exec(script, names)
@@ -31,8 +29,10 @@ def readme_case(folder: str, steps: int) -> tuple[int, list[float]]:
 
 
 def test_the_readmes_script_resumes_on_other_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    (config,) = re.findall(r"^```json\n(.*?)^```$", README, re.M | re.S)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
     whole = ranks.run(2, readme_case, str(tmp_path / "whole"), 4)[0]
     began, losses = ranks.run(2, readme_case, str(tmp_path / "parts"), 2)[0]
     again, more = ranks.run(4, readme_case, str(tmp_path / "parts"), 2)[0]
