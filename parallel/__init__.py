@@ -12,6 +12,7 @@ The parallel model:
 
     parallelize       `build`: from a plain model to this rank's part of it
     found_model       a model that another trainer has sharded, read off its tensors
+    flat_parameters   FSDP1's slices of flat tensors, and their parts by rows
     topology          the ranks on a mesh (pp, replicate, shard, tp)
     tensor            a model's `tp_plan` applied as DTensor styles
     plan_checks       what a plan would compute wrongly without an error

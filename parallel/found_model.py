@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.degrees import Ranks
 from parallel.dtensor_layout import Place, place_of
+from parallel.flat_parameters import FlatParameters, flat_problem
 from parallel.host_comm import HostComm
 from parallel.tensors import Parts, modules, named_parameters, persistent_buffers
 
@@ -97,6 +98,7 @@ class FoundModel:
         self.module: nn.Module = Parts(parts_of(model))
         self._names, self._comm = names, comm
         self.ties: dict[str, str] = {}
+        self.flat: FlatParameters | None = None
         self.reshard()
         self.copies: frozenset[str] = frozenset()
         self.rowwise: frozenset[str] = frozenset()
@@ -126,7 +128,7 @@ class FoundModel:
     def ranks(self) -> Ranks:
         """All ranks in numbers; tensor parallelism is an axis of a mesh with a name of `TENSOR_AXES`."""
         tp, sharded = 1, False
-        for _, parameter in named_parameters(self.module):
+        for parameter in self._placed():
             if not isinstance(parameter, DTensor):
                 continue
             axes = zip(_axes(parameter.device_mesh), parameter.placements, strict=True)
@@ -143,7 +145,7 @@ class FoundModel:
     @property
     def shard_group(self) -> int:
         """Ranks over which the first sharded parameter is cut along axes that aren't tensor parallelism's."""
-        for _, parameter in named_parameters(self.module):
+        for parameter in self._placed():
             if isinstance(parameter, DTensor):
                 axes = list(zip(_axes(parameter.device_mesh), parameter.placements, strict=True))
                 cut = [
@@ -168,14 +170,23 @@ class FoundModel:
         strangers = [name for name in self._names if name not in here and not name.endswith("_extra_state")]
         return f"names has {strangers[0]}, which this rank's model doesn't have" if strangers else ""
 
+    def _placed(self) -> Iterator[Tensor]:
+        """Yield the parameters, or what says which parts of them ranks save."""
+        for _, parameter in named_parameters(self.module):
+            yield parameter if self.flat is None else self.flat.placed(parameter)
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in (*named_parameters(self.module), *persistent_buffers(self.module)):
+        for (name, _), tensor in zip(named_parameters(self.module), self._placed(), strict=True):
             yield self.first_name(name), tensor
+        for name, buffer in persistent_buffers(self.module):
+            yield self.first_name(name), buffer
 
     def _find_stages(self) -> tuple[int, list[_Stage], list[_Mesh]]:
         """Return this rank's stage, all stages by their first ranks, and this rank's meshes. Collective."""
         mine: list[_Mesh] = []
         problem = _problem(self.module) or self._other_names()
+        if not problem and any(isinstance(m, FullyShardedDataParallel) for m in self.module.modules()):
+            self.flat = FlatParameters(self.module)
         digest = blake2b(digest_size=16)
         for name, tensor in self._tensors():
             cut: Any = ""
@@ -268,11 +279,8 @@ def _ties(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _problem(module: nn.Module) -> str:
     """Return why a model's tensors can't be told apart as parts of wholes; "" if they can."""
     for prefix, part in modules(module):
-        if isinstance(part, FullyShardedDataParallel):
-            return (
-                f"{prefix.rstrip('.') or 'the model'} is wrapped in FullyShardedDataParallel, whose flat "
-                "parameters don't say which part of a tensor they are; use fully_shard (FSDP2)"
-            )
+        if isinstance(part, FullyShardedDataParallel) and (problem := flat_problem(prefix, part)):
+            return problem
     for name, parameter in named_parameters(module):
         if parameter.is_meta:
             return f"{name} is on the meta device: it has no values"

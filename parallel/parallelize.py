@@ -74,6 +74,10 @@ class ParallelModel:
         return StageLayout(self.topology)
 
     @property
+    def flat(self) -> None:
+        """No part is wrapped in FSDP1."""
+
+    @property
     def copies(self) -> Collection[str]:
         return self.tied.copies
 

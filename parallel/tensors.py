@@ -78,8 +78,8 @@ class Parts(nn.Module):
 WRAPPERS = (DistributedDataParallel, Parts)
 """Modules whose children have the names of parameters for themselves."""
 
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Names under which `torch.compile` and torch's activation checkpointing keep a module that they wrap."""
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names under which `torch.compile`, activation checkpointing and FSDP1 keep a module that they wrap."""
 
 
 @contextmanager

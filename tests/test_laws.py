@@ -109,17 +109,18 @@ def test_no_circles() -> None:
 
 
 ALLOWED = {
-    **{name: set() for name in ("version", "siblings", "zero_to_fp32", "pipe", "units")},
+    **{name: set() for name in ("version", "siblings", "zero_to_fp32", "pipe", "units", "argument_names")},
     **{name: {"parallel"} for name in ("config", "stored_model")},
-    "manifest": {"ckpt", "parallel", "version"},
-    "resume_rules": {"manifest"},
+    "json_section": {"ckpt"},
+    "manifest": {"ckpt", "parallel", "version", "json_section"},
+    "resume_rules": {"argument_names", "manifest"},
     "state": {"ckpt", "parallel", "stored_model"},
     **{name: {"config"} for name in ("name_map", "optim")},
     "train_state": {"config", "optim", "parallel", "stored_model"},
     "observe": {"config", "parallel", "train_state"},
     "checkpoint": {
         *("ckpt", "parallel", "config", "manifest", "resume_rules", "state", "train_state", "zero_to_fp32"),
-        *("export", "importers", "optim", "stored_model"),
+        *("argument_names", "export", "importers", "optim", "stored_model"),
     },
     "dcp": {"ckpt", "parallel", "checkpoint", "importers", "manifest", "resume_rules", "state"},
     "export_torch": {"ckpt", "checkpoint", "export", "manifest", "resume_rules"},

@@ -19,6 +19,7 @@ The rooms, and the files beside them:
     dcp                      storage for torch's distributed checkpoint
     export_torch             the same in files that torch writes
     name_map, zero_to_fp32   renaming of weights; the script that lies in every checkpoint
+    argument_names, json_section  what messages call arguments; JSON that is checked as it is read
     cli, units               the command `uni3d`; sizes and rates as text
     pipe, deepspeed          DeepSpeed's form of a pipeline; DeepSpeed under its own names
     siblings, version        finding `parallel` and `ckpt`; the release

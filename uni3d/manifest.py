@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ckpt import Checkpoint, CheckpointError
 from ckpt.format import Json
 from parallel.degrees import Ranks
+from uni3d.json_section import JsonSection, check_type
 from uni3d.version import __version__
 
 SCRIPT = Path(__file__).with_name("zero_to_fp32.py")
@@ -28,7 +29,6 @@ SAMPLE_ORDER = 1
 """Version of the order of samples that `uni3d/engine/sample_order.py` computes."""
 
 _AXES = ("pp", "dp", "tp")
-_JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an object", list: "a list"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +122,20 @@ class OptimizerRecord:
     scalars: dict[str, Json]
     """Parameter -> state -> value, for states that aren't arrays, such as step counts."""
     extra_state: Json | None = None
-    """Further keys of its `state_dict`, and its states under strings as `state`; None as in `ModelRecord`."""
+    """Further keys of its `state_dict`, and its states under strings as `state`; None as in `ModelRecord`.
+    With several optimizers, these by the names of those that have any."""
+    members: list[Json] | None = None
+    """Name, type and number of groups of each of several optimizers, in order; None if there is one."""
+
+    @property
+    def text(self) -> str:
+        """The optimizer, or all of them with their names."""
+        if self.members is None:
+            return self.type
+        return ", ".join(f"{member['name']}: {member['type']}" for member in self.members)
 
     def document(self) -> Json:
-        without = {"extra_state"} if self.extra_state is None else set()
+        without = {key for key in ("extra_state", "members") if getattr(self, key) is None}
         return {key: value for key, value in vars(self).items() if key not in without}
 
 
@@ -276,7 +286,7 @@ class RunManifest:
         Raises:
             CheckpointError: a value has the wrong type.
         """
-        top = _Section(manifest, where)
+        top = JsonSection(manifest, where)
         writer, engine = top.section("writer"), top.section("engine")
         counters = ("global_steps", "global_samples")
         numbers = (*counters, "seed", "train_batch_size", "dataset_length", "epoch_length", "sample_order")
@@ -303,6 +313,11 @@ def _merged(mine: OptimizerRecord | None, other: OptimizerRecord | None) -> Opti
     """Merge the optimizers of two pipeline stages: the same groups, each with its stage's parameters."""
     if mine is None or other is None:
         return mine
+    if mine.members != other.members or len(mine.groups) != len(other.groups):
+        raise CheckpointError(
+            f"two pipeline stages have different optimizers: {mine.text} with {len(mine.groups)} parameter "
+            f"groups, and {other.text} with {len(other.groups)}; give each stage the same, in one order"
+        )
     groups = []
     for i, (first, second) in enumerate(zip(mine.groups, other.groups, strict=True)):
         if first | {"params": []} != second | {"params": []}:
@@ -311,53 +326,7 @@ def _merged(mine: OptimizerRecord | None, other: OptimizerRecord | None) -> Opti
     return replace(mine, groups=groups, scalars={**mine.scalars, **other.scalars})
 
 
-class _Section:
-    """One JSON object of the manifest; checks the type of each value read. A missing key reads as None."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self.where = values, where
-
-    def get(self, key: str, kind: type) -> Any:
-        value = self._values.get(key)
-        if value is not None:
-            _check(value, kind, f"{self.where}: {key}")
-        return value
-
-    def values(self, **kinds: type) -> dict[str, Any]:
-        """Return the value of each of these keys."""
-        return {key: self.get(key, kind) for key, kind in kinds.items()}
-
-    def section(self, key: str) -> _Section:
-        """Return an object in this one. One that is missing has no keys."""
-        return _Section(self.get(key, dict) or {}, f"{self.where}: {key}")
-
-    def list_of(self, key: str, kind: type) -> list[Any] | None:
-        values = self.get(key, list)
-        for i, value in enumerate(values or []):
-            _check(value, kind, f"{self.where}: {key}[{i}]")
-        return values  # type: ignore[no-any-return]
-
-    def map_of(self, key: str, kind: type) -> dict[str, Any]:
-        values = self.get(key, dict) or {}
-        for name, value in values.items():
-            if not isinstance(value, kind):  # before the text is made: there may be thousands
-                _check(value, kind, f"{self.where}: {key}[{name!r}]")
-        return values
-
-    def needed(self, key: str, kind: type) -> Any:
-        value = self.get(key, kind)
-        if value is None:
-            raise CheckpointError(f"{self.where} has no {key!r}; use another tag")
-        return value
-
-
-def _check(value: Any, kind: type, where: str) -> None:
-    # A bool is an int in Python but not in JSON.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise CheckpointError(f"{where} is {value!r:.80}; expected {_JSON_NAMES[kind]}; use another tag")
-
-
-def _read_model(section: _Section) -> ModelRecord:
+def _read_model(section: JsonSection) -> ModelRecord:
     parameters = section.map_of("parameters", dict)
     return ModelRecord(
         requires_grad={name: _trains(name, values, section.where) for name, values in parameters.items()},
@@ -371,11 +340,11 @@ def _read_model(section: _Section) -> ModelRecord:
 def _trains(name: str, values: Json, where: str) -> bool:
     trains = values.get("requires_grad", True)
     if not isinstance(trains, bool):
-        _check(trains, bool, f"{where}: parameters[{name!r}]: requires_grad")
+        check_type(trains, bool, f"{where}: parameters[{name!r}]: requires_grad")
     return bool(trains)
 
 
-def _read_data(top: _Section) -> DataRecord | None:
+def _read_data(top: JsonSection) -> DataRecord | None:
     if top.get("data", dict) is None:
         return None
     section = top.section("data")
@@ -383,18 +352,32 @@ def _read_data(top: _Section) -> DataRecord | None:
     return DataRecord(section.needed("kind", str), section.needed("states", list))
 
 
-def _read_optimizer(top: _Section) -> OptimizerRecord | None:
+def _read_optimizer(top: JsonSection) -> OptimizerRecord | None:
     if top.get("optimizer", dict) is None:
         return None
     section = top.section("optimizer")
     groups = section.needed("groups", list)
     for i, group in enumerate(groups):
         where = f"{section.where}: groups[{i}]"
-        _check(group, dict, where)
-        _Section(group, where).needed("params", list)
+        check_type(group, dict, where)
+        JsonSection(group, where).needed("params", list)
     return OptimizerRecord(
         type=section.needed("type", str),
         groups=groups,
         scalars=section.map_of("scalars", dict),
         extra_state=section.get("extra_state", dict),
+        members=_read_members(section, len(groups)),
     )
+
+
+def _read_members(section: JsonSection, groups: int) -> list[Json] | None:
+    members = section.list_of("members", dict)
+    counted = 0
+    for i, member in enumerate(members or []):
+        one = JsonSection(member, f"{section.where}: members[{i}]")
+        for key in ("name", "type"):
+            one.needed(key, str)
+        counted += one.needed("groups", int)
+    if members is not None and counted != groups:
+        raise CheckpointError(f"{section.where}: members have {counted} of {groups} groups; use another tag")
+    return members

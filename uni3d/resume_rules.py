@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from uni3d.argument_names import OF_ENGINE, ArgumentNames
 from uni3d.manifest import OptimizerRecord, RunManifest
 
 IMPLEMENTATION_KEYS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -32,6 +33,8 @@ class GivenOptimizer:
 
     type: str | None = None
     """Name of its class; None if only the script knows it."""
+    members: Sequence[Mapping[str, Any]] | None = None
+    """Each of several optimizers, as in the manifest; None if there is one."""
     groups: Sequence[Mapping[str, Any]] | None = None
     """Its parameter groups, as in the manifest; None if only the script knows them."""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -43,12 +46,14 @@ class GivenScheduler:
     """This run's learning-rate scheduler."""
 
     type: str
-    keys: Collection[str]
-    """Keys of its `state_dict`."""
+    keys: Collection[Any]
+    """Set of the keys of its `state_dict`, with `several` each in a pair with the scheduler's name."""
     state: Mapping[str, Any]
     """Known values of the `state_dict`, without those that change at each step."""
     schedule: Mapping[str, Any] | None = None
     """Type and parameters of a schedule from the config; None if the script made the scheduler."""
+    several: bool = False
+    """True for several schedulers, whose states are in `state` by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ class Given:
     whether a checkpoint can keep where it stands. None if it brings none, or it isn't known."""
     accepted: Collection[str] = ()
     """Changes that don't stop the run: the config's `checkpoint.accept_changes`."""
+    arguments: ArgumentNames = OF_ENGINE
     loss_scale: float | None = None
     """Initial loss scale; None if the run isn't in fp16."""
 
@@ -93,28 +99,30 @@ def compare(saved: RunManifest, given: Given) -> Comparison:
 def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
     if given.counters and saved.engine.global_steps is None:
         yield (
-            "the manifest has no global_steps: it holds weights, not a run; load them with "
-            "load_module_only=True"
+            f"the manifest has no global_steps: it holds weights, not a run; {given.arguments.weights_alone}"
         )
     if given.optimizer is not None:
-        yield from _other_optimizer(saved.optimizer, given.optimizer, given.whose)
-    mine, advice = given.scheduler, "load it with load_lr_scheduler_states=False"
+        yield from _other_optimizer(saved.optimizer, given.optimizer, given)
+    mine, advice = given.scheduler, given.arguments.without_scheduler
     if mine is not None and saved.scheduler is None:
         yield f"the checkpoint has no scheduler, but {given.whose} has {mine.type}; {advice}"
-    elif mine is not None and saved.scheduler is not None and {*saved.scheduler} != {*mine.keys}:
+    elif mine is not None and saved.scheduler is not None and mine.keys != _keys(saved.scheduler, mine):
         yield f"the checkpoint's scheduler isn't {given.whose}'s {mine.type}: its keys differ; {advice}"
     elif "scheduler" not in given.accepted and (differences := list(_other_schedule(saved, given))):
         yield (
             f"{'; '.join(differences)}: the learning rate would leave its curve; {advice}, or go on with "
-            f"{given.whose}'s schedule at the checkpoint's step {_by('scheduler')}"
+            f"{given.whose}'s schedule at the checkpoint's step {given.arguments.accept.format('scheduler')}"
         )
     for key, difference, effect in _other_data(saved, given):
         if key not in given.accepted:
-            yield f"{difference}: {effect}; go on nevertheless {_by(key)}"
+            yield f"{difference}: {effect}; go on nevertheless {given.arguments.accept.format(key)}"
 
 
-def _by(change: str) -> str:
-    return f'by the config\'s "checkpoint": {{"accept_changes": ["{change}"]}}'
+def _keys(state: Mapping[str, Any], mine: GivenScheduler) -> Collection[Any]:
+    """Return the keys of a scheduler's state; of several schedulers' by name, with the names."""
+    if not mine.several:
+        return {*state}
+    return {(name, key) for name, part in state.items() if isinstance(part, dict) for key in part}
 
 
 def _other_schedule(saved: RunManifest, given: Given) -> Iterator[str]:
@@ -140,11 +148,9 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
     two epochs another order loses none.
     """
     yield from _other_loader(saved, given)
-    there, here = saved.engine.dataset_length, given.dataset_length
+    there, here, data = saved.engine.dataset_length, given.dataset_length, given.arguments.data
     if given.counters and here and saved.engine.global_steps and saved.engine.global_samples is None:
-        difference = (
-            f"training_data gives the samples in {given.whose}, but the checkpoint doesn't count its own"
-        )
+        difference = f"{data} gives the samples in {given.whose}, but the checkpoint doesn't count its own"
         yield "dataset", difference, "those of its current epoch would come again"
     position, epoch = saved.engine.global_samples, saved.engine.epoch_length or there
     if not given.counters or there is None or not position:
@@ -152,10 +158,10 @@ def _other_data(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, st
     where = f"in {given.whose}"
     effect = "samples of the current epoch would come twice or not at all"
     if there == 0 and here:
-        difference = f"training_data gives the samples {where}, but the script gave the checkpoint's"
+        difference = f"{data} gives the samples {where}, but the script gave the checkpoint's"
         yield "dataset", difference, "those of its current epoch would come again"
     elif here and here != there:
-        yield "dataset", f"training_data has {here} samples {where}, {there} in the checkpoint", effect
+        yield "dataset", f"{data} has {here} samples {where}, {there} in the checkpoint", effect
     elif there and (mine := given.epoch_length) and mine != epoch:
         yield (
             "dataset",
@@ -172,15 +178,13 @@ def _other_loader(saved: RunManifest, given: Given) -> Iterator[tuple[str, str, 
     """Yield the difference between the script's loaders that have states."""
     if saved.data is None or given.data is None or not given.counters:
         return
-    kind, dp, resumes = given.data
+    (kind, dp, resumes), data = given.data, given.arguments.data
     there, n = saved.data.kind, len(saved.data.states)
     effect = "it would begin anew, and samples of its current epoch would come twice or not at all"
     if resumes and kind != there:
-        yield "dataset", f"training_data is a {kind} in {given.whose}, a {there} in the checkpoint", effect
+        yield "dataset", f"{data} is a {kind} in {given.whose}, a {there} in the checkpoint", effect
     elif resumes and dp != n:
-        difference = (
-            f"training_data ({kind}) has the states of {n} data-parallel ranks in the checkpoint, but"
-        )
+        difference = f"{data} ({kind}) has the states of {n} data-parallel ranks in the checkpoint, but"
         yield "dataset", f"{difference} {given.whose} has {dp} of these ranks", effect
 
 
@@ -199,10 +203,16 @@ def _other_version(saved: RunManifest, given: Given) -> str | None:
     return f"the order of samples is version {mine} in this release, {older} in the checkpoint"
 
 
-def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose: str) -> Iterator[str]:
+def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, run: Given) -> Iterator[str]:
     """Yield the first reason why the run's optimizer can't load the saved one's state, if there is one."""
+    whose, alone = run.whose, run.arguments.without_optimizer
     if saved is None:
-        yield "the checkpoint has no optimizer; load it with load_optimizer_states=False"
+        yield f"the checkpoint has no optimizer; {alone}"
+    elif given.type is not None and saved.members != given.members:
+        yield (
+            f"the checkpoint has {_counted(saved)}, but {whose} has {_counted(given)}: give the same ones, "
+            f"of the same names and with as many parameter groups; or {alone}"
+        )
     elif given.type is not None and saved.type not in (given.type, UNKNOWN):
         yield f"the checkpoint's optimizer is {saved.type}, but {whose}'s is {given.type}"
     elif given.groups is not None and len(saved.groups) != len(given.groups):
@@ -220,6 +230,14 @@ def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose
                     return
 
 
+def _counted(optimizer: OptimizerRecord | GivenOptimizer) -> str:
+    """Return a text that says which optimizers there are, and how many groups each of several has."""
+    if optimizer.members is None:
+        return f"one optimizer ({optimizer.type})"
+    each = ", ".join(f"{m['name']}: {m['type']}, groups: {m['groups']}" for m in optimizer.members)
+    return f"{len(optimizer.members)} optimizers ({each})"
+
+
 def missing_arrays(saved: RunManifest, given: Given, *, any_states: bool) -> Iterator[str]:
     """Yield predictable reasons why a strict load would miss arrays.
 
@@ -228,7 +246,7 @@ def missing_arrays(saved: RunManifest, given: Given, *, any_states: bool) -> Ite
     if left := saved.model.left_out:
         yield (
             f"{len(left)} frozen parameters were left out of it ({left[0]}, ...); load it with "
-            "load_module_strict=False, into a model that has them"
+            f"{given.arguments.lenient}, into a model that has them"
         )
     optimizer, mine = saved.optimizer, given.optimizer
     if optimizer is None or mine is None or optimizer.type != mine.type or not any_states:
@@ -326,7 +344,7 @@ def _order(saved: RunManifest, given: Given) -> Iterator[str]:
         kind, _, resumes = given.data
         why = f"{kind} has no state_dict" if not resumes else "the checkpoint has no state of it"
         if not resumes or saved.data is None:
-            yield f"training_data begins anew: {why}"
+            yield f"{given.arguments.data} begins anew: {why}"
     if "seed" not in changed:
         yield from _harmless_order(saved, given)
     batch, size = saved.engine.train_batch_size, given.order.get("train_batch_size")

@@ -6,7 +6,8 @@ it as numpy memory with a box.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import ckpt
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Shard, ShardSpec
@@ -23,11 +25,20 @@ from ckpt.parts import ArrayInfo
 from ckpt.read import BUFFER as BUFFER
 from ckpt.read import PARAMETER as PARAMETER
 from parallel.dtensor_layout import Place, copy_from_full, local_tensor
+from parallel.flat_parameters import FlatSlice
 from parallel.tensors import named_parameters, persistent_buffers
 from parallel.tensors import sharded_shown as sharded_shown
 from uni3d.stored_model import StoredModel
 
 _NOBODY: Mapping[int, Place] = {}
+
+
+class FlatView(NamedTuple):
+    """Flat parameters of FSDP1 and their states by the parameters' ids, as a save writes them."""
+
+    values: dict[int, Tensor]
+    states: dict[int, dict[str, Any]]
+    """Name -> rows of the state, or a value. Without the parameters that have no states."""
 
 
 class Held(NamedTuple):
@@ -60,11 +71,13 @@ class Inventory:
         *,
         frozen: bool = True,
         extra: Mapping[ArrayKey, Tensor] = MappingProxyType({}),
+        flat: FlatView | None = None,
     ) -> list[Held]:
         """Return this rank's parts of all parameters, buffers and optimizer states, and `extra` tensors.
 
         `with_states` names the parameters whose optimizer states are included; None is all. With
-        `frozen=False`, parameters that don't require a gradient are left out.
+        `frozen=False`, parameters that don't require a gradient are left out. Flat parameters come as `flat`
+        has them; those that it lacks are left out.
 
         Raises:
             CheckpointError: a tensor has a dtype that can't be stored, or its place in the whole is unknown.
@@ -79,6 +92,9 @@ class Inventory:
             first = model.first_name(name)
             savers = None if name not in model.copies else _NOBODY
             fine_dim = 1 if name in model.rowwise else None
+            if model.flat is not None and parameter in model.flat:
+                arrays += self._flat(first, parameter, flat)
+                continue
             arrays.append(self._held(first, PARAMETER, parameter, savers, fine_dim))
             wanted = optimizer if with_states is None or first in with_states else None
             for key, value in ({} if wanted is None else wanted.state.get(parameter, {})).items():
@@ -100,6 +116,20 @@ class Inventory:
             place = ((0,) * tensor.ndim, tuple(tensor.shape))
             arrays.append(self._held(key.atom, key.state, tensor, {saver: place}, None))
         return arrays
+
+    def _flat(self, name: str, parameter: Tensor, flat: FlatView | None) -> list[Held]:
+        if flat is None:
+            raise CheckpointError(
+                f"{name} is in a flat parameter of FullyShardedDataParallel (FSDP1), which this doesn't know"
+            )
+        tensors = dict(flat.states.get(id(parameter), {}))
+        if id(parameter) in flat.values:
+            tensors[PARAMETER] = flat.values[id(parameter)]
+        return [
+            self._held(name, key, value, None, None)
+            for key, value in tensors.items()
+            if isinstance(value, Tensor)
+        ]
 
     def plan(self, arrays: Iterable[Held], files: ckpt.Files) -> ckpt.Plan:
         """Plan the saving of the arrays over the ranks that have the same stages."""
@@ -141,6 +171,12 @@ class Inventory:
         held = Held(spec, part, places if savers is None else savers)
         self._known[key] = held
         return held
+
+
+def flat_part(name: str, state: str, rows: Tensor, place: FlatSlice) -> Held:
+    """Return the entry of rows of a flat parameter, or of a state of it, that are loaded but not saved."""
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return Held(ShardSpec(ArrayKey(name, state), dtype, place.shape, Box(*place.rows)), rows, _NOBODY)
 
 
 def parts_to_save(arrays: Iterable[Held], parts: Mapping[ArrayKey, Box]) -> list[tuple[ShardSpec, Tensor]]:
@@ -206,7 +242,8 @@ def create_states(optimizer: torch.optim.Optimizer, lacking: Collection[Tensor] 
     """Create an optimizer's states, as targets of a load: those of `lacking`, and all if it has none.
 
     It takes a step with zero gradients and zero rate. torch's `get_optimizer_state_dict` does the same, but
-    not if there are states under other keys than parameters.
+    not if there are states under other keys than parameters. No hook sees that step, nor does a scheduler,
+    which counts the calls of the object's `step`, so the class's is called.
     """
     groups = optimizer.param_groups
     everyone = [p for group in groups for p in group["params"]]
@@ -220,12 +257,32 @@ def create_states(optimizer: torch.optim.Optimizer, lacking: Collection[Tensor] 
     try:
         for group, rate in rates:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
-        optimizer.step(closure=None)
+        with _without_hooks(optimizer):
+            type(optimizer).step(optimizer, closure=None)
     finally:
         for group, rate in rates:
             group["lr"] = rate
         for parameter, gradient in zip(everyone, gradients, strict=True):
             parameter.grad = gradient
+
+
+@contextmanager
+def _without_hooks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Take away the hooks of an optimizer's steps, and those of all optimizers' steps, for a while."""
+    registers: list[dict[Any, Any]] = [
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    ]
+    kept = [dict(register) for register in registers]
+    for register in registers:
+        register.clear()
+    try:
+        yield
+    finally:
+        for register, hooks in zip(registers, kept, strict=True):
+            register.update(hooks)
 
 
 def forget_states(model: StoredModel, optimizer: torch.optim.Optimizer, *, but: Collection[str]) -> None:

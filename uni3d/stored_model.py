@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import Ranks
+from parallel.flat_parameters import FlatParameters
 
 
 class StageParts(Protocol):
@@ -52,6 +53,11 @@ class StoredModel(Protocol):
     @property
     def layers(self) -> list[list[str]] | None:
         """Layers at each place of the pipeline; None if it isn't known as a chain."""
+        ...
+
+    @property
+    def flat(self) -> FlatParameters | None:
+        """Parameters that FSDP1 keeps as slices of flat tensors; None if it wraps no part of the model."""
         ...
 
     @property

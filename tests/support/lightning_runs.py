@@ -91,6 +91,35 @@ class Net(LightningModule):
         self.kept = checkpoint["mine"]
 
 
+class Manual(Net):
+    """Two optimizers, with a schedule each, that `training_step` steps itself."""
+
+    def __init__(self, seed: int, interval: str) -> None:
+        super().__init__(seed, interval)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for item in (*self.optimizers(), *self.lr_schedulers()):
+            item.step()
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return two_optimizers(self)
+
+
+def two_optimizers(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Return two optimizers and their schedules."""
+    first, *rest = model.parameters()
+    sgd = torch.optim.SGD([first], lr=0.05, momentum=0.9, foreach=False)
+    adamw = torch.optim.AdamW(rest, lr=0.02, eps=0.01, foreach=False)
+    schedules = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.8), torch.optim.lr_scheduler.StepLR(adamw, 3)
+    return [sgd, adamw], list(schedules)
+
+
 class Count(Callback):
     """Stops after some step, and keeps what JSON can't."""
 
@@ -132,7 +161,7 @@ def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[st
     options = dict(options)
     interval, stop = options.pop("interval", "step"), options.pop("stop", None)
     keeper = UniversalCheckpoint(run, **options.pop("keeper", {}))
-    module, count = Net(seed, interval), Count(stop)
+    module, count = options.pop("module", Net)(seed, interval), Count(stop)
     module.keep = options.pop("keep", module.keep)
     make, fit = options.pop("loader", DataLoader), options.pop("fit", {})
     batch_size = options.pop("batch", None)
@@ -172,6 +201,24 @@ def fit_case(name: str, run: str, seed: int, options: dict[str, Any]) -> dict[st
         "validated": module.validated,
         "states": [callback.state_dict() for callback in trainer.callbacks[2:]],
     }
+
+
+def alone_by_two() -> dict[int, float]:
+    """Train with two optimizers in plain PyTorch; return the losses by batch."""
+    model, losses = nn.ModuleDict({"layers": layers(3)}), []
+    optimizers, schedules = two_optimizers(model)
+    sampler = DistributedSampler(data(), 1, 0)
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        for inputs, targets in DataLoader(data(), BATCH, sampler=sampler):
+            loss = nn.functional.mse_loss(model["layers"](inputs), targets)
+            loss.backward()
+            for item in (*optimizers, *schedules):
+                item.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    return dict(enumerate(losses))
 
 
 def alone(interval: str = "step", accumulate: int = 1) -> tuple[dict[int, float], dict[str, Tensor]]:

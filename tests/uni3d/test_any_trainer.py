@@ -13,7 +13,7 @@ from marks import matrix
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import StepLR
 import uni3d
 
 WIDTH, SAMPLES = 8, 12
+WRAPPED = "_fsdp_wrapped_module."
 
 
 class Block(nn.Module):
@@ -128,6 +129,15 @@ def sharded(model: Net) -> tuple[nn.Module, int]:
     return fully_shard(model), dist.get_world_size()
 
 
+def flat(model: Net) -> tuple[nn.Module, int]:
+    """Wrap in FSDP1, whose slices begin and end within rows."""
+    cpu = torch.device("cpu")
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = FullyShardedDataParallel(layer, device_id=cpu, use_orig_params=True)
+    model.tail.short = FullyShardedDataParallel(model.tail.short, device_id=cpu, use_orig_params=True)
+    return FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True), dist.get_world_size()
+
+
 def hybrid(model: Net) -> tuple[nn.Module, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for layer in (*model.layers, model.tail.short):
@@ -161,6 +171,7 @@ TRAINERS: dict[str, tuple[int, Callable[[Net], tuple[nn.Module, int]]]] = {
     "plain": (1, plain),
     "ddp": (2, ddp),
     "fsdp": (2, sharded),
+    "fsdp1": (2, flat),
     "fsdp x tp": (4, sharded_and_split),
     "hsdp": (4, hybrid),
     "tp": (2, tensor_parallel),
@@ -254,12 +265,35 @@ def begin(trainer: str, run: str, seed: int, dtype: torch.dtype, optimizer: str)
 
 def state_of(loop: Any) -> dict[str, Tensor]:
     """Return this rank's stages: whole weights, buffers and moments by the names of the plain model."""
+    if isinstance(getattr(loop, "model", None), FullyShardedDataParallel):
+        return flat_state_of(loop)
     found = {name: buffer.clone() for name, buffer in loop.module.named_buffers()}
     for name, parameter in loop.module.named_parameters():
         moments = loop.optimizer.state.get(parameter, {}).items()
         for key, value in (("", parameter), *moments):
             part = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
             found[f"{name}/{key}"] = part.detach().clone()
+    return found
+
+
+def flat_state_of(loop: Any) -> dict[str, Tensor]:
+    """Return the same of a model in FSDP1: ranks' slices of a tensor, one after the other.
+
+    FSDP1's own `optim_state_dict` gives AdamW's second moments as the first ones on CPUs.
+    """
+    found = {name.replace(WRAPPED, ""): buffer.clone() for name, buffer in loop.module.named_buffers()}
+    mine = {
+        name.replace(WRAPPED, ""): {"": p.detach().clone()} | loop.optimizer.state.get(p, {})
+        for name, p in loop.module.named_parameters()
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for name, whole in net(3, torch.float32).named_parameters():
+        holders = [states[name] for states in everyone if states[name][""].numel()] or [mine[name]]
+        for key, value in holders[0].items():
+            slices = [torch.as_tensor(states[key]) for states in holders]
+            together = torch.cat(slices).view(whole.shape) if value.ndim else slices[0]
+            found[f"{name}/{key}"] = together.clone()
     return found
 
 
@@ -315,7 +349,8 @@ SOME = {
     ("fsdp", "ddp"),
     ("ddp", "fsdp x tp"),
     ("fsdp x tp", "engine"),
-    ("engine", "hsdp"),
+    ("engine", "fsdp1"),
+    ("fsdp1", "hsdp"),
     ("hsdp", "tp"),
     ("tp", "plain"),
 }
@@ -339,7 +374,9 @@ def test_what_one_trainer_saves_another_loads(ranks: Ranks, tmp_path: Path, writ
         assert loss == pytest.approx(alone.losses[2], rel=1e-5)
 
 
-@pytest.mark.parametrize("writer", ["ddp", matrix("fsdp"), "fsdp x tp", matrix("hsdp"), matrix("tp")])
+@pytest.mark.parametrize(
+    "writer", ["ddp", matrix("fsdp"), matrix("fsdp1"), "fsdp x tp", matrix("hsdp"), matrix("tp")]
+)
 def test_momentum(ranks: Ranks, tmp_path: Path, writer: str) -> None:
     run, alone = str(tmp_path / "run"), Alone(torch.bfloat16, "momentum")
     saved = ranks.run(RANKS[writer], save_case, writer, run, torch.bfloat16, "momentum")[0]

@@ -54,7 +54,20 @@ IMPORT = RunManifest(
 )
 
 
-@pytest.mark.parametrize("manifest", [STAGE, IMPORT])
+SEVERAL = RunManifest(
+    optimizer=OptimizerRecord(
+        type="Muon + AdamW",
+        groups=[{"params": ["a.w"], "lr": 0.1}, {"params": ["a.b"], "lr": 0.2}],
+        scalars={"a.b": {"step": 3.0}},
+        members=[
+            {"name": "muon", "type": "Muon", "groups": 1},
+            {"name": "0", "type": "AdamW", "groups": 1},
+        ],
+    )
+)
+
+
+@pytest.mark.parametrize("manifest", [STAGE, IMPORT, SEVERAL])
 def test_round_trip(manifest: RunManifest) -> None:
     assert RunManifest.read(json.loads(json.dumps(manifest.document()))) == manifest
 
@@ -99,6 +112,21 @@ def test_stages_are_merged() -> None:
     differs = OptimizerRecord(type="AdamW", groups=[{"params": [], "lr": 0.2}], scalars={})
     with pytest.raises(ckpt.CheckpointError, match="group 0 has different hyperparameters on two"):
         STAGE.merged([RunManifest(optimizer=differs)])
+
+
+def test_members_have_all_groups() -> None:
+    document = SEVERAL.document()
+    document["optimizer"]["members"] = document["optimizer"]["members"][:1]
+    with pytest.raises(ckpt.CheckpointError, match="members have 1 of 2 groups; use another tag"):
+        RunManifest.read(document)
+
+
+def test_stages_have_the_same_optimizers() -> None:
+    one = OptimizerRecord(type="AdamW", groups=[{"params": [], "lr": 0.2}], scalars={})
+    with pytest.raises(
+        ckpt.CheckpointError, match="two pipeline stages have different optimizers: muon: Muon"
+    ):
+        SEVERAL.merged([RunManifest(optimizer=one)])
 
 
 @pytest.mark.parametrize("document", [{}, dict.fromkeys(STAGE.document())])

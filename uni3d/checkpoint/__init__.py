@@ -5,12 +5,16 @@ Modules:
     random_states      generators of random numbers of all ranks, as an object of a Checkpointer
     save               plan the shards, snapshot them, write them with the manifest
     restore            check that a checkpoint fits the engine, then load it
+    newest_tag         the newest checkpoint of a run
     copies             copies of a tensor on several ranks, compared before a save
+    flat_states        FSDP1's parameters and their states, gathered for a save, and read by rows
     background         the host memory of an asynchronous save
     extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
     extra_load         the extra states of a checkpoint: compared, read, given back
     json_state         states of schedulers and loops as JSON
     data_state         where the script's own loaders of data stand
+    several            several optimizers or schedulers, handled as one
+    tied               weights that are tied in a checkpoint alone, or in a run alone
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
     live_weights       a live model's weights as plain tensors

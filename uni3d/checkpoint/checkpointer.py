@@ -11,16 +11,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 from parallel import HostComm
 from parallel.found_model import FoundModel, Names, parts_of
 from parallel.tensors import WRAPPED
+from uni3d.argument_names import OF_CHECKPOINTER
 from uni3d.checkpoint.model_spec import declared
-from uni3d.checkpoint.restore import Restorer, Wanted, newest
+from uni3d.checkpoint.newest_tag import newest
+from uni3d.checkpoint.restore import Restorer, Wanted
 from uni3d.checkpoint.save import Saver
+from uni3d.checkpoint.several import Optimizers, Schedulers, joined_optimizer, joined_scheduler
 from uni3d.config.sections import CheckpointConfig
 from uni3d.config.strict import validate
 from uni3d.state import Inventory
@@ -68,13 +69,15 @@ class Checkpointer:
         last_load: report of the last load.
     """
 
+    last_load: ckpt.LoadReport | None = None
+
     def __init__(
         self,
         run: str | Path,
         *,
         model: nn.Module | Sequence[nn.Module],
-        optimizer: Optimizer | None = None,
-        lr_scheduler: LRScheduler | None = None,
+        optimizer: Optimizers | None = None,
+        lr_scheduler: Schedulers | None = None,
         dataloader: Any = None,
         objects: Mapping[str, Any] | None = None,
         names: Names | None = None,
@@ -84,8 +87,9 @@ class Checkpointer:
 
         Args:
             run: the run's folder, seen by all ranks, or a URL that fsspec knows.
-            model, optimizer: this rank's; a list of modules if it has several pipeline stages.
-            lr_scheduler: a scheduler of torch, or any object with its `state_dict` and `load_state_dict`.
+            model: this rank's; a list of modules if it has several pipeline stages.
+            optimizer: one, or several with parameters of their own, in a list or in a dict by name.
+            lr_scheduler: torch's, or any object with `state_dict` and `load_state_dict`; or several, too.
             dataloader: an object with `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader.
             objects: by name, further objects with `state_dict` and `load_state_dict` whose state is the same
                 on all ranks: values of JSON and plain tensors. No pickle is written.
@@ -100,34 +104,33 @@ class Checkpointer:
             TypeError: an argument is of another type.
         """
         self._comm = comm = connect()
-        options = _together(comm, lambda: _checked(model, optimizer, dataloader, objects, settings))
+        options = _together(comm, lambda: _checked(model, dataloader, objects, settings))
         self.run, self._settings = run, settings
         given: dict[str, Any] = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         given |= {"dataloader": dataloader, "objects": objects, "names": names}
-        # A script may make the same list or dict anew for each call.
-        self._given = {key: _members(value) for key, value in given.items()}
+        self._given = {key: _members(value) for key, value in given.items()}  # lists may be made anew
         self._model = FoundModel(model, comm, names)
         self._state = RunState(
             model=self._model,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
+            optimizer=_together(comm, lambda: joined_optimizer(optimizer)),
+            lr_scheduler=_together(comm, lambda: joined_scheduler(lr_scheduler)),
             progress=Progress(train_batch=0),
             data=None if dataloader is None else _Loader(dataloader),
             objects=dict(objects or {}),
             settings=options,
         )
         self._state.progress.run_id = comm.broadcast(self._state.progress.run_id)
-        inventory = Inventory(self._model)
+        inventory, spec = Inventory(self._model), _described(self._model.module)
         self._saver = Saver(
             self._state,
             comm=comm,
             writing=connect(),
             inventory=inventory,
-            model_spec=_described(self._model.module),
+            model_spec=spec,
             compare_copies=True,
+            arguments=OF_CHECKPOINTER,
         )
-        self._restorer = Restorer(self._state, comm=comm, inventory=inventory)
-        self.last_load: ckpt.LoadReport | None = None
+        self._restorer = Restorer(self._state, comm=comm, inventory=inventory, arguments=OF_CHECKPOINTER)
 
     def __reduce__(self) -> Any:
         """A copy of a model that has one has None."""
@@ -273,13 +276,9 @@ def _checked_save(step: Any, client_state: Any) -> dict[str, Any]:
     return dict(client_state or {})
 
 
-def _checked(
-    model: Any, optimizer: Any, dataloader: Any, objects: Any, settings: Mapping[str, Any]
-) -> CheckpointConfig:
+def _checked(model: Any, dataloader: Any, objects: Any, settings: Mapping[str, Any]) -> CheckpointConfig:
     """Return the settings, once all arguments are of the right types."""
     parts_of(model)
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be one torch.optim.Optimizer; got {type(optimizer).__name__}")
     for method in ("state_dict", "load_state_dict"):
         if dataloader is not None and not callable(getattr(dataloader, method, None)):
             raise TypeError(

@@ -43,7 +43,7 @@ def digests_of(manifest: RunManifest, stage: int) -> dict[tuple[str, int], bytes
     """Return digests of a rank's step and optimizer, for `extra_state.check_alike`."""
     found = {("the step", 0): _digest(str(manifest.step))}
     if (optimizer := manifest.optimizer) is not None:
-        values = {"groups": optimizer.groups, "scalars": optimizer.scalars}
+        values = {name: getattr(optimizer, name) for name in ("type", "members", "groups", "scalars")}
         text = json.dumps(values, sort_keys=True, default=repr)
         found["the optimizer's record of hyperparameters and step counts", stage] = _digest(text)
     return found

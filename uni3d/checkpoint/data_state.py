@@ -22,8 +22,9 @@ from uni3d.train_state import DataState
 class DataSaver:
     """Gathers the states for each save."""
 
-    def __init__(self, data: DataState | None, part: tuple[int, int], comm: HostComm) -> None:
-        self._data, self._part, self._comm = data, part[0], comm
+    def __init__(self, data: DataState | None, part: tuple[int, int], comm: HostComm, argument: str) -> None:
+        """Take the states of `data`, which messages call `argument`."""
+        self._data, self._part, self._comm, self._argument = data, part[0], comm, argument
         self._tensors: dict[ckpt.ArrayKey, Tensor] = {}
 
     def take(self) -> tuple[DataRecord | None, dict[ckpt.ArrayKey, Tensor]]:
@@ -35,7 +36,7 @@ class DataSaver:
         data, part = self._data, self._part
         if data is None or not data.resumes:
             return None, {}
-        what = f"training_data ({data.kind}): state"
+        what = f"{self._argument} ({data.kind}): state"
         found = ckpt.merged(self._comm, lambda: [(part, taken_apart(data.state_dict(), what))], _joined)
         return ckpt.agreed(self._comm, lambda: self._put_in_order(data.kind, found))
 
@@ -47,9 +48,9 @@ class DataSaver:
             other, expected = first.setdefault(index, (rank, extra))
             if extra.digest() != expected.digest():
                 raise ckpt.CheckpointError(
-                    f"training_data ({kind}) stands elsewhere on rank {rank} than on rank {other}, but both "
-                    f"have the data-parallel index {index} and need the same batches: let its order depend "
-                    "on that index alone"
+                    f"{self._argument} ({kind}) stands elsewhere on rank {rank} than on rank {other}, but "
+                    f"both have the data-parallel index {index} and need the same batches: let its order "
+                    "depend on that index alone"
                 )
         extras = {index: first[index][1] for index in sorted(first)}
         before, self._tensors = self._tensors, {}
@@ -80,11 +81,11 @@ class DataLoad:
         if self._data is None or not self._data.resumes or there is None:
             return
         if (there.kind, len(there.states)) == (self._data.kind, part[1]):
-            self._record = ExtraRecord.of(there.states[part[0]], "training_data")
+            self._record = ExtraRecord.of(there.states[part[0]], "data")
 
     def reason(self) -> str | None:
         """Return why the tensors of the states aren't loaded on any rank; None if they are."""
-        return None if self._record is not None else "the state of training_data isn't taken up"
+        return None if self._record is not None else "the state of the checkpoint's loader isn't taken up"
 
     def targets(self, checkpoint: ckpt.Checkpoint) -> list[ckpt.Shard]:
         """Return the tensors that this rank reads. Local."""

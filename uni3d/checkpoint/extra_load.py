@@ -23,10 +23,20 @@ from uni3d.checkpoint.extra_state import (
     shown,
     takes,
 )
+from uni3d.checkpoint.several import optimizers_by_name
 from uni3d.manifest import OPTIMIZER_ATOM, RunManifest
 from uni3d.stored_model import StoredModel
 
 MISSING, OLD = "not in the checkpoint", "not in the checkpoint: its release saved no extra states"
+
+
+_ONE = "the optimizer's"
+
+
+def _texts(whose: str, value: Mapping[str, Any]) -> dict[Any, str]:
+    """Return the texts of an optimizer's further keys, and of `("state", key)` for states under strings."""
+    named: dict[Any, str] = {key: f"{whose} {key}" for key in value if key != "state"}
+    return named | {("state", key): f"{whose} state[{key!r}]" for key in value.get("state", {})}
 
 
 class _Taker:
@@ -101,22 +111,28 @@ class ExtraLoad:
         document = None if record is None else record.extra_state
         saved = None if document is None else ExtraRecord.of(document, "optimizer's extra_state")
         value: Mapping[str, Any] = {} if saved is None else saved.value
-        names = {key: f"the optimizer's {key}" for key in value if key != "state"}
-        everything = [*names.values(), *(f"the optimizer's state[{key!r}]" for key in value.get("state", {}))]
+        several = record is not None and record.members is not None
+        parts = {f"optimizer {name}'s": part for name, part in value.items()} if several else {_ONE: value}
+        everything = [text for whose, part in parts.items() for text in _texts(whose, part).values()]
         if self._optimizer is None:
             self._dropped |= dict.fromkeys(everything, "optimizer states were not requested")
             return
-        here = current_extra(self._optimizer).keys() - {"state"}
-        for key in sorted(here - names.keys()):
-            self._defaulted[f"the optimizer's {key}"] = OLD if saved is None else MISSING
-            if saved is not None:
-                yield f"missing in the checkpoint: the optimizer's {key}"
-        if names and not takes(self._optimizer):
-            kind = type(self._optimizer).__name__
-            self._dropped |= dict.fromkeys(everything, f"{kind} has no load_state_dict of its own")
-            yield from (f"unexpected by {kind}, which loads as torch does: {n}" for n in names.values())
-            return
-        self._further, self._further_names = saved, everything
+        refused = False
+        for name, member in optimizers_by_name(self._optimizer).items():
+            whose = f"optimizer {name}'s" if name else _ONE
+            part = parts.get(whose, {})
+            here = current_extra(member).keys() - {"state"}
+            for key in sorted(here - part.keys()):
+                self._defaulted[f"{whose} {key}"] = OLD if saved is None else MISSING
+                if saved is not None:
+                    yield f"missing in the checkpoint: {whose} {key}"
+            if part.keys() - {"state"} and not takes(member):
+                kind, refused = type(member).__name__, True
+                self._dropped |= dict.fromkeys(everything, f"{kind} has no load_state_dict of its own")
+                names = [text for key, text in _texts(whose, part).items() if isinstance(key, str)]
+                yield from (f"unexpected by {kind}, which loads as torch does: {n}" for n in names)
+        if not refused:
+            self._further, self._further_names = saved, everything
 
     def reason(self, atom: str) -> str | None:
         """Return why the tensors of an extra state aren't loaded on any rank; None if they are."""

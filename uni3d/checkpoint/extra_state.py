@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 import ckpt
 from ckpt import CheckpointError, check_json
 from parallel.tensors import modules
+from uni3d.checkpoint.several import OptimizerSet, type_of
 from uni3d.manifest import EXTRA_STATE, OPTIMIZER_ATOM
 from uni3d.state import array_key as key_of
 from uni3d.stored_model import StoredModel
@@ -120,7 +122,9 @@ def check_nothing_is_lost(model: nn.Module) -> None:
     Raises:
         CheckpointError: it has; names it.
     """
-    full = model.state_dict(keep_vars=True)  # first: it reshards what a forward alone left whole
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    # First: it reshards what a forward alone left whole. FSDP1's gathers everything, so that isn't asked for.
+    full = _own_entries(model) if wrapped else model.state_dict(keep_vars=True)
     known = {id(t) for t in (*model.parameters(), *model.buffers())}
     lost = [name for name, t in full.items() if id(t) not in known and not name.endswith("_extra_state")]
     if lost:
@@ -128,6 +132,19 @@ def check_nothing_is_lost(model: nn.Module) -> None:
             f"{type(model).__name__}.state_dict() has {', '.join(lost[:5])}, which a checkpoint wouldn't "
             "keep: it keeps parameters, buffers, and what get_extra_state returns"
         )
+
+
+def _own_entries(model: nn.Module) -> dict[str, Any]:
+    """Return what the modules themselves put into a `state_dict`, with their hooks, but without FSDP1's."""
+    found: dict[str, Any] = {}
+    for prefix, module in modules(model):
+        if not isinstance(module, FullyShardedDataParallel):
+            own: dict[str, Any] = {}
+            module._save_to_state_dict(own, prefix, keep_vars=True)
+            for hook in module._state_dict_hooks.values():
+                hook(module, own, prefix, {})
+            found |= own
+    return found
 
 
 def check_in_layers(model: nn.Module) -> None:
@@ -161,15 +178,20 @@ def of_optimizer(optimizer: Optimizer) -> Extra:
     Raises:
         CheckpointError: a part can't be stored.
     """
-    return taken_apart(current_extra(optimizer), f"{type(optimizer).__name__}.state_dict()")
+    return taken_apart(current_extra(optimizer), f"{type_of(optimizer)}.state_dict()")
 
 
 def current_extra(optimizer: Optimizer) -> dict[str, Any]:
     """Return further keys of the optimizer's `state_dict`, and as `state` what it keeps under strings.
 
+    Of several optimizers, these by the names of those that have any.
+
     Raises:
         CheckpointError: it keeps states under other keys, which can't be stored.
     """
+    if isinstance(optimizer, OptimizerSet):
+        found = {name: current_extra(member) for name, member in optimizer.members.items()}
+        return {name: extra for name, extra in found.items() if extra}
     name = type(optimizer).__name__
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     others = {key: value for key, value in optimizer.state.items() if id(key) not in known}
@@ -191,6 +213,10 @@ def takes(optimizer: Optimizer) -> bool:
 
 def restore_optimizer_extra(optimizer: Optimizer, value: Mapping[str, Any]) -> None:
     """Give the optimizer an extra state; its states of parameters stay the tensors that they are."""
+    if isinstance(optimizer, OptimizerSet):
+        for name, member in optimizer.members.items():
+            restore_optimizer_extra(member, value.get(name, {}))
+        return
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for key in [key for key in optimizer.state if id(key) not in mine]:
         del optimizer.state[key]

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 import ckpt
 from parallel.found_model import Names, parts_of
 from uni3d.checkpoint.checkpointer import Checkpointer, Restored, SaveHandle, connect
-from uni3d.checkpoint.restore import newest
+from uni3d.checkpoint.newest_tag import newest
+from uni3d.checkpoint.several import Optimizers, Schedulers
 from uni3d.manifest import RunManifest
 
 _KEPT = "_uni3d_checkpointer"
@@ -24,8 +23,8 @@ def save(
     *,
     model: nn.Module | Sequence[nn.Module],
     step: int,
-    optimizer: Optimizer | None = None,
-    lr_scheduler: LRScheduler | None = None,
+    optimizer: Optimizers | None = None,
+    lr_scheduler: Schedulers | None = None,
     dataloader: Any = None,
     objects: Mapping[str, Any] | None = None,
     names: Names | None = None,
@@ -52,8 +51,8 @@ def load(
     run: str | Path | ckpt.Checkpoint,
     *,
     model: nn.Module | Sequence[nn.Module],
-    optimizer: Optimizer | None = None,
-    lr_scheduler: LRScheduler | None = None,
+    optimizer: Optimizers | None = None,
+    lr_scheduler: Schedulers | None = None,
     dataloader: Any = None,
     objects: Mapping[str, Any] | None = None,
     names: Names | None = None,

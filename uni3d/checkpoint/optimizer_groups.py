@@ -18,6 +18,7 @@ from ckpt import Checkpoint, CheckpointError
 from ckpt.read import WEIGHT_STATES
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
+from uni3d.checkpoint.several import OptimizerSet, type_of
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
 from uni3d.stored_model import StoredModel
@@ -30,11 +31,12 @@ def describe(
     extra: ExtraStates,
     *,
     frozen: bool,
+    flat: Mapping[int, Mapping[str, Any]],
 ) -> tuple[ModelRecord, OptimizerRecord | None]:
     """Return the manifest's records of this rank's part of the model and the optimizer.
 
     `declared` is the model's own description. With `frozen=False`, parameters that don't require a gradient
-    are left out.
+    are left out. `flat` has the states of flat parameters, by their ids.
     """
     here = {model.first_name(n): p.requires_grad for n, p in named_parameters(model.module)}
     requires_grad = {name: trains for name, trains in here.items() if frozen or trains}
@@ -48,10 +50,12 @@ def describe(
     if optimizer is None:
         return model_record, None
     names = names_by_id(model)
+    states = {id(p): state for p, state in optimizer.state.items()} | {**flat}
     return model_record, OptimizerRecord(
-        type=type(optimizer).__name__,
+        type=type_of(optimizer),
+        members=_members(optimizer),
         groups=[_group(group, names) for group in optimizer.param_groups],
-        scalars=_scalars({names[id(p)]: s for p, s in optimizer.state.items() if id(p) in names}),
+        scalars=scalars_of({names[i]: state for i, state in states.items() if i in names}),
         extra_state=None if extra.optimizer is None else extra.optimizer.record(),
     )
 
@@ -68,7 +72,7 @@ def given_optimizer(
             # A tensor hyperparameter has rounded the value; it is equal if the saved one rounds to the same.
             if isinstance(value, Tensor) and key in values and value == _like(value, values[key]):
                 given[key] = values[key]
-    return GivenOptimizer(type=type(optimizer).__name__, groups=groups)
+    return GivenOptimizer(type=type_of(optimizer), members=_members(optimizer), groups=groups)
 
 
 def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
@@ -93,6 +97,16 @@ def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, save
             state[key] = _like(state[key], scalar)
 
 
+def _members(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
+    """Return the manifest's record of each of several optimizers."""
+    if not isinstance(optimizer, OptimizerSet):
+        return None
+    return [
+        {"name": name, "type": type_of(member), "groups": len(member.param_groups)}
+        for name, member in optimizer.members.items()
+    ]
+
+
 def check_states(
     model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord, checkpoint: Checkpoint
 ) -> None:
@@ -111,7 +125,7 @@ def check_states(
         if there and here and there != here:
             raise CheckpointError(
                 f"{checkpoint.url} doesn't record the class of its optimizer, whose states of {name} are "
-                f"{', '.join(sorted(there))}; those of {type(optimizer).__name__} are "
+                f"{', '.join(sorted(there))}; those of {type_of(optimizer)} are "
                 f"{', '.join(sorted(here))}: give an optimizer of the class that was trained with"
             )
 
@@ -147,7 +161,7 @@ def _like(current: Any, saved: Any) -> Any:
     return tuple(saved) if isinstance(current, tuple) else saved
 
 
-def _scalars(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def scalars_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the parameters' states that are single values; those on a device come in one transfer per type.
 
     Raises:

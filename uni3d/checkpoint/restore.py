@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 import warnings
@@ -17,15 +16,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
-from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm
 from parallel.tensors import named_parameters, persistent_buffers, whole_module
 from uni3d import state
+from uni3d.argument_names import OF_ENGINE, ArgumentNames
 from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
+from uni3d.checkpoint.flat_states import FlatTarget, finish_flat, flat_targets
 from uni3d.checkpoint.json_state import decoded, encoded
 from uni3d.checkpoint.optimizer_groups import (
     check_states,
@@ -33,9 +33,11 @@ from uni3d.checkpoint.optimizer_groups import (
     names_by_id,
     restore_optimizer,
 )
+from uni3d.checkpoint.several import SchedulerSet, optimizers_by_name, schedulers_by_name, type_of
 from uni3d.checkpoint.stored_weights import StoredWeights
+from uni3d.checkpoint.tied import as_stored, tie_refusals, untied
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
-from uni3d.importers.in_place import ForeignCheckpoint, foreign_kind, open_together
+from uni3d.importers.in_place import ForeignCheckpoint, open_together
 from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
 from uni3d.resume_rules import UNKNOWN, Given, GivenScheduler, compare, without_progress
@@ -72,8 +74,17 @@ class Loaded(NamedTuple):
 class Restorer:
     """Loads checkpoints into one engine. All calls are collective."""
 
-    def __init__(self, state: RunState, *, comm: HostComm, inventory: Inventory) -> None:
+    def __init__(
+        self,
+        state: RunState,
+        *,
+        comm: HostComm,
+        inventory: Inventory,
+        arguments: ArgumentNames = OF_ENGINE,
+    ) -> None:
+        """Load into `state`; messages name the caller's `arguments`."""
         self._state = state
+        self._arguments = arguments
         self._comm = comm
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
@@ -131,9 +142,7 @@ class Restorer:
         optimizer = self._state.optimizer if wanted.optimizer else None
         scheduler = self._state.lr_scheduler if wanted.scheduler else None
         # All ranks refuse together, before any of them changes a tensor.
-        changes = ckpt.agreed(
-            self._comm, lambda: self._check_fits(saved, optimizer, scheduler, counters=wanted.counters)
-        )
+        changes = ckpt.agreed(self._comm, lambda: self._check_fits(saved, optimizer, scheduler, wanted))
         model_too = wanted.custom is None
         objects = self._state.objects if wanted.counters else {}
         extra = ExtraLoad(
@@ -179,8 +188,9 @@ class Restorer:
                 same = saved.schedule in (None, describe_schedule(self._state.schedule))
                 go_on(scheduler, self._state.schedule, None if same else rates)
             if optimizer is None:  # its groups weren't restored, and they hold the next step's rate
-                for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                    group["lr"] = lr
+                for one in schedulers_by_name(scheduler).values():
+                    for group, lr in zip(one.optimizer.param_groups, one.get_last_lr(), strict=True):
+                        group["lr"] = lr
 
     def _restore_counters(self, saved: EngineRecord, run_id: str | None) -> None:
         """Restore the counters, the run's identifier and, if both runs are in fp16, the loss scale."""
@@ -198,8 +208,7 @@ class Restorer:
         saved: RunManifest,
         optimizer: Optimizer | None,
         scheduler: LRScheduler | None,
-        *,
-        counters: bool,
+        wanted: Wanted,
     ) -> list[str]:
         """Compare everything but the arrays; return the changes to report.
 
@@ -211,7 +220,7 @@ class Restorer:
             whose="this run",
             optimizer=None if optimizer is None else given_optimizer(model, optimizer, saved.optimizer),
             scheduler=None if scheduler is None else _given(scheduler, self._state.schedule),
-            counters=counters,
+            counters=wanted.counters,
             order={
                 "seed": self._state.seed,
                 "train_batch_size": progress.train_batch or None,
@@ -221,9 +230,13 @@ class Restorer:
             epoch_length=progress.epoch_length,
             data=_given_data(self._state),
             accepted=self._state.settings.accept_changes,
+            arguments=self._arguments,
             loss_scale=None if scaler is None else scaler.scale,
         )
         refusals, changes = compare(saved, given)
+        if wanted.custom is None:
+            strict, has_states = wanted.strict, optimizer is not None
+            refusals[:0] = tie_refusals(model, saved, self._arguments, strict=strict, optimizer=has_states)
         if refusals:
             raise ckpt.CheckpointError("; ".join(refusals))
         return changes
@@ -259,8 +272,9 @@ class Restorer:
                 before = ckpt.agreed(
                     self._comm, lambda: _with_states(optimizer, lacking) if lacking else None
                 )
-            model_too = wanted.custom is None
-            held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            held, targets, flat = ckpt.agreed(
+                self._comm, lambda: self._targets(optimizer, stored, None if wanted.custom else saved)
+            )
             if isinstance(checkpoint, ForeignCheckpoint):
                 checkpoint = ckpt.agreed(
                     self._comm, partial(self._fitted, checkpoint, optimizer, saved, targets)
@@ -280,6 +294,7 @@ class Restorer:
                 restore_optimizer_extra(optimizer, before)
             raise
         state.finish_load(held, targets)
+        finish_flat(model, flat)
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report
@@ -308,57 +323,27 @@ class Restorer:
         ]
 
     def _targets(
-        self, optimizer: Optimizer | None, stored: set[str], model_too: bool
-    ) -> tuple[list[state.Held], list[ckpt.Shard]]:
-        held = self._inventory.arrays(optimizer, with_states=stored)
-        held = [array for array in held if model_too or _is_moment(array.spec.key)]
-        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held]
-
-
-def newest(comm: HostComm, run: str | Path) -> str | None:
-    """Return the newest committed tag of a run, or None if it has none. Collective.
-
-    Rank 0 reads it, as file systems may show it to others later.
-
-    Raises:
-        ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
-            folder of one checkpoint, or another framework's.
-    """
-
-    def find() -> str | None:
-        try:
-            tag, store = ckpt.read_latest(run), ckpt.open_store(run)
-        except ckpt.CheckpointError:
-            _refuse_foreign(run)
-            raise
-        if tag is None:
-            _refuse_foreign(run)  # a run isn't to begin anew beside it
-        if tag is None and store.exists(MANIFEST):
-            raise ckpt.CheckpointError(
-                f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
-                "this to load_checkpoint"
-            )
-        return tag
-
-    return ckpt.from_rank_0(comm, find)
-
-
-def _refuse_foreign(run: str | Path) -> None:
-    """Raise CheckpointError if another framework has saved a run into the folder."""
-    kind = None
-    with contextlib.suppress(ckpt.CheckpointError):
-        kind = foreign_kind(run)
-    if kind not in (None, "safetensors", "torch"):  # weights may lie beside a run
-        raise ckpt.CheckpointError(
-            f"{run} is a {kind} checkpoint: load it in place with load_checkpoint or uni3d.load, and save to "
-            "another folder"
-        )
+        self, optimizer: Optimizer | None, stored: set[str], saved: RunManifest | None
+    ) -> tuple[list[state.Held], list[ckpt.Shard], list[FlatTarget]]:
+        """Return what this rank reads; without `saved`, the script loads the model itself."""
+        flat = flat_targets(self._state.model, optimizer, stored)
+        held = self._inventory.arrays(optimizer, with_states=stored, flat=state.FlatView({}, {}))
+        held += [target.held for target in flat]
+        if saved is None:
+            held = [array for array in held if _is_moment(array.spec.key)]
+        else:
+            held = as_stored(held, untied(self._state.model, saved))
+        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held], flat
 
 
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:
     """Create the states of parameters; return the extra state from before, to which it is set back."""
     before = copy.deepcopy(current_extra(optimizer))
-    state.create_states(optimizer, lacking)
+    wanted = {id(parameter) for parameter in lacking}
+    for member in optimizers_by_name(optimizer).values():
+        mine = [p for group in member.param_groups for p in group["params"] if id(p) in wanted]
+        if mine:
+            state.create_states(member, mine)
     restore_optimizer_extra(optimizer, copy.deepcopy(before))
     return before
 
@@ -375,9 +360,11 @@ def _given_data(state: RunState) -> tuple[str, int, bool] | None:
 def _given(scheduler: LRScheduler, schedule: SchedulerConfig | None) -> GivenScheduler:
     """Return the scheduler's description, to compare with the saved one."""
     state = encoded(scheduler.state_dict(), "the scheduler's state")
+    several = isinstance(scheduler, SchedulerSet)
     return GivenScheduler(
-        type=type(scheduler).__name__,
-        keys=state.keys(),
+        type=type_of(scheduler),
+        keys={(name, key) for name in state for key in state[name]} if several else {*state},
         state=without_progress(state),
+        several=several,
         schedule=describe_schedule(schedule),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 import ckpt
 from ckpt.background import Background, join_all
 from parallel import HostComm
+from uni3d.argument_names import OF_ENGINE, ArgumentNames
 from uni3d.checkpoint.background import Snapshot, threads_per_rank
 from uni3d.checkpoint.copies import check_copies, digests_of
 from uni3d.checkpoint.data_state import DataSaver
@@ -24,11 +25,13 @@ from uni3d.checkpoint.extra_state import (
     check_nothing_is_lost,
     extra_states,
 )
+from uni3d.checkpoint.flat_states import gather_flat
 from uni3d.checkpoint.json_state import encoded
 from uni3d.checkpoint.optimizer_groups import describe
+from uni3d.checkpoint.several import type_of
 from uni3d.config.scheduler import describe_schedule
 from uni3d.manifest import SAMPLE_ORDER, SCRIPT, EngineRecord, RunManifest, WriterRecord
-from uni3d.state import Held, Inventory, on_host, parts_to_save
+from uni3d.state import FlatView, Held, Inventory, on_host, parts_to_save
 from uni3d.train_state import RunState
 
 
@@ -59,6 +62,7 @@ class Saver:
         inventory: Inventory,
         model_spec: dict[str, Any],
         compare_copies: bool = False,
+        arguments: ArgumentNames = OF_ENGINE,
     ) -> None:
         """Collective.
 
@@ -66,17 +70,18 @@ class Saver:
             comm, writing: connections for the thread that trains, and for the one that writes meanwhile.
             model_spec: the model's own description for the manifest.
             compare_copies: compare the copies of a tensor on several ranks before each save.
+            arguments: the caller's, for messages.
 
         Raises:
             ValueError: the scheduler's state can't be saved, or the ranks have training data of different
                 lengths. Checked here, before any training is lost.
         """
-        _check_data(comm, state)
+        _check_data(comm, state, arguments)
         if state.lr_scheduler is not None:
             try:
                 encoded(state.lr_scheduler.state_dict(), "its state")
             except ckpt.CheckpointError as error:
-                kind = type(state.lr_scheduler).__name__
+                kind = type_of(state.lr_scheduler)
                 raise ValueError(f"{kind} can't be saved: {error}") from None
         self.report: ckpt.SaveReport | None = None
         self.asynchronous = state.settings.async_save
@@ -85,13 +90,14 @@ class Saver:
         self._comm = comm
         self._writing = writing
         self._compare_copies = compare_copies
+        self._arguments = arguments
         self._inventory = inventory
-        self._data = DataSaver(state.data, state.model.data_part, comm)
+        self._data = DataSaver(state.data, state.model.data_part, comm, arguments.data)
         self._held: list[Held] = []
         self._plan: ckpt.Plan | None = None
         self._wanted: dict[ckpt.ArrayKey, ckpt.Box] = {}
         self._snapshot = Snapshot(state.model.device)
-        self._background: Background[ckpt.SaveReport] = Background("uni3d's last save_checkpoint")
+        self._background: Background[ckpt.SaveReport] = Background(f"uni3d's last {arguments.save}")
         self._agreed_failure = False
         self._looked_for_others = False
 
@@ -112,6 +118,7 @@ class Saver:
         join_all()  # another engine of this process may be saving into the same run
         taken: list[_Taken] = []
         data, tensors = self._data.take()
+        flat = gather_flat(self._state.model, self._state.optimizer, self._comm)
 
         def take() -> tuple[str, ckpt.Files, Digests]:
             where, name = self._place(run, tag)
@@ -123,11 +130,11 @@ class Saver:
             files = self._state.settings.files
             chosen = ckpt.files_for(where) if files == "auto" else files
             arrays = extra.arrays(stage) | (tensors if stage == 0 else {})
-            plan, parts = self._parts(arrays, frozen, chosen)
+            plan, parts = self._parts(arrays, flat, frozen, chosen)
             if self.asynchronous:  # training waits for this copy and nothing else
                 copies = self._snapshot.take([tensor for _, tensor in parts])
                 parts = [(spec, copy) for (spec, _), copy in zip(parts, copies, strict=True)]
-            manifest = replace(self._manifest(client_state, extra, frozen), data=data)
+            manifest = replace(self._manifest(client_state, extra, flat, frozen), data=data)
             taken.append(_Taken(where, name, plan, parts, manifest))
             digests = extra.digests(stage)
             if self._compare_copies:
@@ -137,7 +144,9 @@ class Saver:
         # `take` may fail on one rank, for want of memory: all agree before any begins to write.
         found = ckpt.distinct(self._comm, take)
         ckpt.check_same_tag([name for name, _, _ in found])
-        _check_same_place({files: ranks.first for (_, files, _), ranks in reversed(found.items())})
+        _check_same_place(
+            {files: ranks.first for (_, files, _), ranks in reversed(found.items())}, self._arguments
+        )
         check_alike({ranks.first: digests for (_, _, digests), ranks in found.items()})
         if self._compare_copies:
             check_copies(self._comm, self._held)
@@ -189,10 +198,10 @@ class Saver:
         self._held, self._plan = [], None
 
     def _parts(
-        self, extra: dict[ckpt.ArrayKey, Tensor], frozen: bool, files: ckpt.Files
+        self, extra: dict[ckpt.ArrayKey, Tensor], flat: FlatView, frozen: bool, files: ckpt.Files
     ) -> tuple[ckpt.Plan, list[tuple[ckpt.ShardSpec, Tensor]]]:
         """Return the plan and this rank's parts by it; plan again only if the arrays have changed. Local."""
-        held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra)
+        held = self._inventory.arrays(self._state.optimizer, frozen=frozen, extra=extra, flat=flat)
         same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
         if self._plan is None or not same or self._plan.files != files:
             self._plan = self._inventory.plan(held, files)
@@ -223,7 +232,9 @@ class Saver:
             threads=threads_per_rank(self._comm.size),
         )
 
-    def _manifest(self, client_state: dict[str, Any], extra: ExtraStates, frozen: bool) -> RunManifest:
+    def _manifest(
+        self, client_state: dict[str, Any], extra: ExtraStates, flat: FlatView, frozen: bool
+    ) -> RunManifest:
         """Return the manifest of this rank's stage. Local.
 
         Values that training may change before the write are copied.
@@ -231,7 +242,7 @@ class Saver:
         model, scheduler, progress = self._state.model, self._state.lr_scheduler, self._state.progress
         scaler, ranks = self._state.scaler, model.ranks
         model_record, optimizer = describe(
-            model, self._state.optimizer, self._model_spec, extra, frozen=frozen
+            model, self._state.optimizer, self._model_spec, extra, frozen=frozen, flat=flat.states
         )
         # Checked here so that the script's own call raises; everything else is checked by the write.
         ckpt.check_json(client_state, "the checkpoint's document['client_state']")
@@ -267,7 +278,7 @@ class Saver:
         )
 
 
-def _check_same_place(files: Mapping[ckpt.Files, int]) -> None:
+def _check_same_place(files: Mapping[ckpt.Files, int], arguments: ArgumentNames) -> None:
     """Check that all ranks chose the same kind of files for the run's folder; raises CheckpointError.
 
     `files` has the first rank of each choice.
@@ -276,11 +287,11 @@ def _check_same_place(files: Mapping[ckpt.Files, int]) -> None:
         other = max(files.values())
         raise ckpt.CheckpointError(
             f"the run's folder is on another kind of file system on rank {other} than on rank 0; mount it "
-            'alike, or set "files" in the config\'s section "checkpoint" to "array" or "writer"'
+            f'alike, or {arguments.setting.format("files")} to "array" or "writer"'
         )
 
 
-def _check_data(comm: HostComm, state: RunState) -> None:
+def _check_data(comm: HostComm, state: RunState, arguments: ArgumentNames) -> None:
     """Check that all ranks have training data of one length: each draws its part of one order. Collective.
 
     Raises:
@@ -297,10 +308,10 @@ def _check_data(comm: HostComm, state: RunState) -> None:
     for (other, other_kind, _), ranks in others:
         if other != first:
             raise ValueError(
-                f"training_data has {first} samples on rank 0, but {other} on rank {ranks.first}; pass "
+                f"{arguments.data} has {first} samples on rank 0, but {other} on rank {ranks.first}; pass "
                 "the whole dataset on every rank: the engine gives each its part"
             )
         if other_kind != first_kind:
             raise ValueError(
-                f"training_data is a {first_kind} on rank 0, but a {other_kind} on rank {ranks.first}"
+                f"{arguments.data} is a {first_kind} on rank 0, but a {other_kind} on rank {ranks.first}"
             )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import ckpt
 from uni3d.checkpoint import live_weights
-from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted, newest
+from uni3d.checkpoint.newest_tag import newest
+from uni3d.checkpoint.restore import CustomLoad, Restorer, Wanted
 from uni3d.engine.training_core import TrainingCore
 
 

@@ -10,7 +10,7 @@ import parallel
 from parallel import HostComm
 from parallel import meta_parameters as meta_parameters
 from uni3d.checkpoint.file_weights import FileWeights
-from uni3d.checkpoint.restore import newest
+from uni3d.checkpoint.newest_tag import newest
 from uni3d.engine.arguments import using_up
 
 

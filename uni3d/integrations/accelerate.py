@@ -29,7 +29,7 @@ _OWN = "accelerate"
 class AcceleratorCheckpointer:
     """Saves and restores what an Accelerator has prepared and registered. Calls are collective.
 
-    That is one model, its optimizer and its scheduler, fp16's loss scale, the order and the epoch of each
+    That is one model, its optimizers and their schedulers, fp16's loss scale, the order and the epoch of each
     loader, the random generators, and all objects of `register_for_checkpointing`.
     """
 
@@ -46,7 +46,7 @@ class AcceleratorCheckpointer:
             settings: those of `uni3d.Checkpointer`: `async_save`, `durable`, `keep_last`, `keep_every`, ...
 
         Raises:
-            ValueError: the accelerator has no model, or several of a kind, or its objects can't be saved.
+            ValueError: the accelerator has no model, or several, or its objects can't be saved.
         """
         self._accelerator = accelerator
         self._made_of = _ids(accelerator)
@@ -56,14 +56,13 @@ class AcceleratorCheckpointer:
         if scaler is not None:
             objects["loss_scale"] = scaler
         objects |= {f"registered_{i}": item for i, item in enumerate(accelerator._custom_objects)}
-        optimizer = _only(accelerator._optimizers, "optimizer", needed=False)
-        scheduler = _only(accelerator._schedulers, "scheduler", needed=False)
-        self._schedule = {"scheduler_steps": _scheduler_steps(accelerator, scheduler)}
+        optimizers, schedulers = _different(accelerator._optimizers), _different(accelerator._schedulers)
+        self._schedule = {"scheduler_steps": _scheduler_steps(accelerator, schedulers)}
         self._keeper = Checkpointer(
             run,
-            model=_only(accelerator._models, "model", needed=True),
-            optimizer=getattr(optimizer, "optimizer", optimizer),
-            lr_scheduler=getattr(scheduler, "scheduler", scheduler),
+            model=_only_model(accelerator),
+            optimizer=[getattr(item, "optimizer", item) for item in optimizers] or None,
+            lr_scheduler=[getattr(item, "scheduler", item) for item in schedulers] or None,
             dataloader=dataloader,
             objects=objects,
             **settings,
@@ -163,11 +162,11 @@ def _sampler(loader: Any) -> Any:
     return sampler if isinstance(sampler, SeedableRandomSampler) else None
 
 
-def _scheduler_steps(accelerator: Accelerator, scheduler: Any) -> int | None:
-    """Return the steps that accelerate takes of the scheduler for each of the optimizer's."""
-    if scheduler is None:
+def _scheduler_steps(accelerator: Accelerator, schedulers: list[Any]) -> int | None:
+    """Return the steps that accelerate takes of each scheduler for each of the optimizer's."""
+    if not schedulers:
         return None
-    often = scheduler.step_with_optimizer and not scheduler.split_batches
+    often = schedulers[0].step_with_optimizer and not schedulers[0].split_batches
     return int(accelerator.num_processes) if often else 1
 
 
@@ -181,15 +180,19 @@ def _check_schedule(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _only(found: Iterable[Any], what: str, *, needed: bool) -> Any:
-    """Return the only prepared object of a kind; None if there is none."""
-    different = list({id(item): item for item in found}.values())
-    if len(different) > 1 or (needed and not different):
+def _different(found: Iterable[Any]) -> list[Any]:
+    """Return prepared objects, each once."""
+    return list({id(item): item for item in found}.values())
+
+
+def _only_model(accelerator: Any) -> Any:
+    models = _different(accelerator._models)
+    if len(models) != 1:
         raise ValueError(
-            f"the Accelerator has prepared {len(different)} {what}s; expected one. A run has one model and "
-            "optimizer: save others by a uni3d.Checkpointer each, in a folder of its own"
+            f"the Accelerator has prepared {len(models)} models; expected one. A run has one: save others by "
+            "a uni3d.Checkpointer each, in a folder of its own"
         )
-    return different[0] if different else None
+    return models[0]
 
 
 def _ids(accelerator: Any) -> list[list[int]]:

@@ -98,8 +98,8 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         self.checkpointer = Checkpointer(
             self.run,
             model=trainer.strategy.model,
-            optimizer=trainer.optimizers[0] if trainer.optimizers else None,
-            lr_scheduler=schedules[0].scheduler if schedules else None,
+            optimizer=list(trainer.optimizers) or None,
+            lr_scheduler=[config.scheduler for config in schedules] or None,
             dataloader=self._data if self._data.loaders else None,
             **self.settings,
         )
@@ -188,9 +188,9 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
         """Note the counters, if a checkpoint is due."""
         if self.checkpointer is None:
             return
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        before, self._step = self._step, trainer.global_step
         ended = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-        if self._is_due(trainer, stepped=stepped, ended=ended):
+        if self._is_due(trainer, before, ended=ended):
             self._due = {
                 "loops": _counters(trainer, ended=ended),
                 "epoch_ended": ended,
@@ -198,11 +198,12 @@ class UniversalCheckpoint(Callback):  # type: ignore[misc]
             }
             self._data.note()
 
-    def _is_due(self, trainer: Trainer, *, stepped: bool, ended: bool) -> bool:
-        step, epoch = trainer.global_step, trainer.current_epoch + 1
-        by_step = stepped and self.every_n_steps is not None and step % self.every_n_steps == 0
+    def _is_due(self, trainer: Trainer, before: int, *, ended: bool) -> bool:
+        step, epoch, most = trainer.global_step, trainer.current_epoch + 1, trainer.max_steps
+        # A batch takes several steps if there are several optimizers.
+        by_step = self.every_n_steps is not None and step // self.every_n_steps > before // self.every_n_steps
         by_epoch = ended and self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
-        last = (stepped and step == trainer.max_steps) or (ended and epoch == trainer.max_epochs)
+        last = before < most <= step or (ended and epoch == trainer.max_epochs)
         return by_step or by_epoch or last
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -248,12 +249,6 @@ def _check(trainer: Trainer) -> None:
             f"the strategy is {type(trainer.strategy).__name__}; UniversalCheckpoint takes {known}; "
             "to shard parameters, use the last with fully_shard in configure_model"
         )
-    for what, given in (("optimizers", trainer.optimizers), ("schedulers", trainer.lr_scheduler_configs)):
-        if len(given) > 1:
-            raise ValueError(
-                f"configure_optimizers returns {len(given)} {what}, and a checkpoint keeps one: make it one "
-                "(an optimizer with a parameter group each, a SequentialLR)"
-            )
     others = [c for c in trainer.callbacks if isinstance(c, UniversalCheckpoint)]
     if len(others) > 1:
         raise ValueError(f"the Trainer has {len(others)} callbacks UniversalCheckpoint; give it one")

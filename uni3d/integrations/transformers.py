@@ -208,6 +208,9 @@ def _check(trainer: Any, callback: CheckpointCallback) -> None:
         raise ValueError(f"the Trainer doesn't have this callback: pass callbacks=[callback], then {_CALL}")
     refused = {
         "deepspeed": trainer.is_deepspeed_enabled and "the engine saves then: use its own checkpoints",
+        "fsdp": trainer.is_fsdp_enabled
+        and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1
+        and 'its version 1 is untested in the Trainer: set fsdp_config={"fsdp_version": 2}',
         "load_best_model_at_end": args.load_best_model_at_end
         and "keep enough checkpoints, and load the one of state.best_global_step with uni3d.load",
         "save_only_model": args.save_only_model and "`uni3d export` writes a checkpoint's weights alone",

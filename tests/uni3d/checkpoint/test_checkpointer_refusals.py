@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch.distributed as dist
 from ranks import RankError, Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LinearLR, StepLR
 
 import uni3d
 
@@ -28,10 +30,6 @@ def cut_by_hand(run: str) -> None:
 def equal_parts(run: str) -> None:
     torch.manual_seed(dist.get_rank())
     uni3d.save(run, model=nn.Linear(4, 2), step=1)
-
-
-def flat_parameters(run: str) -> None:
-    uni3d.save(run, model=FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")), step=1)
 
 
 def early_optimizer(run: str) -> None:
@@ -85,7 +83,6 @@ def strange_names(run: str) -> None:
 REFUSED: dict[Callable[[str], None], str] = {
     cut_by_hand: r"weight is \[2, 4\] float32 on rank 0, but \[3, 4\] float32 on rank 1: a tensor must",
     equal_parts: r"weight/fp32 has other numbers on rank 1 than on rank 0, though both hold the same part",
-    flat_parameters: "the model is wrapped in FullyShardedDataParallel, whose flat parameters",
     early_optimizer: r"the optimizer has a parameter of shape \[4, 4\] that isn't the model's: make",
     other_optimizer: r"the optimizer has a parameter of shape \[3, 3\] that isn't the model's: make",
     partial_sum: "is a partial sum",
@@ -115,7 +112,7 @@ def test_arguments_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="dataloader is a list, which has no state_dict"):
         uni3d.save(tmp_path, model=model, dataloader=[1], step=1)
-    with pytest.raises(TypeError, match=r"optimizer must be one torch.optim.Optimizer; got list"):
+    with pytest.raises(TypeError, match=r"optimizer must be a .*, a list of them, or a dict"):
         uni3d.save(tmp_path, model=model, optimizer=[], step=1)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, or a list of them"):
         uni3d.Checkpointer(tmp_path, model=[model, 3])
@@ -126,3 +123,55 @@ def test_arguments_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but there is no process group"):
         uni3d.Checkpointer(tmp_path, model=model)
+
+
+OF_THE_ENGINE = (
+    "load_module",
+    "load_optimizer",
+    "load_lr",
+    "load_checkpoint",
+    "save_checkpoint",
+    "training_data",
+)
+
+
+class Place:
+    """A loader with a state."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"sample": 3}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class Other(Place):
+    pass
+
+
+@pytest.mark.usefixtures("alone")
+def test_texts_name_the_checkpointer_s_arguments(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = adamw(model)
+    schedule = StepLR(optimizer, 1)
+    everything: dict[str, Any] = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+    uni3d.save(tmp_path / "bare", model=model, step=1, async_save=False)
+    uni3d.save(tmp_path / "full", **everything, dataloader=Place(), step=1, async_save=False)
+    alone = (
+        "load the model alone, by Checkpointer.load(optimizer=False), or by uni3d.load without an optimizer"
+    )
+    linear = LinearLR(optimizer)
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("bare", {"optimizer": optimizer}, f"the checkpoint has no optimizer; {alone}"),
+        ("bare", everything, "has no scheduler, but this run has StepLR; leave out lr_scheduler"),
+        ("full", everything | {"lr_scheduler": linear}, "its keys differ; leave out lr_scheduler"),
+        ("full", everything | {"dataloader": Other()}, "dataloader is a Other in this run, a Place in the"),
+        ("full", everything | {"dataloader": Other()}, 'go on nevertheless by accept_changes=["dataset"]'),
+    ]
+    for run, given, text in cases:
+        with pytest.raises(uni3d.CheckpointError) as raised:
+            uni3d.load(tmp_path / run, **{"model": model} | given)
+        assert text in str(raised.value)
+        assert not any(word in str(raised.value) for word in OF_THE_ENGINE)
+    with pytest.raises(uni3d.CheckpointError, match="not a run's folder: to resume the run, give the folder"):
+        uni3d.Checkpointer(tmp_path / "full" / "global_step1", model=model).restore()

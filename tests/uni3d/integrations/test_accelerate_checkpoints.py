@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from models import WIDTH, Net, seeded
 from page_diffs import script
 from ranks import RankError, Ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -59,7 +61,9 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, inputs.square().mean(1, keepdim=True))
 
 
-def accelerator(sharded: bool, accumulation: int = 1, by_optimizer: bool = False) -> Accelerator:
+def accelerator(
+    sharded: bool, accumulation: int = 1, by_optimizer: bool = False, version: int = 2
+) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
@@ -69,7 +73,8 @@ def accelerator(sharded: bool, accumulation: int = 1, by_optimizer: bool = False
     if sharded:
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU  # it shards on these alone
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
+            fsdp_version=version,
+            use_orig_params=True if version == 1 else None,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["Linear"],
         )
@@ -211,6 +216,63 @@ def test_a_schedule_that_counts_ranks_is_not_resized(ranks: Ranks, tmp_path: Pat
         RankError, match="takes 3 steps of the scheduler for each of the optimizer's here, 2 in"
     ):
         ranks.run(3, schedule_case, str(tmp_path / "run"))
+
+
+def by_two(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    first, *rest = model.parameters()
+    sgd = torch.optim.SGD([first], lr=0.05, momentum=0.9, foreach=False)
+    adamw = torch.optim.AdamW(rest, lr=0.02, eps=0.01, foreach=False)
+    return [sgd, adamw], [StepLR(sgd, 2, 0.5), StepLR(adamw, 3, 0.5)]
+
+
+def by_one(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    return [torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, foreach=False)], []
+
+
+def descend(
+    model: nn.Module, optimizers: list[Any], schedules: list[Any], steps: list[int], accel: Any = None
+) -> list[float]:
+    """Take steps on samples in order, with an Accelerator on this rank's part; return the mean losses."""
+    losses, (rank, ranks) = [], (accel.process_index, accel.num_processes) if accel else (0, 1)
+    for step in steps:
+        x, y = (part[step * 6 : step * 6 + 6][rank::ranks] for part in data().tensors)
+        loss = F.mse_loss(model(x), y)
+        (accel.backward if accel else torch.autograd.backward)(loss)
+        for item in (*optimizers, *schedules):
+            item.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.append((accel.reduce(loss.detach(), "mean") if accel else loss).item())
+    return losses
+
+
+def steps_case(run: str, flat: bool, steps: list[int]) -> list[float]:
+    """Train by FSDP1 or by two optimizers, from a checkpoint if there is one, and save."""
+    with warnings.catch_warnings(action="ignore"):  # accelerate: FSDP1 is deprecated
+        accel = accelerator(flat, version=1)
+        model: Any = seeded(Net)
+        if flat:
+            accel.state.device = torch.device("cpu")  # FSDP1 takes cpu:0 for another device
+            model = accel.prepare(model)
+            assert isinstance(model, FullyShardedDataParallel)
+        optimizers, schedules = (by_one if flat else by_two)(model)
+        if not flat:
+            model = accel.prepare(model)
+        optimizers, schedules = [*map(accel.prepare, optimizers)], [*map(accel.prepare, schedules)]
+        keeper = AcceleratorCheckpointer(accel, run, async_save=False)
+        keeper.restore()
+        losses = descend(model, optimizers, schedules, steps, accel)
+        keeper.save(steps[-1] + 1)
+    return losses
+
+
+@pytest.mark.parametrize("flat", [False, slow(True)], ids=["two optimizers", "FSDP1"])
+def test_steps_go_on_with_more_ranks(ranks: Ranks, tmp_path: Path, flat: bool) -> None:
+    model: Any = seeded(Net)
+    expected = descend(model, *(by_one if flat else by_two)(model), [0, 1, 2, 3])
+    found = ranks.run(2, steps_case, str(tmp_path), flat, [0, 1])[0]
+    found += ranks.run(3, steps_case, str(tmp_path), flat, [2, 3])[0]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def page_case(folder: str, changed: bool, samples: int) -> list[float]:

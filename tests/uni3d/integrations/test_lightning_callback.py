@@ -1,18 +1,25 @@
 """`UniversalCheckpoint`: a Lightning run goes on with other ranks and another strategy, as uninterrupted."""
 
+import os
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from page_diffs import script
 from ranks import Ranks
 from torch import Tensor
-from torch.utils.data import DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 pytest.importorskip("lightning")
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning_runs import EPOCHS, alone, fit_case
+from lightning.pytorch.utilities import rank_zero_only
+from lightning_runs import BATCH, EPOCHS, Manual, Net, Pool, alone, alone_by_two, data, fit_case
 
 import ckpt
 from uni3d.manifest import RunManifest
@@ -131,3 +138,47 @@ def test_loaders_with_a_state_go_on(ranks: Ranks, tmp_path: Path) -> None:
     assert [state["value"]["loaders"][0]["_num_yielded"] for state in states] == [1, 1]
     for result in ranks.run(2, with_stateful_case, run, 8, None):
         check(result, alone("epoch"), first=5)
+
+
+def test_several_optimizers(ranks: Ranks, tmp_path: Path) -> None:
+    """Each batch takes two steps by Lightning's count, so a checkpoint is due when 9 are behind it."""
+    run, options = str(tmp_path / "run"), {"module": Manual, "max_epochs": EPOCHS}
+    before = ranks.run(2, fit_case, "ddp", run, 3, {**options, "keeper": {"every_n_steps": 9}, "stop": 12})[0]
+    assert [path.name for path in (tmp_path / "run").glob("global_step*")] == ["global_step10"]
+    expected = alone_by_two()
+    assert before["losses"] == pytest.approx({n: expected[n] for n in range(6)}, rel=1e-5)
+    for result in ranks.run(3, fit_case, "fsdp", run, 8, options):
+        assert result["losses"] == pytest.approx({n: expected[n] for n in range(5, 12)}, rel=1e-5)
+
+
+# --- the page ------------------------------------------------------------------------------------------
+
+
+def page_case(folder: str, changed: bool, epochs: int) -> dict[int, float]:
+    """Run the page's script, with a Trainer that stops after some epochs; return the losses by batch."""
+    ranks = dist.get_world_size()
+    limits = {"accelerator": "cpu", "devices": ranks, "plugins": [Pool()], "max_epochs": epochs}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    module = Net(3 if epochs == 1 else 8, "step")  # other weights for the run that resumes
+    names = {"Trainer": partial(Trainer, **limits, **quiet), "module": module}
+    names["loader"] = DataLoader(data(), BATCH // ranks, shuffle=True)
+    os.chdir(folder)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Lightning's advice on workers and logs
+            exec(script("PyTorch Lightning: the Trainer", changed=changed), names)
+    finally:
+        rank_zero_only.rank = 0
+    return module.losses
+
+
+def test_the_pages_script(ranks: Ranks, tmp_path: Path) -> None:
+    for name in ("plain", "kept"):
+        (tmp_path / name).mkdir()
+    expected, _ = alone()
+    first = ranks.run(2, page_case, str(tmp_path / "plain"), False, 1)[0]
+    assert list((tmp_path / "plain").rglob("*.ckpt")), "of Lightning's own"
+    found = ranks.run(2, page_case, str(tmp_path / "kept"), True, 1)[0]
+    assert found == first
+    found |= ranks.run(3, page_case, str(tmp_path / "kept"), True, EPOCHS)[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert not list((tmp_path / "kept").rglob("*.ckpt"))

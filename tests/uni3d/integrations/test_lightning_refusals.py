@@ -45,7 +45,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 REFUSED = [
-    ({"callbacks": [Two()]}, "configure_optimizers returns 2 optimizers, and a checkpoint keeps one"),
+    ({"callbacks": [Two()]}, "optimizers 0 and 1 both have a parameter of shape"),
     ({"callbacks": [UniversalCheckpoint("x")]}, "the Trainer has 2 callbacks UniversalCheckpoint"),
     ({"keep": (1, 2)}, "the Trainer's state['hooks']['mine']['value'] is a tuple"),
     ({"keep": torch.zeros(300_000)}, "['value'] is a tensor of 1,200,000 bytes; up to 1,048,576 are kept"),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -246,12 +247,20 @@ def without_callback(keeper: CheckpointCallback, folder: str) -> None:
     keeper.resume(trainer(folder, 1, []))
 
 
+def first_fsdp(keeper: CheckpointCallback, folder: str) -> None:
+    given = trainer(folder, 1, [keeper])
+    given.is_fsdp_enabled = True  # which it is on GPUs alone
+    given.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    keeper.resume(given)
+
+
 REFUSED: dict[Callable[[CheckpointCallback, str], None], str] = {
     begin_anew: r"has global_step1, but the Trainer begins anew: call trainer\.train\(",
     never_asked: "must see the Trainer before each train: call",
     other_batch: "samples per step: 12 in the checkpoint, 24 now",
     other_checkpoint: "train was given the checkpoint .*, but CheckpointCallback resumes",
     best_model: "load_best_model_at_end is set, which CheckpointCallback refuses: keep enough",
+    first_fsdp: "fsdp is set, which CheckpointCallback refuses: its version 1 is untested",
     without_callback: "the Trainer doesn't have this callback",
 }
 
