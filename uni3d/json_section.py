@@ -8,6 +8,7 @@ from typing import Any
 from ckpt import CheckpointError
 
 _JSON_NAMES = {str: "a string", int: "an integer", bool: "a boolean", dict: "an object", list: "a list"}
+_JSON_NAMES[float] = "a number"
 
 
 class JsonSection:
@@ -52,6 +53,7 @@ class JsonSection:
 
 def check_type(value: Any, kind: type, where: str) -> None:
     """Check the type of a value; raises CheckpointError, with `where` as its name."""
-    # A bool is an int in Python but not in JSON.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    # A bool is an int in Python but not in JSON, where an integer is a number.
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (kind in (int, float) and isinstance(value, bool)):
         raise CheckpointError(f"{where} is {value!r:.80}; expected {_JSON_NAMES[kind]}; use another tag")

@@ -360,14 +360,29 @@ def _read_optimizer(top: JsonSection) -> OptimizerRecord | None:
     for i, group in enumerate(groups):
         where = f"{section.where}: groups[{i}]"
         check_type(group, dict, where)
-        JsonSection(group, where).needed("params", list)
+        one = JsonSection(group, where)
+        one.needed("params", list)
+        one.list_of("params", str)
+        one.get("lr", float)
     return OptimizerRecord(
         type=section.needed("type", str),
         groups=groups,
-        scalars=section.map_of("scalars", dict),
+        scalars=_read_scalars(section),
         extra_state=section.get("extra_state", dict),
         members=_read_members(section, len(groups)),
     )
+
+
+def _read_scalars(section: JsonSection) -> dict[str, Json]:
+    scalars = section.map_of("scalars", dict)
+    for name, values in scalars.items():
+        for state, value in values.items():
+            where = f"{section.where}: scalars[{name!r}]: {state}"
+            if state == "step" or isinstance(value, dict | list):
+                check_type(value, float, where)
+                if value < 0:
+                    raise CheckpointError(f"{where} is {value}; use another tag")
+    return scalars
 
 
 def _read_members(section: JsonSection, groups: int) -> list[Json] | None:

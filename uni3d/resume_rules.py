@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from uni3d.argument_names import OF_ENGINE, ArgumentNames
+from uni3d.json_kinds import other_groups, other_kinds
 from uni3d.manifest import OptimizerRecord, RunManifest
 
 IMPLEMENTATION_KEYS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -52,6 +53,8 @@ class GivenScheduler:
     """Known values of the `state_dict`, without those that change at each step."""
     schedule: Mapping[str, Any] | None = None
     """Type and parameters of a schedule from the config; None if the script made the scheduler."""
+    every: Mapping[str, Any] = field(default_factory=dict)
+    """Known values of the whole `state_dict`."""
     several: bool = False
     """True for several schedulers, whose states are in `state` by name."""
 
@@ -103,6 +106,7 @@ def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
         )
     if given.optimizer is not None:
         yield from _other_optimizer(saved.optimizer, given.optimizer, given)
+    yield from _other_kinds(saved, given)
     mine, advice = given.scheduler, given.arguments.without_scheduler
     if mine is not None and saved.scheduler is None:
         yield f"the checkpoint has no scheduler, but {given.whose} has {mine.type}; {advice}"
@@ -116,6 +120,16 @@ def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
     for key, difference, effect in _other_data(saved, given):
         if key not in given.accepted:
             yield f"{difference}: {effect}; go on nevertheless {given.arguments.accept.format(key)}"
+
+
+def _other_kinds(saved: RunManifest, given: Given) -> Iterator[str]:
+    """Yield a line for each hyperparameter or value of the scheduler that can't take its place here."""
+    if given.optimizer is not None and saved.optimizer is not None:
+        pairs = zip(saved.optimizer.groups, given.optimizer.groups or [], strict=False)
+        for i, (there, here) in enumerate(pairs):
+            yield from other_groups(there, here, f"optimizer: groups[{i}]", leave=IMPLEMENTATION_KEYS)
+    if given.scheduler is not None and saved.scheduler is not None:
+        yield from other_kinds(saved.scheduler, given.scheduler.every, "scheduler")
 
 
 def _keys(state: Mapping[str, Any], mine: GivenScheduler) -> Collection[Any]:

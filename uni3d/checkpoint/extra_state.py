@@ -260,9 +260,14 @@ def put_together(record: ExtraRecord, tensor_at: Callable[[str], Tensor]) -> Any
     for place in record.tensors:
         owner: Any = holder
         *path, last = [part.replace("~1", "/").replace("~0", "~") for part in place.split("/")]
-        for part in path:
-            owner = owner[int(part) if isinstance(owner, list) else part]
-        owner[int(last) if isinstance(owner, list) else last] = tensor_at(place)
+        try:
+            for part in path:
+                owner = owner[int(part) if isinstance(owner, list) else part]
+            owner[int(last) if isinstance(owner, list) else last] = tensor_at(place)
+        except (LookupError, TypeError, ValueError):
+            raise CheckpointError(
+                f"an extra state has no place {place!r}, where a tensor belongs; use another tag"
+            ) from None
     return holder[""]
 
 

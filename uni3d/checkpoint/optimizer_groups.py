@@ -19,6 +19,7 @@ from ckpt.read import WEIGHT_STATES
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
 from uni3d.checkpoint.several import OptimizerSet, type_of
+from uni3d.json_kinds import other_kinds
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
 from uni3d.stored_model import StoredModel
@@ -94,6 +95,8 @@ def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, save
                 f"{sorted(scalars)}"
             )
         for key, scalar in scalars.items():
+            for problem in other_kinds(scalar, _plain(state[key]), f"optimizer: scalars[{name!r}]: {key}"):
+                raise CheckpointError(problem)
             state[key] = _like(state[key], scalar)
 
 
@@ -152,6 +155,11 @@ def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
         # Copied: training may change a list or dict before it is written.
         values[key] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Return a state's value as the manifest has it."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _like(current: Any, saved: Any) -> Any:

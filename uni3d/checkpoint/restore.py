@@ -115,11 +115,10 @@ class Restorer:
         try:
             report = self._load(checkpoint, saved, wanted)
         except ckpt.CheckpointError as error:
-            if not isinstance(checkpoint, ForeignCheckpoint) or not checkpoint.left_out:
-                raise
-            raise type(error)(
-                f"{error}; left out of {checkpoint.url}: {'; '.join(checkpoint.left_out)}"
-            ) from None
+            text = str(error) if checkpoint.url in str(error) else f"{checkpoint.url}: {error}"
+            if isinstance(checkpoint, ForeignCheckpoint) and checkpoint.left_out:
+                text += f"; left out of {checkpoint.url}: {'; '.join(checkpoint.left_out)}"
+            raise type(error)(text) from error
         if self._comm.rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
             self._tell_resize(saved)
@@ -365,6 +364,7 @@ def _given(scheduler: LRScheduler, schedule: SchedulerConfig | None) -> GivenSch
         type=type_of(scheduler),
         keys={(name, key) for name in state for key in state[name]} if several else {*state},
         state=without_progress(state),
+        every=state,
         several=several,
         schedule=describe_schedule(schedule),
     )
