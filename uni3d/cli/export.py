@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ckpt import Checkpoint
 
 _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
-_FOLDERS = ("hf", "dcp", "deepspeed-universal")
+_FOLDERS = ("hf", "dcp", "megatron", "deepspeed-universal")
+_WITH_OPTIMIZER = ("dcp", "megatron")
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -34,7 +35,8 @@ def export(
         Option(
             "--format",
             help="safetensors, torch; or a folder: hf for Hugging Face's transformers, dcp for "
-            "torch.distributed.checkpoint, deepspeed-universal for DeepSpeed's load_universal.",
+            "torch.distributed.checkpoint, megatron for Megatron-core's dist_checkpointing, "
+            "deepspeed-universal for DeepSpeed's load_universal.",
             show_default="from the suffix of OUTPUT",
         ),
     ] = None,
@@ -54,7 +56,7 @@ def export(
     ] = None,
     optimizer: Annotated[
         bool,
-        Option("--optimizer", help="With --format dcp: the optimizer's states and groups, too."),
+        Option("--optimizer", help="With --format dcp or megatron: the optimizer's states and groups, too."),
     ] = False,
     hf_config: Annotated[
         Path | None, Option(help="With --format hf: the model's config.json, if the checkpoint has none.")
@@ -62,16 +64,16 @@ def export(
     name_map: Annotated[
         Path | None,
         Option(
-            help="With --format hf: JSON file that maps name patterns (regex) to Hugging Face's names, or to "
-            "null to leave tensors out, if the checkpoint has none."
+            help="With --format hf or megatron: JSON file that maps name patterns (regex) to the format's names, "
+            "or to null to leave tensors out; for hf, if the checkpoint has none."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's weights as one state_dict, in fp32 by default.
 
-    Two formats hold the optimizer, too, and another trainer goes on from them: dcp with --optimizer, and
-    deepspeed-universal. The result doesn't depend on the topology that saved the checkpoint.
+    Three formats hold the optimizer, too, and another trainer goes on from them: dcp and megatron with
+    --optimizer, and deepspeed-universal. The result doesn't depend on the topology that saved the checkpoint.
     """
     import ckpt
 
@@ -87,6 +89,8 @@ def export(
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
         if file_format == "dcp":
             files = _dcp(checkpoint, output, of, names if include or exclude else None, optimizer)
+        elif file_format == "megatron":
+            files, names = _megatron(checkpoint, output, of, names, name_map, optimizer)
         elif kind is None:
             files = _universal(checkpoint, output)
         else:
@@ -98,8 +102,9 @@ def export(
     row |= {"files": [str(file) for file in files], "left_out": left_out}
     several = f" in {len(files)} files" if len(files) > 1 else ""
     lines = [f"{output}: {len(names)} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}"]
-    if left_out and hf:
-        lines.append(f"left out by the name map: {', '.join(left_out)}")
+    if left_out and (hf or name_map):
+        by = "" if include or exclude else " by the name map"
+        lines.append(f"left out{by}: {', '.join(left_out)}")
     answer(row, lines, as_json)
 
 
@@ -119,12 +124,14 @@ def _check_options(
         raise ValueError(f"--format {file_format} writes whole models; leave out --include and --exclude")
     if file_format == "deepspeed-universal" and dtype != "fp32":
         raise ValueError(f"--format {file_format} writes the fp32 weights; leave out --dtype {dtype}")
-    if file_format != "hf" and (hf_config is not None or name_map is not None):
-        raise ValueError("--hf-config and --name-map need --format hf")
-    if file_format in ("dcp", "deepspeed-universal") and max_shard_size is not None:
+    if file_format != "hf" and hf_config is not None:
+        raise ValueError("--hf-config needs --format hf")
+    if file_format not in ("hf", "megatron") and name_map is not None:
+        raise ValueError("--name-map needs --format hf or megatron")
+    if file_format in _FOLDERS[1:] and max_shard_size is not None:
         raise ValueError(f"--format {file_format} writes a file for each tensor; leave out --max-shard-size")
-    if optimizer and file_format != "dcp":
-        raise ValueError("--optimizer needs --format dcp")
+    if optimizer and file_format not in _WITH_OPTIMIZER:
+        raise ValueError(f"--optimizer needs --format {' or '.join(_WITH_OPTIMIZER)}")
     if optimizer and chosen:
         raise ValueError("--optimizer writes whole models; leave out --include and --exclude")
     if optimizer and dtype != "fp32":
@@ -143,6 +150,29 @@ def _dcp(
     total = sum(ckpt.exported_bytes(info, dtype) for info in arrays_in(content))
     with progress_bar("exporting", total) as progress:
         return write_dcp(checkpoint, output, content, dtype=dtype, progress=progress)
+
+
+def _megatron(
+    checkpoint: Checkpoint,
+    output: Path,
+    dtype: str | None,
+    names: list[str],
+    name_map: Path | None,
+    optimizer: bool,
+) -> tuple[list[Path], list[str]]:
+    """Write a folder that Megatron-core loads; return its files, and the stored names of its tensors."""
+    import ckpt
+    from uni3d.export_torch.megatron import megatron_content, write_megatron
+    from uni3d.name_map import NameMap
+
+    renamed = NameMap({}) if name_map is None else NameMap.load(name_map)
+    kept = renamed.rename_all(names)
+    if not kept:
+        raise ValueError(f"{renamed.source} leaves out every tensor in {checkpoint.url}")
+    content = megatron_content(checkpoint, kept, optimizer=optimizer)
+    total = sum(ckpt.exported_bytes(info, dtype) for info in content.arrays)
+    with progress_bar("exporting", total) as progress:
+        return write_megatron(checkpoint, output, content, dtype=dtype, progress=progress), list(kept)
 
 
 def _universal(checkpoint: Checkpoint, output: Path) -> list[Path]:
