@@ -132,7 +132,9 @@ def run(folder: Path, tp: int, pp: int, sharding: str | None) -> None:
 
 
 def train_and_save(folder: Path, sharding: str | None) -> None:
-    module, model, optimizer, scheduler = prepared(bf16=sharding is not None, distributed=sharding is not None)
+    module, model, optimizer, scheduler = prepared(
+        bf16=sharding is not None, distributed=sharding is not None
+    )
     for step in range(STEPS):
         take_step(model, optimizer, scheduler, step)
     save(folder, model, optimizer, scheduler, sharding)

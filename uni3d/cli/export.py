@@ -64,8 +64,8 @@ def export(
     name_map: Annotated[
         Path | None,
         Option(
-            help="With --format hf or megatron: JSON file that maps name patterns (regex) to the format's names, "
-            "or to null to leave tensors out; for hf, if the checkpoint has none."
+            help="With --format hf or megatron: JSON file that maps name patterns (regex) to the format's "
+            "names, or to null to leave tensors out; for hf, if the checkpoint has none."
         ),
     ] = None,
     as_json: AsJson = False,

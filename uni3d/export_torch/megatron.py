@@ -52,6 +52,7 @@ _MASTERS = ("param", "fp32_param")
 _OWN_KEYS = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "default_config": True}
 """Keys of a group by which Megatron finds it, beside `wd_mult`."""
 
+_WHOLE = -1  # the layer of what isn't one of a stack
 Stack = tuple[ArrayInfo, ...]
 """Arrays of one shape and type, one for each layer."""
 
@@ -93,7 +94,8 @@ def megatron_content(
         held = read_optimizer(checkpoint)
         step = adam_step(checkpoint, held, "--format megatron")
         states = {
-            names[name]: {key: state[key] for key in ADAM_MOMENTS} | dict.fromkeys(_MASTERS, weights.infos[name])
+            names[name]: {key: state[key] for key in ADAM_MOMENTS}
+            | dict.fromkeys(_MASTERS, weights.infos[name])
             for name, state in held.states.items()
             if name in names
         }
@@ -198,15 +200,19 @@ def _stacked(
     found: dict[str, dict[int, ArrayInfo]] = {}
     for name, info in named.items():
         match = _LAYER.fullmatch(name)
-        stacks = match is not None and match[1] in alike
-        key, layer = (f"{match[1]}.{match[3]}", int(match[2])) if match and stacks else (name, -1)
-        if layer in found.setdefault(key, {}):
-            raise ValueError(f"{name} would be exported as {key}, as another tensor is; change the name map")
-        found[key][layer] = info
-        for state, array in states.get(name, {}).items():
-            found.setdefault(f"optimizer.state.{state}.{key}", {})[layer] = array
+        key, layer = name, _WHOLE
+        if match and match[1] in alike:
+            key, layer = f"{match[1]}.{match[3]}", int(match[2])
+        arrays = {key: info, **{f"optimizer.state.{s}.{key}": x for s, x in states.get(name, {}).items()}}
+        for new, array in arrays.items():
+            parts = found.setdefault(new, {})
+            if layer in parts or (parts and _WHOLE in (layer, *parts)):
+                raise ValueError(
+                    f"{name} would be exported as {new}, as another tensor is; change the name map"
+                )
+            parts[layer] = array
     tensors = {
-        key: parts[-1] if -1 in parts else tuple(parts[layer] for layer in range(len(parts)))
+        key: parts[_WHOLE] if _WHOLE in parts else tuple(parts[layer] for layer in range(len(parts)))
         for key, parts in found.items()
     }
     return tensors, len(alike) == len(forms)
@@ -289,6 +295,6 @@ def _apart(name: str, own: Mapping[str, Any], other_name: str, other: Mapping[st
     keys = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
     differ = ", ".join(f"{key} ({own.get(key)} and {other.get(key)})" for key in keys)
     return (
-        f"{name} and {other_name} differ in {differ}; --format megatron holds one set of hyperparameters, with "
-        "or without weight decay for biases and one-dimensional parameters; export the weights alone"
+        f"{name} and {other_name} differ in {differ}; --format megatron holds one set of hyperparameters, "
+        "with or without weight decay for biases and one-dimensional parameters; export the weights alone"
     )

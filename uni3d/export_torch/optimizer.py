@@ -78,7 +78,9 @@ def adam_step(checkpoint: ckpt.Checkpoint, optimizer: TorchOptimizer, form: str)
         steps.setdefault(float(state["step"]), name)
     if len(steps) != 1:
         counts = " and ".join(f"{name} has taken {step:g}" for step, name in list(steps.items())[:2])
-        raise ValueError(f"{checkpoint.url}: {counts or 'no parameter has taken'} steps; {form} has one count")
+        raise ValueError(
+            f"{checkpoint.url}: {counts or 'no parameter has taken'} steps; {form} has one count"
+        )
     return next(iter(steps))
 
 
