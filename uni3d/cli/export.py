@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckpt import Checkpoint
 
 _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
-_FOLDERS = ("hf", "dcp", "megatron", "deepspeed-universal")
+_FOLDERS = ("hf", "peft", "dcp", "megatron", "deepspeed-universal")
 _WITH_OPTIMIZER = ("dcp", "megatron")
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
@@ -34,7 +34,8 @@ def export(
         str | None,
         Option(
             "--format",
-            help="safetensors, torch; or a folder: hf for Hugging Face's transformers, dcp for "
+            help="safetensors, torch; or a folder: hf for Hugging Face's transformers, peft for the adapters "
+            "of a model of peft, dcp for "
             "torch.distributed.checkpoint, megatron for Megatron-core's dist_checkpointing, "
             "deepspeed-universal for DeepSpeed's load_universal.",
             show_default="from the suffix of OUTPUT",
@@ -83,7 +84,9 @@ def export(
     hf = file_format == "hf"
     kind = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
     checkpoint, of = ckpt.open_checkpoint(run, tag), _DTYPES[dtype]
-    if hf:
+    if file_format == "peft":
+        files, names = _adapters(checkpoint, output, of)
+    elif hf:
         files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
@@ -95,6 +98,21 @@ def export(
             files = _universal(checkpoint, output)
         else:
             files = _plain(checkpoint, output, kind, of, max_shard_size, names)
+    by = "" if include or exclude else " by the name map"
+    _report(checkpoint, output, files, names, f"left out{by}" if hf or name_map else None, as_json)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    output: Path,
+    files: list[Path],
+    names: list[str],
+    without: str | None,
+    as_json: bool,
+) -> None:
+    """Say what was written; `without` introduces the tensors that weren't."""
+    import ckpt
+
     kept = set(names)
     left_out = [name for name in ckpt.weights(checkpoint) if name not in kept]
     size = sum(file.stat().st_size for file in files)
@@ -102,9 +120,8 @@ def export(
     row |= {"files": [str(file) for file in files], "left_out": left_out}
     several = f" in {len(files)} files" if len(files) > 1 else ""
     lines = [f"{output}: {len(names)} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}"]
-    if left_out and (hf or name_map):
-        by = "" if include or exclude else " by the name map"
-        lines.append(f"left out{by}: {', '.join(left_out)}")
+    if left_out and without:
+        lines.append(f"{without}: {', '.join(left_out)}")
     answer(row, lines, as_json)
 
 
@@ -120,8 +137,9 @@ def _check_options(
     """Raise ValueError if an option isn't for this format; `chosen` is whether tensors are."""
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype}: expected {', '.join(_DTYPES)}")
-    if file_format in ("hf", "deepspeed-universal") and chosen:
-        raise ValueError(f"--format {file_format} writes whole models; leave out --include and --exclude")
+    if file_format in ("hf", "peft", "deepspeed-universal") and chosen:
+        what = "whole adapters" if file_format == "peft" else "whole models"
+        raise ValueError(f"--format {file_format} writes {what}; leave out --include and --exclude")
     if file_format == "deepspeed-universal" and dtype != "fp32":
         raise ValueError(f"--format {file_format} writes the fp32 weights; leave out --dtype {dtype}")
     if file_format != "hf" and hf_config is not None:
@@ -129,13 +147,26 @@ def _check_options(
     if file_format not in ("hf", "megatron") and name_map is not None:
         raise ValueError("--name-map needs --format hf or megatron")
     if file_format in _FOLDERS[1:] and max_shard_size is not None:
-        raise ValueError(f"--format {file_format} writes a file for each tensor; leave out --max-shard-size")
+        each = "adapter" if file_format == "peft" else "tensor"
+        raise ValueError(f"--format {file_format} writes a file for each {each}; leave out --max-shard-size")
     if optimizer and file_format not in _WITH_OPTIMIZER:
         raise ValueError(f"--optimizer needs --format {' or '.join(_WITH_OPTIMIZER)}")
     if optimizer and chosen:
         raise ValueError("--optimizer writes whole models; leave out --include and --exclude")
     if optimizer and dtype != "fp32":
         raise ValueError(f"--optimizer writes the fp32 weights that it trains; leave out --dtype {dtype}")
+
+
+def _adapters(checkpoint: Checkpoint, output: Path, dtype: str | None) -> tuple[list[Path], list[str]]:
+    """Write a folder that peft loads; return its files, and the stored names of its tensors."""
+    import ckpt
+    from uni3d.export import peft_adapters
+
+    adapters = peft_adapters.find_adapters(checkpoint)
+    names, infos = peft_adapters.tensors_of(adapters), ckpt.weights(checkpoint)
+    with progress_bar("exporting", sum(ckpt.exported_bytes(infos[n], dtype) for n in names)) as progress:
+        files = peft_adapters.write_adapters(checkpoint, output, adapters, dtype=dtype, progress=progress)
+    return files, names
 
 
 def _dcp(
