@@ -128,4 +128,4 @@ def _resized(base: nn.Module, path: str | None) -> bool:
         if not isinstance(cached, str):
             return False
         file = Path(cached)
-    return json.loads(file.read_text(encoding="utf-8")).get("vocab_size", size) != size
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("vocab_size", size) != size)

@@ -59,7 +59,7 @@ Stack = tuple[ArrayInfo, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronContent:
-    """What to export."""
+    """Tensors, and all that is beside them."""
 
     tensors: Mapping[str, ArrayInfo | Stack]
     """Stored arrays by Megatron's names."""

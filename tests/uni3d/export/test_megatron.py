@@ -150,7 +150,7 @@ def keys_of(folder: Path) -> set[str]:
 
 
 def test_layers_that_differ_stay_apart(tmp_path: Path) -> None:
-    """Of two chains of layers one is alike; a name map makes the names, and weights can be rounded."""
+    """One of three chains has alike layers; a name map makes the names, and weights can be rounded."""
     like = {"a.layers.0.w": (2, 3), "a.layers.1.w": (3, 3), "b.layers.0.w": (2, 2), "b.layers.1.w": (2, 2)}
     like |= {"c.layers.1.w": (2, 2), "c.layers.2.w": (2, 2)}
     saved(tmp_path / "run", like)
