@@ -33,6 +33,8 @@ class LoadReport:
     """Arrays that were expected but not in the checkpoint, and so left as they were -> the reason."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Arrays of the checkpoint that were not loaded -> the reason."""
+    left_out: list[str] = field(default_factory=list)
+    """Parts of another framework's checkpoint that aren't read, each with the reason."""
     bytes_read: int = 0
     """Bytes that this rank read."""
 
@@ -41,6 +43,8 @@ class LoadReport:
         parts = [f"{self.tag}: {len(self.restored)} arrays{besides} restored"]
         for label, names in (("defaulted", self.defaulted), ("dropped", self.dropped)):
             parts.append(f"{len(names)} {label}" + (f" ({_some(names)})" if names else ""))
+        if self.left_out:
+            parts.append(f"left out: {'; '.join(self.left_out)}")
         return ", ".join(parts)
 
 

@@ -123,7 +123,7 @@ ALLOWED = {
     },
     "dcp": {"ckpt", "parallel", "checkpoint", "importers", "manifest", "resume_rules", "state"},
     "export_torch": {"ckpt", "checkpoint", "export", "manifest", "resume_rules"},
-    "recovery": {"ckpt", "checkpoint", "export_torch", "manifest", "state", "zero_to_fp32"},
+    "recovery": {"ckpt", "checkpoint", "export_torch", "importers", "manifest", "state", "zero_to_fp32"},
     "integrations": {"ckpt", "checkpoint"},
     "engine": {
         *("ckpt", "parallel", "config", "manifest", "optim", "observe", "checkpoint", "state", "train_state"),
@@ -131,10 +131,10 @@ ALLOWED = {
     },
     "deepspeed": {"parallel", "config", "engine", "optim", "pipe", "version"},
     "estimate": {"ckpt", "parallel", "config", "manifest", "units"},
-    "doctor": {"ckpt", "parallel", "config", "estimate", "manifest", "resume_rules", "units"},
-    "plot": {"ckpt", "parallel", "estimate", "manifest", "units"},
+    "doctor": {"ckpt", "parallel", "config", "estimate", "importers", "manifest", "resume_rules", "units"},
+    "plot": {"ckpt", "parallel", "estimate", "importers", "manifest", "units"},
     "export": {"ckpt", "manifest", "name_map", "zero_to_fp32", "units"},
-    "importers": {"ckpt", "config", "manifest", "optim", "resume_rules", "zero_to_fp32", "units"},
+    "importers": {"ckpt", "config", "manifest", "name_map", "optim", "resume_rules", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
         *("export_torch", "name_map", "units", "version", "zero_to_fp32"),

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from uni3d.engine.data_loader import RepeatingLoader
     from uni3d.engine.engine import Engine
     from uni3d.engine.start import meta_parameters
+    from uni3d.importers.in_place import open as open  # noqa: A004
     from uni3d.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from uni3d.recovery import (
         clone_tensors_for_torch_save,
@@ -84,6 +85,7 @@ _NAMES = {
     "uni3d.engine.data_loader": ["RepeatingLoader"],
     "uni3d.engine.engine": ["Engine"],
     "uni3d.engine.start": ["meta_parameters"],
+    "uni3d.importers.in_place": ["open"],  # not in `__all__`, as a star import would hide Python's
     "uni3d.pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "uni3d.recovery": [
         "clone_tensors_for_torch_save",

@@ -116,7 +116,7 @@ class OptimizerRecord:
     """The optimizer apart from its arrays."""
 
     type: str
-    """Name of its class."""
+    """Name of its class, or `resume_rules.UNKNOWN`."""
     groups: list[Json]
     """Hyperparameters of each parameter group, with the names of its parameters under `params`."""
     scalars: dict[str, Json]

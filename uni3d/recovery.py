@@ -1,7 +1,8 @@
 """Weights of a checkpoint, through DeepSpeed's functions. They run in one process, without a GPU.
 
 Names, parameters and results are those of `deepspeed.utils.zero_to_fp32` and `deepspeed.checkpoint.utils`.
-They work for every topology and ZeRO stage, and include frozen parameters, buffers and tied weights.
+They work for every topology and ZeRO stage, and include frozen parameters, buffers and tied weights. Other
+frameworks' checkpoints, DeepSpeed's own among them, are read in place.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from uni3d import state, zero_to_fp32
 from uni3d.checkpoint.extra_state import modules_with_extra
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.export_torch.torch_file import write_torch_file
+from uni3d.importers import in_place
 
 
 class PseudoTensor:
@@ -75,7 +77,9 @@ def get_fp32_state_dict_from_zero_checkpoint(
     Raises:
         ckpt.CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    weights = StoredWeights(ckpt.open_checkpoint(checkpoint_dir, tag), frozen=not exclude_frozen_parameters)
+    weights = StoredWeights(
+        in_place.open(checkpoint_dir, tag, states=False), frozen=not exclude_frozen_parameters
+    )
     tensors: dict[str, Any]
     if lazy_mode:
         tensors = {name: PseudoTensor(weights, name) for name in weights.infos}
@@ -98,7 +102,7 @@ def load_state_dict_from_zero_checkpoint(
             the model's values haven't changed.
         ckpt.PartialLoadError: it is damaged; some of the model's values have changed.
     """
-    weights = StoredWeights(ckpt.open_checkpoint(checkpoint_dir, tag))
+    weights = StoredWeights(in_place.open(checkpoint_dir, tag, states=False))
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ckpt.CheckpointError(
             f"{type(model).__name__} is on the meta device; call model.to_empty(device='cpu') first"
@@ -146,7 +150,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         FileExistsError: another file of one of these names exists; nothing was written.
         ValueError: `max_shard_size` isn't a size.
     """
-    checkpoint = ckpt.open_checkpoint(checkpoint_dir, tag)
+    checkpoint = in_place.open(checkpoint_dir, tag, states=False)
     weights = StoredWeights(checkpoint, frozen=not exclude_frozen_parameters)
 
     def write(path: Path, names: list[str], aliases: dict[str, str]) -> None:

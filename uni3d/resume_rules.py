@@ -19,6 +19,9 @@ from uni3d.manifest import OptimizerRecord, RunManifest
 IMPLEMENTATION_KEYS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Entries of a parameter group that choose an implementation, not the result of a step."""
 
+UNKNOWN = ""
+"""Class of the optimizer of another framework's checkpoint that doesn't record it, and is read in place."""
+
 _STATES = {"amsgrad": "another moment", "momentum": "a momentum", "centered": "a mean gradient"}
 """Hyperparameters that add a state to an optimizer, with the name of that state."""
 
@@ -200,7 +203,7 @@ def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, whose
     """Yield the first reason why the run's optimizer can't load the saved one's state, if there is one."""
     if saved is None:
         yield "the checkpoint has no optimizer; load it with load_optimizer_states=False"
-    elif given.type is not None and saved.type != given.type:
+    elif given.type is not None and saved.type not in (given.type, UNKNOWN):
         yield f"the checkpoint's optimizer is {saved.type}, but {whose}'s is {given.type}"
     elif given.groups is not None and len(saved.groups) != len(given.groups):
         yield (

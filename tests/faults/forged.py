@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,18 +20,6 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Change:
-    """One change of a document."""
-
-    document: str
-    path: tuple[str | int, ...]
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.document} {list(self.path)}: {self.what}"
-
-
 def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Yield the path of each value in a document, itself first."""
     yield path
@@ -41,16 +28,14 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
         yield from places(item, (*path, key))
 
 
-def forge(folder: Path, random: Random) -> Change:
-    """Change one document of the checkpoint in `folder`; set all checksums right again."""
+def forge(folder: Path, random: Random) -> str:
+    """Change one document of the checkpoint in `folder`, set all checksums right; return what was changed."""
     documents = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.json"))
     name = random.choice([MANIFEST, *(d for d in documents if "/" not in d), random.choice(documents)])
-    document = json.loads((folder / name).read_text())
-    path = random.choice([*places(document)][1:] or [()])
-    what, text = _changed(document, path, random)
+    what, text = changed(json.loads((folder / name).read_text()), random)
     if name == MANIFEST:
         _write_manifest(folder, text)
-        return Change(name, path, what)
+        return f"{name} {what}"
     (folder / name).write_bytes(data := text.encode(errors="surrogatepass"))
     manifest = json.loads((folder / MANIFEST).read_text())
     for records in (manifest["parts"], manifest["files"]):
@@ -59,7 +44,7 @@ def forge(folder: Path, random: Random) -> Change:
     if name in manifest["parts"]:
         _follow(manifest["parts"][name], data)
     _write_manifest(folder, json.dumps(manifest))
-    return Change(name, path, what)
+    return f"{name} {what}"
 
 
 def _follow(record: dict[str, Any], data: bytes) -> None:
@@ -78,6 +63,13 @@ def _write_manifest(folder: Path, text: str) -> None:
         text = text.partition(",")[2]
     rest = text.encode(errors="surrogatepass")
     (folder / MANIFEST).write_bytes(b'{"crc32c": "%08x",\n' % crc32c(rest) + rest)
+
+
+def changed(document: Any, random: Random) -> tuple[str, str]:
+    """Return what was changed in a document, and its text."""
+    path = random.choice([*places(document)][1:] or [()])
+    what, text = _changed(document, path, random)
+    return f"{list(path)}: {what}", text
 
 
 def _changed(document: Any, path: tuple[str | int, ...], random: Random) -> tuple[str, str]:

@@ -317,6 +317,7 @@ def main() -> None:
     out = destination()
     make(out, "megatron_fp32", 4, run, 2, 2, None)
     make(out, "megatron_distributed", 4, run, 2, 1, "fully_reshardable")
+    make(out, "megatron_dp_reshardable", 4, run, 2, 1, "dp_reshardable")
 
 
 if __name__ == "__main__":

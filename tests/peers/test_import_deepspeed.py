@@ -168,12 +168,18 @@ def continue_case(zero: int, run: str) -> list[tuple[float, float, float]]:
     return rows
 
 
-@pytest.mark.parametrize(("world", "zero"), [slow(1, 0), slow(2, 1), (4, 3)])
-def test_the_run_goes_on_as_deepspeed_s_did(ranks: Ranks, tmp_path: Path, world: int, zero: int) -> None:
-    imported(source("deepspeed_continues"), tmp_path)
+@pytest.mark.parametrize(
+    ("world", "zero", "in_place"), [slow(1, 0, False), slow(2, 1, False), slow(4, 3, False), (4, 3, True)]
+)
+def test_the_run_goes_on_as_deepspeed_s_did(
+    ranks: Ranks, tmp_path: Path, world: int, zero: int, in_place: bool
+) -> None:
+    place = source("deepspeed_continues") if in_place else tmp_path
+    if not in_place:
+        imported(source("deepspeed_continues"), tmp_path)
     after = expected("deepspeed_continues")[1]["after"]
     wanted = [(row["loss"], row["grad_norm"], row["lr"]) for row in after]
-    for rows in ranks.run(world, continue_case, zero, str(tmp_path)):
+    for rows in ranks.run(world, continue_case, zero, str(place)):
         np.testing.assert_allclose(rows, wanted, rtol=2e-6)
 
 

@@ -150,7 +150,7 @@ def test_the_report_has_what_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     single_bin(tmp_path / "theirs")
     torch.save({"state": {}}, tmp_path / "theirs" / "optimizer.pt")
-    line = "optimizer.pt: not read (optimizer state in a file of its own)"
+    line = "optimizer.pt: optimizer state, not read: not the state_dict of an optimizer"
     assert imported(tmp_path / "theirs", "--dry-run")["left_out"] == [line]
     assert imported(tmp_path / "theirs", tmp_path / "run")["left_out"] == [line]
     single(tmp_path / "theirs")
@@ -161,7 +161,9 @@ def test_the_folder_above(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
     single(tmp_path / "out" / "checkpoint-7")
     (tmp_path / "out" / "training_args.bin").touch()
-    assert "Its folders checkpoint-7 may be; give one of them" in refusal(tmp_path / "out")
+    newest = tmp_path / "out" / "checkpoint-10"
+    newest.mkdir()
+    assert refusal(tmp_path / "out").endswith(f"(checkpoint-7, checkpoint-10); did you mean {newest}?")
 
 
 def an_index_of_one(folder: Path) -> None:

@@ -44,10 +44,11 @@ USES: dict[str, list[str]] = {
         "inspect runs/tiny",
         "inspect runs/bf16 --atoms 'norm*' --stats",
         "inspect runs/tiny --tag global_step4 --json",
+        "inspect theirs",
     ],
     "verify": ["verify runs/tiny --all", "verify runs/damaged"],
-    "diff": ["diff runs/tiny runs/copy", "diff runs/bf16 runs/fp32"],
-    "doctor": ["doctor runs/tiny --world-size 3", "doctor runs/tiny --world-size 5"],
+    "diff": ["diff runs/tiny runs/copy", "diff runs/bf16 runs/fp32", "diff theirs runs/bf16"],
+    "doctor": ["doctor runs/tiny --world-size 3", "doctor runs/tiny --world-size 5", "doctor theirs"],
     "export": [
         "export runs/tiny weights.safetensors",
         "export runs/tiny bf16 --format hf --dtype bf16",
@@ -56,6 +57,7 @@ USES: dict[str, list[str]] = {
         "export runs/tiny tiny-deepspeed --format deepspeed-universal",
         "export runs/tiny weights.safetensors",
         "export runs/damaged other.safetensors",
+        "export theirs theirs.safetensors",
     ],
     "import": [
         "import theirs --dry-run",
@@ -91,6 +93,7 @@ ON_RUNS = {
     "clean": "clean {} --dry-run",
     "prune": "prune {} --keep-last 1 --dry-run",
 }
+IN_PLACE = {"inspect", "diff", "doctor", "export"}
 WITHOUT_TAG = {"clean", "diff", "prune"}
 
 
@@ -148,6 +151,8 @@ def prepare() -> None:
         theirs = FIXTURES / f"deepspeed_zero1_{dtype}" / "checkpoint"
         assert run("import", theirs, f"runs/{dtype}").returncode == 0
     shutil.copytree(FIXTURES / "deepspeed_zero1_bf16" / "checkpoint", "theirs")
+    for n in (500, 1000):
+        Path(f"trainer/checkpoint-{n}").mkdir(parents=True)
     Path("ds_config.json").write_text(json.dumps(CONFIG, indent=1))
     _malicious(Path("malicious.pt"))
 
@@ -190,7 +195,8 @@ for invalid options and, in `diff` and `doctor`, for a checkpoint that can't be 
 
 `runs/tiny` was trained for two steps on one process and then two on two (dp 2, ZeRO 3). `runs/damaged` is a
 copy with one flipped bit, `runs/copy` an identical copy. `runs/bf16` and `runs/fp32` were imported from
-DeepSpeed. `runs/half` has an interrupted save, `theirs` is a DeepSpeed checkpoint, and `malicious.pt` is a
+DeepSpeed. `runs/half` has an interrupted save, `theirs` is a DeepSpeed checkpoint, `trainer` a folder
+with checkpoints of transformers' Trainer, and `malicious.pt` is a
 file of `torch.save` that would run a shell command when unpickled. The
 terminal is {WIDTH} columns wide."""
 
@@ -206,6 +212,8 @@ def _mistakes(command: str) -> str:
             continue
         if command == "import" and given == "theirs":
             what, given = "a run of our own", "runs/tiny"
+        if command in IN_PLACE and given == "theirs":
+            what, given = "a folder of a Trainer's checkpoints", "trainer"
         use = ON_RUNS[command].format(given)
         done = _run(use)
         said = _steady(done.stderr or done.stdout).strip().splitlines()

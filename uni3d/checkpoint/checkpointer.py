@@ -192,7 +192,8 @@ class Checkpointer:
             tag: its name, by default the one that `latest` names.
             strict: require the same arrays in both; else the report lists the differences.
             optimizer: whether all but the model is restored too.
-            run: the folder to load from, by default the run's own.
+            run: the folder to load from, by default the run's own; also another framework's folder or file,
+                or what each rank has opened by `uni3d.open`.
 
         Raises:
             ckpt.CheckpointError: nothing is there, or something doesn't fit; nothing has changed.

@@ -49,7 +49,7 @@ def save(
 
 
 def load(
-    run: str | Path,
+    run: str | Path | ckpt.Checkpoint,
     *,
     model: nn.Module | Sequence[nn.Module],
     optimizer: Optimizer | None = None,
@@ -63,7 +63,8 @@ def load(
 ) -> Restored:
     """Load a run into what another trainer trains. Collective; see `Checkpointer.load`.
 
-    Without an optimizer, weights and buffers are loaded.
+    `run` may be another framework's folder or file, or what each rank has opened by `uni3d.open`. Without an
+    optimizer, weights and buffers are loaded.
     """
     given = {
         "model": model,
@@ -74,7 +75,8 @@ def load(
         "names": names,
     }
     trains = optimizer is not None
-    return _kept(run, given, settings).load(tag, strict=strict, optimizer=trains, run=run)
+    place = run.url if isinstance(run, ckpt.Checkpoint) else run
+    return _kept(place, given, settings).load(tag, strict=strict, optimizer=trains, run=run)
 
 
 def stored_client_state(run: str | Path, tag: str | int | None = None) -> tuple[str, dict[str, Any]] | None:

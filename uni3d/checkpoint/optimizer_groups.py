@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ckpt import CheckpointError
+from ckpt import Checkpoint, CheckpointError
+from ckpt.read import WEIGHT_STATES
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
 from uni3d.manifest import ModelRecord, OptimizerRecord
@@ -46,7 +47,7 @@ def describe(
     )
     if optimizer is None:
         return model_record, None
-    names = _names(model)
+    names = names_by_id(model)
     return model_record, OptimizerRecord(
         type=type(optimizer).__name__,
         groups=[_group(group, names) for group in optimizer.param_groups],
@@ -59,7 +60,7 @@ def given_optimizer(
     model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord | None
 ) -> GivenOptimizer:
     """Return the description of this rank's optimizer, to compare with the saved one."""
-    names = _names(model)
+    names = names_by_id(model)
     groups = [_group(group, names) for group in optimizer.param_groups]
     there = [] if saved is None else saved.groups
     for group, given, values in zip(optimizer.param_groups, groups, there, strict=False):
@@ -92,7 +93,30 @@ def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, save
             state[key] = _like(state[key], scalar)
 
 
-def _names(model: StoredModel) -> dict[int, str]:
+def check_states(
+    model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord, checkpoint: Checkpoint
+) -> None:
+    """Check that an optimizer of unknown class had the states of this one, which has all of its own.
+
+    Raises:
+        CheckpointError: a parameter has states of other names.
+    """
+    stored = {name: {*scalars} for name, scalars in saved.scalars.items()}
+    for atom, state in checkpoint.arrays:
+        if state not in WEIGHT_STATES:
+            stored.setdefault(atom, set()).add(state)
+    for name, parameter in named_parameters(model.module):
+        there = stored.get(model.first_name(name))
+        here = {*optimizer.state.get(parameter, {})}
+        if there and here and there != here:
+            raise CheckpointError(
+                f"{checkpoint.url} doesn't record the class of its optimizer, whose states of {name} are "
+                f"{', '.join(sorted(there))}; those of {type(optimizer).__name__} are "
+                f"{', '.join(sorted(here))}: give an optimizer of the class that was trained with"
+            )
+
+
+def names_by_id(model: StoredModel) -> dict[int, str]:
     """Return each parameter's name in the whole model, by its id."""
     return {id(p): model.first_name(n) for n, p in named_parameters(model.module)}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +20,25 @@ import ckpt
 from ckpt.format import MANIFEST
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm
-from parallel.tensors import named_parameters, whole_module
+from parallel.tensors import named_parameters, persistent_buffers, whole_module
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
 from uni3d.checkpoint.data_state import DataLoad, is_data
 from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.json_state import decoded, encoded
-from uni3d.checkpoint.optimizer_groups import given_optimizer, restore_optimizer
+from uni3d.checkpoint.optimizer_groups import (
+    check_states,
+    given_optimizer,
+    names_by_id,
+    restore_optimizer,
+)
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.config.scheduler import SchedulerConfig, describe_schedule
+from uni3d.importers.in_place import ForeignCheckpoint, foreign_kind, open_together
 from uni3d.manifest import DCP_ATOM, SAMPLE_ORDER, EngineRecord, RunManifest, is_extra
 from uni3d.optim.lr_schedules import go_on
-from uni3d.resume_rules import Given, GivenScheduler, compare, without_progress
+from uni3d.resume_rules import UNKNOWN, Given, GivenScheduler, compare, without_progress
 from uni3d.state import Inventory
 from uni3d.train_state import RunState
 
@@ -70,21 +78,48 @@ class Restorer:
         self._inventory = inventory
         self._threads = threads_per_rank(comm.size)
 
-    def load(self, run: str | Path, tag: str | int | None, wanted: Wanted) -> Loaded:
+    def load(self, run: str | Path | ckpt.Checkpoint, tag: str | int | None, wanted: Wanted) -> Loaded:
         """Load the model, the optimizer, the scheduler and the counters; see `Engine.load_checkpoint`.
+
+        `run` may be another framework's folder or file, or what each rank has opened.
 
         Raises:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
         self._state.model.reshard()  # parameters are looked up as the optimizer has them
-        checkpoint = ckpt.open_together(self._comm, run, tag)
+        model = self._state.model
+        buffers = [model.first_name(name) for name, _ in persistent_buffers(model.module)]
+        order = self._order() if wanted.optimizer else None
+        checkpoint = open_together(
+            self._comm,
+            run,
+            tag,
+            buffers=buffers,
+            ties=model.ties,
+            optimizer=order,
+            states=wanted.optimizer,
+        )
         saved = ckpt.agreed(self._comm, lambda: RunManifest.of(checkpoint))
-        report = self._load(checkpoint, saved, wanted)
+        try:
+            report = self._load(checkpoint, saved, wanted)
+        except ckpt.CheckpointError as error:
+            if not isinstance(checkpoint, ForeignCheckpoint) or not checkpoint.left_out:
+                raise
+            raise type(error)(
+                f"{error}; left out of {checkpoint.url}: {'; '.join(checkpoint.left_out)}"
+            ) from None
         if self._comm.rank == 0:
             print(f"uni3d: loaded {checkpoint.url}: {report}", file=sys.stderr, flush=True)
             self._tell_resize(saved)
         return Loaded(report, checkpoint.url, saved.client_state)
+
+    def _order(self) -> list[list[str]] | None:
+        """Return the names of the optimizer's parameters, by group."""
+        if self._state.optimizer is None:
+            return None
+        names = names_by_id(self._state.model)
+        return [[names.get(id(p), "") for p in g["params"]] for g in self._state.optimizer.param_groups]
 
     def _tell_resize(self, saved: RunManifest) -> None:
         """Print a line if another topology wrote the checkpoint."""
@@ -116,6 +151,8 @@ class Restorer:
         except ckpt.CheckpointError as error:  # too late to leave the engine as it was
             raise ckpt.PartialLoadError(str(error)) from error
         extra.tell(report)
+        if isinstance(checkpoint, ForeignCheckpoint):
+            report.left_out = checkpoint.left_out
         if wanted.counters:
             self._restore_counters(saved.engine, saved.run_id)
         if changes and self._comm.rank == 0:
@@ -224,6 +261,10 @@ class Restorer:
                 )
             model_too = wanted.custom is None
             held, targets = ckpt.agreed(self._comm, lambda: self._targets(optimizer, stored, model_too))
+            if isinstance(checkpoint, ForeignCheckpoint):
+                checkpoint = ckpt.agreed(
+                    self._comm, partial(self._fitted, checkpoint, optimizer, saved, targets)
+                )
             report = ckpt.load(
                 checkpoint,
                 [*targets, *extra.targets(checkpoint), *data.targets(checkpoint)],
@@ -242,6 +283,18 @@ class Restorer:
         if optimizer is not None:
             state.forget_states(model, optimizer, but=stored)
         return report
+
+    def _fitted(
+        self,
+        checkpoint: ForeignCheckpoint,
+        optimizer: Optimizer | None,
+        saved: RunManifest,
+        targets: list[ckpt.Shard],
+    ) -> ForeignCheckpoint:
+        """Return the checkpoint in the types of the targets, as far as these are the source's own."""
+        if optimizer is not None and saved.optimizer is not None and saved.optimizer.type == UNKNOWN:
+            check_states(self._state.model, optimizer, saved.optimizer, checkpoint)
+        return checkpoint.in_types({target.spec.key: target.spec.dtype for target in targets})
 
     def _lacking(self, optimizer: Optimizer, stored: set[str]) -> list[Tensor]:
         """Return the optimizer's parameters whose states are stored, but not there: unused or frozen yet."""
@@ -269,11 +322,17 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
 
     Raises:
         ckpt.CheckpointError: `latest` is damaged or missing, though there are checkpoints; or `run` is the
-            folder of one checkpoint.
+            folder of one checkpoint, or another framework's.
     """
 
     def find() -> str | None:
-        tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        try:
+            tag, store = ckpt.read_latest(run), ckpt.open_store(run)
+        except ckpt.CheckpointError:
+            _refuse_foreign(run)
+            raise
+        if tag is None:
+            _refuse_foreign(run)  # a run isn't to begin anew beside it
         if tag is None and store.exists(MANIFEST):
             raise ckpt.CheckpointError(
                 f"{store.where('')} is a checkpoint, not a run's folder; give the run's to resume it, or "
@@ -282,6 +341,18 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
         return tag
 
     return ckpt.from_rank_0(comm, find)
+
+
+def _refuse_foreign(run: str | Path) -> None:
+    """Raise CheckpointError if another framework has saved a run into the folder."""
+    kind = None
+    with contextlib.suppress(ckpt.CheckpointError):
+        kind = foreign_kind(run)
+    if kind not in (None, "safetensors", "torch"):  # weights may lie beside a run
+        raise ckpt.CheckpointError(
+            f"{run} is a {kind} checkpoint: load it in place with load_checkpoint or uni3d.load, and save to "
+            "another folder"
+        )
 
 
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:

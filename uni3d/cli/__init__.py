@@ -35,6 +35,10 @@ app = typer.Typer(
 )
 
 
+_OURS_ALONE = [["verify"], ["prune"], ["clean"], ["plot"]]
+"""Commands that don't take another framework's checkpoint."""
+
+
 def main() -> None:
     """Run a command. A user's mistake is one line on stderr and a non-zero exit code, never a traceback."""
     for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack a character of a name
@@ -56,7 +60,7 @@ def main() -> None:
 def _foreign_hint() -> str:
     """Return a hint at `uni3d import` if an argument is another framework's checkpoint, else ""."""
     given = [Path(word) for word in sys.argv[2:] if not word.startswith("-")]
-    if sys.argv[1:2] == ["import"] or not any(path.is_dir() for path in given):
+    if sys.argv[1:2] not in _OURS_ALONE or not any(path.is_dir() for path in given):
         return ""
     from ckpt import CheckpointError
     from uni3d.importers.detect import kind_of

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
-from uni3d.cli.terminal import AsJson, CommandError, Run, progress_bar, say, say_json, say_table
+from uni3d.cli.terminal import (
+    AnyRun,
+    AsJson,
+    CommandError,
+    left_out,
+    open_any,
+    progress_bar,
+    say,
+    say_json,
+    say_table,
+)
 
 if TYPE_CHECKING:
     import ckpt
@@ -17,7 +27,11 @@ SecondTag = Annotated[str | None, Option(help="Tag in SECOND.", show_default="th
 
 
 def diff(
-    first: Run, second: Run, first_tag: FirstTag = None, second_tag: SecondTag = None, as_json: AsJson = False
+    first: AnyRun,
+    second: AnyRun,
+    first_tag: FirstTag = None,
+    second_tag: SecondTag = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor.
 
@@ -26,7 +40,7 @@ def diff(
     import ckpt
 
     try:
-        a, b = ckpt.open_checkpoint(first, first_tag), ckpt.open_checkpoint(second, second_tag)
+        a, b = open_any(first, first_tag, states=True), open_any(second, second_tag, states=True)
         with progress_bar("comparing", ckpt.common_bytes(a, b)) as progress:
             found = ckpt.compare(a, b, progress=progress)
     except (ckpt.CheckpointError, OSError) as error:
@@ -35,6 +49,8 @@ def diff(
         say_json({"first": a.url, "second": b.url, "differences": [_row(each) for each in found]})
     else:
         _print(a, b, found)
+        for line in [*left_out(a), *left_out(b)]:
+            say(f"left out: {line}")
     if found:
         raise Exit(1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
-from uni3d.cli.terminal import AsJson, CommandError, Run, Tag, answer, plural
+from uni3d.cli.terminal import AnyRun, AsJson, CommandError, From, Tag, answer, plural
 from uni3d.units import BYTES, format_bytes, parse
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ Degree = Annotated[int | None, Option(min=1, help="Only topologies with this deg
 
 
 def doctor(
-    run: Run,
-    world_size: Annotated[int, Option(min=1, help="Number of ranks to resume on.", show_default=False)],
+    run: AnyRun,
+    world_size: Annotated[
+        int | None,
+        Option(min=1, help="Number of ranks to resume on.", show_default="as many as wrote it"),
+    ] = None,
     tag: Tag = None,
     config: Annotated[
         Path | None, Option(help="JSON config of the run, to check its batch sizes, precision and optimizer.")
@@ -50,11 +53,13 @@ def doctor(
         Path | None,
         Option(help="JSON file as in examples/megatron_gpt/configs, to include activation memory."),
     ] = None,
+    kind: From = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Check whether a checkpoint would resume on a number of ranks, and recommend a topology.
 
-    Starts no ranks and reads no tensor data. Of the topologies that fit in --memory, the recommended one has
+    Starts no ranks and reads no tensor data. For another framework's checkpoint, it says what a load in place
+    restores, and what isn't there. Of the topologies that fit in --memory, the recommended one has
     the fewest tensor-parallel ranks, then the fewest pipeline stages, then the run's current ZeRO stage.
     Exits with 0 if the checkpoint would resume as asked, 1 if it wouldn't, and 2 if the checkpoint can't be
     read or an option is invalid.
@@ -63,8 +68,8 @@ def doctor(
     from uni3d.doctor import examine
 
     try:
-        asked = _asked(world_size, {"pp": pp, "dp": dp, "tp": tp}, zero, memory)
-        report = examine(run, tag, asked, config, model)
+        asked = _asked(world_size or 0, {"pp": pp, "dp": dp, "tp": tp}, zero, memory)
+        report = examine(run, tag, asked, config, model, kind)
     except (CheckpointError, OSError, ValueError) as error:
         others = _other_checkpoints(run, error) if isinstance(error, CheckpointError) else ""
         raise CommandError(f"{error}{others}", exit_code=2) from None
@@ -89,10 +94,8 @@ def _other_checkpoints(run: str, error: CheckpointError) -> str:
 
 
 def _asked(world: int, degrees: dict[str, int | None], zero: int | None, memory: str | None) -> Asked:
-    from parallel.degrees import check_world_size
     from uni3d.doctor.topologies import Asked
 
-    check_world_size(world, {axis: n for axis, n in degrees.items() if n is not None})
     limit = None if memory is None else parse(memory, BYTES, "--memory", "80GiB or 80GB")
     return Asked(world=world, **degrees, zero=zero, memory=limit)
 
@@ -119,7 +122,10 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     if yes:
         yield from _config(report)
     yield from _wrapped("checkpoint", _about(report))
-    yield from _wrapped("files", _files(report["whole"]))
+    if report["in_place"] is None:
+        yield from _wrapped("files", _files(report["whole"]))
+    else:
+        yield from _restored(report["in_place"])
     if yes:
         yield from _memory(report)
         yield from _reads(best["reads"])
@@ -136,6 +142,17 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"Not possible on {ranks}:"
         for reason in report["refused"]:
             yield from _wrapped(f"  {reason['axis']} {_some(reason['degrees'])}", reason["why"], least=2)
+
+
+def _restored(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a load of another framework's checkpoint restores, and what isn't there."""
+    for i, (name, what) in enumerate(found["restored"].items()):
+        yield from _wrapped("restores" if not i else "", f"{name}: {what}")
+    for i, (name, why) in enumerate(found["lacks"].items()):
+        yield from _wrapped("lacks" if not i else "", f"{name}: {why}" if why else name)
+    for line in found["not_read"]:
+        yield from _wrapped("left out", line)
+    yield from _wrapped("goes on", f"on {', '.join(map(str, found['ranks']))} ranks, of those tried")
 
 
 def _config(report: Mapping[str, Any]) -> Iterator[str]:
@@ -157,7 +174,9 @@ def _about(report: Mapping[str, Any]) -> str:
     if report["train_batch_size"] is not None:
         counts.append(f"global batch {report['train_batch_size']}")
     counts.append(f"{report['class'] or 'model'}, {format_bytes(report['bytes'])}")
-    if report["imported_from"]:
+    if report["in_place"]:
+        counts.append(f"of {report['imported_from']}, in place")
+    elif report["imported_from"]:
         counts.append(f"imported from {report['imported_from']}")
     elif report["written_on"]:
         counts.append("written on " + " ".join(f"{axis}{n}" for axis, n in report["written_on"].items()))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, Run, Tag, answer, progress_bar
+from uni3d.cli.terminal import AnyRun, AsJson, From, Tag, answer, left_out, open_any, progress_bar
 from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
 def export(
-    run: Run,
+    run: AnyRun,
     output: Annotated[
         Path,
         Argument(
@@ -69,6 +69,7 @@ def export(
             "names, or to null to leave tensors out; for hf, if the checkpoint has none."
         ),
     ] = None,
+    kind: From = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint's weights as one state_dict, in fp32 by default.
@@ -82,8 +83,9 @@ def export(
         file_format, dtype, max_shard_size, bool(include or exclude), optimizer, hf_config, name_map
     )
     hf = file_format == "hf"
-    kind = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
-    checkpoint, of = ckpt.open_checkpoint(run, tag), _DTYPES[dtype]
+    plain = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
+    states = optimizer or file_format == "deepspeed-universal"
+    checkpoint, of = open_any(run, tag, kind, states=states, trains=states), _DTYPES[dtype]
     if file_format == "peft":
         files, names = _adapters(checkpoint, output, of)
     elif hf:
@@ -94,10 +96,10 @@ def export(
             files = _dcp(checkpoint, output, of, names if include or exclude else None, optimizer)
         elif file_format == "megatron":
             files, names = _megatron(checkpoint, output, of, names, name_map, optimizer)
-        elif kind is None:
+        elif plain is None:
             files = _universal(checkpoint, output)
         else:
-            files = _plain(checkpoint, output, kind, of, max_shard_size, names)
+            files = _plain(checkpoint, output, plain, of, max_shard_size, names)
     by = "" if include or exclude else " by the name map"
     _report(checkpoint, output, files, names, f"left out{by}" if hf or name_map else None, as_json)
 
@@ -114,14 +116,15 @@ def _report(
     import ckpt
 
     kept = set(names)
-    left_out = [name for name in ckpt.weights(checkpoint) if name not in kept]
+    unwanted = [name for name in ckpt.weights(checkpoint) if name not in kept]
     size = sum(file.stat().st_size for file in files)
     row = {"output": str(output), "tag": checkpoint.tag, "tensors": len(names), "bytes": size}
-    row |= {"files": [str(file) for file in files], "left_out": left_out}
+    row |= {"files": [str(file) for file in files], "left_out": unwanted}
     several = f" in {len(files)} files" if len(files) > 1 else ""
     lines = [f"{output}: {len(names)} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}"]
-    if left_out and without:
-        lines.append(f"{without}: {', '.join(left_out)}")
+    if unwanted and without:
+        lines.append(f"{without}: {', '.join(unwanted)}")
+    lines += [f"left out: {line}" for line in left_out(checkpoint)]
     answer(row, lines, as_json)
 
 

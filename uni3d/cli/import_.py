@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +25,10 @@ def import_(
     ] = None,
     kind: Annotated[
         str,
-        Option("--from", help="auto, deepspeed, deepspeed-universal, dcp, megatron, safetensors or torch."),
+        Option(
+            "--from",
+            help="auto, deepspeed, deepspeed-universal, dcp, accelerate, megatron, safetensors or torch.",
+        ),
     ] = "auto",
     tag: Annotated[
         str | None, Option(help="Tag to read, if SRC has several.", show_default="its newest")
@@ -212,12 +214,10 @@ def _origin(source: Source) -> str:
 def _renamed(source: Source, name_map: Path | None) -> Source:
     if name_map is None:
         return source
+    from uni3d.importers.in_place import renamed
     from uni3d.name_map import NameMap
 
-    names = NameMap.load(name_map)
-    renamed = source.renamed(names.rename_all([*(array.name for array in source.arrays), *source.aliases]))
-    idle = [f"pattern {pattern!r} of the name map: it matches no tensor" for pattern in names.unused]
-    return replace(renamed, left_out=[*renamed.left_out, *idle])
+    return renamed(source, NameMap.load(name_map))
 
 
 def _check_optimizer(source: Source, given: str | None) -> None:
@@ -265,7 +265,7 @@ def _check_used(options: Options, found: Source) -> None:
     for option, given, fits, kinds in (
         ("--split", options.split, deepspeed, "DeepSpeed"),
         ("--in-model-order", options.in_model_order, deepspeed, "DeepSpeed"),
-        ("--untie", options.untie, found.kind in ("dcp", "torch"), "torch and dcp"),
+        ("--untie", options.untie, found.kind in ("dcp", "accelerate", "torch"), "torch, dcp and accelerate"),
     ):
         if given and not fits:
             raise ValueError(f"{option} only works with {kinds} checkpoints; {this}")

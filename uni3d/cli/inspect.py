@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from uni3d.cli.terminal import AsJson, Run, Tag, progress_bar, say_json, say_table
+from uni3d.cli.terminal import (
+    AnyRun,
+    AsJson,
+    From,
+    Tag,
+    left_out,
+    open_any,
+    progress_bar,
+    say,
+    say_json,
+    say_table,
+)
 
 if TYPE_CHECKING:
     import ckpt
@@ -17,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    run: Run,
+    run: AnyRun,
     pattern: Annotated[
         str | None, Argument(help="With --atoms: only atoms whose names match, e.g. 'layers.0.*'.")
     ] = None,
@@ -26,29 +37,31 @@ def inspect(
     stats: Annotated[
         bool, Option("--stats", help="With --atoms: read the data and show mean, std, min, max and NaNs.")
     ] = False,
+    kind: From = "auto",
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run, or with --atoms the atoms in one.
 
     An atom is a parameter or buffer with its optimizer states, each stored in its full, unsharded shape.
+    Another framework's checkpoint is shown as uni3d import would write it.
     """
-    import ckpt
-
     if not atoms and (pattern is not None or stats):
         raise ValueError(f"{'--stats' if stats else pattern} needs --atoms")
-    rows = _atom_rows(ckpt.open_checkpoint(run, tag), pattern, stats) if atoms else _tag_rows(run, tag)
+    newest = open_any(run, tag, kind)
+    rows = _atom_rows(newest, pattern, stats) if atoms else _tag_rows(run, tag, newest)
     if as_json:
         say_json(rows)
-    else:
-        say_table(rows)
+        return
+    say_table(rows)
+    for line in left_out(newest):
+        say(f"left out: {line}")
 
 
-def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
+def _tag_rows(run: str, tag: str | None, newest: ckpt.Checkpoint) -> list[dict[str, Any]]:
     """Return a row for each committed tag, oldest first, or for the one asked for."""
     import ckpt
     from uni3d.manifest import RunManifest
 
-    newest = ckpt.open_checkpoint(run, tag)
     alone = tag is not None or not newest.folder  # `run` is a single checkpoint's folder
     tags = [newest.tag] if alone else ckpt.committed_tags(run)
     rows = []
@@ -61,7 +74,7 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
                 "latest": not alone and checkpoint.tag == newest.tag,
                 "step": manifest.step,
                 "created": manifest.created,
-                "written on": _written_on(manifest),
+                "written on": _written_on(checkpoint, manifest),
                 "atoms": len(checkpoint.atoms),
                 "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
             }
@@ -69,8 +82,12 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _written_on(manifest: RunManifest) -> str:
+def _written_on(checkpoint: ckpt.Checkpoint, manifest: RunManifest) -> str:
+    from uni3d.importers.in_place import ForeignCheckpoint
+
     imported = manifest.imported_from
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return f"{imported}, in place"
     return str(manifest.written_on or "unknown") if imported is None else f"imported from {imported}"
 
 

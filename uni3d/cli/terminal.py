@@ -20,12 +20,23 @@ from uni3d.units import format_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ckpt import Checkpoint
     from ckpt.stores import Store
 
 _LONGEST = 10_000
 """Characters of an error that are printed."""
 
 Run = Annotated[str, Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)]
+AnyRun = Annotated[
+    str,
+    Argument(
+        help="Folder or URL of a run, or of a single checkpoint; or another framework's folder or file.",
+        show_default=False,
+    ),
+]
+From = Annotated[
+    str, Option("--from", help="Kind of another framework's checkpoint, if it is one; as in uni3d import.")
+]
 RunOnly = Annotated[str, Argument(help="Folder or URL of a run.", show_default=False)]
 Tag = Annotated[str | None, Option(help="Tag of the checkpoint.", show_default="the newest committed one")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -74,6 +85,30 @@ def open_run(run: str) -> Store:
     else:
         return store
     raise ckpt.CheckpointError(f"{store.where('')} {what}; give the folder of a run")
+
+
+def open_any(
+    run: str, tag: str | None, kind: str = "auto", *, states: bool = False, trains: bool = False
+) -> Checkpoint:
+    """Open uni3d's own checkpoint, or another framework's in place.
+
+    Optimizer states that can't be read are left out unless `states` is true. `trains` is whether another
+    trainer is to go on, for which the optimizer's class must be known.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or lacks what is asked for.
+    """
+    from uni3d.importers import in_place
+
+    found = in_place.open(run, tag, kind=kind, states=states)
+    if trains and isinstance(found, in_place.ForeignCheckpoint):
+        found.check_class()
+    return found
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Return what isn't read of another framework's checkpoint; nothing for our own."""
+    return list(getattr(checkpoint, "left_out", []))
 
 
 def say(line: object) -> None:

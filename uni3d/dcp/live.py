@@ -165,6 +165,9 @@ class LiveStateDict:
     def read(self, name: str) -> Array:
         raise AssertionError(f"{name} is written where it lies")
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> Array:
+        raise AssertionError(f"{name} is written where it lies")
+
     def number(self, name: str) -> Any:
         """Return the number in a tensor of one element."""
         if name not in self._values:

@@ -10,10 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ckpt
+from ckpt.read import WEIGHT_STATES
+from parallel.degrees import check_world_size
 from uni3d.config import load_config
 from uni3d.doctor import checks
 from uni3d.doctor.memory import Known
@@ -21,24 +24,35 @@ from uni3d.doctor.topologies import Answer, Asked, Candidate, Fitter
 from uni3d.estimate.holders import reads
 from uni3d.estimate.job import read_json
 from uni3d.estimate.saved import SavedModel
+from uni3d.importers import in_place
 from uni3d.manifest import RunManifest
 from uni3d.units import format_bytes
 
+WORLDS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of ranks that another framework's checkpoint is tried on."""
 FEW = 3
 """Most reasons that are put into one sentence."""
 
 
 def examine(
-    run: str, tag: str | None, asked: Asked, config_path: Path | None, model: Path | None
+    run: str,
+    tag: str | None,
+    asked: Asked,
+    config_path: Path | None,
+    model: Path | None,
+    kind: str = "auto",
 ) -> dict[str, Any]:
     """Return the report as JSON has it. `would_resume` is the verdict.
+
+    `kind` is that of another framework's checkpoint, as for `uni3d import --from`.
 
     Raises:
         CheckpointError: the checkpoint can't be opened.
         ValueError: a file can't be read, or the config refuses the ZeRO stage asked for.
     """
-    checkpoint = ckpt.open_checkpoint(run, tag)
+    checkpoint = in_place.open(run, tag, kind=kind, states=False)
     manifest = RunManifest.of(checkpoint)
+    asked = _on_ranks(asked, manifest)
     source = SavedModel(checkpoint.arrays, manifest)
     known = None if model is None else Known(model, source)
     values = _values(config_path, known)
@@ -64,7 +78,12 @@ def examine(
         **_about(manifest, source, checkpoint),
         **_topologies(fitter, asked, refusals, checkpoint, readable=not whole["problems"]),
         "warnings": changes,
-        "notes": [*checks.notes(config, manifest), *_own_shapes(source)],
+        "in_place": (found := _in_place(checkpoint, manifest, fitter)),
+        "notes": [
+            *checks.notes(config, manifest, in_place=found is not None),
+            *_own_shapes(source),
+            *_whole_reads(checkpoint),
+        ],
         "whole": whole,
         "config_given": config is not None,
         "activations_counted": known is not None,
@@ -172,6 +191,50 @@ def _recommended(
     }
 
 
+def _on_ranks(asked: Asked, manifest: RunManifest) -> Asked:
+    """Return the question with a number of ranks; one process is taken to have written an import."""
+    if not asked.world:
+        ranks = manifest.writer.ranks
+        asked = replace(asked, world=1 if ranks is None else ranks.total)
+    given = {axis: n for axis in ("pp", "dp", "tp") if (n := getattr(asked, axis)) is not None}
+    check_world_size(asked.world, given)
+    return asked
+
+
+def _in_place(checkpoint: ckpt.Checkpoint, manifest: RunManifest, fitter: Fitter) -> dict[str, Any] | None:
+    """Return what a load of another framework's checkpoint restores, and what isn't there; None for ours."""
+    if not isinstance(checkpoint, in_place.ForeignCheckpoint):
+        return None
+    atoms, optimizer = checkpoint.atoms, manifest.optimizer
+    states = sorted({state for held in atoms.values() for state in held} - {*WEIGHT_STATES})
+    there = {"weights and buffers": f"{len(ckpt.weights(checkpoint))} tensors"}
+    if optimizer is not None:
+        kind = optimizer.type or "an optimizer whose class isn't recorded"
+        groups = f"{len(optimizer.groups)} group{'s' * (len(optimizer.groups) != 1)}"
+        there["optimizer"] = f"{kind}: {', '.join(states) or 'no states'}; {groups} with hyperparameters"
+    if manifest.scheduler is not None:
+        there["LR schedule"] = "its state"
+    if manifest.engine.loss_scale is not None:
+        there["loss scale"] = f"{manifest.engine.loss_scale['scale']:g}"
+    if manifest.step:
+        there["step"] = str(manifest.step)
+    if manifest.client_state:
+        there["client state"] = ", ".join(manifest.client_state)
+    wanted = {"optimizer": "its states and hyperparameters", "LR schedule": "", "step": "it counts from 0"}
+    lacks = {name: why for name, why in wanted.items() if name not in there}
+    ranks = [n for n in WORLDS if fitter.answer(Asked(world=n)).topologies]
+    return {"restored": there, "lacks": lacks, "not_read": checkpoint.left_out, "ranks": ranks}
+
+
+def _whole_reads(checkpoint: ckpt.Checkpoint) -> Iterator[str]:
+    """Yield a note if another framework's checkpoint can't be read in parts."""
+    if isinstance(checkpoint, in_place.ForeignCheckpoint) and (n := checkpoint.whole_reads):
+        yield (
+            f"{n} of {len(checkpoint.arrays)} arrays are read whole by each rank that has a part of them: "
+            "import the checkpoint if it is large, or loaded often"
+        )
+
+
 def _own_shapes(source: SavedModel) -> Iterator[str]:
     """Yield a note on states whose split is unknown, if there are any."""
     if names := source.states_of_their_own_shape:
@@ -183,15 +246,11 @@ def _own_shapes(source: SavedModel) -> Iterator[str]:
 
 def _whole(run: str, checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
     """Return the state of the checkpoint's files, and the other tags and leftovers in the run's folder."""
+    found: dict[str, Any] = {"problems": [], "latest": None, "other_tags": [], "leftovers": []}
+    if isinstance(checkpoint, in_place.ForeignCheckpoint):  # whose reader has looked at them
+        return {"files": len(checkpoint.source.files), "bytes": None, **found}
     objects, size = ckpt.extent(checkpoint)
-    found: dict[str, Any] = {
-        "files": objects,
-        "bytes": size,
-        "problems": [str(problem) for problem in ckpt.absent(checkpoint)],
-        "latest": None,
-        "other_tags": [],
-        "leftovers": [],
-    }
+    found |= {"files": objects, "bytes": size, "problems": [str(each) for each in ckpt.absent(checkpoint)]}
     if not checkpoint.folder:  # `run` is the folder of the checkpoint itself
         return found
     store = ckpt.open_store(run)

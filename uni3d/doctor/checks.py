@@ -100,16 +100,16 @@ def _refused_configs(config: Config, manifest: RunManifest) -> Iterator[str]:
         yield "parallel.balance is in the config, but a PipelineModule is cut by its partition_method"
 
 
-def notes(config: Config | None, manifest: RunManifest) -> Iterator[str]:
+def notes(config: Config | None, manifest: RunManifest, *, in_place: bool) -> Iterator[str]:
     """Yield notes about settings that can't be checked here and that the script must repeat."""
     saved = manifest.optimizer
     groups = 0 if saved is None else len(saved.groups)
     muon = config is not None and config.optimizer is not None and config.optimizer.type == "Muon"
     if config is not None and config.optimizer is None and saved is not None:
-        yield f"the config names no optimizer: the script must pass {saved.type}"
+        yield f"the config names no optimizer: the script must pass {saved.type or 'one of its class'}"
     if groups > 1 and not muon:
         yield f"the optimizer has {groups} parameter groups: the script must create the same"
-    if manifest.writer.imported and saved is not None:
+    if manifest.writer.imported and saved is not None and not in_place:
         yield (
             "the checkpoint was imported: its parameter groups and tied weights are those that the import "
             "found; the import's own output says which of them were guesses"

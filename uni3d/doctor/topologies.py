@@ -48,6 +48,7 @@ class Asked:
     """A user's question: any topology of `world` ranks, or one with given degrees."""
 
     world: int
+    """0 for as many as wrote the checkpoint."""
     pp: int | None = None
     dp: int | None = None
     tp: int | None = None

@@ -21,6 +21,8 @@ Array = npt.NDArray[Any]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 Read = Callable[[], Array]
 """Reads the verified values, in a type that converts to the stored one exactly. Thread-safe."""
+ReadPart = Callable[[tuple[slice, ...]], Array]
+"""Reads a part, given a slice for each dim, without the rest."""
 
 
 class FilePlace(NamedTuple):
@@ -45,6 +47,10 @@ class ForeignArray:
     read: Read
     origin: str
     """Place in the source, shown to the user."""
+    own_dtype: str | None = None
+    """Type in the source; None if it isn't known."""
+    read_part: ReadPart | None = None
+    """None if the tensor is read whole."""
     place: FilePlace | None = None
     """Place from which `tensor_parts.read_parts` reads; None in sources that it doesn't read."""
 
@@ -94,6 +100,8 @@ class Source:
     """Loss scale of fp16, in the manifest's form."""
     writer: dict[str, Any] = field(default_factory=dict)
     """Versions and topology of the writer, for information."""
+    declared: dict[str, Any] = field(default_factory=dict)
+    """The model's description, in the manifest's form."""
     client_state: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     """Everything in the source that isn't imported, each with the reason."""
@@ -164,6 +172,8 @@ class Options:
     """Name patterns of tensor-parallel parameters, with their rules in `deepspeed.tensor_parallel.RULES`."""
     in_model_order: bool = False
     """True if numbered optimizer states belong to the parameters in the model's order."""
+    optimizer_order: tuple[tuple[str, ...], ...] | None = None
+    """Names of the parameters of a given optimizer, by group, in the order by which torch numbers them."""
     frozen: tuple[str, ...] = ()
     """Name patterns of the parameters that weren't trained, for `in_model_order`."""
     untie: bool = False

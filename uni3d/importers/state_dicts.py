@@ -22,6 +22,7 @@ from uni3d.importers.source import (
     Read,
     Source,
 )
+from uni3d.importers.tensor_parts import read_part
 from uni3d.importers.torch_files import load
 from uni3d.importers.torch_tensors import StoredTensor
 from uni3d.importers.weight_files import adapter, files_of, is_adapter
@@ -80,7 +81,9 @@ def _source(kind: str, path: Path, options: Options, read: Callable[[Path], _Con
         for name, tensor in tensors.items():
             array = array_of(name, tensor.dtype, tensor.shape, tensor.read, options, f"{file.name}: {name}")
             if isinstance(tensor, _SafeTensor):
-                array = replace(array, place=FilePlace(file, name))
+                array = replace(array, place=FilePlace(file, name), read_part=partial(read_part, file, name))
+            else:
+                array = replace(array, read_part=tensor.read_part)
             tied = tensor.identity is not None and array.state == PARAMETER and not options.untie
             first = arrays.setdefault(tensor.identity if tied else name, array)
             if first is not array:
@@ -117,6 +120,7 @@ def array_of(
         shape=shape,
         read=read,
         origin=origin,
+        own_dtype=dtype,
     )
 
 

@@ -26,3 +26,8 @@ def read_parts(file: Path, parts: Iterable[tuple[str, Slices]]) -> Iterator[Arra
                 yield opened.get_slice(name)[part] if part else opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} can't be read: {error}") from None
+
+
+def read_part(file: Path, name: str, part: Slices) -> Array:
+    """Return a part of one tensor; see `read_parts`."""
+    return next(read_parts(file, [(name, part)]))

@@ -100,6 +100,10 @@ class StoredTensor:
         strides = [step * dtype.itemsize for step in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
+    def read_part(self, part: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Return a part, given a slice for each dim; the whole storage is verified once."""
+        return self.read()[part or ...]
+
 
 def item(value: Any) -> Any:
     """Return the number in a tensor of one element; other values as they are."""

@@ -14,6 +14,7 @@ from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
 from ckpt.threads import cores
 from uni3d.importers.source import BUFFER, PARAMETER, Array, ForeignArray, Read, Source
 from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, RunManifest, WriterRecord
+from uni3d.resume_rules import UNKNOWN
 
 
 def write(
@@ -41,25 +42,30 @@ def write(
     if tag in ckpt.committed_tags(target):
         raise CheckpointError(f"{target.where(tag)} exists; delete it, or choose another tag with --as")
     threads = min(cores(), 8)  # each holds a whole array
-    read = lru_cache(threads + 1)(_converted)  # the chunks of an array are written one after the other
+    read = lru_cache(threads + 1)(read_whole)  # the chunks of an array are written one after the other
     shards = [
-        UnreadShard(
-            ShardSpec(ArrayKey(*array.key), array.dtype, array.shape, Box.whole(array.shape)),
-            _Unread(array, partial(read, array), progress),
-        )
-        for array in source.arrays
+        UnreadShard(_spec(array), _Unread(array, partial(read, array), progress)) for array in source.arrays
     ]
     return ckpt.save(
         run,
         tag,
         shards,
-        plan=ckpt.make_plan({0: [shard.spec for shard in shards]}, files=ckpt.files_for(run)),
+        plan=plan_of(source, ckpt.files_for(run)),
         comm=ckpt.Solo(),
         document=manifest_of(source, optimizer).document(),
         files={SCRIPT.name: SCRIPT.read_bytes()},
         incremental=False,
         threads=threads,
     )
+
+
+def plan_of(source: Source, files: ckpt.Files) -> ckpt.Plan:
+    """Plan the chunks of an imported checkpoint."""
+    return ckpt.make_plan({0: [_spec(array) for array in source.arrays]}, files=files)
+
+
+def _spec(array: ForeignArray) -> ShardSpec:
+    return ShardSpec(ArrayKey(*array.key), array.dtype, array.shape, Box.whole(array.shape))
 
 
 def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
@@ -76,11 +82,12 @@ def manifest_of(source: Source, optimizer: str | None) -> RunManifest:
         model=ModelRecord(
             requires_grad={name: name not in source.frozen for name in parameters},
             buffers=[array.name for array in source.arrays if array.state == BUFFER],
+            declared=source.declared,
         ),
         optimizer=None
         if state is None
         else OptimizerRecord(
-            type=optimizer or state.type,  # type: ignore[arg-type]
+            type=optimizer or state.type or UNKNOWN,
             groups=state.groups,
             scalars=state.scalars,
         ),
@@ -113,15 +120,20 @@ class _Unread:
         return values
 
 
-def _converted(array: ForeignArray) -> Array:
-    """Return an array's values in the stored type.
-
-    Raises:
-        CheckpointError: they have another shape than it says, or a value isn't exact in the stored type.
-    """
+def read_whole(array: ForeignArray) -> Array:
+    """Return an array's values in the stored type; raises as `converted`."""
     values = array.read()
     if values.shape != array.shape:
         raise CheckpointError(f"{array.origin} has shape {list(values.shape)}, expected {list(array.shape)}")
+    return converted(array, values)
+
+
+def converted(array: ForeignArray, values: Array) -> Array:
+    """Return values of an array, or of a part of it, in the stored type.
+
+    Raises:
+        CheckpointError: one isn't exact in that type.
+    """
     dtype = ckpt.numpy_dtype(array.dtype)
     if values.dtype == dtype:
         return values
@@ -133,6 +145,6 @@ def _converted(array: ForeignArray) -> Array:
             value = values[~same].flat[0]
             raise CheckpointError(
                 f"{array.origin} is {values.dtype} and has {value!r}, which {array.dtype} can't represent; "
-                f"round {array.name} to {array.dtype} before the import"
+                f"round {array.name} to {array.dtype} before"
             )
     return out

@@ -11,6 +11,7 @@ from ckpt import Checkpoint
 from parallel.degrees import Ranks, check_world_size
 from uni3d.estimate.holders import Holders, resumed, writers
 from uni3d.estimate.saved import SavedModel
+from uni3d.importers import in_place
 from uni3d.manifest import RunManifest
 from uni3d.plot.layout import Side, name_ranks
 
@@ -39,7 +40,7 @@ def before_and_after(run: str, tag: str | None, degrees: Mapping[str, int | None
             resize.
     """
     if any(value is not None for value in degrees.values()):
-        before = _written("before", checkpoint := ckpt.open_checkpoint(run, tag))
+        before = _written("before", checkpoint := in_place.open(run, tag))
         so_far = replace(before.holders.ranks, zero=RunManifest.of(checkpoint).zero_so_far)
         ranks = _ranks(so_far, degrees)
         return before, Place(when="after", source=before.source, holders=resumed(before.source, ranks))
@@ -73,7 +74,7 @@ def _ranks(so_far: Ranks, degrees: Mapping[str, int | None]) -> Ranks:
 def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
     """Return `tag` and the next checkpoint on another topology; without a tag, the last such pair."""
     advice = "give the topology after with --pp, --dp, --tp, --zero or --world-size"
-    newest = ckpt.open_checkpoint(run, tag)
+    newest = in_place.open(run, tag)
     if not newest.folder:
         raise ValueError(f"{newest.url} is the folder of one checkpoint, not of a run; {advice}")
     tags = ckpt.committed_tags(run)

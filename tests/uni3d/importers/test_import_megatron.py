@@ -21,6 +21,7 @@ from megatron_folders import (
     stack,
     write_dist,
 )
+from torch import Tensor
 
 from ckpt import CheckpointError
 
@@ -43,13 +44,6 @@ def test_what_megatron_wrote(name: str) -> None:
     tied = facts["aliases"]  # which the last pipeline stage holds, but which isn't saved twice
     arrays = {in_checkpoint(k): a for k, a in arrays.items() if k.partition("/")[2] not in tied}
     folder = FIXTURES / name / "checkpoint" / f"iter_{facts['step']:07d}"
-    if facts["sharding"] == "dp_reshardable":
-        with pytest.raises(CheckpointError, match="format dp_reshardable"):
-            source_of(folder)
-        weights = {key: torch.from_numpy(a) for key, a in arrays.items() if key.startswith("fp32/")}
-        arrays = {key: tensor.bfloat16().float().numpy() for key, tensor in weights.items()}
-        assert_bits(values(source_of(folder, weights_only=True)), arrays)
-        return
     source = source_of(folder)
     assert_bits(values(source), arrays)
     assert source.optimizer.type == "AdamW"
@@ -57,6 +51,7 @@ def test_what_megatron_wrote(name: str) -> None:
         facts["parameter_steps"].values()
     )
     for group, fact in zip(source.optimizer.groups, facts["groups"], strict=True):
+        assert {*group["params"]} == {*map(in_checkpoint, fact["names"])}
         for key in ("lr", "betas", "eps", "weight_decay"):
             assert group[key] == fact[key]
     assert source.step == facts["step"]
@@ -152,6 +147,87 @@ def test_the_loss_scale(tmp_path: Path) -> None:
     optimizer = {**common()["optimizer"], "grad_scaler": scaler}
     source = source_of(write_dist(tmp_path / "it", Run().tensors(), common(optimizer=optimizer)))
     assert source.loss_scale == {"scale": 1024.0, "terms": None, "hysteresis": 1, "good_steps": 7}
+
+
+def bucketed(
+    folder: Path, weights: dict[str, Tensor], masters: list[Tensor], moments: tuple[int, ...] = (10,)
+) -> Path:
+    """Write weights, and the masters and moments of parameters in a bucket, each from a multiple of 64 on.
+
+    For each number in `moments`, there is a rank with such a bucket.
+    """
+    tensors: dict[str, Any] = {name: [((0,) * w.ndim, w)] for name, w in weights.items()}
+    begins = [0]
+    for master in masters:
+        begins.append(-(-(begins[-1] + master.numel()) // 64) * 64)
+    for rank, state, more in (
+        (rank, state, more * n)
+        for rank, more in enumerate(moments)
+        for n, state in enumerate(("param", "exp_avg", "exp_avg_sq"))
+    ):
+        bucket = f"optimizer.distributed.dp_group_idx_{rank}.gbuf_idx_0.dtype_x.bucket_idx_0"
+        flat = torch.full((begins[-2] + masters[-1].numel(),), torch.nan)
+        for begin, master in zip(begins, masters, strict=False):
+            flat[begin : begin + master.numel()] = master.flatten() + more
+        middle = min(40, len(flat) // 2)  # between data-parallel ranks
+        tensors[f"{bucket}.{state}"] = [((0,), flat[:middle].clone()), ((middle,), flat[middle:].clone())]
+    optimizer = {**common()["optimizer"], "param_state_sharding_type": "dp_reshardable"}
+    return write_dist(folder, tensors, common(optimizer=optimizer))
+
+
+def test_a_bucket_s_parameters_are_known_by_their_values(tmp_path: Path) -> None:
+    masters = {"a.weight": torch.randn(6, 8), "b.weight": torch.randn(8), "a.bias": torch.randn(8)}
+    weights = {name: master.bfloat16() for name, master in masters.items()}
+    source = source_of(bucketed(tmp_path / "it", weights, [*masters.values()][::-1]))
+    found = values(source)
+    for name, master in masters.items():
+        for n, state in enumerate(("fp32", "exp_avg", "exp_avg_sq")):
+            assert torch.equal(torch.from_numpy(found[f"{state}/{name}"]), master + 10 * n), (state, name)
+    assert [group["params"] for group in source.optimizer.groups] == [["a.weight"], ["a.bias", "b.weight"]]
+
+
+def test_the_buckets_of_two_ranks_agree(tmp_path: Path) -> None:
+    """Tensor-parallel ranks have a copy each of what isn't split."""
+    master = torch.randn(8)
+    weights = {"a.weight": master.bfloat16()}
+    found = values(source_of(bucketed(tmp_path / "it", weights, [master], moments=(10, 10))))
+    assert torch.equal(torch.from_numpy(found["exp_avg/a.weight"]), master + 10)
+    arrays = source_of(bucketed(tmp_path / "other", weights, [master], moments=(10, 11))).arrays
+    with pytest.raises(CheckpointError, match=r"exp_avg in .* differs from its copy on another rank"):
+        next(array for array in arrays if array.state == "exp_avg").read()
+
+
+def test_a_short_parameter_may_begin_as_a_longer_one(tmp_path: Path) -> None:
+    """Biases that haven't moved, one behind the other, could be one that is as long as both."""
+    masters = {"a.bias": torch.zeros(64), "b.bias": torch.zeros(128), "c.weight": torch.randn(4, 4)}
+    weights = {name: master.bfloat16() for name, master in masters.items()}
+    with pytest.raises(CheckpointError, match=r"at 0 of .* are those of b\.bias and a\.bias"):
+        source_of(bucketed(tmp_path / "it", weights, [*masters.values()]))
+
+
+def test_a_bucket_that_is_not_clear_is_refused(tmp_path: Path) -> None:
+    masters = {"a.weight": torch.randn(6, 8), "b.weight": torch.ones(8), "c.weight": torch.ones(8)}
+    weights = {name: master.bfloat16() for name, master in masters.items()}
+    masters["b.weight"] = masters["b.weight"] + 1e-5  # which bfloat16 doesn't tell from the other
+    folder = bucketed(tmp_path / "alike", weights, [*masters.values()])
+    with pytest.raises(
+        CheckpointError, match=r"at 64 of .* are those of b\.weight and c\.weight; save it with"
+    ):
+        source_of(folder)
+    source = source_of(folder, weights_only=True)
+    assert {array.state for array in source.arrays} == {"fp32"}
+    assert any("b.weight and c.weight" in line for line in source.left_out)
+    del masters["b.weight"], weights["b.weight"]
+    folder = bucketed(tmp_path / "other", weights, [masters["a.weight"], masters["c.weight"] + 1])
+    with pytest.raises(CheckpointError, match=r"at 64 of .* are those of no weight"):
+        source_of(folder)
+    weights |= {"d.weight": torch.randn(70).bfloat16()}
+    other = weights["d.weight"].float()
+    other[69] += 1
+    folder = bucketed(tmp_path / "late", weights, [masters["c.weight"], masters["a.weight"], other])
+    late = next(a for a in source_of(folder).arrays if a.name == "d.weight")
+    with pytest.raises(CheckpointError, match="doesn't round to the weight; the files are of two saves"):
+        late.read()
 
 
 def test_buckets_are_refused_by_name_and_the_weights_can_be_had(tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def source_of(content: Content, names: SortedNames, options: Options) -> Source:
 
 def _weight(content: Content, name: str, key: str, options: Options, *, trained: bool) -> ForeignArray:
     held, read = content.tensors[key], partial(content.read, key)
-    if not trained:
-        return array_of(name, held.dtype, held.shape, read, options, key)
-    return ForeignArray(name=name, state=PARAMETER, dtype="float32", shape=held.shape, read=read, origin=key)
+    array = array_of(name, held.dtype, held.shape, read, options, key)
+    array = replace(array, read_part=partial(content.read_part, key))
+    return replace(array, state=PARAMETER, dtype="float32") if trained else array
 
 
 def _tied(

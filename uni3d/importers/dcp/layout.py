@@ -74,6 +74,8 @@ class Layout:
         self.where = str(path)
         self.left_out: list[str] = []
         self._sizes: dict[str, int] = {}
+        self._maps: dict[str, memoryview] = {}
+        self._verified: dict[FileRange, StoredTensor] = {}
         content = self._metadata()
         self.tensors: dict[str, ChunkedTensor] = {}
         self.objects: dict[str, FileRange] = {}
@@ -114,12 +116,31 @@ class Layout:
             return row
         return self._read(tensor, tensor.shape, tensor.chunks)
 
+    def read_part(self, name: str, part: tuple[slice, ...], *, verify: bool = True) -> Array:
+        """Return a part of a tensor, given a slice for each dim; only chunks that it meets are read.
+
+        Raises:
+            CheckpointError: one of these is damaged, or doesn't match the metadata.
+        """
+        tensor = self.tensors[name]
+        values = np.empty([each.stop - each.start for each in part], numpy_dtype(tensor.dtype))
+        for chunk in tensor.chunks:
+            cuts = [
+                (max(want.start, begin), min(want.stop, begin + size))
+                for want, begin, size in zip(part, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if all(low < high for low, high in cuts):
+                there = tuple(slice(a - o, b - o) for (a, b), o in zip(cuts, chunk.offsets, strict=True))
+                here = tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(cuts, part, strict=True))
+                values[here or ...] = self.chunk(tensor, chunk, verify=verify)[there or ...]
+        return values
+
     def _read(self, tensor: ChunkedTensor, shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> Array:
         if len(chunks) == 1:
-            return self._chunk(tensor, chunks[0])
+            return self.chunk(tensor, chunks[0])
         values = np.empty(shape, numpy_dtype(tensor.dtype))
         for chunk in chunks:
-            values[_slices(chunk)] = self._chunk(tensor, chunk)
+            values[_slices(chunk)] = self.chunk(tensor, chunk)
         return values
 
     def tied(self, name: str, owner: str) -> bool:
@@ -145,7 +166,7 @@ class Layout:
         first = next((c for c in tensor.chunks if not any(c.offsets)), None)
         if first is None or not prod(first.sizes):
             return b""
-        return self._chunk(tensor, first, verify=False).ravel()[:_SAMPLE].tobytes()
+        return self.chunk(tensor, first, verify=False).ravel()[:_SAMPLE].tobytes()
 
     def number(self, name: str) -> Any:
         """Return the number in a tensor of one element."""
@@ -239,7 +260,9 @@ class Layout:
             )
         return FileRange(file=file, offset=offset, length=length)
 
-    def _chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
+    def chunk(self, tensor: ChunkedTensor, chunk: StoredChunk, *, verify: bool = True) -> Array:
+        if verify and chunk.place in self._verified:  # a tensor may be read in many parts
+            return self._verified[chunk.place].read()
         stored = self._open(chunk.place, tensor.name, verify=verify).load()
         what = f"{self.path / chunk.place.file}: {tensor.name} at {list(chunk.offsets)}"
         if not isinstance(stored, StoredTensor):
@@ -249,11 +272,17 @@ class Layout:
                 f"{what} is {stored.dtype}{list(stored.shape)}, expected {tensor.dtype}{list(chunk.sizes)} "
                 f"from {METADATA}"
             )
-        return stored.read()
+        values = stored.read()
+        if verify:
+            self._verified[chunk.place] = stored
+        return values
 
     def _open(self, place: FileRange, name: str, *, verify: bool = True) -> TorchFile:
-        with (self.path / place.file).open("rb") as file:  # the map lives as long as its arrays
-            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if place.file not in self._maps:
+            with (self.path / place.file).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[place.file] = memoryview(mapped)
+        whole = self._maps[place.file]
         data = whole[place.offset : place.offset + place.length]
         # A safetensors file begins with the length, in eight bytes, of the JSON that follows.
         if bytes(data[:2]) != b"PK" and bytes(whole[8:9]) == b"{":

@@ -54,6 +54,9 @@ class Content(Protocol):
     def read(self, name: str) -> Array:
         """Return a whole tensor."""
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> Array:
+        """Return a part of a tensor, given a slice for each dim."""
+
     def number(self, name: str) -> Any:
         """Return the number in a tensor of one element."""
 

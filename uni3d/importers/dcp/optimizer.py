@@ -85,8 +85,16 @@ def moment(content: Content, key: str, name: str, state: str) -> ForeignArray:
     dtype = "float32" if tensor.dtype in FLOATS else tensor.dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"{content.where}: {key} has type {dtype}, which can't be stored")
-    read = partial(content.read, key)
-    return ForeignArray(name=name, state=state, dtype=dtype, shape=tensor.shape, read=read, origin=key)
+    return ForeignArray(
+        name=name,
+        state=state,
+        dtype=dtype,
+        shape=tensor.shape,
+        read=partial(content.read, key),
+        origin=key,
+        own_dtype=tensor.dtype,
+        read_part=partial(content.read_part, key),
+    )
 
 
 def kind_of(groups: list[dict[str, Any]]) -> str | None:

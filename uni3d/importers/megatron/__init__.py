@@ -9,11 +9,11 @@ Its tensors are unsplit and have Megatron's names:
     optimizer.state.exp_avg.<name>             a moment; `fp32_param` or `param` is the fp32 master
 
 `common.pt` has everything that isn't split: counters, the command line and the optimizer's groups, but not
-the groups' parameters. If the optimizer is stored in flat buckets, only the run knows the order of the
-parameters in them, so only the weights can be imported.
+the groups' parameters.
 
 Modules:
-    common   `common.pt`: the groups, the counters, the command line
+    common    `common.pt`: the groups, the counters, the command line
+    buckets   an optimizer in flat buckets, which don't record the order of the parameters in them
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy as np
 
 from ckpt import DTYPES, CheckpointError
 from uni3d.importers.dcp.layout import Layout
+from uni3d.importers.megatron.buckets import Buckets
 from uni3d.importers.megatron.common import COMMON, Common, read_common
 from uni3d.importers.source import FLOATS, PARAMETER, Array, ForeignArray, Options, Read, Source
 from uni3d.importers.state_dicts import array_of
@@ -40,6 +41,8 @@ _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
 _STACKED = re.compile(r"((?:.*?\.)?layers)\.(?!\d+\.)(.+)")
 _HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])")
 _MASTERS = ("fp32_param", "param")
+_FLAT = "the optimizer state has Megatron's format {}: flat buckets that don't record their parameters' order"
+_REMEDY = "save it with --dist-ckpt-optim-fully-reshardable"
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 
 
@@ -47,10 +50,16 @@ def read_megatron(path: Path, options: Options) -> Source:
     """Read the model and its optimizer."""
     _check_backend(path)
     layout = Layout(path, options)
-    common = read_common(path, options)
+    buckets = Buckets(layout)
+    common = read_common(path, options, buckets.optimizer() if buckets else None)
     atoms = _joined([atom for key in layout.tensors for atom in _atoms(layout, key)])
     left_out = [*common.source.left_out, *_objects(layout)]
-    why_not = _unreadable(layout, common)
+    why_not = _unreadable(layout, common, buckets)
+    if buckets and not why_not:
+        try:
+            atoms += buckets.atoms(_weights(layout))
+        except CheckpointError as error:
+            why_not = f"{_FLAT.format('dp_reshardable')}, and {error}; {_REMEDY}"
     if why_not and not options.weights_only:
         raise CheckpointError(f"{path}: {why_not}; or import with --weights-only")
     if why_not:
@@ -107,21 +116,30 @@ def _check_backend(path: Path) -> None:
 
 def _objects(layout: Layout) -> list[str]:
     """Return a line for each kind of object that isn't imported; each layer has some extra states."""
-    names = [key.partition("/shard_")[0] for key in layout.objects]
+    names = [key.partition("/shard_")[0] for key in layout.objects if not _BUCKETS.match(key)]
     kinds = Counter("_extra_state" if name.endswith("_extra_state") else name for name in names)
     return [f"{kind}: {n} objects of Megatron that aren't tensors" for kind, n in sorted(kinds.items())]
 
 
-def _unreadable(layout: Layout, common: Common) -> str | None:
+def _unreadable(layout: Layout, common: Common, buckets: Buckets) -> str | None:
     """Return why the optimizer state can't be read; None if it can."""
-    if any(_BUCKETS.match(key) for key in (*layout.tensors, *layout.objects)):
-        return (
-            f"the optimizer state has Megatron's format {common.sharding or 'dp_reshardable'}: flat buckets "
-            "that don't record the order of their parameters; save it with "
-            "--dist-ckpt-optim-fully-reshardable"
-        )
-    states = any(_STATE.match(key) for key in layout.tensors)
+    if not buckets and any(_BUCKETS.match(key) for key in (*layout.tensors, *layout.objects)):
+        return f"{_FLAT.format(common.sharding or 'dp_reshardable')}; {_REMEDY}"
+    states = bool(buckets) or any(_STATE.match(key) for key in layout.tensors)
     return common.no_groups if states else None
+
+
+def _weights(layout: Layout) -> dict[str, tuple[str, int | None]]:
+    """Return the stored name of each of the model's atoms, and its layer's number if layers are stacked."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for key, tensor in layout.tensors.items():
+        if _BUCKETS.match(key) or _STATE.fullmatch(key):
+            continue
+        if stacked := _STACKED.fullmatch(key):
+            found |= {f"{stacked[1]}.{n}.{stacked[2]}": (key, n) for n in range(tensor.shape[0])}
+        else:
+            found[key] = (key, None)
+    return found
 
 
 # --- atoms -----------------------------------------------------------------------------------------------

@@ -95,8 +95,8 @@ class Common:
         return next(i for i, group in enumerate(self.groups) if (_decay(group) == 0) == spared)
 
 
-def read_common(path: Path, options: Options) -> Common:
-    """Read the file."""
+def read_common(path: Path, options: Options, ranks_own: Mapping[str, Any] | None = None) -> Common:
+    """Read the file; `ranks_own` is the optimizer's part of it where each rank has its own."""
     file = path / COMMON
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; Megatron always writes it")
@@ -106,7 +106,7 @@ def read_common(path: Path, options: Options) -> Common:
     args = content.get("args")
     arguments = args.state if isinstance(args, StandIn) and isinstance(args.state, Mapping) else {}
     optimizer = content.get("optimizer")
-    optimizer = optimizer if isinstance(optimizer, Mapping) else {}
+    optimizer = {**(optimizer if isinstance(optimizer, Mapping) else {}), **(ranks_own or {})}
     inner = optimizer.get("optimizer", optimizer)
     groups = list(inner.get("param_groups", ())) if isinstance(inner, Mapping) else []
     no_groups, of_groups = _check_groups(optimizer, groups)
