@@ -48,6 +48,12 @@ def save(rank: Rank, folder: Path, *, durable: bool) -> None:
         dcp.save(rank.kept["dcp state"], storage_writer=_writer(folder, durable=durable))
 
 
+def save_weights(rank: Rank, folder: Path) -> None:
+    """Save the model alone."""
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save(rank.kept["dcp state"]["model"], storage_writer=_writer(folder, durable=False))
+
+
 def load(rank: Rank, folder: Path) -> None:
     with warnings.catch_warnings(action="ignore"):
         dcp.load(rank.kept["dcp state"], storage_reader=dcp.FileSystemReader(folder))

@@ -65,7 +65,7 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def built(bf16: bool) -> tuple[DistributedDataParallel, TransformerConfig]:
+def built(bf16: bool) -> tuple[GPTModel, TransformerConfig]:
     torch.manual_seed(17)
     config = TransformerConfig(
         num_layers=LAYERS,
@@ -115,7 +115,12 @@ def batches(step: int) -> Iterator[dict[str, Tensor]]:
 
 def forward(data: Iterator[dict[str, Tensor]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     causal = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
-    return model(**next(data), attention_mask=causal), lambda output: (output.float().mean(), {})
+
+    def loss(output: Tensor) -> tuple[Tensor, dict[str, float]]:
+        mean = output.float().mean()
+        return mean, {"loss": mean.item()}
+
+    return model(**next(data), attention_mask=causal), loss
 
 
 def run(folder: Path, tp: int, pp: int, sharding: str | None) -> None:
@@ -127,10 +132,19 @@ def run(folder: Path, tp: int, pp: int, sharding: str | None) -> None:
 
 
 def train_and_save(folder: Path, sharding: str | None) -> None:
-    module, config = built(bf16=sharding is not None)
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=sharding is not None, grad_reduce_in_fp32=sharding is not None
+    module, model, optimizer, scheduler = prepared(
+        bf16=sharding is not None, distributed=sharding is not None
     )
+    for step in range(STEPS):
+        take_step(model, optimizer, scheduler, step)
+    save(folder, model, optimizer, scheduler, sharding)
+    expect(folder, module, optimizer, scheduler, sharding)
+
+
+def prepared(*, bf16: bool, distributed: bool) -> tuple[GPTModel, DistributedDataParallel, Any, Any]:
+    """Return the module, its wrapper, the optimizer and the schedule of a new run."""
+    module, config = built(bf16=bf16)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=bf16)
     model = DistributedDataParallel(config, ddp, module)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -139,9 +153,9 @@ def train_and_save(folder: Path, sharding: str | None) -> None:
         weight_decay=0.1,
         adam_beta2=0.95,
         clip_grad=1.0,
-        bf16=sharding is not None,
+        bf16=bf16,
         params_dtype=config.params_dtype,
-        use_distributed_optimizer=sharding is not None,
+        use_distributed_optimizer=distributed,
     )
     optimizer = get_megatron_optimizer(settings, [model])
     config.finalize_model_grads_func = finalize_model_grads
@@ -158,21 +172,24 @@ def train_and_save(folder: Path, sharding: str | None) -> None:
         wd_incr_steps=10,
         wd_incr_style="constant",
     )
-    for step in range(STEPS):
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=batches(step),
-            model=[model],
-            num_microbatches=1,
-            seq_length=SEQUENCE,
-            micro_batch_size=3,
-        )
-        optimizer.step()
-        scheduler.step(1)
-    save(folder, model, optimizer, scheduler, sharding)
-    expect(folder, module, optimizer, scheduler, sharding)
+    return module, model, optimizer, scheduler
+
+
+def take_step(model: Any, optimizer: Any, scheduler: Any, step: int) -> list[dict[str, float]]:
+    """Take a step; return the loss, on the last pipeline stage."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses: list[dict[str, float]] = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=batches(step),
+        model=[model],
+        num_microbatches=1,
+        seq_length=SEQUENCE,
+        micro_batch_size=3,
+    )
+    optimizer.step()
+    scheduler.step(1)
+    return losses
 
 
 def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, sharding: str | None) -> None:
@@ -203,7 +220,8 @@ def whole(optimizer: Any, parameter: nn.Parameter, state: str | None, sharding: 
     """Return a tensor-parallel rank's shard of a parameter or state, gathered over data-parallel ranks."""
     (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if sharding is None:
-        return (inner.optimizer.state[parameter][state] if state else parameter).detach().clone()
+        master = getattr(parameter, "main_param", parameter)
+        return (inner.optimizer.state[master][state] if state else master).detach().clone()
     flat = torch.zeros(parameter.numel())
     if parameter in inner.model_param_group_index_map:
         group, order = inner.model_param_group_index_map[parameter]
@@ -220,7 +238,8 @@ def group_of(optimizer: Any, parameter: nn.Parameter) -> int | None:
     if hasattr(inner, "model_param_group_index_map"):
         return inner.model_param_group_index_map.get(parameter, (None, 0))[0]
     groups = enumerate(inner.optimizer.param_groups)
-    return next(index for index, group in groups if any(p is parameter for p in group["params"]))
+    master = getattr(parameter, "main_param", parameter)
+    return next(index for index, group in groups if any(p is master for p in group["params"]))
 
 
 def expect(folder: Path, module: nn.Module, optimizer: Any, scheduler: Any, sharding: str | None) -> None:

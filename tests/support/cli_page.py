@@ -53,6 +53,7 @@ USES: dict[str, list[str]] = {
         "export runs/tiny weights.safetensors",
         "export runs/tiny bf16 --format hf --dtype bf16",
         "export runs/tiny tiny-dcp --format dcp --optimizer",
+        "export runs/tiny tiny-megatron --format megatron --optimizer",
         "export runs/tiny tiny-deepspeed --format deepspeed-universal",
         "export runs/tiny weights.safetensors",
         "export runs/damaged other.safetensors",

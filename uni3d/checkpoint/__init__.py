@@ -17,6 +17,7 @@ Modules:
     tied               weights that are tied in a checkpoint alone, or in a run alone
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name
     model_spec         the model's own description, for the manifest
+    adapters           its adapters of peft, for the manifest
     live_weights       a live model's weights as plain tensors
     stored_weights     a checkpoint's weights as plain tensors, read when asked for
     file_weights       weights in safetensors files, of which each rank reads its parts

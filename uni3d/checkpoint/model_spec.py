@@ -1,8 +1,8 @@
-"""The model's own description in the manifest: how it can be split, and its Hugging Face config and names.
+"""The model's own description in the manifest: how it can be split, its Hugging Face config, its adapters.
 
 With it, tools that have the checkpoint but not the code know which topologies can resume (`uni3d doctor`),
-the parts each rank would hold (`uni3d plot --layout`), and how to write a folder for `transformers`
-(`uni3d export --format hf`).
+the parts each rank would hold (`uni3d plot --layout`), and how to write a folder for `transformers` or `peft`
+(`uni3d export --format hf`, `--format peft`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 import ckpt
 from parallel.stages import layer_costs
 from parallel.tensor import Declared, check_plan, declared_splits, expand_plan, units_by_head
+from uni3d.checkpoint.adapters import adapters
 from uni3d.export import hugging_face
 
 
@@ -30,7 +31,8 @@ def declared(model: nn.Module) -> dict[str, Any]:
     `tp_parts` (pattern -> number or sizes).
     Derived from its modules: `loss_fn`, true if there is one; `layer_flops`, the cost of each layer when
     stages are cut by flops; further `tp_units`, by name, of layers with a `head_dim`; and `tp_refused`, the
-    reason why no tensor-parallel degree suits the plan. `uni3d.export.hugging_face` reads `hugging_face`.
+    reason why no tensor-parallel degree suits the plan. `uni3d.export.hugging_face` reads `hugging_face`, and
+    `uni3d.export.peft_adapters` reads `peft`.
     """
     said: dict[str, Any] = {"class": type(model).__name__}
     if (layers := getattr(model, "pipeline_layers", None)) is not None:
@@ -48,6 +50,8 @@ def declared(model: nn.Module) -> dict[str, Any]:
         said |= _tensor_parallel(model, splits)
     if (form := _hugging_face(model)) is not None:
         said["hugging_face"] = form
+    if (held := adapters(model)) is not None:
+        said["peft"] = held
     return said
 
 

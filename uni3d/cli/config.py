@@ -190,11 +190,11 @@ def _print(resolved: dict[str, Any], found: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     rows(resolved)
-    out.print(table)
-    out.print()
-    out.print(Text("Differences from DeepSpeed, and what is easily misread:"))
+    out().print(table)
+    out().print()
+    out().print(Text("Differences from DeepSpeed, and what is easily misread:"))
     for key, text in found:
-        out.print(Padding(Text.assemble((key, "bold"), f": {text}"), (0, 0, 0, 2), expand=False))
+        out().print(Padding(Text.assemble((key, "bold"), f": {text}"), (0, 0, 0, 2), expand=False))
 
 
 def _plain(value: Any) -> str:

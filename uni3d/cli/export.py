@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ckpt import Checkpoint
 
 _SUFFIXES = {".safetensors": "safetensors", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
-_FOLDERS = ("hf", "dcp", "deepspeed-universal")
+_FOLDERS = ("hf", "peft", "dcp", "megatron", "deepspeed-universal")
+_WITH_OPTIMIZER = ("dcp", "megatron")
 _DTYPES = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -33,8 +34,10 @@ def export(
         str | None,
         Option(
             "--format",
-            help="safetensors, torch; or a folder: hf for Hugging Face's transformers, dcp for "
-            "torch.distributed.checkpoint, deepspeed-universal for DeepSpeed's load_universal.",
+            help="safetensors, torch; or a folder: hf for Hugging Face's transformers, peft for the adapters "
+            "of a model of peft, dcp for "
+            "torch.distributed.checkpoint, megatron for Megatron-core's dist_checkpointing, "
+            "deepspeed-universal for DeepSpeed's load_universal.",
             show_default="from the suffix of OUTPUT",
         ),
     ] = None,
@@ -54,7 +57,7 @@ def export(
     ] = None,
     optimizer: Annotated[
         bool,
-        Option("--optimizer", help="With --format dcp: the optimizer's states and groups, too."),
+        Option("--optimizer", help="With --format dcp or megatron: the optimizer's states and groups, too."),
     ] = False,
     hf_config: Annotated[
         Path | None, Option(help="With --format hf: the model's config.json, if the checkpoint has none.")
@@ -62,8 +65,8 @@ def export(
     name_map: Annotated[
         Path | None,
         Option(
-            help="With --format hf: JSON file that maps name patterns (regex) to Hugging Face's names, or to "
-            "null to leave tensors out, if the checkpoint has none."
+            help="With --format hf or megatron: JSON file that maps name patterns (regex) to the format's "
+            "names, or to null to leave tensors out; for hf, if the checkpoint has none."
         ),
     ] = None,
     kind: From = "auto",
@@ -71,8 +74,8 @@ def export(
 ) -> None:
     """Write a checkpoint's weights as one state_dict, in fp32 by default.
 
-    Two formats hold the optimizer, too, and another trainer goes on from them: dcp with --optimizer, and
-    deepspeed-universal. The result doesn't depend on the topology that saved the checkpoint.
+    Three formats hold the optimizer, too, and another trainer goes on from them: dcp and megatron with
+    --optimizer, and deepspeed-universal. The result doesn't depend on the topology that saved the checkpoint.
     """
     import ckpt
 
@@ -83,16 +86,35 @@ def export(
     plain = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
     states = optimizer or file_format == "deepspeed-universal"
     checkpoint, of = open_any(run, tag, kind, states=states, trains=states), _DTYPES[dtype]
-    if hf:
+    if file_format == "peft":
+        files, names = _adapters(checkpoint, output, of)
+    elif hf:
         files, names = _hugging_face(checkpoint, output, of, max_shard_size or "5GB", hf_config, name_map)
     else:
         names = _chosen(list(ckpt.weights(checkpoint)), include or [], exclude or [])
         if file_format == "dcp":
             files = _dcp(checkpoint, output, of, names if include or exclude else None, optimizer)
+        elif file_format == "megatron":
+            files, names = _megatron(checkpoint, output, of, names, name_map, optimizer)
         elif plain is None:
             files = _universal(checkpoint, output)
         else:
             files = _plain(checkpoint, output, plain, of, max_shard_size, names)
+    by = "" if include or exclude else " by the name map"
+    _report(checkpoint, output, files, names, f"left out{by}" if hf or name_map else None, as_json)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    output: Path,
+    files: list[Path],
+    names: list[str],
+    without: str | None,
+    as_json: bool,
+) -> None:
+    """Say what was written; `without` introduces the tensors that weren't."""
+    import ckpt
+
     kept = set(names)
     unwanted = [name for name in ckpt.weights(checkpoint) if name not in kept]
     size = sum(file.stat().st_size for file in files)
@@ -100,8 +122,8 @@ def export(
     row |= {"files": [str(file) for file in files], "left_out": unwanted}
     several = f" in {len(files)} files" if len(files) > 1 else ""
     lines = [f"{output}: {len(names)} tensors, {format_bytes(size)}{several}, from {checkpoint.tag}"]
-    if unwanted and hf:
-        lines.append(f"left out by the name map: {', '.join(unwanted)}")
+    if unwanted and without:
+        lines.append(f"{without}: {', '.join(unwanted)}")
     lines += [f"left out: {line}" for line in left_out(checkpoint)]
     answer(row, lines, as_json)
 
@@ -118,20 +140,36 @@ def _check_options(
     """Raise ValueError if an option isn't for this format; `chosen` is whether tensors are."""
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype}: expected {', '.join(_DTYPES)}")
-    if file_format in ("hf", "deepspeed-universal") and chosen:
-        raise ValueError(f"--format {file_format} writes whole models; leave out --include and --exclude")
+    if file_format in ("hf", "peft", "deepspeed-universal") and chosen:
+        what = "whole adapters" if file_format == "peft" else "whole models"
+        raise ValueError(f"--format {file_format} writes {what}; leave out --include and --exclude")
     if file_format == "deepspeed-universal" and dtype != "fp32":
         raise ValueError(f"--format {file_format} writes the fp32 weights; leave out --dtype {dtype}")
-    if file_format != "hf" and (hf_config is not None or name_map is not None):
-        raise ValueError("--hf-config and --name-map need --format hf")
-    if file_format in ("dcp", "deepspeed-universal") and max_shard_size is not None:
-        raise ValueError(f"--format {file_format} writes a file for each tensor; leave out --max-shard-size")
-    if optimizer and file_format != "dcp":
-        raise ValueError("--optimizer needs --format dcp")
+    if file_format != "hf" and hf_config is not None:
+        raise ValueError("--hf-config needs --format hf")
+    if file_format not in ("hf", "megatron") and name_map is not None:
+        raise ValueError("--name-map needs --format hf or megatron")
+    if file_format in _FOLDERS[1:] and max_shard_size is not None:
+        each = "adapter" if file_format == "peft" else "tensor"
+        raise ValueError(f"--format {file_format} writes a file for each {each}; leave out --max-shard-size")
+    if optimizer and file_format not in _WITH_OPTIMIZER:
+        raise ValueError(f"--optimizer needs --format {' or '.join(_WITH_OPTIMIZER)}")
     if optimizer and chosen:
         raise ValueError("--optimizer writes whole models; leave out --include and --exclude")
     if optimizer and dtype != "fp32":
         raise ValueError(f"--optimizer writes the fp32 weights that it trains; leave out --dtype {dtype}")
+
+
+def _adapters(checkpoint: Checkpoint, output: Path, dtype: str | None) -> tuple[list[Path], list[str]]:
+    """Write a folder that peft loads; return its files, and the stored names of its tensors."""
+    import ckpt
+    from uni3d.export import peft_adapters
+
+    adapters = peft_adapters.find_adapters(checkpoint)
+    names, infos = peft_adapters.tensors_of(adapters), ckpt.weights(checkpoint)
+    with progress_bar("exporting", sum(ckpt.exported_bytes(infos[n], dtype) for n in names)) as progress:
+        files = peft_adapters.write_adapters(checkpoint, output, adapters, dtype=dtype, progress=progress)
+    return files, names
 
 
 def _dcp(
@@ -146,6 +184,29 @@ def _dcp(
     total = sum(ckpt.exported_bytes(info, dtype) for info in arrays_in(content))
     with progress_bar("exporting", total) as progress:
         return write_dcp(checkpoint, output, content, dtype=dtype, progress=progress)
+
+
+def _megatron(
+    checkpoint: Checkpoint,
+    output: Path,
+    dtype: str | None,
+    names: list[str],
+    name_map: Path | None,
+    optimizer: bool,
+) -> tuple[list[Path], list[str]]:
+    """Write a folder that Megatron-core loads; return its files, and the stored names of its tensors."""
+    import ckpt
+    from uni3d.export_torch.megatron import megatron_content, write_megatron
+    from uni3d.name_map import NameMap
+
+    renamed = NameMap({}) if name_map is None else NameMap.load(name_map)
+    kept = renamed.rename_all(names)
+    if not kept:
+        raise ValueError(f"{renamed.source} leaves out every tensor in {checkpoint.url}")
+    content = megatron_content(checkpoint, kept, optimizer=optimizer)
+    total = sum(ckpt.exported_bytes(info, dtype) for info in content.arrays)
+    with progress_bar("exporting", total) as progress:
+        return write_megatron(checkpoint, output, content, dtype=dtype, progress=progress), list(kept)
 
 
 def _universal(checkpoint: Checkpoint, output: Path) -> list[Path]:

@@ -119,7 +119,7 @@ def _curves(run: str, path: Path, force: bool, given: list[str], compare: str | 
 
 
 def _note(line: str) -> None:
-    err.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    err().print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _curves_row(

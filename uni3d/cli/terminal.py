@@ -1,31 +1,30 @@
 """Shared by the commands of `uni3d`: common arguments, and everything that prints.
 
-Commands import `ckpt` when they run, not before, so that `uni3d --help` loads neither it nor numpy.
+Commands import `ckpt` when they run, not before, so that `uni3d --help` loads neither it nor numpy. rich is
+loaded by what needs it.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
 from typer import Argument, Option
 
 from uni3d.units import format_bytes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ckpt import Checkpoint
     from ckpt.stores import Store
 
 _LONGEST = 10_000
 """Characters of an error that are printed."""
-
-out = Console()
-err = Console(stderr=True)
 
 Run = Annotated[str, Argument(help="Folder or URL of a run, or of a single checkpoint.", show_default=False)]
 AnyRun = Annotated[
@@ -50,6 +49,22 @@ class CommandError(Exception):
     def __init__(self, message: object, exit_code: int) -> None:
         super().__init__(str(message))
         self.exit_code = exit_code
+
+
+@cache
+def out() -> Console:
+    """Return the console of stdout."""
+    from rich.console import Console
+
+    return Console()
+
+
+@cache
+def err() -> Console:
+    """Return the console of stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def open_run(run: str) -> Store:
@@ -97,8 +112,8 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
 
 
 def say(line: object) -> None:
-    """Print a line verbatim: not wrapped, and without reading brackets in names as markup."""
-    out.print(Text(_escaped(str(line))), soft_wrap=True)
+    """Print a line as it is, but for characters that steer the terminal."""
+    print(_escaped(str(line)))
 
 
 def _escaped(text: str) -> str:
@@ -110,10 +125,12 @@ def _escaped(text: str) -> str:
 
 def complain(error: object) -> None:
     """Print an error as one line on stderr."""
+    from rich.text import Text
+
     text = _escaped(" ".join(str(error).splitlines()))
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}... ({len(text)} characters)"
-    err.print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
+    err().print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
 
 
 def say_json(value: Any) -> None:
@@ -134,6 +151,9 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
     Not through `rich.table`, which takes a millisecond per row: a checkpoint has tens of thousands.
     """
+    from rich.cells import cell_len
+    from rich.text import Text
+
     formats: dict[str, Callable[[Any], str]] = {
         "bytes": format_bytes,
         "created": lambda x: _cell(x)[:16].replace("T", " "),
@@ -147,9 +167,9 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
         right, width = any(isinstance(row[key], int | float) for row in rows), max(widths)
         columns.append([_padded(c, width - w, right) for c, w in zip(cells, widths, strict=True)])
     head, *lines = ("   ".join(cells).rstrip() for cells in zip(*columns, strict=True))
-    out.print(Text(head, "bold"), soft_wrap=True)
+    out().print(Text(head, "bold"), soft_wrap=True)
     width = sum(cell_len(column[0]) + 3 for column in columns) - 3
-    print("\n".join([("\u2500" if out.encoding.startswith("utf") else "-") * width, *lines]))
+    print("\n".join([("\u2500" if out().encoding.startswith("utf") else "-") * width, *lines]))
 
 
 def _padded(cell: str, spaces: int, right: bool) -> str:
@@ -169,12 +189,12 @@ def plural(n: int, one: str, many: str | None = None) -> str:
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar of bytes if stderr is a terminal. Yields the function that advances it."""
-    if not err.is_terminal:
+    if not sys.stderr.isatty():
         yield lambda n: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn(label, markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err(), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)

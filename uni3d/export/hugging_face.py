@@ -59,6 +59,11 @@ def find(checkpoint: ckpt.Checkpoint, config: Path | None, names: Path | None) -
         )
     declared = model.declared
     said = parse(declared["hugging_face"]) if "hugging_face" in declared else None
+    if "peft" in declared and names is None:
+        raise ValueError(
+            f"{checkpoint.url}: its model has adapters of peft, which --format peft writes; for a "
+            "whole model, give --name-map FILE"
+        )
     if config is None and said is None:
         kind = f" ({declared['class']})" if "class" in declared else ""
         raise ValueError(

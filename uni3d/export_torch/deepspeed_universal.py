@@ -18,14 +18,13 @@ import torch
 import ckpt
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.export.new_folder import new_folder
-from uni3d.export_torch.optimizer import TorchOptimizer, read_optimizer
+from uni3d.export_torch.optimizer import ADAM_MOMENTS, TorchOptimizer, adam_step, read_optimizer
 from uni3d.export_torch.torch_file import write_torch_file
 from uni3d.manifest import RunManifest
 from uni3d.resume_rules import IMPLEMENTATION_KEYS
 
 _VERSION = "0.19.8"
 """Release of DeepSpeed whose form this is."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def universal_files(checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def universal_files(checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
             f"{checkpoint.url} has extra states of modules ({name}), which DeepSpeed's universal format lacks"
         )
     optimizer = read_optimizer(checkpoint)
-    step = _check_adam(checkpoint, manifest, optimizer)
+    step = torch.tensor(adam_step(checkpoint, optimizer, "--format deepspeed-universal"))
     groups = _groups(optimizer)
     # ZeRO 1 and 2 look at the top level, ZeRO 3 one below, for the one step count of all parameters.
     found: dict[str, Any] = {
@@ -60,7 +59,7 @@ def universal_files(checkpoint: ckpt.Checkpoint) -> dict[str, Any]:
         if "/" in name or name in ("", ".", ".."):
             raise ValueError(f"{name!r} can't be the name of a folder, which DeepSpeed's format makes of it")
         found[f"zero/{name}/fp32.pt"] = {"param": weights.infos[name]}
-        found |= {f"zero/{name}/{key}.pt": {"param": state[key]} for key in _MOMENTS}
+        found |= {f"zero/{name}/{key}.pt": {"param": state[key]} for key in ADAM_MOMENTS}
         found[f"zero/{name}/step.pt"] = state["step"]
     rest = _model_file(manifest, weights, optimizer)
     module: dict[str, Any] = dict(weights.infos)
@@ -93,33 +92,6 @@ def write_universal(
             write_torch_file(checkpoint, target, content, durable=False, progress=progress)
         (folder / "latest_universal").write_text(checkpoint.tag, encoding="utf-8")
     return [output / "latest_universal", *(output / checkpoint.tag / path for path in contents)]
-
-
-def _check_adam(
-    checkpoint: ckpt.Checkpoint, manifest: RunManifest, optimizer: TorchOptimizer
-) -> torch.Tensor:
-    """Return the step count of all parameters.
-
-    Raises:
-        ValueError: the states aren't those of Adam, or the counts differ.
-    """
-    kind = manifest.optimizer.type if manifest.optimizer else None
-    if kind not in ("Adam", "AdamW"):
-        raise ValueError(f"--format deepspeed-universal holds the states of Adam and AdamW, not of {kind}")
-    steps: dict[float, str] = {}
-    for name, state in optimizer.states.items():
-        if state.keys() != {*_MOMENTS, "step"}:
-            raise ValueError(
-                f"{checkpoint.url}: {name} has the states {', '.join(sorted(state))}; DeepSpeed's universal "
-                f"format holds {', '.join(_MOMENTS)} and step"
-            )
-        steps.setdefault(float(state["step"]), name)
-    if len(steps) != 1:
-        counts = " and ".join(f"{name} has taken {step:g}" for step, name in list(steps.items())[:2])
-        raise ValueError(
-            f"{checkpoint.url}: {counts or 'no parameter has taken'} steps; DeepSpeed has one count"
-        )
-    return torch.tensor(next(iter(steps)))
 
 
 def _groups(optimizer: TorchOptimizer) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import ckpt
 from ckpt.parts import ArrayInfo
 from uni3d.manifest import OptimizerRecord, RunManifest, is_extra
 
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 _BY_PARAMETER_NO = ("LBFGS", "SparseAdam")
 """Classes of torch whose states aren't dense tensors of each parameter's."""
 
@@ -55,6 +56,32 @@ def read_optimizer(checkpoint: ckpt.Checkpoint) -> TorchOptimizer:
             if found:
                 states[name] = {key: _like(like, key, value, record) for key, value in found.items()}
     return TorchOptimizer(groups, states)
+
+
+def adam_step(checkpoint: ckpt.Checkpoint, optimizer: TorchOptimizer, form: str) -> float:
+    """Return Adam's one step count, for the format `form`, which holds only that.
+
+    Raises:
+        ValueError: the states aren't those of Adam without `amsgrad`, or parameters have different counts.
+    """
+    record = RunManifest.of(checkpoint).optimizer
+    kind = record.type if record else None
+    if kind not in ("Adam", "AdamW"):
+        raise ValueError(f"{form} holds the states of Adam and AdamW, not of {kind}")
+    steps: dict[float, str] = {}
+    for name, state in optimizer.states.items():
+        if state.keys() != {*ADAM_MOMENTS, "step"}:
+            raise ValueError(
+                f"{checkpoint.url}: {name} has the states {', '.join(sorted(state))}; {form} holds "
+                f"{', '.join(ADAM_MOMENTS)} and step"
+            )
+        steps.setdefault(float(state["step"]), name)
+    if len(steps) != 1:
+        counts = " and ".join(f"{name} has taken {step:g}" for step, name in list(steps.items())[:2])
+        raise ValueError(
+            f"{checkpoint.url}: {counts or 'no parameter has taken'} steps; {form} has one count"
+        )
+    return next(iter(steps))
 
 
 def _made(record: OptimizerRecord, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,6 +33,13 @@ _CHECKSUM = struct.Struct("<I")
 _DESCRIPTOR = b"PK\x07\x08"
 
 
+class Shaped(NamedTuple):
+    """An array in another shape of as many elements."""
+
+    info: ArrayInfo
+    shape: tuple[int, ...]
+
+
 class _Entry(NamedTuple):
     """Place of a storage in the archive, in bytes."""
 
@@ -90,6 +97,8 @@ def arrays_in(content: Any) -> set[ArrayInfo]:
     """Return the arrays in nested dicts, each once."""
     if isinstance(content, Mapping):
         return set[ArrayInfo]().union(*map(arrays_in, content.values()))
+    if isinstance(content, Shaped):
+        return {content.info}
     return {content} if isinstance(content, ArrayInfo) else set()
 
 
@@ -100,6 +109,9 @@ def _with_tensors(content: Any, dtype: str | None, arrays: dict[ArrayInfo, Tenso
             kind = getattr(torch, ckpt.exported_type(content, dtype))
             arrays[content] = torch.empty(content.shape, dtype=kind)
         return arrays[content]
+    if isinstance(content, Shaped):
+        whole: Tensor = _with_tensors(content.info, dtype, arrays)
+        return whole.view(content.shape)
     assert not isinstance(content, Tensor), "its bytes would be left out"
     if isinstance(content, Mapping):
         return {key: _with_tensors(value, dtype, arrays) for key, value in content.items()}

@@ -232,11 +232,11 @@ def test_any_optimizer_of_torch(alone: None, tmp_path: Path, name: str) -> None:
 
 
 REFUSED = {
-    "--optimizer": "--optimizer needs --format dcp",
+    "--optimizer": "--optimizer needs --format dcp or megatron",
     "--format dcp --max-shard-size 5GB": "leave out --max-shard-size",
     "--format dcp --optimizer --include out.*": "leave out --include and --exclude",
     "--format dcp --optimizer --dtype bf16": "leave out --dtype bf16",
-    "--format dcp --hf-config c.json": "need --format hf",
+    "--format dcp --hf-config c.json": "--hf-config needs --format hf",
 }
 
 

@@ -276,8 +276,8 @@ BAD_OPTIONS = [
     (["--format", "hf", "--include", "layers.*"], "writes whole models"),
     (["--format", "hf", "--exclude", "layers.*"], "writes whole models"),
     (["--format", "hf", "--max-shard-size", "5 parsecs"], "'5 parsecs' isn't a number"),
-    (["--max-shard-size", "5GB", "--hf-config", "c.json"], "need --format hf"),
-    (["--max-shard-size", "5GB", "--name-map", "n.json"], "need --format hf"),
+    (["--max-shard-size", "5GB", "--hf-config", "c.json"], "--hf-config needs --format hf"),
+    (["--max-shard-size", "5GB", "--name-map", "n.json"], "--name-map needs --format hf or megatron"),
 ]
 
 
