@@ -10,7 +10,7 @@ import pickle
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -110,6 +110,15 @@ class HostComm:
     def patience(self, seconds: float) -> None:
         if self.size > 1:
             self._life.patience = seconds
+
+    @contextmanager
+    def at(self, work: str) -> Iterator[None]:
+        """Name the work that the calls in the block belong to, for messages."""
+        before, self.doing = self.doing, work
+        try:
+            yield
+        finally:
+            self.doing = before
 
     def leave(self) -> None:
         """Close the connections, and remove what this rank wrote into the store of `meeting`. Local."""

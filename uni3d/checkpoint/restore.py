@@ -27,6 +27,7 @@ from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.flat_states import FlatTarget, finish_flat, flat_targets
 from uni3d.checkpoint.json_state import decoded, encoded
+from uni3d.checkpoint.lost_ranks import told_in
 from uni3d.checkpoint.optimizer_groups import (
     check_states,
     given_optimizer,
@@ -98,6 +99,10 @@ class Restorer:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
+        with told_in(self._comm, f"the load from {run}", ckpt.PartialLoadError):
+            return self._loaded(run, tag, wanted)
+
+    def _loaded(self, run: str | Path | ckpt.Checkpoint, tag: str | int | None, wanted: Wanted) -> Loaded:
         self._state.model.reshard()  # parameters are looked up as the optimizer has them
         model = self._state.model
         buffers = [model.first_name(name) for name, _ in persistent_buffers(model.module)]

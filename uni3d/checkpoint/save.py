@@ -27,6 +27,7 @@ from uni3d.checkpoint.extra_state import (
 )
 from uni3d.checkpoint.flat_states import gather_flat
 from uni3d.checkpoint.json_state import encoded
+from uni3d.checkpoint.lost_ranks import told_in
 from uni3d.checkpoint.optimizer_groups import describe
 from uni3d.checkpoint.several import type_of
 from uni3d.config.scheduler import describe_schedule
@@ -87,6 +88,7 @@ class Saver:
         self.asynchronous = state.settings.async_save
         self._state = state
         self._model_spec = model_spec
+        comm.patience = writing.patience = state.settings.timeout_seconds
         self._comm = comm
         self._writing = writing
         self._compare_copies = compare_copies
@@ -116,6 +118,18 @@ class Saver:
         """
         self.wait()
         join_all()  # another engine of this process may be saving into the same run
+        step = self._state.progress.global_steps
+        with told_in(self._comm, f"the save at step {step}, before it is written"):
+            taken = self._take(run, tag, client_state, frozen)
+        if self.asynchronous:
+            self._background.start(lambda: self._write(taken, update_latest), run=taken.run)
+        else:
+            self.report = self._write(taken, update_latest)
+
+    def _take(
+        self, run: str | Path, tag: str | int | None, client_state: dict[str, Any], frozen: bool
+    ) -> _Taken:
+        """Return all that is to be written, once all ranks have it."""
         taken: list[_Taken] = []
         data, tensors = self._data.take()
         flat = gather_flat(self._state.model, self._state.optimizer, self._comm)
@@ -150,10 +164,7 @@ class Saver:
         check_alike({ranks.first: digests for (_, _, digests), ranks in found.items()})
         if self._compare_copies:
             check_copies(self._comm, self._held)
-        if self.asynchronous:
-            self._background.start(lambda: self._write(taken[0], update_latest), run=taken[0].run)
-        else:
-            self.report = self._write(taken[0], update_latest)
+        return taken[0]
 
     def _place(self, run: Any, tag: Any) -> tuple[str | Path, str]:
         """Return the run's folder and the tag to save; on rank 0, check that the tag is this run's. Local."""
@@ -211,6 +222,10 @@ class Saver:
 
     def _write(self, taken: _Taken, update_latest: bool) -> ckpt.SaveReport:
         """Write the checkpoint, in either thread. Torch's process groups may be destroyed by then."""
+        with told_in(self._writing, f"the save of {taken.tag}"):
+            return self._written(taken, update_latest)
+
+    def _written(self, taken: _Taken, update_latest: bool) -> ckpt.SaveReport:
         settings, (run, tag, plan, parts, manifest) = self._state.settings, taken
         # Before the gather, so that a value that JSON can't hold is refused in all ranks' name.
         ckpt.agreed(self._writing, lambda: ckpt.check_json(manifest.document(), "the checkpoint's document"))
