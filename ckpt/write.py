@@ -141,7 +141,7 @@ class Writer:
     def __init__(
         self,
         store: Store,
-        tag: str,
+        staging: str,
         plan: Plan,
         rank: int,
         *,
@@ -151,7 +151,7 @@ class Writer:
     ) -> None:
         """Prepare to write; files that the committed tag `base` has too are linked to it."""
         self._store = store
-        self._staging = store.staging(tag)
+        self._staging = staging
         self._plan = plan
         self._rank = rank
         self._in_parts = plan.files == "array" and store.shares_files
