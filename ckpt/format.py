@@ -24,6 +24,8 @@ PART = "arrays.{}.json"
 LATEST = "latest"
 ZARR = "zarr.json"
 SAVING, DELETING = ".saving.", ".deleting."
+WRITER = ".writer"
+"""Lock of a run's folder."""
 TOKEN = 32
 """Length of the token of a save, in hexadecimal digits."""
 NAMED_LATEST = ".latest"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckpt.background import check_last_save
 from ckpt.errors import CheckpointError, as_checkpoint_error
-from ckpt.format import LATEST, MANIFEST, NAMED_LATEST, check_tag, decode_manifest, is_tag
+from ckpt.format import LATEST, MANIFEST, NAMED_LATEST, WRITER, check_tag, decode_manifest, is_tag
 from ckpt.order import Head, head_of, heads_of
 from ckpt.stores import Store, as_store
 
@@ -197,7 +197,7 @@ def clean(run: str | Path | Store) -> list[str]:
     """
     store = as_store(run)
     with as_checkpoint_error(f"{store.where('')} can't be cleaned"):
-        if not store.leftovers():
+        if not store.leftovers() and WRITER not in store.names():
             return []
         with holding(store, "removing leftovers"):
             names = store.clean()

@@ -22,10 +22,10 @@ import numpy as np
 
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
-from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, leftover_tag
+from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, WRITER, leftover_tag
 from ckpt.stores import files
 from ckpt.stores.mounts import can_share_files
-from ckpt.stores.writer_lock import WRITER, Lock, say_once, this_process
+from ckpt.stores.writer_lock import Lock, say_once, this_process
 from ckpt.threads import Scratch
 
 _TEMPORARY = re.compile(
@@ -228,14 +228,18 @@ class LocalStore:
         """Remove a folder as far as possible, under a name that nothing but removals uses.
 
         Raises:
-            OSError: it can't be renamed, or a crash could bring it back half removed.
+            OSError: it can't be renamed.
         """
         if not name.startswith(DELETING):
             tag = re.sub(rf"\.[0-9a-f]{{{TOKEN}}}$", "", leftover_tag(name) or name)[:200]
             hidden = f"{DELETING}{tag}.{uuid.uuid4().hex}"
             os.rename(self._prefix + name, self._prefix + hidden)
-            files.sync_folder(self._folder)
             name = hidden
+        try:
+            files.sync_folder(self._folder)  # first: a crash mustn't bring a half-removed checkpoint back
+        except OSError as error:
+            say_once(f"{self.where(name)} isn't removed yet, as {self._folder} can't be synced: {error}")
+            return
         self._discard(self._folder / name)
 
     def _discard(self, folder: Path) -> None:
@@ -312,9 +316,9 @@ class LocalStore:
         files.write_file(probe, [b"?"], durable=False)  # has the time of the file system, not of this machine
         try:
             now = os.stat(probe).st_mtime_ns
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(probe)
+            os.unlink(probe)
+        except FileNotFoundError:  # the lock's holder has swept it away, so it is alive
+            return 0.0
         return (now - stamp) / 1e9 if isinstance(stamp, int) else 0.0
 
     def lock_beat(self, content: bytes) -> None:
@@ -331,7 +335,8 @@ class LocalStore:
                 os.link(aside, self._prefix + WRITER)
         except OSError:
             pass  # its holder finds it gone, and fails
-        os.unlink(aside)
+        with contextlib.suppress(FileNotFoundError):  # another process has swept it away
+            os.unlink(aside)
 
 
 def _make_durably(folder: Path) -> None:

@@ -13,6 +13,7 @@ the names of a tag that is saved anew.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -22,8 +23,8 @@ from fsspec.core import url_to_fs
 
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
-from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, is_tag, leftover_tag
-from ckpt.stores.writer_lock import WRITER, Lock, Owner, say_once, this_process
+from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, WRITER, is_tag, leftover_tag
+from ckpt.stores.writer_lock import Lock, Owner, say_once, this_process
 
 AT_ONCE = 32 << 20
 """Most bytes of an object that is put by a single request."""
@@ -51,6 +52,9 @@ class RemoteStore:
         self._fs, root = url_to_fs(self.url, use_listings_cache=False)
         self._root = root.rstrip("/")
         self._lock: Lock | None = None
+        self._begun: tuple[str, str] | None = None
+        signature = inspect.signature(self._fs.pipe_file)
+        self._if_new = {"mode": "create"} if "mode" in signature.parameters else {}  # fsspec from 2024.12 on
 
     def where(self, path: str) -> str:
         return f"{self.url}/{path}" if path else self.url
@@ -135,20 +139,32 @@ class RemoteStore:
     def begin(self, tag: str, token: str) -> list[str]:
         names = self.names()
         self._sweep(names)
+        self._check_new(tag)  # before the marker, with which a crash would make a user's objects leftovers
+        self.write(SAVING + tag, [token.encode()], durable=True)
+        try:
+            self._check_new(tag)  # and after it, from which on others see that the tag is being saved
+        except CheckpointError:
+            self._remove(SAVING + tag)
+            raise
+        self._begun = tag, token
+        return names
+
+    def _check_new(self, tag: str) -> None:
         if self.exists(tag):
             what = "is a checkpoint" if self.exists(f"{tag}/{MANIFEST}") else "exists and is not a checkpoint"
             raise CheckpointError(
                 f"{self.where(tag)} {what}, and nothing can be replaced in one step in this store; "
                 "save under another tag"
             )
-        self.write(SAVING + tag, [token.encode()], durable=True)
-        return names
 
     def begun(self, tag: str, token: str) -> bool:
+        return self._marker(tag) == token.encode()
+
+    def _marker(self, tag: str) -> bytes | None:
         try:
-            return self.read(SAVING + tag) == token.encode()
+            return self.read(SAVING + tag)
         except FileNotFoundError:
-            return False
+            return None
 
     def sync(self, tag: str, token: str) -> None:
         """Do nothing: a put returns only once the store keeps the object."""
@@ -159,7 +175,11 @@ class RemoteStore:
         for name, content in documents.items():
             if name == MANIFEST:  # directly before it: all else can be taken away by a save that begins now
                 self._check_own(tag, token)
-                self._put_surely(f"{tag}/{name}", content)
+                try:
+                    self._put_surely(f"{tag}/{name}", content, self._if_new)
+                except FileExistsError:
+                    self._check_own(tag, token)
+                    raise CheckpointError(f"another save has committed {self.where(tag)} meanwhile") from None
             else:
                 self.write(f"{tag}/{name}", [content], durable=durable)
         with contextlib.suppress(OSError):  # no answer tells nothing, and most likely all is well
@@ -168,25 +188,33 @@ class RemoteStore:
                 self._check_own(tag, token)
         try:
             if update_latest:
-                self._put_surely(LATEST, f"{tag}\n".encode())
-            if NAMED_LATEST in documents:
-                self._remove(f"{tag}/{NAMED_LATEST}")
-            self._remove(SAVING + tag)
+                self._put_surely(LATEST, f"{tag}\n".encode(), {})
+            for path in [f"{tag}/{NAMED_LATEST}"] * (NAMED_LATEST in documents) + [SAVING + tag]:
+                with contextlib.suppress(FileNotFoundError):
+                    self._remove(path)
         except (OSError, CheckpointError) as error:
             raise CheckpointError(
                 f"{self.where(tag)} is committed, but {LATEST!r} may not name it: {error}"
             ) from error
 
     def abandon(self, tag: str, token: str) -> None:
-        try:
+        if self._begun != (tag, token):
+            return  # what is there isn't this save's
+        with contextlib.suppress(OSError):  # the next save cleans up
+            if self._marker(tag) is None and not self.exists(f"{tag}/{MANIFEST}"):
+                # One of another tag took this save for dead, and cleaned up while it was still writing.
+                self.write(SAVING + tag, [token.encode()], durable=True)
             if self.begun(tag, token):  # otherwise the objects are another save's
                 self._finish(SAVING + tag)
-        except OSError:
-            pass  # the next save cleans up
 
     def delete(self, tag: str) -> None:
         self.write(DELETING + tag, [b""], durable=True)
-        self._finish(DELETING + tag)
+        try:
+            self._finish(DELETING + tag)
+        except OSError as error:
+            if self.exists(f"{tag}/{MANIFEST}"):
+                raise
+            say_once(f"objects of {self.where(tag)}, which is deleted, can't be removed: {error}")
 
     def committed_at(self, tag: str) -> float:
         return float(self._call(self._fs.modified, f"{tag}/{MANIFEST}").timestamp())
@@ -227,10 +255,10 @@ class RemoteStore:
             self._call(self._fs.rm, tag, recursive=True)
         self._remove(marker)
 
-    def _put_surely(self, path: str, content: bytes) -> None:
+    def _put_surely(self, path: str, content: bytes, options: Mapping[str, str]) -> None:
         """Put an object; if that fails, look for it: the answer may be lost, but the work done."""
         try:
-            self.write(path, [content], durable=True)
+            self._call(self._fs.pipe_file, path, content, **options)
         except OSError as error:
             try:
                 if self.read(path) == content:
@@ -245,10 +273,10 @@ class RemoteStore:
             raise
 
     def _take_back(self, tag: str, manifest: bytes) -> None:
-        """Delete a checkpoint that isn't whole, but not if the manifest is another save's."""
+        """Remove the manifest of a checkpoint that isn't whole, unless it is another save's by now."""
         with contextlib.suppress(FileNotFoundError):
             if self.read(f"{tag}/{MANIFEST}") == manifest:
-                self.delete(tag)
+                self._remove(f"{tag}/{MANIFEST}")
 
     def _check_own(self, tag: str, token: str) -> None:
         if not self.begun(tag, token):
@@ -261,7 +289,8 @@ class RemoteStore:
     def lock_create(self, token: str, content: bytes) -> bool:
         if self.lock_read() is not None:
             return False
-        self.write(WRITER, [content], durable=True)
+        with contextlib.suppress(FileExistsError):
+            self._call(self._fs.pipe_file, WRITER, content, **self._if_new)
         found = Owner.decoded(self.lock_read() or b"")  # two may have found none: the last one has it
         return found is not None and found.token == token
 

@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ckpt.errors import CheckpointError
-
-WRITER = ".writer"
-"""Name of the lock."""
+from ckpt.format import WRITER
 
 UNKNOWN = "?"
 """Stands for the time at which a process began, where the system doesn't tell."""

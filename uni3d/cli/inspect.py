@@ -48,12 +48,12 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
     import ckpt
     from uni3d.manifest import RunManifest
 
-    newest = ckpt.open_checkpoint(run, tag)
+    newest = ckpt.open_checkpoint(run, tag, renamed=tag is not None)
     alone = tag is not None or not newest.folder  # `run` is a single checkpoint's folder
     tags = [newest.tag] if alone else ckpt.committed_tags(run)
     rows = []
     for each in tags:
-        checkpoint = newest if each == newest.tag else ckpt.open_checkpoint(run, each)
+        checkpoint = newest if each == newest.tag else ckpt.open_checkpoint(run, each, renamed=True)
         manifest = RunManifest.of(checkpoint)
         rows.append(
             {
@@ -61,7 +61,7 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
                 "latest": not alone and checkpoint.tag == newest.tag,
                 "step": manifest.step,
                 "created": manifest.created,
-                "written on": _written_on(manifest),
+                "written on": _written_on(manifest) + _copied(checkpoint),
                 "atoms": len(checkpoint.atoms),
                 "bytes": sum(info.nbytes for info in checkpoint.arrays.values()),
             }
@@ -72,6 +72,11 @@ def _tag_rows(run: str, tag: str | None) -> list[dict[str, Any]]:
 def _written_on(manifest: RunManifest) -> str:
     imported = manifest.imported_from
     return str(manifest.written_on or "unknown") if imported is None else f"imported from {imported}"
+
+
+def _copied(checkpoint: ckpt.Checkpoint) -> str:
+    saved = checkpoint.manifest["tag"]
+    return "" if saved == checkpoint.tag else f" (saved as {saved})"
 
 
 def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:
