@@ -329,10 +329,17 @@ class RemoteStore:
         """Call the file system, turning any error into an OSError of one line."""
         try:
             return method(f"{self._root}/{path}" if path else self._root, *args, **kwargs)
-        except OSError:
+        except OSError as error:
+            if "\n" in str(error):
+                error.args = tuple(_in_a_line(a) if isinstance(a, str) else a for a in error.args)
+                error.strerror = error.strerror and _in_a_line(error.strerror)
             raise
         except Exception as error:
-            raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise OSError(f"{type(error).__name__}: {_in_a_line(str(error))}") from error
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _is_leftover(name: str) -> bool:
