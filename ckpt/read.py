@@ -41,6 +41,8 @@ class Checkpoint:
             data = self.document(MANIFEST) if manifest is None else manifest
             self.manifest = decode_manifest(data, self.where(MANIFEST))
         self.tag: str = folder or self.manifest["tag"]
+        self.saved_as: str = self.manifest["tag"]
+        """Tag under which it was saved; another one than that of a copy's folder."""
         self.arrays = Arrays(self)
         self._scratch = Scratch()
 
@@ -271,10 +273,10 @@ def open_checkpoint(run: str | Path, tag: str | int | None = None, *, renamed: b
             folder holds a checkpoint that was saved under another tag, or the documents are damaged.
     """
     checkpoint = Checkpoint(*find_checkpoint(run, tag))
-    if not renamed and checkpoint.folder not in ("", checkpoint.manifest["tag"]):
+    if not renamed and checkpoint.tag != checkpoint.saved_as:
         raise CheckpointError(
-            f"{checkpoint.where(MANIFEST)} has the tag {checkpoint.manifest['tag']!r}, not "
-            f"{checkpoint.folder!r}: the checkpoint was copied, renamed or mixed up; if you want this one, "
+            f"{checkpoint.where(MANIFEST)} has the tag {checkpoint.saved_as!r}, not "
+            f"{checkpoint.tag!r}: the checkpoint was copied, renamed or mixed up; if you want this one, "
             f"name its own folder, {checkpoint.url}, instead of run and tag"
         )
     return checkpoint

@@ -70,17 +70,14 @@ def save(
     """
     held = {shard.spec.key: shard for shard in shards}
     rounds = list(gather.rounds(plan))
-    checks = distinct(comm, lambda: (tag, _check(held, plan, comm.rank, document), len(rounds)))
-    check_same_tag([check[0] for check in checks])
-    check_same_plans({check[1]: ranks for check, ranks in checks.items()})
+    most = _check_arguments(comm, tag, held, plan, document, len(rounds))
     if retention.keep_last is not None and not durable:
         raise CheckpointError(
             "a save that isn't durable can't delete older checkpoints; save with durable=True"
         )
-    store, own = agreed(comm, lambda: _open(run, plan)), uuid.uuid4().hex
+    store, run_id = agreed(comm, lambda: _open(run, plan)), document.get("run_id")
+    asked = Wish(tag, uuid.uuid4().hex, run_id, durable=durable, update_latest=update_latest)
     try:
-        run_id = document.get("run_id")
-        asked = Wish(tag, own, run_id, durable=durable, update_latest=update_latest)
         begun = from_rank_0(comm, lambda: begin(store, asked, incremental=incremental))
         agreed(comm, lambda: _check_same_folder(store, tag, begun.token))
         staging = store.staging(tag, begun.token)
@@ -88,17 +85,25 @@ def save(
             store, staging, plan, comm.rank, durable=begun.durable, base=begun.base, threads=threads
         )
         _write_own(writer, plan, held, comm, incremental=begun.base is not None)
-        _write_gathered(rounds, max(check[2] for check in checks), writer, held, comm)
+        _write_gathered(rounds, most, writer, held, comm)
         if begun.durable:  # on every rank, as each machine has its own page cache
             agreed(comm, lambda: store.sync(tag, begun.token))
         everything = comm.gather(record(writer, plan, comm.rank))
         return from_rank_0(comm, lambda: commit(store, asked, begun, everything, document, files, retention))
     except CheckpointError:
         if comm.rank == 0:
-            store.abandon(tag, own)
+            store.abandon(tag, asked.token)
         raise
     finally:
         store.release()  # rank 0's; the others have none
+
+
+def _check_arguments(comm: Comm, tag: str, held: Held, plan: Plan, document: Json, rounds: int) -> int:
+    """Check the ranks' arguments; return the most rounds of exchanges that any of them has. Collective."""
+    checks = distinct(comm, lambda: (tag, _check(held, plan, comm.rank, document), rounds))
+    check_same_tag([check[0] for check in checks])
+    check_same_plans({check[1]: ranks for check, ranks in checks.items()})
+    return max(check[2] for check in checks)
 
 
 def _check(held: Held, plan: Plan, rank: int, document: Json) -> PlanId:

@@ -324,7 +324,10 @@ class LocalStore:
     def lock_beat(self, content: bytes) -> None:
         os.utime(self._prefix + WRITER)
 
-    def lock_remove(self, content: bytes) -> None:
+    def lock_release(self) -> None:
+        os.unlink(self._prefix + WRITER)
+
+    def lock_take_away(self, content: bytes) -> None:
         aside = f"{self._prefix}{WRITER}.{uuid.uuid4().hex}"
         try:
             os.rename(self._prefix + WRITER, aside)

@@ -318,7 +318,10 @@ class RemoteStore:
     def lock_beat(self, content: bytes) -> None:
         self.write(WRITER, [content], durable=True)
 
-    def lock_remove(self, content: bytes) -> None:
+    def lock_release(self) -> None:
+        self._remove(WRITER)
+
+    def lock_take_away(self, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._remove(WRITER)
 

@@ -66,8 +66,11 @@ class LockPlace(Protocol):
     def lock_beat(self, content: bytes) -> None:
         """Give a sign of life."""
 
-    def lock_remove(self, content: bytes) -> None:
-        """Remove the lock if this is still its content, as far as the place can tell."""
+    def lock_release(self) -> None:
+        """Remove one's own lock."""
+
+    def lock_take_away(self, content: bytes) -> None:
+        """Remove a dead one's lock if this is still its content, as far as the place can tell."""
 
 
 class Owner(NamedTuple):
@@ -145,7 +148,7 @@ class Lock:
         try:
             with self._mutex:  # a sign of life on its way would bring it back
                 if self._owned and not self.is_lost():
-                    self._place.lock_remove(self._owner.encoded())
+                    self._place.lock_release()
         except OSError as error:
             say_once(f"{self._place.where(WRITER)} can't be removed: {error}")
         finally:
@@ -174,7 +177,7 @@ class Lock:
                     time.sleep(min(place.beat_seconds / 4, watched[1] - now))
                     continue
             try:
-                place.lock_remove(content)
+                place.lock_take_away(content)
             except OSError as error:
                 say_once(
                     f"{place.where(WRITER)} is left by a process that ended, and can't be removed: {error}"

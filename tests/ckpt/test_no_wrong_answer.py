@@ -88,7 +88,7 @@ def test_a_save_that_was_not_to_be_named_is_never_taken(run: str) -> None:
 
 
 def test_a_latest_that_was_lost_is_not_made_up(tmp_path: Path) -> None:
-    """What is there may be older than what `latest` named."""
+    """The checkpoints that are there may be older than the one that `latest` named."""
     for tag in ("t1", "t2"):
         save_arrays(tmp_path, tag, ARRAYS)
     (tmp_path / "latest").unlink()
@@ -190,7 +190,7 @@ def failing_at(k: int, name: str, error: Exception) -> Any:
 
 @pytest.mark.parametrize("error", [OSError(503, "Slow\nDown"), RuntimeError("two\nlines")], ids=repr)
 def test_a_store_that_does_not_answer_is_a_checkpoint_error(memory_url: str, error: Exception) -> None:
-    """In one line, as it goes into logs, whatever the package of the protocol raises."""
+    """It is one line, as it goes into logs, whatever the package of the protocol raises."""
     save_arrays(memory_url, "t0", ARRAYS)
     told = set()
     works: list[Callable[[], object]] = [
@@ -249,7 +249,7 @@ def test_a_commit_of_which_nothing_is_known_says_so(memory_url: str) -> None:
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_rename_that_was_done_though_the_answer_was_lost(tmp_path: Path, replaces: bool) -> None:
-    """As a network's file system may say, when it was asked twice."""
+    """A network's file system may say so when it was asked twice."""
     save_arrays(tmp_path, "t1" if replaces else "t0", ARRAYS)
     new: Arrays = {("w", "fp32"): np.ones(5, np.float32)}
     rename, exchange = Path.rename, files.exchange_folders

@@ -46,7 +46,7 @@ OTHERS: dict[str, Callable[[Any], object]] = {
 
 
 class Meeting:
-    """What another writer does at one moment of a first one's save."""
+    """One moment of a first writer's save, at which another one acts."""
 
     def __init__(self, run: Any, other: Callable[[Any], object], *, takes_over: bool) -> None:
         self.run, self.other, self.takes_over = run, other, takes_over
@@ -145,7 +145,7 @@ class AtRequest:
 @pytest.mark.parametrize("takes_over", [False, True], ids=["refused", "takes-over"])
 @pytest.mark.parametrize("other", ["another-tag", "clean", "same-tag"])
 def test_another_writer_at_any_request(memory_url: str, other: str, takes_over: bool) -> None:
-    """As above, in an object store. Of the same tag, what is torn is torn visibly, and the first fails."""
+    """The same in an object store. Of the same tag, what is torn is so visibly, and the first fails."""
     k, failed = 0, set()
     while True:
         k += 1

@@ -153,7 +153,7 @@ def test_one_elsewhere_that_gives_none_is_taken_for_dead(run: str, content: byte
 
 
 def test_one_elsewhere_whose_last_sign_is_old_is_dead_at_once(tmp_path: Path) -> None:
-    """By the clock of the file system: neither machine's own is asked."""
+    """Its age is by the clock of the file system: neither machine's own is asked."""
     save_arrays(tmp_path, "t1", ARRAYS)
     for old in (owner(**ELSEWHERE), owner(pid=os.getppid(), started=writer_lock._started(os.getppid()))):
         put_lock(str(tmp_path), old.encoded())
@@ -183,7 +183,7 @@ def test_a_dead_one_s_that_cannot_be_removed_stops_nothing(
     put_lock(run, owner().encoded()) if run.startswith("memory") else save_arrays(run, "t0", ARRAYS)
     put_lock(run, owner().encoded())
     store = type(open_store(run))
-    with mock.patch.object(store, "lock_remove", side_effect=PermissionError("not yours")):
+    with mock.patch.object(store, "lock_take_away", side_effect=PermissionError("not yours")):
         for tag in ("t1", "t2"):
             save_arrays(run, tag, ARRAYS)
     assert read_latest(run) == "t2"
@@ -212,7 +212,7 @@ def test_one_that_was_taken_is_neither_beaten_nor_given_back(run: str) -> None:
     store: Any = open_store(run)
     store.hold("e" * 32, "saving t1")
     lock = store._lock
-    store.lock_remove(store.read(WRITER))
+    store.lock_take_away(store.read(WRITER))
     put_lock(run, owner(**ELSEWHERE).encoded())
     assert lock.is_lost()
     store.release()
@@ -231,6 +231,6 @@ def test_a_lock_that_another_one_took_meanwhile_is_given_back(tmp_path: Path) ->
     """Two see the same dead lock; the slower one moves the faster one's away, and puts it back."""
     store = LocalStore(str(tmp_path), tmp_path)
     put_lock(str(tmp_path), owner(**ELSEWHERE).encoded())
-    store.lock_remove(b"of a dead one")
+    store.lock_take_away(b"of a dead one")
     assert json.loads(store.read(WRITER))["host"] == "node7"
     assert store.names() == [WRITER]

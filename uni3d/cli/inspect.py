@@ -75,8 +75,7 @@ def _written_on(manifest: RunManifest) -> str:
 
 
 def _copied(checkpoint: ckpt.Checkpoint) -> str:
-    saved = checkpoint.manifest["tag"]
-    return "" if saved == checkpoint.tag else f" (saved as {saved})"
+    return "" if checkpoint.saved_as == checkpoint.tag else f" (saved as {checkpoint.saved_as})"
 
 
 def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:
