@@ -80,10 +80,7 @@ def save(
     try:
         begun = from_rank_0(comm, lambda: begin(store, asked, incremental=incremental))
         agreed(comm, lambda: _check_same_folder(store, tag, begun.token))
-        staging = store.staging(tag, begun.token)
-        writer = Writer(
-            store, staging, plan, comm.rank, durable=begun.durable, base=begun.base, threads=threads
-        )
+        writer = Writer(store, tag, plan, comm.rank, begun=begun, threads=threads)
         _write_own(writer, plan, held, comm, incremental=begun.base is not None)
         _write_gathered(rounds, most, writer, held, comm)
         if begun.durable:  # on every rank, as each machine has its own page cache
