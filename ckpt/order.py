@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ckpt.background import identity
@@ -46,9 +46,24 @@ class Head(NamedTuple):
         return self.commit, self.created, step, self.committed_at, self.tag
 
 
-def heads_of(store: Store) -> list[Head]:
-    """Return the heads of all committed checkpoints, oldest first."""
-    found = [head for name in store.names() if is_tag(name) and (head := head_of(store, name)) is not None]
+def heads_of(store: Store, *, unseen: Callable[[str, OSError], None] | None = None) -> list[Head]:
+    """Return the heads of all committed checkpoints, oldest first.
+
+    Folders of which the place doesn't tell whether they are checkpoints are handed to `unseen`.
+
+    Raises:
+        OSError: there is such a folder, and no `unseen`; or nothing can be listed.
+    """
+    found = []
+    for name in filter(is_tag, store.names()):
+        try:
+            head = head_of(store, name)
+        except OSError as error:
+            if unseen is None:
+                raise
+            unseen(name, error)
+        else:
+            found += [] if head is None else [head]
     return list(_merged(sorted(found, key=lambda head: head.age)))
 
 

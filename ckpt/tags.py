@@ -13,6 +13,7 @@ from ckpt.errors import CheckpointError, as_checkpoint_error
 from ckpt.format import LATEST, MANIFEST, NAMED_LATEST, WRITER, check_tag, decode_manifest, is_tag
 from ckpt.order import Head, head_of, heads_of
 from ckpt.stores import Store, as_store
+from ckpt.stores.writer_lock import say_once
 
 
 def committed_tags(run: str | Path | Store) -> list[str]:
@@ -175,8 +176,12 @@ def delete_old(
 def _dropped(store: Store, retention: Retention, run_id: str | None) -> list[str]:
     """Return the tags to delete."""
     latest = read_latest(store)
+
+    def unseen(tag: str, error: OSError) -> None:  # another user's, for example: neither counted nor deleted
+        say_once(f"{store.where(tag)} can't be read, and isn't counted as kept: {error}")
+
     with as_checkpoint_error(f"{store.where('')} can't be read"):
-        heads = [head for head in heads_of(store) if head.own]
+        heads = [head for head in heads_of(store, unseen=unseen) if head.own]
     heads = [head for head in heads if run_id is None or head.run_id in (None, run_id)]
     kept = 0
     readable: list[Head] = []

@@ -159,10 +159,14 @@ class Lock:
         """Take the lock; return False if a dead holder's can't be removed, without which it goes as well."""
         place, token = self._place, self._owner.token
         watched: tuple[Hashable, float] | None = None  # the stamp, and when it is too old
+        vanished = 0
         while not place.lock_create(token, self._owner.encoded()):
             content = place.lock_read()
-            if content is None:
-                continue  # it was removed meanwhile
+            if content is None:  # it was removed meanwhile
+                vanished += 1
+                if vanished > 100:
+                    raise CheckpointError(f"{place.where(WRITER)} can't be made: it vanishes again and again")
+                continue
             other = Owner.decoded(content)
             if other is None or not other.has_ended:
                 stamp, now = place.lock_stamp(), time.monotonic()

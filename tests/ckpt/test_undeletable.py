@@ -89,6 +89,25 @@ def test_a_checkpoint_that_cannot_be_deleted(tmp_path: Path, caplog: pytest.LogC
     assert save(tmp_path, "t5", retention=KEEP_1).pruned == ("t0", "t4")
 
 
+def test_a_checkpoint_that_cannot_even_be_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is neither counted nor deleted, and the others are as ever."""
+    for tag in ("t0", "t1", "t2"):
+        save(tmp_path, tag)
+    stat = os.stat
+
+    def denied(path: Any, *args: Any, **more: Any) -> Any:
+        if str(path).endswith("t1/manifest.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **more)
+
+    with mock.patch("os.stat", denied):
+        assert save(tmp_path, "t3", retention=KEEP_1).pruned == ("t0", "t2")
+        assert save(tmp_path, "t4", retention=KEEP_1).pruned == ("t3",)
+    (said,) = [record.message for record in caplog.records]
+    assert f"{tmp_path}/t1 can't be read" in said
+    assert committed_tags(tmp_path) == ["t1", "t4"]
+
+
 def test_a_checkpoint_of_which_a_file_cannot_be_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
