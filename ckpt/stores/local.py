@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -324,22 +325,34 @@ class LocalStore:
     def lock_beat(self, content: bytes) -> None:
         os.utime(self._prefix + WRITER)
 
-    def lock_release(self) -> None:
-        os.unlink(self._prefix + WRITER)
+    def lock_remove(self, content: bytes) -> None:
+        path = self._prefix + WRITER
+        try:
+            with _opened_to_lock(path) as fd:
+                # Of all who found the same lock, one removes it, and none the next one's.
+                if os.read(fd, len(content) + 1) == content and os.path.samestat(os.fstat(fd), os.stat(path)):
+                    os.unlink(path)
+        except (FileNotFoundError, BlockingIOError):
+            pass  # another process is removing it
 
-    def lock_take_away(self, content: bytes) -> None:
-        aside = f"{self._prefix}{WRITER}.{uuid.uuid4().hex}"
+
+@contextlib.contextmanager
+def _opened_to_lock(path: str) -> Iterator[int]:
+    """Open a file that no other process has opened so; raises BlockingIOError if one has."""
+    try:
+        fd = os.open(path, os.O_RDWR)  # as network file systems lock only what can be written
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY)
+    try:
         try:
-            os.rename(self._prefix + WRITER, aside)
-        except FileNotFoundError:
-            return
-        try:
-            if Path(aside).read_bytes() != content:  # another process took it meanwhile: give it back
-                os.link(aside, self._prefix + WRITER)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
         except OSError:
-            pass  # its holder finds it gone, and fails
-        with contextlib.suppress(FileNotFoundError):  # another process has swept it away
-            os.unlink(aside)
+            pass  # a file system without such locks
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _make_durably(folder: Path) -> None:

@@ -318,12 +318,12 @@ class RemoteStore:
     def lock_beat(self, content: bytes) -> None:
         self.write(WRITER, [content], durable=True)
 
-    def lock_release(self) -> None:
-        self._remove(WRITER)
-
-    def lock_take_away(self, content: bytes) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._remove(WRITER)
+    def lock_remove(self, content: bytes) -> None:
+        found = self.lock_read()
+        owners = [Owner.decoded(data or b"") for data in (found, content)]
+        if found == content or (owners[0] and owners[1] and owners[0].token == owners[1].token):
+            with contextlib.suppress(FileNotFoundError):
+                self._remove(WRITER)
 
     def _remove(self, path: str) -> None:
         self._call(self._fs.rm_file, path)

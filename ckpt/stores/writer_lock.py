@@ -28,6 +28,9 @@ from ckpt.format import WRITER
 UNKNOWN = "?"
 """Stands for the time at which a process began, where the system doesn't tell."""
 
+_MOST_TRIES = 100
+"""Times that a lock may vanish, or outlive its removal, before a save gives up."""
+
 _log = logging.getLogger("ckpt")
 _said: set[str] = set()
 _held: set[str] = set()
@@ -66,11 +69,8 @@ class LockPlace(Protocol):
     def lock_beat(self, content: bytes) -> None:
         """Give a sign of life."""
 
-    def lock_release(self) -> None:
-        """Remove one's own lock."""
-
-    def lock_take_away(self, content: bytes) -> None:
-        """Remove a dead one's lock if this is still its content, as far as the place can tell."""
+    def lock_remove(self, content: bytes) -> None:
+        """Remove the lock if it is still that of the owner in `content`, as far as the place can tell."""
 
 
 class Owner(NamedTuple):
@@ -147,8 +147,8 @@ class Lock:
         self._end.set()
         try:
             with self._mutex:  # a sign of life on its way would bring it back
-                if self._owned and not self.is_lost():
-                    self._place.lock_release()
+                if self._owned:
+                    self._place.lock_remove(self._owner.encoded())
         except OSError as error:
             say_once(f"{self._place.where(WRITER)} can't be removed: {error}")
         finally:
@@ -159,13 +159,13 @@ class Lock:
         """Take the lock; return False if a dead holder's can't be removed, without which it goes as well."""
         place, token = self._place, self._owner.token
         watched: tuple[Hashable, float] | None = None  # the stamp, and when it is too old
-        vanished = 0
+        vain = 0
         while not place.lock_create(token, self._owner.encoded()):
             content = place.lock_read()
+            if vain == _MOST_TRIES:
+                raise CheckpointError(_refusal(place, Owner.decoded(content or b"")))
             if content is None:  # it was removed meanwhile
-                vanished += 1
-                if vanished > 100:
-                    raise CheckpointError(f"{place.where(WRITER)} can't be made: it vanishes again and again")
+                vain += 1
                 continue
             other = Owner.decoded(content)
             if other is None or not other.has_ended:
@@ -181,13 +181,16 @@ class Lock:
                     time.sleep(min(place.beat_seconds / 4, watched[1] - now))
                     continue
             try:
-                place.lock_take_away(content)
+                place.lock_remove(content)
             except OSError as error:
                 say_once(
                     f"{place.where(WRITER)} is left by a process that ended, and can't be removed: {error}"
                 )
                 return False
             watched = None
+            if vain:  # another process is removing it
+                time.sleep(0.01)
+            vain += 1
         return True
 
     def _beat(self) -> None:

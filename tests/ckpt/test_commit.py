@@ -140,8 +140,8 @@ def test_a_save_in_which_a_call_fails(prepare, situation, ranks, forever):
     # What may fail: comparing and linking an old chunk, removing what isn't kept or was replaced, and giving
     # back the lock.
     linking = {"open", "link"} if situation != "first" and not forever else set()
-    removing = {"open", "rmdir"} | ({"fsync"} if situation == "only" else set())
-    may_fail = linking | (removing if situation in ("again", "only") else set()) | {"unlink"}
+    removing = {"open", "rmdir"} | ({"fsync", "rename"} if situation == "only" else set())
+    may_fail = linking | (removing if situation in ("again", "only") else set()) | {"open", "unlink"}
     assert survived <= may_fail
     assert survived == may_fail or ranks > 1, "one rank and one thread make the same calls each time"
 

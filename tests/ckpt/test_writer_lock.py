@@ -29,6 +29,8 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> str:
 
 
 def put_lock(run: str, content: bytes) -> None:
+    if not run.startswith("memory"):
+        Path(run).mkdir(exist_ok=True)
     open_store(run).lock_create("b" * 32, content)  # type: ignore[attr-defined]
 
 
@@ -183,7 +185,7 @@ def test_a_dead_one_s_that_cannot_be_removed_stops_nothing(
     put_lock(run, owner().encoded()) if run.startswith("memory") else save_arrays(run, "t0", ARRAYS)
     put_lock(run, owner().encoded())
     store = type(open_store(run))
-    with mock.patch.object(store, "lock_take_away", side_effect=PermissionError("not yours")):
+    with mock.patch.object(store, "lock_remove", side_effect=PermissionError("not yours")):
         for tag in ("t1", "t2"):
             save_arrays(run, tag, ARRAYS)
     assert read_latest(run) == "t2"
@@ -212,7 +214,7 @@ def test_one_that_was_taken_is_neither_beaten_nor_given_back(run: str) -> None:
     store: Any = open_store(run)
     store.hold("e" * 32, "saving t1")
     lock = store._lock
-    store.lock_take_away(store.read(WRITER))
+    store.lock_remove(store.read(WRITER))
     put_lock(run, owner(**ELSEWHERE).encoded())
     assert lock.is_lost()
     store.release()
@@ -227,10 +229,28 @@ def test_where_files_have_no_second_name(tmp_path: Path) -> None:
     assert committed_tags(tmp_path) == ["t1"]
 
 
-def test_a_lock_that_another_one_took_meanwhile_is_given_back(tmp_path: Path) -> None:
-    """Two see the same dead lock; the slower one moves the faster one's away, and puts it back."""
-    store = LocalStore(str(tmp_path), tmp_path)
-    put_lock(str(tmp_path), owner(**ELSEWHERE).encoded())
-    store.lock_take_away(b"of a dead one")
-    assert json.loads(store.read(WRITER))["host"] == "node7"
-    assert store.names() == [WRITER]
+def test_a_lock_that_another_one_took_meanwhile_is_left(run: str) -> None:
+    """Two see the same dead lock, and the slower one comes when the faster one has its own."""
+    dead, new = owner(**ELSEWHERE).encoded(), owner(token="f" * 32).encoded()
+    put_lock(run, new)
+    store: Any = open_store(run)
+    store.lock_remove(dead)
+    assert store.read(WRITER) == new
+    store.lock_remove(new)
+    assert store.names() == []
+
+
+def test_of_two_who_remove_a_lock_one_does(tmp_path: Path) -> None:
+    """The first is stopped after it has looked; the second finds it at work, and leaves the lock to it."""
+    store, dead = LocalStore(str(tmp_path), tmp_path), owner(**ELSEWHERE).encoded()
+    put_lock(str(tmp_path), dead)
+    unlink, removed = os.unlink, []
+
+    def stopped(path: str) -> None:
+        with mock.patch("os.unlink", removed.append):
+            store.lock_remove(dead)
+        unlink(path)
+
+    with mock.patch("os.unlink", stopped):
+        store.lock_remove(dead)
+    assert (removed, store.names()) == ([], [])
