@@ -13,9 +13,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from ckpt_helpers import Arrays, save_arrays
+from ckpt_helpers import Arrays, cut, layout_of, run_ranks, save_arrays, shards_of
 
-from ckpt import CheckpointError, Retention, clean, committed_tags, open_store, prune, read_latest
+from ckpt import (
+    CheckpointError,
+    Retention,
+    clean,
+    committed_tags,
+    files_for,
+    make_plan,
+    open_store,
+    prune,
+    read_latest,
+    save,
+)
 from ckpt.stores import writer_lock
 from ckpt.stores.local import LocalStore
 from ckpt.stores.writer_lock import WRITER, Owner, this_process
@@ -254,3 +265,24 @@ def test_of_two_who_remove_a_lock_one_does(tmp_path: Path) -> None:
     with mock.patch("os.unlink", stopped):
         store.lock_remove(dead)
     assert (removed, store.names()) == ([], [])
+
+
+def test_all_ranks_say_who_is_writing(run: str) -> None:
+    """Only rank 0 asks for the lock; the others learn from it, and the next save of all begins."""
+    arrays: Arrays = {("w", "fp32"): np.arange(12, dtype=np.float32).reshape(4, 3)}
+    layout = layout_of(arrays, {("w", "fp32"): cut((4, 3), (2, 1))})
+    plan = make_plan(layout, files=files_for(run))
+
+    def work(comm: Any) -> object:
+        return save(run, "t1", shards_of(arrays, layout[comm.rank]), plan=plan, comm=comm, document={})
+
+    put_lock(run, owner(pid=os.getppid(), started=writer_lock._started(os.getppid())).encoded())
+    with mock.patch.object(type(open_store(run)), "lock_create", autospec=True, return_value=False) as asked:
+        results = run_ranks(2, work)
+    assert asked.call_count == 1
+    assert [type(result) for result in results] == [CheckpointError] * 2
+    assert len({str(result) for result in results}) == 1
+    assert f"is being written by process {os.getppid()} on " in str(results[0])
+    store: Any = open_store(run)
+    store.lock_remove(store.read(WRITER))
+    assert not [result for result in run_ranks(2, work) if isinstance(result, Exception)]
