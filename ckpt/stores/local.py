@@ -169,7 +169,11 @@ class LocalStore:
             raise
         self._check_replaceable(tag)
         self._check_own(tag, token)
-        self._put_in_place(staging, final, documents[MANIFEST])
+        try:
+            self._put_in_place(staging, final, documents[MANIFEST])
+        except (OSError, CheckpointError):
+            self._check_own(tag, token)  # the better reason
+            raise
         try:
             if durable:
                 files.sync_folder(self._folder)  # the rename, before `latest` names its result

@@ -1,5 +1,6 @@
 """Two writers of one run: the second is refused, and where it isn't, no committed checkpoint is ever torn."""
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from ckpt import (
     read_latest,
     verify,
 )
+from ckpt.stores.local import LocalStore
 from ckpt.stores.remote import RemoteStore
 from ckpt.stores.writer_lock import Owner
 
@@ -238,3 +240,61 @@ def test_saves_of_one_process_at_the_same_time_take_turns_or_fail(tmp_path: Path
     for tag in committed_tags(tmp_path):
         assert verify(open_checkpoint(tmp_path, tag), threads=1) == []
     assert {path.name[0] for path in tmp_path.iterdir()} <= {"t", "l"}
+
+
+def test_a_save_is_renamed_while_another_one_removes_it(tmp_path: Path) -> None:
+    """The first is about to rename its folder when the other begins to remove it, and is stopped half-way."""
+    save_arrays(tmp_path, "t1", OLD)
+    half_way, go_on = threading.Event(), threading.Event()
+    unlink, put = os.unlink, LocalStore._put_in_place
+    others: list[threading.Thread] = []
+
+    def slow(path: Any, **more: Any) -> None:
+        unlink(path, **more)
+        if threading.current_thread() in others and "dir_fd" in more and not half_way.is_set():
+            half_way.set()
+            assert go_on.wait(30)
+
+    def other() -> None:
+        with mock.patch.object(Owner, "has_ended", True):
+            clean(tmp_path)
+
+    def put_in_place(store: LocalStore, *args: Any) -> None:
+        others.append(threading.Thread(target=other))
+        others[0].start()
+        assert half_way.wait(30)
+        put(store, *args)
+
+    with mock.patch("os.unlink", slow), mock.patch.object(LocalStore, "_put_in_place", put_in_place):
+        assert save_first(tmp_path) != ""
+        go_on.set()
+        others[0].join()
+    assert (committed_tags(tmp_path), read_latest(tmp_path)) == (["t1"], "t1")
+    save_arrays(tmp_path, "t2", FIRST)
+    assert {path.name for path in tmp_path.iterdir()} == {"t1", "t2", "latest"}
+
+
+def test_a_manifest_is_never_put_over_another_save_s(memory_url: str) -> None:
+    """The store has no conditional put, so the marker is looked at directly before the manifest."""
+    save_arrays(memory_url, "t1", OLD)
+    theirs: list[bytes] = []
+    write = RemoteStore.write
+
+    def written(store: RemoteStore, path: str, *args: Any, **more: Any) -> None:
+        write(store, path, *args, **more)
+        if path == "t2/arrays.0.json" and not theirs:  # the last one before the manifest
+            theirs.append(b"")
+            with mock.patch.object(Owner, "has_ended", True):
+                save_arrays(memory_url, "t2", OTHER)
+            theirs[0] = store.read("t2/manifest.json")
+
+    def plain(signature: Any) -> Any:
+        return mock.Mock(parameters={})
+
+    with (
+        mock.patch("ckpt.stores.remote.inspect.signature", plain),
+        mock.patch.object(RemoteStore, "write", written),
+    ):
+        assert "another save has begun since this one of" in save_first(memory_url)
+    assert open_store(memory_url).read("t2/manifest.json") == theirs[0]
+    assert holding(CONTENT, memory_url, "t2") == "other"
