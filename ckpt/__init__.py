@@ -15,12 +15,12 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     copy_arrays(checkpoint, fd, arrays)          write arrays into a file of another format, streamed
     compare(first, second), statistics(...)      list differences; summarize the numbers
     committed_tags(run), read_latest(run)        list the checkpoints of a run, oldest first; find the newest
-    prune(run, retention)                        delete old checkpoints, each in one step
+    prune(run, retention), clean(run)            delete old checkpoints, each in one step; remove leftovers
     agreed(comm, work), distinct(...)            do work on the ranks of a Comm, and fail on all or on none
 
     box, chunking, array_files, plan, shards     who holds and who writes which part of an array, and where
-    gather, links, write, save, commit           writing
-    read, load, verify, tags                     reading, checking, listing and deleting
+    begin, gather, links, write, save, commit    writing
+    read, load, verify, tags, order              reading, checking, listing and deleting
     bands, export, compare, stats                streaming over whole arrays
     format, parts, checksums, stores             documents, checksums, and the places where objects lie
     background                                   saves in a thread, for which readers of the process wait
@@ -45,7 +45,7 @@ from ckpt.save import save
 from ckpt.shards import ArrayKey, ArrayLayout, Files, Shard, ShardSpec, UnreadShard
 from ckpt.stats import Statistics, statistics
 from ckpt.stores import check_run, files_for, open_store
-from ckpt.tags import Retention, check_owner, committed_tags, prune, read_latest
+from ckpt.tags import Retention, check_owner, clean, committed_tags, prune, read_latest
 from ckpt.verify import Problem, absent, extent, verify
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "check_run",
     "check_same_tag",
     "check_tag",
+    "clean",
     "committed_tags",
     "common_bytes",
     "compare",

@@ -39,7 +39,7 @@ class Background(Generic[T]):
     def start(self, work: Callable[[], T], *, run: str | Path) -> None:
         """Start the work, a save into `run`. Earlier work must have been waited for."""
         assert self._thread is None, "one at a time"
-        self._run = _identity(run)
+        self._run = identity(run)
 
         def body() -> None:
             try:
@@ -95,7 +95,7 @@ def check_last_save(run: str | Path) -> None:
     Raises:
         CheckpointError: the last save failed.
     """
-    asked = _identity(run)
+    asked = identity(run)
     for background in list(_all):
         if background._error is not None and background._run == asked:
             raise CheckpointError(
@@ -104,7 +104,7 @@ def check_last_save(run: str | Path) -> None:
             )
 
 
-def _identity(run: str | Path) -> str:
+def identity(run: str | Path) -> str:
     """Return one name of a run for all the ways to write its path."""
     scheme, separator, rest = str(run).partition("://")
     if not separator or scheme in ("file", "local"):

@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt.array_files import FileGrid
+from ckpt.begin import Begun, Wish
 from ckpt.errors import CheckpointError
 from ckpt.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST,
+    NAMED_LATEST,
     PART,
     ZARR,
     Json,
@@ -23,11 +25,13 @@ from ckpt.format import (
     encode_manifest,
     object_record,
 )
+from ckpt.order import note_commit
 from ckpt.parts import ArrayInfo, Sums, consolidated, encode_part
 from ckpt.plan import Plan
 from ckpt.shards import ArrayKey
 from ckpt.stores import Store
-from ckpt.tags import Retention, check_owner, prune
+from ckpt.stores.writer_lock import say_once
+from ckpt.tags import Retention, check_owner, delete_old
 from ckpt.write import Writer
 
 
@@ -77,25 +81,25 @@ def record(writer: Writer, plan: Plan, rank: int) -> Record:
 
 def commit(
     store: Store,
-    tag: str,
-    token: str,
+    asked: Wish,
+    begun: Begun,
     everything: list[Record],
     document: Json,
     files: Mapping[str, bytes],
-    durable: bool,
-    update_latest: bool,
     retention: Retention,
 ) -> SaveReport:
     """Write the consolidated metadata and the manifest, commit, and delete old checkpoints. Rank 0 only."""
-    groups = described(everything)
+    tag, groups = asked.tag, described(everything)
     parts = {PART.format(i): encode_part(group) for i, group in enumerate(groups)}
     files = {**files, ZARR: encode_document(consolidated(groups))}
-    own = {"format", "version", "tag", "parts", "files"}
+    own = {"format", "version", "tag", "commit", "durable", "parts", "files"}
     assert not own & document.keys(), f"the document has keys of the format's own: {own & document.keys()}"
     manifest = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
         "tag": tag,
+        "commit": begun.commit,
+        "durable": begun.durable,
         **document,
         "parts": {
             name: object_record(parts[name]) | {"arrays": _names(group)}
@@ -103,15 +107,19 @@ def commit(
         },
         "files": {name: object_record(content) for name, content in files.items()},
     }
-    last = {**files, **parts, MANIFEST: encode_manifest(manifest)}
-    check_owner(store, tag, document.get("run_id"))
-    store.commit(tag, token, last, durable=durable, update_latest=update_latest)
+    mark = {NAMED_LATEST: b""} if begun.first else {}
+    last = {**files, **parts, **mark, MANIFEST: encode_manifest(manifest)}
+    check_owner(store, tag, asked.run_id)
+    store.commit(tag, begun.token, last, durable=begun.durable, update_latest=asked.update_latest)
+    note_commit(store, tag, begun.commit)
     pruned: list[str] = []
-    if update_latest and retention.keep_last is not None:
+    if asked.update_latest and retention.keep_last is not None:
         try:
-            pruned = prune(store, retention, run_id=document.get("run_id"))
-        except (CheckpointError, OSError) as error:
+            pruned, kept = delete_old(store, retention, run_id=asked.run_id)
+        except CheckpointError as error:
             raise CheckpointError(f"{store.where(tag)} is committed, but: {error}") from error
+        for problem in kept:
+            say_once(problem)
     return SaveReport(
         tag=tag,
         url=store.where(tag),

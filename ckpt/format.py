@@ -24,6 +24,12 @@ PART = "arrays.{}.json"
 LATEST = "latest"
 ZARR = "zarr.json"
 SAVING, DELETING = ".saving.", ".deleting."
+WRITER = ".writer"
+"""Lock of a run's folder."""
+TOKEN = 32
+"""Length of the token of a save, in hexadecimal digits."""
+NAMED_LATEST = ".latest"
+"""File in a checkpoint whose save found no `latest`, until it has written it."""
 
 _WIDTHS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
 DTYPES = frozenset(
@@ -71,10 +77,14 @@ def check_same_tag(tags: Sequence[str]) -> None:
 
 
 def leftover_tag(name: str) -> str | None:
-    """Return the tag of an unfinished save or deletion, given its name; None for other names."""
+    """Return the tag of an unfinished save or deletion, given its name; None for other names.
+
+    Folders also have the token of their save behind the tag, after a dot, which is part of what is returned.
+    """
     for prefix in (SAVING, DELETING):
-        if name.startswith(prefix) and is_tag(name.removeprefix(prefix)):
-            return name.removeprefix(prefix)
+        tag = name.removeprefix(prefix)
+        if tag != name and is_tag(tag[:200]) and len(tag) <= 200 + len(".") + TOKEN:
+            return tag if re.fullmatch(r"[\w.\-]+", tag, re.ASCII) else None
     return None
 
 

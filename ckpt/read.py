@@ -15,7 +15,7 @@ from ckpt.background import check_last_save
 from ckpt.box import Box, Shape
 from ckpt.checksums import crc32c
 from ckpt.comm import Comm, agreed, from_rank_0
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, as_checkpoint_error
 from ckpt.format import MANIFEST, decode_manifest, file_name, is_tag, numpy_dtype, tag_text
 from ckpt.parts import ArrayInfo, decode_part, uncollected
 from ckpt.shards import Array, ArrayKey
@@ -41,6 +41,8 @@ class Checkpoint:
             data = self.document(MANIFEST) if manifest is None else manifest
             self.manifest = decode_manifest(data, self.where(MANIFEST))
         self.tag: str = folder or self.manifest["tag"]
+        self.saved_as: str = self.manifest["tag"]
+        """Tag under which it was saved; another one than that of a copy's folder."""
         self.arrays = Arrays(self)
         self._scratch = Scratch()
 
@@ -260,16 +262,24 @@ def _cuts(offset: int, length: int, chunk: int) -> list[tuple[int, int, int, int
     return cuts
 
 
-def open_checkpoint(run: str | Path, tag: str | int | None = None) -> Checkpoint:
+def open_checkpoint(run: str | Path, tag: str | int | None = None, *, renamed: bool = False) -> Checkpoint:
     """Open checkpoint `tag` of the run at `run`, a folder or any fsspec URL, or the one that `latest` names.
 
-    `run` may also be a checkpoint's own folder.
+    `run` may also be a checkpoint's own folder, whatever it is called. With `renamed`, so may the tag's
+    folder: a copy keeps the tag under which it was saved.
 
     Raises:
-        CheckpointError: nothing is committed there, there is no such tag (the message lists the tags), or the
-            documents are damaged.
+        CheckpointError: nothing is committed there, there is no such tag (the message lists the tags), the
+            folder holds a checkpoint that was saved under another tag, or the documents are damaged.
     """
-    return Checkpoint(*find_checkpoint(run, tag))
+    checkpoint = Checkpoint(*find_checkpoint(run, tag))
+    if not renamed and checkpoint.tag != checkpoint.saved_as:
+        raise CheckpointError(
+            f"{checkpoint.where(MANIFEST)} has the tag {checkpoint.saved_as!r}, not "
+            f"{checkpoint.tag!r}: the checkpoint was copied, renamed or mixed up; if you want this one, "
+            f"name its own folder, {checkpoint.url}, instead of run and tag"
+        )
+    return checkpoint
 
 
 def open_together(comm: Comm, run: str | Path, tag: str | int | None = None) -> Checkpoint:
@@ -280,7 +290,7 @@ def open_together(comm: Comm, run: str | Path, tag: str | int | None = None) -> 
     """
 
     def find() -> tuple[str, bytes]:
-        found = Checkpoint(*find_checkpoint(run, tag))
+        found = open_checkpoint(run, tag)
         return found.url, found.document(MANIFEST)
 
     url, manifest = from_rank_0(comm, find)
@@ -294,7 +304,11 @@ def find_checkpoint(run: str | Path, tag: str | int | None = None) -> tuple[Stor
         CheckpointError: nothing is committed there, or there is no such tag.
     """
     store = open_store(run)
-    tag = None if tag is None else tag_text(tag)
+    with as_checkpoint_error(f"{store.where('')} can't be read"):
+        return _found(store, None if tag is None else tag_text(tag))
+
+
+def _found(store: Store, tag: str | None) -> tuple[Store, str]:
     if tag is None and store.exists(MANIFEST):
         return store, ""
     if tag is None:

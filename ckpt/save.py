@@ -8,7 +8,6 @@ and in whichever phase, every rank raises the same error, nothing is committed, 
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ckpt import gather
+from ckpt.begin import Wish, begin
 from ckpt.comm import Comm, Seen, agreed, distinct, from_rank_0, merged, union
 from ckpt.commit import SaveReport, commit, record
 from ckpt.errors import CheckpointError
@@ -25,7 +25,7 @@ from ckpt.format import DTYPES, Json, check_json, check_same_tag, numpy_dtype
 from ckpt.plan import ArrayPlan, Plan
 from ckpt.shards import ArrayKey, Shard, UnreadShard
 from ckpt.stores import Store, open_store
-from ckpt.tags import KEEP_ALL, Retention, check_owner, read_latest
+from ckpt.tags import KEEP_ALL, Retention
 from ckpt.write import Write, Writer
 
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
@@ -55,44 +55,52 @@ def save(
         document: the manifest's content besides the arrays; rank 0's is written. Its `run_id`, if there is
             one, protects the checkpoints of other runs from being replaced or deleted.
         files: name -> content of further files in the checkpoint's folder; rank 0's are written.
-        durable: sync every file and folder to the disk before the commit.
+        durable: sync every file and folder to the disk before the commit. A save that replaces a durable
+            checkpoint always does, as a power cut could lose both else.
         incremental: hard-link files that are byte for byte those of the latest checkpoint, if the store can.
         retention: checkpoints to keep; the others are deleted after the commit, if `latest` is updated.
 
     A committed tag stays readable until its replacement is committed. Stores that can't replace it in one
-    step (all but file systems) refuse to.
+    step (all but file systems) refuse to. While another process writes into the run, a save is refused.
 
     Raises:
         CheckpointError: the same on all ranks. The checkpoint then doesn't exist, and an older one of the
             same tag is untouched; or the message says that it is committed, but that `latest` could not be
-            updated or older checkpoints could not be deleted.
+            updated. Leftovers and older checkpoints that can't be removed are reported once, by the log.
     """
     held = {shard.spec.key: shard for shard in shards}
     rounds = list(gather.rounds(plan))
-    checks = distinct(comm, lambda: (tag, _check(held, plan, comm.rank, document), len(rounds)))
-    check_same_tag([check[0] for check in checks])
-    check_same_plans({check[1]: ranks for check, ranks in checks.items()})
+    most = _check_arguments(comm, tag, held, plan, document, len(rounds))
     if retention.keep_last is not None and not durable:
         raise CheckpointError(
             "a save that isn't durable can't delete older checkpoints; save with durable=True"
         )
-    store, own = agreed(comm, lambda: _open(run, plan)), uuid.uuid4().hex
+    store, run_id = agreed(comm, lambda: _open(run, plan)), document.get("run_id")
+    asked = Wish(tag, uuid.uuid4().hex, run_id, durable=durable, update_latest=update_latest)
     try:
-        run_id = document.get("run_id")
-        token, base = from_rank_0(comm, lambda: _begin(store, tag, own, incremental, run_id))
-        agreed(comm, lambda: _check_same_folder(store, tag, token))
-        writer = Writer(store, tag, plan, comm.rank, durable=durable, base=base, threads=threads)
-        _write_own(writer, plan, held, comm, incremental=base is not None)
-        _write_gathered(rounds, max(check[2] for check in checks), writer, held, comm)
-        if durable:
-            agreed(comm, lambda: store.sync(tag))  # on every rank, as each machine has its own page cache
+        begun = from_rank_0(comm, lambda: begin(store, asked, incremental=incremental))
+        agreed(comm, lambda: _check_same_folder(store, tag, begun.token))
+        writer = Writer(store, tag, plan, comm.rank, begun=begun, threads=threads)
+        _write_own(writer, plan, held, comm, incremental=begun.base is not None)
+        _write_gathered(rounds, most, writer, held, comm)
+        if begun.durable:  # on every rank, as each machine has its own page cache
+            agreed(comm, lambda: store.sync(tag, begun.token))
         everything = comm.gather(record(writer, plan, comm.rank))
-        finish = partial(commit, store, tag, token, everything, document, files)
-        return from_rank_0(comm, lambda: finish(durable, update_latest, retention))
+        return from_rank_0(comm, lambda: commit(store, asked, begun, everything, document, files, retention))
     except CheckpointError:
         if comm.rank == 0:
-            store.abandon(tag, own)
+            store.abandon(tag, asked.token)
         raise
+    finally:
+        store.release()  # rank 0's; the others have none
+
+
+def _check_arguments(comm: Comm, tag: str, held: Held, plan: Plan, document: Json, rounds: int) -> int:
+    """Check the ranks' arguments; return the most rounds of exchanges that any of them has. Collective."""
+    checks = distinct(comm, lambda: (tag, _check(held, plan, comm.rank, document), rounds))
+    check_same_tag([check[0] for check in checks])
+    check_same_plans({check[1]: ranks for check, ranks in checks.items()})
+    return max(check[2] for check in checks)
 
 
 def _check(held: Held, plan: Plan, rank: int, document: Json) -> PlanId:
@@ -146,19 +154,6 @@ def _open(run: str | Path, plan: Plan) -> Store:
             f"several ranks can't write one object of {store.where('')}; plan with files='writer'"
         )
     return store
-
-
-def _begin(
-    store: Store, tag: str, token: str, incremental: bool, run_id: str | None
-) -> tuple[str, str | None]:
-    """Prepare the store, on rank 0; return the save's token and the tag whose chunks may be linked to."""
-    check_owner(store, tag, run_id)
-    base = None
-    if incremental:
-        with contextlib.suppress(CheckpointError):  # `latest` is damaged: write everything
-            base = read_latest(store)
-    store.begin(tag, token)
-    return token, base
 
 
 def _check_same_folder(store: Store, tag: str, token: str) -> None:

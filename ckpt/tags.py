@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from ckpt.background import check_last_save
-from ckpt.errors import CheckpointError
-from ckpt.format import LATEST, MANIFEST, check_tag, decode_manifest, is_tag
+from ckpt.errors import CheckpointError, as_checkpoint_error
+from ckpt.format import LATEST, MANIFEST, NAMED_LATEST, WRITER, check_tag, decode_manifest, is_tag
+from ckpt.order import Head, head_of, heads_of
 from ckpt.stores import Store, as_store
-
-_HEAD_BYTES = 4 << 10
-"""Bytes to read of a manifest: its first lines hold the tag, the step and the time."""
+from ckpt.stores.writer_lock import say_once
 
 
 def committed_tags(run: str | Path | Store) -> list[str]:
-    """Return the tags of all committed checkpoints, oldest first by their manifests."""
+    """Return the tags of all committed checkpoints, in the order of their commits.
+
+    Raises:
+        CheckpointError: the folder can't be read.
+    """
     store = as_store(run)
-    return [head.tag for head in sorted(_heads(store), key=lambda head: head.age)]
+    with as_checkpoint_error(f"{store.where('')} can't be read"):
+        return [head.tag for head in heads_of(store)]
 
 
 def read_latest(run: str | Path | Store) -> str | None:
     """Return the tag that `latest` names; None if nothing was ever committed.
 
     Raises:
-        CheckpointError: there are checkpoints but no `latest`, or it names one that doesn't exist; or this
-            process's last save into the run failed, and nobody was told yet.
+        CheckpointError: there are checkpoints but no `latest`, and none of them says that it was about to be
+            named when its save ended; or `latest` names one that doesn't exist; or the folder can't be read;
+            or this process's last save into the run failed, and nobody was told yet.
     """
     store = as_store(run)
     if store is not run:
         check_last_save(store.url)
-    tag = _named_by_latest(store)
-    if tag is None or store.exists(f"{tag}/{MANIFEST}"):
-        return tag
-    newer = _named_by_latest(store)  # a concurrent save may have moved `latest` and deleted the old tag
+    with as_checkpoint_error(f"{store.where('')} can't be read"):
+        tag = _named_by_latest(store)
+        if tag is None or store.exists(f"{tag}/{MANIFEST}"):
+            return tag
+        newer = _named_by_latest(store)  # a concurrent save may have moved `latest` and deleted the old tag
     if newer != tag:
         return newer
     problem = f"{store.where(LATEST)} names {tag!r}, which isn't a committed checkpoint"
@@ -46,15 +50,28 @@ def read_latest(run: str | Path | Store) -> str | None:
 
 
 def _named_by_latest(store: Store) -> str | None:
-    where = store.where(LATEST)
     try:
-        return check_tag(store.read(LATEST).decode().strip())
+        return _in_latest(store)
+    except FileNotFoundError:
+        heads = [head for head in heads_of(store) if head.own]
+        if heads and store.exists(f"{heads[-1].tag}/{NAMED_LATEST}"):
+            return heads[-1].tag  # the save of the first one to be named ended before it wrote `latest`
+    except NotADirectoryError:
+        return None
+    try:
+        return _in_latest(store)  # the first save may have written it meanwhile
     except FileNotFoundError:
         if not committed_tags(store):
             return None
-        problem = f"{store.where('')} has no file {LATEST!r}; name a tag"
-    except NotADirectoryError:
-        return None
+    raise CheckpointError(f"{store.where('')} has no file {LATEST!r}; name a tag ({there_are(store)})")
+
+
+def _in_latest(store: Store) -> str:
+    where = store.where(LATEST)
+    try:
+        return check_tag(store.read(LATEST).decode().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as error:
         problem = f"{where} can't be read: {error.strerror or error}"
     except ValueError as error:
@@ -68,58 +85,6 @@ def there_are(store: Store) -> str:
     return f"the tags there are: {', '.join(tags)}" if tags else "there are none"
 
 
-class _Head(NamedTuple):
-    """First lines of a manifest, unverified: they are checked when the checkpoint is opened."""
-
-    tag: str
-    """Name of the folder."""
-    own: bool
-    """True if it was saved under this name, and isn't a user's copy."""
-    step: int
-    created: str
-    run_id: str | None
-    """Run that saved it; None if the manifest doesn't say."""
-    committed_at: float
-
-    @property
-    def age(self) -> tuple[str, int, float, str]:
-        """Sort key. Time first, as steps can go back; file times last, as copying a run changes them."""
-        return self.created, self.step if self.created else 0, self.committed_at, self.tag
-
-
-def _heads(store: Store) -> Iterator[_Head]:
-    for name in store.names():
-        if is_tag(name) and (head := _head(store, name)) is not None:
-            yield head
-
-
-def _head(store: Store, name: str) -> _Head | None:
-    """Return the head of a committed checkpoint; None if there is none under this name."""
-    if not store.exists(f"{name}/{MANIFEST}"):
-        return None
-    values: dict[str, Any] = {}
-    buffer = bytearray(_HEAD_BYTES)
-    with contextlib.suppress(OSError, ValueError):
-        read = store.read_into(f"{name}/{MANIFEST}", memoryview(buffer), 0)
-        for line in bytes(buffer[:read]).decode(errors="replace").split("\n"):
-            found = re.fullmatch(r'\s*"(tag|step|created|run_id)": ("[^"]*"|\d+),?', line)
-            if found:
-                values.setdefault(found[1], json.loads(found[2]))
-    step, run_id = values.get("step"), values.get("run_id")
-    try:
-        when = store.committed_at(name)
-    except FileNotFoundError:  # deleted since it was listed
-        return None
-    return _Head(
-        tag=name,
-        own=values.get("tag") == name,
-        step=step if isinstance(step, int) else 0,
-        created=str(values.get("created", "")),
-        run_id=run_id if isinstance(run_id, str) else None,
-        committed_at=when,
-    )
-
-
 def check_owner(run: str | Path | Store, tag: str, run_id: str | None) -> None:
     """Check that a save of the run `run_id` wouldn't replace another run's checkpoint.
 
@@ -129,7 +94,8 @@ def check_owner(run: str | Path | Store, tag: str, run_id: str | None) -> None:
         CheckpointError: `tag` is another run's.
     """
     store = as_store(run)
-    head = _head(store, tag) if run_id is not None and is_tag(tag) else None
+    with as_checkpoint_error(f"{store.where(tag)} can't be read"):
+        head = head_of(store, tag) if run_id is not None and is_tag(tag) else None
     if head is not None and head.run_id not in (None, run_id):
         raise CheckpointError(
             f"{store.where(tag)} was saved by another run ({head.run_id}; this one is {run_id}): resume from "
@@ -175,27 +141,89 @@ def prune(
     With `run_id`, the same holds for those of other runs.
 
     Raises:
-        CheckpointError: `latest` is damaged (then nothing is deleted), or a deletion failed.
+        CheckpointError: `latest` is damaged, or another process is writing (then nothing is deleted); or a
+            deletion failed, after the others were made.
     """
     store = as_store(run)
+    dropped, failures = _dropped(store, retention, run_id), list[str]()
+    if dropped and not dry_run:
+        with holding(store, "deleting old checkpoints"):
+            dropped, failures = delete_old(store, retention, run_id=run_id)
+    if failures:
+        raise CheckpointError("; ".join(failures))
+    return dropped
+
+
+def delete_old(
+    store: Store, retention: Retention, *, run_id: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Delete what `prune` does, as the holder of the lock; return the tags, and what couldn't be deleted.
+
+    Raises:
+        CheckpointError: `latest` is damaged; nothing is deleted.
+    """
+    deleted, failures = [], []
+    for tag in _dropped(store, retention, run_id):
+        try:
+            store.delete(tag)
+        except OSError as error:
+            failures.append(f"{store.where(tag)} can't be deleted: {error}")
+        else:
+            deleted.append(tag)
+    return deleted, failures
+
+
+def _dropped(store: Store, retention: Retention, run_id: str | None) -> list[str]:
+    """Return the tags to delete."""
     latest = read_latest(store)
-    heads = [head for head in sorted(_heads(store), key=lambda head: head.age) if head.own]
+
+    def unseen(tag: str, error: OSError) -> None:  # another user's, for example: neither counted nor deleted
+        say_once(f"{store.where(tag)} can't be read, and isn't counted as kept: {error}")
+
+    with as_checkpoint_error(f"{store.where('')} can't be read"):
+        heads = [head for head in heads_of(store, unseen=unseen) if head.own]
     heads = [head for head in heads if run_id is None or head.run_id in (None, run_id)]
     kept = 0
-    readable: list[_Head] = []
+    readable: list[Head] = []
     for head in reversed(heads):  # a damaged checkpoint must not push out a good one
         if retention.keep_last is not None and kept < retention.keep_last and not _is_whole(store, head.tag):
             continue
         kept += 1
         readable.insert(0, head)
     dropped = retention.dropped([head.tag for head in readable], [head.step for head in readable])
-    dropped = [tag for tag in dropped if tag != latest]
-    for tag in () if dry_run else dropped:
-        try:
-            store.delete(tag)
-        except OSError as error:
-            raise CheckpointError(f"{store.where(tag)} can't be deleted: {error}") from error
-    return dropped
+    return [tag for tag in dropped if tag != latest]
+
+
+def clean(run: str | Path | Store) -> list[str]:
+    """Remove the leftovers of interrupted saves and deletions; return their names.
+
+    Raises:
+        CheckpointError: another process is writing, or something can't be removed.
+    """
+    store = as_store(run)
+    with as_checkpoint_error(f"{store.where('')} can't be cleaned"):
+        if not store.leftovers() and WRITER not in store.names():
+            return []
+        with holding(store, "removing leftovers"):
+            names = store.clean()
+        if left := store.leftovers():
+            raise CheckpointError(f"{', '.join(map(store.where, left))} can't be removed; remove it by hand")
+    return names
+
+
+@contextlib.contextmanager
+def holding(store: Store, what: str) -> Iterator[None]:
+    """Hold the lock of the run for a while.
+
+    Raises:
+        CheckpointError: another process has it, or the folder can't be written.
+    """
+    try:
+        with as_checkpoint_error(f"{store.where('')} can't be written"):
+            store.hold(uuid.uuid4().hex, what)
+        yield
+    finally:
+        store.release()
 
 
 def _is_whole(store: Store, tag: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ckpt.begin import Begun
 from ckpt.box import Box, Shape
 from ckpt.checksums import CHECKSUM_BYTES, Buffer, Summing
 from ckpt.format import (
@@ -145,22 +146,21 @@ class Writer:
         plan: Plan,
         rank: int,
         *,
-        durable: bool,
-        base: str | None,
+        begun: Begun,
         threads: int | None,
     ) -> None:
-        """Prepare to write; files that the committed tag `base` has too are linked to it."""
+        """Prepare to write; files that the committed tag `begun.base` has too are linked to it."""
         self._store = store
-        self._staging = store.staging(tag)
+        self._staging = store.staging(tag, begun.token)
         self._plan = plan
         self._rank = rank
         self._in_parts = plan.files == "array" and store.shares_files
-        self._durable = durable
+        self._durable = begun.durable
         self._threads = store.threads or threads or cores()
         # Ranks begin at different places of their lists, so that they don't wait for each other's locks.
         self._turn = plan.ranks.index(rank) / len(plan.ranks)
         self._made: set[str] = set()
-        self._links = None if base is None else Links(store, base, self._staging)
+        self._links = None if begun.base is None else Links(store, begun.base, self._staging)
         self.written = Written()
 
     def unchanged(self, writes: Iterable[Write], among: Collection[ArrayKey] | None) -> set[ArrayKey]:

@@ -181,6 +181,14 @@ def find(checkpoint_dir: str, tag: str | None) -> Path:
     if not (run / tag / "manifest.json").exists():
         tags = sorted(path.parent.name for path in run.glob("[!.]*/manifest.json"))
         raise UnreadableError(f"{run} has no checkpoint {tag!r}; there are: {', '.join(tags) or 'none'}")
+    try:
+        saved = json.loads((run / tag / "manifest.json").read_bytes())["tag"]
+    except (OSError, ValueError, KeyError):  # `read` says what is wrong with it
+        return run / tag
+    if saved != tag:
+        raise UnreadableError(
+            f"{run / tag} has the tag {saved!r}, not {tag!r}; if you want this one, name its own folder"
+        )
     return run / tag
 
 

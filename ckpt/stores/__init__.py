@@ -1,9 +1,10 @@
 """Stores of a run's checkpoints: a local folder, or any URL that fsspec knows.
 
-    local     a folder
-    remote    a URL, through fsspec
-    files     system calls on files and folders: durable writes, renames, links
-    mounts    file systems on which several processes can't write one file
+    local         a folder
+    remote        a URL, through fsspec
+    files         system calls on files and folders: durable writes, renames, links
+    writer_lock   the lock of a run's folder: one process writes at a time
+    mounts        file systems on which several processes can't write one file
 
 A store reads and writes objects by their path relative to the run's folder. It also does the three things
 that differ between places: write a checkpoint that nobody sees before its commit, replace `latest` in one
@@ -82,21 +83,34 @@ class Store(Protocol):
 
     # --- a checkpoint from its first object to its end ---
 
-    def staging(self, tag: str) -> str:
-        """Return the folder in which a save writes; every rank derives it from the tag."""
+    def hold(self, token: str, what: str) -> None:
+        """Take the lock of the folder, as the only writer; `what` tells others what this process does.
 
-    def begin(self, tag: str, token: str) -> None:
-        """Make that folder anew, marked with `token`, and remove the leftovers of other saves.
+        Raises:
+            CheckpointError: another process has it, which the message names.
+        """
+
+    def release(self) -> None:
+        """Give the lock back, if this store has it."""
+
+    def staging(self, tag: str, token: str) -> str:
+        """Return the folder in which the save with this token writes."""
+
+    def begin(self, tag: str, token: str) -> list[str]:
+        """Make the save's place, and remove the leftovers of others where that can be done.
+
+        Returns:
+            The names in the run's folder before.
 
         Raises:
             CheckpointError: the tag can't be saved here.
         """
 
     def begun(self, tag: str, token: str) -> bool:
-        """Return whether this process sees the folder that `begin` marked with `token`."""
+        """Return whether this process sees what `begin` made with `token`; not if another has begun since."""
 
-    def sync(self, tag: str) -> None:
-        """Make everything that this machine wrote for `tag` durable."""
+    def sync(self, tag: str, token: str) -> None:
+        """Make everything that this machine wrote for the save durable."""
 
     def commit(
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
@@ -109,10 +123,13 @@ class Store(Protocol):
         """
 
     def abandon(self, tag: str, token: str) -> None:
-        """Remove the objects of a failed save as far as possible, but not those of another save."""
+        """Remove the objects of a failed save as far as possible, and never those of another."""
 
     def delete(self, tag: str) -> None:
-        """Delete a committed checkpoint. It stops existing in one step, before any object is removed."""
+        """Delete a committed checkpoint. It stops existing in one step, before any object is removed.
+
+        Objects that can't be removed then are left; they are reported once.
+        """
 
     def committed_at(self, tag: str) -> float:
         """Return the time of the commit as a number that grows."""
@@ -121,7 +138,10 @@ class Store(Protocol):
         """Return the names of unfinished saves and deletions."""
 
     def clean(self) -> list[str]:
-        """Remove the leftovers; return their names."""
+        """Remove the leftovers where that can be done; return the names of those that were there.
+
+        The caller holds the lock.
+        """
 
 
 def open_store(url: str | Path) -> Store:

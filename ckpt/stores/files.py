@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,13 +159,26 @@ def _reports_errors(release: str) -> bool:
     return [int(n) for n in re.findall(r"\d+", release)[:2]] >= [5, 8]
 
 
+def remove_tree(folder: Path) -> OSError | None:
+    """Remove a folder as far as possible; return the error of what stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
+
+
 @contextmanager
-def new_file(path: Path, *, durable: bool) -> Iterator[int]:
+def new_file(path: Path, temporary: Path | None = None, *, durable: bool) -> Iterator[int]:
     """Yield the descriptor of a file that gets its name when it is whole: if the block fails, it is deleted.
 
-    With `durable`, the file is on the disk before it is renamed, and its folder after it.
+    `temporary` is its name until then. With `durable`, the file is on the disk before it is renamed, and its
+    folder after it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
         with opened(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
             yield fd
@@ -178,9 +192,9 @@ def new_file(path: Path, *, durable: bool) -> Iterator[int]:
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+def replace_file(path: Path, content: bytes, temporary: Path, *, durable: bool) -> None:
     """Replace a small file in one step: readers see the old content or the new, never a part."""
-    with new_file(path, durable=durable) as fd:
+    with new_file(path, temporary, durable=durable) as fd:
         _write_all(fd, [memoryview(content)], 0)
 
 

@@ -4,11 +4,18 @@ Objects are written to their final place, and the manifest, written last, is the
 deletion goes on, a marker object lies beside the tag (`.saving.<tag>`, `.deleting.<tag>`), so that the
 leftovers of a crash can be told from a user's objects. A committed tag can't be saved again: nothing replaces
 many objects in one step.
+
+Two writers are kept apart as well as requests allow: the second is refused while the first gives signs of
+life, and one that was taken for dead doesn't commit. But ranks of it that still write can't be held back from
+the names of a tag that is saved anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
@@ -16,7 +23,8 @@ from fsspec.core import url_to_fs
 
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
-from ckpt.format import DELETING, LATEST, MANIFEST, SAVING, leftover_tag
+from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, WRITER, is_tag, leftover_tag
+from ckpt.stores.writer_lock import Lock, Owner, say_once, this_process
 
 AT_ONCE = 32 << 20
 """Most bytes of an object that is put by a single request."""
@@ -30,6 +38,8 @@ class RemoteStore:
     threads: int | None = 16
     shares_files = False
     window = 64 << 20  # each call is a request, so read a whole chunk at once
+    beat_seconds = 5.0
+    dead_seconds = 30.0
 
     def __init__(self, url: str) -> None:
         """Open the file system of the URL.
@@ -41,6 +51,10 @@ class RemoteStore:
         self._fs: fsspec.AbstractFileSystem
         self._fs, root = url_to_fs(self.url, use_listings_cache=False)
         self._root = root.rstrip("/")
+        self._lock: Lock | None = None
+        self._begun: tuple[str, str] | None = None
+        signature = inspect.signature(self._fs.pipe_file)
+        self._if_new = {"mode": "create"} if "mode" in signature.parameters else {}  # fsspec from 2024.12 on
 
     def where(self, path: str) -> str:
         return f"{self.url}/{path}" if path else self.url
@@ -53,6 +67,8 @@ class RemoteStore:
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
         data: bytes = self._call(self._fs.cat_file, path, start=offset, end=offset + len(buffer))
+        if len(data) > len(buffer):  # a server that ignores ranges sends the whole object
+            data = data[offset : offset + len(buffer)]
         buffer[: len(data)] = data
         return len(data)
 
@@ -109,66 +125,124 @@ class RemoteStore:
 
     # --- a checkpoint from its first object to its end -------------------------------------------------
 
-    def staging(self, tag: str) -> str:
+    def hold(self, token: str, what: str) -> None:
+        self._lock = Lock(self, this_process(token, what))
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def staging(self, tag: str, token: str) -> str:
         return tag
 
-    def begin(self, tag: str, token: str) -> None:
-        self.clean()
+    def begin(self, tag: str, token: str) -> list[str]:
+        names = self.names()
+        self._sweep(names)
+        self._check_new(tag)  # before the marker, with which a crash would make a user's objects leftovers
+        self.write(SAVING + tag, [token.encode()], durable=True)
+        try:
+            self._check_new(tag)  # and after it, from which on others see that the tag is being saved
+        except CheckpointError:
+            self._remove(SAVING + tag)
+            raise
+        self._begun = tag, token
+        return names
+
+    def _check_new(self, tag: str) -> None:
         if self.exists(tag):
             what = "is a checkpoint" if self.exists(f"{tag}/{MANIFEST}") else "exists and is not a checkpoint"
             raise CheckpointError(
                 f"{self.where(tag)} {what}, and nothing can be replaced in one step in this store; "
                 "save under another tag"
             )
-        self.write(SAVING + tag, [token.encode()], durable=True)
 
     def begun(self, tag: str, token: str) -> bool:
-        try:
-            return self.read(SAVING + tag) == token.encode()
-        except FileNotFoundError:
-            return False
+        return self._marker(tag) == token.encode()
 
-    def sync(self, tag: str) -> None:
+    def _marker(self, tag: str) -> bytes | None:
+        try:
+            return self.read(SAVING + tag)
+        except FileNotFoundError:
+            return None
+
+    def sync(self, tag: str, token: str) -> None:
         """Do nothing: a put returns only once the store keeps the object."""
 
     def commit(
         self, tag: str, token: str, documents: Mapping[str, bytes], *, durable: bool, update_latest: bool
     ) -> None:
-        if not self.begun(tag, token):
-            raise CheckpointError(f"another save of {self.where(tag)} has begun since this one did")
         for name, content in documents.items():
-            self.write(f"{tag}/{name}", [content], durable=durable)
+            if name == MANIFEST:  # directly before it: all else can be taken away by a save that begins now
+                self._check_own(tag, token)
+                try:
+                    self._put_surely(f"{tag}/{name}", content, self._if_new)
+                except FileExistsError:
+                    self._check_own(tag, token)
+                    raise CheckpointError(f"another save has committed {self.where(tag)} meanwhile") from None
+            else:
+                self.write(f"{tag}/{name}", [content], durable=durable)
+        with contextlib.suppress(OSError):  # no answer tells nothing, and most likely all is well
+            if not self.begun(tag, token):  # one began in the meantime, and removed what this one had written
+                self._take_back(tag, documents[MANIFEST])
+                self._check_own(tag, token)
         try:
             if update_latest:
-                self.write(LATEST, [f"{tag}\n".encode()], durable=durable)
-            self._remove(SAVING + tag)
-        except OSError as error:
+                self._put_surely(LATEST, f"{tag}\n".encode(), {})
+            for path in [f"{tag}/{NAMED_LATEST}"] * (NAMED_LATEST in documents) + [SAVING + tag]:
+                with contextlib.suppress(FileNotFoundError):
+                    self._remove(path)
+        except (OSError, CheckpointError) as error:
             raise CheckpointError(
                 f"{self.where(tag)} is committed, but {LATEST!r} may not name it: {error}"
             ) from error
 
     def abandon(self, tag: str, token: str) -> None:
-        try:
+        if self._begun != (tag, token):
+            return  # what is there isn't this save's
+        with contextlib.suppress(OSError):  # the next save cleans up
+            if self._marker(tag) is None and not self.exists(f"{tag}/{MANIFEST}"):
+                # One of another tag took this save for dead, and cleaned up while it was still writing.
+                self.write(SAVING + tag, [token.encode()], durable=True)
             if self.begun(tag, token):  # otherwise the objects are another save's
                 self._finish(SAVING + tag)
-        except OSError:
-            pass  # the next save cleans up
 
     def delete(self, tag: str) -> None:
         self.write(DELETING + tag, [b""], durable=True)
-        self._finish(DELETING + tag)
+        try:
+            self._finish(DELETING + tag)
+        except OSError as error:
+            if self.exists(f"{tag}/{MANIFEST}"):
+                raise
+            say_once(f"objects of {self.where(tag)}, which is deleted, can't be removed: {error}")
 
     def committed_at(self, tag: str) -> float:
         return float(self._call(self._fs.modified, f"{tag}/{MANIFEST}").timestamp())
 
     def leftovers(self) -> list[str]:
-        return [name for name in self.names() if leftover_tag(name)]
+        return [name for name in self.names() if _is_leftover(name)]
 
     def clean(self) -> list[str]:
         names = self.leftovers()
         for name in names:
-            self._finish(name)
+            self._clean(name)
         return names
+
+    def _sweep(self, names: Iterable[str]) -> None:
+        """Remove what earlier saves and deletions have left, as far as possible: nothing needs it gone."""
+        for name in filter(_is_leftover, names):
+            try:
+                self._clean(name)
+            except FileNotFoundError:
+                pass  # another process was faster
+            except OSError as error:
+                say_once(f"{self.where(name)} can't be finished: {error}")
+
+    def _clean(self, name: str) -> None:
+        if leftover_tag(name) is None:
+            self._remove(name)
+        else:
+            self._finish(name)
 
     def _finish(self, marker: str) -> None:
         """Remove the objects that a marker stands for, the manifest first, then the marker."""
@@ -181,14 +255,96 @@ class RemoteStore:
             self._call(self._fs.rm, tag, recursive=True)
         self._remove(marker)
 
+    def _put_surely(self, path: str, content: bytes, options: Mapping[str, str]) -> None:
+        """Put an object; if that fails, look for it: the answer may be lost, but the work done."""
+        try:
+            self._call(self._fs.pipe_file, path, content, **options)
+        except OSError as error:
+            try:
+                if self.read(path) == content:
+                    return
+            except FileNotFoundError:
+                raise error from None
+            except OSError as unknown:
+                raise CheckpointError(
+                    f"{self.where(path)} may be there: putting it failed ({error}), and so did looking "
+                    f"for it ({unknown}); look at it before you save again"
+                ) from error
+            raise
+
+    def _take_back(self, tag: str, manifest: bytes) -> None:
+        """Remove the manifest of a checkpoint that isn't whole, unless it is another save's by now."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.read(f"{tag}/{MANIFEST}") == manifest:
+                self._remove(f"{tag}/{MANIFEST}")
+
+    def _check_own(self, tag: str, token: str) -> None:
+        if not self.begun(tag, token):
+            raise CheckpointError(
+                f"another save has begun since this one of {self.where(tag)} did, and took it for dead"
+            )
+
+    # --- the lock --------------------------------------------------------------------------------------
+
+    def lock_create(self, token: str, content: bytes) -> bool:
+        if self.lock_read() is not None:
+            return False
+        with contextlib.suppress(FileExistsError):
+            self._call(self._fs.pipe_file, WRITER, content, **self._if_new)
+        found = Owner.decoded(self.lock_read() or b"")  # two may have found none: the last one has it
+        return found is not None and found.token == token
+
+    def lock_read(self) -> bytes | None:
+        try:
+            return self.read(WRITER)
+        except FileNotFoundError:
+            return None
+
+    def lock_stamp(self) -> Hashable:
+        return self.lock_read()
+
+    def lock_age(self, token: str) -> float:
+        probe = f"{WRITER}.{token}"  # has the time of the store, not of this machine
+        try:
+            self.write(probe, [b"?"], durable=True)
+            now, then = (self._call(self._fs.modified, path).timestamp() for path in (probe, WRITER))
+        except OSError:
+            return 0.0
+        finally:
+            with contextlib.suppress(OSError):
+                self._remove(probe)
+        return float(now - then)
+
+    def lock_beat(self, content: bytes) -> None:
+        self.write(WRITER, [content], durable=True)
+
+    def lock_remove(self, content: bytes) -> None:
+        found = self.lock_read()
+        owners = [Owner.decoded(data or b"") for data in (found, content)]
+        if found == content or (owners[0] and owners[1] and owners[0].token == owners[1].token):
+            with contextlib.suppress(FileNotFoundError):
+                self._remove(WRITER)
+
     def _remove(self, path: str) -> None:
         self._call(self._fs.rm_file, path)
 
     def _call(self, method: Callable[..., T], path: str, *args: Any, **kwargs: Any) -> T:
-        """Call the file system, turning any error into an OSError."""
+        """Call the file system, turning any error into an OSError of one line."""
         try:
             return method(f"{self._root}/{path}" if path else self._root, *args, **kwargs)
-        except OSError:
+        except OSError as error:
+            if "\n" in str(error):
+                error.args = tuple(_in_a_line(a) if isinstance(a, str) else a for a in error.args)
+                error.strerror = error.strerror and _in_a_line(error.strerror)
             raise
         except Exception as error:
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(f"{type(error).__name__}: {_in_a_line(str(error))}") from error
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_leftover(name: str) -> bool:
+    tag = leftover_tag(name)
+    return re.fullmatch(rf"\{WRITER}\.[0-9a-f]{{{TOKEN}}}", name) is not None if tag is None else is_tag(tag)

@@ -23,13 +23,20 @@ OWNERS = ((os, CALLS), (files, NATIVE), (shutil, ("copyfile",)))
 
 
 class Faults:
-    """Counts the calls that change the disk, and calls `at_fault` instead of the k-th.
+    """Counts the calls that change the disk, and calls `at_fault` instead of the k-th, or before it.
 
     A failing write first writes a half. Nothing is really synced: the tests are about the order of calls.
     """
 
-    def __init__(self, k: int, *, forever: bool = False, at_fault: Callable[[], None] | None = None) -> None:
-        self.k, self.forever, self.at_fault = k, forever, at_fault
+    def __init__(
+        self,
+        k: int,
+        *,
+        forever: bool = False,
+        at_fault: Callable[[], None] | None = None,
+        goes_on: bool = False,
+    ) -> None:
+        self.k, self.forever, self.at_fault, self.goes_on = k, forever, at_fault, goes_on
         self.names: list[str] = []
         self.struck: list[str] = []
         self.lock = threading.Lock()
@@ -45,6 +52,10 @@ class Faults:
     def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._due(name):
+                return None if name in ("fsync", "sync_tree") else real(*args, **kwargs)
+            if self.goes_on:
+                assert self.at_fault is not None
+                self.at_fault()
                 return None if name in ("fsync", "sync_tree") else real(*args, **kwargs)
             if name == "pwritev":
                 fd, views, offset = args

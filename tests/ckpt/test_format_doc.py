@@ -108,10 +108,10 @@ def test_the_page_s_plain_reader_finds_damage(run: Path) -> None:
 
 def test_the_page_s_manifest_is_what_is_written(tmp_path):
     example = decode_manifest(EXAMPLE.encode(), "the example")
-    own = ("crc32c", "format", "version", "parts", "files", "tag")
+    own = ("crc32c", "format", "version", "parts", "files", "tag", "commit", "durable")
     document = {key: value for key, value in example.items() if key not in own}
     files = {"zero_to_fp32.py": b"print('hello')\n"}
-    save_arrays(tmp_path, "global_step1000", EXAMPLE_ARRAYS, document=document, files=files)
+    save_arrays(tmp_path, "global_step1000", EXAMPLE_ARRAYS, document=document, files=files, durable=True)
     assert (tmp_path / "global_step1000" / "zero_to_fp32.py").read_bytes() == files["zero_to_fp32.py"]
     data = (tmp_path / "global_step1000" / "manifest.json").read_bytes()
     written = json.loads(data)

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt import (
+    Box,
     Retention,
     SaveReport,
     UnreadShard,
@@ -32,6 +33,7 @@ from ckpt import (
     prune,
     save,
 )
+from ckpt.plan import ArrayPlan
 
 
 def total(run: Path) -> int:
@@ -74,6 +76,11 @@ def test_one_changed_number_anywhere(tmp_path, name, key, other, place):
     check_read(tmp_path, "t2", after)
 
 
+def places(array: ArrayPlan) -> list[tuple[int, Box]]:
+    """Return the writer and the box of each chunk: some it has whole, others are gathered to it later."""
+    return [(rank, chunk.box) for rank, chunks in array.chunk_plan.by_writer.items() for chunk in chunks]
+
+
 @settings(deadline=None, max_examples=60)
 @given(layouts(range(5)), st.fixed_dictionaries(SIZES), st.data())
 def test_one_changed_number_of_any_layout(memory_path, layout, sizes, data):
@@ -102,7 +109,12 @@ def test_one_changed_number_of_any_layout(memory_path, layout, sizes, data):
     assert files_below(run / "t1") == before
     check_read(run, "t2", after)
     written = {a.key.atom: a.chunk_plan.writers for a in plan.arrays if len(a.chunk_plan.by_writer) > 1}
-    alone = {a.key.atom for a in plan.arrays if a.chunk_plan.sources and a.key.atom in written}
+    alone = {
+        a.key.atom
+        for a in plan.arrays
+        if (sources := a.chunk_plan.sources)
+        and (a.key.atom in written or len({sources.has_whole(*place) for place in places(a)}) > 1)
+    }
     whole = {a.key.atom for a in plan.arrays if len(a.chunk_plan.chunks)} - {key[0]}
     if sizes["files"] == "array":
         assert linked(run) == whole - alone

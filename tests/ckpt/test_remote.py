@@ -15,6 +15,7 @@ from ckpt_helpers import Arrays, cut, holding, layout_of, run_ranks, same, save_
 from ckpt import (
     CheckpointError,
     Retention,
+    clean,
     committed_tags,
     load,
     make_plan,
@@ -114,8 +115,8 @@ def test_each_object_is_put_once_and_whole(run: str) -> None:
         saving(run, "t1")()
     paths = [path for path, _ in put]
     assert len(paths) == len(set(paths))
-    assert paths[0] == ".saving.t1"
-    assert paths[-2:] == ["t1/manifest.json", "latest"]
+    assert paths[:2] == [".writer", ".saving.t1"]
+    assert paths[-3:] == ["t1/.latest", "t1/manifest.json", "latest"]
     sizes = {path.removeprefix("t1/"): n for path, n in put}
     checkpoint = open_checkpoint(run)
     records = checkpoint.manifest["parts"] | checkpoint.manifest["files"]
@@ -140,6 +141,10 @@ def test_a_save_in_which_a_call_fails(monkeypatch: pytest.MonkeyPatch, forever: 
         names |= {*calls}
         if len(calls) < k:
             break
+        if calls[k - 1 :] == ["rm_file"] and not any(isinstance(result, Exception) for result in results):
+            assert (holds(run, "t2"), open_store(run).names()) == ("new", [".writer", "latest", "t1", "t2"])
+            committed.append(True)  # only the lock couldn't be given back, and the next save takes it over
+            continue
         errors = {str(result) for result in results}
         assert all(isinstance(result, CheckpointError) for result in results), (k, results)
         assert len(errors) == 1, "all ranks tell the same"
@@ -170,7 +175,7 @@ def test_a_save_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         exists.append("t2" in committed_tags(run))
         assert holds(run, "t1") == "old"
         assert not exists[-1] or holds(run, "t2") == "new"
-        if not exists[-1] and k > 1:
+        if not exists[-1] and k > 2:  # after the lock and the marker
             assert open_store(run).leftovers() == [".saving.t2"], "recognised"
         open_store(run).clean()
         assert open_store(run).leftovers() == []
@@ -191,15 +196,15 @@ def test_a_deletion_that_is_killed() -> None:
             try:
                 prune(run, Retention(keep_last=1))
             except CheckpointError as error:
-                assert "t1 can't be deleted" in str(error)  # noqa: PT017
+                assert "t1 can't be deleted" in str(error) or "can't be written" in str(error)  # noqa: PT017
         if len(calls) < k:
             break
         gone.append("t1" not in committed_tags(run))
         assert gone[-1] or holds(run, "t1") == "old"
         assert holds(run, "t2") == "new"
-        open_store(run).clean()
-        left = {path.split("/")[2] for path in fsspec.filesystem("memory").find(run)}
-        assert left == {"t2", "latest"} or (k == 1 and left == {"t1", "t2", "latest"})
+        clean(run)
+        left = {path.split("/")[2] for path in fsspec.filesystem("memory").find(run)} - {".writer"}
+        assert left == {"t2", "latest"} or (k <= 2 and left == {"t1", "t2", "latest"})
     assert {*gone} == {False, True}
 
 
@@ -219,7 +224,8 @@ def test_a_deletion_takes_the_manifest_first(run: str) -> None:
 
     with mock.patch.object(RemoteStore, "_call", call):
         prune(run, Retention(keep_last=1))
-    assert paths == ["pipe_file .deleting.t1", "rm_file t1/manifest.json", "rm t1", "rm_file .deleting.t1"]
+    deletion = ["pipe_file .deleting.t1", "rm_file t1/manifest.json", "rm t1", "rm_file .deleting.t1"]
+    assert paths == ["pipe_file .writer", *deletion, "rm_file .writer"]
 
 
 def test_a_failure_is_no_answer(run: str) -> None:

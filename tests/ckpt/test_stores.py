@@ -29,7 +29,7 @@ class StoreTests:
 
     def commit(self, store: Store, tag: str, content: bytes = b"", *, update_latest: bool = True) -> None:
         store.begin(tag, "token")
-        self.put(store, f"{store.staging(tag)}/atoms/c", content)
+        self.put(store, f"{store.staging(tag, 'token')}/atoms/c", content)
         store.commit(tag, "token", MANIFEST, durable=False, update_latest=update_latest)
 
     # --- objects ---------------------------------------------------------------------------------------
@@ -57,10 +57,10 @@ class StoreTests:
     def test_a_link_is_a_second_name_of_the_same_bytes(self, store: Store) -> None:
         self.commit(store, "t1", b"abc")
         store.begin("t2", "token")
-        self.put(store, f"{store.staging('t2')}/atoms/other", b"")
-        linked = store.link("t1/atoms/c", f"{store.staging('t2')}/atoms/c")
-        assert store.exists(f"{store.staging('t2')}/atoms/c") == linked
-        assert not linked or store.read(f"{store.staging('t2')}/atoms/c") == b"abc"
+        self.put(store, f"{store.staging('t2', 'token')}/atoms/other", b"")
+        linked = store.link("t1/atoms/c", f"{store.staging('t2', 'token')}/atoms/c")
+        assert store.exists(f"{store.staging('t2', 'token')}/atoms/c") == linked
+        assert not linked or store.read(f"{store.staging('t2', 'token')}/atoms/c") == b"abc"
 
     @pytest.mark.parametrize(
         ("offset", "parts", "same"),
@@ -88,8 +88,8 @@ class StoreTests:
         store.begin("t1", "token")
         assert store.begun("t1", "token")
         assert not store.begun("t1", "another")
-        self.put(store, f"{store.staging('t1')}/atoms/c", b"abc")
-        store.sync("t1")
+        self.put(store, f"{store.staging('t1', 'token')}/atoms/c", b"abc")
+        store.sync("t1", "token")
         assert (committed_tags(store), read_latest(store)) == ([], None)
         store.commit("t1", "token", {"zarr.json": b"z", **MANIFEST}, durable=True, update_latest=True)
         assert (committed_tags(store), read_latest(store)) == (["t1"], "t1")
@@ -110,7 +110,7 @@ class StoreTests:
     def test_an_abandoned_save_leaves_nothing(self, store: Store) -> None:
         self.commit(store, "t1", b"old")
         store.begin("t2", "token")
-        self.put(store, f"{store.staging('t2')}/atoms/c", b"new")
+        self.put(store, f"{store.staging('t2', 'token')}/atoms/c", b"new")
         store.abandon("t2", "token")
         assert store.names() == ["latest", "t1"]
         assert store.read("t1/atoms/c") == b"old"
@@ -119,12 +119,12 @@ class StoreTests:
         """An old job that is still writing when the resumed one saves its tag commits and deletes nothing."""
         store.begin("t1", "old")
         store.begin("t1", "new")
-        self.put(store, f"{store.staging('t1')}/atoms/c", b"of the new one")
-        with pytest.raises(CheckpointError, match=r"another save of .*t1 has begun since"):
+        self.put(store, f"{store.staging('t1', 'new')}/atoms/c", b"of the new one")
+        with pytest.raises(CheckpointError, match=r"another save has begun since this one of .*t1 did"):
             store.commit("t1", "old", MANIFEST, durable=False, update_latest=True)
         store.abandon("t1", "old")
         assert committed_tags(store) == []
-        assert store.read(f"{store.staging('t1')}/atoms/c") == b"of the new one"
+        assert store.read(f"{store.staging('t1', 'new')}/atoms/c") == b"of the new one"
 
     def test_a_deleted_checkpoint_is_gone(self, store: Store) -> None:
         self.commit(store, "t1")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ckpt
 import uni3d
-from uni3d.zero_to_fp32 import crc32c_by_numpy, cut, size_in_bytes
+from uni3d.zero_to_fp32 import UnreadableError, crc32c_by_numpy, cut, find, size_in_bytes
 
 PLACES = [
     slow((1, 1, 1, 0)),
@@ -225,3 +225,15 @@ def test_clones_are_as_small_as_their_data(tmp_path: Path) -> None:
     torch.save(item, tmp_path / "large.pt")
     assert (tmp_path / "small.pt").stat().st_size < 5_000 < (tmp_path / "large.pt").stat().st_size
     assert uni3d.clone_tensors_for_torch_save(view, device="meta").is_meta
+
+
+def test_the_script_holds_a_tag_against_its_folder(tmp_path: Path) -> None:
+    """Swapped folders aren't taken for each other; a copy is named by its own folder."""
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"tag": "global_step7"}))
+    with pytest.raises(UnreadableError, match="has the tag 'global_step7', not 'best'"):
+        find(str(tmp_path), "best")
+    assert find(str(folder), None) == folder
+    folder.rename(tmp_path / "global_step7")
+    assert find(str(tmp_path), "global_step7") == tmp_path / "global_step7"

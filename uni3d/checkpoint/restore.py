@@ -99,7 +99,11 @@ class Restorer:
             ckpt.CheckpointError: the checkpoint doesn't fit; nothing has changed.
             ckpt.PartialLoadError: the load failed half-way; the engine's state is mixed.
         """
-        with told_in(self._comm, f"the load from {run}", ckpt.PartialLoadError):
+        with told_in(
+            self._comm,
+            f"the load from {run.url if isinstance(run, ckpt.Checkpoint) else run}",
+            ckpt.PartialLoadError,
+        ):
             return self._loaded(run, tag, wanted)
 
     def _loaded(self, run: str | Path | ckpt.Checkpoint, tag: str | int | None, wanted: Wanted) -> Loaded:

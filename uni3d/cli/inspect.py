@@ -47,7 +47,7 @@ def inspect(
     """
     if not atoms and (pattern is not None or stats):
         raise ValueError(f"{'--stats' if stats else pattern} needs --atoms")
-    newest = open_any(run, tag, kind)
+    newest = open_any(run, tag, kind, renamed=tag is not None)
     rows = _atom_rows(newest, pattern, stats) if atoms else _tag_rows(run, tag, newest)
     if as_json:
         say_json(rows)
@@ -66,7 +66,7 @@ def _tag_rows(run: str, tag: str | None, newest: ckpt.Checkpoint) -> list[dict[s
     tags = [newest.tag] if alone else ckpt.committed_tags(run)
     rows = []
     for each in tags:
-        checkpoint = newest if each == newest.tag else ckpt.open_checkpoint(run, each)
+        checkpoint = newest if each == newest.tag else ckpt.open_checkpoint(run, each, renamed=True)
         manifest = RunManifest.of(checkpoint)
         rows.append(
             {
@@ -88,7 +88,8 @@ def _written_on(checkpoint: ckpt.Checkpoint, manifest: RunManifest) -> str:
     imported = manifest.imported_from
     if isinstance(checkpoint, ForeignCheckpoint):
         return f"{imported}, in place"
-    return str(manifest.written_on or "unknown") if imported is None else f"imported from {imported}"
+    where = str(manifest.written_on or "unknown") if imported is None else f"imported from {imported}"
+    return where if checkpoint.saved_as == checkpoint.tag else f"{where} (saved as {checkpoint.saved_as})"
 
 
 def _atom_rows(checkpoint: ckpt.Checkpoint, pattern: str | None, stats: bool) -> list[dict[str, Any]]:

@@ -88,19 +88,26 @@ def open_run(run: str) -> Store:
 
 
 def open_any(
-    run: str, tag: str | None, kind: str = "auto", *, states: bool = False, trains: bool = False
+    run: str,
+    tag: str | None,
+    kind: str = "auto",
+    *,
+    states: bool = False,
+    trains: bool = False,
+    renamed: bool = False,
 ) -> Checkpoint:
     """Open uni3d's own checkpoint, or another framework's in place.
 
     Optimizer states that can't be read are left out unless `states` is true. `trains` is whether another
-    trainer is to go on, for which the optimizer's class must be known.
+    trainer is to go on, for which the optimizer's class must be known. With `renamed`, a tag's folder may
+    have another name than it was saved under.
 
     Raises:
         CheckpointError: there is none, or it is damaged, or lacks what is asked for.
     """
     from uni3d.importers import in_place
 
-    found = in_place.open(run, tag, kind=kind, states=states)
+    found = in_place.open(run, tag, kind=kind, states=states, renamed=renamed)
     if trains and isinstance(found, in_place.ForeignCheckpoint):
         found.check_class()
     return found

@@ -42,6 +42,7 @@ def open(  # noqa: A001  as in `uni3d.open`
     buffers: Sequence[str] = (),
     optimizer: str | None = None,
     states: bool = True,
+    renamed: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint, uni3d's own or another framework's, to read its arrays by name.
 
@@ -56,6 +57,7 @@ def open(  # noqa: A001  as in `uni3d.open`
         buffers: patterns of the source's names of buffers, where it doesn't record which tensors are.
         optimizer: class of the optimizer, where the source doesn't record it.
         states: False if optimizer states that can't be read are to be left out.
+        renamed: whether the tag's folder may have another name than it was saved under.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -65,7 +67,7 @@ def open(  # noqa: A001  as in `uni3d.open`
         raise ValueError(f"kind is {kind!r}; expected auto, {', '.join(KINDS)}")
     if kind == "auto":
         try:
-            ours = ckpt.open_checkpoint(run, tag)
+            ours = ckpt.open_checkpoint(run, tag, renamed=renamed)
         except CheckpointError:
             found = foreign_kind(run, tag)
             if found is None:

@@ -11,6 +11,7 @@ import numpy as np
 
 import ckpt
 from ckpt import ArrayKey, Box, CheckpointError, ShardSpec, UnreadShard
+from ckpt.format import WRITER
 from ckpt.threads import cores
 from uni3d.importers.source import BUFFER, PARAMETER, Array, ForeignArray, Read, Source
 from uni3d.manifest import SCRIPT, EngineRecord, ModelRecord, OptimizerRecord, RunManifest, WriterRecord
@@ -37,7 +38,7 @@ def write(
     if str(run).startswith("memory:"):
         raise CheckpointError(f"{run} would be lost when this process ends; import into a folder")
     target = ckpt.open_store(run)
-    if set(target.names()) - set(target.leftovers()) and not ckpt.committed_tags(target):
+    if set(target.names()) - {WRITER, *target.leftovers()} and not ckpt.committed_tags(target):
         raise CheckpointError(f"{target.where('')} isn't a run, but isn't empty; import into a new folder")
     if tag in ckpt.committed_tags(target):
         raise CheckpointError(f"{target.where(tag)} exists; delete it, or choose another tag with --as")

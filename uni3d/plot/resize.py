@@ -81,13 +81,13 @@ def _resize(run: str, tag: str | None) -> tuple[Checkpoint, Checkpoint]:
     if tag is None:
         after = newest
         for earlier in reversed(tags[: tags.index(newest.tag)]):
-            before = ckpt.open_checkpoint(run, earlier)
+            before = ckpt.open_checkpoint(run, earlier, renamed=True)
             if _differ(before, after):
                 return before, after
             after = before
         raise ValueError(f"{run} has no consecutive checkpoints on different topologies; {advice}")
     for later in tags[tags.index(tag) + 1 :]:
-        after = ckpt.open_checkpoint(run, later)
+        after = ckpt.open_checkpoint(run, later, renamed=True)
         if _differ(newest, after):
             return newest, after
     raise ValueError(f"{run} has no checkpoint after {tag} on another topology; {advice}")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,39 @@ def test_clean(run: Path) -> None:
     leave_behind(run)
     assert answer("clean", run) == {"removed": names, "dry_run": False}
     assert sorted(run.rglob("*")) == before
-    assert "Don't run it while the run is saving" in uni3d("clean", "--help").stdout
+    assert "While a process is saving into the run, this is refused" in uni3d("clean", "--help").stdout
+
+
+def test_while_another_process_is_saving(run: Path) -> None:
+    """Neither command waits, and each says who is (here it is the same process)."""
+    leave_behind(run)
+    store = ckpt.open_store(run)
+    store.hold("a" * 32, "saving global_step5")
+    for arguments in (("clean", run), ("prune", run, "--keep-last", 1)):
+        result = uni3d(*arguments)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert f"{run} is being written by this process (saving global_step5, since " in result.stderr
+    assert uni3d("clean", run, "--dry-run").returncode == 0
+    store.release()
+    assert uni3d("clean", run).returncode == 0
+    assert len(ckpt.committed_tags(run)) == 4
+
+
+def test_a_copy_under_another_name(run: Path) -> None:
+    """It may be a mix-up, so it isn't taken for what its name says; its own folder says what is wanted."""
+    shutil.copytree(run / "global_step2", run / "best")
+    result = uni3d("verify", run, "--all")
+    assert result.returncode == 1
+    (line,) = [line for line in result.stdout.splitlines() if "best" in line and "problem" not in line]
+    assert line.startswith(
+        f"{run}/best can't be opened: {run}/best/manifest.json has the tag 'global_step2', "
+    )
+    assert uni3d("verify", run / "best").returncode == 0
+    rows = {row["tag"]: row["written on"] for row in answer("inspect", run)}
+    assert rows["best"].endswith("(saved as global_step2)")
+    assert not rows["global_step2"].endswith(")")
+    (row,) = answer("inspect", run, "--tag", "best")
+    assert row["tag"] == "best"
 
 
 def test_prune(run: Path) -> None:
