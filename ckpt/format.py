@@ -23,6 +23,12 @@ PART = "arrays.{}.json"
 """Name of a part of the manifest, by its number."""
 LATEST = "latest"
 ZARR = "zarr.json"
+ATOMS = "atoms"
+"""Folder of a checkpoint's arrays."""
+MOST_DOCUMENT_BYTES = 1 << 30
+"""Bytes of the largest document that is read: a manifest of a hundred thousand arrays has a hundredth."""
+SLACK = 1 << 20
+"""Bytes more than recorded up to which a document is read, to tell how it is damaged."""
 SAVING, DELETING = ".saving.", ".deleting."
 WRITER = ".writer"
 """Lock of a run's folder."""
@@ -98,7 +104,7 @@ _PLAIN = re.compile(r"(?!__|zarr\.json$)[A-Za-z0-9_~\-][A-Za-z0-9_.~\-]{,254}").
 
 def atom_path(atom: str) -> str:
     """Return the folder of an atom, relative to its checkpoint."""
-    return f"atoms/{_escaped(atom)}"
+    return f"{ATOMS}/{_escaped(atom)}"
 
 
 def array_path(atom: str, state: str) -> str:

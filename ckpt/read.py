@@ -16,7 +16,16 @@ from ckpt.box import Box, Shape
 from ckpt.checksums import crc32c
 from ckpt.comm import Comm, agreed, from_rank_0
 from ckpt.errors import CheckpointError, as_checkpoint_error
-from ckpt.format import MANIFEST, decode_manifest, file_name, is_tag, numpy_dtype, tag_text
+from ckpt.format import (
+    MANIFEST,
+    MOST_DOCUMENT_BYTES,
+    SLACK,
+    decode_manifest,
+    file_name,
+    is_tag,
+    numpy_dtype,
+    tag_text,
+)
 from ckpt.parts import ArrayInfo, decode_part, uncollected
 from ckpt.shards import Array, ArrayKey
 from ckpt.stores import Store, open_store
@@ -65,16 +74,18 @@ class Checkpoint:
         Raises:
             CheckpointError: it can't be read, or is damaged.
         """
-        try:
-            data = self.store.read(self.path(path))
-        except OSError as error:
-            raise CheckpointError(f"{self.where(path)} can't be read: {error.strerror or error}") from None
+        most = MOST_DOCUMENT_BYTES
         if path != MANIFEST:
             record = (self.manifest["parts"] | self.manifest["files"])[path]
-            if len(data) != record["size"] or crc32c(data) != int(record["crc32c"], 16):
-                raise CheckpointError(
-                    f"{self.where(path)} is damaged: its checksum isn't the manifest's; use another tag"
-                )
+            most = min(most, record["size"] + SLACK)
+        try:
+            data = self.store.read(self.path(path), most)
+        except OSError as error:
+            raise CheckpointError(f"{self.where(path)} can't be read: {error.strerror or error}") from None
+        if path != MANIFEST and (len(data), crc32c(data)) != (record["size"], int(record["crc32c"], 16)):
+            raise CheckpointError(
+                f"{self.where(path)} is damaged: its checksum isn't the manifest's; use another tag"
+            )
         return data
 
     @property

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from ckpt.box import Shape
 from ckpt.checksums import CHECKSUM_BYTES, crc32c
 from ckpt.errors import CheckpointError
-from ckpt.format import ZARR, Json, file_name
+from ckpt.format import MOST_DOCUMENT_BYTES, SLACK, ZARR, Json, file_name
 from ckpt.parts import ArrayInfo, consolidated
 from ckpt.read import Checkpoint
 from ckpt.shards import Array
@@ -159,7 +159,8 @@ class _Verifier:
         manifest = self._checkpoint.manifest
         record = (manifest["parts"] | manifest["files"])[path]
         try:
-            data = self._store.read(self._checkpoint.path(path))
+            most = min(record["size"] + SLACK, MOST_DOCUMENT_BYTES)
+            data = self._store.read(self._checkpoint.path(path), most)
         except OSError as error:
             return self._problem(path, unreadable(error))
         self._progress(len(data))
@@ -173,7 +174,7 @@ class _Verifier:
 
     def _check_node(self, path: str, expected: Json) -> Problem | None:
         try:
-            data = self._store.read(self._checkpoint.path(path))
+            data = self._store.read(self._checkpoint.path(path), SLACK)
         except OSError as error:
             return self._problem(path, unreadable(error))
         return self._compared(path, data, expected)

@@ -206,7 +206,7 @@ class HostComm:
             # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
             # process; the others look for the reason meanwhile.
             group, self._group = [self._group], None
-            Thread(target=_let_go, args=(group, error), daemon=True).start()
+            Thread(target=_let_go, args=(group, call.ended, error), daemon=True).start()
             raise
 
     def _given_up(self) -> str | None:
@@ -308,8 +308,9 @@ def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
         del call  # the connections end when their owner lets them go
 
 
-def _let_go(group: list[Any], error: BaseException) -> None:
+def _let_go(group: list[Any], ended: Event, error: BaseException) -> None:
     """Close connections, which locals of the calls that failed keep open while somebody keeps the error."""
+    ended.wait()  # gloo aborts the process if they are closed under a call that waits
     group.clear()
     for kept in (error, error.__cause__, error.__context__):
         clear_frames(None if kept is None else kept.__traceback__)

@@ -152,6 +152,7 @@ class Array:
         """Return the elements of the chunk at a position in a file."""
         path, count = self.folder / name, math.prod(self.chunk)
         stride = -(-(count * self.bits.itemsize + 4) // 4096) * 4096  # with the chunk's own checksum
+        check_file(path)
         try:
             data = np.fromfile(path, self.bits, count, offset=position * stride)
         except OSError as error:
@@ -159,6 +160,12 @@ class Array:
         if len(data) != count or crc32c(data.view(np.uint8)) != checksum:
             raise UnreadableError(f"{path} is damaged: the checksum of chunk {position} isn't the manifest's")
         return data
+
+
+def check_file(path: Path) -> None:
+    """Raise UnreadableError for pipes, which are waited for, and links, which lead out of the checkpoint."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UnreadableError(f"{path} isn't a regular file")
 
 
 def escaped(name: str) -> str:
@@ -202,6 +209,7 @@ def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[st
 
 
 def _decoded(folder: Path, exclude_frozen_parameters: bool) -> tuple[dict[str, Array], dict[str, str]]:
+    check_file(folder / "manifest.json")
     head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
     if head != b'{"crc32c": "%08x",' % crc32c(rest):
         raise UnreadableError(f"{folder / 'manifest.json'} is damaged: its checksum doesn't match")
@@ -213,6 +221,7 @@ def _decoded(folder: Path, exclude_frozen_parameters: bool) -> tuple[dict[str, A
     for part, record in manifest["parts"].items():
         if Path(part).name != part:
             raise ValueError(f"{part!r} as the name of a file")
+        check_file(folder / part)
         data = (folder / part).read_bytes()
         if crc32c(data) != int(record["crc32c"], 16):
             raise UnreadableError(f"{folder / part} is damaged: its checksum isn't the manifest's")

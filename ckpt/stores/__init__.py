@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 from ckpt.background import join_all
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
+from ckpt.format import MOST_DOCUMENT_BYTES
 from ckpt.shards import Files
 
 
@@ -44,7 +45,8 @@ class Store(Protocol):
 
     # --- objects ---
 
-    def read(self, path: str) -> bytes: ...
+    def read(self, path: str, most: int = MOST_DOCUMENT_BYTES) -> bytes:
+        """Return the object; raises OSError if it has more than `most` bytes, or isn't a plain file."""
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset` of the object; return the bytes read, fewer only at its end."""

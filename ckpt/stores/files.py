@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt.checksums import Buffer
 
+LINK = "it is a symbolic link, which can lead out of the checkpoint; put a copy in its place"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
@@ -33,6 +36,38 @@ def opened(path: str | Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def opened_to_read(path: str | Path) -> Iterator[int]:
+    """Open a regular file to read it, and yield its descriptor.
+
+    Raises:
+        OSError: there is none, or it is anything else: a pipe would be waited for without end, and a link can
+            lead out of the checkpoint.
+    """
+    try:
+        # Without waiting: only so does the open of a pipe return.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, LINK, str(path)) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it isn't a regular file", str(path))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_file(path: str | Path, most: int) -> bytes:
+    """Read a whole regular file of at most so many bytes; raises OSError if it is longer."""
+    with opened_to_read(path) as fd:
+        if (size := os.fstat(fd).st_size) > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, where at most {most} are expected", str(path))
+        data = bytearray(size)
+        return bytes(data[: read_into(fd, memoryview(data), 0)])
 
 
 def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurry: bool = False) -> None:

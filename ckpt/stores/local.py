@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,18 @@ import numpy as np
 
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
-from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, WRITER, leftover_tag
+from ckpt.format import (
+    ATOMS,
+    DELETING,
+    LATEST,
+    MANIFEST,
+    MOST_DOCUMENT_BYTES,
+    NAMED_LATEST,
+    SAVING,
+    TOKEN,
+    WRITER,
+    leftover_tag,
+)
 from ckpt.stores import files
 from ckpt.stores.mounts import can_share_files
 from ckpt.stores.writer_lock import Lock, say_once, this_process
@@ -50,6 +62,7 @@ class LocalStore:
         self._folder = folder
         self._scratch = Scratch()
         self._lock: Lock | None = None
+        self._reached = {""}
         self.shares_files = can_share_files(folder)
         self._prefix = f"{folder}/"  # a string, as pathlib takes longer than writing a small file
 
@@ -58,13 +71,25 @@ class LocalStore:
 
     # --- objects ---------------------------------------------------------------------------------------
 
-    def read(self, path: str) -> bytes:
-        with open(self._prefix + path, "rb") as file:
-            return file.read()
+    def read(self, path: str, most: int = MOST_DOCUMENT_BYTES) -> bytes:
+        self._reach(path)
+        return files.read_file(self._prefix + path, most)
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
-        with files.opened(self._prefix + path) as fd:
+        self._reach(path)
+        with files.opened_to_read(self._prefix + path) as fd:
             return files.read_into(fd, buffer, offset)
+
+    def _reach(self, path: str) -> None:
+        """Check that no folder on the way to an object is a link, but a tag's own; raises OSError."""
+        folder = path.rpartition("/")[0]
+        if folder in self._reached:
+            return
+        parent, _, name = folder.rpartition("/")
+        self._reach(folder)
+        if (parent or name == ATOMS) and stat.S_ISLNK(os.lstat(self._prefix + folder).st_mode):
+            raise OSError(errno.ELOOP, files.LINK, self._prefix + folder)
+        self._reached.add(folder)
 
     def size(self, path: str) -> int:
         return os.stat(self._prefix + path).st_size

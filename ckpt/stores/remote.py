@@ -13,6 +13,7 @@ the names of a tag that is saved anew.
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -23,7 +24,18 @@ from fsspec.core import url_to_fs
 
 from ckpt.checksums import Buffer
 from ckpt.errors import CheckpointError
-from ckpt.format import DELETING, LATEST, MANIFEST, NAMED_LATEST, SAVING, TOKEN, WRITER, is_tag, leftover_tag
+from ckpt.format import (
+    DELETING,
+    LATEST,
+    MANIFEST,
+    MOST_DOCUMENT_BYTES,
+    NAMED_LATEST,
+    SAVING,
+    TOKEN,
+    WRITER,
+    is_tag,
+    leftover_tag,
+)
 from ckpt.stores.writer_lock import Lock, Owner, say_once, this_process
 
 AT_ONCE = 32 << 20
@@ -61,8 +73,11 @@ class RemoteStore:
 
     # --- objects ---------------------------------------------------------------------------------------
 
-    def read(self, path: str) -> bytes:
-        data: bytes = self._call(self._fs.cat_file, path)
+    def read(self, path: str, most: int = MOST_DOCUMENT_BYTES) -> bytes:
+        bounds = {} if most == MOST_DOCUMENT_BYTES else {"start": 0, "end": most + 1}
+        data: bytes = self._call(self._fs.cat_file, path, **bounds)
+        if len(data) > most:
+            raise OSError(errno.EFBIG, f"it has more than the {most} bytes that are expected", path)
         return data
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:

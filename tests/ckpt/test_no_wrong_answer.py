@@ -115,11 +115,11 @@ def test_a_latest_that_comes_while_it_is_looked_for_is_read(tmp_path: Path) -> N
     (tmp_path / "latest").unlink()
     real = LocalStore.read
 
-    def read(store: LocalStore, path: str) -> bytes:
+    def read(store: LocalStore, path: str, *most: int) -> bytes:
         reads[0] += path == "latest"
         if reads[0] == 2:
             (tmp_path / "latest").write_text(latest)
-        return real(store, path)
+        return real(store, path, *most)
 
     with mock.patch.object(LocalStore, "read", read):
         assert read_latest(tmp_path) == "t1"

@@ -121,7 +121,7 @@ def test_what_does_not_fit(ranks: Ranks, tmp_path: Path) -> None:
     assert one == other, "all ranks raise the same"
     for name, (_, expected) in MISFITS.items():
         for message in one[name]:
-            assert message.startswith(expected.format(run=tmp_path)), name
+            assert expected.format(run=tmp_path) in message, name
 
 
 def test_groups_with_other_members(alone: None, tmp_path: Path) -> None:
@@ -132,13 +132,13 @@ def test_groups_with_other_members(alone: None, tmp_path: Path) -> None:
     other = seeded(Stack)
     engine = make_engine(other, model_parameters=swapped_groups(other))
     text = refused(engine, tmp_path, tag="two")
-    assert text.startswith("out.weight is in parameter group 0, but in group 1 of the checkpoint")
+    assert "out.weight is in parameter group 0, but in group 1 of the checkpoint" in text
 
 
 def test_no_optimizer_in_the_checkpoint(alone: None, tmp_path: Path) -> None:
     make_engine(seeded(Stack), config={"optimizer": None}).save_checkpoint(tmp_path)
     text = refused(make_engine(seeded(Stack)), tmp_path)
-    assert text.startswith("the checkpoint has no optimizer; load it with load_optimizer_states=False")
+    assert "the checkpoint has no optimizer; load it with load_optimizer_states=False" in text
     make_engine(seeded(Stack)).load_checkpoint(tmp_path, load_optimizer_states=False)
 
 
