@@ -23,6 +23,7 @@ object with its checksum. Nothing is pickled. `docs/format.md` is the specificat
     read, load, verify, tags, order              reading, checking, listing and deleting
     bands, export, compare, stats                streaming over whole arrays
     format, parts, checksums, stores             documents, checksums, and the places where objects lie
+    testing                                      the contract of such a place, as tests for one's own
     background                                   saves in a thread, for which readers of the process wait
     comm, threads, errors                        the rest
 

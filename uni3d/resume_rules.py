@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from uni3d.argument_names import OF_ENGINE, ArgumentNames
-from uni3d.json_kinds import other_groups, other_kinds
+from uni3d.json_section import other_groups, other_kinds
 from uni3d.manifest import OptimizerRecord, RunManifest
 
 IMPLEMENTATION_KEYS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})

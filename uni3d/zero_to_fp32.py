@@ -114,9 +114,7 @@ class Array:
 
     def __init__(self, folder: Path, atom: str, state: str, record: Json) -> None:
         self.folder = folder / "atoms" / escaped(atom) / escaped(state)
-        self.shape, self.chunk, self.file = (
-            tuple(record[f"{kind}shape"]) for kind in ("", "chunk_", "file_")
-        )
+        self.shape, self.chunk, self.file = (tuple(record[f"{x}shape"]) for x in ("", "chunk_", "file_"))
         self.dtype = record["dtype"]
         self.bits = np.dtype(BITS.get(NAMES[self.dtype], self.dtype)).newbyteorder("<")
         self.nbytes = math.prod(self.shape) * self.bits.itemsize
@@ -125,16 +123,13 @@ class Array:
 
     def _check(self, name: str) -> None:
         """Raise ValueError if the numbers of the record don't fit each other."""
-        sizes = [(n, c, f) for n, c, f in zip(self.shape, self.chunk, self.file, strict=True)]
+        sizes = [*zip(self.shape, self.chunk, self.file, strict=True)]
         if not all(type(n) is int and n >= 0 for each in sizes for n in each):
             raise ValueError(f"{name} has a shape that isn't of whole numbers")
-        if not all(c and f % c == 0 for _, c, f in sizes) or math.prod(self.counts) != len(self.sums):
+        chunked = all(c and f % c == 0 for _, c, f in sizes)
+        self.counts = [-(-n // c) for n, c, _ in sizes] if chunked else []  # chunks along each dim
+        if not chunked or math.prod(self.counts) != len(self.sums):
             raise ValueError(f"the chunks of {name} don't fit its shape")
-
-    @property
-    def counts(self) -> list[int]:
-        """Chunks along each dim."""
-        return [-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)]
 
     def fill(self, out: Any) -> None:
         """Verify all chunks and copy them into `out`, an array of this shape."""
@@ -152,9 +147,8 @@ class Array:
         """Return the elements of the chunk at a position in a file."""
         path, count = self.folder / name, math.prod(self.chunk)
         stride = -(-(count * self.bits.itemsize + 4) // 4096) * 4096  # with the chunk's own checksum
-        check_file(path)
         try:
-            data = np.fromfile(path, self.bits, count, offset=position * stride)
+            data = np.fromfile(regular(path), self.bits, count, offset=position * stride)
         except OSError as error:
             raise UnreadableError(f"{path} can't be read: {error.strerror}") from None
         if len(data) != count or crc32c(data.view(np.uint8)) != checksum:
@@ -162,10 +156,11 @@ class Array:
         return data
 
 
-def check_file(path: Path) -> None:
-    """Raise UnreadableError for pipes, which are waited for, and links, which lead out of the checkpoint."""
+def regular(path: Path) -> Path:
+    """Return the path; raise UnreadableError for a pipe, which never ends, and a link, which leads away."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UnreadableError(f"{path} isn't a regular file")
+    return path
 
 
 def escaped(name: str) -> str:
@@ -209,8 +204,7 @@ def read(folder: Path, exclude_frozen_parameters: bool = False) -> tuple[dict[st
 
 
 def _decoded(folder: Path, exclude_frozen_parameters: bool) -> tuple[dict[str, Array], dict[str, str]]:
-    check_file(folder / "manifest.json")
-    head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
+    head, _, rest = regular(folder / "manifest.json").read_bytes().partition(b"\n")
     if head != b'{"crc32c": "%08x",' % crc32c(rest):
         raise UnreadableError(f"{folder / 'manifest.json'} is damaged: its checksum doesn't match")
     manifest = json.loads(head + rest)
@@ -221,8 +215,7 @@ def _decoded(folder: Path, exclude_frozen_parameters: bool) -> tuple[dict[str, A
     for part, record in manifest["parts"].items():
         if Path(part).name != part:
             raise ValueError(f"{part!r} as the name of a file")
-        check_file(folder / part)
-        data = (folder / part).read_bytes()
+        data = regular(folder / part).read_bytes()
         if crc32c(data) != int(record["crc32c"], 16):
             raise UnreadableError(f"{folder / part} is damaged: its checksum isn't the manifest's")
         for atom, states in json.loads(data).items():

@@ -19,7 +19,7 @@ from ckpt.read import WEIGHT_STATES
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
 from uni3d.checkpoint.several import OptimizerSet, type_of
-from uni3d.json_kinds import other_kinds
+from uni3d.json_section import other_kinds
 from uni3d.manifest import ModelRecord, OptimizerRecord
 from uni3d.resume_rules import IMPLEMENTATION_KEYS, GivenOptimizer
 from uni3d.stored_model import StoredModel

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ckpt_helpers import save_arrays
+from whole_arrays import save_whole
 
 from ckpt import CheckpointError, export_safetensors, open_checkpoint, read_latest, verify
 from ckpt.format import MOST_DOCUMENT_BYTES
@@ -45,7 +45,7 @@ KINDS: dict[str, Callable[[Path], None]] = {"pipe": pipe, "device": device, "lin
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    save_arrays(tmp_path / "run", "t1", ARRAYS, document={})
+    save_whole(tmp_path / "run", "t1", ARRAYS)
     return tmp_path / "run"
 
 
