@@ -6,7 +6,8 @@ it as numpy memory with a box.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -258,12 +259,22 @@ def create_states(optimizer: torch.optim.Optimizer, lacking: Collection[Tensor] 
         for group, rate in rates:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
         with _without_hooks(optimizer):
-            type(optimizer).step(optimizer, closure=None)
+            _step(optimizer)
     finally:
         for group, rate in rates:
             group["lr"] = rate
         for parameter, gradient in zip(everyone, gradients, strict=True):
             parameter.grad = gradient
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """Take a step without a closure, which some optimizers of scripts require, and others don't know."""
+    step: Callable[..., Any] = type(optimizer).step
+    _, *arguments = inspect.signature(step).parameters.values()
+    required = [
+        one for one in arguments if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty
+    ]
+    step(optimizer, *(None for _ in required))
 
 
 @contextmanager
