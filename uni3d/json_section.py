@@ -68,11 +68,11 @@ def check_type(value: Any, kind: type, where: str) -> None:
 def other_kinds(saved: Any, here: Any, where: str, *, leave: Collection[str] = ()) -> Iterator[str]:
     """Yield a line for each saved value that can't take the place of the one that is here.
 
-    Where nothing is here, anything may come. Of objects, the keys in both are compared, without those in
-    `leave`. `where` names the saved value.
+    Where nothing is here, anything may come, and a learning rate may have become a tensor, or a number again.
+    Of objects, the keys in both are compared, without those in `leave`. `where` names the saved value.
     """
     mine, theirs = _kind(here), _kind(saved)
-    if mine == "null":
+    if mine == "null" or _is_alike(mine, saved, theirs):
         return
     if mine != theirs or not _fits_a_float(saved):
         yield f"{where} is {saved!r:.80}; expected {mine}"
@@ -103,6 +103,12 @@ def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "a string"
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+def _is_alike(mine: str, saved: Any, theirs: str) -> bool:
+    """Return whether a value of another kind stands for the same: 1 for true, a tensor for its number."""
+    kinds = {mine, theirs}
+    return kinds == {"a number", "a tensor"} or (kinds == {"a number", "a boolean"} and saved in (0, 1))
 
 
 def _fits_a_float(value: Any) -> bool:

@@ -38,6 +38,8 @@ class GivenOptimizer:
     """Each of several optimizers, as in the manifest; None if there is one."""
     groups: Sequence[Mapping[str, Any]] | None = None
     """Its parameter groups, as in the manifest; None if only the script knows them."""
+    known: Sequence[Mapping[str, Any]] = ()
+    """Values of each group that only others of the same kind can replace."""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     """Defaults from the config for groups without their own; used if `groups` is None."""
 
@@ -54,7 +56,7 @@ class GivenScheduler:
     schedule: Mapping[str, Any] | None = None
     """Type and parameters of a schedule from the config; None if the script made the scheduler."""
     every: Mapping[str, Any] = field(default_factory=dict)
-    """Known values of the whole `state_dict`."""
+    """Values of the whole `state_dict` that only others of the same kind can replace."""
     several: bool = False
     """True for several schedulers, whose states are in `state` by name."""
 
@@ -125,8 +127,7 @@ def _refusals(saved: RunManifest, given: Given) -> Iterator[str]:
 def _other_kinds(saved: RunManifest, given: Given) -> Iterator[str]:
     """Yield a line for each hyperparameter or value of the scheduler that can't take its place here."""
     if given.optimizer is not None and saved.optimizer is not None:
-        pairs = zip(saved.optimizer.groups, given.optimizer.groups or [], strict=False)
-        for i, (there, here) in enumerate(pairs):
+        for i, (there, here) in enumerate(zip(saved.optimizer.groups, given.optimizer.known, strict=False)):
             yield from other_groups(there, here, f"optimizer: groups[{i}]", leave=IMPLEMENTATION_KEYS)
     if given.scheduler is not None and saved.scheduler is not None:
         yield from other_kinds(saved.scheduler, given.scheduler.every, "scheduler")

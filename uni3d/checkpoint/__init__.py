@@ -14,6 +14,7 @@ Modules:
     extra_load         the extra states of a checkpoint: compared, read, given back
     json_state         states of schedulers and loops as JSON
     data_state         where the script's own loaders of data stand
+    known_kinds        values that only others of the same kind can replace
     several            several optimizers or schedulers, handled as one
     tied               weights that are tied in a checkpoint alone, or in a run alone
     optimizer_groups   hyperparameters and scalars of an optimizer, by parameter name

@@ -18,6 +18,7 @@ from ckpt import Checkpoint, CheckpointError
 from ckpt.read import WEIGHT_STATES
 from parallel.tensors import named_parameters, persistent_buffers
 from uni3d.checkpoint.extra_state import ExtraStates
+from uni3d.checkpoint.known_kinds import known_values
 from uni3d.checkpoint.several import OptimizerSet, type_of
 from uni3d.json_section import other_kinds
 from uni3d.manifest import ModelRecord, OptimizerRecord
@@ -73,7 +74,12 @@ def given_optimizer(
             # A tensor hyperparameter has rounded the value; it is equal if the saved one rounds to the same.
             if isinstance(value, Tensor) and key in values and value == _like(value, values[key]):
                 given[key] = values[key]
-    return GivenOptimizer(type=type_of(optimizer), members=_members(optimizer), groups=groups)
+    return GivenOptimizer(
+        type=type_of(optimizer),
+        members=_members(optimizer),
+        groups=groups,
+        known=known_values(optimizer, groups),
+    )
 
 
 def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, saved: OptimizerRecord) -> None:
@@ -95,8 +101,10 @@ def restore_optimizer(model: StoredModel, optimizer: torch.optim.Optimizer, save
                 f"{sorted(scalars)}"
             )
         for key, scalar in scalars.items():
-            for problem in other_kinds(scalar, _plain(state[key]), f"optimizer: scalars[{name!r}]: {key}"):
-                raise CheckpointError(problem)
+            if isinstance(state[key], Tensor):
+                where = f"optimizer: scalars[{name!r}]: {key}"
+                for problem in other_kinds(scalar, state[key].item(), where):
+                    raise CheckpointError(problem)
             state[key] = _like(state[key], scalar)
 
 
@@ -155,11 +163,6 @@ def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
         # Copied: training may change a list or dict before it is written.
         values[key] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
     return values
-
-
-def _plain(value: Any) -> Any:
-    """Return a state's value as the manifest has it."""
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _like(current: Any, saved: Any) -> Any:

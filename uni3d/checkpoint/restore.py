@@ -27,6 +27,7 @@ from uni3d.checkpoint.extra_load import ExtraLoad
 from uni3d.checkpoint.extra_state import current_extra, restore_optimizer_extra
 from uni3d.checkpoint.flat_states import FlatTarget, finish_flat, flat_targets
 from uni3d.checkpoint.json_state import decoded, encoded
+from uni3d.checkpoint.known_kinds import known_state, like_state
 from uni3d.checkpoint.lost_ranks import told_in
 from uni3d.checkpoint.optimizer_groups import (
     check_states,
@@ -191,7 +192,7 @@ class Restorer:
             restore_optimizer(self._state.model, optimizer, saved.optimizer)
         if scheduler is not None and saved.scheduler is not None:
             rates = [float(rate) for rate in getattr(scheduler, "base_lrs", ())]  # a SequentialLR has none
-            scheduler.load_state_dict(decoded(saved.scheduler))
+            scheduler.load_state_dict(like_state(decoded(saved.scheduler), scheduler.state_dict()))
             if self._state.schedule is not None and isinstance(scheduler, LambdaLR):
                 same = saved.schedule in (None, describe_schedule(self._state.schedule))
                 go_on(scheduler, self._state.schedule, None if same else rates)
@@ -373,7 +374,7 @@ def _given(scheduler: LRScheduler, schedule: SchedulerConfig | None) -> GivenSch
         type=type_of(scheduler),
         keys={(name, key) for name in state for key in state[name]} if several else {*state},
         state=without_progress(state),
-        every=state,
+        every=known_state(scheduler, state),
         several=several,
         schedule=describe_schedule(schedule),
     )
