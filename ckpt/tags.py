@@ -13,7 +13,7 @@ from ckpt.errors import CheckpointError, as_checkpoint_error
 from ckpt.format import LATEST, MANIFEST, NAMED_LATEST, WRITER, check_tag, decode_manifest, is_tag
 from ckpt.order import Head, head_of, heads_of
 from ckpt.stores import Store, as_store
-from ckpt.stores.writer_lock import say_once
+from ckpt.stores.writer_lock import CLEANING, DELETING, say_once
 
 
 def committed_tags(run: str | Path | Store) -> list[str]:
@@ -147,7 +147,7 @@ def prune(
     store = as_store(run)
     dropped, failures = _dropped(store, retention, run_id), list[str]()
     if dropped and not dry_run:
-        with holding(store, "deleting old checkpoints"):
+        with holding(store, DELETING):
             dropped, failures = delete_old(store, retention, run_id=run_id)
     if failures:
         raise CheckpointError("; ".join(failures))
@@ -204,7 +204,7 @@ def clean(run: str | Path | Store) -> list[str]:
     with as_checkpoint_error(f"{store.where('')} can't be cleaned"):
         if not store.leftovers() and WRITER not in store.names():
             return []
-        with holding(store, "removing leftovers"):
+        with holding(store, CLEANING):
             names = store.clean()
         if left := store.leftovers():
             raise CheckpointError(f"{', '.join(map(store.where, left))} can't be removed; remove it by hand")

@@ -2,7 +2,8 @@
 
 The lock is an object beside the checkpoints that says who holds it, and is touched every few seconds. A
 holder on this machine whose process has ended is dead at once; any other when its last sign of life is too
-old. A dead one's lock is taken over, so that a job that was killed can be resumed.
+old. A dead one's lock is taken over, so that a job that was killed can be resumed. A command that removes
+something beside a run that trains is waited for.
 
 No checkpoint's wholeness rests on the lock. A holder that was only slow, and lost it, finds that its files
 were moved away and fails. So neither clocks nor a lock that can't be removed can do more than refuse a save.
@@ -30,6 +31,11 @@ UNKNOWN = "?"
 
 _MOST_TRIES = 100
 """Times that a lock may vanish, or outlive its removal, before a save gives up."""
+
+DELETING = "deleting old checkpoints"
+CLEANING = "removing leftovers"
+_PATIENCE_SECONDS = 600.0
+"""Longest wait for one of these, which a command does beside a run that trains."""
 
 _log = logging.getLogger("ckpt")
 _said: set[str] = set()
@@ -102,6 +108,11 @@ class Owner(NamedTuple):
         return (json.dumps(self._asdict() | {"beat": beat}) + "\n").encode()
 
     @property
+    def is_waited_for(self) -> bool:
+        """True if it only removes something, in another process: no save is to be lost to that."""
+        return self.what in (DELETING, CLEANING) and self.token not in _held
+
+    @property
     def has_ended(self) -> bool:
         """True if it ran on this machine, and doesn't any more; False if it does or that isn't known."""
         if self.machine != machine():
@@ -159,7 +170,7 @@ class Lock:
         """Take the lock; return False if a dead holder's can't be removed, without which it goes as well."""
         place, token = self._place, self._owner.token
         watched: tuple[Hashable, float] | None = None  # the stamp, and when it is too old
-        vain = 0
+        vain, patience = 0, time.monotonic() + _PATIENCE_SECONDS
         while not place.lock_create(token, self._owner.encoded()):
             content = place.lock_read()
             if vain == _MOST_TRIES:
@@ -170,12 +181,11 @@ class Lock:
             other = Owner.decoded(content)
             if other is None or not other.has_ended:
                 stamp, now = place.lock_stamp(), time.monotonic()
-                if watched is None:
+                waits = other is not None and other.is_waited_for and now < patience
+                if watched is None or (waits and stamp != watched[0]):
                     watched = stamp, now + place.dead_seconds - place.lock_age(token)
-                    is_here = other is not None and other.machine == machine()
-                    if is_here and watched[1] > now:
-                        raise CheckpointError(_refusal(place, other))
-                if stamp != watched[0]:
+                is_here = other is not None and other.machine == machine()
+                if stamp != watched[0] or (is_here and not waits and now < watched[1]):
                     raise CheckpointError(_refusal(place, other))
                 if now < watched[1]:
                     time.sleep(min(place.beat_seconds / 4, watched[1] - now))

@@ -154,6 +154,37 @@ def test_one_elsewhere_that_gives_signs_of_life_is_named(run: str) -> None:
     assert committed_tags(run) == ["t1"]
 
 
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+@pytest.mark.parametrize("what", ["deleting old checkpoints", "removing leftovers"])
+def test_a_command_that_removes_is_waited_for(run: str, where: str, what: str) -> None:
+    """A command beside a run that trains doesn't cost it a save; one without an end is refused in the end."""
+    save_arrays(run, "t1", ARRAYS)
+    here = {"pid": os.getppid(), "started": writer_lock._started(os.getppid())}
+    other = owner(what=what, **(ELSEWHERE if where == "elsewhere" else here))
+    put_lock(run, other.encoded())
+    until = [40.0]
+
+    def beat() -> None:
+        store: Any = open_store(run)
+        if clock.slept >= until[0]:
+            store.lock_remove(store.lock_read())
+        elif run.startswith("memory"):
+            store.lock_beat(other.encoded(int(clock.slept * 10)))
+        else:
+            stamp = os.stat(f"{run}/{WRITER}").st_mtime_ns
+            os.utime(f"{run}/{WRITER}", ns=(stamp + 1000, stamp + 1000))
+
+    with Clock(beat).ticking() as clock:
+        save_arrays(run, "t2", ARRAYS)
+    assert 40 <= clock.slept < 45
+    assert committed_tags(run) == ["t1", "t2"]
+    put_lock(run, other.encoded())
+    until[0] = 10_000.0
+    with Clock(beat).ticking() as clock:
+        assert f"({what}, since 2" in refused(lambda: save_arrays(run, "t3", ARRAYS))
+    assert 600 <= clock.slept < 610
+
+
 @pytest.mark.parametrize("content", [owner(**ELSEWHERE).encoded(), b"", b"[1]", b"\xff{"], ids=repr)
 def test_one_elsewhere_that_gives_none_is_taken_for_dead(run: str, content: bytes) -> None:
     save_arrays(run, "t1", ARRAYS)
