@@ -226,7 +226,7 @@ def _other_optimizer(saved: OptimizerRecord | None, given: GivenOptimizer, run: 
     elif given.type is not None and saved.members != given.members:
         yield (
             f"the checkpoint has {_counted(saved)}, but {whose} has {_counted(given)}: give the same ones, "
-            f"of the same names and with as many parameter groups; or {alone}"
+            f"of the same names, in the same order and with as many parameter groups; or {alone}"
         )
     elif given.type is not None and saved.type not in (given.type, UNKNOWN):
         yield f"the checkpoint's optimizer is {saved.type}, but {whose}'s is {given.type}"
@@ -321,7 +321,7 @@ def _of_config(groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any], wh
 
 _PROGRESS = {
     *("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step"),
-    *("best", "num_bad_epochs", "cooldown_counter"),  # of ReduceLROnPlateau
+    *("best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),  # of a plateau's, of warm restarts
 }
 
 

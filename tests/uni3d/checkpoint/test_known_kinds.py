@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, SequentialLR, StepLR
 
 import uni3d
 
@@ -154,6 +154,29 @@ def test_a_resume_is_as_if_never_interrupted(tmp_path: Path, before: Any, after:
     train(resumed, optimizer, scheduler, BEFORE, STEPS)
     for mine, expected in zip(resumed.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_progress_is_no_change(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for _ in range(2):
+        model = net()
+        optimizer = adamw()(model.parameters())
+        scheduler = CosineAnnealingWarmRestarts(optimizer, 2, 2)
+        given = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
+        checkpointer = uni3d.Checkpointer(tmp_path, **given)
+        if checkpointer.restore() is None:
+            train(model, optimizer, scheduler, 0, BEFORE)
+            checkpointer.save(BEFORE).wait()
+    assert not [str(each.message) for each in recwarn if "is kept" in str(each.message)]
+    assert (scheduler.T_cur, scheduler.T_i) == (1, 4)
+
+
+def test_several_in_another_order(tmp_path: Path) -> None:
+    model = net()
+    halves = {"a": SGD(model[0].parameters(), lr=0.1), "b": SGD(model[2].parameters(), lr=0.1)}
+    uni3d.Checkpointer(tmp_path, model=model, optimizer=halves).save(1).wait()
+    turned = {name: halves[name] for name in "ba"}
+    with pytest.raises(uni3d.CheckpointError, match="of the same names, in the same order"):
+        uni3d.Checkpointer(tmp_path, model=model, optimizer=turned).load()
 
 
 @pytest.mark.parametrize(
