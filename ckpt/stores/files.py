@@ -54,7 +54,10 @@ def opened_to_read(path: str | Path) -> Iterator[int]:
             raise OSError(errno.ELOOP, LINK, str(path)) from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it isn't a regular file", str(path))
         yield fd
     finally:
@@ -66,8 +69,8 @@ def read_file(path: str | Path, most: int) -> bytes:
     with opened_to_read(path) as fd:
         if (size := os.fstat(fd).st_size) > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes, where at most {most} are expected", str(path))
-        data = bytearray(size)
-        return bytes(data[: read_into(fd, memoryview(data), 0)])
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
 
 
 def write_file(path: str | Path, parts: Iterable[Buffer], *, durable: bool, hurry: bool = False) -> None:

@@ -218,7 +218,7 @@ class Lock:
 
 def _refusal(place: LockPlace, other: Owner | None) -> str:
     who = "another process" if other is None else f"process {other.pid} on {other.host}"
-    if other is not None and other.token in _held:
+    if other is not None and (other.machine, other.pid) == (machine(), os.getpid()):
         who = "this process"
     doing = "" if other is None else f" ({other.what}, since {other.since})"
     return (

@@ -233,7 +233,8 @@ def test_another_order_in_the_middle_of_an_epoch(
         accepting.resume(run)
     assert accepting.global_steps == 2
     engine_of(None)[0].resume(run)
-    assert [f"{run}/global_step2: {why}" for why in doctor(run, {}, capsys)["reasons"]] == [str(caught.value)]
+    (reason,) = doctor(run, {}, capsys)["reasons"]
+    assert str(caught.value) == f"{run}/global_step2: {reason}"
 
 
 def test_another_order_between_two_epochs(alone: None, tmp_path: Path) -> None:
