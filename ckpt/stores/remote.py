@@ -263,6 +263,9 @@ class RemoteStore:
         """Remove the objects that a marker stands for, the manifest first, then the marker."""
         tag = leftover_tag(marker)
         assert tag is not None, f"{marker!r} stands for nothing"
+        if marker.startswith(SAVING):
+            # Its save may be alive: it must not commit what is left when a removal fails half-way.
+            self.write(marker, [b"being removed"], durable=True)
         committed = self.exists(f"{tag}/{MANIFEST}")  # then a save only failed to remove its marker
         if committed and marker.startswith(DELETING):
             self._remove(f"{tag}/{MANIFEST}")

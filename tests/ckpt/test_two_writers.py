@@ -1,5 +1,6 @@
 """Two writers of one run: the second is refused, and where it isn't, no committed checkpoint is ever torn."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -130,14 +131,17 @@ class AtRequest:
 
     def __init__(self, k: int, act: Callable[[], None]) -> None:
         self.k, self.act, self.calls = k, act, list[str]()
+        self._counting = threading.Lock()
 
     def patched(self) -> Any:
         real, whole = RemoteStore._call, self
 
         def call(store: RemoteStore, method: Callable[..., Any], path: str, *args: Any, **more: Any) -> Any:
             if method.__name__ in ("pipe_file", "stream", "rm", "rm_file"):
-                whole.calls.append(path)
-                if len(whole.calls) == whole.k:
+                with whole._counting:
+                    whole.calls.append(path)
+                    nth = len(whole.calls)
+                if nth == whole.k:
                     whole.act()
             return real(store, method, path, *args, **more)
 
@@ -298,3 +302,38 @@ def test_a_manifest_is_never_put_over_another_save_s(memory_url: str) -> None:
         assert "another save has begun since this one of" in save_first(memory_url)
     assert open_store(memory_url).read("t2/manifest.json") == theirs[0]
     assert holding(CONTENT, memory_url, "t2") == "other"
+
+
+@pytest.mark.parametrize("other", ["another-tag", "clean"])
+def test_a_removal_that_fails_half_way_lets_nobody_commit_the_rest(memory_url: str, other: str) -> None:
+    """The first is taken for dead while it writes, and what takes it for dead breaks off."""
+    save_arrays(memory_url, "t1", OLD)
+    real, broken = RemoteStore._call, [0]
+
+    def call(store: RemoteStore, method: Callable[..., Any], path: str, *args: Any, **more: Any) -> Any:
+        if method.__name__ == "rm" and not broken[0]:
+            broken[0] = 1
+            for name in store._fs.find(store.where(path))[:1]:
+                store._fs.rm_file(name)
+            raise OSError("the connection is gone")
+        return real(store, method, path, *args, **more)
+
+    def act() -> None:
+        with (
+            mock.patch.object(Owner, "has_ended", True),
+            mock.patch.object(RemoteStore, "_call", call),
+            contextlib.suppress(CheckpointError),
+        ):
+            OTHERS[other](memory_url)
+
+    put = RemoteStore.commit
+
+    def commit(*args: Any, **more: Any) -> None:
+        act()
+        put(*args, **more)
+
+    with mock.patch.object(RemoteStore, "commit", commit):
+        first = save_first(memory_url)
+    assert broken == [1]
+    assert "another save has begun since this one of" in first
+    assert "t2" not in committed_tags(memory_url)
