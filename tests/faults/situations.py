@@ -225,6 +225,7 @@ def left(run: Path, case: Case, *, returned: bool = False, beside: tuple[str, ..
 
 def next_save(run: Path, case: Case) -> Problems:
     """Save the tag again, by one rank: it must work, and take away what the other has left."""
+    order._known.clear()
     try:
         save_arrays(run, case.tag, arrays_of("later", case.many), document={}, planning=PLANNING)
     except CheckpointError as error:
