@@ -25,7 +25,7 @@ OWNERS = ((os, CALLS), (files, NATIVE), (shutil, ("copyfile",)))
 class Faults:
     """Counts the calls that change the disk, and calls `at_fault` instead of the k-th, or before it.
 
-    A failing write first writes `part` of its first buffer, and `error` is the number of the error. Nothing is
+    A failing write first writes `part` of its first buffer; `error` is the number of the error. Nothing is
     really synced: the tests are about the order of calls.
     """
 
@@ -71,7 +71,8 @@ class Faults:
                     new.write(old.read(os.stat(args[0]).st_size // 2))
             if self.at_fault is not None:
                 self.at_fault()
-            raise OSError(self.error, f"injected into {name}")
+            path = [] if name in ("pwritev", "fsync") else [os.fspath(args[0])]  # as the system tells it
+            raise OSError(self.error, f"injected into {name}", *path)
 
         return call
 
