@@ -184,12 +184,19 @@ def held(run: Path, tag: str, names: tuple[str, ...], many: bool) -> tuple[str |
     return None, [("wrong", f"{tag} holds none of {names}")]
 
 
-def left(run: Path, case: Case, *, returned: bool = False, beside: tuple[str, ...] = ()) -> Problems:
+def left(
+    run: Path,
+    case: Case,
+    *,
+    returned: bool = False,
+    exists: bool | None = None,
+    beside: tuple[str, ...] = (),
+) -> Problems:
     """Compare what is left of a run with all states that it may have.
 
     Each older tag is whole; the new one is whole or doesn't exist; a tag that is replaced is the old or the
     new one; one that retention deletes goes after the commit alone. `returned` says that the save ended well,
-    and `beside` names tags that another writer may have saved.
+    `exists` whether the new one must exist, and `beside` names tags that another writer may have saved.
     """
     try:
         there = committed_tags(run) if run.is_dir() else []
@@ -206,8 +213,10 @@ def left(run: Path, case: Case, *, returned: bool = False, beside: tuple[str, ..
         found[tag], wrong = held(run, tag, names, case.many)
         problems += wrong
     committed = found.get(case.tag) == "new"
-    if returned and not committed:
-        problems.append(("lost", f"{case.tag}, of which the save had returned"))
+    if (returned or exists) and not committed:
+        problems.append(("lost", f"{case.tag}, of which the save had said that it is committed"))
+    if exists is False and committed:
+        problems.append(("other", f"{case.tag} is committed"))
     for tag in case.before:
         if tag not in there and not (tag in case.may_go and committed):
             problems.append(("lost", tag))
