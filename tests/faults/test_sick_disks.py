@@ -78,7 +78,8 @@ def ended(run: Path, case: Case, results: list[Any], *, may_fail: bool) -> Probl
         return [("other", f"the ranks ended differently: {results}")]
     (told,) = errors
     problems: Problems = [] if may_fail else [("other", f"it failed: {told}")]
-    if "(rank " not in told and str(run) not in told:
+    place = run.parents[1 if case.situation == "fresh" else 0]  # a fresh run's parents are made too
+    if "(rank " not in told and str(place) not in told:
         problems.append(("other", f"it names neither a rank nor a file: {told}"))
     return problems + left(run, case, exists="is committed" in told)
 
