@@ -71,4 +71,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    found: dict[str, dict[str, Any]] = {}
+    for name in sys.argv[1:]:
+        found |= json.loads(Path(name).read_text())
+    print(table(found))
