@@ -66,7 +66,7 @@ def cut(seed: int, traces: Traces) -> tuple[str, list[tuple[str, str]]] | None:
 
 
 def test_a_power_cut_after_any_call(places: Places) -> None:
-    chosen = seeds(sample=40, everything=26_000)
+    chosen = seeds(sample=40, everything=46_000)
     campaign, traces = Campaign("power cut, distinct states", len(chosen)), Traces(places)
     for seed in chosen:
         found = cut(seed, traces)
