@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick matrix lint clean
+.PHONY: demo test quick matrix faults soak lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -19,6 +19,19 @@ matrix: .venv/dev.stamp
 # The tests without those marked slow, in about eight minutes.
 quick: .venv/dev.stamp
 	$(BIN)/python -m pytest
+
+# All faults of tests/faults, in two processes at once, and the figures at the end: about an hour on two cores.
+FIGURES := build/faults
+TRY := FAULTS=all $(BIN)/python -m pytest -q -m ""
+faults: .venv/dev.stamp
+	rm -rf $(FIGURES) && mkdir -p $(FIGURES)
+	FAULTS_OUT=$(FIGURES)/kills.json $(TRY) tests/faults/test_kills.py & other=$$!; \
+	FAULTS_OUT=$(FIGURES)/others.json $(TRY) tests/faults --ignore=tests/faults/test_kills.py; failed=$$?; \
+	wait $$other || failed=1; $(BIN)/python tests/faults/figures.py $(FIGURES)/*.json; exit $$failed
+
+# Ten minutes of saves, in which nothing may grow.
+soak: .venv/dev.stamp
+	$(BIN)/python tests/faults/soak.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

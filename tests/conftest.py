@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 FOLDERS = [
     TESTS / "support",
     TESTS / "faults",
+    TESTS / "ckpt",  # helpers that the faults use too
     TESTS / "models",
     TESTS / "uni3d",
     TESTS.parent / "examples" / "megatron_gpt",

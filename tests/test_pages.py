@@ -24,6 +24,7 @@ from uni3d.config.sections import CheckpointConfig
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 WRAPPED = [p for p in PAGES if p.stem not in ("cli", "format", "from-deepspeed", "importing")]
 LONGEST_LINE = 120
@@ -174,6 +175,18 @@ def test_architecture_names_what_is_there() -> None:
     assert missing == []
     for path, names in named:
         assert set(re.findall(r"`([\w.]+)`", names)) - definitions(ROOT / path) == set(), path
+
+
+def test_reliability_names_tests_and_campaigns_that_are_there() -> None:
+    text = prose(RELIABILITY)
+    named = re.findall(r"`([\w/]+\.py)`((?:,? `\w+`)*)", text)
+    assert len(named) > 20
+    for path, names in named:
+        assert set(re.findall(r"`(\w+)`", names)) - definitions(ROOT / path) == set(), path
+    faults = "".join(path.read_text() for path in (ROOT / "tests" / "faults").glob("test_*.py"))
+    campaigns = re.findall(r'Campaign\(\s*"([^"]+)"', faults)
+    assert len(campaigns) >= 6
+    assert [name for name in campaigns if f"| {name} | " not in text] == []
 
 
 def test_architecture_lists_the_allowed_imports() -> None:

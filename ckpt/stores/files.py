@@ -30,10 +30,14 @@ _MOST_PARTS = 512
 
 @contextmanager
 def opened(path: str | Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open a file or a folder, and yield its descriptor."""
+    """Open a file or a folder, and yield its descriptor. Errors of what is done with it name the path."""
     fd = os.open(path, flags, 0o644)
     try:
         yield fd
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write finds a full disk, but knows no name
+            error.filename = str(path)
+        raise
     finally:
         os.close(fd)
 

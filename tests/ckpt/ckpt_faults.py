@@ -25,7 +25,8 @@ OWNERS = ((os, CALLS), (files, NATIVE), (shutil, ("copyfile",)))
 class Faults:
     """Counts the calls that change the disk, and calls `at_fault` instead of the k-th, or before it.
 
-    A failing write first writes a half. Nothing is really synced: the tests are about the order of calls.
+    A failing write first writes `part` of its first buffer; `error` is the number of the error. Nothing is
+    really synced: the tests are about the order of calls.
     """
 
     def __init__(
@@ -35,15 +36,20 @@ class Faults:
         forever: bool = False,
         at_fault: Callable[[], None] | None = None,
         goes_on: bool = False,
+        part: float = 0.5,
+        error: int = errno.EIO,
     ) -> None:
         self.k, self.forever, self.at_fault, self.goes_on = k, forever, at_fault, goes_on
+        self.part, self.error = part, error
         self.names: list[str] = []
+        self.threads: list[str] = []
         self.struck: list[str] = []
         self.lock = threading.Lock()
 
     def _due(self, name: str) -> bool:
         with self.lock:
             self.names.append(name)
+            self.threads.append(threading.current_thread().name)
             due = len(self.names) == self.k or (self.forever and len(self.names) > self.k)
             if due:
                 self.struck.append(name)
@@ -59,13 +65,14 @@ class Faults:
                 return None if name in ("fsync", "sync_tree") else real(*args, **kwargs)
             if name == "pwritev":
                 fd, views, offset = args
-                os.pwrite(fd, views[0][: len(views[0]) // 2], offset)
+                os.pwrite(fd, views[0][: int(len(views[0]) * self.part)], offset)
             if name == "copyfile":
                 with open(args[0], "rb") as old, open(args[1], "wb") as new:
                     new.write(old.read(os.stat(args[0]).st_size // 2))
             if self.at_fault is not None:
                 self.at_fault()
-            raise OSError(errno.EIO, f"injected into {name}")
+            path = [] if name in ("pwritev", "fsync") else [os.fspath(args[0])]  # as the system tells it
+            raise OSError(self.error, f"injected into {name}", *path)
 
         return call
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -173,6 +174,21 @@ def test_an_interrupt_of_one_rank_ends_the_save_on_all(prepare, k):
         results = saving(run, "next", 2)()
     assert sorted(type(r).__name__ for r in results) == ["CheckpointError", "KeyboardInterrupt"]
     check_what_is_left(run, "next", committed=False)
+
+
+def test_a_full_disk_is_told_with_the_file(prepare):
+    """The system tells of it by a write or a sync, which know no name."""
+    work = saving(prepare("next"), "next", 1)
+    with Faults(0).active() as faults:
+        work()
+    nameless = [k for k, name in enumerate(faults.names, start=1) if name in ("pwritev", "fsync")]
+    assert len(nameless) > 10
+    for k in nameless:
+        run = prepare("next")
+        with Faults(k, error=errno.ENOSPC).active():
+            (error,) = saving(run, "next", 1)()
+        assert isinstance(error, CheckpointError)
+        assert re.search(rf"\[Errno {errno.ENOSPC}\] .*'{run}[/']", str(error)), error
 
 
 STRIDE = 1 << 16

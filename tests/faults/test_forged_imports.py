@@ -7,8 +7,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pytest
 from budget import seeds
+from figures import Campaign
 from foreign_files import FIXTURES
 from forged_files import forge_file
 
@@ -26,25 +26,25 @@ def late(*_: Any) -> None:
     raise TimeoutError(f"it took more than {SECONDS} s")
 
 
+FAILED_ONCE = (2813,)
+"""Seeds that showed a fault, tried in each run."""
+
+
 def test_an_import_copes_or_tells(memory_path: Path) -> None:
-    place, wrong, tried = memory_path / "import", list[str](), 0
+    place, chosen = memory_path / "import", [*FAILED_ONCE, *seeds(sample=60, everything=5000)]
+    campaign = Campaign("change in another framework's checkpoint", len(chosen))
     old = signal.signal(signal.SIGALRM, late)
     try:
-        for seed in seeds(sample=60, everything=5000):
+        for seed in chosen:
             checkpoint = CHECKPOINTS[seed % len(CHECKPOINTS)]
             shutil.copytree(checkpoint, place)
             what = forge_file(place, Random(seed))
-            if why := failure(place):
-                wrong.append(
-                    f"seed {seed}, {CHECKPOINTS[seed % len(CHECKPOINTS)].parent.name}, {what}: {why}"
-                )
+            why = failure(place)
+            campaign.point(seed, f"{checkpoint.parent.name}, {what}", [("other", why)] if why else [])
             shutil.rmtree(place)
-            tried += 1
     finally:
         signal.signal(signal.SIGALRM, old)
-    assert tried > 0
-    if wrong:
-        pytest.fail(f"{len(wrong)} of {tried}:\n" + "\n".join(wrong[:20]), pytrace=False)
+    campaign.end()
 
 
 def failure(place: Path) -> str | None:

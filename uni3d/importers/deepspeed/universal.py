@@ -72,7 +72,12 @@ def _homes(ranks: RankFolder, groups: list[dict[str, Any]], *, stage3: bool) -> 
             for index, shapes in enumerate(rank.models[0].get("param_shapes") or []):
                 home = index
                 if stage3:
-                    home = next(i for i, group in enumerate(groups) if index in group["params"])
+                    home = next((i for i, group in enumerate(groups) if index in group["params"]), -1)
+                if home == -1:
+                    raise CheckpointError(
+                        f"{ranks.of_stage[0][0].where} has {index + 1} or more groups of parameters, and no "
+                        f"param_groups of {_COMMON} names number {index}; one of the files is damaged"
+                    )
                 for name in shapes:
                     homes.setdefault(str(name), (home, index))
     if not homes:
