@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ckpt_faults import Faults
 from ckpt_helpers import Arrays, holding, save_arrays
-from marks import slow
+from marks import matrix, slow
 
 from ckpt import (
     CheckpointError,
@@ -97,8 +97,8 @@ def save_first(run: Any) -> str:
 
 
 @pytest.mark.parametrize("takes_over", [False, True], ids=["refused", "takes-over"])
-@pytest.mark.parametrize("replaces", [False, slow(True)], ids=["new-tag", "replaces"])
-@pytest.mark.parametrize("other", ["another-tag", slow("same-tag"), slow("clean"), slow("prune")])
+@pytest.mark.parametrize("replaces", [False, matrix(True)], ids=["new-tag", "replaces"])
+@pytest.mark.parametrize("other", ["another-tag", slow("same-tag"), matrix("clean"), matrix("prune")])
 def test_another_writer_at_any_call(memory_path: Path, other: str, replaces: bool, takes_over: bool) -> None:
     """Stop the first before each call that changes the disk; the other acts; the first goes on."""
     k, refused, failed = 0, set(), set()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from marks import slow
+from marks import matrix, slow
 from ranks import RankError, Ranks
 
 from parallel import HostComm, host_comm, liveness
@@ -264,7 +264,7 @@ def merged(parts: list[dict[int, int]]) -> dict[int, int]:
     return {rank: pid for part in parts for rank, pid in part.items()}
 
 
-@pytest.mark.parametrize("stopped", [2, slow(0), slow(3)])
+@pytest.mark.parametrize("stopped", [2, slow(0), matrix(3)])
 def test_a_rank_that_is_stopped_is_named_on_all(tmp_path: Path, stopped: int) -> None:
     pool = Ranks()
     try:

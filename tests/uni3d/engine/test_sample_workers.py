@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from marks import slow
+from marks import matrix, slow
 from models import WIDTH, Stack, make_engine, seeded
 from ranks import Ranks
 from torch import Tensor
@@ -199,7 +199,7 @@ def failing_case(how: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["raises", "dies"])
+@pytest.mark.parametrize("how", ["raises", matrix("dies")])
 def test_a_process_that_fails_is_one_error_on_all_ranks(ranks: Ranks, how: str) -> None:
     (other, steps), (own, its_steps) = ranks.run(2, failing_case, how)
     assert steps == its_steps

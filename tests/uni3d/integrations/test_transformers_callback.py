@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from hf_models import ADAM, hf
-from marks import slow
+from marks import matrix, slow
 from page_diffs import script
 from ranks import Ranks
 from torch import Tensor
@@ -125,8 +125,8 @@ RESIZES = [
     (2, False, 3, False, 2),
     slow(2, False, 3, False, 3),  # at the end of an epoch
     slow(3, False, 2, True, 1),
-    slow(2, True, 3, True, 4),
-    slow(3, True, 1, False, 2),
+    matrix(2, True, 3, True, 4),
+    matrix(3, True, 1, False, 2),
 ]
 """Ranks and whether they shard, before a break and after it, and the steps before it."""
 
