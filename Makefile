@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/demo.stamp
 	$(BIN)/python examples/megatron_gpt/demo.py --force
 
-# All but the widest tables, in about seventeen minutes.
+# All but the widest tables, in about nineteen minutes.
 test: lint
 	$(BIN)/python -m pytest -m "not matrix"
 
