@@ -10,15 +10,15 @@ class ArgumentNames:
     """Advice of messages, in one caller's own arguments."""
 
     weights_alone: str
-    """How to load the model and nothing else."""
+    """Advice to load the model and nothing else."""
     without_optimizer: str
     without_scheduler: str
     lenient: str
-    """How to load although arrays are missing."""
+    """The argument with which a load may lack arrays."""
     accept: str
-    """How to go on in spite of a change; `{}` is its name."""
+    """Advice to go on in spite of a change; `{}` is its name."""
     setting: str
-    """How a setting of checkpoints is given; `{}` is its name."""
+    """Advice to give a setting of checkpoints; `{}` is its name."""
     data: str
     """The argument with the training data, or with its loader."""
     save: str

@@ -84,7 +84,7 @@ class Owner(NamedTuple):
 
     token: str
     what: str
-    """What it does, for messages."""
+    """Its work, for messages."""
     host: str
     machine: str
     """Identity of what numbers its processes: a boot of a machine, or of a container on it."""
