@@ -83,8 +83,9 @@ class _Process:
                 answer = b""
             if answer:
                 return json.loads(answer)  # type: ignore[no-any-return]
+            code = running.wait()  # it is ending: killing it now could hide why
             self._end()
-            return _ending(running.returncode, len(data))
+            return _ending(code, len(data))
 
     def _start(self) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).parents[2])
