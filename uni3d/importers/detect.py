@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ckpt import CheckpointError, committed_tags
 from ckpt.format import MANIFEST
@@ -103,11 +103,15 @@ def telling_of(path: Path, kind: str) -> Iterator[None]:
 def _telling(array: ForeignArray, path: Path, kind: str) -> ForeignArray:
     """Return an array whose read tells of the checkpoint as `telling_of` does."""
 
-    def read() -> Array:
-        with telling_of(path, kind):
-            return array.read()
+    def telling(read: Callable[..., Array]) -> Callable[..., Array]:
+        def told(*part: Any) -> Array:
+            with telling_of(path, kind):
+                return read(*part)
 
-    return replace(array, read=read)
+        return told
+
+    part = array.read_part
+    return replace(array, read=telling(array.read), read_part=None if part is None else telling(part))
 
 
 def with_config(source: Source, folder: Path) -> Source:

@@ -16,7 +16,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 import ckpt
 import uni3d
 from uni3d.checkpoint.functions import load
+from uni3d.importers import detect
 from uni3d.importers.in_place import ForeignCheckpoint
+from uni3d.importers.source import Options
 from uni3d.manifest import RunManifest
 
 MEGATRON = "megatron_distributed/checkpoint/iter_0000003"
@@ -361,3 +363,11 @@ def test_numbered_states_by_their_shapes(tmp_path: Path) -> None:
     assert "optimizer.pt: its numbered states were matched by their shapes" in found.left_out
     answer("import", folder, tmp_path / "run")
     assert answer("diff", folder, tmp_path / "run")["differences"] == []
+
+
+def test_a_part_that_cannot_be_followed_names_the_checkpoint(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4, 3)}, file := tmp_path / "model.pt")
+    (array,) = detect.read(file, "auto", Options()).arrays
+    assert array.read_part is not None
+    with pytest.raises(ckpt.CheckpointError, match=f"{file} hasn't the form of a torch checkpoint"):
+        array.read_part(("no slice",))  # type: ignore[arg-type]
