@@ -48,12 +48,9 @@ SITUATIONS = {"first": "t1", "next": "t2", "again": "t1", "only": "t2"}
 """Tag to save: in an empty run; beside t1; replacing t1; and beside t1, which retention then deletes."""
 
 CASES = [("first", 1), ("next", 2), ("again", 1), ("again", 2), ("only", 1), ("only", 2)]
-FAILED = [
-    case if case == ("again", 1) else slow(*case) if case in (("next", 2), ("only", 1)) else matrix(*case)
-    for case in CASES
-]
-KILLED = [CASES[0], slow("again", 1), *(matrix(*case) for case in CASES[1:] if case != ("again", 1))]
-"""One in a quick look, as each kills a process at each call; `tests/faults` has more."""
+FAILED = [slow(*case) if case == ("again", 1) else matrix(*case) for case in CASES]
+KILLED = [slow(*CASES[0]), *(matrix(*case) for case in CASES[1:])]
+"""All calls of a few saves; a quick look has some calls of all saves of `tests/faults`."""
 
 
 def saving(run: Path, situation: str, ranks: int) -> Callable[[], list[object]]:

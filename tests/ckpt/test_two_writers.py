@@ -97,7 +97,7 @@ def save_first(run: Any) -> str:
 
 
 @pytest.mark.parametrize("takes_over", [False, True], ids=["refused", "takes-over"])
-@pytest.mark.parametrize("replaces", [False, matrix(True)], ids=["new-tag", "replaces"])
+@pytest.mark.parametrize("replaces", [slow(False), matrix(True)], ids=["new-tag", "replaces"])
 @pytest.mark.parametrize("other", ["another-tag", slow("same-tag"), matrix("clean"), matrix("prune")])
 def test_another_writer_at_any_call(memory_path: Path, other: str, replaces: bool, takes_over: bool) -> None:
     """Stop the first before each call that changes the disk; the other acts; the first goes on."""
@@ -149,7 +149,7 @@ class AtRequest:
 
 
 @pytest.mark.parametrize("takes_over", [False, True], ids=["refused", "takes-over"])
-@pytest.mark.parametrize("other", ["another-tag", "clean", "same-tag"])
+@pytest.mark.parametrize("other", [slow("another-tag"), slow("clean"), "same-tag"])
 def test_another_writer_at_any_request(memory_url: str, other: str, takes_over: bool) -> None:
     """The same in an object store. Of the same tag, what is torn is so visibly, and the first fails."""
     k, failed = 0, set()

@@ -98,7 +98,7 @@ def test_it_is_the_run_without_an_interruption(resumed: Any, tmp_path: Path, sma
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    command = [sys.executable, str(EXAMPLE / "demo.py"), "--out", str(out), "--steps", "60"]
+    command = [sys.executable, str(EXAMPLE / "demo.py"), "--out", str(out), "--steps", "40"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (out / "loss.png").stat().st_size > 10_000

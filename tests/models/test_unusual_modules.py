@@ -1,11 +1,11 @@
 """Models that hang on the details of autograd and of sharding train with the steps of plain PyTorch."""
 
-from itertools import product
+from itertools import product, starmap
 from typing import Any
 
 import pytest
 import torch
-from marks import slow
+from marks import matrix, slow
 from ranks import Ranks
 from torch import Tensor, nn
 from unusual_modules import KINDS, WIDTH, Batch, linear, mse
@@ -91,7 +91,12 @@ def plain(kind: str, ranks: int) -> tuple[list[list[float]], float, dict[str, Te
 
 
 QUICK = [(3, 1)]
-ALL = [place if place in QUICK else slow(*place) for place in product(range(4), (1, 2))]
+SOME = [(0, 2), (2, 1), (3, 2)]
+ALL = [
+    *QUICK,
+    *starmap(slow, SOME),
+    *(matrix(*p) for p in product(range(4), (1, 2)) if p not in QUICK + SOME),
+]
 
 
 @pytest.mark.parametrize(("zero", "size"), ALL)

@@ -264,7 +264,7 @@ def merged(parts: list[dict[int, int]]) -> dict[int, int]:
     return {rank: pid for part in parts for rank, pid in part.items()}
 
 
-@pytest.mark.parametrize("stopped", [2, slow(0), matrix(3)])
+@pytest.mark.parametrize("stopped", [slow(2), matrix(0), matrix(3)])
 def test_a_rank_that_is_stopped_is_named_on_all(tmp_path: Path, stopped: int) -> None:
     pool = Ranks()
     try:
@@ -284,5 +284,6 @@ def slow_case() -> int:
     return comm.all_reduce(1, sum)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_slow_is_waited_for(ranks: Ranks) -> None:
     assert ranks.run(3, slow_case) == [3, 3, 3]

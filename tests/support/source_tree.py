@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,7 @@ def module(path: Path) -> str:
 MODULES = {module(path): path for path in SOURCES}
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), path.as_posix())
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import STAGES, slow
+from marks import STAGES, matrix, slow
 from models import (
     ADAM,
     WIDTH,
@@ -104,14 +104,14 @@ def test_writes_inside_count(ranks: Ranks, stage: int, source: int | None) -> No
     ranks.run(2, written_case, "Stack", stage, 1, source)
 
 
-@pytest.mark.parametrize("source", [slow(0), 1, slow(None)])
+@pytest.mark.parametrize("source", [matrix(0), 1, slow(None)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_writes_with_tensor_parallelism(ranks: Ranks, stage: int, source: int | None) -> None:
     ranks.run(2, written_case, "Wide", stage, 2, source)
 
 
-@pytest.mark.parametrize("source", [slow(0), 3, slow(None)])
-@pytest.mark.parametrize("stage", [slow(1), 3])
+@pytest.mark.parametrize("source", [matrix(0), slow(3), slow(None)])
+@pytest.mark.parametrize("stage", [matrix(1), 3])
 def test_writes_with_both(ranks: Ranks, stage: int, source: int | None) -> None:
     ranks.run(4, written_case, "Wide", stage, 2, source)
 

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from marks import matrix
 from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, seeded, train, whole
 from ranks import Ranks
 
@@ -273,7 +274,7 @@ print("end of the script", flush=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fail", [False, True], ids=["whole", "failing"])
+@pytest.mark.parametrize("fail", [matrix(False), True], ids=["whole", "failing"])
 def test_the_process_ends_only_when_the_save_has(tmp_path: Path, fail: bool) -> None:
     paths = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
     script = SCRIPT.format(paths=paths, fail=fail, run=str(tmp_path / "run"))

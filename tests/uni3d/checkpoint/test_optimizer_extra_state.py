@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow
+from marks import matrix, slow
 from models import Stack, global_batches, make_engine, seeded, train, train_plainly, whole
 from paced_optimizer import Paced
 from ranks import Ranks
@@ -38,7 +38,7 @@ def paced_case(run: Path, zero: int, first: bool) -> Any:
     return losses, report
 
 
-@pytest.mark.parametrize("zero", [slow(0), slow(1), slow(2), 3])
+@pytest.mark.parametrize("zero", [matrix(0), slow(1), matrix(2), slow(3)])
 def test_an_optimizer_s_extra_state(ranks: Ranks, tmp_path: Path, zero: int) -> None:
     expected, _, _ = train_plainly(seeded(Stack), global_batches(2 * STEPS), Paced)
     for losses, _ in ranks.run(2, paced_case, tmp_path, zero, True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow
+from marks import matrix
 from models import OwnLoss, Stack, global_batches, make_engine, seeded, train, train_plainly, whole
 from ranks import Ranks
 from torch import nn
@@ -101,7 +101,7 @@ def resume_case(name: str, run: Path, first: int) -> Any:
 
 FIRST = {0: "before_the_first_step", 2: "after_two_steps"}
 QUICK = {("states_at_once", 0), *((name, 2) for name in CASES if name != "own_loss")}
-ALL = [case if case in QUICK else slow(*case) for case in product(CASES, FIRST)]
+ALL = [case if case in QUICK else matrix(*case) for case in product(CASES, FIRST)]
 
 
 @pytest.mark.parametrize(("name", "first"), ALL, ids=FIRST.get)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from marks import STAGES, slow
+from marks import STAGES, matrix, slow
 from models import Stack, seeded
 from ranks import Ranks
 from torch import Tensor, nn
@@ -236,7 +236,7 @@ def write_case(zero: int, how: str, evaluate: bool) -> dict[str, Any]:
     [
         (zero, how)
         if (zero, how) in ((0, "data"), (1, "broadcast"), (2, "data in place"))
-        else slow(zero, how)
+        else matrix(zero, how)
         for zero in (0, 1, 2)
         for how in WRITES
     ],

@@ -51,7 +51,7 @@ def test_training_is_the_oracles(ranks: Ranks, world: int, pp: int, zero: int, g
     assert_same(together, model)
 
 
-@pytest.mark.parametrize("zero", [1, matrix(2), 3], ids="zero{}".format)
+@pytest.mark.parametrize("zero", [matrix(1), matrix(2), 3], ids="zero{}".format)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_is_the_same_bits_with_offload(ranks: Ranks, precision: str, zero: int) -> None:
     expected = ranks.run(2, run_case, 1, zero, -1, precision, False)
@@ -71,7 +71,7 @@ def tensor_parallel_case(zero: int) -> Any:
     return *take_steps(engine, 1, micro), whole(engine.module)
 
 
-@pytest.mark.parametrize("zero", [1, 3], ids="zero{}".format)
+@pytest.mark.parametrize("zero", [matrix(1), 3], ids="zero{}".format)
 def test_a_model_from_the_meta_device_under_tensor_parallelism(ranks: Ranks, zero: int) -> None:
     model = oracle.initial_model(oracle.MODEL)
     inputs, targets = (x[:12] for x in oracle.samples())

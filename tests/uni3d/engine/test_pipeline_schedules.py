@@ -29,10 +29,10 @@ class How(NamedTuple):
 
 
 HOW = [
-    How("gpipe"),
-    slow(How("interleaved", 2)),
+    slow(How("gpipe")),
+    matrix(How("interleaved", 2)),
     matrix(How("interleaved", 3)),  # as many stages as links
-    slow(How("zero_bubble")),
+    matrix(How("zero_bubble")),
     matrix(How("zero_bubble", 2)),
     slow(How("zero_bubble_v", 2)),
 ]
@@ -178,7 +178,7 @@ def beside_case(how: How, config: dict[str, Any]) -> Any:
     return take_steps(make_engine(how, 2, TIED, **config), STEPS)
 
 
-SPLIT = [How("zero_bubble"), How("zero_bubble_v", 2)]
+SPLIT = [matrix(How("zero_bubble")), How("zero_bubble_v", 2)]
 
 
 @pytest.mark.slow

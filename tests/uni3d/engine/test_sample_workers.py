@@ -239,7 +239,7 @@ def resumed_case(run: Path, workers: int, steps: list[int], tp: int) -> list[flo
     return losses
 
 
-@pytest.mark.parametrize("world", [2, slow(4)])
+@pytest.mark.parametrize("world", [slow(2), matrix(4)])
 def test_a_resume_draws_the_same_noise_on_any_ranks_and_processes(
     ranks: Ranks, tmp_path: Path, world: int
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import STAGES, slow
+from marks import STAGES, matrix, slow
 from models import save_and_wait, seeded, whole
 from ranks import RankError, Ranks
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("accumulation", [1, slow(2)])
 @pytest.mark.parametrize("zero", STAGES)
-@pytest.mark.parametrize("dp", [slow(1), 2])
+@pytest.mark.parametrize("dp", [matrix(1), 2])
 def test_they_add_up(ranks: Ranks, dp: int, zero: int, accumulation: int) -> None:
     expected, norms = plain(dp, accumulation)
     for found, found_norms in ranks.run(dp, several_case, zero, accumulation, {}):

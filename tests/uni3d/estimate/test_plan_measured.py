@@ -82,12 +82,12 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(1, 1, 1, 0),
+    matrix(Case(1, 1, 1, 0)),
     matrix(Case(1, 1, 1, 0, recompute="full", accumulation=1)),
     matrix(Case(1, 2, 1, 1)),
     matrix(Case(1, 2, 1, 1, "bf16", model="gpt2")),
     Case(1, 2, 1, 2, "bf16", "full"),
-    Case(1, 2, 1, 3),
+    matrix(Case(1, 2, 1, 3)),
     matrix(Case(1, 2, 1, 3, "bf16", "full")),
     Case(2, 1, 1, 1, accumulation=4),
     matrix(Case(2, 1, 1, 1, "bf16", "full", model="gpt2")),
@@ -228,9 +228,9 @@ def traffic_case(case: Case) -> int:
 
 
 TRAFFIC = [
-    Case(1, 1, 2, 1),
+    matrix(Case(1, 1, 2, 1)),
     Case(1, 1, 2, 1, "bf16", "full", model="gpt2"),
-    Case(2, 1, 1, 1, accumulation=4, model="gpt2"),
+    matrix(Case(2, 1, 1, 1, accumulation=4, model="gpt2")),
     Case(1, 2, 1, 3, "bf16"),
     Case(1, 1, 2, 1, sequence=True),
     Case(2, 1, 1, 1, accumulation=4, schedule="zero_bubble_v", virtual=2),

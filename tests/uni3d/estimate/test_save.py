@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marks import slow
+from marks import matrix, slow
 from model import GPT, GPTConfig
 from ranks import Ranks
 from torch.utils.data import TensorDataset
@@ -102,7 +102,7 @@ def chunk_sizes(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("shape", "place"),
-    [CASES[5], *(slow(*case) for case in CASES if case is not CASES[5])],
+    [CASES[5], slow(*CASES[0]), *(matrix(*case) for case in (*CASES[1:5], CASES[6]))],
     ids=str,
 )
 def test_a_planned_save_is_what_real_ranks_do(

@@ -19,19 +19,19 @@ FEW = [Place("gpt", 1, 3, 1, 2), Place("gpt", 2, 1, 2, 3), Place("list", 2, 2, 1
 """Cases of the quick run: each kind of cut once."""
 PLACES = [
     Place("gpt", 1, 4, 1, 3, group=2),
-    Place("gpt", 2, 2, 1, 1, balance="parameters"),
-    Place("gpt", 2, 2, 1, 3, "interleaved", 2),
     Place("gpt", 2, 1, 1, 1, "zero_bubble_v", 2, "uniform"),
-    Place("gpt", 4, 1, 1, 0),
     Place("own", 1, 3, 1, 3),
-    Place("stack", 3, 1, 1, 2),
     Place("list", 3, 1, 1, 3),
     Place("untied", 2, 1, 2, 0),
-    Place("biased", 1, 3, 1, 2),
     Place("biased", 2, 1, 2, 3),
     Place("mixtral", 1, 2, 2, 1),
 ]
 MORE = [
+    Place("gpt", 2, 2, 1, 1, balance="parameters"),
+    Place("gpt", 2, 2, 1, 3, "interleaved", 2),
+    Place("gpt", 4, 1, 1, 0),
+    Place("stack", 3, 1, 1, 2),
+    Place("biased", 1, 3, 1, 2),
     Place("gpt", 1, 1, 1, 0),
     Place("gpt", 1, 4, 1, 0),
     Place("gpt", 1, 2, 2, 1),

@@ -85,12 +85,14 @@ class Case(NamedTuple):
 
 CASES = [
     *(Case(stage, 2) for stage in range(4)),
-    Case(0, 4, None, "bf16"),
+    matrix(Case(0, 4, None, "bf16")),
     *(matrix(Case(stage, 4, None, "bf16")) for stage in (1, 2)),
     Case(3, 4, None, "bf16"),
     matrix(Case(1, 4, 2, "bf16", "bf16")),
-    *(Case(stage, 4, 2, "bf16", "bf16") for stage in (2, 3)),
-    *(Case(stage, 2, None, "bf16", "fp32", 1) for stage in range(4)),
+    matrix(Case(2, 4, 2, "bf16", "bf16")),
+    Case(3, 4, 2, "bf16", "bf16"),
+    *(matrix(Case(stage, 2, None, "bf16", "fp32", 1)) for stage in (0, 1)),
+    *(Case(stage, 2, None, "bf16", "fp32", 1) for stage in (2, 3)),
     Case(3, 1),
     Case(2, 1, None, "bf16"),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 
 from ckpt import CheckpointError
 from uni3d.importers import trial
@@ -47,7 +48,7 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "ELEMENTS", 1000)
 
 
-@pytest.mark.parametrize("name", TAKES_TOO_MUCH)
+@pytest.mark.parametrize("name", [name if name == "nested lists" else slow(name) for name in TAKES_TOO_MUCH])
 def test_it_is_refused(name: str) -> None:
     code, words = TAKES_TOO_MUCH[name]
     with pytest.raises(CheckpointError, match=words) as caught:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from marks import slow
+from marks import matrix, slow
 from models import WIDTH, Net, seeded
 from page_diffs import script
 from ranks import RankError, Ranks
@@ -149,10 +149,10 @@ def plain() -> Found:
 
 
 RESIZES = [
-    (2, False, 3, False, 3),
+    slow(2, False, 3, False, 3),
     slow(3, False, 2, True, 7),
-    slow(2, True, 3, True, 7),
-    slow(3, True, 1, False, 5),
+    matrix(2, True, 3, True, 7),
+    matrix(3, True, 1, False, 5),
 ]
 """Ranks and whether they shard, before a break and after it, and the steps before it."""
 

@@ -125,7 +125,7 @@ def accelerate_case(folder: str, form: str) -> tuple[Arrays, list[float], list[f
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("form", ["SHARDED_STATE_DICT", slow("FULL_STATE_DICT")])
+@pytest.mark.parametrize("form", [slow("SHARDED_STATE_DICT"), slow("FULL_STATE_DICT")])
 def test_accelerates_folder(ranks: Ranks, tmp_path: Path, form: str) -> None:
     folder = tmp_path / "state"
     arrays, losses, again = ranks.run(2, accelerate_case, str(folder), form)[0]

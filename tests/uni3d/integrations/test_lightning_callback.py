@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from marks import matrix
 from page_diffs import script
 from ranks import Ranks
 from torch import Tensor
@@ -33,11 +34,11 @@ MID = {"keeper": {"every_n_steps": 5}, "stop": 7}
 """Ends after step 7, in an epoch, and leaves a checkpoint of step 5."""
 PAIRS = [
     (2, "ddp", 3, "fsdp"),
-    (3, "fsdp", 2, "ddp"),
+    matrix(3, "fsdp", 2, "ddp"),
     (4, "fsdp x tp", 2, "ddp"),
-    (2, "ddp", 4, "fsdp x tp"),
+    matrix(2, "ddp", 4, "fsdp x tp"),
     (2, "fsdp", 1, "plain"),
-    (1, "plain", 2, "ddp"),
+    matrix(1, "plain", 2, "ddp"),
 ]
 
 

@@ -40,6 +40,7 @@ def page_case(folder: str, changed: bool, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_the_pages_script(ranks: Ranks, tmp_path: Path) -> None:
     expected = ranks.run(1, page_case, str(tmp_path), False, STEPS)[0]
     assert not list(tmp_path.iterdir())

@@ -122,8 +122,8 @@ def uninterrupted(folder: Path, **options: Any) -> tuple[dict[str, list[float]],
 
 
 RESIZES = [
-    (2, False, 3, False, 2),
-    slow(2, False, 3, False, 3),  # at the end of an epoch
+    slow(2, False, 3, False, 2),
+    matrix(2, False, 3, False, 3),  # at the end of an epoch
     slow(3, False, 2, True, 1),
     matrix(2, True, 3, True, 4),
     matrix(3, True, 1, False, 2),

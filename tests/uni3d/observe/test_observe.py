@@ -46,6 +46,7 @@ def csv_case(folder: str, run: str, steps: int) -> tuple[list[float], list[float
     return losses, norms
 
 
+@pytest.mark.slow
 def test_csv_files_of_a_run_that_is_resumed(ranks: Ranks, tmp_path: Path) -> None:
     folder, run = str(tmp_path / "curves"), str(tmp_path / "run")
     (losses, norms), _ = ranks.run(2, csv_case, folder, run, 3)
