@@ -7,6 +7,7 @@ under the name that an older one has.
 import copy
 import logging
 import os
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -123,16 +124,25 @@ class TorchSave(Peer):
 
 
 class TorchSaveRenamed(TorchSave):
-    """`torch.save` into a file that is then renamed, as many trainers do."""
+    """`torch.save` by a careful user: into another file, synced and renamed, and its folder synced."""
 
-    name = "torch.save, renamed into place"
+    name = "torch.save, synced and renamed"
 
     def save(self, run: Path, tag: str, trainer: Any) -> None:
         super().save(run, f"{tag}.partial", trainer)
+        sync(run / f"{tag}.partial.pt")
         os.replace(run / f"{tag}.partial.pt", run / f"{tag}.pt")
+        sync(run)
 
     def counts(self, path: Path) -> bool:
         return path.suffix == ".pt" and ".partial" not in path.name
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 class Distributed(Peer):
@@ -208,7 +218,7 @@ class ZarrChecksums(Zarr):
 class DeepSpeed(Peer):
     """DeepSpeed's `save_checkpoint` under ZeRO stage 1 on one rank; a reader takes what `latest` names."""
 
-    name, package, slow = "DeepSpeed", "deepspeed", 8
+    name, package, slow = "DeepSpeed", "deepspeed", 2
 
     def trainer(self, steps: int) -> Any:
         """Make an engine; the process group can't be had from before a fork."""
@@ -223,8 +233,10 @@ class DeepSpeed(Peer):
         return Engine(deepspeed, steps)
 
     def warm(self, run: Path) -> None:
-        """Import alone: an engine's threads don't live on in a forked process."""
-
+        """Import alone, as an engine's threads don't live on in a forked process."""
+        for name in ("engine", "zero.stage_1_and_2", "zero.muon.muon_optimizer"):
+            import_module(f"deepspeed.runtime.{name}")
+        assert import_module("deepspeed.ops").__compatible_ops__  # looked for once, and kept
         Trainer(1)
 
     def save(self, run: Path, tag: str, trainer: Any) -> None:
