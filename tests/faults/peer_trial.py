@@ -60,7 +60,12 @@ def child(work: Callable[[], Any]) -> Any:
     with open(receiving, "rb") as file:
         answer = file.read()
     end = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return pickle.loads(answer) if answer else ChildProcessError(f"it ended with {end}")
+    assert end != -signal.SIGALRM, "a child took too long, of which nothing follows"
+    return pickle.loads(answer) if answer else EndedError(end)
+
+
+class EndedError(Exception):
+    """A child ended without an answer, by an exit code or minus a signal."""
 
 
 def done(answer: Any) -> Any:
@@ -87,7 +92,7 @@ class Subject:
     """A peer's run, saved one way, to which faults happen."""
 
     def __init__(self, peer: Peer, way: str, folder: Path) -> None:
-        self.peer, self.way = peer, way
+        self.peer, self.way, self.crashes = peer, way, 0
         self.tags = {OLD: "step-1" if way == "next" else "only", NEW: "step-2" if way == "next" else "only"}
         self.before, self.run = folder / "before", folder / "run"
         self.arrays: dict[int, Arrays] = {
@@ -119,6 +124,7 @@ class Subject:
             return trainer.arrays()  # type: ignore[no-any-return]
 
         found = child(load)
+        self.crashes += isinstance(found, EndedError)
         if isinstance(found, BaseException):
             return "error"
         names = [name for name, step in (("old", OLD), ("new", NEW)) if equal(found, self.arrays[step])]
@@ -167,8 +173,10 @@ def kills(subject: Subject, calls: list[Call], most: int, rng: Random) -> Counte
     for k, part in rng.sample(points, min(most, len(points))):
         run = subject.fresh()
         end = child(lambda k=k, part=part, run=run: subject.save(run, NEW, kill_at=k, part=part))
-        if not isinstance(end, ChildProcessError):
+        if not isinstance(end, EndedError):
+            done(end)
             continue  # threads made fewer calls this time
+        assert end.args == (-signal.SIGKILL,)
         figures["points"] += 1
         figures.update(subject.left(returned=False))
     return figures
@@ -211,6 +219,7 @@ def damages(subject: Subject, most: int, rng: Random) -> Counter[str]:
     twins = {path: path.replace(tags[NEW], tags[OLD], 1) for path in own}
     older = {path: twin for path, twin in twins.items() if twin in files} if len(own) > 1 else {}
     figures: Counter[str] = Counter(tried=0)
+    subject.crashes = 0
     for _ in range(most):
         what, after = damaged(files, own, older, rng)
         if after == files:
@@ -220,7 +229,7 @@ def damages(subject: Subject, most: int, rng: Random) -> Counter[str]:
         figures.update(("tried", found, f"{what.split()[0]}: {found}"))
         put(run, files, after)
     assert subject.held(NEW) == "new"
-    return figures
+    return figures + Counter(crashes=subject.crashes)
 
 
 def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
