@@ -65,11 +65,17 @@ class Peer:
 
     name = ""
     package = "torch"
+    """Package of which the version counts."""
     slow = 1
     """Faults of the others for one of this one."""
 
     def title(self) -> str:
-        return f"{self.name} ({self.package} {version(self.package).partition('+')[0]})"
+        number = version(self.package).partition("+")[0]
+        return (
+            f"{self.name} {number}"
+            if self.name.lower() == self.package
+            else f"{self.name} ({self.package} {number})"
+        )
 
     def trainer(self, steps: int) -> Any:
         """Make what is saved, after so many steps, or what is loaded into, after none."""

@@ -32,7 +32,7 @@ from peer_kinds import PEERS, WAYS, Arrays, Peer  # noqa: E402
 from power import Disk  # noqa: E402
 from preload import Call, preloaded, read_log, watch  # noqa: E402
 
-SECONDS, MEMORY = 30, 32 << 30
+SECONDS, MEMORY = 120, 32 << 30
 """Longest life of a child process, and most of its address space, rather than a hang or a full machine."""
 PARTS = (0.0, 0.5)
 """Parts of a write that are done before the process dies in it."""
