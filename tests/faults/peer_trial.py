@@ -50,7 +50,7 @@ def child(work: Callable[[], Any]) -> Any:
             os.dup2(silence, 1), os.dup2(silence, 2)
             try:
                 answer = work()
-            except Exception as error:
+            except BaseException as error:  # DCP's is no Exception
                 answer = RuntimeError(f"{type(error).__name__}: {error}")
             with open(sending, "wb") as file:
                 pickle.dump(answer, file)

@@ -75,9 +75,11 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=WAYS, help="beside an older one, or over it"
     )
-    parser.add_argument("--points", type=int, default=80, help="most kills of each peer and way")
-    parser.add_argument("--cuts", type=int, default=80, help="most power cuts of each peer and way")
-    parser.add_argument("--damages", type=int, default=200, help="damages of each peer")
+    parser.add_argument(
+        "--points", type=int, default=40, help="most kills of each peer and way; DeepSpeed has half"
+    )
+    parser.add_argument("--cuts", type=int, default=40, help="most power cuts of each peer and way")
+    parser.add_argument("--damages", type=int, default=120, help="damages of each peer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     parser.add_argument("--folder", help="where to save; by default /dev/shm if it is there")
