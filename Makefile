@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick matrix faults soak lint clean
+.PHONY: demo test quick matrix faults faults-peers soak lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -28,6 +28,10 @@ faults: .venv/dev.stamp
 	FAULTS_OUT=$(FIGURES)/kills.json $(TRY) tests/faults/test_kills.py & other=$$!; \
 	FAULTS_OUT=$(FIGURES)/others.json $(TRY) tests/faults --ignore=tests/faults/test_kills.py; failed=$$?; \
 	wait $$other || failed=1; $(BIN)/python tests/faults/figures.py $(FIGURES)/*.json; exit $$failed
+
+# The same faults for other libraries; `make faults-peers DEEPSPEED=PYTHON` names an interpreter that has DeepSpeed.
+faults-peers: .venv/dev.stamp
+	$(BIN)/python tests/faults/peers.py $(if $(DEEPSPEED),--deepspeed-python $(DEEPSPEED))
 
 # Ten minutes of saves, in which nothing may grow.
 soak: .venv/dev.stamp

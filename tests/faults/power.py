@@ -17,6 +17,8 @@ from unittest import mock
 
 from ckpt.stores import files
 
+TRUNCATED = -1
+"""Offset that stands for the cut of a whole file, which is kept or not as a write is."""
 Operation = tuple[Any, ...]
 """Name of a call and its arguments, paths as tuples of names below the traced folder."""
 
@@ -99,7 +101,9 @@ class File:
         data = bytearray(self.durable)
         for offset, written in self.writes:
             kept = part(offset, written)
-            if kept is not None:
+            if kept is not None and offset == TRUNCATED:
+                data.clear()
+            elif kept is not None:
                 data.extend(bytes(max(0, offset + len(kept) - len(data))))
                 data[offset : offset + len(kept)] = kept
         return bytes(data)
@@ -177,8 +181,8 @@ class Disk:
         node = None if name in ("create", "mkdir") else self.at(paths[0])
         if name == "fsync":
             node.sync()
-        elif name == "write":
-            node.writes.append((paths[1], paths[2]))
+        elif name in ("write", "truncate"):
+            node.writes.append((paths[1], paths[2]) if name == "write" else (TRUNCATED, b""))
         else:
             (a, first), *others = [(self.at(path[:-1]), path[-1]) for path in paths]
             if name in ("create", "mkdir"):
