@@ -85,6 +85,12 @@ class Schedule:
     def saves(self) -> bool:
         return self.work in ("save", "background")
 
+    @property
+    def takes_the_store(self) -> bool:
+        """True if the store, in which the ranks leave their reasons, ends with the sick rank."""
+        ends = self.how == "killed" or (self.how == "raises" and not self.lives_on)
+        return ends and self.store == "rank 0" and self.rank == 0
+
 
 def schedule_of(seed: int) -> Schedule:
     rng = Random(seed)
