@@ -42,6 +42,7 @@ The parallel model:
     failures          errors of other ranks
     host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
     liveness           signs of life, by which a slow rank is told apart from one that is gone
+    store_calls        calls of the rendezvous store that don't wait for ever
 
 This package knows nothing of files, configs or engines. Importing it loads no torch: each public name is
 imported from its module when it is first asked for.

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from parallel.store_calls import SilentStoreError, StoreCalls
+
 PATIENCE_S = 5.0
-"""Seconds for which a rank looks for the reason of a lost connection."""
+"""Seconds for which a rank looks for the reason of a lost connection, and waits for the store's answer."""
 
 
 class RankFailedError(RuntimeError):
@@ -28,7 +30,8 @@ class Failures:
         self._rank = dist.get_rank()
         store = dist.distributed_c10d._get_default_store()
         nth = store.add(f"uni3d/failures/{self._rank}", 1)  # ranks create them in the same order
-        self._store = dist.PrefixStore(f"uni3d/failures/{nth}", store)  # type: ignore[attr-defined]
+        own = dist.PrefixStore(f"uni3d/failures/{nth}", store)  # type: ignore[attr-defined]
+        self._store = StoreCalls(own, PATIENCE_S)
         self._count = 0  # number of works begun, the same on all ranks
 
     @contextmanager
@@ -46,7 +49,7 @@ class Failures:
             yield
         except alike:
             raise
-        except Exception as error:
+        except BaseException as error:  # an interrupt too, as the others wait for this rank
             if _is_lost_connection(error):
                 raise RankFailedError(self._reason(work)) from error
             cause = _cause(error)
@@ -72,6 +75,8 @@ class Failures:
                 if self._store.check([str(self._count)]):
                     return f"{work} failed on {self._store.get(str(self._count)).decode()}"
                 time.sleep(0.05)
+        except SilentStoreError as error:
+            return f"{work} failed: the connection to another rank was lost; {error}"
         except RuntimeError:  # its host is gone
             pass
         return f"{work} failed: the connection to another rank was lost; see its last output"

@@ -23,7 +23,6 @@ import torch
 import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
 
-from parallel import liveness
 from parallel.liveness import Liveness, named
 from parallel.routes import Routes
 
@@ -32,6 +31,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for ranks that are alive, which includes the slowest rank's write of a checkpoint."""
+
+UNUSED_TAG = 1
+"""Tag of a message that never comes; all others have 0."""
 
 SLOT_BYTES = 1 << 10
 """Size of a message that is sent along with its length."""
@@ -90,6 +92,10 @@ class HostComm:
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
         self._lost = ""
+        self._works, self._open = (
+            0,
+            list[int](),
+        )  # the same on all ranks: works begun; those that haven't ended
         self._met: Any = None
         self._waits_for: int | None = None
         if size > 1:
@@ -112,13 +118,24 @@ class HostComm:
             self._life.patience = seconds
 
     @contextmanager
-    def at(self, work: str) -> Iterator[None]:
-        """Name the work that the calls in the block belong to, for messages."""
-        before, self.doing = self.doing, work
+    def at(self, work: str, *, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Name the work that the calls in the block belong to, for messages.
+
+        If a rank leaves the block by an error, the calls of the others that wait for it raise LostRankError.
+        Errors of the types `alike` are those that all ranks raise, so they aren't told.
+        """
+        self._works += 1
+        number, before, self.doing = self._works, self.doing, work
+        self._open.append(number)
         try:
             yield
+        except BaseException as error:
+            if self.size > 1 and not isinstance(error, (LostRankError, *alike)):
+                self._life.tell(self._failure(error), number)
+            raise
         finally:
             self.doing = before
+            self._open.remove(number)
 
     def leave(self) -> None:
         """Close the connections, and remove what this rank wrote into the store of `meeting`. Local."""
@@ -195,32 +212,34 @@ class HostComm:
         call = _Call(work)
         self._calls.put(call)
         try:
-            while not call.ended.wait(liveness.INTERVAL):
-                if reason := self._life.reason() or self._given_up():
-                    raise LostRankError(reason)
+            while not call.ended.wait(self._life.interval):
+                if reason := self._life.reason(self._open) or self._given_up():
+                    raise LostRankError(self._life.tell(reason))
             return call.result()  # type: ignore[no-any-return]
         except BaseException as error:
             if not isinstance(error, LostRankError):
-                self._life.tell(f"{self._work}rank {self.rank} failed: {type(error).__name__}: {error}"[:500])
+                self._life.tell(self._failure(error))
             self._lost = str(error) or type(error).__name__
             # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
             # process; the others look for the reason meanwhile.
             group, self._group = [self._group], None
-            Thread(target=_let_go, args=(group, call.ended, error), daemon=True).start()
+            Thread(target=_let_go, args=(group, call.ended, error, self._waits_for), daemon=True).start()
             raise
 
     def _given_up(self) -> str | None:
         """Return why this rank waits no longer, once the one that it waits for counts as gone."""
         peer = self._waits_for
-        if peer is None or self._life.silence(peer) < self.patience:
-            return None
-        gone = self._life.silent()
-        if peer not in gone:
+        gone = [] if peer is None else self._life.gone(peer)
+        if not gone:
             return None
         return self._life.tell(
-            f"{self._work}{named(gone)} gave no sign of life for {self.patience:.0f} s: stopped, or "
+            f"{self._work}{named(gone)} gave no sign of life for {self.patience:g} s: stopped, or "
             "the machine is gone"
         )
+
+    def _failure(self, error: BaseException) -> str:
+        """Return what this rank tells the others of its error."""
+        return f"{self._work}rank {self.rank} failed: {type(error).__name__}: {error}"[:500]
 
     @property
     def _work(self) -> str:
@@ -308,8 +327,18 @@ def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
         del call  # the connections end when their owner lets them go
 
 
-def _let_go(group: list[Any], ended: Event, error: BaseException) -> None:
-    """Close connections, which locals of the calls that failed keep open while somebody keeps the error."""
+def _let_go(group: list[Any], ended: Event, error: BaseException, peer: int | None) -> None:
+    """Close connections, which locals of the calls that failed keep open while somebody keeps the error.
+
+    `peer` is the rank that a call of another thread still waits for, if there is one.
+    """
+    if peer is not None and not ended.is_set():
+        # A call that takes too long ends all others of its group. Else that thread might wake up while the
+        # interpreter exits, which aborts the process.
+        with suppress(RuntimeError):
+            group[0].recv([torch.empty(1, dtype=torch.uint8)], peer, UNUSED_TAG).wait(
+                timedelta(milliseconds=1)
+            )
     ended.wait()  # gloo aborts the process if they are closed under a call that waits
     group.clear()
     for kept in (error, error.__cause__, error.__context__):

@@ -2,7 +2,7 @@
 
 Each rank changes a number in the rendezvous store every few seconds. A rank that waits for another looks at
 that one's number: if it stands still, the other is stopped, or its machine is gone. The first that finds out
-writes down why, and all others end with the same words.
+writes down why, and all others end with the same words. If the store itself gives no answer, each says so.
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
+from parallel.store_calls import SilentStoreError, StoreCalls
+
 INTERVAL = 5.0
-"""Seconds between two signs of life."""
+"""Longest time between two signs of life, in seconds."""
+
+SHORTEST = 0.02
+"""Shortest such time. It is a twentieth of a patience between."""
 
 PATIENCE = 600.0
 """Seconds without a sign of life after which a rank counts as gone, unless it is set."""
@@ -28,49 +34,77 @@ class Liveness:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         """Begin to give signs. `store` is these ranks' own part of the rendezvous store."""
-        self.patience = PATIENCE
-        self._store, self._rank, self._size = store, rank, size
+        self._store, self._rank, self._size = StoreCalls(store, PATIENCE), rank, size
         self._seen: dict[int, tuple[bytes, float]] = {}
-        ended = threading.Event()
-        self._giving = threading.Thread(target=_give_signs, args=(store, rank, ended), daemon=True)
+        self._pace = _Pace(_interval(PATIENCE))
+        self._giving = threading.Thread(target=_give_signs, args=(store, rank, self._pace), daemon=True)
         self._giving.start()
         # At exit it must have ended: a thread in the store's code can't outlive the interpreter.
-        self._end = weakref.finalize(self, _ended, ended, self._giving)
+        self._end = weakref.finalize(self, _ended, self._pace, self._giving, self._store)
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a sign of life after which a rank counts as gone."""
+        return self._store.seconds
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._store.seconds = seconds
+        self._pace.interval = _interval(seconds)
+        self._pace.changed.set()
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two signs of this rank, and between two looks at another's."""
+        return self._pace.interval
 
     def end(self) -> None:
         """Give no more signs, and take back the last. Local."""
         self._end()
-        self._giving.join()
         with suppress(RuntimeError):
             self._store.delete_key(_sign(self._rank))
 
-    def reason(self) -> str | None:
-        """Return why these ranks can't go on, if one of them has said so. Local."""
+    def reason(self, works: Collection[int] = ()) -> str | None:
+        """Return why these ranks can't go on, or can't end one of these works, if one has said so. Local."""
         try:
-            return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+            for key in ("lost", *map(_left, works)):
+                if self._store.check([key]):
+                    return self._store.get(key).decode()
+        except SilentStoreError as error:
+            return str(error)
         except RuntimeError:  # the store's process has ended
-            return None
+            pass
+        return None
 
-    def tell(self, reason: str) -> str:
-        """Say why these ranks can't go on; return the words of the first that did. Local."""
+    def tell(self, reason: str, work: int | None = None) -> str:
+        """Say why these ranks can't go on, or can't end one work; return the words of the first that did.
+
+        Local.
+        """
         try:
-            return self._store.compare_set("lost", "", reason).decode()  # type: ignore[no-any-return]
+            return self._store.compare_set("lost" if work is None else _left(work), "", reason).decode()
         except RuntimeError:
             return reason
 
-    def silence(self, peer: int) -> float:
-        """Return for how many seconds a rank has given no sign while this one looked. Local."""
+    def gone(self, peer: int) -> list[int]:
+        """Return the ranks that give no sign if `peer` has given none for `patience`. Local.
+
+        Takes two intervals if it seems so.
+        """
         now, sign = time.monotonic(), self._read(peer)
         before, since = self._seen.get(peer, (b"", now))
         if sign is None or sign != before:
             since = now
         self._seen[peer] = sign or b"", since
-        return now - since
+        if now - since < self.patience - 2 * _interval_in(sign):
+            return []
+        gone = self._silent()
+        return gone if peer in gone else []
 
-    def silent(self) -> list[int]:
-        """Return the ranks that give no sign now. Takes two intervals. Local."""
+    def _silent(self) -> list[int]:
+        """Return the ranks that give no sign within two of their intervals."""
         first = [self._read(rank) for rank in range(self._size)]
-        time.sleep(2 * INTERVAL)
+        time.sleep(2 * max(map(_interval_in, first)))
         return [
             rank
             for rank, sign in enumerate(first)
@@ -92,21 +126,45 @@ def named(ranks: list[int]) -> str:
     return f"rank {some}" if len(ranks) == 1 else f"ranks {some}{more}"
 
 
+class _Pace:
+    """Pace at which a rank's thread gives signs."""
+
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
+        self.changed = threading.Event()
+        self.ended = False
+
+
+def _interval(patience: float) -> float:
+    """Return the seconds between two signs, so that a rank that is gone is known soon after `patience`."""
+    return min(INTERVAL, max(SHORTEST, patience / 20))
+
+
 def _sign(rank: int) -> str:
     return f"alive/{rank}"
 
 
-def _give_signs(store: Any, rank: int, ended: threading.Event) -> None:
+def _left(work: int) -> str:
+    return f"left/{work}"
+
+
+def _interval_in(sign: bytes | None) -> float:
+    """Return the seconds after which a rank that gave this sign gives the next."""
+    return float(sign.partition(b" ")[2]) if sign else 0.0
+
+
+def _give_signs(store: Any, rank: int, pace: _Pace) -> None:
     count = 0
     with suppress(RuntimeError):  # the store's process has ended
-        while True:
-            store.set(_sign(rank), str(count))
+        while not pace.ended:
+            store.set(_sign(rank), f"{count} {pace.interval}")
             count += 1
-            if ended.wait(INTERVAL):
-                return
+            pace.changed.wait(pace.interval)
+            pace.changed.clear()
 
 
-def _ended(ended: threading.Event, giving: threading.Thread) -> None:
-    ended.set()
-    if giving is not threading.current_thread():  # where garbage is collected
+def _ended(pace: _Pace, giving: threading.Thread, store: StoreCalls) -> None:
+    pace.ended = True
+    pace.changed.set()
+    if giving is not threading.current_thread() and not store.silent:  # the first: where garbage is collected
         giving.join(timeout=5)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.degrees import Degrees, check_shard_group, resolve_degrees, shard_count
@@ -84,7 +87,8 @@ class Topology:
         shape = (d.pp, d.dp // shard, shard, d.tp)
         self.degrees = d
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+        with _timeout_of_the_default_group(device_type):
+            self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         index = torch.cuda.current_device() if device_type == "cuda" else 0
         self.device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, index)
         self.rank = dist.get_rank()
@@ -128,5 +132,22 @@ class Topology:
         if len(long) <= 1:
             return self.mesh.get_group(long[0] if long else axes[0])
         if (key := tuple(long)) not in self._groups:
-            self._groups[key] = self.mesh[key]._flatten().get_group()
+            with _timeout_of_the_default_group(self.device.type):
+                self._groups[key] = self.mesh[key]._flatten().get_group()
         return self._groups[key]
+
+
+@contextmanager
+def _timeout_of_the_default_group(device_type: str) -> Iterator[None]:
+    """Let groups that are made in the block have the default group's timeout instead of torch's own.
+
+    It counts from the group's making, as gloo's messages from rank to rank know no other.
+    """
+    options = distributed_c10d._get_default_group()._get_backend(torch.device(device_type)).options
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    vars(distributed_c10d).update(dict.fromkeys(names, options._timeout))
+    try:
+        yield
+    finally:
+        vars(distributed_c10d).update(before)

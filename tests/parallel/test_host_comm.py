@@ -18,6 +18,7 @@ from ranks import RankError, Ranks
 from parallel import HostComm, host_comm, liveness
 from parallel.host_comm import LostRankError
 from parallel.routes import Routes
+from parallel.store_calls import SilentStoreError, StoreCalls
 
 LENGTHS = [10, 3_000, 200_000, 20, 5_000]
 """Lengths of one rank's value each: beside its length, alone, and much longer than the others'."""
@@ -287,3 +288,73 @@ def slow_case() -> int:
 @pytest.mark.slow
 def test_a_rank_that_is_slow_is_waited_for(ranks: Ranks) -> None:
     assert ranks.run(3, slow_case) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("leaving", [0, slow(2)])
+def test_a_rank_that_leaves_a_work_is_told_of(leaving: int) -> None:
+    """It raises outside of any exchange and lives on, so that no connection ends."""
+    first = "the save of t1: rank {} failed: ValueError: its own"
+
+    def work(comm: HostComm) -> str:
+        comm.patience = 1  # so that they look often
+        with pytest.raises(KeyError), comm.at("the save of t0", alike=(KeyError,)):
+            raise KeyError("raised by all")
+        assert comm.all_reduce(1, sum) == comm.size
+        try:
+            with comm.at("the save of t1"):
+                if comm.rank == leaving:
+                    raise ValueError("its own")
+                comm.all_reduce(1, sum)
+        except (LostRankError, ValueError) as error:
+            return str(error)
+        return "nothing"
+
+    told, comms = on_threads(3, work)
+    assert len(comms) == 3
+    assert told == ["its own" if rank == leaving else first.format(leaving) for rank in range(3)]
+
+
+class SilentStore:
+    """A store whose process has stopped."""
+
+    def __init__(self) -> None:
+        self.ends = threading.Event()
+        self.calls = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.calls += 1
+        return self.ends.wait(60)
+
+
+def test_a_store_that_gives_no_answer() -> None:
+    store = SilentStore()
+    calls = StoreCalls(store, 0.05)
+    for _ in range(2):
+        with pytest.raises(SilentStoreError, match=r"no answer for 0.05 s: the process"):
+            calls.check(["lost"])
+    assert store.calls == 1, "the second needn't wait"
+    store.ends.set()
+    answers = StoreCalls(dist.HashStore(), 60)
+    answers.set("a", "1")
+    assert answers.check(["a"])
+    assert answers.get("a") == b"1"
+    assert answers.compare_set("b", "", "2") == b"2"
+    with pytest.raises(TypeError, match="incompatible"):  # as the store's own call
+        answers.check("a")  # type: ignore[arg-type]
+    answers.delete_key("a")
+    assert not answers.check(["a"])
+
+
+def test_the_signs_of_a_rank_say_when_the_next_is_due() -> None:
+    """A rank that hasn't been told of a short patience yet gives signs as seldom as before."""
+    store = dist.HashStore()
+    life = liveness.Liveness(store, 0, 2)
+    life.patience = 0.04
+    assert life.interval == liveness.SHORTEST
+    store.set("alive/1", "7 0.2")
+    later = threading.Timer(0.1, store.set, ("alive/1", "8 0.2"))
+    later.start()
+    assert life.gone(1) == []
+    later.join()
+    assert life.gone(1) == [1]
+    life.end()

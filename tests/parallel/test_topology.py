@@ -1,16 +1,20 @@
 """Degrees and the places of ranks on the mesh."""
 
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from marks import slow
 from ranks import Ranks
+from torch.distributed import distributed_c10d
 
 from parallel import Degrees, Topology, resolve_degrees
+from parallel.topology import AXES
 
 DEGREES = st.integers(1, 6)
 
@@ -88,6 +92,22 @@ def test_ranks_are_where_an_arange_puts_them(ranks: Ranks) -> None:
                     "zero_mesh": grid[p, :, :, t].tolist(),
                     "world": (rank, 4),
                 }
+
+
+def timeouts_case() -> set[timedelta]:
+    """Return the timeouts of all groups of two topologies, of which some axes aren't the whole world."""
+    distributed_c10d._set_pg_timeout(
+        timedelta(seconds=71), dist.group.WORLD
+    )  # as if given to init_process_group
+    groups = []
+    for degrees in (Degrees(pp=2, dp=1, tp=2), Degrees(pp=1, dp=2, tp=2)):
+        topology = Topology(degrees, zero_stage=1)
+        groups += [topology.mesh.get_group(axis) for axis in AXES] + [topology.group("pp", "tp")]
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def test_the_timeout_of_the_process_group_holds_on_all_axes(ranks: Ranks) -> None:
+    assert ranks.run(4, timeouts_case) == [{timedelta(seconds=71)}] * 4
 
 
 def mismatch_case() -> str:

@@ -19,7 +19,7 @@ def told_in(
     Raises:
         ckpt.CheckpointError: a rank was lost; names the work and the rank, the same on all that are left.
     """
-    with comm.at(work):
+    with comm.at(work, alike=(ckpt.CheckpointError,)):
         try:
             yield
         except LostRankError as error:

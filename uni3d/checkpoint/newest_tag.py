@@ -8,6 +8,7 @@ from pathlib import Path
 import ckpt
 from ckpt.format import MANIFEST
 from parallel import HostComm
+from uni3d.checkpoint.lost_ranks import told_in
 from uni3d.importers.in_place import foreign_kind
 
 
@@ -36,7 +37,8 @@ def newest(comm: HostComm, run: str | Path) -> str | None:
             )
         return tag
 
-    return ckpt.from_rank_0(comm, find)
+    with told_in(comm, f"the look for the newest checkpoint of {run}"):
+        return ckpt.from_rank_0(comm, find)
 
 
 def _refuse_foreign(run: str | Path) -> None:

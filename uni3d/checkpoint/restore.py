@@ -105,7 +105,14 @@ class Restorer:
             f"the load from {run.url if isinstance(run, ckpt.Checkpoint) else run}",
             ckpt.PartialLoadError,
         ):
-            return self._loaded(run, tag, wanted)
+            try:
+                return self._loaded(run, tag, wanted)
+            except ckpt.PartialLoadError:
+                raise
+            except ckpt.CheckpointError:
+                # All must have been refused: none was interrupted meanwhile, so that more can be collective.
+                self._comm.all_reduce(None, lambda _: None)
+                raise
 
     def _loaded(self, run: str | Path | ckpt.Checkpoint, tag: str | int | None, wanted: Wanted) -> Loaded:
         self._state.model.reshard()  # parameters are looked up as the optimizer has them

@@ -114,9 +114,11 @@ class CheckpointCore(TrainingCore):
             loaded = self._restorer.load(load_dir, tag, wanted)
         except ckpt.PartialLoadError as error:
             self._guard.unusable = f"a load failed half-way ({error})"
-            raise
-        finally:
+            raise  # without a collective, as some rank may be lost
+        except ckpt.CheckpointError:  # on all ranks
             self.model.zero.show_parameters()
+            raise
+        self.model.zero.show_parameters()
         self._saver.forget_plan()
         self._source.moved()
         self.last_load, self.client_state = loaded.report, loaded.client_state

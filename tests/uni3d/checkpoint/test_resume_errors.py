@@ -303,3 +303,25 @@ def test_a_folder_that_is_not_shared(ranks: Ranks, tmp_path: Path) -> None:
     assert "is not the same folder as rank 0's; save to a shared file system (rank 1)" in first
     assert ckpt.committed_tags(tmp_path / "0") == ckpt.committed_tags(tmp_path / "1") == []
     assert ckpt.committed_tags(tmp_path / "shared") == ["global_step0"]
+
+
+def test_a_load_that_fails_half_way_waits_for_nobody(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank may be lost, so parameters aren't gathered any more; after a refusal on all ranks they are."""
+    engine = save(tmp_path)
+    shown = list[bool]()
+    monkeypatch.setattr(engine.model.zero, "show_parameters", lambda: shown.append(True))
+    with pytest.raises(ckpt.CheckpointError, match="t9"):
+        engine.load_checkpoint(tmp_path, "t9")
+    assert shown == [True]
+
+    def fail(*_: Any) -> None:
+        raise ckpt.PartialLoadError("rank 1 has ended")
+
+    monkeypatch.setattr(engine._restorer, "_loaded", fail)
+    with pytest.raises(ckpt.PartialLoadError, match="rank 1 has ended"):
+        engine.load_checkpoint(tmp_path)
+    assert shown == [True]
+    with pytest.raises(RuntimeError, match="can't be used any more"):
+        train(engine, global_batches(1))
