@@ -47,7 +47,7 @@ def begin(store: Store, asked: Wish, *, incremental: bool) -> Begun:
     store.hold(asked.token, f"saving {asked.tag}")
     check_owner(store, asked.tag, asked.run_id)
     base = None
-    if incremental:
+    if incremental and store.links:
         with contextlib.suppress(CheckpointError):  # `latest` is damaged: write everything
             base = read_latest(store)
     names = store.begin(asked.tag, asked.token)

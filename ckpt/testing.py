@@ -64,6 +64,11 @@ class StoreTests:
         assert store.read_into("t0/atoms/c", memoryview(buffer), offset) == expected
         assert buffer[:expected] == b"abcdefg"[offset : offset + length]
 
+    def test_an_empty_object_is_read(self, store: Store) -> None:
+        self.commit(store, "t0")
+        assert (store.read("t0/atoms/c"), store.read("t0/atoms/c", 10)) == (b"", b"")
+        assert store.read_into("t0/atoms/c", memoryview(bytearray(4)), 0) == 0
+
     def test_an_empty_place_has_no_objects(self, store: Store) -> None:
         assert (store.names(), store.exists("o"), store.leftovers(), store.clean()) == ([], False, [], [])
         for call in (store.read, store.size, lambda path: store.read_into(path, memoryview(bytearray(1)), 0)):
@@ -123,11 +128,13 @@ class StoreTests:
             self.commit(store, tag)
         assert store.committed_at("t2") <= store.committed_at("t1")
 
-    def test_an_abandoned_save_leaves_nothing(self, store: Store) -> None:
+    def test_an_abandoned_save_leaves_no_more_than_its_marker(self, store: Store) -> None:
         self.commit(store, "t1", b"old")
         store.begin("t2", "token")
         self.put(store, f"{store.staging('t2', 'token')}/atoms/c", b"new")
         store.abandon("t2", "token")
+        assert {*store.names()} - {*store.leftovers()} == {"latest", "t1"}
+        store.clean()
         assert store.names() == ["latest", "t1"]
         assert store.read("t1/atoms/c") == b"old"
 

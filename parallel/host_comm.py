@@ -92,10 +92,8 @@ class HostComm:
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
         self._lost = ""
-        self._works, self._open = (
-            0,
-            list[int](),
-        )  # the same on all ranks: works begun; those that haven't ended
+        # The same on all ranks: the number of works begun, and those that haven't ended.
+        self._works, self._open = 0, list[int]()
         self._met: Any = None
         self._waits_for: int | None = None
         if size > 1:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -46,6 +47,15 @@ def memory_path() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="ckpt-tests-", dir=shared if usable else None))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[Any]:
+    """An S3 server on loopback, an `ObjectStore`, started when a test first needs it."""
+    from object_store import served
+
+    with served() as store:
+        yield store
 
 
 @pytest.fixture(scope="module")

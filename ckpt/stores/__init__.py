@@ -1,10 +1,12 @@
 """Stores of a run's checkpoints: a local folder, or any URL that fsspec knows.
 
-    local         a folder
-    remote        a URL, through fsspec
-    files         system calls on files and folders: durable writes, renames, links
-    writer_lock   the lock of a run's folder: one process writes at a time
-    mounts        file systems on which several processes can't write one file
+    local           a folder
+    remote          a URL, through fsspec
+    remote_lock     an object as the lock of a run
+    remote_errors   errors of fsspec's file systems, in one form
+    files           system calls on files and folders: durable writes, renames, links
+    writer_lock     the lock of a run's folder: one process writes at a time
+    mounts          file systems on which several processes can't write one file
 
 A store reads and writes objects by their path relative to the run's folder. It also does the three things
 that differ between places: write a checkpoint that nobody sees before its commit, replace `latest` in one
@@ -39,6 +41,8 @@ class Store(Protocol):
     """Approximate number of bytes to read at a time."""
     shares_files: bool
     """True if several processes can write parts of one object at the same time."""
+    links: bool
+    """True if an object can have a second name, so that it is worth comparing with what is to be written."""
 
     def where(self, path: str) -> str:
         """Return the object's full name, for messages."""

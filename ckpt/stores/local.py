@@ -53,6 +53,7 @@ class LocalStore:
     """Store in a local folder; see `ckpt.stores.Store`."""
 
     threads: int | None = None
+    links = True
     window = 1 << 20  # large enough to stream, small enough to be summed in the processor's cache
     beat_seconds = 2.0
     dead_seconds = 10.0

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import inspect
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
@@ -36,19 +37,28 @@ from ckpt.format import (
     is_tag,
     leftover_tag,
 )
-from ckpt.stores.writer_lock import Lock, Owner, say_once, this_process
+from ckpt.stores.remote_errors import naming
+from ckpt.stores.remote_lock import LockObject
+from ckpt.stores.writer_lock import Lock, say_once, this_process
 
 AT_ONCE = 32 << 20
 """Most bytes of an object that is put by a single request."""
 
+NOT_COMMITTED = b"not committed "
+"""Beginning of the marker of a save that has failed; the checksum of the manifest that it gave up follows."""
+
+_REMOVALS = 3
+"""Times to remove objects: a save that was taken for dead may still put some."""
+
 T = TypeVar("T")
 
 
-class RemoteStore:
+class RemoteStore(LockObject):
     """Store at an fsspec URL; see `ckpt.stores.Store`."""
 
     threads: int | None = 16
     shares_files = False
+    links = False
     window = 64 << 20  # each call is a request, so read a whole chunk at once
     beat_seconds = 5.0
     dead_seconds = 30.0
@@ -65,6 +75,7 @@ class RemoteStore:
         self._root = root.rstrip("/")
         self._lock: Lock | None = None
         self._begun: tuple[str, str] | None = None
+        self._tried = b""  # the last manifest that was to be put
         signature = inspect.signature(self._fs.pipe_file)
         self._if_new = {"mode": "create"} if "mode" in signature.parameters else {}  # fsspec from 2024.12 on
 
@@ -74,18 +85,29 @@ class RemoteStore:
     # --- objects ---------------------------------------------------------------------------------------
 
     def read(self, path: str, most: int = MOST_DOCUMENT_BYTES) -> bytes:
-        bounds = {} if most == MOST_DOCUMENT_BYTES else {"start": 0, "end": most + 1}
-        data: bytes = self._call(self._fs.cat_file, path, **bounds)
+        data: bytes
+        whole = most == MOST_DOCUMENT_BYTES
+        data = self._call(self._fs.cat_file, path) if whole else self._range(path, 0, most + 1)
         if len(data) > most:
             raise OSError(errno.EFBIG, f"it has more than the {most} bytes that are expected", path)
         return data
 
     def read_into(self, path: str, buffer: memoryview, offset: int) -> int:
-        data: bytes = self._call(self._fs.cat_file, path, start=offset, end=offset + len(buffer))
+        data = self._range(path, offset, offset + len(buffer))
         if len(data) > len(buffer):  # a server that ignores ranges sends the whole object
             data = data[offset : offset + len(buffer)]
         buffer[: len(data)] = data
         return len(data)
+
+    def _range(self, path: str, begin: int, end: int) -> bytes:
+        """Return the bytes from `begin` to `end` or the object's end; none if it ends before."""
+        try:
+            data: bytes = self._call(self._fs.cat_file, path, start=begin, end=end)
+        except OSError as error:
+            if "range" not in str(error).lower() or self.size(path) > begin:
+                raise
+            return b""  # S3 calls a range that begins at the end an error, an empty object's among them
+        return data
 
     def size(self, path: str) -> int:
         return int(self._call(self._fs.info, path)["size"])
@@ -116,13 +138,20 @@ class RemoteStore:
             if size > AT_ONCE:
                 break
         else:
-            self._call(self._fs.pipe_file, path, b"".join(held))
+            self._put(path, b"".join(held))
             return
 
         def stream(target: str) -> None:
-            with self._fs.open(target, "wb", block_size=AT_ONCE) as file:  # in several requests
+            file = self._fs.open(target, "wb", block_size=AT_ONCE)  # in several requests
+            try:
                 for part in (*held, *rest):
                     file.write(part)
+                file.close()
+            except BaseException:
+                with contextlib.suppress(Exception):  # not closed, which would put what there is
+                    file.discard()
+                    file.closed = True
+                raise
 
         self._call(stream, path)
 
@@ -159,14 +188,15 @@ class RemoteStore:
         try:
             self._check_new(tag)  # and after it, from which on others see that the tag is being saved
         except CheckpointError:
-            self._remove(SAVING + tag)
+            self.remove(SAVING + tag)
             raise
         self._begun = tag, token
         return names
 
     def _check_new(self, tag: str) -> None:
-        if self.exists(tag):
-            what = "is a checkpoint" if self.exists(f"{tag}/{MANIFEST}") else "exists and is not a checkpoint"
+        committed = self.exists(f"{tag}/{MANIFEST}")  # by its name, as listings may not show it yet
+        if committed or self.exists(tag):
+            what = "is a checkpoint" if committed else "exists and is not a checkpoint"
             raise CheckpointError(
                 f"{self.where(tag)} {what}, and nothing can be replaced in one step in this store; "
                 "save under another tag"
@@ -191,7 +221,8 @@ class RemoteStore:
             if name == MANIFEST:  # directly before it: all else can be taken away by a save that begins now
                 self._check_own(tag, token)
                 try:
-                    self._put_surely(f"{tag}/{name}", content, self._if_new)
+                    self._tried = content
+                    self._put_surely(f"{tag}/{name}", content, self.put_new)
                 except FileExistsError:
                     self._check_own(tag, token)
                     raise CheckpointError(f"another save has committed {self.where(tag)} meanwhile") from None
@@ -203,10 +234,10 @@ class RemoteStore:
                 self._check_own(tag, token)
         try:
             if update_latest:
-                self._put_surely(LATEST, f"{tag}\n".encode(), {})
+                self._put_surely(LATEST, f"{tag}\n".encode(), self._put)
             for path in [f"{tag}/{NAMED_LATEST}"] * (NAMED_LATEST in documents) + [SAVING + tag]:
                 with contextlib.suppress(FileNotFoundError):
-                    self._remove(path)
+                    self.remove(path)
         except (OSError, CheckpointError) as error:
             raise CheckpointError(
                 f"{self.where(tag)} is committed, but {LATEST!r} may not name it: {error}"
@@ -220,7 +251,7 @@ class RemoteStore:
                 # One of another tag took this save for dead, and cleaned up while it was still writing.
                 self.write(SAVING + tag, [token.encode()], durable=True)
             if self.begun(tag, token):  # otherwise the objects are another save's
-                self._finish(SAVING + tag)
+                self._finish(SAVING + tag, failed=True)
 
     def delete(self, tag: str) -> None:
         self.write(DELETING + tag, [b""], durable=True)
@@ -232,7 +263,7 @@ class RemoteStore:
             say_once(f"objects of {self.where(tag)}, which is deleted, can't be removed: {error}")
 
     def committed_at(self, tag: str) -> float:
-        return float(self._call(self._fs.modified, f"{tag}/{MANIFEST}").timestamp())
+        return self.modified(f"{tag}/{MANIFEST}")
 
     def leftovers(self) -> list[str]:
         return [name for name in self.names() if _is_leftover(name)]
@@ -255,28 +286,48 @@ class RemoteStore:
 
     def _clean(self, name: str) -> None:
         if leftover_tag(name) is None:
-            self._remove(name)
-        else:
+            self.remove(name)
+        elif self.exists(name):  # a listing may still show it, and its tag may have been saved anew
             self._finish(name)
 
-    def _finish(self, marker: str) -> None:
-        """Remove the objects that a marker stands for, the manifest first, then the marker."""
+    def _finish(self, marker: str, *, failed: bool = False) -> None:
+        """Remove the objects that a marker stands for, the manifest first, then the marker.
+
+        That of a save that has just `failed` stays: the store may do what its client has given up, even put
+        the manifest, which isn't a commit then.
+        """
         tag = leftover_tag(marker)
         assert tag is not None, f"{marker!r} stands for nothing"
+        manifest, given_up = f"{tag}/{MANIFEST}", False
         if marker.startswith(SAVING):
-            # Its save may be alive: it must not commit what is left when a removal fails half-way.
-            self.write(marker, [b"being removed"], durable=True)
-        committed = self.exists(f"{tag}/{MANIFEST}")  # then a save only failed to remove its marker
-        if committed and marker.startswith(DELETING):
-            self._remove(f"{tag}/{MANIFEST}")
-        if self.exists(tag) and not (committed and marker.startswith(SAVING)):
-            self._call(self._fs.rm, tag, recursive=True)
-        self._remove(marker)
+            found = self._marker(tag) or b""
+            given_up = found.startswith(NOT_COMMITTED)
+            if not given_up:  # its save may be alive: it must not commit what is left if a removal fails
+                self.write(marker, [b"being removed"], durable=True)
+        if self.exists(manifest):
+            if marker.startswith(SAVING) and not (given_up and found == _not_committed(self.read(manifest))):
+                self.remove(marker)  # it is a commit, whose save only failed to remove its marker
+                return
+            self.remove(manifest)
+        if failed:
+            self.write(marker, [_not_committed(self._tried)], durable=True)
+        self._remove_below(tag)
+        if not failed:
+            self.remove(marker)
 
-    def _put_surely(self, path: str, content: bytes, options: Mapping[str, str]) -> None:
+    def _remove_below(self, tag: str) -> None:
+        """Remove all objects of a tag; a store may refuse to remove some, and fsspec then says nothing."""
+        for _ in range(_REMOVALS):
+            if not self.exists(tag):
+                return
+            self._call(self._fs.rm, tag, recursive=True)
+        if self.exists(tag):
+            raise OSError(errno.EIO, "some of its objects are still there", self.where(tag))
+
+    def _put_surely(self, path: str, content: bytes, put: Callable[[str, bytes], None]) -> None:
         """Put an object; if that fails, look for it: the answer may be lost, but the work done."""
         try:
-            self._call(self._fs.pipe_file, path, content, **options)
+            put(path, content)
         except OSError as error:
             try:
                 if self.read(path) == content:
@@ -285,8 +336,8 @@ class RemoteStore:
                 raise error from None
             except OSError as unknown:
                 raise CheckpointError(
-                    f"{self.where(path)} may be there: putting it failed ({error}), and so did looking "
-                    f"for it ({unknown}); look at it before you save again"
+                    f"{self.where(path)} may be there: putting it failed ({error.strerror}), and so did "
+                    f"looking for it ({unknown.strerror}); look at it before you save again"
                 ) from error
             raise
 
@@ -294,7 +345,7 @@ class RemoteStore:
         """Remove the manifest of a checkpoint that isn't whole, unless it is another save's by now."""
         with contextlib.suppress(FileNotFoundError):
             if self.read(f"{tag}/{MANIFEST}") == manifest:
-                self._remove(f"{tag}/{MANIFEST}")
+                self.remove(f"{tag}/{MANIFEST}")
 
     def _check_own(self, tag: str, token: str) -> None:
         if not self.begun(tag, token):
@@ -302,65 +353,28 @@ class RemoteStore:
                 f"another save has begun since this one of {self.where(tag)} did, and took it for dead"
             )
 
-    # --- the lock --------------------------------------------------------------------------------------
+    # --- requests --------------------------------------------------------------------------------------
 
-    def lock_create(self, token: str, content: bytes) -> bool:
-        if self.lock_read() is not None:
-            return False
-        with contextlib.suppress(FileExistsError):
-            self._call(self._fs.pipe_file, WRITER, content, **self._if_new)
-        found = Owner.decoded(self.lock_read() or b"")  # two may have found none: the last one has it
-        return found is not None and found.token == token
+    def put_new(self, path: str, content: bytes) -> None:
+        self._call(self._fs.pipe_file, path, content, **self._if_new)
 
-    def lock_read(self) -> bytes | None:
-        try:
-            return self.read(WRITER)
-        except FileNotFoundError:
-            return None
+    def _put(self, path: str, content: bytes) -> None:
+        self._call(self._fs.pipe_file, path, content)
 
-    def lock_stamp(self) -> Hashable:
-        return self.lock_read()
+    def modified(self, path: str) -> float:
+        return float(self._call(self._fs.modified, path).timestamp())
 
-    def lock_age(self, token: str) -> float:
-        probe = f"{WRITER}.{token}"  # has the time of the store, not of this machine
-        try:
-            self.write(probe, [b"?"], durable=True)
-            now, then = (self._call(self._fs.modified, path).timestamp() for path in (probe, WRITER))
-        except OSError:
-            return 0.0
-        finally:
-            with contextlib.suppress(OSError):
-                self._remove(probe)
-        return float(now - then)
-
-    def lock_beat(self, content: bytes) -> None:
-        self.write(WRITER, [content], durable=True)
-
-    def lock_remove(self, content: bytes) -> None:
-        found = self.lock_read()
-        owners = [Owner.decoded(data or b"") for data in (found, content)]
-        if found == content or (owners[0] and owners[1] and owners[0].token == owners[1].token):
-            with contextlib.suppress(FileNotFoundError):
-                self._remove(WRITER)
-
-    def _remove(self, path: str) -> None:
+    def remove(self, path: str) -> None:
         self._call(self._fs.rm_file, path)
 
     def _call(self, method: Callable[..., T], path: str, *args: Any, **kwargs: Any) -> T:
-        """Call the file system, turning any error into an OSError of one line."""
-        try:
+        """Call the file system, turning any error into an OSError of one line that names the object."""
+        with naming(self.where(path)):
             return method(f"{self._root}/{path}" if path else self._root, *args, **kwargs)
-        except OSError as error:
-            if "\n" in str(error):
-                error.args = tuple(_in_a_line(a) if isinstance(a, str) else a for a in error.args)
-                error.strerror = error.strerror and _in_a_line(error.strerror)
-            raise
-        except Exception as error:
-            raise OSError(f"{type(error).__name__}: {_in_a_line(str(error))}") from error
 
 
-def _in_a_line(text: str) -> str:
-    return " ".join(text.split())
+def _not_committed(manifest: bytes) -> bytes:
+    return NOT_COMMITTED + hashlib.sha256(manifest).hexdigest().encode()
 
 
 def _is_leftover(name: str) -> bool:

@@ -88,6 +88,17 @@ class TestSomebodysStore(StoreTests):
         self.put(store, name, b"x")
 
 
+class TestS3Store(StoreTests):
+    @pytest.fixture
+    def store(self, object_store: Any) -> Iterator[Store]:
+        object_store.put_back({})
+        yield open_store(f"{object_store.url}/{uuid.uuid4().hex}")
+        object_store.put_back({})
+
+    def leave(self, store: Store, name: str) -> None:
+        self.put(store, name, b"x")
+
+
 class TestMemoryStore(StoreTests):
     @pytest.fixture
     def store(self, memory_url: str) -> Store:
@@ -139,7 +150,9 @@ class TestMemoryStore(StoreTests):
         monkeypatch.setattr("ckpt.stores.remote.AT_ONCE", 10)
         assert isinstance(store, RemoteStore)
         with mock.patch.object(store._fs, "open") as opened:
-            opened.return_value.__enter__.return_value.write.side_effect = RuntimeError("no route")
-            opened.return_value.__exit__.return_value = False
+            file = opened.return_value
+            file.write.side_effect = RuntimeError("no route")
             with pytest.raises(OSError, match="RuntimeError: no route"):
                 store.write("o", [b"x" * 11], durable=False)
+        assert file.discard.called
+        assert not file.close.called, "that would put what there is"

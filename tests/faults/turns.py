@@ -115,13 +115,13 @@ class PipeComm(Together):
         return list(pickle.loads(pickle.dumps(everyone)))
 
 
-def forked(work: Callable[[], int]) -> int:
+def forked(work: Callable[[], int], seconds: int = SECONDS) -> int:
     """Begin `work` in a child process that exits with what it returns; return its id."""
     if pid := os.fork():
         return pid
     code = 1
     try:
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         code = work()
     finally:
         os._exit(code)
