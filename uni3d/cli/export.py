@@ -86,6 +86,8 @@ def export(
     plain = None if file_format in _FOLDERS else _format(output, file_format, whole=max_shard_size is None)
     states = optimizer or file_format == "deepspeed-universal"
     checkpoint, of = open_any(run, tag, kind, states=states, trains=states), _DTYPES[dtype]
+    if not ckpt.weights(checkpoint):
+        raise ckpt.CheckpointError(f"{checkpoint.url}: the checkpoint has no weights")
     if file_format == "peft":
         files, names = _adapters(checkpoint, output, of)
     elif hf:
