@@ -172,7 +172,7 @@ def late(*_: Any) -> None:
 
 
 FAILED_ONCE = (18,)
-"""Seeds that once found a fault."""
+"""Seeds that showed a fault, tried in each run."""
 
 
 def test_each_reader_copes_or_tells(saved: tuple[Path, dict[str, Tensor]], memory_path: Path) -> None:
