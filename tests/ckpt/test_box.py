@@ -85,6 +85,14 @@ def test_grid_yields_exactly_the_chunks_that_meet_the_box(given_boxes, data):
         assert chunk_box.size == expected[index].sum(), "cut off at the array's end"
 
 
+def test_chunks_come_in_c_order():
+    assert [index for index, _ in grid((5, 4, 7), (2, 2, 3))] == [*np.ndindex(3, 2, 3)]
+    part = Box((1, 2, 3), (4, 1, 4))
+    assert [index for index, _ in grid((5, 4, 7), (2, 2, 3), part)] == [
+        (a, 1, b) for a in range(3) for b in (1, 2)
+    ]
+
+
 @given(lengths(), st.data())
 def test_grid_without_a_box_covers_every_element_once(shape, data):
     chunk = tuple(data.draw(st.integers(1, 7)) for _ in shape)

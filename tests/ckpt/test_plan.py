@@ -158,6 +158,27 @@ def test_a_rank_that_lists_an_array_twice_is_refused():
         make_plan({0: [spec(half[0]), spec(half[1])]})
 
 
+def test_an_array_that_is_told_twice_is_refused():
+    key, other = ArrayKey("w", "fp32"), ArrayKey("v", "fp32")
+    arrays = [ArrayLayout(k, "float32", (8, 4), {0: Box.whole((8, 4))}) for k in (key, other, key)]
+    with pytest.raises(CheckpointError, match=r"^w/fp32 is there twice; give each tensor a name of"):
+        plan_arrays(arrays, [0])
+
+
+def test_arrays_may_share_what_says_who_holds_them():
+    """Thousands of boxes are then compared once, and the plan is the same."""
+    shape, keys = (8, 64), [ArrayKey(f"w.{i}", "fp32") for i in range(5)]
+    boxes = dict(enumerate(cut(shape, (4, 1))))
+    shared = plan_arrays([ArrayLayout(key, "float32", shape, boxes) for key in keys], boxes)
+    apart = plan_arrays([ArrayLayout(key, "float32", shape, {**boxes}) for key in keys], boxes)
+    assert content(shared) == content(apart)
+    assert shared.digest == apart.digest
+    for made in (shared, apart):
+        assert len({id(array.chunk_plan.sources) for array in made.arrays}) == 1, (
+            "kept once, as memory counts"
+        )
+
+
 @pytest.mark.parametrize("cuts", [(4, 1), (1, 4), (2, 2), (3, 1)], ids=str)
 def test_even_cuts_of_large_arrays_are_written_in_place(cuts):
     """`fully_shard` and DTensor cut by ceil(n / k): no byte moves, whether or not k divides n."""

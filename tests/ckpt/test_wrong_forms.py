@@ -13,6 +13,7 @@ from ckpt_helpers import save_arrays
 from ckpt_saved import PART_0, Saved
 
 from ckpt import CheckpointError, absent, export_safetensors, extent, open_checkpoint, verify
+from ckpt.checksums import crc32c
 
 ARRAYS = {("w", "fp32"): np.arange(12, dtype=np.float32).reshape(4, 3), ("count", "value"): np.array(7)}
 ANYTHING: list[Any] = [
@@ -244,6 +245,39 @@ def test_a_value_of_another_type_in_the_manifest(saved: Saved, keys: tuple[str, 
         told = [problem.path for problem in verify(checkpoint)]
         assert bool(told) != sound.get("-".join(keys), False)
         extent(checkpoint)
+
+
+RECORD = {"size": 3, "crc32c": "00000000"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda m: m["files"].update({"a/b": RECORD}), "has a record of 'a/b', which can't be a file's name"),
+        (lambda m: m["files"].update({"..": RECORD}), "has a record of '..', which can't"),
+        (lambda m: m["parts"].update({"": RECORD}), "has a record of '', which can't"),
+        (
+            lambda m: m["files"].update({"manifest.json": RECORD}),
+            "has a record of 'manifest.json', which can't",
+        ),
+        (lambda m: m["files"].update({"a\nb": RECORD}), "has a record of 'a\\nb', which can't"),
+        (lambda m: m["files"].update(m["parts"]), f"has two records of {PART_0!r}"),
+        (lambda m: m["files"].clear(), "has no record of 'zarr.json'"),
+        (lambda m: m["parts"].update({"arrays.1.json": m["parts"][PART_0]}), "lists an array twice"),
+    ],
+    ids=["path", "parent", "empty", "manifest", "newline", "two", "none", "twice"],
+)
+def test_records_that_contradict_each_other(saved: Saved, edit: Callable[..., Any], words: str) -> None:
+    with saved.with_manifest(edit), pytest.raises(CheckpointError, match="use another tag") as caught:
+        open_checkpoint(saved.run)
+    assert str(caught.value).startswith(f"{saved.run}/t1/manifest.json {words}")
+
+
+@pytest.mark.parametrize("rest", [b"", b" no: json\n}\n", b' "a": ' + DEEP[1]], ids=["empty", "text", "deep"])
+def test_a_manifest_that_is_no_json(saved: Saved, rest: bytes) -> None:
+    content = b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
+    with saved.changed(("manifest.json", content)), pytest.raises(CheckpointError, match="is not JSON; use"):
+        open_checkpoint(saved.run)
 
 
 def test_chunks_and_arrays_larger_than_memory(saved: Saved) -> None:
