@@ -13,7 +13,10 @@ from ckpt_helpers import save_arrays
 from ckpt_saved import PART_0, Saved
 
 from ckpt import CheckpointError, absent, export_safetensors, extent, open_checkpoint, verify
+from ckpt.array_files import file_grid
 from ckpt.checksums import crc32c
+from ckpt.parts import ArrayInfo, _grid, decode_part, encode_part
+from ckpt.shards import ArrayKey
 
 ARRAYS = {("w", "fp32"): np.arange(12, dtype=np.float32).reshape(4, 3), ("count", "value"): np.array(7)}
 ANYTHING: list[Any] = [
@@ -289,3 +292,27 @@ def test_chunks_and_arrays_larger_than_memory(saved: Saved) -> None:
             with pytest.raises(CheckpointError, match="w/fp32"):
                 checkpoint.read("w")
             assert path in [problem.path for problem in verify(checkpoint)]
+
+
+def test_the_largest_arrays_whose_places_can_be_counted() -> None:
+    """Each chunk of a byte takes a page, and 16 bytes of the index."""
+    most = (2**63 - 1) // (4096 + 16)
+    _, count = _grid((most,), (1,), (1,), 1)
+    assert count == most
+    for shape, file in (((most + 1,), (1,)), ((1,), (most + 1,))):
+        with pytest.raises(ValueError, match="64-bit places"):
+            _grid(shape, (1,), file, 1)
+    ones = (1,) * 63
+    assert _grid(ones, ones, ones, 1)[1] == 1
+    with pytest.raises(ValueError, match="64 dims"):
+        _grid((*ones, 1), (*ones, 1), (*ones, 1), 1)
+
+
+def test_states_of_an_atom_come_in_any_order() -> None:
+    grid = file_grid((3,), (3,), (3,), 4)
+    infos = [ArrayInfo(ArrayKey("w", s), "float32", grid, np.ones(1, np.uint32)) for s in ("fp32", "exp_avg")]
+    for order in (infos, infos[::-1]):
+        for listed in (["fp32", "exp_avg"], ["exp_avg", "fp32"]):
+            found = decode_part(encode_part(order), "it", {"w": listed})
+            assert found.keys() == {info.key for info in infos}
+            assert all(info.sums.tolist() == [1] and info.nbytes == 12 for info in found.values())
