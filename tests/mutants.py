@@ -48,11 +48,11 @@ TESTS = {
     },
     "commit": {
         "ckpt/begin.py": ["test_begin_commit.py"],
-        "ckpt/commit.py": ["test_begin_commit.py", "test_ranks.py"],
+        "ckpt/commit.py": ["test_begin_commit.py", "test_order.py", "test_ranks.py"],
         "ckpt/order.py": ["test_order.py"],
     },
     "reader": {
-        "ckpt/read.py": ["test_read.py", "test_open.py", "test_wrong_forms.py"],
+        "ckpt/read.py": ["test_read.py", "test_open.py", "test_wrong_forms.py", "test_background.py"],
         "ckpt/parts.py": ["test_read.py", "test_open.py", "test_wrong_forms.py"],
     },
 }
@@ -204,6 +204,8 @@ def main() -> int:
     options.add_argument("--sample", type=int, help="mutants of each group; default: all")
     options.add_argument("--seed", type=int, default=0, help="of the sample")
     given, known, bad, table = options.parse_args(), explained(), False, []
+    everything = {name for modules in TESTS.values() for path in modules for name, _ in mutants(path)}
+    assert known <= everything, f"explained, but there is no such mutant: {known - everything}"
     for group, modules in TESTS.items():
         paths = [path for path in modules if not given.only or {group, path} & {*given.only}]
         names = [name for path in paths for name, _ in mutants(path)]

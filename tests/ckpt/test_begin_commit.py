@@ -14,6 +14,7 @@ from ckpt.begin import Begun, Wish, begin
 from ckpt.commit import Planned, Record, described
 from ckpt.shards import ArrayKey
 from ckpt.stores import Store
+from ckpt.stores.local import LocalStore
 
 ARRAYS = {("w", "fp32"): np.ones(3, np.float32)}
 OTHER = {("w", "fp32"): np.zeros(3, np.float32)}
@@ -74,6 +75,23 @@ def test_a_save_that_is_not_to_be_named_deletes_nothing(tmp_path: Path) -> None:
     assert save_arrays(tmp_path, "t3", ARRAYS, update_latest=False, **keep).pruned == ()
     assert (committed_tags(tmp_path), read_latest(tmp_path)) == (["t1", "t2", "t3"], "t2")
     assert save_arrays(tmp_path, "t4", ARRAYS, **keep).pruned == ("t1", "t2", "t3")
+
+
+def test_only_the_first_that_is_to_be_named_says_so_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit comes before `latest`, and there is no older one to fall back to."""
+    written, commit = [], LocalStore.commit
+
+    def noted(store: LocalStore, tag: str, token: str, documents: Any, **more: Any) -> None:
+        written.append([tag, *documents])
+        commit(store, tag, token, documents, **more)
+
+    monkeypatch.setattr(LocalStore, "commit", noted)
+    for tag, named in (("t0", False), ("t1", True), ("t2", True)):
+        save_arrays(tmp_path, tag, ARRAYS, update_latest=named)
+    last = ["zarr.json", "arrays.0.json", "manifest.json"]
+    assert written == [["t0", *last], ["t1", *last[:2], ".latest", last[2]], ["t2", *last]]
 
 
 def test_what_the_deletion_says_is_told(

@@ -10,6 +10,7 @@ from ckpt_saved import CountingStore
 
 from ckpt import ArrayKey, Box, Checkpoint, CheckpointError, open_checkpoint
 from ckpt.format import SLACK
+from ckpt.read import pieces
 from ckpt.threads import Scratch
 
 W = np.arange(40 * 16, dtype=np.float32).reshape(40, 16)
@@ -68,7 +69,7 @@ def test_what_is_contiguous_goes_to_its_place_and_only_the_rest_takes_memory(run
 @pytest.mark.parametrize("window", [1, 7, 64, PAYLOAD, PAYLOAD + 1])
 def test_windows_of_any_size_read_the_same(run, window):
     checkpoint, _, _ = counting(run, window)
-    for box in (Box((0, 0), (40, 16)), Box((13, 0), (2, 16)), Box((3, 2), (30, 5))):
+    for box in (Box((0, 0), (40, 16)), Box((13, 0), (2, 16)), Box((3, 2), (30, 5)), Box((5, 0), (6, 16))):
         assert same(checkpoint.read("w", box=box), np.ascontiguousarray(W[box.slices]))
 
 
@@ -81,10 +82,21 @@ def test_nothing_is_read_after_the_first_fault(run, size):
     if size is not None:
         path.write_bytes(content[:size])
     checkpoint, store, _ = counting(run, 64)
-    with pytest.raises(CheckpointError, match=r"w/fp32 chunk \[0, 0\]: .*(No such file|cut short at)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"w/fp32 chunk \[0, 0\]: .*(read \(No such file or directory\)|cut short at \d+ bytes); use",
+    ):
         checkpoint.read("w", box=Box((3, 0), (2, 16)))
     calls = [call for call, _ in store.calls]
     assert calls == ["read_into"] * ((size or 0) // 64 + 1) + ["size"] * (size is not None)
+
+
+def test_the_bytes_read_are_told(run):
+    checkpoint, out = open_checkpoint(run), np.empty((12, 4), np.float32)
+    info = checkpoint.info("w", "fp32")
+    box = Box((9, 3), (12, 4))
+    assert [checkpoint.read_piece(piece, out) for piece in pieces(info, box)] == [PAYLOAD] * 3
+    assert same(out, np.ascontiguousarray(W[box.slices]))
 
 
 def test_of_a_document_that_is_too_long_no_more_is_read_than_tells_so(run):
