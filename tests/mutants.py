@@ -215,7 +215,7 @@ def main() -> int:
         for path in paths:
             begin, tests = time.monotonic(), modules[path]
             assert survives(path, (ROOT / path).read_text(), tests, 600), f"{tests} fail without any change"
-            limit = 10 + 5 * (time.monotonic() - begin)
+            limit = 10 + 3 * (time.monotonic() - begin)
             for name, tree in mutants(path):
                 if name in wanted and survives(path, ast.unparse(tree), tests, limit):
                     lived.append(name)

@@ -1,10 +1,11 @@
 """Boxes against brute force on numpy arrays."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.box import Box, grid
+from ckpt.box import Box, around, grid
 
 
 def lengths(least: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
@@ -100,6 +101,20 @@ def test_grid_without_a_box_covers_every_element_once(shape, data):
     for _, box in grid(shape, chunk):
         times[box.slices] += 1
     assert (times == 1).all()
+
+
+@given(shape_and_boxes(3))
+def test_a_box_around_others_is_the_smallest(given_boxes):
+    _, boxes = given_boxes
+    found = around(boxes)
+    low, high = np.array([b.offset for b in boxes]), np.array([b.end for b in boxes])
+    assert (found.offset, found.end) == (tuple(low.min(0)), tuple(high.max(0)))
+    assert around(boxes[:1]) == boxes[0]
+
+
+def test_an_empty_box_has_no_span():
+    with pytest.raises(AssertionError, match="an empty box has no span"):
+        Box((1, 0), (0, 3)).span((4, 4))
 
 
 def test_a_scalar_is_one_element_in_one_chunk():

@@ -1,6 +1,5 @@
 """Finding a checkpoint, and the errors if there is none."""
 
-import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,16 +106,6 @@ def test_ranks_open_one_checkpoint_together(run, monkeypatch):
     errors = run_ranks(3, lambda comm: open_together(comm, run, "numbers-2" if comm.rank == 0 else "first"))
     assert {type(error) for error in errors} == {CheckpointError}
     assert len({str(error) for error in errors}) == 1
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_the_garbage_collector_is_left_as_it_was(run, enabled):
-    try:
-        gc.enable() if enabled else gc.disable()
-        assert same(open_checkpoint(run).read("w"), ARRAYS["w", "fp32"])
-        assert gc.isenabled() == enabled
-    finally:
-        gc.enable()
 
 
 STAGES = {("v", "value"): np.arange(4.0), ("w", "fp32"): np.ones((4, 3))}

@@ -1,9 +1,10 @@
 """Documents with a right checksum and a wrong form: one error that names the file and the key."""
 
 import base64
+import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ckpt_saved import PART_0, Saved
 from ckpt import CheckpointError, absent, export_safetensors, extent, open_checkpoint, verify
 from ckpt.array_files import file_grid
 from ckpt.checksums import crc32c
-from ckpt.parts import ArrayInfo, _grid, decode_part, encode_part
+from ckpt.parts import ArrayInfo, _grid, _shape, consolidated, decode_part, encode_part, uncollected
 from ckpt.shards import ArrayKey
 
 ARRAYS = {("w", "fp32"): np.arange(12, dtype=np.float32).reshape(4, 3), ("count", "value"): np.array(7)}
@@ -316,3 +317,34 @@ def test_states_of_an_atom_come_in_any_order() -> None:
             found = decode_part(encode_part(order), "it", {"w": listed})
             assert found.keys() == {info.key for info in infos}
             assert all(info.sums.tolist() == [1] and info.nbytes == 12 for info in found.values())
+
+
+@pytest.mark.parametrize(
+    "shape", [[-1, 3], [True, 3], [1.0, 3], ["4", 3], [[4], 3], (4, 3), "43", {4: 3}], ids=str
+)
+def test_a_shape_is_a_list_of_lengths(shape: Any) -> None:
+    with pytest.raises(ValueError, match=r"^chunk_shape "):
+        _shape({"chunk_shape": shape, "shape": [4, 3]}, "chunk_shape")
+    assert _shape({"chunk_shape": shape, "shape": [4, 0]}, "shape") == (4, 0)
+
+
+def test_the_root_s_document_lists_nodes_by_name() -> None:
+    grid = file_grid((3,), (3,), (3,), 4)
+    infos = [
+        ArrayInfo(ArrayKey(a, "fp32"), "float32", grid, np.ones(1, np.uint32)) for a in ("b", "a", "a.b")
+    ]
+    nodes = [*consolidated([infos[:1], infos[1:]])["consolidated_metadata"]["metadata"]]
+    folders = {"atoms", *(f"atoms/{a}" for a in ("a", "a.b", "b")), *(info.path for info in infos)}
+    assert nodes == sorted(folders)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_documents_are_parsed(enabled: bool) -> None:
+    try:
+        gc.enable() if enabled else gc.disable()
+        with suppress(KeyError), uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
