@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
 from ckpt.parts import ArrayInfo
-from ckpt.plan import plan_arrays
+from ckpt.plan import Sources, plan_arrays
 from ckpt.read import pieces
 
 
@@ -148,14 +148,27 @@ def test_boxes_that_do_not_tile_are_refused(boxes, why):
 @pytest.mark.parametrize("change", [{"shape": (8, 5)}, {"dtype": "float16"}, {"fine_dim": 1}], ids=str)
 def test_ranks_that_disagree_about_an_array_are_named(change):
     half = Box((0, 0), (4, 4)), Box((4, 0), (4, 4))
-    with pytest.raises(CheckpointError, match=r"w/exp_avg.* on rank 3 .* on rank 5"):
-        make_plan({3: [spec(half[0])], 5: [replace(spec(half[1]), **change)]})
+    layout = {3: [spec(half[0])], 5: [replace(spec(half[1]), **change)]}
+    for told in (layout, dict(reversed(layout.items()))):
+        with pytest.raises(CheckpointError, match=r"w/exp_avg.* on rank 3 .* on rank 5"):
+            make_plan(told)
 
 
 def test_a_rank_that_lists_an_array_twice_is_refused():
     half = Box((0, 0), (4, 4)), Box((4, 0), (4, 4))
     with pytest.raises(CheckpointError, match="rank 0 has w/exp_avg twice"):
         make_plan({0: [spec(half[0]), spec(half[1])]})
+
+
+def test_who_has_all_of_a_chunk_need_be_sent_nothing():
+    halves = Box((0, 0), (4, 4)), Box((4, 0), (4, 4))
+    sources = Sources(((3, halves[0]), (5, halves[1])))
+    inside, across = Box((1, 0), (3, 4)), Box((3, 0), (2, 4))
+    for rank, chunk, whole in [
+        *[(3, inside, True), (3, halves[0], True), (3, across, False), (3, halves[1], False)],
+        *[(5, halves[1], True), (5, inside, False), (5, across, False), (4, inside, False)],
+    ]:
+        assert sources.has_whole(rank, chunk) == whole, (rank, chunk)
 
 
 def test_an_array_that_is_told_twice_is_refused():
@@ -196,6 +209,28 @@ def test_what_is_gathered_is_what_is_smaller_than_half_a_mebibyte():
     for rows, gathered in [(255, True), (256, False)]:
         (array,) = plan_of((4 * rows, 512), cut((4 * rows, 512), (4, 1))).arrays
         assert (array.chunk_plan.sources is not None) == gathered
+
+    for length, gathered in [(131_071, True), (131_072, False)]:
+        (array,) = plan_of((4 * length,), cut((4 * length,), (4,))).arrays
+        assert (array.chunk_plan.sources is not None) == gathered
+
+
+def test_chunks_are_of_four_mebibytes_from_64_of_them_on_and_of_one_at_least():
+    key = ArrayKey("w", "fp32")
+    for rows, expected in [(131_072, 1024), (65_536, 1024), (32_768, 512), (16_384, 256), (8_192, 256)]:
+        shape = (rows, 1024)
+        (array,) = make_plan({0: [ShardSpec(key, "float32", shape, Box.whole(shape))]}).arrays
+        assert array.grid.chunk_shape == (expected, 1024), rows
+
+
+def test_of_parts_that_do_not_fit_the_first_are_shown():
+    boxes = cut((12, 4), (6, 1))[:5]
+    with pytest.raises(CheckpointError, match="exactly once") as caught:
+        plan_of((12, 4), boxes)
+    shown = ", ".join(f"[{2 * i}, 0]+[2, 4]" for i in range(4))
+    assert str(caught.value).endswith(f"of w/fp32 [12, 4] don't cover it exactly once: {shown}, ...")
+    with pytest.raises(CheckpointError, match=r"\+\[2, 4\]$"):
+        plan_of((12, 4), boxes[:4])
 
 
 def test_chunks_are_near_the_size_wanted():
