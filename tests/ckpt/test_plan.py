@@ -285,6 +285,15 @@ def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
     assert [array.grid.chunk_shape for array in made.arrays] == chunks
 
 
+def test_copies_are_written_by_ranks_that_write_little_else():
+    shape = (512, 512)
+    whole = lambda name: ShardSpec(ArrayKey(name, "fp32"), "float32", shape, Box.whole(shape))  # noqa: E731
+    made = make_plan({0: [whole("a"), whole("b")], 1: [whole("b")], 2: [whole("c")]}, chunk_bytes=1 << 20)
+    assert [array.owner for array in made.arrays] == [0, 1, 2]
+    made = make_plan({0: [whole("b")], 1: [whole("a"), whole("b")]}, chunk_bytes=1 << 20)
+    assert [array.owner for array in made.arrays] == [1, 0]
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_copies_share_the_writing(ranks):
     """Many arrays of mixed sizes that all ranks hold: nobody writes much more than a fair share."""
