@@ -223,6 +223,28 @@ def test_chunks_are_of_four_mebibytes_from_64_of_them_on_and_of_one_at_least():
         assert array.grid.chunk_shape == (expected, 1024), rows
 
 
+def test_chunks_reach_over_the_bounds_of_parts_of_eight_chunks_without_a_divisor():
+    """1,009 rows of 4 KiB, a prime: smaller parts are one large chunk, each where it is."""
+    part = 1009 * 4096
+    for size, straddles in [(part // 7, False), (part // 8 + 1, False), (part // 8, True)]:
+        (array,) = plan_of((2018, 1024), cut((2018, 1024), (2, 1)), chunk_bytes=size).arrays
+        assert (array.chunk_plan.sources is not None) == straddles, size
+        assert (array.grid.chunk_shape == (1009, 1024)) != straddles
+    (array,) = plan_of((4, 2 * 1_048_583), cut((4, 2 * 1_048_583), (1, 2)), chunk_bytes=1 << 20).arrays
+    assert array.chunk_plan.sources is not None, "along the second dim, where the first is cut into ones"
+    assert array.grid.chunk_shape[0] == 1
+    assert array.grid.chunk_shape[1] * 4 <= 2 << 20
+
+
+def test_chunks_of_what_is_gathered_are_a_few_of_the_largest_parts():
+    boxes = [Box((0, 0), (1, 256)), Box((1, 0), (1000, 256))]
+    (array,) = plan_of((1001, 256), boxes, gather_below=2048).arrays
+    assert array.chunk_plan.sources is not None
+    assert array.grid.chunk_shape == (1001, 256)
+    (array,) = plan_of((1001, 256), cut((1001, 256), (1001, 1)), gather_below=2048).arrays
+    assert array.grid.chunk_shape == (4, 256)
+
+
 def test_of_parts_that_do_not_fit_the_first_are_shown():
     boxes = cut((12, 4), (6, 1))[:5]
     with pytest.raises(CheckpointError, match="exactly once") as caught:
