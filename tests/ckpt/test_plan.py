@@ -217,7 +217,14 @@ def test_what_is_gathered_is_what_is_smaller_than_half_a_mebibyte():
 
 def test_chunks_are_of_four_mebibytes_from_64_of_them_on_and_of_one_at_least():
     key = ArrayKey("w", "fp32")
-    for rows, expected in [(131_072, 1024), (65_536, 1024), (32_768, 512), (16_384, 256), (8_192, 256)]:
+    for rows, expected in [
+        (131_072, 1024),
+        (131_071, 1024),
+        (65_536, 1024),
+        (32_768, 512),
+        (16_384, 256),
+        (8_192, 256),
+    ]:
         shape = (rows, 1024)
         (array,) = make_plan({0: [ShardSpec(key, "float32", shape, Box.whole(shape))]}).arrays
         assert array.grid.chunk_shape == (expected, 1024), rows
