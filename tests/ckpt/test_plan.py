@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
+from ckpt.chunking import cut_array
 from ckpt.parts import ArrayInfo
 from ckpt.plan import Sources, plan_arrays
 from ckpt.read import pieces
@@ -241,6 +242,15 @@ def test_chunks_reach_over_the_bounds_of_parts_of_eight_chunks_without_a_divisor
     assert array.chunk_plan.sources is not None, "along the second dim, where the first is cut into ones"
     assert array.grid.chunk_shape[0] == 1
     assert array.grid.chunk_shape[1] * 4 <= 2 << 20
+
+
+def test_any_copy_may_write_what_is_gathered_but_only_the_first_what_reaches_over():
+    small, large = cut((8, 4), (2, 1)) * 2, cut((2018, 1024), (2, 1)) * 2
+    for shape, boxes, writers in [((8, 4), small, {0, 1, 2, 3}), ((2018, 1024), large, {0, 1})]:
+        layout = ArrayLayout(ArrayKey("w", "fp32"), "float32", shape, dict(enumerate(boxes)))
+        found = cut_array(layout, 500_000, 512 << 10, "array")
+        assert found.gathered
+        assert {rank for ranks in found.candidates for rank in ranks} == writers
 
 
 def test_chunks_of_what_is_gathered_are_a_few_of_the_largest_parts():
