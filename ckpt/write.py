@@ -168,9 +168,8 @@ class Writer:
 
         With `among=None`, only the first page of each array's first chunk is compared.
         """
-        if self._links is None:
-            return set()
         links = self._links
+        assert links is not None, "arrays are unchanged only compared with a base"
         files: dict[ArrayKey, list[_File]] = defaultdict(list)
         for file in _files(write for write in writes if among is None or write.plan.key in among):
             files[file.plan.key].append(file)
@@ -210,7 +209,7 @@ class Writer:
     def link(self, arrays: Iterable[ArrayPlan]) -> None:
         """Link all files of these arrays to the base's."""
         for array in arrays:
-            assert self._links is not None, "an array is unchanged only compared with a base"
+            assert self._links is not None, "arrays are unchanged only compared with a base"
             folder = array_path(*array.key)
             self._make_folders([folder])
             for index, _ in array.grid.files():

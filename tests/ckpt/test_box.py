@@ -1,10 +1,11 @@
 """Boxes against brute force on numpy arrays."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.box import Box, grid
+from ckpt.box import Box, around, grid
 
 
 def lengths(least: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
@@ -85,6 +86,14 @@ def test_grid_yields_exactly_the_chunks_that_meet_the_box(given_boxes, data):
         assert chunk_box.size == expected[index].sum(), "cut off at the array's end"
 
 
+def test_chunks_come_in_c_order():
+    assert [index for index, _ in grid((5, 4, 7), (2, 2, 3))] == [*np.ndindex(3, 2, 3)]
+    part = Box((1, 2, 3), (4, 1, 4))
+    assert [index for index, _ in grid((5, 4, 7), (2, 2, 3), part)] == [
+        (a, 1, b) for a in range(3) for b in (1, 2)
+    ]
+
+
 @given(lengths(), st.data())
 def test_grid_without_a_box_covers_every_element_once(shape, data):
     chunk = tuple(data.draw(st.integers(1, 7)) for _ in shape)
@@ -92,6 +101,20 @@ def test_grid_without_a_box_covers_every_element_once(shape, data):
     for _, box in grid(shape, chunk):
         times[box.slices] += 1
     assert (times == 1).all()
+
+
+@given(shape_and_boxes(3))
+def test_a_box_around_others_is_the_smallest(given_boxes):
+    _, boxes = given_boxes
+    found = around(boxes)
+    low, high = np.array([b.offset for b in boxes]), np.array([b.end for b in boxes])
+    assert (found.offset, found.end) == (tuple(low.min(0)), tuple(high.max(0)))
+    assert around(boxes[:1]) == boxes[0]
+
+
+def test_an_empty_box_has_no_span():
+    with pytest.raises(AssertionError, match="an empty box has no span"):
+        Box((1, 0), (0, 3)).span((4, 4))
 
 
 def test_a_scalar_is_one_element_in_one_chunk():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from ckpt import ArrayKey, CheckpointError, compare, open_checkpoint, statistics
+from ckpt import ArrayKey, CheckpointError, common_bytes, compare, open_checkpoint, statistics
 from ckpt.compare import _apart
 
 
@@ -37,7 +37,9 @@ def test_what_differs_is_named(tmp_path, monkeypatch, band):
         first[name, "fp32"] = np.array([1, np.nan, 2], np.float32)
         second[name, "fp32"] = np.array([1, np.nan if name == "nan" else 0, 2], np.float32)
     told = []
-    found = compare(opened(tmp_path / "c", first), opened(tmp_path / "d", second), progress=told.append)
+    c, d = opened(tmp_path / "c", first), opened(tmp_path / "d", second)
+    found = compare(c, d, progress=told.append)
+    assert common_bytes(c, d) == common_bytes(d, c) - 4 - 12 == 2 * 2400 + 3 * 12 + 12, "at most"
     what = {("/".join(d.key)): d.what for d in found}
     assert what == {
         "gone/fp32": "only in the first",
@@ -79,6 +81,13 @@ def test_how_far_apart(pair):
         expected[0] = int(np.count_nonzero(a != b))
     assert found[0] == expected[0]
     assert found[1:] == pytest.approx(tuple(expected[1:]), rel=1e-12)
+
+
+def test_numbers_of_other_bits_may_be_equal():
+    other_nan = np.array([0x7FC00001], np.uint32).view(np.float32)
+    a, b = np.array([0.0, math.nan, 1], np.float32), np.array([-0.0, other_nan[0], 1], np.float32)
+    assert a.tobytes() != b.tobytes()
+    assert _apart(a, b) == (0, 0.0, 0.0)
 
 
 def test_statistics_are_numpy_s(tmp_path, monkeypatch):

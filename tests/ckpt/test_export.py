@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ckpt_faults import recorded
 from ckpt_helpers import cut, layout_of, random_array, same, save_arrays
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -23,6 +24,7 @@ SHAPES = {
     "vector": ((300_001,), (4,)),
     "small": ((5, 3), (4, 1)),
     "empty": ((0, 5), (1, 4)),
+    "narrow": ((3, 0), (4, 1)),
 }
 
 
@@ -116,6 +118,69 @@ def test_a_damaged_chunk_leaves_no_file_behind(tmp_path, damage):
     with pytest.raises(CheckpointError, match=rf"rows/fp32 chunk \[{chunk}, 0\]"):
         export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "out" / "model.safetensors")
     assert not [*(tmp_path / "out").iterdir()]
+
+
+WEIGHTS = {
+    ("w", "fp32"): np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -3e38, math.nan, math.inf], np.float32),
+    ("v", "fp32"): np.ones((2, 3), np.float32),
+    ("mean", "value"): np.array([1 + 2**-8], np.float32),
+}
+
+
+def test_only_tensors_that_are_asked_for_are_written(tmp_path):
+    save_arrays(tmp_path, "t1", WEIGHTS, document={"aliases": {"head": "w", "other": "v"}})
+    checkpoint = open_checkpoint(tmp_path)
+    export_safetensors(checkpoint, tmp_path / "a", names={"v", "mean"})
+    assert load_file(tmp_path / "a").keys() == {"v", "mean"}
+    with safe_open(tmp_path / "a", "numpy") as opened:
+        assert json.loads(opened.metadata()["aliases"]) == {"other": "v"}
+    export_safetensors(checkpoint, tmp_path / "b", names={"model.v": "v", "model.head": "w", "model.w": "w"})
+    found = load_file(tmp_path / "b")
+    assert found.keys() == {"model.v", "model.head", "model.w"}
+    assert same(found["model.head"], WEIGHTS["w", "fp32"])
+    assert same(found["model.v"], WEIGHTS["v", "fp32"])
+    with safe_open(tmp_path / "b", "numpy") as opened:
+        assert opened.metadata() == {"format": "pt", "tag": "t1"}, "a mapping has the names it has"
+
+
+def test_parameters_are_rounded_to_the_nearest_and_buffers_stay(tmp_path):
+    save_arrays(tmp_path, "t1", WEIGHTS)
+    export_safetensors(open_checkpoint(tmp_path), tmp_path / "out", dtype="bfloat16")
+    found = load_file(tmp_path / "out")
+    w = found["w"].astype(np.float64)
+    assert str(found["w"].dtype) == str(found["v"].dtype) == "bfloat16"
+    assert w[:3].tolist() == [1, 1, 1 + 2**-6], "ties to even"
+    assert np.isfinite(w[3])
+    assert math.isnan(w[4])
+    assert w[5] == math.inf
+    assert same(found["mean"], WEIGHTS["mean", "value"])
+
+
+def test_a_number_that_the_type_does_not_have_is_refused(tmp_path):
+    save_arrays(tmp_path / "run", "t1", WEIGHTS)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=r"w has -3e\+38, which is too large for float16; export it as"):
+        export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "out" / "m", dtype="float16")
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_it_is_synced_if_it_is_to_be_durable(tmp_path, durable):
+    save_arrays(tmp_path / "run", "t1", WEIGHTS)
+    (tmp_path / "out").mkdir()
+    with recorded() as calls:
+        export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "out" / "m", durable=durable)
+    place = tmp_path / "out"
+    move = ("move", f"{place}/.m.tmp -> {place}/m")
+    expected = [("sync", f"{place}/.m.tmp"), move, ("sync", f"{place}")] if durable else [move]
+    assert [call[:2] for call in calls] == expected
+    assert load_file(place / "m").keys() == {"w", "v", "mean"}
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    save_arrays(tmp_path / "run", "t1", WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"gone/m can't be written: No such file or directory"):
+        export_safetensors(open_checkpoint(tmp_path / "run"), tmp_path / "gone" / "m")
 
 
 def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):

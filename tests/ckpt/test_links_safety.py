@@ -11,6 +11,7 @@ from ckpt_helpers import check_read, files_below
 from ckpt_links import PLACES, B, V, W, arrays, data_files, linked, saved, with_one_changed
 
 from ckpt import CheckpointError
+from ckpt.links import Links
 from ckpt.save import Writer
 from ckpt.stores.local import LocalStore
 
@@ -92,6 +93,22 @@ def damaged(path: Path, what: str) -> None:
         data[int(what) % len(data)] ^= 1  # files of one writer are smaller
     path.unlink()  # rather than change what may have another name
     path.write_bytes(data)
+
+
+def test_a_file_is_the_same_by_its_size_and_its_bytes(tmp_path):
+    """Whatever of it is asked for: a rank compares only its own part."""
+    (tmp_path / "t1").mkdir()
+    (tmp_path / "t1" / "c").write_bytes(b"abcdef")
+    links = Links(LocalStore(str(tmp_path), tmp_path), "t1", ".saving.t2")
+    for path, size, offset, part, same in [
+        *[("c", 6, 0, b"abc", True), ("c", 6, 3, b"def", True), ("c", 6, 0, b"", True)],
+        *[("c", 5, 0, b"abc", False), ("c", 7, 0, b"abc", False), ("c", 6, 1, b"abc", False)],
+        *[("c", 6, 4, b"efg", False), ("d", 6, 0, b"abc", False)],
+    ]:
+        assert links.may_be_same(path, size, (offset, [part])) == same, (path, size, offset, part)
+        assert links.same(path, size, [(offset, [part])]) == same, (path, size, offset, part)
+    assert links.same("c", 6, [(0, [b"ab", b"c"]), (4, [b"ef"])])
+    assert not links.same("c", 6, [(0, [b"ab", b"c"]), (4, [b"ex"])])
 
 
 DAMAGES = ["missing", "cut short", "longer"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ckpt_helpers import Arrays, all_ranks, cut, layout_of, run_ranks, same, save_arrays, targets_of
 
-from ckpt import ArrayKey, Box, CheckpointError, Shard, ShardSpec, load, open_checkpoint
+from ckpt import ArrayKey, Box, CheckpointError, LoadReport, Shard, ShardSpec, load, open_checkpoint
 
 RANKS = 2
 SAVED: Arrays = {
@@ -125,6 +125,12 @@ def test_what_only_some_ranks_want_is_neither_missing_nor_unexpected(run):
     assert all(len(r.restored) == 3 for r in reports)
     assert [r.bytes_read for r in reports] == [96, 96 + 3]
     assert all(same(t.data, SAVED[t.spec.key]) for t in shards)
+
+
+def test_the_report_is_one_line():
+    report = LoadReport(tag="t1", restored=["a/fp32"], extra=["rng", "schedule"], left_out=["x (why)", "y"])
+    expected = "t1: 1 arrays and 2 extra states restored, 0 defaulted, 0 dropped, left out: x (why); y"
+    assert str(report) == expected
 
 
 def test_long_lists_are_shortened_in_messages(run):

@@ -7,10 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ckpt_helpers import all_ranks, layout_of, same, save_arrays, shards_of
+from ckpt_helpers import all_ranks, layout_of, run_ranks, same, save_arrays, shards_of
 from ckpt_saved import CountingStore
 
-from ckpt import Box, CheckpointError, committed_tags, make_plan, open_checkpoint, save, verify
+from ckpt import (
+    Box,
+    CheckpointError,
+    committed_tags,
+    make_plan,
+    open_checkpoint,
+    open_together,
+    save,
+    verify,
+)
 from ckpt.stores.local import LocalStore
 
 ARRAYS = {("w", "fp32"): np.arange(12.0).reshape(4, 3), ("w", "exp_avg"): np.ones(3)}
@@ -56,6 +65,47 @@ def test_an_array_that_is_not_there_lists_what_is(run):
     for box in (Box((0, 0), (5, 1)), Box((0,), (1,)), Box((0, 0, 0), (1, 1, 1))):
         with pytest.raises(CheckpointError, match=r"w/fp32 has shape \[4, 3\].*beyond"):
             checkpoint.read("w", "fp32", box)
+
+
+@pytest.mark.parametrize("folder", ["", 7, None, b"run"], ids=repr)
+def test_what_is_no_folder_says_what_is_expected(folder):
+    with pytest.raises(CheckpointError, match=f"the folder is {folder!r}; expected a path or URL"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("tag", [7, np.int64(7)], ids=repr)
+def test_a_tag_may_be_a_number(run, tag):
+    save_arrays(run, "7", ARRAYS)
+    save_arrays(run, "8", ARRAYS)
+    assert open_checkpoint(run, tag).tag == "7"
+
+
+@pytest.mark.parametrize("tag", [True, 7.0, b"7", ["7"]], ids=repr)
+def test_a_tag_of_another_type_is_refused(run, tag):
+    with pytest.raises(CheckpointError, match=r"the tag is .*; expected a string or an integer"):
+        open_checkpoint(run, tag)
+
+
+def test_a_name_of_a_tied_weight_is_that_weight(run):
+    checkpoint = open_checkpoint(run)
+    checkpoint.manifest["aliases"] = {"head": "w"}
+    assert same(checkpoint.read("head"), ARRAYS["w", "fp32"])
+    assert checkpoint.info("head", "exp_avg").nbytes == 24
+
+
+def test_ranks_open_one_checkpoint_together(run, monkeypatch):
+    """Rank 0 finds it and reads its manifest for all; what another rank finds doesn't count."""
+    found = all_ranks(3, lambda comm: open_together(comm, run if comm.rank == 0 else run / "none"))
+    assert [checkpoint.url for checkpoint in found] == [f"{run}/numbers-1"] * 3
+    assert all(checkpoint.tag == "numbers-1" for checkpoint in found)
+    assert all(same(checkpoint.read("w"), ARRAYS["w", "fp32"]) for checkpoint in found)
+    reads, read = [], LocalStore.read
+    monkeypatch.setattr(LocalStore, "read", lambda *args: [reads.append(args[1]), read(*args)][1])
+    all_ranks(3, lambda comm: open_together(comm, run, "first"))
+    assert len([path for path in reads if "manifest" in path]) <= 2, "by rank 0"
+    errors = run_ranks(3, lambda comm: open_together(comm, run, "numbers-2" if comm.rank == 0 else "first"))
+    assert {type(error) for error in errors} == {CheckpointError}
+    assert len({str(error) for error in errors}) == 1
 
 
 STAGES = {("v", "value"): np.arange(4.0), ("w", "fp32"): np.ones((4, 3))}

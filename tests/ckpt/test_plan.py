@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
+from ckpt.chunking import cut_array
 from ckpt.parts import ArrayInfo
-from ckpt.plan import plan_arrays
+from ckpt.plan import Sources, plan_arrays
 from ckpt.read import pieces
 
 
@@ -148,14 +149,48 @@ def test_boxes_that_do_not_tile_are_refused(boxes, why):
 @pytest.mark.parametrize("change", [{"shape": (8, 5)}, {"dtype": "float16"}, {"fine_dim": 1}], ids=str)
 def test_ranks_that_disagree_about_an_array_are_named(change):
     half = Box((0, 0), (4, 4)), Box((4, 0), (4, 4))
-    with pytest.raises(CheckpointError, match=r"w/exp_avg.* on rank 3 .* on rank 5"):
-        make_plan({3: [spec(half[0])], 5: [replace(spec(half[1]), **change)]})
+    layout = {3: [spec(half[0])], 5: [replace(spec(half[1]), **change)]}
+    for told in (layout, dict(reversed(layout.items()))):
+        with pytest.raises(CheckpointError, match=r"w/exp_avg.* on rank 3 .* on rank 5"):
+            make_plan(told)
 
 
 def test_a_rank_that_lists_an_array_twice_is_refused():
     half = Box((0, 0), (4, 4)), Box((4, 0), (4, 4))
     with pytest.raises(CheckpointError, match="rank 0 has w/exp_avg twice"):
         make_plan({0: [spec(half[0]), spec(half[1])]})
+
+
+def test_who_has_all_of_a_chunk_need_be_sent_nothing():
+    halves = Box((0, 0), (4, 4)), Box((4, 0), (4, 4))
+    sources = Sources(((3, halves[0]), (5, halves[1])))
+    inside, across = Box((1, 0), (3, 4)), Box((3, 0), (2, 4))
+    for rank, chunk, whole in [
+        *[(3, inside, True), (3, halves[0], True), (3, across, False), (3, halves[1], False)],
+        *[(5, halves[1], True), (5, inside, False), (5, across, False), (4, inside, False)],
+    ]:
+        assert sources.has_whole(rank, chunk) == whole, (rank, chunk)
+
+
+def test_an_array_that_is_told_twice_is_refused():
+    key, other = ArrayKey("w", "fp32"), ArrayKey("v", "fp32")
+    arrays = [ArrayLayout(k, "float32", (8, 4), {0: Box.whole((8, 4))}) for k in (key, other, key)]
+    with pytest.raises(CheckpointError, match=r"^w/fp32 is there twice; give each tensor a name of"):
+        plan_arrays(arrays, [0])
+
+
+def test_arrays_may_share_what_says_who_holds_them():
+    """Thousands of boxes are then compared once, and the plan is the same."""
+    shape, keys = (8, 64), [ArrayKey(f"w.{i}", "fp32") for i in range(5)]
+    boxes = dict(enumerate(cut(shape, (4, 1))))
+    shared = plan_arrays([ArrayLayout(key, "float32", shape, boxes) for key in keys], boxes)
+    apart = plan_arrays([ArrayLayout(key, "float32", shape, {**boxes}) for key in keys], boxes)
+    assert content(shared) == content(apart)
+    assert shared.digest == apart.digest
+    for made in (shared, apart):
+        assert len({id(array.chunk_plan.sources) for array in made.arrays}) == 1, (
+            "kept once, as memory counts"
+        )
 
 
 @pytest.mark.parametrize("cuts", [(4, 1), (1, 4), (2, 2), (3, 1)], ids=str)
@@ -175,6 +210,66 @@ def test_what_is_gathered_is_what_is_smaller_than_half_a_mebibyte():
     for rows, gathered in [(255, True), (256, False)]:
         (array,) = plan_of((4 * rows, 512), cut((4 * rows, 512), (4, 1))).arrays
         assert (array.chunk_plan.sources is not None) == gathered
+
+    for length, gathered in [(131_071, True), (131_072, False)]:
+        (array,) = plan_of((4 * length,), cut((4 * length,), (4,))).arrays
+        assert (array.chunk_plan.sources is not None) == gathered
+
+
+def test_chunks_are_of_four_mebibytes_from_64_of_them_on_and_of_one_at_least():
+    key = ArrayKey("w", "fp32")
+    for rows, expected in [
+        (131_072, 1024),
+        (131_071, 1024),
+        (65_536, 1024),
+        (32_768, 512),
+        (16_384, 256),
+        (8_192, 256),
+    ]:
+        shape = (rows, 1024)
+        (array,) = make_plan({0: [ShardSpec(key, "float32", shape, Box.whole(shape))]}).arrays
+        assert array.grid.chunk_shape == (expected, 1024), rows
+
+
+def test_chunks_reach_over_the_bounds_of_parts_of_eight_chunks_without_a_divisor():
+    """1,009 rows of 4 KiB, a prime: smaller parts are one large chunk, each where it is."""
+    part = 1009 * 4096
+    for size, straddles in [(part // 7, False), (part // 8 + 1, False), (part // 8, True)]:
+        (array,) = plan_of((2018, 1024), cut((2018, 1024), (2, 1)), chunk_bytes=size).arrays
+        assert (array.chunk_plan.sources is not None) == straddles, size
+        assert (array.grid.chunk_shape == (1009, 1024)) != straddles
+    (array,) = plan_of((4, 2 * 1_048_583), cut((4, 2 * 1_048_583), (1, 2)), chunk_bytes=1 << 20).arrays
+    assert array.chunk_plan.sources is not None, "along the second dim, where the first is cut into ones"
+    assert array.grid.chunk_shape[0] == 1
+    assert array.grid.chunk_shape[1] * 4 <= 2 << 20
+
+
+def test_any_copy_may_write_what_is_gathered_but_only_the_first_what_reaches_over():
+    small, large = cut((8, 4), (2, 1)) * 2, cut((2018, 1024), (2, 1)) * 2
+    for shape, boxes, writers in [((8, 4), small, {0, 1, 2, 3}), ((2018, 1024), large, {0, 1})]:
+        layout = ArrayLayout(ArrayKey("w", "fp32"), "float32", shape, dict(enumerate(boxes)))
+        found = cut_array(layout, 500_000, 512 << 10, "array")
+        assert found.gathered
+        assert {rank for ranks in found.candidates for rank in ranks} == writers
+
+
+def test_chunks_of_what_is_gathered_are_a_few_of_the_largest_parts():
+    boxes = [Box((0, 0), (1, 256)), Box((1, 0), (1000, 256))]
+    (array,) = plan_of((1001, 256), boxes, gather_below=2048).arrays
+    assert array.chunk_plan.sources is not None
+    assert array.grid.chunk_shape == (1001, 256)
+    (array,) = plan_of((1001, 256), cut((1001, 256), (1001, 1)), gather_below=2048).arrays
+    assert array.grid.chunk_shape == (4, 256)
+
+
+def test_of_parts_that_do_not_fit_the_first_are_shown():
+    boxes = cut((12, 4), (6, 1))[:5]
+    with pytest.raises(CheckpointError, match="exactly once") as caught:
+        plan_of((12, 4), boxes)
+    shown = ", ".join(f"[{2 * i}, 0]+[2, 4]" for i in range(4))
+    assert str(caught.value).endswith(f"of w/fp32 [12, 4] don't cover it exactly once: {shown}, ...")
+    with pytest.raises(CheckpointError, match=r"\+\[2, 4\]$"):
+        plan_of((12, 4), boxes[:4])
 
 
 def test_chunks_are_near_the_size_wanted():
@@ -227,6 +322,15 @@ def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
     specs = [ShardSpec(ArrayKey(f"w.{i}", "fp32"), d, shape, box, fine) for i, (d, fine) in enumerate(kinds)]
     made = make_plan({0: specs}, chunk_bytes=8 << 20)
     assert [array.grid.chunk_shape for array in made.arrays] == chunks
+
+
+def test_copies_are_written_by_ranks_that_write_little_else():
+    shape = (512, 512)
+    whole = lambda name: ShardSpec(ArrayKey(name, "fp32"), "float32", shape, Box.whole(shape))  # noqa: E731
+    made = make_plan({0: [whole("a"), whole("b")], 1: [whole("b")], 2: [whole("c")]}, chunk_bytes=1 << 20)
+    assert [array.owner for array in made.arrays] == [0, 1, 2]
+    made = make_plan({0: [whole("b")], 1: [whole("a"), whole("b")]}, chunk_bytes=1 << 20)
+    assert [array.owner for array in made.arrays] == [1, 0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])

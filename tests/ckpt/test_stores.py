@@ -1,5 +1,6 @@
 """The contract of `ckpt.stores.Store`, kept by every store."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckpt import open_store
+from ckpt import CheckpointError, open_store
 from ckpt.stores import Store
 from ckpt.stores.remote import RemoteStore
 from ckpt.testing import StoreTests
@@ -68,6 +69,45 @@ class TestLocalStore(StoreTests):
         assert store.read("t1/c") == b"".join(parts)
         assert store.read("t1/d") == bytes(10) + b"".join(parts)
 
+    def test_no_folder_on_the_way_is_a_link(self, store: Store, tmp_path: Path) -> None:
+        """Only a tag's own may be: what is below it must not lead out of the checkpoint."""
+        self.commit(store, "t1", b"abc")
+        (tmp_path / "run" / "t1" / "atoms").rename(tmp_path / "run" / "t1" / "moved")
+        (tmp_path / "run" / "t1" / "atoms").symlink_to("moved")
+        (tmp_path / "run" / "t2").symlink_to("t1")
+        for call in (store.read, lambda path: store.read_into(path, memoryview(bytearray(3)), 0)):
+            with pytest.raises(OSError, match="it is a symbolic link, which can lead out of the checkpoint"):
+                call("t1/atoms/c")
+        assert store.read("t2/moved/c") == b"abc"
+        assert open_store(tmp_path / "run" / "t2").read("moved/c") == b"abc"
+
+    def test_documents_that_cannot_be_written_fail_the_commit(self, store: Store) -> None:
+        """It isn't said that another save has begun if none has."""
+        store.begin("t1", "token")
+        with pytest.raises(FileNotFoundError, match="gone/a"):
+            store.commit("t1", "token", {"gone/a": b""}, durable=False, update_latest=True)
+        store.begin("t1", "other")
+        with pytest.raises(CheckpointError, match="another save has begun since"):
+            store.commit("t1", "token", {"gone/a": b""}, durable=False, update_latest=True)
+
+    def test_leftovers_that_another_process_removes_at_the_same_time(
+        self, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.commit(store, "t1")
+        left = [".latest.tmp", ".saving.t2", f".writer.{'a' * 32}"]
+        for name in left:
+            self.put(store, f"{name}/c" if "saving" in name else name, b"x")
+        rename, unlink = os.rename, os.unlink
+        with (
+            mock.patch("os.rename", lambda *args: [rename(*args), rename(*args)]),
+            mock.patch("os.unlink", lambda *args, **more: [unlink(*args, **more), unlink(*args, **more)]),
+        ):
+            assert store.clean() == left
+        assert caplog.records == []
+        (half,) = store.clean()  # as far as the other one has come
+        assert half.startswith(".deleting.t2.")
+        assert store.names() == ["latest", "t1"]
+
 
 class Cupboard(MemoryFileSystem):
     """A place as somebody else would write it: with folders of its own, and a request for each object."""
@@ -106,6 +146,64 @@ class TestMemoryStore(StoreTests):
 
     def leave(self, store: Store, name: str) -> None:
         self.put(store, name, b"x")  # a marker is an object of this name
+
+    def test_what_only_folders_have_is_not_asked_for(self, store: Store) -> None:
+        assert not store.shares_files
+        for call in (
+            lambda: store.write_into("c", [(0, [b"x"])], durable=False),
+            lambda: store.copy("c", "d"),
+        ):
+            with pytest.raises(AssertionError):
+                call()
+        assert store.names() == []
+
+    def test_an_object_larger_than_expected_is_not_read(self, store: Store) -> None:
+        store.write("c", [b"abcd"], durable=False)
+        assert store.read("c", 4) == b"abcd"
+        with pytest.raises(OSError, match="it has more than the 3 bytes that are expected"):
+            store.read("c", 3)
+
+    def test_a_sign_of_a_lock_s_age_is_a_leftover(self, store: Store) -> None:
+        probe = f".writer.{'a' * 32}"
+        for name in (probe, ".writer.a", f".writer.{'g' * 32}"):
+            store.write(name, [b"?"], durable=False)
+        assert store.clean() == [probe]
+        assert store.names() == [".writer.a", f".writer.{'g' * 32}"]
+
+    def test_leftovers_that_another_process_removes_at_the_same_time(
+        self, store: Store, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        names = [".saving.t2", f".writer.{'a' * 32}"]
+        for name in names:
+            store.write(name, [b"x"], durable=False)
+        assert isinstance(store, RemoteStore)
+        real = store._fs.rm_file
+
+        def removed(path: str) -> None:
+            real(path)
+            raise FileNotFoundError(path)
+
+        with mock.patch.object(store._fs, "rm_file", removed):
+            store.begin("t3", "token")
+        assert caplog.records == []
+        assert store.names() == [".saving.t3"]
+
+    def test_a_tag_that_another_save_has_committed_meanwhile(self, store: Store) -> None:
+        """Neither of the two began after the other, so both markers were this one's."""
+        store.begin("t1", "token")
+        store.write("t1/manifest.json", [b"theirs"], durable=False)
+        with pytest.raises(CheckpointError, match=r"another save has committed .*t1 meanwhile"):
+            store.commit("t1", "token", {"manifest.json": b"mine"}, durable=False, update_latest=True)
+        assert store.read("t1/manifest.json") == b"theirs"
+        assert not store.exists("latest")
+
+    @pytest.mark.parametrize("found", [b"theirs", None], ids=["another's", "none"])
+    def test_only_its_own_manifest_is_taken_back(self, store: Store, found: bytes | None) -> None:
+        assert isinstance(store, RemoteStore)
+        if found is not None:
+            store.write("t1/manifest.json", [found], durable=False)
+        store._take_back("t1", b"mine")
+        assert store.exists("t1/manifest.json") == (found is not None)
 
     @pytest.mark.parametrize("sizes", [[], [10], [4, 6], [3, 3, 3]], ids=str)
     def test_a_small_object_is_one_request(

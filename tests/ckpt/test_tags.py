@@ -209,3 +209,24 @@ def test_a_deletion_in_which_a_call_fails(tmp_path, forever):
         clean(run)
         assert {p.name for p in run.iterdir()} <= {"s1", "s2", "latest"}
     assert {*gone} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [("a", "a", False), ("a", "b", True), ("a", None, False), (None, "b", False), (7, "b", False)],
+    ids=str,
+)
+def test_another_run_s_checkpoint_is_not_replaced(tmp_path, before, now, refused):
+    """One that doesn't name its run may be, and so may any by a save that doesn't."""
+    named = [{} if run_id is None else {"run_id": run_id} for run_id in (before, now)]
+    save_arrays(tmp_path, "t1", ARRAYS, document=named[0])
+    new = {("w", "fp32"): np.zeros(5, np.float32)}
+    if refused:
+        with pytest.raises(
+            CheckpointError, match=r"t1 was saved by another run \(a; this one is b\): resume"
+        ):
+            save_arrays(tmp_path, "t1", new, document=named[1])
+    else:
+        save_arrays(tmp_path, "t1", new, document=named[1])
+    assert same(open_checkpoint(tmp_path).read("w"), (ARRAYS if refused else new)["w", "fp32"])
+    save_arrays(tmp_path, "t2", new, document=named[1])

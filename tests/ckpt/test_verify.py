@@ -272,6 +272,20 @@ def test_what_can_t_be_read_is_told(saved: Saved, monkeypatch: pytest.MonkeyPatc
     assert [p.what for p in problems] == ["can't be read (Input/output error)"] * len(saved.files)
 
 
+def test_a_file_that_is_too_long_is_told_even_if_its_size_is_not(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, path = open_checkpoint(saved.run), saved.files[0]
+    content = saved.get(path)
+
+    def unknown(self: Any, path: str) -> int:
+        raise OSError("no answer")
+
+    monkeypatch.setattr(type(checkpoint.store), "size", unknown)
+    with saved.changed((path, content + b"x")):
+        assert verify(checkpoint) == [saved.found(path, f"goes on after its {len(content)} bytes")]
+
+
 # --- absent: sizes alone ---------------------------------------------------------------------------------
 
 

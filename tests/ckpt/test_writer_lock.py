@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from ckpt_helpers import Arrays, cut, layout_of, run_ranks, save_arrays, shards_of
+from ckpt_locks import ARRAYS, ELSEWHERE, owner, put_lock, touched
 
 from ckpt import (
     CheckpointError,
@@ -29,27 +30,12 @@ from ckpt import (
 )
 from ckpt.stores import writer_lock
 from ckpt.stores.local import LocalStore
-from ckpt.stores.writer_lock import WRITER, Owner, this_process
-
-ARRAYS: Arrays = {("w", "fp32"): np.arange(12, dtype=np.float32)}
+from ckpt.stores.writer_lock import WRITER
 
 
 @pytest.fixture(params=["folder", "memory"])
 def run(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> str:
     return memory_url if request.param == "memory" else str(tmp_path / "run")
-
-
-def put_lock(run: str, content: bytes) -> None:
-    if not run.startswith("memory"):
-        Path(run).mkdir(exist_ok=True)
-    open_store(run).lock_create("b" * 32, content)  # type: ignore[attr-defined]
-
-
-def owner(**changes: Any) -> Owner:
-    return this_process("a" * 32, "saving t7")._replace(**changes)
-
-
-ELSEWHERE = {"machine": "elsewhere", "host": "node7", "pid": 123}
 
 
 class Clock:
@@ -144,8 +130,7 @@ def test_one_elsewhere_that_gives_signs_of_life_is_named(run: str) -> None:
         if run.startswith("memory"):
             open_store(run).lock_beat(other.encoded(beats[0]))  # type: ignore[attr-defined]
         else:
-            stamp = os.stat(f"{run}/{WRITER}").st_mtime_ns
-            os.utime(f"{run}/{WRITER}", ns=(stamp + 1000, stamp + 1000))
+            touched(run)
 
     with Clock(beat).ticking() as clock:
         text = refused(lambda: save_arrays(run, "t2", ARRAYS))
@@ -171,8 +156,7 @@ def test_a_command_that_removes_is_waited_for(run: str, where: str, what: str) -
         elif run.startswith("memory"):
             store.lock_beat(other.encoded(int(clock.slept * 10)))
         else:
-            stamp = os.stat(f"{run}/{WRITER}").st_mtime_ns
-            os.utime(f"{run}/{WRITER}", ns=(stamp + 1000, stamp + 1000))
+            touched(run)
 
     with Clock(beat).ticking() as clock:
         save_arrays(run, "t2", ARRAYS)

@@ -1,9 +1,10 @@
 """Documents with a right checksum and a wrong form: one error that names the file and the key."""
 
 import base64
+import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from ckpt_helpers import save_arrays
 from ckpt_saved import PART_0, Saved
 
 from ckpt import CheckpointError, absent, export_safetensors, extent, open_checkpoint, verify
+from ckpt.array_files import file_grid
+from ckpt.checksums import crc32c
+from ckpt.parts import ArrayInfo, _grid, _shape, consolidated, decode_part, encode_part, uncollected
+from ckpt.shards import ArrayKey
 
 ARRAYS = {("w", "fp32"): np.arange(12, dtype=np.float32).reshape(4, 3), ("count", "value"): np.array(7)}
 ANYTHING: list[Any] = [
@@ -246,6 +251,39 @@ def test_a_value_of_another_type_in_the_manifest(saved: Saved, keys: tuple[str, 
         extent(checkpoint)
 
 
+RECORD = {"size": 3, "crc32c": "00000000"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda m: m["files"].update({"a/b": RECORD}), "has a record of 'a/b', which can't be a file's name"),
+        (lambda m: m["files"].update({"..": RECORD}), "has a record of '..', which can't"),
+        (lambda m: m["parts"].update({"": RECORD}), "has a record of '', which can't"),
+        (
+            lambda m: m["files"].update({"manifest.json": RECORD}),
+            "has a record of 'manifest.json', which can't",
+        ),
+        (lambda m: m["files"].update({"a\nb": RECORD}), "has a record of 'a\\nb', which can't"),
+        (lambda m: m["files"].update(m["parts"]), f"has two records of {PART_0!r}"),
+        (lambda m: m["files"].clear(), "has no record of 'zarr.json'"),
+        (lambda m: m["parts"].update({"arrays.1.json": m["parts"][PART_0]}), "lists an array twice"),
+    ],
+    ids=["path", "parent", "empty", "manifest", "newline", "two", "none", "twice"],
+)
+def test_records_that_contradict_each_other(saved: Saved, edit: Callable[..., Any], words: str) -> None:
+    with saved.with_manifest(edit), pytest.raises(CheckpointError, match="use another tag") as caught:
+        open_checkpoint(saved.run)
+    assert str(caught.value).startswith(f"{saved.run}/t1/manifest.json {words}")
+
+
+@pytest.mark.parametrize("rest", [b"", b" no: json\n}\n", b' "a": ' + DEEP[1]], ids=["empty", "text", "deep"])
+def test_a_manifest_that_is_no_json(saved: Saved, rest: bytes) -> None:
+    content = b'{"crc32c": "%08x",\n' % crc32c(rest) + rest
+    with saved.changed(("manifest.json", content)), pytest.raises(CheckpointError, match="is not JSON; use"):
+        open_checkpoint(saved.run)
+
+
 def test_chunks_and_arrays_larger_than_memory(saved: Saved) -> None:
     large, path = [2**42, 3], f"{saved.run}/t1/atoms/w/fp32/c.0.0"
     for shape in ([4, 3], large):
@@ -255,3 +293,58 @@ def test_chunks_and_arrays_larger_than_memory(saved: Saved) -> None:
             with pytest.raises(CheckpointError, match="w/fp32"):
                 checkpoint.read("w")
             assert path in [problem.path for problem in verify(checkpoint)]
+
+
+def test_the_largest_arrays_whose_places_can_be_counted() -> None:
+    """Each chunk of a byte takes a page, and 16 bytes of the index."""
+    most = (2**63 - 1) // (4096 + 16)
+    _, count = _grid((most,), (1,), (1,), 1)
+    assert count == most
+    for shape, file in (((most + 1,), (1,)), ((1,), (most + 1,))):
+        with pytest.raises(ValueError, match="64-bit places"):
+            _grid(shape, (1,), file, 1)
+    ones = (1,) * 63
+    assert _grid(ones, ones, ones, 1)[1] == 1
+    with pytest.raises(ValueError, match="64 dims"):
+        _grid((*ones, 1), (*ones, 1), (*ones, 1), 1)
+
+
+def test_states_of_an_atom_come_in_any_order() -> None:
+    grid = file_grid((3,), (3,), (3,), 4)
+    infos = [ArrayInfo(ArrayKey("w", s), "float32", grid, np.ones(1, np.uint32)) for s in ("fp32", "exp_avg")]
+    for order in (infos, infos[::-1]):
+        for listed in (["fp32", "exp_avg"], ["exp_avg", "fp32"]):
+            found = decode_part(encode_part(order), "it", {"w": listed})
+            assert found.keys() == {info.key for info in infos}
+            assert all(info.sums.tolist() == [1] and info.nbytes == 12 for info in found.values())
+
+
+@pytest.mark.parametrize(
+    "shape", [[-1, 3], [True, 3], [1.0, 3], ["4", 3], [[4], 3], (4, 3), "43", {4: 3}], ids=str
+)
+def test_a_shape_is_a_list_of_lengths(shape: Any) -> None:
+    with pytest.raises(ValueError, match=r"^chunk_shape "):
+        _shape({"chunk_shape": shape, "shape": [4, 3]}, "chunk_shape")
+    assert _shape({"chunk_shape": shape, "shape": [4, 0]}, "shape") == (4, 0)
+
+
+def test_the_root_s_document_lists_nodes_by_name() -> None:
+    grid = file_grid((3,), (3,), (3,), 4)
+    infos = [
+        ArrayInfo(ArrayKey(a, "fp32"), "float32", grid, np.ones(1, np.uint32)) for a in ("b", "a", "a.b")
+    ]
+    nodes = [*consolidated([infos[:1], infos[1:]])["consolidated_metadata"]["metadata"]]
+    folders = {"atoms", *(f"atoms/{a}" for a in ("a", "a.b", "b")), *(info.path for info in infos)}
+    assert nodes == sorted(folders)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_documents_are_parsed(enabled: bool) -> None:
+    try:
+        gc.enable() if enabled else gc.disable()
+        with suppress(KeyError), uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
