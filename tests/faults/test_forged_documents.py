@@ -132,7 +132,8 @@ def readers(run: Path, out: Path, weights: dict[str, Tensor]) -> Iterator[tuple[
         trainer.checkpoints.load(TAG)
         found = trainer.weights
         assert all(torch.equal(found[name], weights[name]) for name in weights), "other weights were loaded"
-        trainer.step()
+        with suppress(RuntimeError):  # a hyperparameter of the right kind, with which torch can't compute
+            trainer.step()
 
     yield "load", load
 
@@ -171,13 +172,13 @@ def late(*_: Any) -> None:
     raise TimeoutError(f"it took more than {SECONDS} s")
 
 
-FAILED_ONCE = (18,)
+FAILED_ONCE = (18, 287)
 """Seeds that showed a fault, tried in each run."""
 
 
 def test_each_reader_copes_or_tells(saved: tuple[Path, dict[str, Tensor]], memory_path: Path) -> None:
     run, weights = saved
-    place, chosen = memory_path / "forged", [*FAILED_ONCE, *seeds(sample=5, everything=300)]
+    place, chosen = memory_path / "forged", [*FAILED_ONCE, *seeds(sample=4, everything=300)]
     by_name = [name for name, _ in readers(run, place, weights)]
     campaign = Campaign("change in a document, each reader", len(chosen) * len(by_name))
     old = signal.signal(signal.SIGALRM, late)
