@@ -188,10 +188,11 @@ def _filler(
     check_buffers(model)
     device = torch.device("cpu") if settings.offload else topology.device
     init = check_can_materialise(model) if is_meta(model) and not loaded_later else None
-    place_buffers(model, topology.device)
     if init is not None:
+        place_buffers(model, topology.device)
         return partial(materialise, init_parameter=init, seed=settings.seed, device=device, first_names=ties)
-    values = BuiltValues(model)
+    values = BuiltValues(model)  # before buffers are moved, as no device must have all parameters
+    place_buffers(model, topology.device)
     if loaded_later:  # the values, if any, are forgotten
         return partial(allocate, device=device, nan=True)
 
