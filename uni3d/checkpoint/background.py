@@ -12,11 +12,18 @@ from ckpt.threads import cores
 
 ALIGNMENT = 64
 """Alignment of each copy in bytes: a cache line."""
+MOST_PINNED = 1 << 30
+"""Bytes of one piece of pinned memory, but for a larger tensor: torch rounds a piece up to a power of two,
+and keeps it when it is freed, for the next of its size (`CachingHostAllocator`)."""
 
 
 def threads_per_rank(ranks: int) -> int:
     """Return how many threads a rank may use for files. Without torchrun, all `ranks` share this machine."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+
+
+Kind = tuple[torch.Size, torch.dtype]
+"""Shape and type of a tensor."""
 
 
 class Snapshot:
@@ -25,7 +32,7 @@ class Snapshot:
     def __init__(self, device: torch.device) -> None:
         """Copy tensors of `device`; those of a GPU into pinned memory."""
         self._device = device
-        self._layout: list[tuple[torch.Size, torch.dtype]] = []
+        self._layout: list[Kind] = []
         self._copies: list[Tensor] = []
 
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -33,13 +40,32 @@ class Snapshot:
         layout = [(t.shape, t.dtype) for t in tensors]
         if layout != self._layout:
             self._copies, self._layout = [], []  # free the old memory before the new is allocated
-            sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape, dtype in layout]
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-            for (shape, dtype), part in zip(layout, torch.split(memory, sizes), strict=True):
-                self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
+            for piece in self._pieces(layout):
+                sizes = [_room(shape, dtype) for shape, dtype in piece]
+                memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+                for (shape, dtype), part in zip(piece, torch.split(memory, sizes), strict=True):
+                    self._copies.append(part[: shape.numel() * dtype.itemsize].view(dtype).view(shape))
             self._layout = layout
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
         if self._device.type != "cpu":
             torch.accelerator.synchronize()
         return self._copies
+
+    def _pieces(self, layout: Sequence[Kind]) -> list[list[Kind]]:
+        """Return the tensors that share a piece of memory."""
+        pieces: list[list[Kind]] = [[]]
+        filled = 0
+        for kind in layout:
+            size = _room(*kind)
+            if self._device.type == "cuda" and pieces[-1] and filled + size > MOST_PINNED:
+                pieces.append([])
+                filled = 0
+            pieces[-1].append(kind)
+            filled += size
+        return pieces
+
+
+def _room(shape: torch.Size, dtype: torch.dtype) -> int:
+    """Return the bytes that a copy takes up."""
+    return -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT

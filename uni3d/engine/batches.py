@@ -130,10 +130,14 @@ def loss_in(output: Any) -> Any:
 
 
 def on_device(values: Any, device: torch.device) -> Any:
-    """Return a batch or a model's arguments with its tensors on the device; a mapping becomes a dict."""
+    """Return a batch or a model's arguments with its tensors on the device; a mapping becomes a dict.
+
+    Copies to a GPU from pinned memory, such as the loaders', don't wait for the work before them.
+    """
     if isinstance(values, Mapping):
         values = dict(values)
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, values)
+    to_gpu = device.type == "cuda"  # from one, a copy would be used before it has arrived
+    return tree_map(lambda x: x.to(device, non_blocking=to_gpu) if isinstance(x, Tensor) else x, values)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from parallel.agreement import BatchError, StepRefusedError, Trace, explain, fir
 from parallel.fsdp_internals import sharded_of
 from parallel.gradients import (
     Step,
+    by_device,
     clip_factor,
     counts_here,
     drop_unused,
@@ -124,12 +125,13 @@ class Stepper:
         self.overflowed = False
         """True if the last optimizer step was skipped for an overflow in fp16."""
         self._trained = _Trained([], [])
+        self._states_are_new = True
         fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         model = state.model
         on_gpu = model.topology.device.type == "cuda" and not model.zero.offload  # offload steps on the CPU
         self._may_defer = fused and state.scaler is None and on_gpu
         self.deferred = False
-        """True if a step's numbers are read during the next one. The first step's never are."""
+        """True if a step's numbers are read during the next one; never those of a step that makes states."""
 
     def finish(self, loss: Loss | None, share: float = 1.0, sizes: Sizes = Sizes()) -> Tensor:  # noqa: B008
         """Collective: take the step; return the global batch's mean loss, a float32 scalar.
@@ -167,6 +169,9 @@ class Stepper:
         except (FloatingPointError, StepRefusedError, BatchError):
             progress.global_samples += progress.train_batch + int(sums.extra.item())  # this batch is lost too
             raise
+        if self._states_are_new:
+            # If this step were rejected on the GPU, states that it makes would stay uninitialized memory.
+            self.deferred = self._states_are_new = False
         if self.deferred:  # which parameters no rank has used can't be known in time
             finite = finite & (sums.unused == 0)
         others = sums.alarms, tokens, sums.unused, sums.idle, sums.apart, sums.unfit, sums.extra
@@ -330,8 +335,8 @@ class Stepper:
     def _update(self, gradients: list[Tensor], scale: Tensor) -> None:
         state = self._state
         assert state.optimizer is not None
-        if gradients:
-            torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
+        for group in by_device(gradients):
+            torch._foreach_mul_(group, scale.float().to(group[0].device))
         state.optimizer.step()
         state.model.module.zero_grad()  # also of parameters that the optimizer doesn't have
         if state.lr_scheduler is not None:
@@ -361,6 +366,7 @@ class Stepper:
         assert optimizer is not None
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if [id(p) for p in trained] != [id(p) for p in self._trained.parameters]:
+            self._states_are_new = True
             trained = self._take_parameters(optimizer)
             copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
             counts = [id(p) not in copies and counts_here(p, model.topology) for p in trained]
