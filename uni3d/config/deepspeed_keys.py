@@ -231,7 +231,7 @@ _REQUESTS: dict[str, str] = {
     },
     "compile.deepcompile": "layers are compiled by torch.compile, if compile.enabled is true",
     "compile.disable": "layers are compiled by torch.compile, if compile.enabled is true",
-    "graph_harvesting": 'CUDA graphs are those of "compile": {"mode": "reduce-overhead"}',
+    "graph_harvesting": "CUDA graphs need parameters that stay where they are in memory; sharding moves them",
     # Checkpoints
     "datastates_ckpt": "checkpoints are already written in the background",
 }

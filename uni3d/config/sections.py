@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from uni3d.config.forms import DTYPES
 from uni3d.config.strict import DeepSpeedSection, Strict
@@ -191,9 +191,19 @@ class CompileConfig(DeepSpeedSection):
     backend: str = "inductor"
     """Argument of `torch.compile`."""
     mode: str | None = None
-    """Argument of `torch.compile`."""
+    """Argument of `torch.compile`; not one with CUDA graphs."""
     dynamic: bool | None = None
     """Argument of `torch.compile`."""
+
+    @field_validator("mode")
+    @classmethod
+    def _without_graphs(cls, mode: str | None) -> str | None:
+        if mode in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                "it records CUDA graphs, for which parameters must stay where they are in memory, and "
+                "sharding moves them; use max-autotune-no-cudagraphs, or leave mode out"
+            )
+        return mode
 
 
 class _Files(DeepSpeedSection):

@@ -22,7 +22,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optim
     Muon needs groups from `split_groups`.
 
     Raises:
-        ValueError: torch doesn't accept a hyperparameter's value.
+        ValueError: torch doesn't accept a hyperparameter's value, at all or for sharded parameters.
     """
     params = config.hyperparameters
     if isinstance(config, AdamConfig):
@@ -39,6 +39,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optim
         made: torch.optim.Optimizer = getattr(torch.optim, config.type)(groups, **params)
     except ValueError as error:
         raise ValueError(f"config: optimizer.params of {config.type}: {error}") from None
+    check_works_sharded(made)
     return made
 
 
@@ -56,11 +57,17 @@ def check_works_sharded(optimizer: torch.optim.Optimizer) -> None:
     """Check that a user's optimizer can train sharded parameters.
 
     Raises:
-        ValueError: it is one of torch's that can't, or the Adafactor of `transformers`.
+        ValueError: it is one of torch's that can't, or not with `fused`, or the Adafactor of `transformers`.
     """
     name, module = type(optimizer).__name__, type(optimizer).__module__
     if module.startswith("torch.optim") and name in torch_optim.REFUSED:
         raise ValueError(f"the optimizer torch.optim.{name} is refused: {torch_optim.REFUSED[name]}")
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    if module.startswith("torch.optim") and fused and name not in ("Adam", "AdamW"):
+        raise ValueError(
+            f"the optimizer torch.optim.{name} with fused=True is refused: torch has no such step for "
+            "sharded parameters; leave fused out"
+        )
     if (module, name) == ("transformers.optimization", "Adafactor"):
         raise ValueError(
             "the optimizer Adafactor of transformers is refused: its means by row and column don't support "

@@ -349,3 +349,11 @@ def test_micro_batches_are_the_nearest_that_multiply() -> None:
     assert nearest_batch(7, micro=3) == (1, 7)
     assert nearest_batch(10, micro=2, schedule="interleaved", pp=2) == (1, 10), "5 make no two rounds"
     assert nearest_batch(5, micro=5, schedule="interleaved", pp=2) == (5, 1)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused(mode: str) -> None:
+    reason = f"compile.mode is '{mode}': it records CUDA graphs, for which parameters must stay where"
+    with pytest.raises(ValueError, match=reason):
+        load_config({"train_batch_size": 1, "compile": {"enabled": True, "mode": mode}})
+    load_config({"train_batch_size": 1, "compile": {"mode": "max-autotune-no-cudagraphs"}})

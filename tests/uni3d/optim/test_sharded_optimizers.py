@@ -245,6 +245,17 @@ def test_one_of_torchs_that_cannot_train_shards_is_refused(alone: None, name: st
         make_engine(model, optimizer=kind(model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_a_fused_step_that_torch_has_for_plain_tensors_alone_is_refused(alone: None, name: str) -> None:
+    reason = rf"torch\.optim\.{name} with fused=True is refused: .* leave fused out"
+    with pytest.raises(ValueError, match=reason):
+        make_engine(seeded(Stack), config={"optimizer": {"type": name, "params": {"lr": 0.1, "fused": True}}})
+    model = seeded(Stack)
+    kind = getattr(torch.optim, name)
+    with pytest.raises(ValueError, match=reason):
+        make_engine(model, optimizer=kind(model.parameters(), lr=0.1, fused=True))
+
+
 MUON = {"type": "Muon", "params": {"muon_lr": 0.05, "adam_lr": 0.01}}
 
 
