@@ -18,11 +18,12 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
+from unittest import mock
 
 TIMEOUT_S = 120
 
@@ -36,10 +37,11 @@ class CrashError(RankError):
 
 
 class Ranks:
-    """Pool of up to `size` worker processes."""
+    """Pool of up to `size` worker processes, which start with further variables of the environment."""
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: int = 4, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self._size = size
+        self._environment = environment
         self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
 
     def run(
@@ -93,12 +95,13 @@ class Ranks:
             return
         context = mp.get_context("spawn")
         os.environ["OMP_NUM_THREADS"] = "1"  # inherited; several ranks share few cores
-        for _ in range(self._size):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append((process, mine))
+        with mock.patch.dict(os.environ, self._environment):
+            for _ in range(self._size):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append((process, mine))
 
     def _give_up(self, process: mp.process.BaseProcess, timeout: float) -> tuple[bool, Any]:
         for worker, _ in self._workers:
