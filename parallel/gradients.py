@@ -107,19 +107,10 @@ def counts_here(parameter: nn.Parameter, topology: Topology) -> bool:
 
 def square_sum(counted: list[Tensor], device: torch.device) -> Tensor:
     """Return this rank's contribution to the squared norm of all gradients, a float64 scalar."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for gradients in by_device(counted):
-        norms = torch._foreach_norm(gradients, 2)
-        total = total + torch.stack(list(norms)).double().square().sum().to(device)
-    return total
-
-
-def by_device(gradients: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Return the gradients of each device: with offload, those of scalars stay on the GPU."""
-    groups: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        groups.setdefault(gradient.device, []).append(gradient)
-    return list(groups.values())
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(counted, 2)
+    return torch.stack(list(norms)).double().square().sum().to(device)  # they may be offloaded
 
 
 class Step(NamedTuple):

@@ -34,7 +34,9 @@ moved: list[int] = []
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
 """Operations whose result the host waits for."""
 MIXED = ("copy_", "_to_copy", "to", "index", "index_put_", "_index_put_impl_")
-"""Operations that take tensors of the CPU and of a GPU at once. All take scalars of the CPU."""
+"""Operations that take tensors of the CPU and of a GPU at once."""
+ALIKE = ("stack", "cat")
+"""Operations that don't take a scalar of the CPU beside tensors of a GPU, as all others do."""
 
 
 def compiled(folder: Path) -> Path | None:
@@ -128,7 +130,7 @@ def _wrapped(x: Any) -> Any:
 
 def _check_devices(func: Any, name: str, tensors: list[Tensor], here: list[OnGPU]) -> None:
     """Raise as CUDA does if tensors of both devices meet."""
-    strange = [x for x in tensors if not isinstance(x, OnGPU) and x.ndim > 0]
+    strange = [x for x in tensors if not isinstance(x, OnGPU) and (x.ndim > 0 or name in ALIKE)]
     if here and strange and name not in MIXED:
         raise RuntimeError(f"{func}: expected all tensors on one device, got {DEVICE} and cpu")
 

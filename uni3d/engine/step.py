@@ -14,7 +14,6 @@ from parallel.agreement import BatchError, StepRefusedError, Trace, explain, fir
 from parallel.fsdp_internals import sharded_of
 from parallel.gradients import (
     Step,
-    by_device,
     clip_factor,
     counts_here,
     drop_unused,
@@ -335,8 +334,8 @@ class Stepper:
     def _update(self, gradients: list[Tensor], scale: Tensor) -> None:
         state = self._state
         assert state.optimizer is not None
-        for group in by_device(gradients):
-            torch._foreach_mul_(group, scale.float().to(group[0].device))
+        if gradients:
+            torch._foreach_mul_(gradients, scale.float().to(gradients[0].device))
         state.optimizer.step()
         state.model.module.zero_grad()  # also of parameters that the optimizer doesn't have
         if state.lr_scheduler is not None:

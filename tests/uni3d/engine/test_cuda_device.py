@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import product, starmap
 from math import prod
 from pathlib import Path
@@ -178,3 +179,30 @@ def test_pinned_memory_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [[shape[0] for shape, _ in piece] for piece in Snapshot(torch.device("cuda"))._pieces(layout)]
     assert sizes == [[128, 100], [32, 1], [1000], [8]]
     assert len(Snapshot(torch.device("cpu"))._pieces(layout)) == 1
+
+
+class Scaled(OwnLoss):
+    """A model with a parameter of no dims, which isn't sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, *batch: Any) -> Any:
+        return super().forward(*batch) * self.scale
+
+
+def scaled_case() -> tuple[list[float], list[float]]:
+    losses = []
+    for device, place in (("cpu", nullcontext), ("cuda", cpu_as_cuda)):
+        with place():
+            engine = make_engine(
+                seeded(Scaled), zero=3, clip=0.1, offload=True, config={"parallel": {"device": device}}
+            )
+            losses.append(train(engine, global_batches(3)))
+    return losses[0], losses[1]
+
+
+def test_offload_beside_a_scalar(gpu_ranks: Ranks) -> None:
+    for cpu, there in gpu_ranks.run(2, scaled_case):
+        assert there == pytest.approx(cpu, rel=1e-6)
