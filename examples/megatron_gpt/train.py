@@ -95,6 +95,8 @@ def start(
     args: argparse.Namespace, config: dict[str, Any], start_up: StartUp
 ) -> tuple[uni3d.Engine, TokenDataset]:
     """Return the engine, resumed from the run's newest checkpoint if any, and the validation data."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what a bf16 config leaves in fp32
     uni3d.init_distributed()
     start_up.done("process group")
     settings = config["uni3d"] | {
