@@ -31,18 +31,22 @@ mutants: .venv/dev.stamp
 	$(BIN)/python tests/mutants.py commit reader
 	$(BIN)/python tests/mutants.py plan --sample 120
 
-# All faults of tests/faults, and the figures at the end: within an hour on two cores. Kills beside the others, each
-# on a core; then sick ranks, which take both.
+# All faults of tests/faults, and the figures at the end: within an hour on two cores. Kills beside what else takes a
+# core; then sick ranks beside the sick object store, both of which mostly wait.
 FIGURES := build/faults
 TRY := FAULTS=all $(BIN)/python -m pytest -q -m ""
 KILLS := tests/faults/test_kills.py
 RANKS := tests/faults/test_sick_ranks.py
+STORE := tests/faults/test_sick_object_store.py
 faults: .venv/dev.stamp
-	rm -rf $(FIGURES) && mkdir -p $(FIGURES)
-	FAULTS_OUT=$(FIGURES)/kills.json $(TRY) $(KILLS) & kills=$$!; failed=0; \
-	FAULTS_OUT=$(FIGURES)/others.json $(TRY) tests/faults --ignore=$(KILLS) --ignore=$(RANKS) || failed=1; \
-	wait $$kills || failed=1; \
-	FAULTS_OUT=$(FIGURES)/ranks.json $(TRY) $(RANKS) || failed=1; \
+	rm -rf $(FIGURES) && mkdir -p $(FIGURES); failed=0; \
+	FAULTS_OUT=$(FIGURES)/kills.json $(TRY) $(KILLS) & other=$$!; \
+	FAULTS_OUT=$(FIGURES)/others.json $(TRY) tests/faults --ignore=$(KILLS) --ignore=$(RANKS) \
+		--ignore=$(STORE) || failed=1; \
+	wait $$other || failed=1; \
+	FAULTS_OUT=$(FIGURES)/ranks.json $(TRY) $(RANKS) & other=$$!; \
+	FAULTS_OUT=$(FIGURES)/store.json $(TRY) $(STORE) || failed=1; \
+	wait $$other || failed=1; \
 	$(BIN)/python tests/faults/figures.py $(FIGURES)/*.json; exit $$failed
 
 # The same faults for other libraries; `make faults-peers DEEPSPEED=PYTHON` names an interpreter that has DeepSpeed.

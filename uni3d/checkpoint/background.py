@@ -35,6 +35,7 @@ class Snapshot:
         self._layout: list[Kind] = []
         self._copies: list[Tensor] = []
 
+    @torch.no_grad()  # else each copy of a parameter would be added to a graph that only grows
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return contiguous copies in host memory, valid until the next call."""
         layout = [(t.shape, t.dtype) for t in tensors]

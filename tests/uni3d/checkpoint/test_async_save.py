@@ -18,6 +18,7 @@ from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, s
 from ranks import Ranks
 
 import ckpt
+from uni3d.checkpoint.background import Snapshot
 from uni3d.checkpoint.save import Saver
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -149,6 +150,13 @@ def test_the_second_save_allocates_nothing(alone: None, tmp_path: Path) -> None:
         save_and_wait(engine, tmp_path, tag=f"t{i}")
         places.append([copy.data_ptr() for copy in engine._saver._snapshot._copies])
     assert places[0] == places[1] == places[2]
+
+
+def test_a_copy_of_a_parameter_has_no_graph() -> None:
+    """A graph would grow with each save."""
+    snapshot = Snapshot(torch.device("cpu"))
+    (copy,) = snapshot.take([torch.nn.Parameter(torch.ones(3))])
+    assert not copy.requires_grad
 
 
 def test_tensors_that_were_replaced_between_saves(alone: None, tmp_path: Path) -> None:
