@@ -168,9 +168,6 @@ class Stepper:
         except (FloatingPointError, StepRefusedError, BatchError):
             progress.global_samples += progress.train_batch + int(sums.extra.item())  # this batch is lost too
             raise
-        if self._states_are_new:
-            # If this step were rejected on the GPU, states that it makes would stay uninitialized memory.
-            self.deferred = self._states_are_new = False
         if self.deferred:  # which parameters no rank has used can't be known in time
             finite = finite & (sums.unused == 0)
         others = sums.alarms, tokens, sums.unused, sums.idle, sums.apart, sums.unfit, sums.extra
@@ -231,6 +228,9 @@ class Stepper:
                 self._conclude(report)
             finally:
                 self._undo = lambda: None
+        if self._states_are_new:
+            # If the step at hand is rejected on the GPU, states that it makes stay uninitialized memory.
+            self.deferred = self._states_are_new = False
 
     @property
     def steps(self) -> int:
