@@ -18,6 +18,10 @@ PATIENCE_S = 5.0
 """Seconds for which a rank looks for the reason of a lost connection, and waits for the store's answer."""
 
 
+OF_GLOO = ("gloo/transport", "Application timeout caused pair closure")
+"""Words of gloo's errors. The second ones stand alone if a rank was stopped and goes on after the timeout."""
+
+
 class RankFailedError(RuntimeError):
     """Another rank failed, and this one can't go on without it."""
 
@@ -92,7 +96,7 @@ def _cause(error: BaseException) -> BaseException:
 def _is_lost_connection(error: BaseException | None) -> bool:
     """Return whether a connection was lost. gloo has no error type of its own, so its message decides."""
     while error is not None:
-        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        if isinstance(error, dist.DistError) or any(words in str(error) for words in OF_GLOO):
             return True
         error = error.__cause__
     return False
