@@ -1,5 +1,7 @@
 """Errors of a rank, and what the others say of them."""
 
+from unittest import mock
+
 import pytest
 from ranks import Ranks
 
@@ -13,8 +15,11 @@ TEXTS = [
 
 
 def lost_case(text: str) -> str:
-    failures.PATIENCE_S = 0.1
-    with pytest.raises(RankFailedError) as caught, Failures().told("step 3: train_batch()"):
+    with (
+        mock.patch.object(failures, "PATIENCE_S", 0.1),
+        pytest.raises(RankFailedError) as caught,
+        Failures().told("step 3: train_batch()"),
+    ):
         raise RuntimeError(text)
     return str(caught.value)
 
