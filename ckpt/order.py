@@ -49,7 +49,7 @@ class Head(NamedTuple):
 def heads_of(store: Store, *, unseen: Callable[[str, OSError], None] | None = None) -> list[Head]:
     """Return the heads of all committed checkpoints, oldest first.
 
-    Folders of which the place doesn't tell whether they are checkpoints are handed to `unseen`.
+    Folders that may be checkpoints, of which the place doesn't tell enough, are handed to `unseen`.
 
     Raises:
         OSError: there is such a folder, and no `unseen`; or nothing can be listed.
@@ -79,17 +79,19 @@ def _merged(heads: list[Head]) -> Iterator[Head]:
 
 
 def head_of(store: Store, name: str) -> Head | None:
-    """Return the head of a committed checkpoint; None if there is none under this name."""
+    """Return the head of a committed checkpoint; None if there is none under this name.
+
+    Raises:
+        OSError: it can't be read, so its place in the order, its run and its name aren't known.
+    """
     if not store.exists(f"{name}/{MANIFEST}"):
         return None
-    values: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        values = _first_values(store, name)
-    step, run_id, commit = values.get("step"), values.get("run_id"), values.get("commit")
     try:
+        values = _first_values(store, name)
         when = store.committed_at(name)
     except FileNotFoundError:  # deleted since it was listed
         return None
+    step, run_id, commit = values.get("step"), values.get("run_id"), values.get("commit")
     return Head(
         tag=name,
         own=values.get("tag") == name,

@@ -336,8 +336,8 @@ class RemoteStore(LockObject):
                 raise error from None
             except OSError as unknown:
                 raise CheckpointError(
-                    f"{self.where(path)} may be there: putting it failed ({error.strerror}), and so did "
-                    f"looking for it ({unknown.strerror}); look at it before you save again"
+                    f"{self.where(path)} may be there: putting it failed ({error.strerror or error}), and so "
+                    f"did looking for it ({unknown.strerror or unknown}); look at it before you save again"
                 ) from error
             raise
 

@@ -70,18 +70,24 @@ def test_of_two_lines_the_first_counts(store: Store) -> None:
     assert (head.commit, head.durable) == (7, True)
 
 
-def test_a_manifest_that_cannot_be_read_has_a_head_that_says_nothing(
+def test_a_manifest_that_cannot_be_read_is_an_error_unless_it_is_asked_for(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbered(store, "t1", 7)
+    """Taken for the oldest, or for nobody's, a checkpoint could be deleted or replaced."""
+    for number, tag in enumerate(("t1", "t2", "t3"), 1):
+        numbered(store, tag, number)
+    read, told = LocalStore.read_into, list[str]()
 
-    def broken(*args: Any) -> int:
-        raise OSError("no answer")
+    def broken(self: LocalStore, path: str, *more: Any) -> int:
+        if path.startswith("t3/"):
+            raise OSError("no answer")
+        return read(self, path, *more)
 
     monkeypatch.setattr(LocalStore, "read_into", broken)
-    head = head_of(store, "t1")
-    assert head is not None
-    assert (head.tag, head.own, head.commit) == ("t1", False, 0)
+    with pytest.raises(OSError, match="no answer"):
+        heads_of(store)
+    heads = heads_of(store, unseen=lambda tag, error: told.append(tag))
+    assert ([head.tag for head in heads], told) == (["t1", "t2"], ["t3"])
 
 
 def test_what_may_not_be_seen_is_an_error_unless_it_is_asked_for(
