@@ -57,7 +57,7 @@ def buckets(
 
 
 def test_a_save_into_a_sick_store(buckets: Buckets) -> None:
-    chosen = seeds(sample=3, everything=500)
+    chosen = seeds(sample=3, everything=300)
     campaign = Campaign("a request of a save that fails", len(chosen))
     for seed in chosen:
         rng, case = Random(seed), SHUFFLED[seed % len(SHUFFLED)]
@@ -139,7 +139,7 @@ WORKS: list[tuple[Callable[[Buckets], Problems], str]] = [
 
 
 def test_work_on_a_sick_store(buckets: Buckets) -> None:
-    chosen = seeds(sample=3, everything=500)
+    chosen = seeds(sample=3, everything=300)
     campaign = Campaign("a request of a load, a listing or a deletion that fails", len(chosen))
     requests: dict[str, int] = {}
     for seed in chosen:
