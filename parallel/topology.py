@@ -146,8 +146,8 @@ def _timeout_of_the_default_group(device_type: str) -> Iterator[None]:
     backend = distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     before = {name: getattr(distributed_c10d, name) for name in names}
-    if isinstance(backend, dist.ProcessGroupGloo) or hasattr(backend, "options"):  # a test's own has none
-        vars(distributed_c10d).update(dict.fromkeys(names, backend.options._timeout))
+    if (options := getattr(backend, "options", None)) is not None:  # as those of gloo and NCCL
+        vars(distributed_c10d).update(dict.fromkeys(names, options._timeout))
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ AT_ONCE = 6
 SERVER = Path(__file__).with_name("sick_server.py")
 
 
+@pytest.mark.slow
 def test_a_sick_rank(memory_path: Path) -> None:
     chosen = seeds(sample=6, everything=1_000)
     campaign = Campaign("sick rank in a step, save or load", len(chosen))

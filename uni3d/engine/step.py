@@ -124,7 +124,7 @@ class Stepper:
         self.overflowed = False
         """True if the last optimizer step was skipped for an overflow in fp16."""
         self._trained = _Trained([], [])
-        self._states_are_new = True
+        self._states_are_new = False
         fused = getattr(state.optimizer, "_step_supports_amp_scaling", False)
         model = state.model
         on_gpu = model.topology.device.type == "cuda" and not model.zero.offload  # offload steps on the CPU
@@ -365,7 +365,7 @@ class Stepper:
         assert optimizer is not None
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if [id(p) for p in trained] != [id(p) for p in self._trained.parameters]:
-            self._states_are_new = True
+            self._states_are_new = bool(self._trained.parameters)  # those of the first step are no surprise
             trained = self._take_parameters(optimizer)
             copies = {id(p) for n, p in model.module.named_parameters() if n in model.tied.copies}
             counts = [id(p) not in copies and counts_here(p, model.topology) for p in trained]

@@ -84,7 +84,7 @@ def test_export_writes_only_weights(folder: Path, tmp_path: Path) -> None:
         (["export", "{run}", "{run}/m.bin", "--include", "x.*"], "--include x.* matches no tensor of 2"),
         (["export", "{run}", "{run}/m.bin", "--exclude", "*"], "leave no tensor to export"),
         (["export", "{run}", "{empty}/no/m.safetensors"], "No such file or directory"),
-        (["export", "s3://bucket/run", "m.safetensors"], "s3://bucket/run can't be opened"),
+        (["export", "gs://bucket/run", "m.safetensors"], "gs://bucket/run can't be opened"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

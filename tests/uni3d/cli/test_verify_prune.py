@@ -231,7 +231,7 @@ COMMANDS = {"verify": [], "clean": [], "prune": ["--keep-last", 1]}
         (["verify", "clean", "prune"], "memory://nowhere", NO_FOLDER),
         (["verify", "prune"], "{empty}", EMPTY),
         (["clean", "prune"], "{run}/global_step1", OWN),
-        (["verify", "clean", "prune"], "s3://bucket/run", "can't be opened: Install s3fs to access S3"),
+        (["verify", "clean", "prune"], "gs://bucket/run", "can't be opened: "),
         (["verify", "clean", "prune"], "nope://bucket", "can't be opened: Protocol not known: nope"),
     ],
 )
