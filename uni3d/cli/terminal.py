@@ -71,19 +71,21 @@ def open_run(run: str) -> Store:
     """Open the folder of a run.
 
     Raises:
-        CheckpointError: it doesn't exist, or is a single checkpoint's folder. A mistyped name must not look
-            like a run with nothing to do.
+        CheckpointError: it doesn't exist, can't be read, or is a single checkpoint's folder. A mistyped name
+            must not look like a run with nothing to do.
     """
     import ckpt
+    from ckpt.errors import as_checkpoint_error
     from ckpt.format import MANIFEST
 
     store = ckpt.open_store(run)
-    if store.exists(MANIFEST):
-        what = "is the folder of a single checkpoint"
-    elif not store.exists(""):
-        what = "is not a folder"
-    else:
-        return store
+    with as_checkpoint_error(f"{store.where('')} can't be read"):
+        if store.exists(MANIFEST):
+            what = "is the folder of a single checkpoint"
+        elif not store.exists(""):
+            what = "is not a folder"
+        else:
+            return store
     raise ckpt.CheckpointError(f"{store.where('')} {what}; give the folder of a run")
 
 

@@ -15,6 +15,8 @@ from commands import run as uni3d
 from whole_arrays import save_whole
 
 import ckpt
+from ckpt.stores.local import LocalStore
+from uni3d.cli.terminal import open_run
 
 UNI3D = str(Path(sys.executable).parent / "uni3d")
 ODD = "layers[red].w"
@@ -231,20 +233,29 @@ COMMANDS = {"verify": [], "clean": [], "prune": ["--keep-last", 1]}
         (["verify", "clean", "prune"], "memory://nowhere", NO_FOLDER),
         (["verify", "prune"], "{empty}", EMPTY),
         (["clean", "prune"], "{run}/global_step1", OWN),
-        (["verify", "clean", "prune"], "gs://bucket/run", "can't be opened: "),
+        (["verify", "clean", "prune"], "gs://bucket/run", "can't be opened: Please install gcsfs"),
         (["verify", "clean", "prune"], "nope://bucket", "can't be opened: Protocol not known: nope"),
     ],
 )
 def test_bad_paths_are_one_line_errors(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: list[str], place: str, message: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it weren't installed
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it weren't installed
     (tmp_path / "empty").mkdir()
     place = place.format(run=run, empty=tmp_path / "empty")
     before = sorted(tmp_path.rglob("*"))
     for command in commands:
         assert refused(command, place, *COMMANDS[command]).startswith(f"{place} {message}")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_read_is_no_absent_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(store: LocalStore, path: str) -> bool:
+        raise PermissionError(13, "Permission denied", store.where(path))
+
+    monkeypatch.setattr(LocalStore, "exists", hidden)
+    with pytest.raises(ckpt.CheckpointError, match=f"^{run} can't be read: Permission denied"):
+        open_run(str(run))
 
 
 @pytest.mark.parametrize(
