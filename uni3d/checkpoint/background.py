@@ -12,8 +12,8 @@ from ckpt.threads import cores
 
 ALIGNMENT = 64
 """Alignment of each copy in bytes: a cache line."""
-MOST_PINNED = 1 << 30
-"""Bytes of one piece of pinned memory, but for a larger tensor: torch rounds a piece up to a power of two,
+PIECE = 1 << 30
+"""Most bytes of a piece of memory, but for a larger tensor. torch rounds a pinned one up to a power of two,
 and keeps it when it is freed, for the next of its size (`CachingHostAllocator`)."""
 
 
@@ -41,7 +41,7 @@ class Snapshot:
         layout = [(t.shape, t.dtype) for t in tensors]
         if layout != self._layout:
             self._copies, self._layout = [], []  # free the old memory before the new is allocated
-            for piece in self._pieces(layout):
+            for piece in _pieces(layout):
                 sizes = [_room(shape, dtype) for shape, dtype in piece]
                 memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
                 for (shape, dtype), part in zip(piece, torch.split(memory, sizes), strict=True):
@@ -53,18 +53,19 @@ class Snapshot:
             torch.accelerator.synchronize()
         return self._copies
 
-    def _pieces(self, layout: Sequence[Kind]) -> list[list[Kind]]:
-        """Return the tensors that share a piece of memory."""
-        pieces: list[list[Kind]] = [[]]
-        filled = 0
-        for kind in layout:
-            size = _room(*kind)
-            if self._device.type == "cuda" and pieces[-1] and filled + size > MOST_PINNED:
-                pieces.append([])
-                filled = 0
-            pieces[-1].append(kind)
-            filled += size
-        return pieces
+
+def _pieces(layout: Sequence[Kind]) -> list[list[Kind]]:
+    """Return the tensors that share a piece of memory."""
+    pieces: list[list[Kind]] = [[]]
+    filled = 0
+    for kind in layout:
+        size = _room(*kind)
+        if pieces[-1] and filled + size > PIECE:
+            pieces.append([])
+            filled = 0
+        pieces[-1].append(kind)
+        filled += size
+    return pieces
 
 
 def _room(shape: torch.Size, dtype: torch.dtype) -> int:

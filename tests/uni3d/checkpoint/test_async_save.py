@@ -18,6 +18,7 @@ from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, s
 from ranks import Ranks
 
 import ckpt
+from uni3d.checkpoint import background
 from uni3d.checkpoint.background import Snapshot
 from uni3d.checkpoint.save import Saver
 
@@ -157,6 +158,18 @@ def test_a_copy_of_a_parameter_has_no_graph() -> None:
     snapshot = Snapshot(torch.device("cpu"))
     (copy,) = snapshot.take([torch.nn.Parameter(torch.ones(3))])
     assert not copy.requires_grad
+
+
+def test_memory_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "PIECE", 1024)
+    tensors = [torch.full((n,), float(n)) for n in (128, 100, 32, 1, 1000, 8)]
+    snapshot = Snapshot(torch.device("cpu"))
+    copies = snapshot.take(tensors)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+    sizes: dict[int, list[int]] = {}
+    for copy in copies:
+        sizes.setdefault(copy.untyped_storage().data_ptr(), []).append(len(copy))
+    assert [*sizes.values()] == [[128, 100], [32, 1], [1000], [8]]
 
 
 def test_tensors_that_were_replaced_between_saves(alone: None, tmp_path: Path) -> None:

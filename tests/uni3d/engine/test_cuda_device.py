@@ -16,9 +16,6 @@ from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, s
 from ranks import Ranks
 from tied_gpt import gpt_engine
 
-from uni3d.checkpoint import background
-from uni3d.checkpoint.background import Snapshot
-
 STEPS = 4
 PLACES: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "one rank": ((1, 1, 1, 0), {}),
@@ -171,14 +168,6 @@ def resumed_case(run: str) -> tuple[list[float], list[float]]:
 def test_a_resume_is_the_same_bits(gpu_ranks: Ranks, tmp_path: Path) -> None:
     for expected, found in gpu_ranks.run(2, resumed_case, str(tmp_path)):
         assert found == expected
-
-
-def test_pinned_memory_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "MOST_PINNED", 1024)
-    layout = [(torch.Size([n]), torch.float32) for n in (128, 100, 32, 1, 1000, 8)]
-    sizes = [[shape[0] for shape, _ in piece] for piece in Snapshot(torch.device("cuda"))._pieces(layout)]
-    assert sizes == [[128, 100], [32, 1], [1000], [8]]
-    assert len(Snapshot(torch.device("cpu"))._pieces(layout)) == 1
 
 
 class Scaled(OwnLoss):
