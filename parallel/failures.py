@@ -17,7 +17,6 @@ from parallel.store_calls import SilentStoreError, StoreCalls
 PATIENCE_S = 5.0
 """Seconds for which a rank looks for the reason of a lost connection, and waits for the store's answer."""
 
-
 OF_GLOO = ("gloo/transport", "Application timeout caused pair closure")
 """Words of gloo's errors. The second ones stand alone if a rank was stopped and goes on after the timeout."""
 

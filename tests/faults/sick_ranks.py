@@ -63,16 +63,16 @@ class Schedule:
     tp: int
     pp: int
     work: str
-    """In which it does: `step`, `save`, `background` (a save in the background) or `load`."""
+    """Work in which it does: `step`, `save`, `background` (a save in the background) or `load`."""
     point: str
     """Kind of the calls that are counted: see `matches`."""
     nth: int
     rank: int
     how: str
     lives_on: bool
-    """Whether ranks that raised stay until all have, and one that was stopped goes on in the end."""
+    """True if ranks that raised stay until all have, and one that was stopped goes on in the end."""
     store: str
-    """Whose process the rendezvous store is in: `torchrun`'s or `rank 0`'s."""
+    """Owner of the process that has the rendezvous store: `torchrun` or `rank 0`."""
     timeout: float
     """`checkpoint.timeout_seconds`."""
 

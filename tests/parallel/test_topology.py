@@ -96,9 +96,8 @@ def test_ranks_are_where_an_arange_puts_them(ranks: Ranks) -> None:
 
 def timeouts_case() -> set[timedelta]:
     """Return the timeouts of all groups of two topologies, of which some axes aren't the whole world."""
-    distributed_c10d._set_pg_timeout(
-        timedelta(seconds=71), dist.group.WORLD
-    )  # as if given to init_process_group
+    # As if it had been given to init_process_group.
+    distributed_c10d._set_pg_timeout(timedelta(seconds=71), dist.group.WORLD)
     groups = []
     for degrees in (Degrees(pp=2, dp=1, tp=2), Degrees(pp=1, dp=2, tp=2)):
         topology = Topology(degrees, zero_stage=1)
