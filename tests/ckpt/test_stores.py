@@ -188,6 +188,22 @@ class TestMemoryStore(StoreTests):
         assert caplog.records == []
         assert store.names() == [".saving.t3"]
 
+    def test_objects_that_are_removed_at_the_last_try(self, store: Store) -> None:
+        assert isinstance(store, RemoteStore)
+        store.begin("t1", "token")
+        store.write("t1/c", [b"x"], durable=False)
+        real, calls = store._fs.rm, list[str]()
+
+        def removed(path: str, **more: Any) -> None:
+            calls.append(path)
+            if len(calls) == 3:
+                real(path, **more)
+
+        with mock.patch.object(store._fs, "rm", removed):
+            store.abandon("t1", "token")
+        assert len(calls) == 3
+        assert not store.exists("t1")
+
     def test_a_tag_that_another_save_has_committed_meanwhile(self, store: Store) -> None:
         """Neither of the two began after the other, so both markers were this one's."""
         store.begin("t1", "token")

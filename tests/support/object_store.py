@@ -44,8 +44,8 @@ KILLS = ("killed before", "killed in", "killed after")
 """Requests at which their sender is killed: before it is done, in the middle of its body, when it is done."""
 PATIENCE = 0.5
 """Seconds that a client waits for an answer that is held."""
-MOST_SECONDS = 20
-"""Longest time that a request is held."""
+MOST_SECONDS = 2
+"""Longest time that a request is held: a client may not notice that its patience has ended."""
 
 
 @dataclass(frozen=True)
