@@ -20,7 +20,7 @@ matrix: .venv/dev.stamp
 quick: .venv/dev.stamp
 	$(BIN)/python -m pytest
 
-# Lines and branches of `ckpt` that its own tests don't reach; fails if there are any. About five minutes.
+# Lines and branches of `ckpt` that its own tests don't reach; fails if there are any. About four minutes.
 coverage: .venv/dev.stamp
 	mkdir -p build
 	$(BIN)/python -m coverage run -m pytest -q -m "" --hypothesis-seed=0 tests/ckpt
