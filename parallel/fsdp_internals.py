@@ -1,8 +1,8 @@
 """Access to the private records of torch's fully_shard, and changes to them.
 
 torch has no public API for: gathering and reducing layers in an order of our own, gradients of zero for
-parameters that a rank didn't use, adopting a single rank's gradients without reduction, and computing with a
-parameter in place. All of it is here, and `check_records` refuses a torch that lacks one of the attributes.
+parameters that a rank didn't use, taking whole gradients without reduction, and computing with a parameter in
+place. All of it is here, and `check_records` refuses a torch that lacks one of the attributes.
 """
 
 from __future__ import annotations
@@ -123,25 +123,32 @@ def fill_gradients(group: Any) -> list[int]:
     return used
 
 
-def adopt_gradients(group: Any) -> None:
-    """Make a single rank's accumulated gradients the reduced ones."""
+def take_gradients(group: Any) -> list[tuple[Any, Tensor]]:
+    """Take the gradients out of whole parameters; return them with their parameters' records.
+
+    Gradients of tensor-parallel parameters are this rank's part of them.
+    """
     if not hasattr(group.fsdp_params[0], "_unsharded_param"):  # not gathered yet
-        return
+        return []
+    taken = []
     for parameter in group.fsdp_params:
         unsharded = parameter._unsharded_param
         if parameter.unsharded_accumulated_grad is not None:
-            whole = parameter.unsharded_accumulated_grad_data
+            taken.append((parameter, parameter.unsharded_accumulated_grad_data))
             parameter.unsharded_accumulated_grad = None
         elif unsharded.grad is not None:
-            whole = parameter.unsharded_grad_data
+            taken.append((parameter, parameter.unsharded_grad_data))
             unsharded.grad = None
-        else:
-            continue
-        if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
-            whole = whole.to(parameter.orig_dtype).contiguous()
-        gradient, sharded = parameter.to_sharded_dtensor(whole), parameter.sharded_param
-        # There is one already if an evaluation ran in the middle of the step.
-        sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
+    return taken
+
+
+def give_gradient(parameter: Any, whole: Tensor) -> None:
+    """Make a whole gradient the reduced one of a parameter whose shard is the whole parameter."""
+    if whole.dtype != parameter.orig_dtype or not whole.is_contiguous():
+        whole = whole.to(parameter.orig_dtype).contiguous()
+    gradient, sharded = parameter.to_sharded_dtensor(whole), parameter.sharded_param
+    # There is one already if an evaluation ran in the middle of the step.
+    sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient
 
 
 def on_whole(parameter: Any, do: Callable[[nn.Parameter], None]) -> None:

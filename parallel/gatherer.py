@@ -18,14 +18,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.fsdp_internals import (
-    adopt_gradients,
     allow_in_place_inputs,
     end_backward,
     fill_gradients,
+    give_gradient,
     group_of,
     has_gradients,
     is_whole,
     see_attributes,
+    take_gradients,
 )
 from parallel.parameter_watch import ParameterWatch
 
@@ -183,7 +184,8 @@ class Gatherer:
         for module in self._modules:
             module.reshard()
             if self._alone and (group := group_of(module)) is not None:
-                adopt_gradients(group)
+                for record, gradient in take_gradients(group):
+                    give_gradient(record, gradient)
 
     def show_parameters(self) -> None:
         """Show sharded parameters in the modules, which the script may read and write until the next pass."""

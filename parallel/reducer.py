@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.fsdp_internals import (
-    adopt_gradients,
     end_backward,
     fill_gradients,
+    give_gradient,
     group_of,
     is_whole,
     keep_whole,
@@ -30,9 +30,11 @@ from parallel.fsdp_internals import (
     set_shower,
     show_in_state_dicts,
     start_gathering,
+    take_gradients,
     take_over,
 )
 from parallel.parameter_watch import ParameterWatch
+from parallel.sums import WholeSums
 
 
 class Reducer:
@@ -56,17 +58,20 @@ class Reducer:
         *,
         alone: bool,
         offload: bool,
+        dtype: torch.dtype,
     ) -> None:
         """Take over from fully_shard's hooks on `modules`, the first of which is the root.
 
-        `watch` looks at parameters before they are gathered, all together, and put away.
+        `watch` looks at parameters before they are gathered, all together, and put away. `dtype` is that of
+        sums of gradients.
         With `alone`, the gradients of a single rank are adopted, not reduced. With `offload`, whole
         parameters are only there from a forward pass to the end of its backward pass.
         """
         self._root = modules[0]
         self._watch = watch
         self._mesh = mesh
-        self._every = stage == 2 and not alone
+        whole = mesh["shard"].size() == 1  # every rank keeps all of a gradient
+        self._every = stage == 2 and not whole
         # Shard groups are summed over at the boundary alone.
         self._sums_late = self._every and mesh["replicate"].size() > 1
         self._last = not alone
@@ -78,6 +83,9 @@ class Reducer:
         self._hooked: dict[int, Any] = {}  # by the record's id: the parameter that has our hook
         self._early, self._agreed = mesh.size() > 1, mesh.size() == 1
         self._offload = offload
+        self._sums = None
+        if whole and not alone and not offload:
+            self._sums = WholeSums(mesh.get_group("replicate"), dtype)
         self._shown = False  # True while the script may write to whole parameters
         self.used: set[int] = set()
         self.late = 0
@@ -139,7 +147,8 @@ class Reducer:
             group.wait_for_unshard()  # else a layer that didn't run would use stale parameters later
             group.reshard()
             if self._alone:
-                adopt_gradients(group)
+                for record, gradient in take_gradients(group):
+                    give_gradient(record, gradient)
 
     def _before_reshard(self, group: Any) -> None:
         self.carry_writes()
@@ -189,6 +198,8 @@ class Reducer:
                 self._reduce(group)
             if start is not None and not self._agreed:
                 self._agree()
+            if self._sums is not None:
+                self._sums.finish()
         else:
             for group in self._groups:
                 reduce_gradients(group, reduce=False)
@@ -200,7 +211,10 @@ class Reducer:
     def _reduce(self, group: Any) -> None:
         if self._mesh.size() > 1:
             self.used.update(fill_gradients(group))
-        reduce_gradients(group, reduce=True)
+        if self._sums is not None:
+            self._sums.start(group)
+        else:
+            reduce_gradients(group, reduce=True)
 
     def begin_step(self) -> None:
         """Forget what the last step used."""

@@ -49,6 +49,7 @@ from parallel.gradients import stays_whole
 from parallel.parameter_watch import ParameterWatch
 from parallel.reducer import Reducer
 from parallel.settings import DType, Precision
+from parallel.sums import ExchangedSums
 
 _DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,6 +104,8 @@ class Zero:
             check_records(module)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+            if mesh.device_type == "cpu":
+                module.set_custom_reduce_scatter(cast(Any, ExchangedSums()))
         set_root(sharded)
         if in_place:
             for record in self._records:
@@ -110,7 +113,8 @@ class Zero:
         self._watch = watch = ParameterWatch(sharded, in_place=in_place)
         self._driver: Reducer | Gatherer
         if not self._layerwise:
-            self._driver = Reducer(sharded, mesh, stage, watch, alone=alone, offload=offload)
+            dtype = _DTYPES[precision.reduce]
+            self._driver = Reducer(sharded, mesh, stage, watch, alone=alone, offload=offload, dtype=dtype)
         else:
             names = {
                 module: name or "the layers outside of any list" for name, module in root.named_modules()
@@ -122,6 +126,8 @@ class Zero:
     def _shard(self, units: Sequence[nn.Module], threshold: int, output: torch.dtype | None) -> None:
         """Apply fully_shard to batch norms, to the units, and to the root with the remaining parameters."""
         root, precision, mesh = cast(nn.Module, self.root), self.precision, self._mesh
+        if mesh["replicate"].size() == 1:  # else fully_shard would sum over each rank alone
+            mesh = mesh["shard"]
         placed = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if self.offload else OffloadPolicy()
         whole = {p for p in root.parameters() if stays_whole(p)}
         statistics = [m for m in root.modules() if isinstance(m, _BatchNorm)] if precision.mixed else []
