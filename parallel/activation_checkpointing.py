@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from parallel.settings import Compile, Recompute
@@ -43,9 +45,38 @@ def change_forward(layers: Sequence[nn.Module], again: Recompute | None, compile
         if again is not None and i % again.every == 0:
             forward = partial(_recomputed, forward, again.mode == "selective")
         if compiled is not None:
-            forward = torch.compile(forward, backend=compiled.backend, **compiled.options)
+            forward = partial(
+                _with_waited, torch.compile(forward, backend=compiled.backend, **compiled.options)
+            )
         if forward is not layer.forward:
             layer.forward = forward
+
+
+def _with_waited(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled `forward` with the results of collectives that its arguments stand for.
+
+    Tensor-parallel modules before it, such as an embedding, return such tensors. A compiled function would
+    give them no gradient.
+    """
+    args, kwargs = tree_map(_waited, (args, kwargs))
+    return forward(*args, **kwargs)
+
+
+def _waited(value: Any) -> Any:
+    return _Waited.apply(value) if isinstance(value, AsyncCollectiveTensor) else value  # type: ignore[no-untyped-call]
+
+
+class _Waited(torch.autograd.Function):
+    """Result of a collective under way, with the gradient passed on."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: AsyncCollectiveTensor) -> Tensor:
+        result: Tensor = pending.wait()
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def _recomputed(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._pytree import tree_map
 
+from parallel.settings import Compile
 from parallel.topology import Topology
+from parallel.values import LOW
 
 LossFn = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor]]
 """`(outputs, targets)` of a micro batch -> (summed loss, number of terms), or the mean loss."""
@@ -60,6 +63,26 @@ class Loss(NamedTuple):
             torch.stack([loss.total.float() for loss in losses]).sum(),
             torch.stack([loss.tokens.double() for loss in losses]).sum(),
         )
+
+
+def compiled(loss_fn: LossFn, how: Compile) -> LossFn:
+    """Compile a loss function together with the cast of the model's outputs to fp32, which it takes.
+
+    Fused, they read the outputs in the type of computation, so that logits in fp32 never exist as a whole.
+    Not for logits that are split by vocabulary: with torch 2.13, inductor's code for `loss_parallel` gives
+    wrong losses under sequence parallelism.
+    """
+
+    def of_low_precision(outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
+        return loss_fn(in_fp32(outputs), targets)
+
+    fused: LossFn = torch.compile(of_low_precision, backend=how.backend, **how.options)
+    return fused
+
+
+def in_fp32(outputs: Any) -> Any:
+    """Return outputs with their tensors of a low precision in fp32."""
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in LOW else x, outputs)
 
 
 def split_logits(topology: Topology) -> AbstractContextManager[None]:

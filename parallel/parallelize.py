@@ -16,7 +16,7 @@ from parallel.dtensor_layout import StageLayout
 from parallel.fsdp_internals import keep_class_names
 from parallel.gradients import ScalarGradients
 from parallel.layers import blocks, units
-from parallel.loss import LossFn
+from parallel.loss import LossFn, compiled
 from parallel.parameter_hooks import find_extras, set_hooks
 from parallel.pipeline import Pipeline
 from parallel.placement import Placement
@@ -151,12 +151,17 @@ def build(
     sequence = settings.sequence_parallel
     apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
-    outputs = _output_types(placement.on(topology.pp_rank), placement, loss_fn)
+    fused = None
+    if loss_fn is not None and settings.compile is not None and degrees.tp == 1:
+        fused = compiled(loss_fn, settings.compile)
+    takes_fp32 = loss_fn is not None and fused is None
+    outputs = _output_types(placement.on(topology.pp_rank), placement, takes_fp32=takes_fp32)
     zeros = [
         _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
         for stretch, output in zip(stretches, outputs, strict=True)
     ]
     fill(module)
+    loss_fn = fused or loss_fn
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
     return ParallelModel(
@@ -216,10 +221,10 @@ def _pipeline(
 
 
 def _output_types(
-    stages: Sequence[int], placement: Placement, loss_fn: LossFn | None
+    stages: Sequence[int], placement: Placement, *, takes_fp32: bool
 ) -> list[torch.dtype | None]:
-    """Return the type of each stage's outputs: fp32 where they go into a loss, None for that of computing."""
-    return [torch.float32 if loss_fn is not None and placement.is_last(stage) else None for stage in stages]
+    """Return the type of each stage's outputs: fp32 where a loss takes it, None for that of computing."""
+    return [torch.float32 if takes_fp32 and placement.is_last(stage) else None for stage in stages]
 
 
 def _shard(

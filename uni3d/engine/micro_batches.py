@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from parallel import ParallelModel
 from parallel.agreement import BatchError, first_reason
 from parallel.gradients import Step, Sums, sum_over_ranks
-from parallel.loss import Loss, split_logits
+from parallel.loss import Loss, in_fp32, split_logits
 from uni3d.engine.batches import Result, loss_of
 from uni3d.optim.loss_scale import LossScale
 
@@ -212,6 +212,8 @@ class MicroBatches:
         if not torch.is_grad_enabled():
             self._model.zero.show_parameters()
         output = tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, output)
+        if self._model.loss_fn is not None:
+            output = in_fp32(output)  # which only a compiled loss would do itself
         self._watch(output)
         return output
 
