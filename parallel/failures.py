@@ -36,6 +36,7 @@ class Failures:
         own = dist.PrefixStore(f"uni3d/failures/{nth}", store)  # type: ignore[attr-defined]
         self._store = StoreCalls(own, PATIENCE_S)
         self._count = 0  # number of works begun, the same on all ranks
+        self._worked = 0  # the last one that this rank ended without an error
 
     @contextmanager
     def told(self, work: str, *, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
@@ -50,6 +51,7 @@ class Failures:
         self._count += 1
         try:
             yield
+            self._worked = self._count
         except alike:
             raise
         except BaseException as error:  # an interrupt too, as the others wait for this rank
@@ -60,6 +62,22 @@ class Failures:
             if cause is error:
                 raise
             raise cause from None
+
+    def look(self) -> None:
+        """Look whether another rank has failed in this work, or in the last that this rank has ended well.
+
+        Local. It is for a rank that waits where no error can reach it.
+
+        Raises:
+            RankFailedError: one has.
+        """
+        for work in {self._count, self._worked}:
+            try:
+                told = self._store.get(str(work)).decode() if self._store.check([str(work)]) else None
+            except RuntimeError:  # the store's process has ended, or is silent
+                return
+            if told is not None:
+                raise RankFailedError(f"another rank failed: {told}")
 
     def _tell(self, work: str, error: BaseException) -> None:
         text = " ".join(str(error).split())[:500]

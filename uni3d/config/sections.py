@@ -29,6 +29,8 @@ class ParallelConfig(Strict):
     """Quantity that is balanced between pipeline stages."""
     sequence_parallel: bool = False
     """Megatron's sequence parallelism: split the sequence where tensor parallelism doesn't split features."""
+    timeout_seconds: float | None = Field(default=None, gt=0)
+    """Time after which training's collectives fail; null is torch's: 10 minutes with NCCL, 30 with gloo."""
 
 
 def _stage(value: object) -> object:

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,6 +36,7 @@ from uni3d.engine.deepspeed_arguments import (
 )
 from uni3d.engine.engine import Engine
 from uni3d.engine.given_loader import GivenLoader, data_as_used
+from uni3d.engine.host_threads import use_cores
 from uni3d.engine.start import Start
 from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
@@ -93,6 +95,8 @@ def initialize(
     settings = _settings(_one_config(args, config, config_params), model, further)
     topology, split, triad = _distribute(settings, further.get("mpu"))
     data = data_as_used(data, settings, triad, topology, collate_fn)
+    if split.offload and topology.device.type == "cuda":
+        use_cores()
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
@@ -139,7 +143,7 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
     triad = batch_triad(settings, degrees.dp)
     split = parallel_settings(settings)
     parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
-    parallel.start_process_group(device)
+    parallel.start_process_group(device, _timeout(settings))
     topology = parallel.Topology(
         degrees,
         zero_stage=settings.zero_optimization.stage,
@@ -148,6 +152,22 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
     )
     check_mpu(mpu, topology)
     return topology, split, triad
+
+
+def _timeout(settings: Config) -> timedelta | None:
+    """Return the config's timeout of collectives, None for torch's own.
+
+    Raises:
+        ValueError: it has one, but the process group was started without it.
+    """
+    seconds = settings.parallel.timeout_seconds
+    if seconds is not None and torch.distributed.is_initialized():
+        raise ValueError(
+            f"parallel.timeout_seconds is {seconds:g}, but the process group has been started before "
+            "initialize(), with a timeout of its own; leave the key out, or give the timeout to "
+            "init_process_group() or init_distributed()"
+        )
+    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:

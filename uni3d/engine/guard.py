@@ -47,6 +47,10 @@ class Guard:
                 self.unusable = f"{call}() failed: {type(error).__name__}: {error}"
             raise
 
+    def look(self) -> None:
+        """Raise RankFailedError if another rank has failed in this call or the one before. Local."""
+        self._failures.look()
+
     def check(self) -> None:
         """Raise RuntimeError if the engine can't be used any more."""
         if self.unusable is not None:

@@ -24,33 +24,9 @@ from parallel.loss import Loss
 from uni3d.checkpoint.save import Saver
 from uni3d.config import Config
 from uni3d.engine.micro_batches import Sizes
+from uni3d.engine.step_numbers import Numbers, PendingNumbers
 from uni3d.observe import Observer, StepRecord
 from uni3d.train_state import TrainState
-
-
-class Numbers(NamedTuple):
-    """Results of a step, the same on all ranks."""
-
-    loss: float
-    """Mean over the global batch."""
-    norm: float
-    """Global gradient norm before clipping."""
-    finite: float
-    """1 if the norm and, but in fp16, the loss are finite, else 0."""
-    alarms: float
-    """Number of ranks whose background save has failed."""
-    terms: float
-    """Number of values that the loss is the mean of."""
-    unused: float
-    """Trained parameters without a gradient, summed over ranks."""
-    idle: float
-    """Number of ranks where no parameter has a gradient."""
-    apart: float
-    """0 if the ranks ran what they must run alike."""
-    unfit: float
-    """Number of ranks whose micro batches can't be weighed rightly."""
-    extra: float
-    """Number of samples beyond the config's."""
 
 
 class Outcome(NamedTuple):
@@ -69,34 +45,6 @@ class _Trained(NamedTuple):
     """True for each that this rank counts in the norm: a logical parameter counts once over all ranks."""
 
 
-class PendingNumbers:
-    """A step's numbers, copied to the host without waiting for the GPU."""
-
-    def __init__(
-        self, step: int, samples: int, rate: float, numbers: Tensor, here: tuple[Sequence[Trace], Sizes]
-    ) -> None:
-        self.step = step
-        self.traces, self.sizes = here
-        self.samples = samples
-        """Samples consumed, this step's included."""
-        self.rate = rate
-        """Learning rate of the first parameter group."""
-        self._numbers = numbers
-        self._arrived: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            # Pinned, as a copy to pageable memory would wait for the GPU.
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def read(self) -> Numbers:
-        """Wait for the copy and return the numbers."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return Numbers(*self._numbers.tolist())
-
-
 class Stepper:
     """Takes the optimizer steps.
 
@@ -105,16 +53,25 @@ class Stepper:
     Otherwise the host reads them before the optimizer's step.
     """
 
-    def __init__(self, state: TrainState, config: Config, *, saver: Saver, observer: Observer) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        *,
+        saver: Saver,
+        observer: Observer,
+        look: Callable[[], None],
+    ) -> None:
         """Prepare to step `state`'s optimizer.
 
         Each step's collective also carries the failures of background saves: from this rank's `saver`, and to
-        it from the other ranks.
+        it from the other ranks. `look` raises an error if another rank has failed.
         """
         self._state = state
         self._clip = config.gradient_clipping
         self._saver = saver
         self._observer = observer
+        self._look = look
         self._unread: PendingNumbers | None = None
         self._undo: Callable[[], None] = lambda: None
         self.norm: float | None = None
@@ -173,7 +130,8 @@ class Stepper:
         others = sums.alarms, tokens, sums.unused, sums.idle, sums.apart, sums.unfit, sums.extra
         numbers = torch.stack([mean_loss, norm, finite.double(), *others])
         samples = progress.global_samples + progress.train_batch
-        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, (traces, sizes))
+        here = (traces, sizes)
+        report = PendingNumbers(progress.global_steps + 1, samples, state.rate, numbers, here, self._look)
         # 2. The gradients are sums over the global batch: average and clip them in one multiplication.
         scale = 1.0 / divisor * clip_factor(norm, self._clip)
         # 3. The step.

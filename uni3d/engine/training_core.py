@@ -18,6 +18,7 @@ from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
 from uni3d.engine.data_loader import BatchSource, TrainingLoader, loading
+from uni3d.engine.garbage import collected_after
 from uni3d.engine.given_loader import GivenLoader
 from uni3d.engine.guard import Guard
 from uni3d.engine.micro_batches import MicroBatches, in_eval_mode
@@ -64,9 +65,11 @@ class TrainingCore(nn.Module):
             state, comm=self._comm, writing=HostComm(), inventory=self._inventory, model_spec=model_spec
         )
         self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
-        self._stepper = Stepper(state, config, saver=self._saver, observer=self._observer)
-        self._micro = MicroBatches(state.model, state.scaler, triad.accumulation, triad.micro_batch)
         self._guard = Guard(state.progress)
+        self._stepper = Stepper(
+            state, config, saver=self._saver, observer=self._observer, look=self._guard.look
+        )
+        self._micro = MicroBatches(state.model, state.scaler, triad.accumulation, triad.micro_batch)
         if state.optimizer is not None:
             put_face(state.optimizer, self._micro, self._stepper, state.scaler)
         data: Any = training_data
@@ -98,7 +101,7 @@ class TrainingCore(nn.Module):
         self._micro.check_none("train_batch")
         self._micro.check_no_strays()
         self._check_optimizer("train_batch")
-        with self._guard.together("train_batch"):
+        with collected_after(), self._guard.together("train_batch"):
             with self._observer.timed("data"):
                 batches = self._source.take(self._given if data_iter is None else data_iter)
             self._guard.begun = True
