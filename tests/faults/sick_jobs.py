@@ -24,6 +24,8 @@ SLACK = 5.0
 """Seconds that a busy machine may take for what isn't waiting."""
 LOOKS_FOR_A_REASON = 5.0
 """Seconds for which a rank asks the store why it lost a connection in a step."""
+GATHERING = "load_checkpoint() failed"
+"""Words of a load's error if a rank was lost after all was read."""
 
 
 class Member:
@@ -244,12 +246,14 @@ class Job:
             return
         if s.how == "raises" and not sick.said["ended"]:
             return  # something has coped with it
-        late = (s.timeout if s.work != "step" else STEP_TIMEOUT + LOOKS_FOR_A_REASON) + SLACK
+        # A load ends with gathering parameters, for which a step's rules hold.
+        gathers = s.work == "step" or any(GATHERING in text for text in texts)
+        late = (STEP_TIMEOUT + LOOKS_FOR_A_REASON if gathers else s.timeout) + SLACK
         if self.notes["seconds"] > late:
             self.wrong(f"the others ended after {self.notes['seconds']:.1f} s: {texts}")
         if not texts:
             return
-        if len(texts) > 1 and s.work != "step" and not s.takes_the_store:
+        if len(texts) > 1 and not gathers and not s.takes_the_store:
             self.wrong(f"the ranks say different things: {texts}")
         for member in others:
             if member.said["ended"]:
@@ -262,8 +266,10 @@ class Job:
                 self.wrong(f"{kinds[0]}: {text}")
             elif not text.startswith("step 2: train_batch() failed"):
                 self.wrong(f"the step isn't named: {text}")
-            elif s.how == "raises" and f"on rank {s.rank}: " not in text and not s.takes_the_store:
+            elif s.how == "raises" and f"on rank {s.rank}: " not in text and not self.store_is_gone(text):
                 self.wrong(f"rank {s.rank} isn't named: {text}")
+            return
+        if s.work == "load" and "RankFailedError" in kinds and GATHERING in text:
             return
         if "CheckpointError" not in kinds:
             self.wrong(f"{kinds[0]}: {text}")
@@ -275,6 +281,10 @@ class Job:
             self.wrong(f"the work isn't named: {text}")
         if not re.search(rf"\brank {s.rank}\b", text):
             self.wrong(f"rank {s.rank} isn't named: {text}")
+
+    def store_is_gone(self, text: str) -> bool:
+        """Return whether a rank may not know the reason, as rank 0 had the store and ended before it."""
+        return self.schedule.store == "rank 0" and text.endswith("was lost; see its last output")
 
     def check_run(self, others: list[Member], older: Arrays, expected: Arrays) -> None:
         run, s = self.folder / "run", self.schedule

@@ -219,7 +219,7 @@ class Rank:
         os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.rank), WORLD_SIZE=str(s.world))
         os.environ["LOCAL_WORLD_SIZE"] = str(s.world)
         store = self.start_store() if s.store == "rank 0" and self.rank == 0 else self.join_store()
-        timeout = timedelta(seconds=STEP_TIMEOUT if s.work == "step" else 60)
+        timeout = timedelta(seconds=STEP_TIMEOUT if s.work in ("step", "load") else 60)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=s.world, timeout=timeout)
         return make_engine(seeded(Pairs), zero=s.zero, pp=s.pp, micro=1, config=self.config())
 

@@ -97,6 +97,7 @@ class CheckpointCore(TrainingCore):
         Raises:
             ckpt.CheckpointError: nothing is there, or something doesn't fit; the engine is as it was.
             ckpt.PartialLoadError: data is damaged, and the engine of no more use.
+            parallel.RankFailedError: all is loaded, but a rank was lost while parameters were gathered.
         """
         self._check_usable()
         self._micro.check_none("load_checkpoint")
@@ -116,13 +117,18 @@ class CheckpointCore(TrainingCore):
             self._guard.unusable = f"a load failed half-way ({error})"
             raise  # without a collective, as some rank may be lost
         except ckpt.CheckpointError:  # on all ranks
-            self.model.zero.show_parameters()
+            self._show_parameters()
             raise
-        self.model.zero.show_parameters()
+        self._show_parameters()
         self._saver.forget_plan()
         self._source.moved()
         self.last_load, self.client_state = loaded.report, loaded.client_state
         return loaded.url, loaded.client_state
+
+    def _show_parameters(self) -> None:
+        """Gather what the script may read, after a load; as in a step, the group's timeout ends the wait."""
+        with self._guard.together("load_checkpoint", begun=True):
+            self.model.zero.show_parameters()
 
     def resume(self, run: str | Path) -> dict[str, Any] | None:
         """Load the newest checkpoint of the folder `run`: its client_state, or None if there is none."""
