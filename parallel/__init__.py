@@ -22,6 +22,7 @@ The parallel model:
     pipeline, pipeline_stage  torch's pipeline schedules and stages, told about ZeRO
     loss              losses that add up over micro batches and ranks
     zero              ZeRO stages 0-3 as settings of `fully_shard`
+    mixed_precision   types of computing and of sums, as `fully_shard` takes them
     reducer, gatherer  gradients reduced in one order (stages 0-2); layers gathered one by one (stage 3)
     fsdp_internals    the private parts of `fully_shard` in use
     agreement         whether the ranks ran what they must run alike
@@ -36,6 +37,7 @@ The parallel model:
     initial_weights, recorded_init  initial weights in tiles; what `init_parameter` does to one
     ties              tied weights and the sum of their gradients
     gradients         the global norm, clipping
+    sums              sums of gradients that `fully_shard` would make in more steps
     dtensor_layout    which part of a tensor each rank of a stage holds
     tensors           a sharded module's tensors by name, and gathered
     gathered          sharded parameters made whole for a while, the same objects

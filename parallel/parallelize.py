@@ -132,7 +132,7 @@ def build(
     extras = find_extras(model)
     ties = tied_names(model)
     fill = _filler(model, ties, topology, settings, loaded_later=loaded_later)
-    loss_fn: LossFn | None = getattr(model, "loss_fn", None)
+    loss_fn, takes_fp32 = _loss(model, settings, degrees.tp)
     rowwise = rowwise_weights(model, declared.plan)
 
     module, placement, stage_names, repeating = model, Placement(ranks=(0,)), [_names(model)], blocks(model)
@@ -151,17 +151,12 @@ def build(
     sequence = settings.sequence_parallel
     apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
-    fused = None
-    if loss_fn is not None and settings.compile is not None and degrees.tp == 1:
-        fused = compiled(loss_fn, settings.compile)
-    takes_fp32 = loss_fn is not None and fused is None
     outputs = _output_types(placement.on(topology.pp_rank), placement, takes_fp32=takes_fp32)
     zeros = [
         _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
         for stretch, output in zip(stretches, outputs, strict=True)
     ]
     fill(module)
-    loss_fn = fused or loss_fn
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
     return ParallelModel(
@@ -218,6 +213,14 @@ def _pipeline(
     if loss_fn is None or placement.stages == 1:
         return None
     return Pipeline(zeros, placement, topology, loss_fn, settings.schedule)
+
+
+def _loss(model: nn.Module, settings: Settings, tp: int) -> tuple[LossFn | None, bool]:
+    """Return the model's loss function, compiled if the layers are, and whether it takes outputs in fp32."""
+    loss_fn: LossFn | None = getattr(model, "loss_fn", None)
+    if loss_fn is None or settings.compile is None or tp > 1:
+        return loss_fn, loss_fn is not None
+    return compiled(loss_fn, settings.compile), False
 
 
 def _output_types(

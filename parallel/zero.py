@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
@@ -46,12 +45,11 @@ from parallel.fsdp_internals import (
 )
 from parallel.gatherer import Gatherer
 from parallel.gradients import stays_whole
+from parallel.mixed_precision import DTYPES, policy_of, statistics_policy
 from parallel.parameter_watch import ParameterWatch
 from parallel.reducer import Reducer
-from parallel.settings import DType, Precision
+from parallel.settings import Precision
 from parallel.sums import ExchangedSums
-
-_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Zero:
@@ -102,10 +100,7 @@ class Zero:
         self._records = [record for module in sharded for record in parameters_of(module)]
         for module in sharded:
             check_records(module)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
-            if mesh.device_type == "cpu":
-                module.set_custom_reduce_scatter(cast(Any, ExchangedSums()))
+            _sum_plainly(module, mesh)
         set_root(sharded)
         if in_place:
             for record in self._records:
@@ -113,7 +108,7 @@ class Zero:
         self._watch = watch = ParameterWatch(sharded, in_place=in_place)
         self._driver: Reducer | Gatherer
         if not self._layerwise:
-            dtype = _DTYPES[precision.reduce]
+            dtype = DTYPES[precision.reduce]
             self._driver = Reducer(sharded, mesh, stage, watch, alone=alone, offload=offload, dtype=dtype)
         else:
             names = {
@@ -135,9 +130,9 @@ class Zero:
         sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
         covered = {p for part in parts for p in part.parameters()}
         sizes.append(sum(p.numel() for p in root.parameters() if p not in covered))
-        policy = _policy(precision, None)
-        policies = [_statistics_policy(precision) if part in statistics else policy for part in parts]
-        policies.append(_policy(precision, output))
+        policy = policy_of(precision, None)
+        policies = [statistics_policy(precision) if part in statistics else policy for part in parts]
+        policies.append(policy_of(precision, output))
         for module, size, policy in zip([*parts, root], sizes, policies, strict=True):
             if self._layerwise:
                 module.register_forward_hook(_own_outputs)
@@ -300,7 +295,7 @@ class ZeroStages:
         self._stages = stages
         self.stage = stages[0].stage
         """ZeRO stage."""
-        self.compute_dtype, self.offload = _DTYPES[stages[0].precision.compute], stages[0].offload
+        self.compute_dtype, self.offload = DTYPES[stages[0].precision.compute], stages[0].offload
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
@@ -349,6 +344,14 @@ class ZeroStages:
         return [zero.trace for zero in self._stages]
 
 
+def _sum_plainly(module: FSDPModule, mesh: DeviceMesh) -> None:
+    """Let gradients be summed, not averaged, in the way that is fastest on the mesh's devices."""
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+    if mesh.device_type == "cpu":
+        module.set_custom_reduce_scatter(cast(Any, ExchangedSums()))
+
+
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield a module's children, and those of containers in their place."""
     for child in module.children():
@@ -387,20 +390,3 @@ def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
     if not torch.is_grad_enabled():
         return output
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x._base is not None else x, output)
-
-
-def _policy(precision: Precision, output: torch.dtype | None) -> MixedPrecisionPolicy:
-    if not precision.mixed:
-        return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(
-        param_dtype=_DTYPES[precision.compute], reduce_dtype=_DTYPES[precision.reduce], output_dtype=output
-    )
-
-
-def _statistics_policy(precision: Precision) -> MixedPrecisionPolicy:
-    """Return the policy of batch norms: they compute in fp32, which their running averages need."""
-    return MixedPrecisionPolicy(
-        param_dtype=torch.float32,
-        reduce_dtype=_DTYPES[precision.reduce],
-        output_dtype=_DTYPES[precision.compute],
-    )

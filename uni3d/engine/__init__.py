@@ -12,6 +12,7 @@ Modules:
     optimizer_face  names that DeepSpeed scripts use on the optimizer
     micro_batches   forward and backward passes of a step, without a pipeline
     step            the optimizer step: from summed gradients to updated parameters
+    step_numbers    loss and norm of a step, which the host may read in the next one
     batches         checks of micro batches, the loss of one, dropout's random state
     token_means     the numbers of label tokens behind the losses of Hugging Face models
     sample_order    the order of samples
@@ -19,4 +20,6 @@ Modules:
     data_loader     the data loader
     given_loader    loaders and streams that the script brings as training data
     guard           failures during collective calls
+    garbage         Python's garbage collector, kept out of steps
+    host_threads    threads of an optimizer that steps in host memory
 """

@@ -95,8 +95,6 @@ def initialize(
     settings = _settings(_one_config(args, config, config_params), model, further)
     topology, split, triad = _distribute(settings, further.get("mpu"))
     data = data_as_used(data, settings, triad, topology, collate_fn)
-    if split.offload and topology.device.type == "cuda":
-        use_cores()
     _announce(settings, model, topology)
     _make_masters(model, settings, topology)
     groups = _named_groups(settings, model, optimizer, model_parameters)
@@ -151,6 +149,8 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
         device_type=device,
     )
     check_mpu(mpu, topology)
+    if split.offload and device == "cuda":
+        use_cores()
     return topology, split, triad
 
 

@@ -1,4 +1,4 @@
-"""What waits until a step has ended, and what a rank looks for while it waits for its GPU."""
+"""Garbage collected between steps, failures looked for in waits for a GPU, timeouts, threads of the host."""
 
 import gc
 import os
