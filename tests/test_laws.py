@@ -132,13 +132,15 @@ ALLOWED = {
     },
     "deepspeed": {"parallel", "config", "engine", "optim", "pipe", "version"},
     "estimate": {"ckpt", "parallel", "config", "manifest", "units"},
+    # It trains as a script does, beside what was estimated.
+    "bench": {"parallel", "config", "engine", "estimate", "observe"},
     "doctor": {"ckpt", "parallel", "config", "estimate", "importers", "manifest", "resume_rules", "units"},
     "plot": {"ckpt", "parallel", "estimate", "importers", "manifest", "units"},
     "export": {"ckpt", "manifest", "name_map", "zero_to_fp32", "units"},
     "importers": {"ckpt", "config", "manifest", "name_map", "optim", "resume_rules", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
-        *("export_torch", "name_map", "units", "version", "zero_to_fp32"),
+        *("bench", "export_torch", "name_map", "units", "version", "zero_to_fp32"),
     },
 }
 """Imports that each folder and file of `uni3d` may have; `uni3d/__init__.py` may have all but `cli`."""
@@ -183,6 +185,7 @@ NO_TORCH = {
         name: [path for path in of("uni3d") if room(module(path)) == name]
         for name in ("config", "estimate", "doctor", "plot", "export", "importers", "cli")
     },
+    "bench": [MODULES["uni3d.bench"], MODULES["uni3d.bench.request"]],  # a mistake is told at once
     "files": [
         MODULES[f"uni3d.{name}"] for name in ("manifest", "resume_rules", "name_map", "units", "zero_to_fp32")
     ],
@@ -208,6 +211,8 @@ COMMANDS = {
     "import uni3d": "import uni3d",
     "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
     "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
+    "uni3d bench --help": "import uni3d.cli\n"
+    "try: uni3d.cli.app(['bench', '--help'])\nexcept SystemExit: pass",
     "uni3d config": "import uni3d.cli, pathlib, tempfile\n"
     "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
     'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
