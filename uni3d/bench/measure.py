@@ -64,7 +64,7 @@ def measure(request: Request) -> dict[str, Any]:
         "memory": _memory(request, engine, before),
         "phases": _phases(engine),
         "collectives": _profile(engine, request.trace_of(engine.global_rank)),
-        "passes": _passes(engine) if request.schedule else [],
+        "passes": timed_passes(engine) if request.schedule else [],
     }
     engine.destroy()
     return measured
@@ -171,8 +171,8 @@ def _profile(engine: Any, trace: Path | None) -> dict[str, float]:
     return seconds_by_kind(profile.events() or (), PROFILED)
 
 
-def _passes(engine: Any) -> list[dict[str, Any]]:
-    """Take one step; return its passes with their begin and end on the clock that all local ranks share."""
+def timed_passes(engine: Any) -> list[dict[str, Any]]:
+    """Take one step; return its parts with their begin and end, on the clock that all local ranks share."""
     passes: list[dict[str, Any]] = []
 
     def now() -> float:

@@ -81,9 +81,9 @@ def bench(
     ranks = run_ranks(measure, nproc, request)
     row = row_of(request, ranks)
     if schedule is not None:
-        from uni3d.plot.schedule import draw_schedule
+        from uni3d.plot.schedule import draw_schedules
 
-        draw_schedule([rank["passes"] for rank in ranks], schedule)
+        draw_schedules({"": [rank["passes"] for rank in ranks]}, schedule)
     say_json(row) if as_json else _say(row)
 
 

@@ -237,7 +237,7 @@ def test_the_picture_has_a_box_for_each_pass(monkeypatch: pytest.MonkeyPatch, tm
         ]
         for rank in range(2)
     ]
-    schedule.draw_schedule(passes, tmp_path / "never.png")
+    schedule.draw_schedules({"one": passes}, tmp_path / "never.png")
     (axes,) = figures[0].axes
     boxes = [
         (b.get_x(), b.get_width(), round(b.get_y() + 0.4)) for b in axes.patches if b.get_width() == 1000
