@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from uni3d.cli.terminal import AsJson, say, say_json, say_table
 from uni3d.units import format_bytes
 
-Given = Annotated[int | None, Option(min=1, show_default="the config's")]
+if TYPE_CHECKING:
+    from uni3d.bench.request import Request
+
+THEIRS = "the config's"
 
 
 def bench(
@@ -21,15 +24,15 @@ def bench(
     nproc: Annotated[int, Option(help="Ranks to start on this machine.")] = 1,
     steps: Annotated[int, Option(help="Steps that are timed.")] = 10,
     warmup: Annotated[int, Option(help="Steps before them.")] = 3,
-    pp: Given = None,
-    dp: Given = None,
-    tp: Given = None,
-    zero: Annotated[int | None, Option(min=0, max=3, show_default="the config's")] = None,
+    pp: Annotated[int | None, Option(min=1, help="Pipeline stages.", show_default=THEIRS)] = None,
+    dp: Annotated[int | None, Option(min=1, help="Data-parallel ranks.", show_default=THEIRS)] = None,
+    tp: Annotated[int | None, Option(min=1, help="Tensor-parallel ranks.", show_default=THEIRS)] = None,
+    zero: Annotated[int | None, Option(min=0, max=3, help="ZeRO stage.", show_default=THEIRS)] = None,
     micro_batch: Annotated[
-        int | None, Option(min=1, help="Samples per micro batch and rank.", show_default="the config's")
+        int | None, Option(min=1, help="Samples per micro batch and rank.", show_default=THEIRS)
     ] = None,
     accumulation: Annotated[
-        int | None, Option(min=1, help="Micro batches per step and rank.", show_default="the config's")
+        int | None, Option(min=1, help="Micro batches per step and rank.", show_default=THEIRS)
     ] = None,
     peak_tflops: Annotated[
         float | None,
@@ -74,17 +77,22 @@ def bench(
         trace=trace,
         schedule=schedule is not None,
     )
+    row = _measured(request, schedule)
+    say_json(row) if as_json else _say(row)
+
+
+def _measured(request: Request, schedule: Path | None) -> dict[str, Any]:
+    """Start the ranks and return their figures; draw the schedule."""
     from uni3d.bench.local_ranks import run_ranks
     from uni3d.bench.measure import measure
     from uni3d.bench.report import row_of
 
-    ranks = run_ranks(measure, nproc, request)
-    row = row_of(request, ranks)
+    ranks = run_ranks(measure, request.job.ranks.total, request)
     if schedule is not None:
         from uni3d.plot.schedule import draw_schedules
 
         draw_schedules({"": [rank["passes"] for rank in ranks]}, schedule)
-    say_json(row) if as_json else _say(row)
+    return row_of(request, ranks)
 
 
 def _check_free(trace: Path | None, schedule: Path | None) -> None:
