@@ -28,7 +28,8 @@ def run_ranks(work: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
     Raises:
         ValueError: a rank raised an error, or was ended by a signal; names the rank and the reason.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report fills a screen
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # their reports fill a screen
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     defaults = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says that it starts and stops
     if nproc > 1:
@@ -63,14 +64,15 @@ def run_ranks(work: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
 
 @contextmanager
 def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that aren't set, for the processes that are started inside."""
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
+    """Set variables that aren't set, for the processes that are started inside; restore all at the end."""
+    before = dict(os.environ)
+    os.environ.update({**defaults, **before})
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name in os.environ.keys() - before.keys():  # the launcher adds one, too
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _first_reason(failures: Mapping[int, ProcessFailure]) -> str:

@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from uni3d.bench.collectives import seconds_by_kind
 from uni3d.bench.local_ranks import run_ranks
 from uni3d.bench.model import BenchGPT, RandomTokens
+from uni3d.bench.report import forward_flops
 from uni3d.bench.request import read_request
 from uni3d.estimate.gpt import from_model_config
 from uni3d.plot import schedule
@@ -191,6 +192,11 @@ def test_the_model_is_the_examples(kinds: dict[str, Any]) -> None:
     )
     total, number = ours.loss_fn(ours(tokens), tokens)
     assert (total, number) == theirs.loss_fn(theirs(tokens), tokens)
+
+
+def test_flops_leave_out_all_that_is_looked_up() -> None:
+    learned = MODEL | {"positions": "learned", "max_seq_len": 512}
+    assert forward_flops(from_model_config(learned), 16) == forward_flops(from_model_config(MODEL), 16)
 
 
 def test_samples_depend_on_seed_and_index_alone() -> None:
