@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +29,14 @@ def run_ranks(work: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
     Raises:
         ValueError: a rank raised an error, or was ended by a signal; names the rank and the reason.
     """
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # their reports fill a screen
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # of the launcher, whose reports fill a screen
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     defaults = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler says that it starts and stops
     if nproc > 1:
         defaults["OMP_NUM_THREADS"] = "1"  # as torchrun has it, since the ranks share the cores
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory(prefix="uni3d-bench-") as folder, _environment(defaults):
         config = LaunchConfig(
             min_nodes=1,
@@ -57,6 +60,7 @@ def run_ranks(work: Callable[..., Any], nproc: int, *args: Any) -> list[Any]:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + end.sigval) from None
         finally:
+            logging.disable(quiet)
             for number, handler in handlers.items():  # the launcher leaves its own
                 signal.signal(number, handler)
     return [results[rank] for rank in range(nproc)]
