@@ -21,6 +21,7 @@ The parallel model:
     stages            a model's layers, split into pipeline stages
     pipeline, pipeline_stage  torch's pipeline schedules and stages, told about ZeRO
     loss              losses that add up over micro batches and ranks
+    spans             parts of a step, for those who time them
     zero              ZeRO stages 0-3 as settings of `fully_shard`
     mixed_precision   types of computing and of sums, as `fully_shard` takes them
     reducer, gatherer  gradients reduced in one order (stages 0-2); layers gathered one by one (stage 3)

@@ -27,6 +27,7 @@ from parallel.loss import Loss, LossFn, split_logits
 from parallel.pipeline_stage import TorchStage
 from parallel.placement import Placement
 from parallel.settings import Schedule
+from parallel.spans import Span, no_span
 from parallel.topology import Topology
 from parallel.zero import Zero
 
@@ -55,6 +56,8 @@ class Pipeline:
         self._targets: list[Any] = []
         self._factor = 1.0
         self._schedules: dict[tuple[Any, ...], Any] = {}
+        self.span: Span = no_span
+        """Encloses each pass of a stage, and each loss."""
 
     def run(
         self, batches: Sequence[tuple[Any, Any]], *, train: bool, size: int | None = None, factor: float = 1.0
@@ -115,7 +118,9 @@ class Pipeline:
         return inputs, self._schedules[key]
 
     def _make_schedule(self, micro_batches: int) -> Any:
-        stages = [TorchStage(zero, i, self._placement, self._topology) for i, zero in self._stages.items()]
+        span: Span = lambda part, **where: self.span(part, **where)  # noqa: E731 (it may be set later)
+        placed = self._placement, self._topology
+        stages = [TorchStage(zero, i, *placed, span) for i, zero in self._stages.items()]
         kind = self._kind
         # With fewer micro batches than stages 1F1B has no steady state, and torch refuses it.
         if kind == "1f1b" and micro_batches < self._placement.stages:
@@ -125,7 +130,8 @@ class Pipeline:
 
     def _collect_loss(self, outputs: Any, number: Tensor) -> Tensor:
         """Return the loss of micro batch `number`, which stands for its targets of any kind."""
-        loss = Loss.of(self._loss_fn(outputs, self._targets[int(number)]))
+        with self.span("loss", stage=self._placement.stages - 1, micro_batch=int(number)):
+            loss = Loss.of(self._loss_fn(outputs, self._targets[int(number)]))
         self._losses.append(Loss(loss.total.detach(), loss.tokens))
         lifted = loss.lifted(self._factor)
         return lifted.clone() if lifted._is_view() else lifted  # split backward passes detach it in place

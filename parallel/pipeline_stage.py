@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from parallel.placement import Placement
+from parallel.spans import Span
 from parallel.topology import Topology
 from parallel.zero import Zero
 
@@ -43,7 +44,8 @@ class _Hidden(nn.Module):
 class TorchStage(PipelineStage):
     """A pipeline stage for torch's schedules."""
 
-    def __init__(self, zero: Zero, index: int, placement: Placement, topology: Topology) -> None:
+    def __init__(self, zero: Zero, index: int, placement: Placement, topology: Topology, span: Span) -> None:
+        """Make stage `index` of the model; each pass is enclosed in `span`."""
         super().__init__(
             _Hidden(zero, is_last=placement.is_last(index)),
             index,
@@ -52,29 +54,39 @@ class TorchStage(PipelineStage):
             group=topology.pp_group,
         )
         self._zero = zero
+        self._span = span
         self._whole: set[int] = set()  # micro batches whose backward pass wasn't split
 
-    # --- backward passes -------------------------------------------------------------------------------
+    # --- passes ----------------------------------------------------------------------------------------
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self._span("forward", stage=self.stage_index, micro_batch=fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        if full_backward:
-            with self._zero.backward(last=last_backward):
-                super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-            return
+        with self._span("backward", stage=self.stage_index, micro_batch=bwd_chunk_id):
+            if full_backward:
+                with self._zero.backward(last=last_backward):
+                    super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            else:
+                self._backward_of_inputs(bwd_chunk_id, loss, last_backward)
+
+    def _backward_of_inputs(self, bwd_chunk_id: int, loss: Any, last_backward: bool) -> None:
         self._zero.before_input_backward()
         if self._cannot_be_split(bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, True, False)
             self._whole.add(bwd_chunk_id)
             self.dw_runner[bwd_chunk_id] = lambda: None  # the schedule expects an entry
         else:
-            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            super().backward_one_chunk(bwd_chunk_id, loss, False, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         if not self.has_backward:  # an evaluation runs the same schedule
             return
-        with self._zero.weight_backward(last=last_backward):
+        span = self._span("weights", stage=self.stage_index, micro_batch=bwd_chunk_id)
+        with span, self._zero.weight_backward(last=last_backward):
             if bwd_chunk_id in self._whole:
                 self._whole.remove(bwd_chunk_id)
                 del self.dw_runner[bwd_chunk_id]

@@ -132,13 +132,14 @@ ALLOWED = {
     },
     "deepspeed": {"parallel", "config", "engine", "optim", "pipe", "version"},
     "estimate": {"ckpt", "parallel", "config", "manifest", "units"},
+    "bench": {"parallel", "config", "engine", "estimate", "observe"},  # trains as a script, beside estimates
     "doctor": {"ckpt", "parallel", "config", "estimate", "importers", "manifest", "resume_rules", "units"},
     "plot": {"ckpt", "parallel", "estimate", "importers", "manifest", "units"},
     "export": {"ckpt", "manifest", "name_map", "zero_to_fp32", "units"},
     "importers": {"ckpt", "config", "manifest", "name_map", "optim", "resume_rules", "zero_to_fp32", "units"},
     "cli": {
         *("ckpt", "parallel", "config", "manifest", "estimate", "doctor", "plot", "export", "importers"),
-        *("export_torch", "name_map", "units", "version", "zero_to_fp32"),
+        *("bench", "export_torch", "name_map", "units", "version", "zero_to_fp32"),
     },
 }
 """Imports that each folder and file of `uni3d` may have; `uni3d/__init__.py` may have all but `cli`."""
@@ -183,6 +184,7 @@ NO_TORCH = {
         name: [path for path in of("uni3d") if room(module(path)) == name]
         for name in ("config", "estimate", "doctor", "plot", "export", "importers", "cli")
     },
+    "bench": [MODULES["uni3d.bench"], MODULES["uni3d.bench.request"]],  # a mistake is told at once
     "files": [
         MODULES[f"uni3d.{name}"] for name in ("manifest", "resume_rules", "name_map", "units", "zero_to_fp32")
     ],
@@ -207,9 +209,9 @@ def test_folders_without_torch() -> None:
 COMMANDS = {
     "import uni3d": "import uni3d",
     "read a config": "import uni3d.config; uni3d.config.load_config({'optimizer': {'type': 'AdamW'}})",
-    "uni3d --help": "import uni3d.cli\ntry: uni3d.cli.app(['--help'])\nexcept SystemExit: pass",
-    "uni3d config": "import uni3d.cli, pathlib, tempfile\n"
-    "path = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
+    "uni3d --help": "import uni3d.cli\nfor words in [], ['bench']:\n"
+    "    try: uni3d.cli.app([*words, '--help'])\n    except SystemExit: pass",
+    "uni3d config": "import uni3d.cli, pathlib, tempfile\npath = pathlib.Path(tempfile.mkdtemp(), 'c.json')\n"
     'path.write_text(\'{"train_batch_size": 8, "optimizer": {"type": "RMSprop"}}\')\n'
     "try: uni3d.cli.app(['config', str(path)])\nexcept SystemExit as done: assert not done.code",
     "uni3d doctor": "import ckpt, numpy, tempfile, uni3d.cli\n"
@@ -219,13 +221,11 @@ COMMANDS = {
     "ckpt.save(run, 't', [shard], plan=plan, comm=ckpt.Solo(), document={'step': 1})\n"
     "try: uni3d.cli.app(['doctor', run, '--world-size', '2'])\n"
     "except SystemExit as done: assert done.code == 1",
-    "uni3d plot": "import uni3d.cli, pathlib, tempfile\n"
-    "run = pathlib.Path(tempfile.mkdtemp())\n"
+    "uni3d plot": "import uni3d.cli, pathlib, tempfile\nrun = pathlib.Path(tempfile.mkdtemp())\n"
     'run.joinpath("metrics.jsonl").write_text(\'{"step": 1, "loss": 2.5}\\n\')\n'
     "try: uni3d.cli.app(['plot', str(run), str(run / 'plot.png')])\n"
     "except SystemExit as done: assert not done.code",
-    "uni3d plan": "import uni3d.cli\n"
-    "try: uni3d.cli.app('plan --params 1B --world-size 8 --memory 40GiB'.split())\n"
+    "uni3d plan": "import uni3d.cli\ntry: uni3d.cli.app('plan --params 1B --dp 8 --memory 40GiB'.split())\n"
     "except SystemExit as done: assert not done.code",
 }
 

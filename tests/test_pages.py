@@ -11,6 +11,7 @@ from pathlib import Path
 import cli_page
 import config_page
 import parallelism_tables as tables
+import performance_tables
 import pytest
 import typer
 from ranks import Ranks
@@ -132,6 +133,12 @@ def test_python_blocks_compile(page: Path) -> None:
 
 def test_refused_combinations() -> None:
     assert tables.table_in(tables.PAGE.read_text(), "refused") == tables.refused()
+
+
+@pytest.mark.parametrize("name", performance_tables.TABLES)
+def test_computed_tables(name: str) -> None:
+    page = performance_tables.PAGE.read_text()
+    assert tables.table_in(page, name) == performance_tables.TABLES[name]()
 
 
 def test_every_promised_cell_has_been_measured() -> None:

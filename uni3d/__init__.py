@@ -15,6 +15,7 @@ The rooms, and the files beside them:
     stored_model             a model as checkpoints see it
     manifest, resume_rules   the run's part of a manifest; refusals and changes of a resume
     estimate, doctor, plot   memory, files and traffic on paper; advice on a resize; pictures
+    bench                    speed and memory of a training, measured
     export, importers        other frameworks' checkpoints, out and in
     dcp                      storage for torch's distributed checkpoint
     export_torch             the same in files that torch writes

@@ -68,6 +68,7 @@ USES: dict[str, list[str]] = {
     ],
     "plot": ["plot runs/tiny", "plot runs/tiny --layout --atom layers.0.ffn.up.weight", "plot runs/tiny"],
     "plan": ["plan --params 1B --world-size 8 --zero 1"],
+    "bench": ["bench gpt.json --nproc 3", "bench gpt.json --nproc 2 --micro-batch 3"],
     "config": ["config ds_config.json --world-size 2"],
     "clean": ["clean runs/half --dry-run", "clean runs/half"],
     "prune": ["prune runs/tiny --keep-last 1 --dry-run"],
@@ -154,6 +155,8 @@ def prepare() -> None:
     for n in (500, 1000):
         Path(f"trainer/checkpoint-{n}").mkdir(parents=True)
     Path("ds_config.json").write_text(json.dumps(CONFIG, indent=1))
+    document = {"model": {"num_layers": 2}, "seq_len": 64, "uni3d": CONFIG | {"parallel": {"pp": 2}}}
+    Path("gpt.json").write_text(json.dumps(document))
     _malicious(Path("malicious.pt"))
 
 

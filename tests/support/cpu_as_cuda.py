@@ -9,6 +9,7 @@ storage that is resized stays as it is.
 
 import shutil
 import subprocess
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -174,7 +175,12 @@ class Event:
     """A place in the stream, which is always reached."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
+
     def wait(self, stream: Any = None) -> None: ...
     def query(self) -> bool:
         return True
@@ -219,6 +225,7 @@ def cpu_as_cuda() -> Iterator[None]:
         "get_device_capability": lambda device=None: (9, 0),
         "is_bf16_supported": lambda *args: True,
         "max_memory_allocated": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
         "empty_cache": lambda: None,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),

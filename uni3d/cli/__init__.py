@@ -3,6 +3,7 @@
 Modules:
     inspect, verify, diff     look into checkpoints
     doctor, plan, plot        ask about topologies, before and after a resize
+    bench                     measure a training on this machine
     export, import_           weights out, other frameworks' checkpoints in
     prune, clean              delete old checkpoints, and the remains of crashed saves
     config                    check a config
@@ -22,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from uni3d.cli import clean, config, diff, doctor, export, import_, inspect, plan, plot, prune, verify
+from uni3d.cli import bench, clean, config, diff, doctor, export, import_, inspect, plan, plot, prune, verify
 from uni3d.cli.terminal import CommandError, complain, say
 from uni3d.version import __version__
 
@@ -93,7 +94,7 @@ def _paragraphs(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for module in (inspect, verify, diff, doctor, export, import_, plot, plan, config, clean, prune):
+for module in (inspect, verify, diff, doctor, export, import_, plot, plan, bench, config, clean, prune):
     name = module.__name__.rpartition(".")[2]
     command = getattr(module, name)
     app.command(name.rstrip("_"), help=_paragraphs(command))(command)

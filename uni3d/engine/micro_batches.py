@@ -21,6 +21,7 @@ from parallel import ParallelModel
 from parallel.agreement import BatchError, first_reason
 from parallel.gradients import Step, Sums, sum_over_ranks
 from parallel.loss import Loss, in_fp32, split_logits
+from parallel.spans import Span, no_span
 from uni3d.engine.batches import Result, loss_of
 from uni3d.optim.loss_scale import LossScale
 
@@ -59,6 +60,7 @@ class MicroBatches:
         boundary: what the script says instead of counting; None counts.
         share: factor of this step's losses; set before its first backward pass.
         sizes: sizes of the last micro batches that `train` or `evaluate` ran.
+        span: encloses the passes of `train`.
     """
 
     def __init__(self, model: ParallelModel, scaler: LossScale | None, steps: int, size: int) -> None:
@@ -72,6 +74,7 @@ class MicroBatches:
         self.boundary: bool | None = None
         self._inside_no_sync = self._in_backward = self._strays = False
         self.share = 1.0
+        self.span: Span = no_span
         self.clear()
 
     def clear(self) -> None:
@@ -149,9 +152,10 @@ class MicroBatches:
         """
         seen = []
         for batch in batches:
-            with split_logits(self._model.topology):
+            with self.span("forward", micro_batch=self.index), split_logits(self._model.topology):
                 result = loss_of(self._model, batch)
-            self.backward(result.loss)
+            with self.span("backward", micro_batch=self.index):
+                self.backward(result.loss)
             self.end()
             seen.append(result._replace(loss=self.losses[-1]))
         self.sizes = self._sizes(seen, sure=sure)

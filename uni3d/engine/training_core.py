@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from parallel import HostComm, ParallelModel
 from parallel.loss import Loss
+from parallel.spans import Span, no_span
 from uni3d.checkpoint.save import Saver
 from uni3d.config import BatchTriad, Config
 from uni3d.engine.batches import loss_in, on_device, random_state
@@ -80,6 +81,7 @@ class TrainingCore(nn.Module):
         self._source = BatchSource(self.training_dataloader, state.model, triad)
         self._given: Iterator[Any] | None = None
         """What `train_batch` takes its batches from, if the script has set it."""
+        self._span: Span = no_span
         state.model.zero.show_parameters()
 
     # --- whole batches ---------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class TrainingCore(nn.Module):
         self._micro.check_no_strays()
         self._check_optimizer("train_batch")
         with collected_after(), self._guard.together("train_batch"):
-            with self._observer.timed("data"):
+            with self._observer.timed("data"), self._span("data"):
                 batches = self._source.take(self._given if data_iter is None else data_iter)
             self._guard.begun = True
             if self.scaler is not None and self.scaler.terms is None:  # before fp16's first backward pass
@@ -114,7 +116,7 @@ class TrainingCore(nn.Module):
                 self.train()
             with self._observer.timed("forward and backward"), self._random_state():
                 loss = self._run(batches, train=True)
-            with self._observer.timed("step"):
+            with self._observer.timed("step"), self._span("step"):
                 mean = self._stepper.finish(loss, sizes=self._micro.sizes)
             self._observer.tell()
             return mean
@@ -146,6 +148,12 @@ class TrainingCore(nn.Module):
             return self.model.pipeline.run(batches, train=train, size=size, factor=factor)
         run = self._micro.train if train else self._micro.evaluate
         return run(batches, sure=self._source.sure)
+
+    def enclose_parts(self, span: Span) -> None:
+        """Enclose each part of later `train_batch` calls in what `span` returns (`parallel.spans`). Local."""
+        self._span = self._micro.span = span
+        if self.model.pipeline is not None:
+            self.model.pipeline.span = span
 
     def loader(
         self,

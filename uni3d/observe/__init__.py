@@ -3,6 +3,7 @@
 Modules:
     monitors   TensorBoard, Weights & Biases and CSV files
     profiler   FLOPs by module, counted in a forward pass
+    times      seconds by phase
     flops      FLOPs by formula, peak FLOP/s of GPUs, MFU
 """
 
@@ -11,13 +12,12 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from uni3d.config import BatchTriad, Config
 from uni3d.observe import profiler
 from uni3d.observe.flops import peak_flops, utilisation
 from uni3d.observe.monitors import Monitor, make_monitors
+from uni3d.observe.times import PhaseTimes
 from uni3d.train_state import TrainState
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ class Observer:
         self._patience = math.inf if "steps_per_print" in config.model_fields_set else LINE_SECONDS
         self._total = getattr(getattr(config.scheduler, "params", None), "total_num_steps", None)
         self._last_line = time.perf_counter()
-        self._times = _Times(self._device) if config.wall_clock_breakdown and self._speaks else None
+        self._times = PhaseTimes(self._device) if config.wall_clock_breakdown and self._speaks else None
         self._profile: profiler.Profile | None = None
         self._begun: float | None = None  # time of the last line
         self._steps, self._terms = 0, 0.0  # counted here since then, as a load changes the step numbers
@@ -115,7 +116,7 @@ class Observer:
         if self._speaks:
             print(f"uni3d: {self._line(record)}", flush=True)
             if self._times is not None:
-                print(f"uni3d: {self._times.line()}", flush=True)
+                print(f"uni3d: {_line_of(self._times.take())}", flush=True)
         self._begun = self._last_line = time.perf_counter()
         self._steps, self._terms = 0, 0.0
 
@@ -183,39 +184,7 @@ class Observer:
         return [f"MFU {utilisation(self._profile.forward, seconds, devices, peak):.1%}"]
 
 
-class _Times:
-    """Times of a step's phases; on a GPU by events, which are read when a line is printed.
-
-    Events that the GPU hasn't reached by then count in the next line, so that nothing waits for it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: deque[tuple[str, Any, Any]] = deque()
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        if self._device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            yield
-            end.record()
-            self._events.append((phase, begin, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self._seconds[phase] += time.perf_counter() - began
-
-    def line(self) -> str:
-        """Return the times since the last call as a line, and reset them."""
-        self._collect()
-        seconds, self._seconds = self._seconds, defaultdict(float)
-        total = sum(seconds.values())
-        parts = (f"{name} {1e3 * s:.1f} ms ({s / total:.0%})" for name, s in seconds.items())
-        return "time since the last line: " + " | ".join(parts)
-
-    def _collect(self) -> None:
-        while self._events and self._events[0][2].query():  # events complete in the order of recording
-            phase, begin, end = self._events.popleft()
-            self._seconds[phase] += begin.elapsed_time(end) / 1e3
+def _line_of(seconds: Mapping[str, float]) -> str:
+    total = sum(seconds.values())
+    parts = (f"{name} {1e3 * s:.1f} ms ({s / total:.0%})" for name, s in seconds.items())
+    return "time since the last line: " + " | ".join(parts)

@@ -4,6 +4,7 @@
     curves      draws the curves
     resize      topologies before and after a resize
     layout      draws the parts that ranks hold of an atom
+    schedule    draws what each rank runs when in a step
     figure      common style, and writing to files
 
 matplotlib is loaded only when something is drawn.

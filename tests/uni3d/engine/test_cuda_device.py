@@ -16,6 +16,8 @@ from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, s
 from ranks import Ranks
 from tied_gpt import gpt_engine
 
+from uni3d.bench.measure import _phases, _timed, timed_passes
+
 STEPS = 4
 PLACES: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "one rank": ((1, 1, 1, 0), {}),
@@ -103,6 +105,36 @@ def test_steps(gpu_ranks: Ranks, place: str, way: str) -> None:
         assert there["devices"] == {"cpu" if way == "offload" else "cuda:0"}
         for waited in there["waits"][1:]:  # in the first step the ranks compare what they run
             assert {*waited} <= WAITS.get(way, SETTLED)
+
+
+def measured_case() -> dict[str, tuple[Any, list[str]]]:
+    found: dict[str, tuple[Any, list[str]]] = {}
+    with cpu_as_cuda():
+        engine = gpt_engine(1, 2, 1, 1, parallel={"device": "cuda"})
+        engine.train_batch()
+        engine.train_batch()
+        works = {"timed": lambda: _timed(engine, 3), "phases": lambda: _phases(engine)}
+        for name, work in works.items():
+            waits.clear()
+            found[name] = work(), [*waits]
+        found["passes"] = timed_passes(engine), []
+    return found
+
+
+def test_a_measurement_waits_at_its_end_alone(gpu_ranks: Ranks) -> None:
+    """Waiting between the parts of a step would forbid the overlap that is measured."""
+    for found in gpu_ranks.run(2, measured_case):
+        (_, seconds), waited = found["timed"]
+        assert len(seconds) == 3
+        assert min(seconds) > 0
+        assert [wait for wait in waited if wait not in SETTLED] == [
+            *("synchronize in measure._timed", "_local_scalar_dense in measure._timed")
+        ]
+        phases, waited = found["phases"]
+        assert min(phases[name] for name in ("data", "forward", "backward", "step")) > 0
+        assert [wait for wait in waited if wait not in SETTLED] == ["synchronize in measure._phases"]
+        parts = [one["part"] for one in found["passes"][0]]
+        assert parts == ["data", "forward", "backward", "forward", "backward", "step"]
 
 
 class Broken(OwnLoss):

@@ -19,7 +19,8 @@ from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, s
 from ranks import Ranks
 from tied_gpt import gpt_engine
 
-from uni3d.observe import _Times, flops
+from uni3d.observe import flops
+from uni3d.observe.times import PhaseTimes
 
 NAMES = ("train_loss", "lr", "grad_norm")
 
@@ -214,18 +215,18 @@ class FakeEvent:
 
 def test_a_gpus_times_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    times = _Times(torch.device("cuda"))
+    times = PhaseTimes(torch.device("cuda"))
     for _ in range(2):
         for phase in ("data", "step"):
             with times.measure(phase):
                 pass
     FakeEvent.computed = 5.0  # both phases of the first step, and the next one's begin
-    assert times.line() == "time since the last line: data 1.0 ms (50%) | step 1.0 ms (50%)"
+    assert times.take() == {"data": 1e-3, "step": 1e-3}
     FakeEvent.computed = 6.0
-    assert times.line() == "time since the last line: data 1.0 ms (100%)"
+    assert times.take() == {"data": 1e-3}
     FakeEvent.computed = 8.0
-    assert times.line() == "time since the last line: step 1.0 ms (100%)"
-    assert times.line() == "time since the last line: "
+    assert times.take() == {"step": 1e-3}
+    assert times.take() == {}
 
 
 def test_a_line_every_ten_steps_or_thirty_seconds_by_default(
