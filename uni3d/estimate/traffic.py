@@ -81,7 +81,7 @@ def _tensor(job: Job, stage: Stage) -> int:
 
 def _pipeline(job: Job, stage: Stage) -> int:
     """Return the bytes of activations to the next stage and of gradients to the previous one."""
-    size = job.compute_bytes * job.tokens * job.shape.hidden
+    size = job.compute_bytes * job.tokens_between * job.shape.hidden
     apart = job.shape.tied_head and len(stage.ends) == 1  # each sends its gradient to the other
     tied = tuple(weight for weight in job.shape.links[0].weights if weight.name == EMBEDDING and apart)
     neighbours = stage.neighbours - (2 if stage.turns else 0)
