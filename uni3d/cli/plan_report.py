@@ -166,8 +166,8 @@ def _training_lines(t: Mapping[str, Any], ranks: Mapping[str, Any], flops: str) 
         f"{t['accumulation']} micro batches",
         "sent": ", ".join(f"{axis} {format_bytes(sent[axis])}" for axis in ("tp", "pp", "dp"))
         + f" per step by the rank that sends most; {format_bytes(sent['between_nodes'])} of it between nodes",
-        "time": f"{_seconds(t['step_seconds'])} per step at {flops} per rank, within {ERROR:.0%} of most "
-        f"published runs: {', '.join(f'{part} {_seconds(s)}' for part, s in t['seconds'].items() if s)}",
+        "time": f"{_seconds(t['step_seconds'])} per step at {flops} per rank, give or take {ERROR:.0%}: "
+        f"{', '.join(f'{part} {_seconds(s)}' for part, s in t['seconds'].items() if s)}",
     }
 
 
