@@ -8,7 +8,8 @@ Published runs are estimated with one set of rates for each kind of GPU. In the 
 has a rate of its own, the median of those that fit its runs: what is left is not due to its kernels.
 
 With `--here`, the run on one process gives the FLOP/s that a rank reaches, and an all-reduce in the runs of
-two the bandwidth. Processes have one thread each.
+two the bandwidth. Processes have one thread each. Two runs on one process go at once, as cores share caches and
+memory, and may be two threads of one.
 """
 
 from __future__ import annotations
@@ -118,15 +119,20 @@ def job(name: str) -> Job:
 
 
 def start(name: str, steps: int) -> dict[str, float]:
-    """Run a case in processes of its own, and return its seconds and bandwidth."""
+    """Run a case in processes of its own, as often at once as two processes allow; return the means."""
+    ranks = job(name).ranks.total
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(job(name).ranks.total), __file__, "--case", name]
+    command += ["--nproc-per-node", str(ranks), __file__, "--case", name, "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--steps", str(steps)], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
-    return dict(json.loads(line))
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2 // ranks)
+    ]
+    printed = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"{name}: a run failed, see above")
+    found = [json.loads(line) for text in printed for line in text.splitlines() if line.startswith("{")]
+    return {key: statistics.mean(each[key] for each in found) for key in found[0]}
 
 
 def run_case(name: str, steps: int) -> None:
