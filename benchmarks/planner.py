@@ -8,8 +8,8 @@ Published runs are estimated with one set of rates for each kind of GPU. In the 
 has a rate of its own, the median of those that fit its runs: what is left is not due to its kernels.
 
 With `--here`, the run on one process gives the FLOP/s that a rank reaches, and an all-reduce in the runs of
-two the bandwidth. Processes have one thread each. Two runs on one process go at once, as cores share caches and
-memory, and may be two threads of one.
+two the bandwidth. Processes have one thread each. Two runs on one process go at once, as cores share caches
+and memory, and may be two threads of one.
 """
 
 from __future__ import annotations
