@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parallel.degrees import Ranks
     from uni3d.estimate.gpt import GPTShape
     from uni3d.estimate.job import Job
-    from uni3d.estimate.search import Machine
+    from uni3d.estimate.step import Machine
 
 Size = Annotated[int | None, Option(help="Size of the model.", show_default="from --params")]
 
@@ -65,10 +65,10 @@ def plan(
     ] = None,
     device: Annotated[str, Option(help="cuda or cpu; their kernels save different activations.")] = "cuda",
     flops: Annotated[
-        str, Option(help="Model FLOP/s that a rank achieves, to estimate the time of a step.")
-    ] = "400TFLOP/s",
-    fast_link: Annotated[str, Option(help="Bandwidth of a rank within its node.")] = "300GB/s",
-    slow_link: Annotated[str, Option(help="Bandwidth of a rank between nodes.")] = "50GB/s",
+        str, Option(help="Model FLOP/s that a rank achieves on one node, without recomputation.")
+    ] = "460TFLOP/s",
+    fast_link: Annotated[str, Option(help="Bandwidth of a rank within its node.")] = "360GB/s",
+    slow_link: Annotated[str, Option(help="Bandwidth of a rank between nodes.")] = "40GB/s",
     states: Annotated[
         str, Option(help="Arrays in the checkpoint for each parameter, in its shape and float32.")
     ] = "fp32,exp_avg,exp_avg_sq",
@@ -87,7 +87,7 @@ def plan(
     Starts no ranks. Reports memory per rank, pipeline bubble and bytes sent per step; and for a save its
     files, bytes per rank and time. The model is the one in CONFIG or, with --params or sizes, a Llama-like
     GPT whose proportions default to those of Llama 2 70B. --memory also lists the topologies that fit,
-    fastest first.
+    fastest first. Default rates are those of H100s in published runs.
     """
     from uni3d.cli.plan_report import lines_of, row_of
 
@@ -118,14 +118,14 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _machine(flops: str, fast_link: str, slow_link: str, ranks_per_node: int) -> Machine:
-    from uni3d.estimate.search import Machine
+    from uni3d.estimate.step import Machine
 
     if ranks_per_node < 1:
         raise ValueError(f"--ranks-per-node {ranks_per_node} must be at least 1")
     return Machine(
-        flops=parse(flops, FLOPS, "--flops", "400TFLOP/s"),
-        inside=parse(fast_link, RATES, "--fast-link", "300GB/s"),
-        between=parse(slow_link, RATES, "--slow-link", "50GB/s"),
+        flops=parse(flops, FLOPS, "--flops", "460TFLOP/s"),
+        inside=parse(fast_link, RATES, "--fast-link", "360GB/s"),
+        between=parse(slow_link, RATES, "--slow-link", "40GB/s"),
         ranks_per_node=ranks_per_node,
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 from uni3d.estimate.job import Job
 from uni3d.estimate.memory import Memory, memory
 from uni3d.estimate.save import Figures, on_paper
-from uni3d.estimate.search import Machine, Proposal, judge, propose
+from uni3d.estimate.search import Proposal, judge, propose
+from uni3d.estimate.step import ERROR, Machine
 from uni3d.units import format_bytes
 
 SHOWN = 10
@@ -109,6 +110,7 @@ def _costs(planned: Proposal) -> dict[str, Any]:
         "bubble": planned.cost.bubble,
         "bytes_sent_per_step": {**planned.cost.traffic._asdict(), "between_nodes": planned.cost.slow_bytes},
         "step_seconds": planned.cost.seconds,
+        "seconds": planned.cost.parts._asdict(),
     }
 
 
@@ -164,7 +166,8 @@ def _training_lines(t: Mapping[str, Any], ranks: Mapping[str, Any], flops: str) 
         f"{t['accumulation']} micro batches",
         "sent": ", ".join(f"{axis} {format_bytes(sent[axis])}" for axis in ("tp", "pp", "dp"))
         + f" per step by the rank that sends most; {format_bytes(sent['between_nodes'])} of it between nodes",
-        "time": f"{_seconds(t['step_seconds'])} per step at {flops} per rank, communication not overlapped",
+        "time": f"{_seconds(t['step_seconds'])} per step at {flops} per rank, give or take {ERROR:.0%}: "
+        f"{', '.join(f'{part} {_seconds(s)}' for part, s in t['seconds'].items() if s)}",
     }
 
 

@@ -6,6 +6,7 @@
     zero            memory and traffic of ZeRO, by formula
     memory          peak memory of each pipeline rank
     traffic         bytes sent in a step, and the pipeline bubble
+    step            time of a step: compute, bubble, communication that isn't hidden
     search          topologies that fit in a memory limit, fastest first
     save            files that a save would write
     saved           boxes of a checkpoint's arrays on the ranks of any topology

@@ -55,7 +55,7 @@ def norm(job: Job) -> int:
     On CPUs RMSNorm runs as separate operations in fp32, and keeps its input in fp32 and the normalized one.
     On GPUs it is one kernel that keeps its input.
     """
-    c, tokens = job.compute_bytes, _tokens(job)
+    c, tokens = job.compute_bytes, job.tokens_between
     if job.shape.norm == "rmsnorm":
         values = 2 * 4 if job.device == "cpu" else c
         return tokens * (values * job.shape.hidden + 4)
@@ -90,7 +90,7 @@ def products(job: Job) -> int:
     shape, tp, c = job.shape, job.ranks.tp, job.compute_bytes
     columns = 2 * shape.hidden + 2 * shape.kv_width
     columns += (2 if shape.activation == "swiglu" else 1) * shape.ffn
-    summed = 2 * c * _tokens(job) * shape.hidden if tp > 1 else 0
+    summed = 2 * c * job.tokens_between * shape.hidden if tp > 1 else 0
     rows = 2 * c * job.tokens * shape.hidden
     return c * job.tokens * columns // tp + 4 * job.tokens * shape.heads // tp + rows + summed
 
@@ -119,9 +119,4 @@ def _given(job: Job) -> int:
 
 def _wide(job: Job, *, split: bool = True) -> int:
     """Return the bytes of a (B, S, D) tensor; `split` marks one that sequence parallelism splits."""
-    return job.compute_bytes * job.shape.hidden * (_tokens(job) if split else job.tokens)
-
-
-def _tokens(job: Job) -> int:
-    """Return a micro batch's tokens on a rank, outside of the parts that tensor parallelism splits."""
-    return -(-job.tokens // job.ranks.tp) if job.sequence_parallel else job.tokens
+    return job.compute_bytes * job.shape.hidden * (job.tokens_between if split else job.tokens)

@@ -74,6 +74,11 @@ class Job:
         return self.micro_batch * self.seq_len
 
     @property
+    def tokens_between(self) -> int:
+        """Tokens of a micro batch on a rank outside of what tensor parallelism splits, and between stages."""
+        return -(-self.tokens // self.ranks.tp) if self.sequence_parallel else self.tokens
+
+    @property
     def batch(self) -> int:
         """Samples in a global batch."""
         return self.micro_batch * self.accumulation * self.ranks.dp

@@ -256,5 +256,5 @@ def _pipeline(job: Job, stage: Stage) -> int:
     """
     # Inputs and targets in int64: the loader has them as micro batches, the pipeline as one tensor.
     batch = 2 * 2 * 8 * job.tokens * job.accumulation
-    wide = job.compute_bytes * job.shape.hidden * job.tokens
+    wide = job.compute_bytes * job.shape.hidden * job.tokens_between
     return batch + stage.neighbours * job.accumulation * wide

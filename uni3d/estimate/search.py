@@ -4,38 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from parallel.degrees import Ranks
-from uni3d.estimate.gpt import GPTShape
 from uni3d.estimate.job import Job, RecomputeMode
 from uni3d.estimate.memory import StageMemory, memory, worst
-from uni3d.estimate.traffic import Traffic, bubble, traffic
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Rates of one rank, for the estimate of a step's time."""
-
-    flops: float
-    """Floating-point operations per second that a model reaches in matrix products."""
-    inside: float
-    """Bytes per second that a rank sends inside its node."""
-    between: float
-    """Bytes per second that a rank sends to another node, all ranks of a node sending at once."""
-    ranks_per_node: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Cost of a job's step; see `cost`."""
-
-    bubble: float
-    traffic: Traffic
-    slow_bytes: int
-    """Bytes of the traffic that go between nodes."""
-    seconds: float
+from uni3d.estimate.step import Cost, Machine, cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,42 +26,11 @@ class Proposal:
 
 
 RECOMPUTE: tuple[RecomputeMode, ...] = ("none", "selective", "full")
-AGAIN = {"none": 0.0, "selective": 0.03, "full": 1 / 3}
-"""Share of a step's time that recomputation adds. Full: a forward pass, a third of a step. Selective: all but
-matrix products and attention, which is cheap but not free."""
-
 LARGEST_MICRO_BATCH = 64
 
 
 def judge(job: Job, machine: Machine) -> Proposal:
     return Proposal(job=job, cost=cost(job, machine), memory=worst(memory(job)))
-
-
-def cost(job: Job, machine: Machine) -> Cost:
-    """Estimate a step's time, for comparing jobs.
-
-    A step takes 6 floating-point operations for each token and matrix element, more with recomputation
-    (`AGAIN`), stretched by the bubble. Communication is added as if none of it overlapped.
-    """
-    waits, sent = bubble(job), traffic(job)
-    nodes = machine.ranks_per_node
-    slow = sum(n for axis, n in sent._asdict().items() if leaves_node(job.ranks, axis, nodes))
-    passes = 1 + AGAIN[job.recompute] / job.every
-    operations = 6 * passes * _matrices(job.shape) * job.batch * job.seq_len / job.ranks.total
-    compute = operations / machine.flops / (1 - waits)
-    seconds = compute + (sent.total - slow) / machine.inside + slow / machine.between
-    return Cost(bubble=waits, traffic=sent, slow_bytes=slow, seconds=seconds)
-
-
-@lru_cache
-def _matrices(shape: GPTShape) -> int:
-    return sum(link.cost for link in shape.links)
-
-
-def leaves_node(ranks: Ranks, axis: str, ranks_per_node: int) -> bool:
-    """Return whether neighbours on an axis may be on different nodes: tp is innermost, then dp, then pp."""
-    reach = {"tp": ranks.tp, "dp": ranks.of_a_stage, "pp": ranks.total}
-    return getattr(ranks, axis) > 1 and reach[axis] > ranks_per_node
 
 
 def propose(job: Job, world: int, limit: float, machine: Machine) -> list[Proposal]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from uni3d.estimate.gpt import EMBEDDING
 from uni3d.estimate.job import Job, Stage
-from uni3d.estimate.zero import sent
+from uni3d.estimate.zero import Sent, sent
 
 
 class Traffic(NamedTuple):
@@ -52,7 +52,7 @@ def traffic(job: Job) -> Traffic:
     return Traffic(
         tp=max(_tensor(job, stage) for stage in job.kinds),
         pp=max(_pipeline(job, stage) for stage in job.kinds),
-        dp=max(_data(job, stage) for stage in job.kinds),
+        dp=data_sent(job).total,
     )
 
 
@@ -64,32 +64,43 @@ def ring(n_bytes: int, ranks: int) -> int:
 def _tensor(job: Job, stage: Stage) -> int:
     """Return the bytes of all-reduces over the tensor-parallel ranks.
 
-    A layer sums the outputs of its two row-wise projections, and in the backward pass the gradients of the
-    inputs of attention and feed-forward. Sequence parallelism splits each sum into a reduce-scatter and an
-    all-gather, and sends as much.
+    Sequence parallelism splits each sum into a reduce-scatter and an all-gather, and sends as much.
     """
-    # Recomputation stops as soon as the backward pass has its tensors, which is before a layer's last sum.
-    again = -(-stage.layers // job.every) if job.recompute == "full" else 0
-    # The embedding sums its partial lookups, the head the gradient of its input.
-    sums = stage.layers * 4 + again + len(stage.ends)
-    rows = sums * job.tokens
+    rows = sums(job, stage) * job.tokens
     if job.shape.positions == "learned" and "embed" in stage.ends:
         rows += job.seq_len  # also a partial lookup, once for all samples
     size = job.compute_bytes * rows * job.shape.hidden
     return job.accumulation * 2 * ring(size, job.ranks.tp)
 
 
+def sums(job: Job, stage: Stage) -> int:
+    """Return the sums over the tensor-parallel ranks that a micro batch takes on a stage.
+
+    A layer sums the outputs of its two row-wise projections, and in the backward pass the gradients of the
+    inputs of attention and feed-forward. The embedding sums its partial lookups, the head the gradient of its
+    input.
+    """
+    # Recomputation stops as soon as the backward pass has its tensors, which is before a layer's last sum.
+    again = -(-stage.layers // job.every) if job.recompute == "full" else 0
+    return stage.layers * 4 + again + len(stage.ends)
+
+
 def _pipeline(job: Job, stage: Stage) -> int:
     """Return the bytes of activations to the next stage and of gradients to the previous one."""
-    size = job.compute_bytes * job.tokens * job.shape.hidden
+    size = job.compute_bytes * job.tokens_between * job.shape.hidden
     apart = job.shape.tied_head and len(stage.ends) == 1  # each sends its gradient to the other
     tied = tuple(weight for weight in job.shape.links[0].weights if weight.name == EMBEDDING and apart)
     neighbours = stage.neighbours - (2 if stage.turns else 0)
     return job.accumulation * neighbours * size + 4 * job.shard(tied)
 
 
-def _data(job: Job, stage: Stage) -> int:
-    """Return the bytes of ZeRO's collectives, padding included (`uni3d.estimate.zero`)."""
+def data_sent(job: Job) -> Sent:
+    """Return the bytes of ZeRO's collectives, padding included, on the stage that sends most."""
+    return max((_data(job, stage) for stage in job.kinds), key=lambda each: each.total)
+
+
+def _data(job: Job, stage: Stage) -> Sent:
+    """Return the bytes of a stage's collectives (`uni3d.estimate.zero`)."""
     return sent(
         sum(job.shard(unit) for unit in [*stage.units, stage.root]) * job.shards,
         stage=job.ranks.zero,
@@ -98,4 +109,4 @@ def _data(job: Job, stage: Stage) -> int:
         compute_bytes=job.compute_bytes,
         reduce_bytes=job.reduce_bytes,
         accumulation=job.accumulation,
-    ).total
+    )

@@ -119,9 +119,13 @@ def sent(
     """
     s = shard_count(dp, stage, shard_group)
     n = dp // s  # replicas
-    gathers = 2 * accumulation if stage == 3 else 1
-    scatters = accumulation if stage >= 2 else 1
+    gathers, scatters = times(stage, accumulation)
     gathered, reduced = compute_bytes * parameters, reduce_bytes * parameters
     return Sent(
         gathers * gathered * (s - 1) // s, scatters * reduced * (s - 1) // s, 2 * reduced * (n - 1) // (n * s)
     )
+
+
+def times(stage: int, accumulation: int) -> tuple[int, int]:
+    """Return how often a step of `accumulation` micro batches gathers parameters and scatters gradients."""
+    return 2 * accumulation if stage == 3 else 1, accumulation if stage >= 2 else 1

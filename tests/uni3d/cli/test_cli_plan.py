@@ -41,6 +41,10 @@ def test_it_takes_an_examples_config() -> None:
     assert training["tokens_per_step"] == 512 * 2048
     assert (training["micro_batch"], training["accumulation"]) == (2, 32)
     assert training["bubble"] == pytest.approx(1 / 33)
+    assert sum(training["seconds"].values()) == training["step_seconds"]
+    assert training["seconds"]["bubble"] > 0
+    faster = answer("plan", config, "--world-size", 16, "--pp", 2, "--zero", 1, "--flops", "920TFLOP/s")
+    assert faster["training"]["seconds"]["compute"] == pytest.approx(training["seconds"]["compute"] / 2)
     stages = training["memory_by_stage"]
     assert training["worst_stage"] == max(stages, key=lambda stage: stage["bytes"])["stage"]
     assert all(sum(stage[part] for part in Memory._fields) == stage["bytes"] for stage in stages)

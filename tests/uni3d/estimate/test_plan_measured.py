@@ -105,6 +105,7 @@ MORE = [
     Case(2, 1, 2, 1, "bf16", model="gpt2"),
     Case(4, 1, 1, 1, accumulation=4),
     Case(1, 1, 2, 1, recompute="full", model="gpt2", sequence=True),
+    Case(2, 1, 2, 1, accumulation=4, sequence=True),
     Case(1, 4, 1, 3, group=2),
     Case(2, 1, 1, 1, accumulation=4, schedule="gpipe"),
     Case(2, 1, 1, 1, accumulation=4, schedule="interleaved", virtual=2),
@@ -233,6 +234,7 @@ TRAFFIC = [
     matrix(Case(2, 1, 1, 1, accumulation=4, model="gpt2")),
     Case(1, 2, 1, 3, "bf16"),
     Case(1, 1, 2, 1, sequence=True),
+    matrix(Case(2, 1, 2, 1, accumulation=4, sequence=True)),
     Case(2, 1, 1, 1, accumulation=4, schedule="zero_bubble_v", virtual=2),
 ]
 

@@ -25,7 +25,8 @@ from uni3d.estimate.gpt import GPTShape, from_model_config
 from uni3d.estimate.job import Job
 from uni3d.estimate.memory import in_flight, memory, worst
 from uni3d.estimate.save import on_paper
-from uni3d.estimate.search import Machine, judge, propose
+from uni3d.estimate.search import judge, propose
+from uni3d.estimate.step import Machine
 from uni3d.estimate.traffic import bubble
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "megatron_gpt" / "configs"
