@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, _ = shape(args.config, tiny=args.tiny)
     deepspeed = find_deepspeed(args.deepspeed_python, options)
     try:
-        arms = chosen(args.ranks, args.arms, deepspeed=deepspeed is not None)
+        arms = chosen(args.ranks, args.arms, deepspeed=deepspeed is not None, precision=args.precision)
     except ValueError as error:
         raise SystemExit(f"{PROGRAM}: {error}") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of `run`, which ends the ranks
     runs: dict[Arm, list[Run]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory(prefix="training-benchmark-", dir=args.folder) as folder:
         write_weights(Path(folder) / "weights.safetensors", options)
@@ -126,7 +128,7 @@ def conclude(args: argparse.Namespace, runs: report.Runs, deepspeed: DeepSpeed |
     tokens = args.batch * seq_len
     print(machine(args, deepspeed, tokens), report.training_table(runs, tokens), sep="\n\n")
     sizes = {"seq_len": seq_len, "batch": args.batch, "micro_batches": args.micro_batches}
-    for text in (report.bubbles(runs, options, **sizes), report.saves_table(runs)):
+    for text in (report.bubbles(runs, options, **sizes), report.saves_table(runs, os.cpu_count() or 1)):
         if text:
             print(f"\n{text}")
     losses, norms = report.differences(runs)

@@ -104,9 +104,8 @@ def free_port() -> int:
 
 def merged(ranks: list[Mapping[str, Any]]) -> Run:
     """Return the figures of a run from those of its ranks: of most, the slowest or largest."""
-    slowest = {
-        key: max(rank[key] for rank in ranks) for key in ("first_step", "imports", "initialize", "wall")
-    }
+    times = ("first_step", "imports", "initialize", "wall")
+    slowest = {key: max(rank[key] for rank in ranks) for key in times}
     return Run(
         **slowest,
         seconds=[max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)],

@@ -13,8 +13,9 @@ from benchmarks.checkpoint.table import Sample, number
 from benchmarks.training.arms import Arm
 from benchmarks.training.launch import Run
 from benchmarks.training.task import SAVE_EVERY
+from parallel.degrees import Ranks
 from uni3d.estimate.gpt import from_model_config
-from uni3d.estimate.job import Job, Ranks
+from uni3d.estimate.job import Job
 from uni3d.estimate.traffic import bubble
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -36,8 +37,8 @@ def training_table(runs: Runs, tokens: int) -> str:
         if arm.saves is not None:
             continue
         step = Sample(tuple(1e3 * median_step(run) for run in rounds), "ms")
-        ours = keys.get(arm.beside or "")
-        beside = "" if ours is None else f"{ratio(rounds, runs[ours], median_step)} ({ours.name})"
+        ours = [keys[key] for key in arm.beside if key in keys]
+        beside = ", ".join(f"{ratio(rounds, runs[our], median_step)} ({our.name})" for our in ours)
         rows.append(
             (
                 *(arm.name, str(arm.ranks), f"{1e3 * tokens / step.median:,.0f}", bare(step), beside),
@@ -50,8 +51,11 @@ def training_table(runs: Runs, tokens: int) -> str:
     return markdown(HEADINGS, rows)
 
 
-def saves_table(runs: Runs) -> str | None:
-    """Return the table of runs with asynchronous saves beside those without; None if they weren't run."""
+def saves_table(runs: Runs, cores: int) -> str | None:
+    """Return the table of runs with asynchronous saves beside those without; None if they weren't run.
+
+    `cores` is the number that the ranks share.
+    """
     arms = {arm.saves: arm for arm in runs if arm.saves is not None}
     if len(arms) < 2:
         return None
@@ -63,7 +67,6 @@ def saves_table(runs: Runs) -> str | None:
         for arm in arms.values()
     ]
     table = markdown(("arm", "ranks", "ms a step, waits included", "CPU ms a step, all ranks"), rows)
-    cores = min(os.cpu_count() or 1, arms[True].ranks)
     longer, beyond, used = [], [], []
     for saving, without in zip(runs[arms[True]], runs[arms[False]], strict=True):
         cpu = (saving.cpu - without.cpu) / len(saving.seconds)

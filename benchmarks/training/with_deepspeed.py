@@ -67,7 +67,7 @@ def pipeline(task: Task, config: dict[str, Any]) -> Trainer:
     layers = [
         LayerSpec(Embedding, c),
         *[LayerSpec(Block, c) for _ in range(c.num_layers)],
-        LayerSpec(make_norm, c),
+        LayerSpec(type(make_norm(c)), c.hidden_size, eps=c.norm_eps),
         LayerSpec(nn.Linear, c.hidden_size, c.vocab_size, bias=False),
     ]
     model = PipelineModule(layers, num_stages=task.pp, loss_fn=mean_loss, partition_method="parameters")
