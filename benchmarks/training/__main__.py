@@ -126,9 +126,13 @@ def conclude(args: argparse.Namespace, runs: report.Runs, deepspeed: DeepSpeed |
     """Print the tables; return 1 if the arms didn't compute the same."""
     options, seq_len = shape(args.config, tiny=args.tiny)
     tokens = args.batch * seq_len
-    print(machine(args, deepspeed, tokens), report.training_table(runs, tokens), sep="\n\n")
+    print(machine(args, deepspeed, tokens))
     sizes = {"seq_len": seq_len, "batch": args.batch, "micro_batches": args.micro_batches}
-    for text in (report.bubbles(runs, options, **sizes), report.saves_table(runs, os.cpu_count() or 1)):
+    for text in (
+        report.training_table(runs, tokens),
+        report.bubbles(runs, options, **sizes),
+        report.saves_table(runs, os.cpu_count() or 1),
+    ):
         if text:
             print(f"\n{text}")
     losses, norms = report.differences(runs)

@@ -30,7 +30,7 @@ Runs = Mapping[Arm, Sequence[Run]]
 
 
 def training_table(runs: Runs, tokens: int) -> str:
-    """Return the table of all arms but those with saves."""
+    """Return the table of all arms but those of longer runs; it is empty if there are no others."""
     keys = {arm.key: arm for arm in runs}
     rows = []
     for arm, rounds in runs.items():
@@ -48,7 +48,7 @@ def training_table(runs: Runs, tokens: int) -> str:
                 f"{rounds[-1].losses[-1]:.6f}",
             )
         )  # fmt: skip
-    return markdown(HEADINGS, rows)
+    return markdown(HEADINGS, rows) if rows else ""
 
 
 def saves_table(runs: Runs, cores: int) -> str | None:
