@@ -34,8 +34,6 @@ def build(task: Task) -> Trainer:
         "zero_optimization": {"stage": task.zero},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW, as everywhere here
     }
-    if task.precision == "bf16":
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return pipeline(task, config) if task.pp > 1 else zero(task, config)
 
 
@@ -74,6 +72,8 @@ def pipeline(task: Task, config: dict[str, Any]) -> Trainer:
     chain = task.meta_model().pipeline_layers
     named = [(whole_name(name, chain), parameter) for name, parameter in model.named_parameters()]
     load(named, task)
+    for parameter in model.parameters():
+        parameter.model_parallel = True  # or the norm by which it clips is that of the first stage alone
     if task.compile:
         compile_each(layer for layer in model.forward_funcs if isinstance(layer, Block))
     engine = make_engine(model, config)
