@@ -84,7 +84,8 @@ def chosen(
 ) -> list[Arm]:
     """Return the arms on these numbers of ranks, of these names.
 
-    DeepSpeed's arms are left out where it isn't installed, tensor parallelism by hand where it isn't in fp32.
+    DeepSpeed's arms are left out where it isn't installed. In bf16 two others are: DeepSpeed's stage 0, which
+    keeps no fp32 weights then, and tensor parallelism by hand, which is written for fp32.
 
     Raises:
         ValueError: a name that none of the arms has.
@@ -93,7 +94,7 @@ def chosen(
     if not deepspeed:
         arms = [arm for arm in arms if arm.library != "deepspeed"]
     if precision != "fp32":
-        arms = [arm for arm in arms if arm.library != "tensor_parallel"]
+        arms = [arm for arm in arms if arm.library != "tensor_parallel" and arm.name != "deepspeed zero0"]
     known = sorted({arm.name for arm in arms})
     for name in names or []:
         if name not in known:

@@ -70,7 +70,7 @@ def test_arms_by_name() -> None:
     assert keys(deepspeed=True, precision="fp32") == {arm.key for arm in all_arms(2)}
     assert not [key for key in keys(deepspeed=False, precision="fp32") if key.startswith("deepspeed")]
     left_out = keys(deepspeed=True, precision="fp32") - keys(deepspeed=True, precision="bf16")
-    assert left_out == {"torch tp2@2"}
+    assert left_out == {"torch tp2@2", "deepspeed zero0@2"}
     with pytest.raises(ValueError, match="'zero9' is unknown here; give some of 'ddp', 'fsdp2'"):
         chosen([1], ["zero9"], deepspeed=False, precision="fp32")
 
