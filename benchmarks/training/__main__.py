@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, _ = shape(args.config, tiny=args.tiny)
     deepspeed = find_deepspeed(args.deepspeed_python, options)
     try:
-        arms = chosen(args.ranks, args.arms, deepspeed=deepspeed is not None, precision=args.precision)
+        how = {"precision": args.precision, "compiled": args.compile}
+        arms = chosen(args.ranks, args.arms, deepspeed=deepspeed is not None, **how)
     except ValueError as error:
         raise SystemExit(f"{PROGRAM}: {error}") from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of `run`, which ends the ranks

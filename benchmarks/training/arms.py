@@ -80,12 +80,18 @@ def saves(dp: int) -> list[Arm]:
 
 
 def chosen(
-    ranks: Sequence[int], names: Sequence[str] | None, *, deepspeed: bool, precision: str
+    ranks: Sequence[int],
+    names: Sequence[str] | None,
+    *,
+    deepspeed: bool,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> list[Arm]:
     """Return the arms on these numbers of ranks, of these names.
 
     DeepSpeed's arms are left out where it isn't installed. In bf16 two others are: DeepSpeed's stage 0, which
-    keeps no fp32 weights then, and tensor parallelism by hand, which is written for fp32.
+    keeps no fp32 weights then, and tensor parallelism by hand, which is written for fp32. With compiled
+    layers all tensor parallelism is: in torch 2.13 the backward pass fails, whoever composes it.
 
     Raises:
         ValueError: a name that none of the arms has.
@@ -95,6 +101,8 @@ def chosen(
         arms = [arm for arm in arms if arm.library != "deepspeed"]
     if precision != "fp32":
         arms = [arm for arm in arms if arm.library != "tensor_parallel" and arm.name != "deepspeed zero0"]
+    if compiled:
+        arms = [arm for arm in arms if arm.tp == 1]
     known = sorted({arm.name for arm in arms})
     for name in names or []:
         if name not in known:

@@ -44,7 +44,7 @@ def keys(**settings: Any) -> set[str]:
 
 @pytest.mark.slow
 def test_every_arm_trains_alike(tmp_path: Path) -> None:
-    arms = chosen([2], None, deepspeed=False, precision="fp32")
+    arms = chosen([2], None, deepspeed=False)
     written = tmp_path / "figures.json"
     names = ["--arms", *(arm.name for arm in arms)]
     options = ["--tiny", "--rounds", "1", "--ranks", "2", "--folder", str(tmp_path), "--json", str(written)]
@@ -58,7 +58,8 @@ def test_every_arm_trains_alike(tmp_path: Path) -> None:
     for run in found.values():
         assert run["losses"][-1] < 0.99 * run["losses"][0]
         assert run["peak"] > 0
-        assert 0 < run["imports"] + run["initialize"] < run["first_step"]
+        assert 0 < min(run["imports"], run["initialize"])
+        assert max(run["imports"], run["initialize"]) < run["first_step"]
         assert all(norm > 0 for norm in run["norms"])
     assert len(found["uni3d saves"]["seconds"]) == 20
     first, last = found["uni3d pp2"]["parameters"]
@@ -67,12 +68,13 @@ def test_every_arm_trains_alike(tmp_path: Path) -> None:
 
 
 def test_arms_by_name() -> None:
-    assert keys(deepspeed=True, precision="fp32") == {arm.key for arm in all_arms(2)}
-    assert not [key for key in keys(deepspeed=False, precision="fp32") if key.startswith("deepspeed")]
-    left_out = keys(deepspeed=True, precision="fp32") - keys(deepspeed=True, precision="bf16")
-    assert left_out == {"torch tp2@2", "deepspeed zero0@2"}
+    every = keys(deepspeed=True)
+    assert every == {arm.key for arm in all_arms(2)}
+    assert not [key for key in keys(deepspeed=False) if key.startswith("deepspeed")]
+    assert every - keys(deepspeed=True, precision="bf16") == {"torch tp2@2", "deepspeed zero0@2"}
+    assert every - keys(deepspeed=True, compiled=True) == {"torch tp2@2", "uni3d tp2@2"}
     with pytest.raises(ValueError, match="'zero9' is unknown here; give some of 'ddp', 'fsdp2'"):
-        chosen([1], ["zero9"], deepspeed=False, precision="fp32")
+        chosen([1], ["zero9"], deepspeed=False)
 
 
 def test_arms_beside_others_name_arms_that_exist() -> None:
