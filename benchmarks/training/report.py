@@ -18,8 +18,11 @@ from uni3d.estimate.gpt import from_model_config
 from uni3d.estimate.job import Job
 from uni3d.estimate.traffic import bubble
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
-"""Largest relative difference of a loss or gradient norm between two arms."""
+TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2)}
+"""Largest relative difference between two arms of a loss, and of a gradient norm.
+
+Adam's first steps amplify rounding, and DeepSpeed's stage 3 has norms of its own: 1e-4 off in the first step.
+"""
 MIB = 1 << 20
 HEADINGS = (
     *("arm", "ranks", "tokens/s", "ms a step", "speed of uni3d beside it", "peak memory of a rank"),

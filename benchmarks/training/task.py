@@ -22,7 +22,7 @@ from model import GPT, GPTConfig, next_token_loss
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6}
 TINY: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_heads": 2}
-ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAVE_EVERY = 10
