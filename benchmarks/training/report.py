@@ -21,7 +21,7 @@ from uni3d.estimate.traffic import bubble
 TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2)}
 """Largest relative difference between two arms of a loss, and of a gradient norm.
 
-Adam's first steps amplify rounding, and DeepSpeed's stage 3 has norms of its own: 1e-4 off in the first step.
+Adam's first steps amplify rounding, and the norms of DeepSpeed's stage 3 were up to 1.4e-4 off all others.
 """
 MIB = 1 << 20
 HEADINGS = (
