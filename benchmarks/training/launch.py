@@ -39,6 +39,8 @@ class Run:
     """Seconds of all measured steps, and of waiting for the last save."""
     cpu: float
     """CPU seconds of all ranks in that time."""
+    saved: int
+    """Checkpoints that were committed, the one of the warm-up included."""
     parameters: list[list[str]]
     """Names of the parameters on each rank."""
 
@@ -112,6 +114,7 @@ def merged(ranks: list[Mapping[str, Any]]) -> Run:
         peak=max(rank["peak"] for rank in ranks),
         losses=ranks[0]["losses"],
         norms=ranks[0]["norms"],
+        saved=ranks[0]["saved"],
         cpu=sum(rank["cpu"] for rank in ranks),
         parameters=[rank["parameters"] for rank in ranks],
     )

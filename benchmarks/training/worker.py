@@ -86,6 +86,7 @@ def train(task: Task, rank: int, trainer: Trainer) -> dict[str, Any]:
         "wall": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
         "losses": averaged(losses, task.device),
+        "saved": len(list(Path(task.folder).glob("run/*/manifest.json"))),
         "norms": [None if norm is None else float(norm) for norm in norms],
     }
 

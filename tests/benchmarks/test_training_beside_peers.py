@@ -26,7 +26,9 @@ THEIRS = Arm(name="ddp", library="ddp", ranks=2, beside=(OURS.key,))
 def figures(seconds: float, losses: list[float], **others: Any) -> Run:
     times = {"first_step": 3.0, "imports": 1.0, "initialize": 0.5, "wall": 1.0, "cpu": 1.0}
     norms: list[float | None] = [None] * len(losses)
-    run = Run(seconds=[seconds] * 4, losses=losses, norms=norms, parameters=[], peak=64 << 20, **times)
+    run = Run(
+        seconds=[seconds] * 4, losses=losses, norms=norms, parameters=[], peak=64 << 20, saved=0, **times
+    )
     return replace(run, **others)
 
 
@@ -64,6 +66,8 @@ def test_every_arm_trains_alike(tmp_path: Path) -> None:
         assert max(run["imports"], run["initialize"]) < run["first_step"]
         assert all(norm > 0 for norm in run["norms"])
     assert len(found["uni3d saves"]["seconds"]) == 20
+    assert {name for name, run in found.items() if run["saved"]} == {"uni3d saves"}
+    assert found["uni3d saves"]["saved"] == 3
     first, last = found["uni3d pp2"]["parameters"]
     assert (first[0], last[-1]) == ("embed.tokens.weight", "head.weight")
     assert [path for path in tmp_path.iterdir() if path != written] == []
