@@ -2,6 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/train.py                          # a small GPT, on the CPU
     python benchmarks/train.py --device cuda --config 1.3b.json --precision bf16 --compile
+    python benchmarks/train.py --peers ...                                # beside other libraries instead
+
+`--peers` measures DeepSpeed, DDP, FSDP2 and tensor parallelism by hand beside the engine, on 1 to 4 ranks;
+`--peers --help` shows its options (`benchmarks/training/`). What follows is about the rest.
 
 There is one process and nothing to communicate, so the difference is the engine's own cost. The bare loop
 has the same model, casts, clipping and optimizer, as one would write them by hand. Both take steps in
@@ -15,7 +19,6 @@ import argparse
 import copy
 import cProfile
 import dataclasses
-import json
 import pstats
 import statistics
 import subprocess
@@ -23,10 +26,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "megatron_gpt")]
@@ -34,12 +36,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "megatron_gpt")]
 from model import GPT, GPTConfig  # noqa: E402
 
 import uni3d  # noqa: E402
+from benchmarks.training import task  # noqa: E402
+from benchmarks.training.task import ADAMW, CLIP, DTYPES, Batch  # noqa: E402
 from uni3d.observe import flops  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-CLIP = 1.0
-Batch = list[tuple[Tensor, Tensor]]
 Step = Callable[[Batch], None]
 
 
@@ -56,17 +56,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="steps of each in a round")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device; 989 for an H100 SXM in bf16")
+    parser.add_argument("--peers", action="store_true", help="other libraries; with options of its own")
     parser.add_argument("--memory-of", choices=["engine", "bare"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def shape(args: argparse.Namespace) -> tuple[GPTConfig, int]:
     """Return the model's config and the length of its sequences."""
-    if args.config is None:
-        return GPTConfig(vocab_size=8192, hidden_size=384, num_layers=6, num_heads=6), 128
-    path = ROOT / "examples" / "megatron_gpt" / "configs" / args.config
-    config = json.loads(path.read_text())
-    return GPTConfig(**config["model"]), config["seq_len"]
+    options, seq_len = task.shape(args.config)
+    return GPTConfig(**options), seq_len
 
 
 def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> tuple[Step, uni3d.Engine]:
@@ -201,6 +199,10 @@ def memory_of(which: str) -> int:
 
 
 def main() -> None:
+    if "--peers" in sys.argv:
+        from benchmarks.training.__main__ import main as beside_peers
+
+        sys.exit(beside_peers([argument for argument in sys.argv[1:] if argument != "--peers"]))
     args = parse_arguments()
     if args.memory_of:
         print(peak_bytes(args))
