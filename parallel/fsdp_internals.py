@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 STATE_RECORDS = (
+    "_comm_ctx",
     "_fsdp_param_group",
     "_lazy_init",
     "_register_pre_backward_hook",
@@ -244,6 +245,16 @@ def end_backward(root: FSDPModule) -> None:
     """Wait for reductions and reset fully_shard's records, as its callback does after a backward pass."""
     state: Any = root._get_fsdp_state()
     type(state)._root_post_backward_final_callback(state)
+
+
+def forget_forward_order(root: FSDPModule) -> None:
+    """Forget in which order forward passes ran, once no backward pass needs it.
+
+    torch does so after a step's last backward pass alone. In those before, it would gather the last layer of
+    an earlier micro batch for nothing, after the first layer of a later one.
+    """
+    state: Any = root._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
 
 
 def allow_in_place_inputs(group: Any) -> None:

@@ -21,6 +21,7 @@ from parallel.fsdp_internals import (
     allow_in_place_inputs,
     end_backward,
     fill_gradients,
+    forget_forward_order,
     give_gradient,
     group_of,
     has_gradients,
@@ -222,4 +223,5 @@ class Gatherer:
                 self._ended = False
         if not self._ended:  # or the forward pass didn't go through the root's hooks
             end_backward(self._root)
+        forget_forward_order(self._root)
         self._inside = False

@@ -151,11 +151,11 @@ def build(
     sequence = settings.sequence_parallel
     apply_tensor_parallel(module, plan, topology.tp_mesh, declared.parts, sequence_parallel=sequence)
     change_forward(repeating, settings.recompute, settings.compile)
-    outputs = _output_types(placement.on(topology.pp_rank), placement, takes_fp32=takes_fp32)
-    zeros = [
-        _shard(stretch, repeating if layers is None else list(stretch.children()), topology, settings, output)
-        for stretch, output in zip(stretches, outputs, strict=True)
-    ]
+    zeros = []
+    for stretch, stage in zip(stretches, placement.on(topology.pp_rank), strict=True):
+        candidates = repeating if layers is None else list(stretch.children())
+        last = placement.is_last(stage)
+        zeros.append(_shard(stretch, candidates, topology, settings, last=last, fp32=last and takes_fp32))
     fill(module)
     zero = ZeroStages(zeros)
     set_hooks(module, zero, extras, topology)
@@ -223,20 +223,16 @@ def _loss(model: nn.Module, settings: Settings, tp: int) -> tuple[LossFn | None,
     return compiled(loss_fn, settings.compile), False
 
 
-def _output_types(
-    stages: Sequence[int], placement: Placement, *, takes_fp32: bool
-) -> list[torch.dtype | None]:
-    """Return the type of each stage's outputs: fp32 where a loss takes it, None for that of computing."""
-    return [torch.float32 if takes_fp32 and placement.is_last(stage) else None for stage in stages]
-
-
 def _shard(
     stretch: nn.Module,
     layers: Sequence[nn.Module],
     topology: Topology,
     settings: Settings,
-    output: torch.dtype | None,
+    *,
+    last: bool,
+    fp32: bool,
 ) -> Zero:
+    """Shard a stretch of the model, the last one or one before others, whose outputs are in `fp32` or not."""
     zero = Zero(
         stretch,
         units(stretch, layers),
@@ -245,7 +241,8 @@ def _shard(
         precision=settings.precision,
         offload=settings.offload,
         persistence_threshold=settings.persistence_threshold,
-        output=output,
+        last=last,
+        output=torch.float32 if fp32 else None,
     )
     keep_class_names(stretch)
     return zero

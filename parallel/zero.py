@@ -69,13 +69,16 @@ class Zero:
         precision: Precision = Precision(),  # noqa: B008 (it is frozen)
         offload: bool = False,
         persistence_threshold: int = 0,
+        last: bool = True,
         output: torch.dtype | None = None,
     ) -> None:
         """Shard `root` in place. `units` are its submodules that are gathered and freed one by one.
 
         At stage 3, a unit of fewer than `persistence_threshold` elements stays whole from forward to
-        backward. With `offload`, sharded parameters, their gradients and optimizer states stay in host
-        memory. `output` is the type to which the root's outputs are cast, None for the type of computation.
+        backward. So do the root and the last unit of a model's `last` stage, where the backward pass begins:
+        they would be gathered again at once. With `offload`, sharded parameters, their gradients and
+        optimizer states stay in host memory. `output` is the type to which the root's outputs are cast, None
+        for the type of computation.
 
         Raises:
             ValueError: `stage` isn't 0, 1, 2 or 3.
@@ -94,7 +97,7 @@ class Zero:
             units = ()  # there is nothing to gather, cast or free, so their hooks would only take time
         self._mesh = mesh
         self._trained: bytes | None = None
-        self._shard(units, persistence_threshold, output)
+        self._shard(units, persistence_threshold, last, output)
         sharded = [m for m in root.modules() if isinstance(m, FSDPModule)]
         self._sharded = sharded
         self._records = [record for module in sharded for record in parameters_of(module)]
@@ -118,7 +121,9 @@ class Zero:
             self._driver = Gatherer(sharded, mesh, layers, watch, alone=alone)
         self._gather_for_parts()
 
-    def _shard(self, units: Sequence[nn.Module], threshold: int, output: torch.dtype | None) -> None:
+    def _shard(
+        self, units: Sequence[nn.Module], threshold: int, last: bool, output: torch.dtype | None
+    ) -> None:
         """Apply fully_shard to batch norms, to the units, and to the root with the remaining parameters."""
         root, precision, mesh = cast(nn.Module, self.root), self.precision, self._mesh
         if mesh["replicate"].size() == 1:  # else fully_shard would sum over each rank alone
@@ -133,13 +138,14 @@ class Zero:
         policy = policy_of(precision, None)
         policies = [statistics_policy(precision) if part in statistics else policy for part in parts]
         policies.append(policy_of(precision, output))
+        stays = {root, *units[-1:]} if last else set()
         for module, size, policy in zip([*parts, root], sizes, policies, strict=True):
             if self._layerwise:
                 module.register_forward_hook(_own_outputs)
             fully_shard(
                 module,
                 mesh=mesh,
-                reshard_after_forward=self._layerwise and size >= threshold,
+                reshard_after_forward=self._layerwise and size >= threshold and module not in stays,
                 mp_policy=policy,
                 offload_policy=placed,
                 ignored_params=whole,

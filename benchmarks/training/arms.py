@@ -91,7 +91,7 @@ def chosen(
 
     DeepSpeed's arms are left out where it isn't installed. In bf16 two others are: DeepSpeed's stage 0, which
     keeps no fp32 weights then, and tensor parallelism by hand, which is written for fp32. With compiled
-    layers all tensor parallelism is: in torch 2.13 the backward pass fails, whoever composes it.
+    layers the latter fails in its backward pass: torch 2.13 gives its embedding no gradient.
 
     Raises:
         ValueError: a name that none of the arms has.
@@ -100,9 +100,9 @@ def chosen(
     if not deepspeed:
         arms = [arm for arm in arms if arm.library != "deepspeed"]
     if precision != "fp32":
-        arms = [arm for arm in arms if arm.library != "tensor_parallel" and arm.name != "deepspeed zero0"]
-    if compiled:
-        arms = [arm for arm in arms if arm.tp == 1]
+        arms = [arm for arm in arms if arm.name != "deepspeed zero0"]
+    if precision != "fp32" or compiled:
+        arms = [arm for arm in arms if arm.library != "tensor_parallel"]
     known = sorted({arm.name for arm in arms})
     for name in names or []:
         if name not in known:

@@ -78,7 +78,7 @@ def test_arms_by_name() -> None:
     assert every == {arm.key for arm in all_arms(2)}
     assert not [key for key in keys(deepspeed=False) if key.startswith("deepspeed")]
     assert every - keys(deepspeed=True, precision="bf16") == {"torch tp2@2", "deepspeed zero0@2"}
-    assert every - keys(deepspeed=True, compiled=True) == {"torch tp2@2", "uni3d tp2@2"}
+    assert every - keys(deepspeed=True, compiled=True) == {"torch tp2@2"}
     with pytest.raises(ValueError, match="'zero9' is unknown here; give some of 'ddp', 'fsdp2'"):
         chosen([1], ["zero9"], deepspeed=False)
 

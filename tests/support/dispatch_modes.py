@@ -30,6 +30,8 @@ class ComputedShapes(TorchDispatchMode):
 
 ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """Rounds of each collective as a ring."""
+EXCHANGE = "alltoall"
+"""Collective by which gradients are reduced and scattered on CPUs (`parallel.sums.ExchangedSums`)."""
 
 
 class SentBytes(TorchDispatchMode):
@@ -46,7 +48,7 @@ class SentBytes(TorchDispatchMode):
         if name == "c10d::send":
             self.bytes["send"] += tensors[0].nbytes
         elif "c10d" in name:
-            plain = name.replace("_", "")
+            plain = name.replace("_", "").replace(EXCHANGE, "reducescatter")
             if kind := next((kind for kind in ROUNDS if kind.replace("_", "") in plain), None):
                 size = _group_size(args)  # the larger of input and output is the whole tensor
                 self.bytes[kind] += ROUNDS[kind] * max(x.nbytes for x in tensors) * (size - 1) // size

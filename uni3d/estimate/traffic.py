@@ -101,8 +101,11 @@ def data_sent(job: Job) -> Sent:
 
 def _data(job: Job, stage: Stage) -> Sent:
     """Return the bytes of a stage's collectives (`uni3d.estimate.zero`)."""
+    last = next((unit for unit in reversed(stage.units) if unit), ())
+    kept = job.shard(stage.root) + job.shard(last) if "head" in stage.ends else 0
     return sent(
         sum(job.shard(unit) for unit in [*stage.units, stage.root]) * job.shards,
+        kept=kept * job.shards,
         stage=job.ranks.zero,
         dp=job.ranks.dp,
         shard_group=job.shard_group,

@@ -12,6 +12,8 @@ gradients are accumulated and reduced with r. Bytes on a rank, each column at it
 
 `cP` are whole copies to compute with. An unsharded fp32 parameter is computed with in place and needs none.
 At stage 3 the copies are transient: one unit of `parallel.layers.units`, mostly a layer, and the next one.
+Where the loss is computed, the last unit and the root, K elements, stay from the forward pass to the backward
+pass.
 
 The ZeRO paper (Rajbhandari et al. 2020, section 5, with c = r = 2 and Adam) has 2P + 2P + KP, divided by dp
 from stage 3, 2 and 1 on. Its K = 12 is 4 bytes of fp32 parameters and 8 of moments. Differences here:
@@ -28,7 +30,7 @@ sum them (the paper's section 7 counts 1 and 2). In a step of A micro batches a 
 | 0          | -                 | -                     | rP, over dp                      |
 | 1          | cP                | rP                    | rP/s                             |
 | 2          | cP                | A rP                  | rP/s                             |
-| 3          | 2A cP             | A rP                  | rP/s                             |
+| 3          | A c(2P - K)       | A rP                  | rP/s                             |
 
 The paper's 2P up to stage 2 and 3P at stage 3 are for A = 1. Where s doesn't divide a parameter's first
 dimension, padding adds to both memory and traffic.
@@ -105,6 +107,7 @@ def sent(
     compute_bytes: int = 4,
     reduce_bytes: int = 4,
     accumulation: int = 1,
+    kept: int = 0,
 ) -> Sent:
     """Return the bytes that ZeRO makes a rank send in a step.
 
@@ -116,14 +119,14 @@ def sent(
         compute_bytes: bytes of an element in forward and backward passes.
         reduce_bytes: bytes of a gradient's element, as it is accumulated and reduced.
         accumulation: micro batches in a step.
+        kept: elements that stage 3 gathers once for a micro batch, not twice.
     """
     s = shard_count(dp, stage, shard_group)
     n = dp // s  # replicas
     gathers, scatters = times(stage, accumulation)
-    gathered, reduced = compute_bytes * parameters, reduce_bytes * parameters
-    return Sent(
-        gathers * gathered * (s - 1) // s, scatters * reduced * (s - 1) // s, 2 * reduced * (n - 1) // (n * s)
-    )
+    elements = gathers * parameters - (accumulation * kept if stage == 3 else 0)
+    gathered, reduced = compute_bytes * elements, reduce_bytes * parameters
+    return Sent(gathered * (s - 1) // s, scatters * reduced * (s - 1) // s, 2 * reduced * (n - 1) // (n * s))
 
 
 def times(stage: int, accumulation: int) -> tuple[int, int]:
