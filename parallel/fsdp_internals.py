@@ -26,6 +26,7 @@ STATE_RECORDS = (
 GROUP_RECORDS = (
     "fsdp_params",
     "_all_gather_result",
+    "_post_forward_indices",
     "_register_state_dict_hooks",
     "_partial_reduce_output",
     "_register_post_backward_hook",
@@ -248,13 +249,15 @@ def end_backward(root: FSDPModule) -> None:
 
 
 def forget_forward_order(root: FSDPModule) -> None:
-    """Forget in which order forward passes ran, once no backward pass needs it.
+    """Forget in which order forward passes ran, unless a backward pass is still to come.
 
     torch does so after a step's last backward pass alone. In those before, it would gather the last layer of
     an earlier micro batch for nothing, after the first layer of a later one.
     """
     state: Any = root._get_fsdp_state()
-    state._comm_ctx.post_forward_order.clear()
+    order = state._comm_ctx.post_forward_order
+    if not any(group._post_forward_indices for group in order):
+        order.clear()
 
 
 def allow_in_place_inputs(group: Any) -> None:
