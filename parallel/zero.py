@@ -109,16 +109,7 @@ class Zero:
             for record in self._records:
                 compute_in_place(record)
         self._watch = watch = ParameterWatch(sharded, in_place=in_place)
-        self._driver: Reducer | Gatherer
-        if not self._layerwise:
-            dtype = DTYPES[precision.reduce]
-            self._driver = Reducer(sharded, mesh, stage, watch, alone=alone, offload=offload, dtype=dtype)
-        else:
-            names = {
-                module: name or "the layers outside of any list" for name, module in root.named_modules()
-            }
-            layers = [names[cast(nn.Module, module)] for module in sharded]
-            self._driver = Gatherer(sharded, mesh, layers, watch, alone=alone)
+        self._driver = self._make_driver(sharded, watch, alone=alone)
         self._gather_for_parts()
 
     def _shard(
@@ -150,6 +141,17 @@ class Zero:
                 offload_policy=placed,
                 ignored_params=whole,
             )
+
+    def _make_driver(
+        self, sharded: Sequence[FSDPModule], watch: ParameterWatch, *, alone: bool
+    ) -> Reducer | Gatherer:
+        mesh, root = self._mesh, cast(nn.Module, self.root)
+        if not self._layerwise:
+            dtype, offload = DTYPES[self.precision.reduce], self.offload
+            return Reducer(sharded, mesh, self.stage, watch, alone=alone, offload=offload, dtype=dtype)
+        names = {module: name or "the layers outside of any list" for name, module in root.named_modules()}
+        layers = [names[cast(nn.Module, module)] for module in sharded]
+        return Gatherer(sharded, mesh, layers, watch, alone=alone)
 
     def _gather_for_parts(self) -> None:
         """Gather a layer's parameters also when its parts are called without it.
