@@ -9,7 +9,7 @@ from typing import Any
 
 KINDS = {
     "all_gather": "allgather",
-    "reduce_scatter": "reducescatter",
+    "reduce_scatter": "reducescatter|alltoall",
     "all_reduce": "allreduce",
     "send_recv": "send|recv",
 }
@@ -22,8 +22,8 @@ def seconds_by_kind(events: Iterable[Any], steps: int) -> dict[str, float]:
     """Return the seconds a step in which collectives of each kind were under way.
 
     `events` are those of `torch.profiler.profile` in so many steps. Collectives of one kind that overlap
-    count once. On CPUs they are gloo's, which reduces and scatters by an all-reduce; on GPUs the kernels of
-    NCCL.
+    count once. On CPUs they are gloo's, where reduce-scatters are exchanges (`parallel.sums`); on GPUs the
+    kernels of NCCL.
     """
     spans: Mapping[str, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
