@@ -5,9 +5,10 @@
     python benchmarks/train.py --peers --tiny --rounds 1                                  # a smoke test
 
 Every arm trains the same GPT from the same weights, on the same samples in the same order, with AdamW
-(torch's, fused) and gradients clipped to a norm of 1. The global batch is the same on any number of ranks,
-cut by data-parallel rank; pipelines cut it into `--micro-batches`. In a round each arm runs once, as whole
-processes; the order alternates. Figures are medians of the rounds (least to most); ratios are taken by round.
+(torch's, fused) and gradients clipped to a norm of 1. The global batch is the same on any number of
+ranks, cut by data-parallel rank; pipelines cut it into `--micro-batches`. On CPUs a rank stays on its
+share of the cores. In a round each arm runs once, as whole processes; the order alternates. Figures are
+medians of the rounds (least to most); ratios are taken by round.
 
 It exits with 1 if two arms differ in a loss or in a gradient norm by more than rounding explains. DeepSpeed
 is measured if this interpreter or the one of `--deepspeed-python` has it; how to make one is said in

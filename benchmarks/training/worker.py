@@ -33,6 +33,8 @@ BUILDERS = {
 
 def main() -> None:
     task, rank = Task.from_json(sys.argv[1]), int(os.environ["RANK"])
+    if task.device == "cpu":
+        bind(rank, task.ranks)
     torch.set_num_threads(task.threads)
     module, function = BUILDERS[task.library]
     build = getattr(import_module(f"benchmarks.training.{module}"), function)
@@ -49,6 +51,17 @@ def main() -> None:
     (Path(task.folder) / f"{rank}.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def bind(rank: int, ranks: int) -> None:
+    """Keep this rank's threads, gloo's too, on its own share of the cores, if there are as many cores.
+
+    Otherwise the scheduler has two ranks take turns on one core in some runs, which then take twice as long.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // ranks
+    for thread in Path("/proc/self/task").iterdir() if share else ():
+        os.sched_setaffinity(int(thread.name), cores[rank * share : (rank + 1) * share])
 
 
 def train(task: Task, rank: int, trainer: Trainer) -> dict[str, Any]:
