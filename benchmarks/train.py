@@ -238,8 +238,9 @@ def main() -> None:
         return
     try:
         figures = {args.only: alone(args, args.only, args.rounds)} if args.only else together(args)
-    except torch.OutOfMemoryError as error:
-        write(args, {"out_of_memory": str(error).splitlines()[0]})
+    except RuntimeError as error:
+        if (reason := task.out_of_memory(error)) is not None:
+            write(args, {"out_of_memory": reason})
         raise
     report(args, figures)
 

@@ -90,7 +90,6 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8, help="rounds of two steps, in training")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the models with offload")
     parser.add_argument("--max-layers", type=int, default=1024, help="most layers of these that are tried")
-    parser.add_argument("--least", type=float, default=20.0, help="seconds without which no part is begun")
     return parser.parse_args(given)
 
 

@@ -74,7 +74,7 @@ def attempt(args: argparse.Namespace) -> dict[str, Any]:
 def limit_of(error: BaseException) -> str | None:
     """Return the memory that has run out, or None for another error."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if task.out_of_memory(error) is not None:
         return GPU
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return HOST

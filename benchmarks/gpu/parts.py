@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,13 @@ def make_parts(args: argparse.Namespace, machine: dict[str, Any], folder: Path) 
             name=f"training, micro batch {size}",
             work=partial(training, args, folder, size),
             limit=180,
-            least=args.least,
+            least=60,
         )
         for size in args.micro_batches
     ]
-    tests = Part(name="tests", work=partial(run_tests, args), limit=120, least=args.least)
-    save = Part(name="stall", work=partial(stall, args, folder), limit=120, least=args.least)
-    fit = Part(name="offload", work=partial(offload, args, machine, folder), limit=240, least=args.least)
+    tests = Part(name="tests", work=partial(run_tests, args), limit=120, least=20)
+    save = Part(name="stall", work=partial(stall, args, folder), limit=120, least=40)
+    fit = Part(name="offload", work=partial(offload, args, machine, folder), limit=240, least=40)
     parts = [tests, first, save, *others, fit]
     return [part for part in parts if part.name.split(",")[0] in args.parts]
 
@@ -144,9 +145,9 @@ def stall(args: argparse.Namespace, folder: Path, clock: Clock) -> list[Row]:
     """Measure how long an asynchronous save holds training up, from the second save on."""
     figures = folder / "stall.json"
     given = ["--config", args.config, "--device", args.device, "--precision", args.precision]
-    if args.folder is not None:
-        given += ["--folder", str(args.folder)]
-    done = run(["-m", "benchmarks.gpu.stall", str(figures), *given], clock, figures)
+    with tempfile.TemporaryDirectory(prefix="stall-", dir=args.folder) as saves:  # removed even if it's ended
+        command = ["-m", "benchmarks.gpu.stall", str(figures), *given, "--folder", saves]
+        done = run(command, clock, figures)
     found = done.figures
     rows = [stall_row(args.config, found)] if found is not None and found["stalls"] else []
     if not rows:

@@ -69,6 +69,8 @@ def run_parts(parts: Iterable[Part], clock: Clock, show: Callable[[PartReport], 
                 rows, status, text = part.work(clock.within(part.limit)), "done", ""
             except PartFailedError as failure:
                 rows, status, text = failure.rows, "failed", str(failure)
+            except Exception as error:  # the others' figures are worth more than this one's traceback
+                rows, status, text = [], "failed", f"{type(error).__name__}: {error}"
             taken = time.monotonic() - began
             report = PartReport(name=part.name, status=status, seconds=taken, rows=rows, error=text)
         show(report)

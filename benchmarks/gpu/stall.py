@@ -1,6 +1,6 @@
 """Program: measure the stall of an asynchronous save, beside a plain copy of as many bytes to pinned memory.
 
-    python -m benchmarks.gpu.stall FIGURES --config 1.3b.json --device cuda --precision bf16
+    python -m benchmarks.gpu.stall FIGURES --config 1.3b.json --device cuda --precision bf16 --folder DIR
 
 The first save allocates its pinned memory and isn't counted. The copy is the raw limit: from one GiB of the
 GPU's memory to one of pinned memory, as often as it takes. The files are written without fsync, to a fresh
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,10 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--precision", choices=task.DTYPES, required=True)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, required=True, help="where to write")
     parser.add_argument("--saves", type=int, default=3, help="saves that are measured")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="stall-", dir=args.folder) as folder:
-        measure(args, Path(folder))
+    measure(args, args.folder)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:

@@ -14,6 +14,7 @@ from benchmarks.gpu.parts import offload_row, stall_row, training_rows, tried
 from benchmarks.gpu.report import PartReport, Row, table
 from benchmarks.gpu.schedule import Clock, Outcome, Part, PartFailedError, last_error, run, run_parts
 from benchmarks.gpu.search import Estimate, Try, estimate, largest, offload_model, search
+from benchmarks.training.task import out_of_memory
 
 ROOT = Path(__file__).parents[2]
 TRIAL = ["--device", "cpu", "--config", "tiny.json", "--precision", "fp32", "--no-compile", "--rounds", "1"]
@@ -90,20 +91,24 @@ def test_parts_within_a_budget() -> None:
         given[name] = clock.left
         if name == "fails":
             raise PartFailedError("for a reason", [row])
+        if name == "breaks":
+            raise KeyError(name)
         return [row]
 
     def part(name: str, limit: float, least: float) -> Part:
         return Part(name=name, work=lambda clock: work(name, clock), limit=limit, least=least)
 
     shown: list[PartReport] = []
-    parts = [part("fails", 50, 10), part("long", 500, 10), part("late", 50, 200)]
+    parts = [part("fails", 50, 10), part("long", 500, 10), part("breaks", 9, 9), part("late", 50, 200)]
     reports = run_parts(parts, Clock(100), shown.append)
     assert shown == reports
-    assert [(r.status, len(r.rows)) for r in reports] == [("failed", 1), ("done", 1), ("skipped", 0)]
+    told = [("failed", 1), ("done", 1), ("failed", 0), ("skipped", 0)]
+    assert [(report.status, len(report.rows)) for report in reports] == told
     assert 0 < given["fails"] <= 50
     assert 50 < given["long"] <= 100
     text = table(reports)
     assert "| fails | **failed**: for a reason |" in text
+    assert "| breaks | **failed**: KeyError: 'breaks' |" in text
     assert "| late | **skipped**: not begun: " in text
 
 
@@ -162,6 +167,13 @@ def test_out_of_memory_is_a_row() -> None:
     rows = training_rows("x", 16, {"engine": out, "bare": {"bare": arm(1.0)}})
     assert [(row.measured, row.met) for row in rows[:1]] == [("out of memory", None)]
     assert rows[1].met is None
+
+
+def test_out_of_memory_is_found_behind_other_errors() -> None:
+    gathering = RuntimeError("gathering failed")
+    gathering.__cause__ = torch.OutOfMemoryError("CUDA out of memory.\nTried")
+    assert out_of_memory(gathering) == "CUDA out of memory."
+    assert out_of_memory(RuntimeError("another")) is None
 
 
 def test_the_bar_of_a_stall() -> None:
