@@ -8,9 +8,11 @@
 `--peers --help` shows its options (`benchmarks/training/`). What follows is about the rest.
 
 There is one process and nothing to communicate, so the difference is the engine's own cost. The bare loop
-has the same model, casts, clipping and optimizer, as one would write them by hand. Both take steps in
-turns. Medians are printed, and the median of the ratios by round. Memory is measured in a separate process
-for each. MFU is model FLOPs (`uni3d.observe.flops`) / (seconds x the device's peak, `--peak-tflops`).
+has the same model, casts, clipping and optimizer, as one would write them by hand; with `--compile`, layers
+and loss are compiled in both. Both take steps in turns. Medians are printed, and the median of the ratios by
+round. Memory is measured in a separate process for each. `--only` measures one of the two, for a GPU that
+hasn't room for both. MFU is model FLOPs (`uni3d.observe.flops`) / (seconds x the device's peak,
+`--peak-tflops`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import copy
 import cProfile
 import dataclasses
+import json
 import pstats
 import statistics
 import subprocess
@@ -26,9 +29,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "megatron_gpt")]
@@ -41,6 +45,9 @@ from benchmarks.training.task import ADAMW, CLIP, DTYPES, Batch  # noqa: E402
 from uni3d.observe import flops  # noqa: E402
 
 Step = Callable[[Batch], None]
+ARMS = ("engine", "bare")
+WARM_UP = 3
+"""Steps before any is timed: compilation, states of the optimizer, memory that the allocator caches."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,14 +57,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--config", help="a file of examples/megatron_gpt/configs; a small GPT by default")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--compile", action="store_true", help="compile each layer, in both")
+    parser.add_argument("--compile", action="store_true", help="compile each layer and the loss, in both")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="steps of each in a round")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device; 989 for an H100 SXM in bf16")
+    parser.add_argument("--only", choices=ARMS, help="measure one of the two, with its memory; no ratio")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--peers", action="store_true", help="other libraries; with options of its own")
-    parser.add_argument("--memory-of", choices=["engine", "bare"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -67,7 +76,7 @@ def shape(args: argparse.Namespace) -> tuple[GPTConfig, int]:
     return GPTConfig(**options), seq_len
 
 
-def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> tuple[Step, uni3d.Engine]:
+def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> Step:
     config = {
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": args.accumulation,
@@ -84,18 +93,24 @@ def engine_step(args: argparse.Namespace, model_config: GPTConfig) -> tuple[Step
     def step(batch: Batch) -> None:
         engine.train_batch(iter(batch))
 
-    return step, engine
+    return step
 
 
 def bare_step(args: argparse.Namespace) -> Step:
     """Make the bare loop: fp32 masters, and in bf16 a copy to compute with, its gradients summed in fp32."""
     config, _ = shape(args)
-    masters = GPT(config).to(args.device)
+    with torch.device(args.device):  # a GPU draws billions of weights in no time, a CPU doesn't
+        masters = GPT(config)
     dtype = DTYPES[args.precision]
     model = masters if dtype == torch.float32 else copy.deepcopy(masters).to(dtype)
+
+    def loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return model.loss_fn(logits.float(), targets)
+
     if args.compile:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward)
+        loss_of = torch.compile(loss_of)  # fused with the cast, logits in fp32 never exist as a whole
     wholes, used = list(masters.parameters()), list(model.parameters())
     optimizer = torch.optim.AdamW(wholes, fused=True, **ADAMW)
 
@@ -105,7 +120,8 @@ def bare_step(args: argparse.Namespace) -> Step:
             with torch.no_grad():
                 torch._foreach_copy_(used, wholes)
         for inputs, targets in batch:
-            total, count = model.loss_fn(model(inputs.to(args.device)).float(), targets.to(args.device))
+            inputs, targets = (part.to(args.device, non_blocking=True) for part in (inputs, targets))
+            total, count = loss_of(model(inputs), targets)
             total.backward()
             tokens = tokens + count
             if model is not masters:
@@ -132,12 +148,14 @@ def add_up(wholes: list[nn.Parameter], used: list[nn.Parameter]) -> None:
 
 
 def batches(args: argparse.Namespace) -> Iterator[Batch]:
+    """Yield random batches; for a GPU in pinned memory, so that no copy waits for the device."""
     config, seq_len = shape(args)
     generator = torch.Generator().manual_seed(0)
     while True:
         size = (args.accumulation, args.micro_batch, seq_len + 1)
         tokens = torch.randint(0, config.vocab_size, size, generator=generator)
-        yield [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens]
+        pairs = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens]
+        yield [(a.pin_memory(), b.pin_memory()) for a, b in pairs] if args.device == "cuda" else pairs
 
 
 def seconds(args: argparse.Namespace, step: Step, data: list[Batch]) -> float:
@@ -164,7 +182,7 @@ def own_milliseconds(args: argparse.Namespace) -> float:
     tiny = dataclasses.replace(
         config, hidden_size=2 * config.num_heads, ffn_size=4, vocab_size=64, max_seq_len=8
     )
-    step, _ = engine_step(args, tiny)
+    step = engine_step(args, tiny)
     tokens = torch.zeros(args.micro_batch, 8, dtype=torch.int64)
     steps = [[(tokens, tokens)] * args.accumulation for _ in range(20)]
     for batch in steps[:3]:
@@ -178,14 +196,23 @@ def own_milliseconds(args: argparse.Namespace) -> float:
     return 1e3 * sum(row[2] for (file, _, _), row in rows if file.startswith(ours)) / len(steps)
 
 
-def peak_bytes(args: argparse.Namespace) -> int:
-    """Return the peak memory of a few steps beyond the imports. Run it in a process of its own."""
+def make_step(args: argparse.Namespace, which: str) -> Step:
+    return engine_step(args, shape(args)[0]) if which == "engine" else bare_step(args)
+
+
+def alone(args: argparse.Namespace, which: str, rounds: int) -> dict[str, Any]:
+    """Return seconds of a step by round, and the peak memory of all steps beyond the imports.
+
+    Run it in a process of its own.
+    """
     before = resident("VmRSS")
-    step = engine_step(args, shape(args)[0])[0] if args.memory_of == "engine" else bare_step(args)
-    source = batches(args)
-    for _ in range(3):
+    step, source = make_step(args, which), batches(args)
+    for _ in range(WARM_UP):
         step(next(source))
-    return torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM") - before
+    times = [seconds(args, step, [next(source) for _ in range(args.steps)]) for _ in range(rounds)]
+    cuda = args.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
+    return {"seconds": times, "peak": peak}
 
 
 def resident(field: str) -> int:
@@ -204,56 +231,78 @@ def main() -> None:
 
         sys.exit(beside_peers([argument for argument in sys.argv[1:] if argument != "--peers"]))
     args = parse_arguments()
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is fp32, as the example's script sets it
     if args.memory_of:
-        print(peak_bytes(args))
+        print(alone(args, args.memory_of, rounds=0)["peak"])
         return
-    memory = {which: memory_of(which) for which in ("engine", "bare")}
-    (ours, engine), bare = engine_step(args, shape(args)[0]), bare_step(args)
+    try:
+        figures = {args.only: alone(args, args.only, args.rounds)} if args.only else together(args)
+    except RuntimeError as error:
+        if (reason := task.out_of_memory(error)) is not None:
+            write(args, {"out_of_memory": reason})
+        raise
+    report(args, figures)
+
+
+def together(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of both, whose rounds take turns, and the engine's own milliseconds."""
+    memory = {which: memory_of(which) for which in ARMS}
+    steps = {which: make_step(args, which) for which in ARMS}
     source = batches(args)
-    for step in (ours, bare) * 2:
-        step(next(source))  # warm-up: compilation, allocation
-    pairs = []
+    for step in [*steps.values()] * WARM_UP:
+        step(next(source))
+    times: dict[str, list[float]] = {which: [] for which in ARMS}
     for i in range(args.rounds):
         data = [next(source) for _ in range(args.steps)]
-        order = (ours, bare) if i % 2 else (bare, ours)
-        times = {step: seconds(args, step, data) for step in order}
-        pairs.append((times[ours], times[bare]))
-    report(args, engine, pairs, memory, own_milliseconds(args))
+        for which in ARMS if i % 2 else reversed(ARMS):
+            times[which].append(seconds(args, steps[which], data))
+    found: dict[str, Any] = {which: {"seconds": times[which], "peak": memory[which]} for which in ARMS}
+    return found | {"own_ms": own_milliseconds(args)}
 
 
-def report(
-    args: argparse.Namespace,
-    engine: uni3d.Engine,
-    pairs: list[tuple[float, float]],
-    memory: dict[str, int],
-    own: float,
-) -> None:
+def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     config, seq_len = shape(args)
     tokens = args.micro_batch * args.accumulation * seq_len
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(config).parameters())
     print(
         f"{parameters:,} parameters, sequence {seq_len}, {tokens} tokens a step, {args.precision}, "
         f"{args.device}, torch {torch.__version__}, {args.rounds} rounds of {args.steps} steps"
     )
-    for i, name in enumerate(("engine", "bare")):
-        times = sorted(pair[i] for pair in pairs)
-        median = statistics.median(times)
+    for which in [which for which in ARMS if which in figures]:
+        arm = figures[which]
+        median = statistics.median(arm["seconds"])
+        arm |= {"tokens_per_second": tokens / median, "mfu": mfu(args, config, seq_len, tokens / median)}
         print(
-            f"{name:<7} {tokens / median:10,.0f} tokens/s  {median * 1e3:8.1f} ms "
-            f"({times[0] * 1e3:.1f} to {times[-1] * 1e3:.1f})  peak {memory[name] / 2**20:,.0f} MiB"
-            + mfu(args, config, seq_len, tokens / median)
+            f"{which:<7} {tokens / median:10,.0f} tokens/s  {median * 1e3:8.1f} ms "
+            f"({min(arm['seconds']) * 1e3:.1f} to {max(arm['seconds']) * 1e3:.1f})  "
+            f"peak {arm['peak'] / 2**20:,.0f} MiB" + ("" if arm["mfu"] is None else f"  MFU {arm['mfu']:.1%}")
         )
-    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-    print(f"ratio of the speeds {ratio:.3f} (bar 0.98); the engine's own Python {own:.2f} ms a step (bar 1)")
+    if not args.only:
+        pairs = zip(*(figures[which]["seconds"] for which in ARMS), strict=True)
+        figures["ratio"] = statistics.median(theirs / ours for ours, theirs in pairs)
+        print(
+            f"ratio of the speeds {figures['ratio']:.3f} (bar 0.98); the engine's own Python "
+            f"{figures['own_ms']:.2f} ms a step (bar 1)"
+        )
+    write(args, {"parameters": parameters, "seq_len": seq_len, "tokens": tokens, **figures})
 
 
-def mfu(args: argparse.Namespace, config: GPTConfig, seq_len: int, rate: float) -> str:
-    """Format the MFU at `rate` tokens/s, or nothing if the device's peak is unknown."""
+def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write the figures beside the options, if a file for them is given."""
+    if args.json is not None:
+        options = {name: value for name, value in vars(args).items() if name not in ("json", "memory_of")}
+        args.json.write_text(json.dumps({"options": options, "torch": torch.__version__} | figures, indent=1))
+
+
+def mfu(args: argparse.Namespace, config: GPTConfig, seq_len: int, rate: float) -> float | None:
+    """Return the MFU at `rate` tokens/s, or None if the device's peak is unknown."""
     peak = args.peak_tflops and args.peak_tflops * 1e12
     if peak is None and args.device == "cuda" and args.precision == "bf16":
         peak = flops.peak_flops(torch.cuda.get_device_name())
     if peak is None:
-        return ""
+        return None
     with torch.device("meta"):
         model = GPT(config)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {
@@ -261,7 +310,7 @@ def mfu(args: argparse.Namespace, config: GPTConfig, seq_len: int, rate: float) 
     }
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
     forward = flops.forward_flops_per_token(matrices, config.num_layers, config.hidden_size, seq_len)
-    return f"  MFU {flops.utilisation(forward * rate, 1.0, 1, peak):.1%}"
+    return flops.utilisation(forward * rate, 1.0, 1, peak)
 
 
 if __name__ == "__main__":

@@ -373,6 +373,8 @@ class _PartHook:
     """Gathers a group before the forward pass of one of its parts, if it isn't whole.
 
     A layer whose parts find it whole is called by its parent, so it takes its hook off, unless it `stays`.
+    Not in a compiled forward pass: that would break the graph, and dynamo, which doesn't guard hooks, would
+    keep the pieces for all later steps.
     """
 
     handle: RemovableHandle
@@ -385,7 +387,7 @@ class _PartHook:
             self._group.unshard()
             self._group.wait_for_unshard()
             self._stays = True
-        elif not self._stays:
+        elif not self._stays and not torch.compiler.is_compiling():
             self.handle.remove()
 
 

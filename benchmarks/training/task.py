@@ -126,6 +126,15 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / count
 
 
+def out_of_memory(error: BaseException | None) -> str | None:
+    """Return the first line of a GPU's lack of memory, if that is the error or a cause of it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def write_weights(path: Path, options: dict[str, Any]) -> None:
     """Draw the model's initial weights, and write them to a file of safetensors."""
     from safetensors.torch import save_file

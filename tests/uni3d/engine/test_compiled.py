@@ -73,3 +73,37 @@ def test_a_compiled_loss_keeps_no_logits_in_fp32(ranks: Ranks) -> None:
     [compiled] = ranks.run(1, saved_case, True)
     assert (torch.bfloat16, vocabulary) in compiled
     assert (torch.float32, vocabulary) not in compiled
+
+
+def graphs_case(dp: int, zero: int) -> list[int]:
+    """Return the number of compiled graphs that run in each step; the loss is one."""
+    torch._dynamo.reset()
+    runs: list[int] = []
+
+    def counting(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            runs[-1] += 1
+            return module.forward(*args)
+
+        return run
+
+    name = f"counting at zero {zero}"  # a name can be registered once in a process
+    torch._dynamo.register_backend(counting, name=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config: dict[str, Any] = {
+            "bf16": {"enabled": True},
+            "compile": {"enabled": True, "backend": name},
+        }
+        engine = gpt_engine(1, dp, 1, zero, sizes=oracle.MODEL, groups=True, masked=True, **config)
+        for _ in range(STEPS):
+            runs.append(0)
+            engine.train_batch()
+    return [count // engine.triad.accumulation for count in runs]
+
+
+@pytest.mark.parametrize(("dp", "zero"), [(1, 0), slow(2, 3)])
+def test_a_compiled_layer_is_one_graph(ranks: Ranks, dp: int, zero: int) -> None:
+    """Hooks of ZeRO on a layer's parts leave the layer in one piece."""
+    for runs in ranks.run(dp, graphs_case, dp, zero):
+        assert runs == [oracle.MODEL["num_layers"] + 1] * STEPS
