@@ -125,6 +125,8 @@ class Gatherer:
             self._check_alike(number)
         try:
             type(group).unshard(group, async_op)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise LayerGatherError(
                 f"gathering {self._names[number]} failed ({error}); at ZeRO stage 3 all ranks must run the "
