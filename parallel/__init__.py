@@ -25,6 +25,7 @@ The parallel model:
     zero              ZeRO stages 0-3 as settings of `fully_shard`
     mixed_precision   types of computing and of sums, as `fully_shard` takes them
     reducer, gatherer  gradients reduced in one order (stages 0-2); layers gathered one by one (stage 3)
+    part_hooks        layers gathered also when their parts are called without them
     fsdp_internals    the private parts of `fully_shard` in use
     agreement         whether the ranks ran what they must run alike
     parameter_hooks   hooks and attributes that a script has put on parameters

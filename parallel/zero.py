@@ -30,7 +30,6 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from parallel.agreement import Trace
 from parallel.degrees import check_zero_stage
@@ -47,6 +46,7 @@ from parallel.gatherer import Gatherer
 from parallel.gradients import stays_whole
 from parallel.mixed_precision import DTYPES, policy_of, statistics_policy
 from parallel.parameter_watch import ParameterWatch
+from parallel.part_hooks import gather_for_parts
 from parallel.reducer import Reducer
 from parallel.settings import Precision
 from parallel.sums import ExchangedSums
@@ -110,7 +110,7 @@ class Zero:
                 compute_in_place(record)
         self._watch = watch = ParameterWatch(sharded, in_place=in_place)
         self._driver = self._make_driver(sharded, watch, alone=alone)
-        self._gather_for_parts()
+        gather_for_parts(sharded)
 
     def _shard(
         self, units: Sequence[nn.Module], threshold: int, last: bool, output: torch.dtype | None
@@ -152,19 +152,6 @@ class Zero:
         names = {module: name or "the layers outside of any list" for name, module in root.named_modules()}
         layers = [names[cast(nn.Module, module)] for module in sharded]
         return Gatherer(sharded, mesh, layers, watch, alone=alone)
-
-    def _gather_for_parts(self) -> None:
-        """Gather a layer's parameters also when its parts are called without it.
-
-        A root's methods other than `forward` call its parts, as in CLIP; a parent may call a layer's parts.
-        """
-        for module in self._sharded:
-            group = group_of(module)
-            owners = {record._module_info.module for record in parameters_of(module)}
-            for part in _parts(cast(nn.Module, module)):
-                if not isinstance(part, FSDPModule) and not owners.isdisjoint(part.modules()):
-                    hook = _PartHook(group, stays=module is self.root)
-                    hook.handle = part.register_forward_pre_hook(hook)
 
     # --- backward passes ---------------------------------------------------------------------------------
 
@@ -358,37 +345,6 @@ def _sum_plainly(module: FSDPModule, mesh: DeviceMesh) -> None:
     module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     if mesh.device_type == "cpu":
         module.set_custom_reduce_scatter(cast(Any, ExchangedSums()))
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module's children, and those of containers in their place."""
-    for child in module.children():
-        if type(child).forward is nn.Module.forward:
-            yield from _parts(child)
-        else:
-            yield child
-
-
-class _PartHook:
-    """Gathers a group before the forward pass of one of its parts, if it isn't whole.
-
-    A layer whose parts find it whole is called by its parent, so it takes its hook off, unless it `stays`.
-    Not in a compiled forward pass: that would break the graph, and dynamo, which doesn't guard hooks, would
-    keep the pieces for all later steps.
-    """
-
-    handle: RemovableHandle
-
-    def __init__(self, group: Any, *, stays: bool) -> None:
-        self._group, self._stays = group, stays
-
-    def __call__(self, _module: nn.Module, _args: Any) -> None:
-        if not self._group.is_unsharded:
-            self._group.unshard()
-            self._group.wait_for_unshard()
-            self._stays = True
-        elif not self._stays and not torch.compiler.is_compiling():
-            self.handle.remove()
 
 
 def _own_outputs(_module: nn.Module, _args: Any, output: Any) -> Any:
