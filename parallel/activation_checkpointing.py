@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from parallel.settings import Compile, Recompute
@@ -58,12 +57,14 @@ def _with_waited(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Tensor-parallel modules before it, such as an embedding, return such tensors. A compiled function would
     give them no gradient.
     """
-    args, kwargs = tree_map(_waited, (args, kwargs))
-    return forward(*args, **kwargs)
+    return forward(*_waited(args), **{name: _waited(value) for name, value in kwargs.items()})
 
 
 def _waited(value: Any) -> Any:
-    return _Waited.apply(value) if isinstance(value, AsyncCollectiveTensor) else value  # type: ignore[no-untyped-call]
+    """Return tensors, in tuples too, waited for. Lists and dicts stay: a layer may write into them."""
+    if isinstance(value, AsyncCollectiveTensor):
+        return _Waited.apply(value)  # type: ignore[no-untyped-call]
+    return tuple(map(_waited, value)) if type(value) is tuple else value
 
 
 class _Waited(torch.autograd.Function):

@@ -136,6 +136,9 @@ def take_gradients(group: Any) -> list[tuple[Any, Tensor]]:
     for parameter in group.fsdp_params:
         unsharded = parameter._unsharded_param
         if parameter.unsharded_accumulated_grad is not None:
+            if unsharded.grad is not None:  # of the last backward pass, in the type of computation
+                parameter.unsharded_accumulated_grad += unsharded.grad
+                unsharded.grad = None
             taken.append((parameter, parameter.unsharded_accumulated_grad_data))
             parameter.unsharded_accumulated_grad = None
         elif unsharded.grad is not None:

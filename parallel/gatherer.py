@@ -206,6 +206,9 @@ class Gatherer:
         self._root.set_reshard_after_backward(not self._outside)
         self._root.set_is_last_backward(early and last)
 
+    def drop_sums(self) -> None:
+        """Do nothing: sums of gradients are fully_shard's."""
+
     def gather_all(self) -> None:
         """Gather all parameters at once, for a backward pass whose layers no hook tells of."""
         for module in self._modules:

@@ -76,7 +76,8 @@ def compiled(loss_fn: LossFn, how: Compile) -> LossFn:
     def of_low_precision(outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor]:
         return loss_fn(in_fp32(outputs), targets)
 
-    fused: LossFn = torch.compile(of_low_precision, backend=how.backend, **how.options)
+    options = {key: value for key, value in how.options.items() if key != "fullgraph"}  # that is for layers
+    fused: LossFn = torch.compile(of_low_precision, backend=how.backend, **options)
     return fused
 
 

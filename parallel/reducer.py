@@ -216,6 +216,12 @@ class Reducer:
         else:
             reduce_gradients(group, reduce=True)
 
+    def drop_sums(self) -> None:
+        """Drop sums that a backward pass has left which ended in an error."""
+        self._next = None
+        if self._sums is not None:
+            self._sums.drop()
+
     def begin_step(self) -> None:
         """Forget what the last step used."""
         self.used.clear()

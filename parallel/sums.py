@@ -10,14 +10,13 @@ from torch import Tensor
 
 from parallel.fsdp_internals import give_gradient, take_gradients
 
-SMALL = 1 << 15
-"""Elements from which on a gradient is summed by itself. Smaller ones share a collective."""
-
 
 class WholeSums:
-    """Sums of gradients that every rank keeps whole, in their own memory and behind the backward pass.
+    """Sums of gradients that every rank keeps whole: a layer at a time, behind the backward pass.
 
-    fully_shard would copy them into one tensor for each layer, and that into a second one.
+    A layer's gradients are copied into one tensor, which they stay in. They can't be summed where they are:
+    the backward pass may still read that memory, and two parameters may share it. (fully_shard copies them
+    three times.)
     """
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
@@ -29,33 +28,35 @@ class WholeSums:
 
     def start(self, layer: Any) -> None:
         """Start to sum the gradients of a layer, fully_shard's group. Collective, the layers in one order."""
-        small = []
-        for record, gradient in take_gradients(layer):
-            summed = gradient.to(self._dtype).contiguous()  # a copy only if it must be one
-            if summed.numel() < SMALL:
-                small.append((record, summed))
-            else:
-                self._sum(summed)
-                self._sums.append((record, summed))
-        if small:
-            together = torch.cat([gradient.flatten() for _, gradient in small])
-            self._sum(together)
-            parts = torch.split(together, [gradient.numel() for _, gradient in small])
-            pairs = zip(small, parts, strict=True)
-            self._sums += [(record, part.view(gradient.shape)) for (record, gradient), part in pairs]
-
-    def _sum(self, tensor: Tensor) -> None:
-        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        taken = take_gradients(layer)
+        if not taken:
+            return
+        gradients = [gradient for _, gradient in taken]
+        sizes = [gradient.numel() for gradient in gradients]
+        together = torch.empty(sum(sizes), dtype=self._dtype, device=gradients[0].device)
+        parts = torch.split(together, sizes)
+        wholes = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(wholes, gradients)
+        self._sums += [(record, whole) for (record, _), whole in zip(taken, wholes, strict=True)]
+        work = dist.all_reduce(together, group=self._group, async_op=True)
         assert work is not None, "this rank is in the group"
         self._works.append(work)
 
     def finish(self) -> None:
         """Wait for the sums, on a GPU without the host, and make them the reduced gradients."""
-        for work in self._works:
-            work.wait()
-        for record, gradient in self._sums:
+        for record, gradient in self._ended():
             give_gradient(record, gradient)
-        self._works, self._sums = [], []
+
+    def drop(self) -> None:
+        """Forget sums that a backward pass has left which ended in an error."""
+        self._ended()
+
+    def _ended(self) -> list[tuple[Any, Tensor]]:
+        sums, works = self._sums, self._works
+        self._sums, self._works = [], []
+        for work in works:
+            work.wait()
+        return sums
 
 
 class ExchangedSums:

@@ -139,17 +139,23 @@ class Topology:
         return self._groups[key]
 
 
+def timeout_of_the_default_group(device_type: str) -> timedelta | None:
+    """Return the timeout of the default group's collectives; None for a backend that doesn't tell."""
+    backend = distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
+    options = getattr(backend, "options", None)  # gloo and NCCL have them
+    return None if options is None else options._timeout
+
+
 @contextmanager
 def _timeout_of_the_default_group(device_type: str) -> Iterator[None]:
     """Let groups that are made in the block have the default group's timeout instead of torch's own.
 
     It counts from the group's making, as gloo's messages from rank to rank know no other.
     """
-    backend = distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     before = {name: getattr(distributed_c10d, name) for name in names}
-    if (options := getattr(backend, "options", None)) is not None:  # as those of gloo and NCCL
-        vars(distributed_c10d).update(dict.fromkeys(names, options._timeout))
+    if (timeout := timeout_of_the_default_group(device_type)) is not None:
+        vars(distributed_c10d).update(dict.fromkeys(names, timeout))
     try:
         yield
     finally:

@@ -249,6 +249,7 @@ class Zero:
 
     def drop_gradients(self) -> None:
         """Drop all gradients, including those being accumulated."""
+        self._driver.drop_sums()
         for parameter in cast(nn.Module, self.root).parameters():
             if stays_whole(parameter):
                 parameter.grad = None

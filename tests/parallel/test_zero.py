@@ -113,6 +113,44 @@ def test_each_rank_holds_what_its_stage_says(ranks: Ranks, stage: int) -> None:
             torch.testing.assert_close(result["gradients"][name], parameter.grad, msg=f"sum of {name}")
 
 
+class Added(nn.Module):
+    """Model in which gradients of two parameters are one tensor, which the backward pass still reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 40_000)
+        self.a = nn.Parameter(torch.ones(200, 200))
+        self.b = nn.Parameter(torch.ones(200, 200))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x) + self.a.view(1, -1) + self.b.view(1, -1)).square().sum()
+
+
+def added() -> Added:
+    torch.manual_seed(2)
+    return Added()
+
+
+def added_case() -> dict[str, Tensor]:
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=DP, tp=1), zero_stage=0)
+    built = parallel.build(added(), topology, parallel.Settings(zero_stage=0, seed=0))
+    loss = built.module(torch.full((1, 5), 1.0 + topology.dp_rank))
+    with built.zero.backward(last=True):
+        loss.backward()
+    return {name: p.grad.full_tensor() for name, p in built.module.named_parameters()}
+
+
+def test_gradients_that_share_their_memory(ranks: Ranks) -> None:
+    model = added()
+    parameters = dict(model.named_parameters())
+    # Not by backward(), which adds to the shared memory once for each of the two parameters.
+    losses = [model(torch.full((1, 5), 1.0 + rank)) for rank in range(DP)]
+    sums = torch.autograd.grad(torch.stack(losses).sum(), list(parameters.values()))
+    for gradients in ranks.run(DP, added_case):
+        for name, expected in zip(parameters, sums, strict=True):
+            torch.testing.assert_close(gradients[name], expected, msg=f"sum of {name}")
+
+
 def unknown_case() -> str:
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=1, tp=1), zero_stage=1)
     with pytest.raises(ValueError, match="ZeRO stage") as caught:

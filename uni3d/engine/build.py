@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 import parallel
 from parallel.parameter_hooks import tensors_in
+from parallel.topology import timeout_of_the_default_group
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
 from uni3d.config import BatchTriad, Config, batch_triad, load_config
@@ -141,7 +142,7 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
     triad = batch_triad(settings, degrees.dp)
     split = parallel_settings(settings)
     parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
-    parallel.start_process_group(device, _timeout(settings))
+    parallel.start_process_group(device, _timeout(settings, device))
     topology = parallel.Topology(
         degrees,
         zero_stage=settings.zero_optimization.stage,
@@ -154,20 +155,23 @@ def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel
     return topology, split, triad
 
 
-def _timeout(settings: Config) -> timedelta | None:
+def _timeout(settings: Config, device: str) -> timedelta | None:
     """Return the config's timeout of collectives, None for torch's own.
 
     Raises:
-        ValueError: it has one, but the process group was started without it.
+        ValueError: it has one, but the process group was started with another.
     """
     seconds = settings.parallel.timeout_seconds
-    if seconds is not None and torch.distributed.is_initialized():
+    if seconds is None:
+        return None
+    timeout = timedelta(seconds=seconds)
+    if torch.distributed.is_initialized() and timeout_of_the_default_group(device) != timeout:
         raise ValueError(
             f"parallel.timeout_seconds is {seconds:g}, but the process group has been started before "
-            "initialize(), with a timeout of its own; leave the key out, or give the timeout to "
+            "initialize(), with another timeout; leave the key out, or give the timeout to "
             "init_process_group() or init_distributed()"
         )
-    return None if seconds is None else timedelta(seconds=seconds)
+    return timeout
 
 
 def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:

@@ -145,6 +145,7 @@ def timeouts_case() -> float:
     dist.destroy_process_group()
     config = {"parallel": {"timeout_seconds": 17.0, "device": "cpu"}}
     engine = make_engine(seeded(Stack), config=config)
+    make_engine(seeded(Stack), config=config)  # a second one of the same timeout
     group: Any = engine.model.topology.mesh.get_group("shard")
     seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     return seconds

@@ -11,7 +11,10 @@ from marks import slow
 from models import take_steps
 from ranks import Ranks
 from tied_gpt import gpt_engine
-from torch import Tensor
+from torch import Tensor, nn
+
+from parallel.activation_checkpointing import change_forward
+from parallel.settings import Compile
 
 STEPS = 3
 
@@ -107,3 +110,19 @@ def test_a_compiled_layer_is_one_graph(ranks: Ranks, dp: int, zero: int) -> None
     """Hooks of ZeRO on a layer's parts leave the layer in one piece."""
     for runs in ranks.run(dp, graphs_case, dp, zero):
         assert runs == [oracle.MODEL["num_layers"] + 1] * STEPS
+
+
+class Noting(nn.Module):
+    """Layer that writes into an argument."""
+
+    def forward(self, x: Tensor, seen: list[Tensor]) -> Tensor:
+        seen.append(x)
+        return 2 * x
+
+
+def test_a_compiled_layer_writes_into_the_list_that_it_is_given() -> None:
+    layer, seen = Noting(), list[Tensor]()
+    change_forward([layer], None, Compile(backend="eager"))
+    layer(torch.ones(2), seen)
+    assert len(seen) == 1
+    torch._dynamo.reset()
