@@ -98,6 +98,7 @@ class Gatherer:
     def _clear(self) -> None:
         self.used.clear()
         self._ran: set[int] = set()
+        self._looked = False
         self.order: list[str] = []
         self._crc = 0
 
@@ -114,12 +115,13 @@ class Gatherer:
     # --- in the place of fully_shard's own methods -------------------------------------------------------
 
     def _unshard(self, number: int, group: Any, async_op: bool = False) -> None:
+        self._ran.add(number)
         if is_whole(group):
             return
         self._root._get_fsdp_state()._lazy_init()  # a part may be called before the root is
-        if not self._ran:
+        if not self._looked:
+            self._looked = True
             self._watch.before_gather()
-        self._ran.add(number)
         self._note(number)
         if self._first_step:
             self._check_alike(number)
