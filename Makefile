@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/demo.stamp
 	$(BIN)/python examples/megatron_gpt/demo.py --force
 
-# All but the widest tables, in about seventeen minutes.
+# All but the widest tables, in about twenty minutes.
 test: lint
 	$(BIN)/python -m pytest -m "not matrix"
 
@@ -16,7 +16,7 @@ test: lint
 matrix: .venv/dev.stamp
 	$(BIN)/python -m pytest -m matrix
 
-# The tests without those marked slow, in about seven minutes.
+# The tests without those marked slow, in about eight minutes.
 quick: .venv/dev.stamp
 	$(BIN)/python -m pytest
 
