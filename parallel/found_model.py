@@ -20,7 +20,7 @@ from parallel.host_comm import HostComm
 from parallel.tensors import Parts, modules, named_parameters, persistent_buffers
 
 Names = Callable[[str], str] | Mapping[str, str]
-"""From a stage's names to those of the whole model: a function, or a mapping of those that differ."""
+"""Function from a stage's names to those of the whole model, or a mapping of those that differ."""
 
 TENSOR_AXES = ("tp", "model", "tensor", "tensor_parallel")
 """Names of mesh axes along which libraries split tensors of a layer."""

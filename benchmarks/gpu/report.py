@@ -16,10 +16,10 @@ class Row:
     what: str
     measured: str
     beside: str = ""
-    """What the figure is measured beside, with its own."""
+    """Peer or raw limit that the figure is measured beside, with its own figure."""
     bar: str = ""
     met: bool | None = None
-    """Whether the bar is reached; None without one."""
+    """True if the bar is reached; None without one."""
     figures: dict[str, Any] = field(default_factory=dict)
     """All figures behind the row."""
 

@@ -81,7 +81,7 @@ class Try:
     layers: int
     fits: bool
     limit: str
-    """What ran out, if it doesn't fit."""
+    """Resource that ran out, if it doesn't fit."""
     seconds: float
     figures: dict[str, Any]
 

@@ -24,7 +24,7 @@ class Arm:
     balance: Literal["flops", "parameters"] = "flops"
     """Quantity that uni3d balances between pipeline stages."""
     saves: bool | None = None
-    """Whether a long run saves every few steps; None is a short run."""
+    """True for a long run that saves every few steps, False for one that doesn't; None is a short run."""
     beside: tuple[str, ...] = ()
     """Keys of the arms of uni3d that this arm is compared with."""
 

@@ -80,7 +80,7 @@ class TrainingCore(nn.Module):
         self.training_dataloader: TrainingLoader | GivenLoader | None = data
         self._source = BatchSource(self.training_dataloader, state.model, triad)
         self._given: Iterator[Any] | None = None
-        """What `train_batch` takes its batches from, if the script has set it."""
+        """Source of `train_batch`'s batches, if the script has set it."""
         self._span: Span = no_span
         state.model.zero.show_parameters()
 
