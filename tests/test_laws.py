@@ -31,6 +31,7 @@ from source_tree import (
     SOURCES,
     at_import,
     called,
+    docstrings,
     functions,
     imported_modules,
     imports,
@@ -328,17 +329,11 @@ def test_tests_import_no_uni3d(folder: str) -> None:
 def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
     fragments = re.compile(r"(What|Of|By|Those|That|Whose|Whether|How|With|In|As|And|From)\b")
     assert not [
-        f"{relative(path)}, line {node.lineno}"
+        f"{relative(path)}, line {line}"
         for path in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(parse(path))
-        if isinstance(node, ast.Expr) and fragments.match(standing_alone(node).strip())
+        for line, text in docstrings(path)
+        if fragments.match(text)
     ]
-
-
-def standing_alone(node: ast.Expr) -> str:
-    """Return the docstring of a module, class, function or attribute; "" for another expression."""
-    value = node.value.value if isinstance(node.value, ast.Constant) else None
-    return value if isinstance(value, str) else ""
 
 
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_COMMAND = 400, 60, 30

@@ -66,6 +66,14 @@ def of(package: str) -> list[Path]:
     return [path for path in SOURCES if path.relative_to(ROOT).parts[0] == package]
 
 
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of the docstrings of a file's module, classes, functions and attributes."""
+    for node in ast.walk(parse(path)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield value.lineno, value.value.strip()
+
+
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield every function of a file, methods and inner functions too."""
     yield from (n for n in ast.walk(parse(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
