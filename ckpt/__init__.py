@@ -43,7 +43,7 @@ from ckpt.load import LoadReport, load
 from ckpt.plan import Layout, Plan, make_plan, plan_arrays
 from ckpt.read import Checkpoint, find_checkpoint, open_checkpoint, open_together
 from ckpt.save import save
-from ckpt.shards import ArrayKey, ArrayLayout, Files, Shard, ShardSpec, UnreadShard
+from ckpt.shards import ArrayKey, ArrayLayout, Files, Shard, ShardSpec, UnfilledShard, UnreadShard
 from ckpt.stats import Statistics, statistics
 from ckpt.stores import check_run, files_for, open_store
 from ckpt.tags import Retention, check_owner, clean, committed_tags, prune, read_latest
@@ -70,6 +70,7 @@ __all__ = [
     "ShardSpec",
     "Solo",
     "Statistics",
+    "UnfilledShard",
     "UnreadShard",
     "absent",
     "agreed",

@@ -15,10 +15,11 @@ from hashlib import blake2b
 from ckpt.comm import Comm, agreed, distinct, union
 from ckpt.errors import CheckpointError, PartialLoadError
 from ckpt.read import Checkpoint, pieces
-from ckpt.shards import ArrayKey, Shard
+from ckpt.shards import ArrayKey, Shard, UnfilledShard
 from ckpt.threads import cores, for_each
 
 Leave = Callable[[ArrayKey], str | None]
+Target = Shard | UnfilledShard
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,7 @@ class LoadReport:
 
 def load(
     checkpoint: Checkpoint,
-    targets: Sequence[Shard],
+    targets: Sequence[Target],
     *,
     comm: Comm,
     strict: bool = True,
@@ -80,7 +81,7 @@ def load(
 
 
 def _compare(
-    checkpoint: Checkpoint, targets: Sequence[Shard], everyone: set[ArrayKey], strict: bool, leave: Leave
+    checkpoint: Checkpoint, targets: Sequence[Target], everyone: set[ArrayKey], strict: bool, leave: Leave
 ) -> LoadReport:
     """Return the report; raise if the load can't go ahead. `everyone` has the targets' keys of all ranks."""
     there = checkpoint.arrays
@@ -116,7 +117,7 @@ def _wanted_by_all(wanted: set[ArrayKey], comm: Comm) -> set[ArrayKey]:
     return comm.all_reduce(wanted if speaks else set(), union)
 
 
-def _read_all(checkpoint: Checkpoint, targets: Sequence[Shard], threads: int | None) -> int:
+def _read_all(checkpoint: Checkpoint, targets: Sequence[Target], threads: int | None) -> int:
     """Read every piece of every target, with a few threads; return the bytes read."""
     jobs = [
         (piece, target.data)

@@ -27,7 +27,7 @@ from ckpt.format import (
     tag_text,
 )
 from ckpt.parts import ArrayInfo, decode_part, uncollected
-from ckpt.shards import Array, ArrayKey
+from ckpt.shards import Array, ArrayKey, Unfilled
 from ckpt.stores import Store, open_store
 from ckpt.tags import read_latest, there_are
 from ckpt.threads import Scratch
@@ -126,23 +126,25 @@ class Checkpoint:
             self.read_piece(piece, out)
         return out
 
-    def read_piece(self, piece: Piece, out: Array) -> int:
+    def read_piece(self, piece: Piece, out: Array | Unfilled) -> int:
         """Copy one piece of a box into its place in `out`, of the box's shape; return the bytes read.
 
-        The whole chunk is read and verified. What is contiguous in both goes straight into `out`.
+        The whole chunk is read and verified. What is contiguous in both goes straight into an array's memory.
         """
         grid = piece.info.grid
-        place = out[piece.target.slices or ...]  # `...` is a view of a scalar, where `()` is a copy
+        at = piece.target.slices or ...  # `...` is a view of a scalar, where `()` is a copy
+        place = out[at] if isinstance(out, np.ndarray) else None
         first, last = piece.inside.span(grid.chunk_shape)
-        if place.flags.c_contiguous and last - first == place.size:
+        if place is not None and place.flags.c_contiguous and last - first == place.size:
             begin, end = first * place.itemsize, last * place.itemsize
             spare = self._memory(piece, max(begin, grid.payload - end))  # for what is only verified
             stretch = place.reshape(-1).view(np.uint8)
             self._read_verified(piece, [spare[:begin], stretch, spare[: grid.payload - end]])
         else:
-            chunk = self._memory(piece, grid.payload)
-            self._read_verified(piece, [chunk])
-            place[...] = chunk.view(place.dtype).reshape(grid.chunk_shape)[piece.inside.slices]
+            memory = self._memory(piece, grid.payload)
+            self._read_verified(piece, [memory])
+            chunk = memory.view(numpy_dtype(piece.info.dtype)).reshape(grid.chunk_shape)
+            out[at] = chunk[piece.inside.slices or ...]
         return grid.payload
 
     def _memory(self, piece: Piece, size: int) -> npt.NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +74,22 @@ class Unread(Protocol):
     def dtype(self) -> np.dtype[Any]: ...
 
     def __getitem__(self, part: tuple[slice, ...], /) -> Array: ...
+
+
+class Unfilled(Protocol):
+    """An array that isn't in the host's memory, such as a GPU's; a load gives it one part after the other."""
+
+    def __setitem__(self, part: tuple[slice, ...] | EllipsisType, values: Array, /) -> None:
+        """Copy `values`, which the caller reuses. Several threads call it at once, for different parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnfilledShard:
+    """A rank's part of an array, into which a load writes part by part."""
+
+    spec: ShardSpec
+    data: Unfilled
+    """Has the shape `spec.box.shape`."""
 
 
 @dataclass(frozen=True, slots=True)

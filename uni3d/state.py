@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import ckpt
-from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Shard, ShardSpec
+from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Shard, ShardSpec, UnfilledShard
 from ckpt.parts import ArrayInfo
 from ckpt.read import BUFFER as BUFFER
 from ckpt.read import PARAMETER as PARAMETER
@@ -218,9 +218,11 @@ def whole_target(info: ArrayInfo) -> Shard:
     return Shard(spec, np.empty(info.shape, ckpt.numpy_dtype(info.dtype)))
 
 
-def finish_load(arrays: Iterable[Held], targets: Iterable[Shard]) -> None:
-    """Copy loaded data to the tensors whose load went into a host copy."""
+def finish_load(arrays: Iterable[Held], targets: Iterable[Shard | UnfilledShard]) -> None:
+    """Copy loaded data to the tensors whose load went into a copy, as they aren't contiguous."""
     for array, target in zip(arrays, targets, strict=True):
+        if isinstance(target, UnfilledShard):
+            continue
         loaded = to_torch(target.data)
         if loaded.data_ptr() != array.tensor.data_ptr():
             with torch.no_grad():

@@ -9,6 +9,7 @@ Modules:
     copies             copies of a tensor on several ranks, compared before a save
     flat_states        FSDP1's parameters and their states, gathered for a save, and read by rows
     lost_ranks         ranks that are lost meanwhile, told by one error
+    pinned             the bounded host memory of a load into a GPU
     background         the host memory of an asynchronous save
     extra_state        what modules and optimizers keep besides tensors by parameter: taken apart, put back
     extra_load         the extra states of a checkpoint: compared, read, given back

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import ckpt
+from ckpt.load import Target
 from ckpt.read import WEIGHT_STATES
 from parallel import HostComm
 from parallel.tensors import named_parameters, persistent_buffers, whole_module
@@ -35,6 +36,7 @@ from uni3d.checkpoint.optimizer_groups import (
     names_by_id,
     restore_optimizer,
 )
+from uni3d.checkpoint.pinned import DeviceArray, PinnedMemory
 from uni3d.checkpoint.several import SchedulerSet, optimizers_by_name, schedulers_by_name, type_of
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.checkpoint.tied import as_stored, tie_refusals, untied
@@ -320,7 +322,7 @@ class Restorer:
         checkpoint: ForeignCheckpoint,
         optimizer: Optimizer | None,
         saved: RunManifest,
-        targets: list[ckpt.Shard],
+        targets: list[Target],
     ) -> ForeignCheckpoint:
         """Return the checkpoint in the types of the targets, as far as these are the source's own."""
         if optimizer is not None and saved.optimizer is not None and saved.optimizer.type == UNKNOWN:
@@ -340,7 +342,7 @@ class Restorer:
 
     def _targets(
         self, optimizer: Optimizer | None, stored: set[str], saved: RunManifest | None
-    ) -> tuple[list[state.Held], list[ckpt.Shard], list[FlatTarget]]:
+    ) -> tuple[list[state.Held], list[Target], list[FlatTarget]]:
         """Return what this rank reads; without `saved`, the script loads the model itself."""
         flat = flat_targets(self._state.model, optimizer, stored)
         held = self._inventory.arrays(optimizer, with_states=stored, flat=state.FlatView({}, {}))
@@ -349,7 +351,15 @@ class Restorer:
             held = [array for array in held if _is_moment(array.spec.key)]
         else:
             held = as_stored(held, untied(self._state.model, saved))
-        return held, [state.on_host(array.spec, array.tensor.contiguous()) for array in held], flat
+        memory = PinnedMemory(self._state.model.device)
+        return held, [_target(array, memory) for array in held], flat
+
+
+def _target(array: state.Held, memory: PinnedMemory) -> Target:
+    """Return what a load fills: a GPU's memory, or the host's, in a copy if it isn't contiguous."""
+    if array.tensor.device.type != "cpu":
+        return ckpt.UnfilledShard(array.spec, DeviceArray(array.tensor, memory))
+    return state.on_host(array.spec, array.tensor.contiguous())
 
 
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from ckpt.format import MANIFEST, check_json, tag_text
 from ckpt.parts import ArrayInfo
 from ckpt.plan import ArrayPlan
 from ckpt.read import Arrays, Piece
-from ckpt.shards import ArrayKey
+from ckpt.shards import ArrayKey, Unfilled
 from ckpt.threads import cores
 from uni3d.importers.detect import KINDS, UnknownKindError, kind_of, read
 from uni3d.importers.source import FLOATS, PARAMETER, Array, ForeignArray, Options, Source
@@ -285,7 +285,7 @@ class ForeignCheckpoint(Checkpoint):
         ]
         return ForeignCheckpoint(replace(self.source, arrays=arrays), self._optimizer)
 
-    def read_piece(self, piece: Piece, out: Array) -> int:
+    def read_piece(self, piece: Piece, out: Array | Unfilled) -> int:
         """Copy one piece of a box into its place in `out`, of the box's shape; return the bytes read."""
         grid, inside = piece.info.grid, piece.inside
         begin = [i * n + o for i, n, o in zip(piece.chunk, grid.chunk_shape, inside.offset, strict=True)]

@@ -7,6 +7,7 @@ from itertools import product, starmap
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from models import OwnLoss, Stack, global_batches, make_engine, save_and_wait, s
 from ranks import Ranks
 from tied_gpt import gpt_engine
 
+import uni3d
 from uni3d.bench.measure import _phases, _timed, timed_passes
+from uni3d.checkpoint import pinned
+from uni3d.state import Held, Inventory
 
 STEPS = 4
 PLACES: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
@@ -200,6 +204,38 @@ def resumed_case(run: str) -> tuple[list[float], list[float]]:
 def test_a_resume_is_the_same_bits(gpu_ranks: Ranks, tmp_path: Path) -> None:
     for expected, found in gpu_ranks.run(2, resumed_case, str(tmp_path)):
         assert found == expected
+
+
+def held_by(engine: uni3d.Engine) -> list[Held]:
+    return Inventory(engine._state.model).arrays(engine.optimizer)
+
+
+def sums(engine: uni3d.Engine) -> list[float]:
+    return [held.tensor.double().sum().item() for held in held_by(engine)]
+
+
+def loaded_case(run: str) -> tuple[list[int], int, list[str], list[float], list[float]]:
+    with cpu_as_cuda():
+        engine = gpt_engine(1, 2, 1, 3, parallel={"device": "cuda"})
+        engine.train_batch()
+        save_and_wait(engine, run)
+        expected = sums(engine)
+        engine.train_batch()
+        with mock.patch.object(pinned, "BUFFER_BYTES", 512), mock.patch.object(pinned, "MOST_BYTES", 1024):
+            moved.clear()
+            waits.clear()
+            engine.load_checkpoint(run)
+            copies, waited = [*moved], [*waits]
+        return copies, sum(held.tensor.nbytes for held in held_by(engine)), waited, expected, sums(engine)
+
+
+def test_a_load_streams_to_the_device(gpu_ranks: Ranks, tmp_path: Path) -> None:
+    """Nothing is copied to the host first, only to be overwritten."""
+    for copies, whole, waited, expected, found in gpu_ranks.run(2, loaded_case, str(tmp_path)):
+        assert found == expected
+        assert max(copies) <= 512
+        assert sum(copies) >= whole
+        assert not [wait for wait in waited if wait.startswith(("_to_copy", "to "))], waited
 
 
 class Scaled(OwnLoss):
