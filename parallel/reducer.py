@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -80,12 +80,15 @@ class Reducer:
         self._groups = [group for module in reversed(modules) if (group := group_of(module)) is not None]
         self._next: int | None = None  # layer that is reduced next in a backward pass
         self._missing: list[set[int]] = []  # by layer: ids of the records without a gradient as yet
+        self._layer_of: dict[int, int] = {}  # by the record's id
         self._hooked: dict[int, Any] = {}  # by the record's id: the parameter that has our hook
         self._early, self._agreed = mesh.size() > 1, mesh.size() == 1
         self._offload = offload
         self._sums = None
+        self._layers: Sequence[Any] = self._groups  # in the order in which they are reduced
         if whole and not alone and not offload:
             self._sums = WholeSums(mesh.get_group("replicate"), dtype)
+            self._layers = _with_root_cut(self._groups, modules[0])
         self._shown = False  # True while the script may write to whole parameters
         self.used: set[int] = set()
         self.late = 0
@@ -169,35 +172,37 @@ class Reducer:
         if not (self._reduces(last) and early and self._early):
             return
         self._next, self._missing = 0, []
-        for layer, group in enumerate(self._groups):
+        for layer, group in enumerate(self._layers):
             trained = [record for record in group.fsdp_params if record._unsharded_param.requires_grad]
             self._missing.append({id(record) for record in trained})
             for record in trained:
                 whole = record._unsharded_param
                 if self._hooked.get(id(record)) is not whole:
                     self._hooked[id(record)] = whole
-                    _hook(whole, _arrival(self, layer, id(record)))
+                    _hook(whole, _arrival(self, id(record)))
+                self._layer_of[id(record)] = layer
 
-    def arrived(self, layer: int, record: int) -> None:
+    def arrived(self, record: int) -> None:
         """Note a gradient, and reduce the layers that are complete and whose turn it is."""
         if self._next is None:
             return
+        layer = self._layer_of[record]
         if layer < self._next:
             self.late += 1
             return
         self._missing[layer].discard(record)
-        while self._next < len(self._groups) and not self._missing[self._next]:
-            self._reduce(self._groups[self._next])
+        while self._next < len(self._layers) and not self._missing[self._next]:
+            self._reduce(self._layers[self._next])
             self._next += 1
 
     def after_backward(self, *, last: bool, early: bool = True) -> None:
         """Reduce or accumulate the gradients that are left."""
         start, self._next = self._next, None
         if self._reduces(last):
-            for group in self._groups[start or 0 :]:
+            for group in self._layers[start or 0 :]:
                 self._reduce(group)
             if start is not None and not self._agreed:
-                self._agree()
+                self._agree(stalled=start == 0)
             if self._sums is not None:
                 self._sums.finish()
         else:
@@ -227,26 +232,56 @@ class Reducer:
         self.used.clear()
         self.late = 0
 
-    def _agree(self) -> None:
+    def _agree(self, *, stalled: bool) -> None:
         """After the first pass: if gradients were late on some rank, reduce them, and never early again.
 
         They are late if a parameter gets several gradients in one pass, as under reentrant checkpointing of a
-        layer that is used twice.
+        layer that is used twice. If some rank was `stalled` by the first layer to be reduced, as it uses one
+        of several heads, the root is reduced last from now on.
         """
-        late = torch.tensor(float(self.late), device=self._mesh.device_type)
+        told = torch.tensor([float(self.late), float(stalled)], device=self._mesh.device_type)
         for axis in ("replicate", "shard"):
-            dist.all_reduce(late, group=self._mesh.get_group(axis))
+            dist.all_reduce(told, group=self._mesh.get_group(axis))
         self._agreed, self.late = True, 0
+        late, stalls = told.tolist()
+        if stalls > 0:
+            self._layers = self._groups
         if late > 0:
             self._early = False
-            for group in self._groups:
+            for group in self._layers:
                 self._reduce(group)
+
+
+class _Part(NamedTuple):
+    """Some of a group's parameters, which are reduced by themselves."""
+
+    fsdp_params: list[Any]
+
+
+def _with_root_cut(groups: Sequence[Any], root: FSDPModule) -> list[Any]:
+    """Return the groups with the root's, the last one, cut at the layers.
+
+    What follows the layers, such as a head, has its gradients before them, and needn't wait for those of what
+    comes first, such as an embedding.
+    """
+    *layers, own = groups
+    if own is not group_of(root):
+        return [*groups]
+    place = {id(parameter): i for i, parameter in enumerate(cast(nn.Module, root).parameters())}
+    end = max(
+        (place[id(record.sharded_param)] for group in layers for record in group.fsdp_params), default=-1
+    )
+    head = [record for record in own.fsdp_params if place[id(record.sharded_param)] > end]
+    rest = [record for record in own.fsdp_params if place[id(record.sharded_param)] <= end]
+    if not (head and layers):
+        return [*groups]
+    return [_Part(head), *layers, *([_Part(rest)] if rest else [])]
 
 
 _hook: Any = Tensor.register_post_accumulate_grad_hook  # the parameter's own is refused to scripts
 
 
-def _arrival(reducer: Reducer, layer: int, record: int) -> Callable[[Tensor], None]:
+def _arrival(reducer: Reducer, record: int) -> Callable[[Tensor], None]:
     """Return a hook that tells the reducer of a gradient.
 
     Its reference is weak: torch keeps such hooks where Python's garbage collector can't see them, so that a
@@ -258,6 +293,6 @@ def _arrival(reducer: Reducer, layer: int, record: int) -> Callable[[Tensor], No
         alive = weak()
         # One that was frozen after the forward pass gets no gradient, but torch calls its hooks.
         if alive is not None and parameter.grad is not None:
-            alive.arrived(layer, record)
+            alive.arrived(record)
 
     return hook

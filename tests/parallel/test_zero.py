@@ -1,6 +1,7 @@
 """ZeRO: elements that each rank holds at each moment, and gradients as sums over ranks."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel
+from parallel import sums
 from parallel.settings import DType
 
 DP = 3
@@ -149,6 +151,65 @@ def test_gradients_that_share_their_memory(ranks: Ranks) -> None:
     for gradients in ranks.run(DP, added_case):
         for name, expected in zip(parameters, sums, strict=True):
             torch.testing.assert_close(gradients[name], expected, msg=f"sum of {name}")
+
+
+class Heads(nn.Module):
+    """Model with an embedding before its layers, and after them a norm and two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+        self.other = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor, both: bool) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        return self.head(x).sum() + (self.other(x).sum() if both else 0)
+
+
+def order_case(both: list[bool]) -> list[list[list[str]]]:
+    """Return, for each of two steps, the gradients that were summed together, and the backward pass's end."""
+    topology = parallel.Topology(parallel.Degrees(pp=1, dp=2, tp=1), zero_stage=0)
+    built = parallel.build(Heads(), topology, parallel.Settings(zero_stage=0, seed=0))
+    names = {id(p): name for name, p in built.module.named_parameters()}
+    steps: list[list[list[str]]] = []
+    start = sums.WholeSums.start
+
+    def spied(self: Any, layer: Any) -> None:
+        steps[-1].append([names[id(record.sharded_param)] for record in layer.fsdp_params])
+        start(self, layer)
+
+    with mock.patch.object(sums.WholeSums, "start", spied):
+        for _ in range(2):
+            steps.append([])
+            loss = built.module(torch.arange(9), both[topology.dp_rank])
+            with built.zero.backward(last=True):
+                loss.backward()
+                steps[-1].append(["the end"])
+            built.zero.drop_gradients()
+    return steps
+
+
+AFTER = [f"{part}.{kind}" for part in ("norm", "head", "other") for kind in ("weight", "bias")]
+LAYERS = [[f"layers.{i}.weight", f"layers.{i}.bias"] for i in (1, 0)]
+
+
+def test_sums_follow_the_backward_pass(ranks: Ranks) -> None:
+    """What comes after the layers is summed before them, and the embedding last."""
+    whole = [AFTER, *LAYERS, ["embed.weight"], ["the end"]]
+    assert ranks.run(2, order_case, [True, True]) == [[whole, whole]] * 2
+
+
+def test_a_head_that_a_rank_never_uses_holds_up_the_first_step_alone(ranks: Ranks) -> None:
+    first, then = zip(*ranks.run(2, order_case, [True, False]), strict=True)
+    summed, end, root = [AFTER, *LAYERS, ["embed.weight"]], ["the end"], ["embed.weight", *AFTER]
+    assert first == ([*summed, end], [end, *summed])
+    assert then == ([*LAYERS, root, end], [*LAYERS, end, root])
 
 
 def unknown_case() -> str:
