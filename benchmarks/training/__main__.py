@@ -107,6 +107,7 @@ def task_of(arm: Arm, args: argparse.Namespace, folder: str) -> Task:
         pp=arm.pp,
         tp=arm.tp,
         balance=arm.balance,
+        schedule=arm.schedule,
         saves=arm.saves,
         options=options,
         seq_len=seq_len,

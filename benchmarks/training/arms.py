@@ -23,6 +23,8 @@ class Arm:
     tp: int = 1
     balance: Literal["flops", "parameters"] = "flops"
     """Quantity that uni3d balances between pipeline stages."""
+    schedule: Literal["1f1b", "zero_bubble"] = "1f1b"
+    """uni3d's pipeline schedule; DeepSpeed has 1F1B alone."""
     saves: bool | None = None
     """True for a long run that saves every few steps, False for one that doesn't; None is a short run."""
     beside: tuple[str, ...] = ()
@@ -59,11 +61,19 @@ def data_parallel(dp: int) -> list[Arm]:
 
 
 def pipelines(pp: int) -> list[Arm]:
-    """Return arms of 1F1B: DeepSpeed's, which balances parameters between stages, and ours in both ways."""
+    """Return arms of 1F1B, DeepSpeed's, which balances parameters between stages, and ours in both ways; and
+    of our zero-bubble schedule.
+    """
     ours = Arm(name=f"uni3d pp{pp}", library="uni3d", ranks=pp, pp=pp)
     same = replace(ours, name=f"uni3d pp{pp} parameters", balance="parameters")
-    beside = (same.key, ours.key)
-    return [ours, same, Arm(name=f"deepspeed pp{pp}", library="deepspeed", ranks=pp, pp=pp, beside=beside)]
+    full = replace(ours, name=f"uni3d pp{pp} zero bubble", schedule="zero_bubble")
+    beside = (same.key, full.key, ours.key)
+    return [
+        ours,
+        same,
+        full,
+        Arm(name=f"deepspeed pp{pp}", library="deepspeed", ranks=pp, pp=pp, beside=beside),
+    ]
 
 
 def tensor_parallel(tp: int) -> list[Arm]:

@@ -21,7 +21,13 @@ def build(task: Task) -> Trainer:
         "compile": {"enabled": task.compile},
         "optimizer": {"type": "AdamW", "params": ADAMW},
         "zero_optimization": {"stage": task.zero},
-        "parallel": {"pp": task.pp, "tp": task.tp, "device": task.device, "balance": task.balance},
+        "parallel": {
+            "pp": task.pp,
+            "tp": task.tp,
+            "device": task.device,
+            "balance": task.balance,
+            "schedule": task.schedule,
+        },
     }
     engine: Engine = uni3d.initialize(model=task.meta_model(), config=config, weights=task.weights)[0]
     run = Path(task.folder) / "run"

@@ -51,6 +51,7 @@ class Task:
     pp: int
     tp: int
     balance: str
+    schedule: str
     saves: bool | None
     options: dict[str, Any]
     """Options of the model."""

@@ -169,7 +169,11 @@ def test_a_command_that_removes_is_waited_for(run: str, where: str, what: str) -
     assert 600 <= clock.slept < 610
 
 
-@pytest.mark.parametrize("content", [owner(**ELSEWHERE).encoded(), b"", b"[1]", b"\xff{"], ids=["a-lock", "nothing", "a-list", "bytes"])
+@pytest.mark.parametrize(
+    "content",
+    [owner(**ELSEWHERE).encoded(), b"", b"[1]", b"\xff{"],
+    ids=["a-lock", "nothing", "a-list", "bytes"],
+)
 def test_one_elsewhere_that_gives_none_is_taken_for_dead(run: str, content: bytes) -> None:
     save_arrays(run, "t1", ARRAYS)
     put_lock(run, content)
