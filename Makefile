@@ -1,6 +1,10 @@
 # make demo: train, resize twice, export, draw. make test: lint, types, tests. Both make .venv if it's missing.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that share the tests of `make test` and `make quick`, file by file. Each has up to four ranks of its own,
+# which mostly wait for one another.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test quick matrix coverage mutants faults faults-peers soak gpu lint clean
 .DELETE_ON_ERROR:
@@ -10,7 +14,7 @@ demo: .venv/demo.stamp
 
 # All but the widest tables, in about twenty minutes.
 test: lint
-	$(BIN)/python -m pytest -m "not matrix"
+	$(PYTEST) -m "not matrix"
 
 # The widest tables: every cell of those that docs/parallelism.md shows, and more topologies elsewhere.
 matrix: .venv/dev.stamp
@@ -18,7 +22,7 @@ matrix: .venv/dev.stamp
 
 # The tests without those marked slow, in about eight minutes.
 quick: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Lines and branches of `ckpt` that its own tests don't reach; fails if there are any. About four minutes.
 coverage: .venv/dev.stamp

@@ -29,7 +29,7 @@ def command(*options: str) -> subprocess.CompletedProcess[str]:
 # --- the command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_part_has_its_row(tmp_path: Path) -> None:
     done = command(*TRIAL, *SIZES, "--out", str(tmp_path / "gpu.json"), "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

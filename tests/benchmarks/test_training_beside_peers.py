@@ -44,7 +44,7 @@ def keys(**settings: Any) -> set[str]:
 # --- the arms ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_arm_trains_alike(tmp_path: Path) -> None:
     arms = chosen([2], None, deepspeed=False)
     written = tmp_path / "figures.json"

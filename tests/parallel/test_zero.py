@@ -200,7 +200,7 @@ LAYERS = [[f"layers.{i}.weight", f"layers.{i}.bias"] for i in (1, 0)]
 
 
 def test_sums_follow_the_backward_pass(ranks: Ranks) -> None:
-    """What comes after the layers is summed before them, and the embedding last."""
+    """The head is summed before the layers, and the embedding after them."""
     whole = [AFTER, *LAYERS, ["embed.weight"], ["the end"]]
     assert ranks.run(2, order_case, [True, True]) == [[whole, whole]] * 2
 

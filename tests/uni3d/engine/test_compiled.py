@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from marks import slow
+from marks import matrix, slow
 from models import take_steps
 from ranks import Ranks
 from tied_gpt import gpt_engine
@@ -36,9 +36,9 @@ CASES: list[Any] = [
     ((1, 1, 2), 0, SEQUENCE, "aot_eager"),
     ((1, 2, 1), 0, {}, "aot_eager"),
     slow((1, 1, 2), 0, {}, "inductor"),
-    slow((1, 1, 2), 0, SEQUENCE, "inductor"),
-    slow((2, 1, 1), 1, {}, "inductor"),
-    slow((1, 2, 1), 3, {"activation_checkpointing": {"mode": "selective"}}, "inductor"),
+    matrix((1, 1, 2), 0, SEQUENCE, "inductor"),
+    matrix((2, 1, 1), 1, {}, "inductor"),
+    matrix((1, 2, 1), 3, {"activation_checkpointing": {"mode": "selective"}}, "inductor"),
     slow((1, 2, 2), 3, SEQUENCE, "inductor"),
 ]
 

@@ -5,6 +5,7 @@ import multiprocessing as mp
 import os
 import random
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,21 @@ def test_the_scripts_generators_go_on_as_without_a_loader(workers: Workers) -> N
     assert found + numbers() == expected
 
 
+earlier: set[int | None] = set()
+"""Processes from before the test, such as those that load samples for an engine of another file's."""
+
+
+@pytest.fixture(autouse=True)
+def only_the_tests_own() -> Iterator[None]:
+    earlier.update(child.pid for child in mp.active_children())
+    yield
+    earlier.clear()
+
+
 def loading() -> list[Any]:
     """Return the processes that load samples, without the ranks of the tests' pool."""
-    return [child for child in mp.active_children() if not type(child).__name__.startswith("Spawn")]
+    children = [child for child in mp.active_children() if child.pid not in earlier]
+    return [child for child in children if not type(child).__name__.startswith("Spawn")]
 
 
 def processes(batches: Any) -> set[float]:
