@@ -45,7 +45,7 @@ def meet(device_type: str, timeout: timedelta | None = None) -> Meeting:
     """
     if dist.is_initialized():
         return Meeting(distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not _are_announced():
         return Meeting(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
     longest = timeout or distributed_c10d._get_default_timeout(dist.Backend(_backend(device_type)))
     store, rank, size = next(rendezvous("env://", timeout=longest))
@@ -69,10 +69,17 @@ def start_process_group(
         # With its device the group connects at once: a GPU that can't be reached is an error here.
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    store, rank, size = meet(device_type, timeout) if meeting is None else meeting
-    own = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
     backend = _backend(device_type)
+    if meeting is None and _are_announced():
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
+        return
+    store, rank, size = meeting or meet(device_type)
+    own = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=size, device_id=device)
+
+
+def _are_announced() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _backend(device_type: str) -> str:
