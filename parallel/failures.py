@@ -63,10 +63,9 @@ class Failures:
                 self._tell(f"rank {self._rank}: {lost}")
                 raise RankFailedError(f"{work} failed: {lost}") from error
             if _is_lost_connection(error):
-                raise RankFailedError(self._reason(work)) from error
+                raise RankFailedError(self._reason(work, error)) from error
             cause = _cause(error)
-            text = " ".join(str(cause).split())[:500]
-            self._tell(f"rank {self._rank}: {type(cause).__name__}: {text}")
+            self._tell(f"rank {self._rank}: {_text(cause)}")
             if cause is error:
                 raise
             raise cause from None
@@ -100,8 +99,11 @@ class Failures:
     def _told(self, work: int) -> str | None:
         return self._store.get(str(work)).decode() if self._store.check([str(work)]) else None
 
-    def _reason(self, work: str) -> str:
-        """Return the error of the first rank that failed, or else which ranks give no more signs of life."""
+    def _reason(self, work: str, error: BaseException) -> str:
+        """Return the error of the first rank that failed, or else which ranks give no more signs of life.
+
+        `error` is that of the lost connection, which is told if there is nothing else.
+        """
         signs: Signs = {} if self._life is None else self._life.look()
         seconds = max(PATIENCE_S, time_for_signs(signs))
         deadline = time.monotonic() + seconds
@@ -116,8 +118,10 @@ class Failures:
             if self._life is not None and (gone := self._life.silent(signs)):
                 told = f"{named(gone)}: no sign of life for {seconds:g} s: {GONE}; {why}"
                 return f"{work} failed on {self._tell(told)}"
-        except SilentStoreError as error:
-            why = str(error)
+            if signs:
+                return f"{work} failed, though all ranks give signs of life: {_text(error)}"
+        except SilentStoreError as silent:
+            why = str(silent)
         except RuntimeError:
             why = f"so is that to the rendezvous store, which rank 0's process has, or torchrun's; {why}"
         return f"{work} failed: the connection to another rank was lost; {why}"
@@ -148,6 +152,10 @@ def connect(
         raise RankFailedError(f"{work} failed: {why}") from error
     comm.doing = ""
     return meeting, comm
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _without(work: str, error: LostRankError) -> str:

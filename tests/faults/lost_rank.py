@@ -18,7 +18,7 @@ from models import ADAM, Stack, global_batches, make_engine, micro_batches, seed
 from torch.distributed import device_mesh  # noqa: E402
 
 SECONDS = 3.0
-"""Timeout of the process group."""
+"""Timeout of the process group, and time without a sign of life after which a rank is lost."""
 
 
 def main(place: str, signal: int, lost: int, zero: int, pp: int) -> None:
@@ -39,7 +39,7 @@ def main(place: str, signal: int, lost: int, zero: int, pp: int) -> None:
         "steps_per_print": None,
         "optimizer": ADAM,
         "parallel": {"device": "cpu", "pp": pp, "timeout_seconds": SECONDS},
-        "checkpoint": {"timeout_seconds": 1.0},
+        "checkpoint": {"timeout_seconds": SECONDS},
     }
     try:
         engine = make_engine(seeded(Stack), zero=zero, micro=1, config=config, optimizer=optimizer)

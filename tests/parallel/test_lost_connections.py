@@ -45,6 +45,21 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     assert str(caught.value) == "initialize(): ranks 1, 2 didn't come within 0.2 s"
 
 
+def alive_case() -> str:
+    with mock.patch.multiple(failures, PATIENCE_S=2), mock.patch.multiple(liveness, INTERVAL=1.0):
+        told = Failures(HostComm())
+        dist.barrier()
+        with pytest.raises(RankFailedError) as lost, told.told("step 3: train_batch()"):
+            raise RuntimeError(TEXTS[0])
+        dist.barrier()
+        return str(lost.value)
+
+
+def test_a_timeout_without_a_lost_rank_keeps_its_words(ranks: Ranks) -> None:
+    expected = f"step 3: train_batch() failed, though all ranks give signs of life: RuntimeError: {TEXTS[0]}"
+    assert ranks.run(2, alive_case) == [expected] * 2
+
+
 def look_on(told: Failures) -> None:
     """Look until another rank has failed, as a rank does that waits for its GPU."""
     while True:
