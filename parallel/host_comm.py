@@ -6,6 +6,7 @@ than a few dozen connections or messages at a time, and nothing takes more than 
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import weakref
 from collections import defaultdict
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for ranks that are alive, which includes the slowest rank's write of a checkpoint."""
+
+CLOSING_S = 5.0
+"""Longest wait, at exit, for connections that are being closed."""
 
 UNUSED_TAG = 1
 """Tag of a message that never comes; all others have 0."""
@@ -264,7 +268,10 @@ class HostComm:
             # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
             # process; the others look for the reason meanwhile.
             group, self._group = [self._group], None
-            Thread(target=_let_go, args=(group, call.ended, error, self._waits_for), daemon=True).start()
+            closing = Thread(target=_let_go, args=(group, call.ended, error, self._waits_for), daemon=True)
+            closing.start()
+            # A thread that wakes up in gloo while the interpreter exits aborts the process.
+            atexit.register(closing.join, CLOSING_S)
             raise
 
     def _given_up(self) -> str | None:
