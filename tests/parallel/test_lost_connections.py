@@ -119,7 +119,15 @@ def test_signs_are_given_while_a_thread_waits_for_a_key() -> None:
             thread.join()
     life = comms[0].life
     assert life is not None
+    waiting = threading.Thread(target=wait_in_vain, args=(stores[1],))
+    waiting.start()
+    time.sleep(0.2)
     before = life.look()
-    with pytest.raises(dist.DistStoreError):
-        stores[1].wait(["never"], second)
+    time.sleep(1.5)
     assert life.silent(before) == []
+    waiting.join()
+
+
+def wait_in_vain(store: dist.TCPStore) -> None:
+    with pytest.raises(dist.DistStoreError):
+        store.wait(["never"], timedelta(seconds=3))
