@@ -45,6 +45,7 @@ The parallel model:
     gathered          sharded parameters made whole for a while, the same objects
     failures          errors of other ranks
     host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
+    parcels            bytes on their way there
     liveness           signs of life, by which a slow rank is told apart from one that is gone
     store_calls        calls of the rendezvous store that don't wait for ever
 

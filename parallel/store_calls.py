@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class SilentStoreError(RuntimeError):
@@ -36,6 +39,9 @@ class StoreCalls:
     def get(self, key: str) -> bytes:
         return bytes(self._ended("get", key))
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [bytes(value) for value in self._ended("multi_get", keys)]
+
     def compare_set(self, key: str, expected: str, value: str) -> bytes:
         return bytes(self._ended("compare_set", key, expected, value))
 
@@ -46,23 +52,34 @@ class StoreCalls:
         self._ended("delete_key", key)
 
     def _ended(self, name: str, *args: Any) -> Any:
-        """Return the result of a call that a thread makes, which is left behind if there is no answer."""
         if self.silent:
             raise SilentStoreError(self.seconds)
-        results, errors = list[Any](), list[Exception]()
-
-        def call() -> None:
-            try:
-                results.append(getattr(self._store, name)(*args))
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call, name="uni3d's store", daemon=True)
-        thread.start()
-        thread.join(self.seconds)
-        if errors:
-            raise errors[0]
-        if not results:
+        try:
+            return within(self.seconds, lambda: getattr(self._store, name)(*args))
+        except SilentStoreError:
             self.silent = True
-            raise SilentStoreError(self.seconds)
-        return results[0]
+            raise
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of a call of a store that a thread makes; it is left behind if there is no answer.
+
+    Raises:
+        SilentStoreError: there is none.
+    """
+    results, errors = list[T](), list[Exception]()
+
+    def make() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=make, name="uni3d's store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise SilentStoreError(seconds)
+    return results[0]

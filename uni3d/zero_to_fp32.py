@@ -178,7 +178,7 @@ def find(checkpoint_dir: str, tag: str | None) -> Path:
     if tag is None:
         try:
             tag = (run / "latest").read_text().strip()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UnreadableError(f"{run} has neither manifest.json nor latest; give --tag") from None
     if not (run / tag / "manifest.json").exists():
         tags = sorted(path.parent.name for path in run.glob("[!.]*/manifest.json"))

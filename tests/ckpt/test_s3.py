@@ -56,7 +56,7 @@ def test_an_error_names_the_object(object_store: ObjectStore, run: str, kind: st
         for call in calls:
             with pytest.raises(OSError, match=f"'{run}/a/b'"):
                 call()
-        with pytest.raises(CheckpointError, match=f"{run} can't be read: [A-Z][a-zA-Z]{{3}}"):
+        with pytest.raises(CheckpointError, match=f"{run} can't be read: [a-zA-Z]{{4}}"):
             committed_tags(run)
 
 

@@ -20,6 +20,7 @@ from parallel import HostComm, ParallelModel
 from parallel.tensors import persistent_buffers
 from uni3d import state
 from uni3d.checkpoint.background import threads_per_rank
+from uni3d.importers.detect import check_exists
 from uni3d.importers.source import FLOATS, FilePlace, ForeignArray, Options
 from uni3d.importers.state_dicts import read_safetensors
 from uni3d.importers.tensor_parts import Slices, read_parts
@@ -140,11 +141,11 @@ def _places(path: str | Path, model: nn.Module) -> dict[str, list[FilePlace]]:
 
 def _stored(path: Path) -> dict[str, ForeignArray]:
     """Return the files' tensors by all of their names."""
-    if not path.exists():
-        raise ckpt.CheckpointError(
-            f"weights={path} doesn't exist; give a safetensors file, or a folder with one set of them, that "
-            "all ranks see"
-        )
+    try:
+        check_exists(path, "weights=")
+    except ckpt.CheckpointError as error:
+        advice = "give a safetensors file, or a folder with one set of them, that all ranks see"
+        raise ckpt.CheckpointError(f"{error}; {advice}") from None
     if path.is_dir() and ((path / MANIFEST).exists() or committed_tags(path)):
         raise ckpt.CheckpointError(
             f"weights={path} is a run of uni3d, not a folder of safetensors; give it as resume=, or make one "

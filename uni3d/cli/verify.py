@@ -88,7 +88,10 @@ def _verify(run: str, tag: str | None) -> _Result:
     try:
         checkpoint = ckpt.open_checkpoint(run, tag)
     except ckpt.CheckpointError as error:
-        folder = _committed(run, tag)
+        try:
+            folder = _committed(run, tag)
+        except OSError:  # nothing there can be read
+            raise error from None
         if folder is None:
             raise
         what = f"can't be opened: {error}"

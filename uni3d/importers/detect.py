@@ -56,14 +56,27 @@ class UnknownKindError(CheckpointError):
     """A file or folder in which nothing looks like a checkpoint."""
 
 
+def check_exists(path: Path, what: str = "") -> None:
+    """Raise CheckpointError if there is nothing at a path, or it can't be known; `what` comes before it."""
+    if re.match("[a-z][a-z0-9+.-]+:/", str(path)):  # pathlib leaves one slash of a URL's two
+        raise CheckpointError(
+            f"{what}{path} is a URL, but only files of this machine can be read here; copy it to a folder"
+        )
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{what}{path} doesn't exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{what}{path} can't be read: {error.strerror}") from None
+
+
 def read(path: Path, kind: str, options: Options) -> Source:
     """Read the checkpoint at `path`; `kind` is one of `KINDS` or `auto`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist")
+    check_exists(path)
     with telling_of(path, "known"):
         chosen = kind_of(path, options.tag) if kind == "auto" else kind
     if options.tag is not None and not chosen.startswith("deepspeed"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from commands import answer, refused
@@ -256,6 +257,17 @@ def test_a_place_that_cannot_be_read_is_no_absent_one(run: Path, monkeypatch: py
     monkeypatch.setattr(LocalStore, "exists", hidden)
     with pytest.raises(ckpt.CheckpointError, match=f"^{run} can't be read: Permission denied"):
         open_run(str(run))
+
+
+def test_missing_credentials_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})
+    for command in ("verify", "clean", "prune"):
+        told = refused(command, "s3://bucket/run", *COMMANDS[command])
+        assert told.startswith("s3://bucket/run can't be read: there are no credentials (Unable to locate")
 
 
 @pytest.mark.parametrize(
