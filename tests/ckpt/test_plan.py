@@ -244,6 +244,21 @@ def test_chunks_reach_over_the_bounds_of_parts_of_eight_chunks_without_a_divisor
     assert array.grid.chunk_shape[1] * 4 <= 2 << 20
 
 
+@pytest.mark.parametrize(
+    ("rows", "parts", "made"),
+    [
+        (127, 16, 127),  # 7.9 times as many
+        (131, 16, 1),  # 8.2 times: left whole
+        (7 * 457, 56, 7),  # an eighth as many
+        (8 * 577, 72, 1),  # a ninth
+    ],
+)
+def test_parts_are_cut_into_an_eighth_to_eight_times_as_many_chunks_as_wanted(rows, parts, made):
+    boxes, wanted = cut((2 * rows, 4), (2, 1)), math.ceil(rows * 16 / parts)
+    (array,) = plan_of((2 * rows, 4), boxes, files="writer", chunk_bytes=wanted, gather_below=0).arrays
+    assert array.grid.chunk_shape == (rows // made, 4)
+
+
 def test_any_copy_may_write_what_is_gathered_but_only_the_first_what_reaches_over():
     small, large = cut((8, 4), (2, 1)) * 2, cut((2018, 1024), (2, 1)) * 2
     for shape, boxes, writers in [((8, 4), small, {0, 1, 2, 3}), ((2018, 1024), large, {0, 1})]:
