@@ -43,8 +43,8 @@ TESTS = {
     "plan": {
         "ckpt/box.py": ["test_box.py"],
         "ckpt/plan.py": ["test_plan.py", "test_links.py"],
-        "ckpt/chunking.py": ["test_plan.py", "test_writer_files.py"],
-        "ckpt/bands.py": ["test_compare.py", "test_export.py"],
+        "ckpt/chunking.py": ["test_chunking.py", "test_plan.py", "test_writer_files.py"],
+        "ckpt/bands.py": ["test_bands.py", "test_compare.py", "test_export.py"],
     },
     "commit": {
         "ckpt/begin.py": ["test_begin_commit.py"],

@@ -2,12 +2,13 @@
 
 import math
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 from ckpt_helpers import Ranks, even_cut
 from hypothesis import strategies as st
 
-from ckpt import ArrayKey, Box, Plan, ShardSpec
+from ckpt import ArrayKey, Box, Plan, ShardSpec, make_plan
 from ckpt.box import grid
 from ckpt.plan import ArrayPlan
 
@@ -124,3 +125,12 @@ def check(layout: Ranks, plan: ArrayPlan) -> None:
     for chunk in chunks:
         expected = [(source, part) for source, box in pieces if (part := box.intersect(chunk.box))]
         assert list(plan.chunk_plan.sources.of_chunk(chunk.box)) == expected
+
+
+def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = None, **sizes: Any) -> Plan:
+    """Return the checked plan of one fp32 array of which rank r holds `boxes[r]`."""
+    key = ArrayKey("w", "fp32")
+    layout = {rank: [ShardSpec(key, "float32", shape, box, fine_dim)] for rank, box in enumerate(boxes)}
+    made = make_plan(layout, **sizes)
+    check(layout, made.arrays[0])
+    return made
