@@ -245,3 +245,11 @@ def test_gathered_arrays_even_out_the_load():
     made = make_plan({rank: specs(box) for rank, box in enumerate(cut((8, 64), (4, 1)))})
     assert Counter(array.owner for array in made.arrays) == Counter(dict.fromkeys(range(4), 10))
     assert {*made.bytes_written().values()} == {10 * 8 * 64 * 4}
+
+
+def test_of_copies_that_are_gathered_the_writer_brings_its_own():
+    specs = lambda box: [ShardSpec(ArrayKey(f"b.{i}", "fp32"), "float32", (8, 4), box) for i in range(4)]  # noqa: E731
+    made = make_plan({rank: specs(box) for rank, box in enumerate(cut((8, 4), (2, 1)) * 2)})
+    assert [array.owner for array in made.arrays] == [0, 1, 2, 3]
+    senders = [[rank for rank, _ in array.chunk_plan.sources.pieces] for array in made.arrays]
+    assert senders == [[0, 1], [0, 1], [2, 1], [0, 3]], "or else the first"
