@@ -245,6 +245,8 @@ def test_gathered_arrays_even_out_the_load():
     made = make_plan({rank: specs(box) for rank, box in enumerate(cut((8, 64), (4, 1)))})
     assert Counter(array.owner for array in made.arrays) == Counter(dict.fromkeys(range(4), 10))
     assert {*made.bytes_written().values()} == {10 * 8 * 64 * 4}
+    rows = plan_of((4, 64), cut((4, 64), (1, 4)), chunk_bytes=64 * 4, gather_below=1 << 10)
+    assert rows.bytes_written() == dict.fromkeys(range(4), 64 * 4), "within one array, too"
 
 
 def test_of_copies_that_are_gathered_the_writer_brings_its_own():
