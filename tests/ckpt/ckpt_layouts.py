@@ -100,6 +100,7 @@ def check(layout: Ranks, plan: ArrayPlan) -> None:
     held, chunks = held_of(layout, plan.key), plan.chunk_plan.chunks
     regular = dict(grid(plan.shape, plan.grid.chunk_shape))
     assert all(n > 0 for n in plan.grid.chunk_shape), "zarr's chunks are never empty"
+    assert all(c <= max(n, 1) for c, n in zip(plan.grid.chunk_shape, plan.shape, strict=True)), "nor larger"
     assert all(f % c == 0 for f, c in zip(plan.grid.file_shape, plan.grid.chunk_shape, strict=True))
     assert {chunk.index: chunk.box for chunk in chunks} == regular, "the chunks are zarr's grid"
     assert [plan.grid.number(chunk.index) for chunk in chunks] == [*range(len(regular))], "in C order"

@@ -42,6 +42,7 @@ def test_chunks_are_of_four_mebibytes_from_64_of_them_on_and_of_one_at_least():
         (131_072, 1024),
         (131_071, 1024),
         (65_536, 1024),
+        (36_036, 564),  # in 64, which are not halves
         (32_768, 512),
         (16_384, 256),
         (8_192, 256),
@@ -157,3 +158,16 @@ def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
     specs = [ShardSpec(ArrayKey(f"w.{i}", "fp32"), d, shape, box, fine) for i, (d, fine) in enumerate(kinds)]
     made = make_plan({0: specs}, chunk_bytes=8 << 20)
     assert [array.grid.chunk_shape for array in made.arrays] == chunks
+
+
+@pytest.mark.parametrize(("most", "gathered"), [(256, False), (64, True)])
+def test_files_of_one_writer_each_have_256_mebibytes_at_most_and_gathered_ones_64(most, gathered):
+    for mebibytes, files in [(most, 1), (most + 1, 2)]:
+        shape = (mebibytes * 256, 1024)
+        boxes = [Box.whole(shape)]
+        if gathered:
+            boxes = [Box((0, 0), (1, 1024)), Box((1, 0), (shape[0] - 1, 1024))]
+        layout = ArrayLayout(ArrayKey("w", "fp32"), "float32", shape, dict(enumerate(boxes)))
+        found = cut_array(layout, 1 << 20, 512 << 10, "writer")
+        assert found.gathered == gathered
+        assert -(-shape[0] // found.file_shape[0]) == files, mebibytes
