@@ -80,6 +80,29 @@ def test_parts_are_cut_into_an_eighth_to_eight_times_as_many_chunks_as_wanted(ro
     assert array.grid.chunk_shape == (rows // made, 4)
 
 
+@pytest.mark.parametrize(("wanted", "straddles"), [(808, False), (807, True)])
+def test_chunks_reach_over_bounds_rather_than_be_more_than_twice_as_large(wanted, straddles):
+    """Of 808 rows of 16 bytes an eighth is nearest to the size wanted: 101 rows, 1,616 bytes."""
+    boxes = cut((1616, 4), (2, 1))
+    (array,) = plan_of((1616, 4), boxes, chunk_bytes=wanted, gather_below=0).arrays
+    assert (array.chunk_plan.sources is not None) == straddles
+    assert (array.grid.chunk_shape == (101, 4)) != straddles
+
+
+def test_a_number_is_one_chunk_whatever_size_is_wanted():
+    layout = ArrayLayout(ArrayKey("w", "fp32"), "float64", (), {0: Box.whole(())})
+    found = cut_array(layout, 1, 0, "array")
+    assert (found.gathered, found.chunk_shape, found.file_shape) == (False, (), ())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_runs_are_weighed_by_their_bytes(dtype):
+    """Ranks share out arrays of all types by these."""
+    layout = ArrayLayout(ArrayKey("w", "fp32"), dtype, (8, 4), dict(enumerate(cut((8, 4), (2, 1)))))
+    found = cut_array(layout, 1 << 20, 0, "array")
+    assert [[run.nbytes for run in runs] for runs in found.runs] == [[16 * np.dtype(dtype).itemsize]] * 2
+
+
 def test_any_copy_may_write_what_is_gathered_but_only_the_first_what_reaches_over():
     small, large = cut((8, 4), (2, 1)) * 2, cut((2018, 1024), (2, 1)) * 2
     for shape, boxes, writers in [((8, 4), small, {0, 1, 2, 3}), ((2018, 1024), large, {0, 1})]:
@@ -87,6 +110,13 @@ def test_any_copy_may_write_what_is_gathered_but_only_the_first_what_reaches_ove
         found = cut_array(layout, 500_000, 512 << 10, "array")
         assert found.gathered
         assert {rank for ranks in found.candidates for rank in ranks} == writers
+
+
+def test_who_holds_some_of_a_chunk_may_write_it():
+    boxes = dict(zip((1, 8, 2, 9), cut((8, 64), (4, 1)), strict=True))
+    layout = ArrayLayout(ArrayKey("w", "fp32"), "float32", (8, 64), boxes)
+    for size, ranks in [(512, ((1,), (8,), (2,), (9,))), (1024, ((1, 8), (2, 9))), (2048, ((1, 2, 8, 9),))]:
+        assert cut_array(layout, size, 1 << 10, "array").candidates == ranks, "in order"
 
 
 def test_chunks_of_what_is_gathered_are_a_few_of_the_largest_parts():

@@ -131,6 +131,7 @@ def spec(box: Box) -> ShardSpec:
         ([Box((0, 0), (8, 4)), Box((0, 0), (4, 4))], "a part of a copy"),
         ([Box((0, 0), (4, 4)), Box((4, 2), (4, 4))], "beyond the end"),
         ([Box((0, 0), (4, 4)), Box((2, 0), (4, 4))], "the right size, but overlapping and with a gap"),
+        ([Box((0, 0), (3, 4)), Box((3, 0), (3, 4)), Box((5, 0), (2, 4))], "likewise, though two adjoin"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
