@@ -132,6 +132,8 @@ def spec(box: Box) -> ShardSpec:
         ([Box((0, 0), (4, 4)), Box((4, 2), (4, 4))], "beyond the end"),
         ([Box((0, 0), (4, 4)), Box((2, 0), (4, 4))], "the right size, but overlapping and with a gap"),
         ([Box((0, 0), (3, 4)), Box((3, 0), (3, 4)), Box((5, 0), (2, 4))], "likewise, though two adjoin"),
+        ([Box((0, 0), (2, 4)), Box((4, 0), (2, 4)), Box((4, 0), (4, 4))], "likewise, from one row on"),
+        ([Box((0, 0), (2, 4)), Box((0, 0), (6, 4))], "likewise, from the first row on"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
