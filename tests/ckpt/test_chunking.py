@@ -152,6 +152,7 @@ def test_chunks_are_near_the_size_wanted():
         ((4096, 8192), (1, 1), (512, 1024)),  # 128 MiB: 8 tiles, and each again in 8
         ((4096, 8192), (8, 1), (512, 1024)),  # the same, where ranks make the second cut
         ((1024, 4096), (1, 1), (512, 512)),  # 16 MiB: 8 tiles of 2 MiB, each again in 2
+        ((768, 4096), (1, 1), (192, 1024)),  # 12 MiB: 4, as from 16 on there are 8
         ((1024, 4096), (1, 2), (512, 512)),  # as many: 4 of each half
         ((1024, 4096), (8, 1), (128, 1024)),  # 4, as 8 would be less than 512 KiB
         ((1024, 4096), (16, 1), (64, 2048)),  # 2, likewise
