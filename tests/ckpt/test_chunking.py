@@ -72,12 +72,19 @@ def test_chunks_reach_over_the_bounds_of_parts_of_eight_chunks_without_a_divisor
         (131, 16, 1),  # 8.2 times: left whole
         (7 * 457, 56, 7),  # an eighth as many
         (8 * 577, 72, 1),  # a ninth
+        (5, 2, 1),  # nearer to 2 than 5 is
     ],
 )
 def test_parts_are_cut_into_an_eighth_to_eight_times_as_many_chunks_as_wanted(rows, parts, made):
     boxes, wanted = cut((2 * rows, 4), (2, 1)), math.ceil(rows * 16 / parts)
     (array,) = plan_of((2 * rows, 4), boxes, files="writer", chunk_bytes=wanted, gather_below=0).arrays
     assert array.grid.chunk_shape == (rows // made, 4)
+
+
+def test_a_chunk_of_a_few_rows_may_be_larger_than_wanted():
+    for size, chunk in [(96, (2, 16)), (64, (1, 16)), (63, (1, 8))]:
+        (array,) = plan_of((5, 16), [Box.whole((5, 16))], chunk_bytes=size).arrays
+        assert array.grid.chunk_shape == chunk, "whole rows, if each is no larger"
 
 
 @pytest.mark.parametrize(("wanted", "straddles"), [(808, False), (807, True)])
