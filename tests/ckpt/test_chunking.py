@@ -89,7 +89,7 @@ def test_a_chunk_of_a_few_rows_may_be_larger_than_wanted():
 
 @pytest.mark.parametrize(("wanted", "straddles"), [(808, False), (807, True)])
 def test_chunks_reach_over_bounds_rather_than_be_more_than_twice_as_large(wanted, straddles):
-    """Of 808 rows of 16 bytes an eighth is nearest to the size wanted: 101 rows, 1,616 bytes."""
+    """An eighth of 808 rows of 16 bytes is nearest to the size wanted: 101 rows, 1,616 bytes."""
     boxes = cut((1616, 4), (2, 1))
     (array,) = plan_of((1616, 4), boxes, chunk_bytes=wanted, gather_below=0).arrays
     assert (array.chunk_plan.sources is not None) == straddles
