@@ -27,10 +27,9 @@ def bands(info: ArrayInfo) -> Iterator[Box]:
     if dim == len(shape):
         yield Box.whole(shape)  # a scalar
         return
-    step = max(1, BAND_BYTES // max(1, math.prod(shape[dim + 1 :]) * size))
-    chunk = info.grid.chunk_shape[dim]
+    rest, chunk = shape[dim + 1 :], info.grid.chunk_shape[dim]
+    step = BAND_BYTES // max(1, math.prod(rest) * size)
     step = max(step // chunk, 1) * chunk  # whole chunks, so that none is read twice
-    rest = shape[dim + 1 :]
     for index in np.ndindex(*shape[:dim]):
         for start in range(0, shape[dim], step):
             length = min(step, shape[dim] - start)

@@ -2,12 +2,13 @@
 
 import math
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 from ckpt_helpers import Ranks, even_cut
 from hypothesis import strategies as st
 
-from ckpt import ArrayKey, Box, Plan, ShardSpec
+from ckpt import ArrayKey, Box, Plan, ShardSpec, make_plan
 from ckpt.box import grid
 from ckpt.plan import ArrayPlan
 
@@ -99,6 +100,7 @@ def check(layout: Ranks, plan: ArrayPlan) -> None:
     held, chunks = held_of(layout, plan.key), plan.chunk_plan.chunks
     regular = dict(grid(plan.shape, plan.grid.chunk_shape))
     assert all(n > 0 for n in plan.grid.chunk_shape), "zarr's chunks are never empty"
+    assert all(c <= max(n, 1) for c, n in zip(plan.grid.chunk_shape, plan.shape, strict=True)), "nor larger"
     assert all(f % c == 0 for f, c in zip(plan.grid.file_shape, plan.grid.chunk_shape, strict=True))
     assert {chunk.index: chunk.box for chunk in chunks} == regular, "the chunks are zarr's grid"
     assert [plan.grid.number(chunk.index) for chunk in chunks] == [*range(len(regular))], "in C order"
@@ -124,3 +126,12 @@ def check(layout: Ranks, plan: ArrayPlan) -> None:
     for chunk in chunks:
         expected = [(source, part) for source, box in pieces if (part := box.intersect(chunk.box))]
         assert list(plan.chunk_plan.sources.of_chunk(chunk.box)) == expected
+
+
+def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = None, **sizes: Any) -> Plan:
+    """Return the checked plan of one fp32 array of which rank r holds `boxes[r]`."""
+    key = ArrayKey("w", "fp32")
+    layout = {rank: [ShardSpec(key, "float32", shape, box, fine_dim)] for rank, box in enumerate(boxes)}
+    made = make_plan(layout, **sizes)
+    check(layout, made.arrays[0])
+    return made

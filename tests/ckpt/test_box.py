@@ -94,6 +94,12 @@ def test_chunks_come_in_c_order():
     ]
 
 
+def test_chunks_at_the_end_are_cut_off():
+    rows, last = Box((0, 0), (3, 2)), Box((0, 2), (3, 1))
+    below, corner = Box((3, 0), (1, 2)), Box((3, 2), (1, 1))
+    assert [box for _, box in grid((4, 3), (3, 2))] == [rows, last, below, corner]
+
+
 @given(lengths(), st.data())
 def test_grid_without_a_box_covers_every_element_once(shape, data):
     chunk = tuple(data.draw(st.integers(1, 7)) for _ in shape)

@@ -196,8 +196,9 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
     assert not [*(tmp_path / "out").iterdir()]
 
 
-def test_memory_does_not_grow_with_the_model(memory_path):
+def test_memory_does_not_grow_with_the_model(memory_path, monkeypatch):
     """200 MiB in three arrays, one of them 128 MiB, come out with a few bands of 4 MiB in memory."""
+    monkeypatch.setattr("ckpt.export.cores", lambda: 3)  # a band for each, however many there are
     run, shapes = memory_path / "large", [(32768, 1024), (9437, 1024), (1024, 9437)]
     arrays = {(f"w.{i}", "fp32"): np.full(shape, i, np.float32) for i, shape in enumerate(shapes)}
     layout = layout_of(arrays, {key: [Box.whole(a.shape)] for key, a in arrays.items()})

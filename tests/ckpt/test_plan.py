@@ -9,20 +9,15 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from ckpt_helpers import cut
-from ckpt_layouts import DTYPES, SIZES, check, content, held_of, layouts
+from ckpt_layouts import DTYPES, SIZES, check, content, held_of, layouts, plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, Plan, ShardSpec, make_plan
-from ckpt.chunking import cut_array
-from ckpt.parts import ArrayInfo
+from ckpt import ArrayKey, ArrayLayout, Box, CheckpointError, ShardSpec, make_plan
 from ckpt.plan import Sources, plan_arrays
-from ckpt.read import pieces
 
 
 @settings(deadline=None, max_examples=250)
@@ -81,6 +76,14 @@ def test_digests_are_equal_where_the_plans_are(a, b, sizes, others):
         assert (one.digest == other.digest) == (content(one) == content(other))
 
 
+def test_who_sends_what_is_in_the_digest():
+    """One rank writes the whole array either way, but receives other parts."""
+    plans = [plan_of((8, 4), [Box((0, 0), (n, 4)), Box((n, 0), (8 - n, 4))]) for n in (3, 5)]
+    (one,), (other,) = (made.arrays for made in plans)
+    assert (one.owner, one.grid, one.chunk_plan.chunks) == (other.owner, other.grid, other.chunk_plan.chunks)
+    assert plans[0].digest != plans[1].digest
+
+
 def test_another_process_has_the_same_digest():
     """Each rank is a process: nothing may depend on its random string hashes."""
     code = """
@@ -119,15 +122,6 @@ def spec(box: Box) -> ShardSpec:
     return ShardSpec(ArrayKey("w", "exp_avg"), "float32", (8, 4), box)
 
 
-def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = None, **sizes: Any) -> Plan:
-    """Return the checked plan of one fp32 array of which rank r holds `boxes[r]`."""
-    key = ArrayKey("w", "fp32")
-    layout = {rank: [ShardSpec(key, "float32", shape, box, fine_dim)] for rank, box in enumerate(boxes)}
-    made = make_plan(layout, **sizes)
-    check(layout, made.arrays[0])
-    return made
-
-
 @pytest.mark.parametrize(
     ("boxes", "why"),
     [
@@ -137,6 +131,9 @@ def plan_of(shape: tuple[int, ...], boxes: list[Box], fine_dim: int | None = Non
         ([Box((0, 0), (8, 4)), Box((0, 0), (4, 4))], "a part of a copy"),
         ([Box((0, 0), (4, 4)), Box((4, 2), (4, 4))], "beyond the end"),
         ([Box((0, 0), (4, 4)), Box((2, 0), (4, 4))], "the right size, but overlapping and with a gap"),
+        ([Box((0, 0), (3, 4)), Box((3, 0), (3, 4)), Box((5, 0), (2, 4))], "likewise, though two adjoin"),
+        ([Box((0, 0), (2, 4)), Box((4, 0), (2, 4)), Box((4, 0), (4, 4))], "likewise, from one row on"),
+        ([Box((0, 0), (2, 4)), Box((0, 0), (6, 4))], "likewise, from the first row on"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -172,6 +169,13 @@ def test_who_has_all_of_a_chunk_need_be_sent_nothing():
         assert sources.has_whole(rank, chunk) == whole, (rank, chunk)
 
 
+def test_what_was_asked_of_sources_does_not_show():
+    one, other = (Sources(((3, Box((0, 0), (8, 4))),)) for _ in range(2))
+    one.of_chunk(Box((0, 0), (4, 4)))
+    assert one == other
+    assert (hash(one), repr(one), one.digest) == (hash(other), repr(other), other.digest)
+
+
 def test_an_array_that_is_told_twice_is_refused():
     key, other = ArrayKey("w", "fp32"), ArrayKey("v", "fp32")
     arrays = [ArrayLayout(k, "float32", (8, 4), {0: Box.whole((8, 4))}) for k in (key, other, key)]
@@ -191,137 +195,6 @@ def test_arrays_may_share_what_says_who_holds_them():
         assert len({id(array.chunk_plan.sources) for array in made.arrays}) == 1, (
             "kept once, as memory counts"
         )
-
-
-@pytest.mark.parametrize("cuts", [(4, 1), (1, 4), (2, 2), (3, 1)], ids=str)
-def test_even_cuts_of_large_arrays_are_written_in_place(cuts):
-    """`fully_shard` and DTensor cut by ceil(n / k): no byte moves, whether or not k divides n."""
-    (array,) = plan_of((1100, 1024), cut((1100, 1024), cuts)).arrays
-    assert array.chunk_plan.sources is None
-    assert {chunk.writer for chunk in array.chunk_plan.chunks} == set(range(math.prod(cuts)))
-
-
-def test_small_parts_are_gathered_and_small_wholes_are_not():
-    assert plan_of((8, 4), cut((8, 4), (4, 1))).arrays[0].chunk_plan.sources is not None
-    assert plan_of((8, 4), [Box.whole((8, 4))] * 4).arrays[0].chunk_plan.sources is None
-
-
-def test_what_is_gathered_is_what_is_smaller_than_half_a_mebibyte():
-    for rows, gathered in [(255, True), (256, False)]:
-        (array,) = plan_of((4 * rows, 512), cut((4 * rows, 512), (4, 1))).arrays
-        assert (array.chunk_plan.sources is not None) == gathered
-
-    for length, gathered in [(131_071, True), (131_072, False)]:
-        (array,) = plan_of((4 * length,), cut((4 * length,), (4,))).arrays
-        assert (array.chunk_plan.sources is not None) == gathered
-
-
-def test_chunks_are_of_four_mebibytes_from_64_of_them_on_and_of_one_at_least():
-    key = ArrayKey("w", "fp32")
-    for rows, expected in [
-        (131_072, 1024),
-        (131_071, 1024),
-        (65_536, 1024),
-        (32_768, 512),
-        (16_384, 256),
-        (8_192, 256),
-    ]:
-        shape = (rows, 1024)
-        (array,) = make_plan({0: [ShardSpec(key, "float32", shape, Box.whole(shape))]}).arrays
-        assert array.grid.chunk_shape == (expected, 1024), rows
-
-
-def test_chunks_reach_over_the_bounds_of_parts_of_eight_chunks_without_a_divisor():
-    """1,009 rows of 4 KiB, a prime: smaller parts are one large chunk, each where it is."""
-    part = 1009 * 4096
-    for size, straddles in [(part // 7, False), (part // 8 + 1, False), (part // 8, True)]:
-        (array,) = plan_of((2018, 1024), cut((2018, 1024), (2, 1)), chunk_bytes=size).arrays
-        assert (array.chunk_plan.sources is not None) == straddles, size
-        assert (array.grid.chunk_shape == (1009, 1024)) != straddles
-    (array,) = plan_of((4, 2 * 1_048_583), cut((4, 2 * 1_048_583), (1, 2)), chunk_bytes=1 << 20).arrays
-    assert array.chunk_plan.sources is not None, "along the second dim, where the first is cut into ones"
-    assert array.grid.chunk_shape[0] == 1
-    assert array.grid.chunk_shape[1] * 4 <= 2 << 20
-
-
-def test_any_copy_may_write_what_is_gathered_but_only_the_first_what_reaches_over():
-    small, large = cut((8, 4), (2, 1)) * 2, cut((2018, 1024), (2, 1)) * 2
-    for shape, boxes, writers in [((8, 4), small, {0, 1, 2, 3}), ((2018, 1024), large, {0, 1})]:
-        layout = ArrayLayout(ArrayKey("w", "fp32"), "float32", shape, dict(enumerate(boxes)))
-        found = cut_array(layout, 500_000, 512 << 10, "array")
-        assert found.gathered
-        assert {rank for ranks in found.candidates for rank in ranks} == writers
-
-
-def test_chunks_of_what_is_gathered_are_a_few_of_the_largest_parts():
-    boxes = [Box((0, 0), (1, 256)), Box((1, 0), (1000, 256))]
-    (array,) = plan_of((1001, 256), boxes, gather_below=2048).arrays
-    assert array.chunk_plan.sources is not None
-    assert array.grid.chunk_shape == (1001, 256)
-    (array,) = plan_of((1001, 256), cut((1001, 256), (1001, 1)), gather_below=2048).arrays
-    assert array.grid.chunk_shape == (4, 256)
-
-
-def test_of_parts_that_do_not_fit_the_first_are_shown():
-    boxes = cut((12, 4), (6, 1))[:5]
-    with pytest.raises(CheckpointError, match="exactly once") as caught:
-        plan_of((12, 4), boxes)
-    shown = ", ".join(f"[{2 * i}, 0]+[2, 4]" for i in range(4))
-    assert str(caught.value).endswith(f"of w/fp32 [12, 4] don't cover it exactly once: {shown}, ...")
-    with pytest.raises(CheckpointError, match=r"\+\[2, 4\]$"):
-        plan_of((12, 4), boxes[:4])
-
-
-def test_chunks_are_near_the_size_wanted():
-    """Cut and uncut dims, and lengths that divide badly: within 1/4 and 2 of what was asked for."""
-    for rows, parts in [(4096, 1), (4096, 4), (50304, 3), (50257, 1), (6000, 7)]:
-        (array,) = plan_of((rows, 512), cut((rows, 512), (parts, 1)), chunk_bytes=1 << 20).arrays
-        assert (1 << 18) <= math.prod(array.grid.chunk_shape) * 4 <= (2 << 20), (rows, parts)
-
-
-@pytest.mark.parametrize(
-    ("shape", "cuts", "chunk"),
-    [
-        ((4096, 8192), (1, 1), (512, 1024)),  # 128 MiB: 8 tiles, and each again in 8
-        ((4096, 8192), (8, 1), (512, 1024)),  # the same, where ranks make the second cut
-        ((1024, 4096), (1, 1), (512, 512)),  # 16 MiB: 8 tiles of 2 MiB, each again in 2
-        ((1024, 4096), (1, 2), (512, 512)),  # as many: 4 of each half
-        ((1024, 4096), (8, 1), (128, 1024)),  # 4, as 8 would be less than 512 KiB
-        ((1024, 4096), (16, 1), (64, 2048)),  # 2, likewise
-        ((1024, 4096), (9, 9), (512, 512)),  # 8, as its small parts are gathered
-        ((1024, 4099), (1, 1), (32, 4099)),  # a prime: tiles are equal, or not made
-        ((1024, 4092), (1, 1), (256, 1023)),  # 4 divide it
-        ((16384, 2064), (1, 1), (2048, 258)),  # 8 x 8
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("files", ["array", "writer"])
-def test_chunks_are_narrow_along_the_fine_dim(shape, cuts, chunk, files):
-    (array,) = plan_of(shape, cut(shape, cuts), 1, files=files).arrays
-    gathered = array.chunk_plan.sources is not None
-    assert (array.grid.chunk_shape, gathered) == (chunk, cuts == (9, 9))
-    (rows,) = plan_of(shape, cut(shape, cuts), files=files).arrays
-    assert rows.grid.chunk_shape[1] == (shape[1] if gathered else -(-shape[1] // cuts[1])), "else whole rows"
-
-
-@pytest.mark.parametrize("saved", [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("loads", [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)], ids=str)
-def test_parts_in_halves_and_quarters_are_whole_chunks(saved, loads):
-    """A rank that loads a half or a quarter of nine megabytes, along either dim, reads nothing in vain."""
-    shape = (768, 3072)
-    (array,) = plan_of(shape, cut(shape, saved), 1).arrays
-    info = ArrayInfo(array.key, array.dtype, array.grid, np.empty(0, np.uint32))
-    for box in cut(shape, loads):
-        assert sum(array.grid.payload for _ in pieces(info, box)) == math.prod(box.shape) * 4
-
-
-def test_arrays_that_are_held_alike_are_cut_by_their_own_type_and_fine_dim():
-    shape, chunks = (1024, 2048), [(128, 2048), (512, 512), (64, 2048), (512, 256)]
-    kinds = [("float32", None), ("float32", 1), ("float64", None), ("float64", 1)]
-    box = Box.whole(shape)
-    specs = [ShardSpec(ArrayKey(f"w.{i}", "fp32"), d, shape, box, fine) for i, (d, fine) in enumerate(kinds)]
-    made = make_plan({0: specs}, chunk_bytes=8 << 20)
-    assert [array.grid.chunk_shape for array in made.arrays] == chunks
 
 
 def test_copies_are_written_by_ranks_that_write_little_else():
@@ -375,3 +248,13 @@ def test_gathered_arrays_even_out_the_load():
     made = make_plan({rank: specs(box) for rank, box in enumerate(cut((8, 64), (4, 1)))})
     assert Counter(array.owner for array in made.arrays) == Counter(dict.fromkeys(range(4), 10))
     assert {*made.bytes_written().values()} == {10 * 8 * 64 * 4}
+    rows = plan_of((4, 64), cut((4, 64), (1, 4)), chunk_bytes=64 * 4, gather_below=1 << 10)
+    assert rows.bytes_written() == dict.fromkeys(range(4), 64 * 4), "within one array, too"
+
+
+def test_of_copies_that_are_gathered_the_writer_brings_its_own():
+    specs = lambda box: [ShardSpec(ArrayKey(f"b.{i}", "fp32"), "float32", (8, 4), box) for i in range(4)]  # noqa: E731
+    made = make_plan({rank: specs(box) for rank, box in enumerate(cut((8, 4), (2, 1)) * 2)})
+    assert [array.owner for array in made.arrays] == [0, 1, 2, 3]
+    senders = [[rank for rank, _ in array.chunk_plan.sources.pieces] for array in made.arrays]
+    assert senders == [[0, 1], [0, 1], [2, 1], [0, 3]], "or else the first"
