@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from parallel.host_comm import TIMEOUT, HostComm, LostRankError, part_of
-from parallel.liveness import GONE, PATIENCE, Signs, named, time_for_signs
+from parallel.liveness import GONE, INTERVAL, PATIENCE, Signs, named, time_for_signs
 from parallel.store_calls import SilentStoreError, StoreCalls, within
 from parallel.topology import Meeting, meet
 
@@ -40,6 +40,7 @@ class Failures:
         self._store = StoreCalls(part, PATIENCE_S)
         self._count = 0  # number of works begun, the same on all ranks
         self._worked = 0  # the last one that this rank ended without an error
+        self._looks_at = 0.0  # time of the next look at the neighbour's signs of life
 
     @contextmanager
     def told(self, work: str, *, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
@@ -59,9 +60,10 @@ class Failures:
             raise
         except BaseException as error:  # an interrupt too, as the others wait for this rank
             if isinstance(error, LostRankError):
-                lost = _without(work, error)
-                self._tell(f"rank {self._rank}: {lost}")
-                raise RankFailedError(f"{work} failed: {lost}") from error
+                mine = f"rank {self._rank}: {_without(work, error)}"
+                told = self._tell(mine)
+                why = f": {_without(work, error)}" if told == mine else f" on {told}"
+                raise RankFailedError(f"{work} failed{why}") from error
             if _is_lost_connection(error):
                 raise RankFailedError(self._reason(work, error)) from error
             cause = _cause(error)
@@ -86,7 +88,10 @@ class Failures:
                 return
             if told is not None:
                 raise RankFailedError(f"another rank failed: {told}")
-        if self._life is not None and (lost := self._life.lost_neighbour()):
+        if self._life is None or time.monotonic() < self._looks_at:
+            return
+        self._looks_at = time.monotonic() + self._life.interval
+        if lost := self._life.lost_neighbour():
             raise RankFailedError(f"another rank failed: {self._tell(lost)}")
 
     def _tell(self, text: str) -> str:
@@ -96,6 +101,9 @@ class Failures:
         except RuntimeError:  # the store's host is gone, and nobody can read it
             return text
 
+    def _is_first(self, key: str) -> bool:
+        return self._store.compare_set(key, "", str(self._rank)).decode() == str(self._rank)
+
     def _told(self, work: int) -> str | None:
         return self._store.get(str(work)).decode() if self._store.check([str(work)]) else None
 
@@ -104,21 +112,28 @@ class Failures:
 
         `error` is that of the lost connection, which is told if there is nothing else.
         """
-        signs: Signs = {} if self._life is None else self._life.look()
-        seconds = max(PATIENCE_S, time_for_signs(signs))
-        deadline = time.monotonic() + seconds
-        why = "see its last output"
+        why, pause, alive = "see its last output", 0.05, f"all alive/{self._count}"
         try:
+            # One rank looks at the signs of all, and tells the others: they may be thousands.
+            looks = self._life is not None and self._is_first(f"looks/{self._count}")
+            signs: Signs = self._life.look() if self._life is not None and looks else {}
+            seconds = max(PATIENCE_S, time_for_signs(signs)) if looks else PATIENCE_S + 2 * INTERVAL
+            deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 if told := self._told(self._count):
                     return f"{work} failed on {told}"
                 if self._life is not None and (reason := self._life.reason()):
                     return f"{work} failed: {reason.removeprefix(f'{work}: ')}"
-                time.sleep(0.05)
+                if not looks and self._store.check([alive]):
+                    break
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.5)
             if self._life is not None and (gone := self._life.silent(signs)):
                 told = f"{named(gone)}: no sign of life for {seconds:g} s: {GONE}; {why}"
                 return f"{work} failed on {self._tell(told)}"
             if signs:
+                self._store.set(alive, "")
+            if self._store.check([alive]):
                 return f"{work} failed, though all ranks give signs of life: {_text(error)}"
         except SilentStoreError as silent:
             why = str(silent)
@@ -133,16 +148,15 @@ def connect(
     """Let the ranks meet, before they have a process group or after, and connect their CPUs. Collective.
 
     `patience` is that of the connections, `timeout` the longest wait for a rank that hasn't come, by default
-    torch's own.
+    half an hour.
 
     Raises:
         RankFailedError: a rank was lost, or didn't come; names `work`.
     """
     try:
-        meeting = meet(device_type, timeout)
+        store, rank, size = meeting = meet(device_type, timeout)
         longest = timeout or TIMEOUT
-        store = within(patience, lambda: part_of(meeting.store.clone(), "uni3d/host_comm", meeting.rank))
-        comm = HostComm.of(store, meeting.rank, meeting.size, doing=work, patience=patience, timeout=longest)
+        comm = HostComm.of(store, rank, size, doing=work, patience=patience, timeout=longest)
     except LostRankError as error:
         raise RankFailedError(f"{work} failed: {_without(work, error)}") from error
     except SilentStoreError as error:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
-from threading import Event, Thread
-from traceback import clear_frames
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,10 +22,12 @@ import torch
 import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
 
+from parallel.arrivals import Arrivals
+from parallel.gloo_calls import Call, let_go, serve
 from parallel.liveness import PATIENCE, Liveness
 from parallel.parcels import Bytes, Parcel, as_array, bundle, framed, unbundled, unframed
 from parallel.routes import Routes
-from parallel.store_calls import within
+from parallel.store_calls import Connection, connection_to, within
 
 T = TypeVar("T")
 
@@ -35,9 +36,6 @@ TIMEOUT = timedelta(minutes=30)
 
 CLOSING_S = 5.0
 """Longest wait, at exit, for connections that are being closed."""
-
-UNUSED_TAG = 1
-"""Tag of a message that never comes; all others have 0."""
 
 SLOT_BYTES = 1 << 10
 """Size of a message that is sent along with its length."""
@@ -59,9 +57,11 @@ class HostComm:
     Attributes:
         doing: name of the work at hand, for messages.
         store: these ranks' own part of the rendezvous store.
+        connection: the process's connection to the whole store.
     """
 
     doing = ""
+    connection: Connection
 
     def __init__(self, beside: HostComm | None = None) -> None:
         """Connect the ranks of the default process group. Collective.
@@ -69,11 +69,15 @@ class HostComm:
         Those that have connections already, `beside`, are known to be lost if they are before they come here.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
-        store: Any = dist.distributed_c10d._get_default_store() if beside is None else beside.store
         patience = PATIENCE if beside is None or size == 1 else beside.patience
 
         def part() -> Any:
-            return part_of(store.clone() if beside is None else store, "uni3d/host_comm", rank)
+            if beside is None:
+                self.connection = connection_to(dist.distributed_c10d._get_default_store())
+            else:
+                self.connection = beside.connection
+            store = self.connection.clone if beside is None else beside.store
+            return part_of(store, "uni3d/host_comm", rank)
 
         self._connect(within(patience, part), rank, size, patience, beside=beside)
 
@@ -90,15 +94,20 @@ class HostComm:
     ) -> HostComm:
         """Connect ranks that meet at a `torch.distributed.Store`, without a process group. Collective.
 
-        The connection to the store is to be its own: while one thread waits for a key on another, no signs of
-        life can be given there.
+        They may come to a store that other ranks, which have ended, have used before.
 
         Raises:
             LostRankError: a rank didn't come within `timeout`, or was lost; begins with `doing`.
         """
         comm = cls.__new__(cls)
-        comm.doing = doing
-        comm._connect(store, rank, size, patience, timeout)
+        comm.doing, seconds = doing, timeout.total_seconds()
+        comm.connection = within(patience, lambda: connection_to(store))
+        arrivals = Arrivals(comm.connection.clone, rank, patience)
+        part = arrivals.part(seconds)
+        if part is None:
+            raise LostRankError(f"{comm._work}rank 0 didn't come within {seconds:g} s")
+        answer = arrivals.answer if rank == 0 else None
+        comm._connect(part, rank, size, patience, timeout, answer=answer)
         return comm
 
     @classmethod
@@ -110,7 +119,8 @@ class HostComm:
         """
         store: Any = dist.distributed_c10d._get_default_store()
         meeting = distributed.PrefixStore(name, store.clone())
-        comm = cls.of(meeting, rank, size)
+        comm = cls.__new__(cls)
+        comm._connect(meeting, rank, size)
         comm._met = meeting
         return comm
 
@@ -122,6 +132,7 @@ class HostComm:
         patience: float = PATIENCE,
         timeout: timedelta = TIMEOUT,
         beside: HostComm | None = None,
+        answer: Callable[[], None] | None = None,
     ) -> None:
         self.rank, self.size, self._routes = rank, size, Routes(rank, size)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -139,10 +150,11 @@ class HostComm:
             self._life = Liveness(store, rank, size, patience, None if beside is None else beside.life)
             self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
             # Gloo's waits can't be interrupted: they are a thread's, which is left behind if a rank is gone.
-            Thread(target=_serve, args=(self._calls,), name="uni3d's connections", daemon=True).start()
+            Thread(target=serve, args=(self._calls,), name="uni3d's connections", daemon=True).start()
             self._end = weakref.finalize(self, self._calls.put, None)
             works = () if beside is None else beside._open
-            if reason := self._life.come(self._routes.all_peers, timeout.total_seconds(), works):
+            peers, seconds = self._routes.all_peers, timeout.total_seconds()
+            if reason := self._life.come(peers, seconds, works, answer):
                 self._lost = self._life.tell(f"{self._work}{reason}")
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
         self.exchange({})
@@ -254,7 +266,7 @@ class HostComm:
             raise LostRankError(self._lost)
         if self.size == 1:
             return work()
-        call = _Call(work)
+        call = Call(work)
         self._calls.put(call)
         try:
             while not call.ended.wait(self._life.interval):
@@ -268,7 +280,7 @@ class HostComm:
             # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
             # process; the others look for the reason meanwhile.
             group, self._group = [self._group], None
-            closing = Thread(target=_let_go, args=(group, call.ended, error, self._waits_for), daemon=True)
+            closing = Thread(target=let_go, args=(group, call.ended, error, self._waits_for), daemon=True)
             closing.start()
             # A thread that wakes up in gloo while the interpreter exits aborts the process.
             atexit.register(closing.join, CLOSING_S)
@@ -342,57 +354,6 @@ class HostComm:
 def part_of(store: Any, name: str, rank: int) -> Any:
     """Return a part of a store that nothing else uses. Ranks ask for those of a name in the same order."""
     return distributed.PrefixStore(f"{name}/{store.add(f'{name}/{rank}', 1)}", store)
-
-
-class _Call:
-    """A call that a thread of the connections' own makes."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.ended = Event()
-        self._work = work
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def __call__(self) -> None:
-        try:
-            self._result = self._work()
-        except BaseException as error:
-            self._error = error
-        finally:
-            del self._work
-            self.ended.set()
-
-    def result(self) -> Any:
-        """Return the result of a call that has ended, or raise its error."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return self._result
-
-
-def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
-    """Make calls until None comes."""
-    while (call := calls.get()) is not None:
-        call()
-        del call  # the connections end when their owner lets them go
-
-
-def _let_go(group: list[Any], ended: Event, error: BaseException, peer: int | None) -> None:
-    """Close connections, which locals of the calls that failed keep open while somebody keeps the error.
-
-    `peer` is the rank that a call of another thread still waits for, if there is one.
-    """
-    if peer is not None and not ended.is_set():
-        # A call that takes too long ends all others of its group. Else that thread might wake up while the
-        # interpreter exits, which aborts the process.
-        with suppress(RuntimeError):
-            group[0].recv([torch.empty(1, dtype=torch.uint8)], peer, UNUSED_TAG).wait(
-                timedelta(milliseconds=1)
-            )
-    ended.wait()  # gloo aborts the process if they are closed under a call that waits
-    group.clear()
-    for kept in (error, error.__cause__, error.__context__):
-        clear_frames(None if kept is None else kept.__traceback__)
 
 
 def _merged(parts: list[bytes], merge: Callable[[list[T]], T]) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -86,20 +86,30 @@ class Liveness:
                 self._end()
                 self._store.delete_key(_sign(self._rank))
 
-    def come(self, peers: Collection[int], seconds: float, works: Collection[int] = ()) -> str | None:
+    def come(
+        self,
+        peers: Collection[int],
+        seconds: float,
+        works: Collection[int] = (),
+        answer: Callable[[], None] | None = None,
+    ) -> str | None:
         """Wait until these ranks have come; return why they won't, or None. Local.
 
-        `works` are those of the ranks' other signs, `beside`, which may fail meanwhile.
+        `works` are those of the ranks' other signs, `beside`, which may fail meanwhile. With `answer`, which
+        tells ranks where to come, all are waited for.
         """
+        expected = peers if answer is None else [rank for rank in range(self._size) if rank != self._rank]
         deadline, pause = time.monotonic() + seconds, SHORTEST / 4
         try:
-            while not self._store.check([_here(peer) for peer in peers]):
-                absent = next((peer for peer in peers if not self._store.check([_here(peer)])), self._rank)
+            while not self._store.check([_here(rank) for rank in expected]):
+                if answer is not None:
+                    answer()
                 reason = self.reason() or (self._beside.reason(works) if self._beside else None)
-                if reason := reason or self.lost(absent):
+                # Those that have come may be lost while others are waited for.
+                if reason := reason or next(filter(None, map(self.lost, peers)), None):
                     return reason
                 if time.monotonic() > deadline:
-                    missing = [r for r in range(self._size) if not self._store.check([_here(r)])]
+                    missing = [rank for rank in expected if not self._store.check([_here(rank)])]
                     return f"{named(missing)} didn't come within {seconds:g} s" if missing else None
                 time.sleep(pause)
                 pause = min(2 * pause, self.interval)

@@ -82,6 +82,7 @@ class Reducer:
         self._missing: list[set[int]] = []  # by layer: ids of the records without a gradient as yet
         self._layer_of: dict[int, int] = {}  # by the record's id
         self._hooked: dict[int, Any] = {}  # by the record's id: the parameter that has our hook
+        self._stalled = False  # True if a layer was complete before the first one to be reduced
         self._early, self._agreed = mesh.size() > 1, mesh.size() == 1
         self._offload = offload
         self._sums = None
@@ -191,6 +192,7 @@ class Reducer:
             self.late += 1
             return
         self._missing[layer].discard(record)
+        self._stalled |= self._next == 0 < layer and not self._missing[layer]
         while self._next < len(self._layers) and not self._missing[self._next]:
             self._reduce(self._layers[self._next])
             self._next += 1
@@ -202,7 +204,7 @@ class Reducer:
             for group in self._layers[start or 0 :]:
                 self._reduce(group)
             if start is not None and not self._agreed:
-                self._agree(stalled=start == 0)
+                self._agree(stalled=self._stalled or start == 0)
             if self._sums is not None:
                 self._sums.finish()
         else:
@@ -237,7 +239,7 @@ class Reducer:
 
         They are late if a parameter gets several gradients in one pass, as under reentrant checkpointing of a
         layer that is used twice. If some rank was `stalled` by the first layer to be reduced, as it uses one
-        of several heads, the root is reduced last from now on.
+        of several heads, or an embedding is registered after the layers, the root is last from now on.
         """
         told = torch.tensor([float(self.late), float(stalled)], device=self._mesh.device_type)
         for axis in ("replicate", "shard"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 T = TypeVar("T")
 
@@ -17,6 +18,29 @@ class SilentStoreError(RuntimeError):
             f"the rendezvous store has given no answer for {seconds:g} s: the process that has it (rank 0, "
             "or torchrun on its machine) is stopped, or the machine is gone"
         )
+
+
+class Connection:
+    """A connection to a store besides the one that torch uses: there, one thread's wait holds up all others'.
+
+    Attributes:
+        store: the store, which lives as long as the connection; rank 0's may be the server.
+        clone: the store by this connection.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.clone = store, store.clone()
+
+
+_connections: WeakValueDictionary[int, Connection] = WeakValueDictionary()
+
+
+def connection_to(store: Any) -> Connection:
+    """Return this process's one further connection to a store, a new one if nobody holds it any more."""
+    found = _connections.get(id(store))
+    if found is None:
+        found = _connections[id(store)] = Connection(store)
+    return found
 
 
 class StoreCalls:
@@ -38,6 +62,9 @@ class StoreCalls:
 
     def get(self, key: str) -> bytes:
         return bytes(self._ended("get", key))
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ended("add", key, amount))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [bytes(value) for value in self._ended("multi_get", keys)]

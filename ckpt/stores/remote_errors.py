@@ -60,7 +60,8 @@ def _failure_behind(error: FileNotFoundError) -> BaseException | None:
         if status is not None:
             return None if status in _MISSING else each
         missing = isinstance(each, (FileNotFoundError, NotADirectoryError))
-        if isinstance(each, OSError) and not missing:  # no connection
+        of_connection = isinstance(each, OSError) or type(each).__module__.startswith("aiohttp")
+        if of_connection and not missing:
             return each
     return None
 

@@ -172,10 +172,20 @@ class Heads(nn.Module):
         return self.head(x).sum() + (self.other(x).sum() if both else 0)
 
 
-def order_case(both: list[bool]) -> list[list[list[str]]]:
+class Late(Heads):
+    """The same, with its embedding registered after the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        embed = self.embed
+        del self.embed
+        self.embed = embed
+
+
+def order_case(both: list[bool], model: type[Heads] = Heads) -> list[list[list[str]]]:
     """Return, for each of two steps, the gradients that were summed together, and the backward pass's end."""
     topology = parallel.Topology(parallel.Degrees(pp=1, dp=2, tp=1), zero_stage=0)
-    built = parallel.build(Heads(), topology, parallel.Settings(zero_stage=0, seed=0))
+    built = parallel.build(model(), topology, parallel.Settings(zero_stage=0, seed=0))
     names = {id(p): name for name, p in built.module.named_parameters()}
     steps: list[list[list[str]]] = []
     start = sums.WholeSums.start
@@ -210,6 +220,12 @@ def test_a_head_that_a_rank_never_uses_holds_up_the_first_step_alone(ranks: Rank
     summed, end, root = [AFTER, *LAYERS, ["embed.weight"]], ["the end"], ["embed.weight", *AFTER]
     assert first == ([*summed, end], [end, *summed])
     assert then == ([*LAYERS, root, end], [*LAYERS, end, root])
+
+
+def test_an_embedding_registered_last_holds_up_the_first_step_alone(ranks: Ranks) -> None:
+    root = [*AFTER, "embed.weight"]
+    steps = [[root, *LAYERS, ["the end"]], [*LAYERS, root, ["the end"]]]
+    assert ranks.run(2, order_case, [True, True], Late) == [steps] * 2
 
 
 def unknown_case() -> str:

@@ -256,8 +256,18 @@ def _terminal() -> Any:
     """Set a fixed terminal width, without colours."""
     from unittest import mock
 
+    from uni3d.cli import terminal
+
     with mock.patch.dict(os.environ, {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}):
+        _forget(terminal)
         yield
+    _forget(terminal)
+
+
+def _forget(terminal: Any) -> None:
+    """Let the commands look at the terminal again; they keep what they have found."""
+    terminal.out.cache_clear()
+    terminal.err.cache_clear()
 
 
 if __name__ == "__main__":

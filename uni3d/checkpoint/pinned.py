@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import EllipsisType
 from typing import Any
@@ -13,12 +13,37 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from uni3d.state import to_torch
+import ckpt
+from ckpt.load import Target
+from uni3d.state import Held, on_host, to_torch
 
 BUFFER_BYTES = 4 << 20
 """Bytes of a buffer, as many as of a whole chunk of a checkpoint (`ckpt.chunking.CHUNK_BYTES`)."""
 MOST_BYTES = 128 << 20
 """Most bytes of pinned memory, however many threads read."""
+
+
+def targets_of(arrays: Sequence[Held], device: torch.device) -> list[Target]:
+    """Return what a load fills: memory of `device`, or the host's, in a copy if that isn't contiguous.
+
+    Raises:
+        ckpt.CheckpointError: a tensor is on the meta device.
+    """
+    memory = PinnedMemory(device)
+    if any(array.tensor.device.type not in ("cpu", "meta") for array in arrays):
+        torch.accelerator.synchronize()  # what is still to be written, on whatever stream, comes first
+    return [_target(array, memory) for array in arrays]
+
+
+def _target(array: Held, memory: PinnedMemory) -> Target:
+    if array.tensor.is_meta:
+        raise ckpt.CheckpointError(
+            f"{'/'.join(array.spec.key)} is on the meta device, so that nothing can be loaded into it; give "
+            "it memory first (Module.to_empty)"
+        )
+    if array.tensor.device.type != "cpu":
+        return ckpt.UnfilledShard(array.spec, DeviceArray(array.tensor, memory))
+    return on_host(array.spec, array.tensor.contiguous())
 
 
 class PinnedMemory:
@@ -38,7 +63,9 @@ class PinnedMemory:
         lent = self._free.get()
         try:
             if lent is None:
-                lent = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._pin).numpy()
+                lent = torch.empty(
+                    BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self._pin
+                ).numpy()
             yield lent
         finally:
             self._free.put(lent)

@@ -36,7 +36,7 @@ from uni3d.checkpoint.optimizer_groups import (
     names_by_id,
     restore_optimizer,
 )
-from uni3d.checkpoint.pinned import DeviceArray, PinnedMemory
+from uni3d.checkpoint.pinned import targets_of
 from uni3d.checkpoint.several import SchedulerSet, optimizers_by_name, schedulers_by_name, type_of
 from uni3d.checkpoint.stored_weights import StoredWeights
 from uni3d.checkpoint.tied import as_stored, tie_refusals, untied
@@ -351,15 +351,7 @@ class Restorer:
             held = [array for array in held if _is_moment(array.spec.key)]
         else:
             held = as_stored(held, untied(self._state.model, saved))
-        memory = PinnedMemory(self._state.model.device)
-        return held, [_target(array, memory) for array in held], flat
-
-
-def _target(array: state.Held, memory: PinnedMemory) -> Target:
-    """Return what a load fills: a GPU's memory, or the host's, in a copy if it isn't contiguous."""
-    if array.tensor.device.type != "cpu":
-        return ckpt.UnfilledShard(array.spec, DeviceArray(array.tensor, memory))
-    return state.on_host(array.spec, array.tensor.contiguous())
+        return held, targets_of(held, self._state.model.device), flat
 
 
 def _with_states(optimizer: Optimizer, lacking: list[Tensor]) -> Mapping[str, Any]:

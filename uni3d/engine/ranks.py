@@ -43,7 +43,8 @@ def joined(settings: Config, mpu: Any) -> Iterator[tuple[parallel.Topology, Dema
     """
     asked = _demands(settings)
     meeting, host = _connected(settings, asked.device)
-    with Failures(host).told(INITIALIZE), host.at(INITIALIZE, alike=(ValueError, ckpt.CheckpointError)):
+    told = Failures(host).told(INITIALIZE, alike=(ckpt.CheckpointError,))
+    with told, host.at(INITIALIZE, alike=(ValueError, ckpt.CheckpointError)):
         yield _distribute(settings, asked, meeting, host, mpu), asked
 
 
@@ -59,10 +60,7 @@ def _demands(settings: Config) -> Demands:
 
 def _connected(settings: Config, device: str) -> tuple[Meeting, parallel.HostComm]:
     """Connect the ranks, so that one that is lost later on is known. Collective."""
-    timeout = _timeout(settings, device)
-    if timeout is None and torch.distributed.is_initialized():
-        timeout = timeout_of_the_default_group(device)
-    return connect(INITIALIZE, device, settings.checkpoint.timeout_seconds, timeout)
+    return connect(INITIALIZE, device, settings.checkpoint.timeout_seconds, _timeout(settings, device))
 
 
 def _distribute(
