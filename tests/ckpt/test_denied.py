@@ -84,10 +84,13 @@ def test_a_bucket_without_the_run_is_no_denial(object_store: ObjectStore) -> Non
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A server of files that answers each request by the status in its path."""
+    """A server of files that answers each request by the status in its path, 0 by none."""
 
     def do_GET(self) -> None:
-        self.send_error(int(self.path.split("/")[1]))
+        if status := int(self.path.split("/")[1]):
+            self.send_error(status)
+        else:
+            self.connection.close()
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -106,7 +109,8 @@ def web() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(403, "access is denied"), slow(401, "access is denied"), (500, "500")]
+    ("status", "words"),
+    [(403, "access is denied"), slow(401, "access is denied"), (500, "500"), (0, "ServerDisconnectedError")],
 )
 def test_fsspec_calls_an_object_missing_that_it_may_not_look_at(web: str, status: int, words: str) -> None:
     store = open_store(f"{web}/{status}/run")
