@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from marks import slow
+from marks import matrix, slow
 
 SCRIPT = Path(__file__).with_name("lost_rank.py")
 LONGEST = 90.0
@@ -53,9 +53,9 @@ GAVE_NONE = "gave no sign of life for 3 s: ended or stopped"
     ("place", "number", "lost", "words"),
     [
         ("optimizer", signal.SIGKILL, 1, f"failed: rank 1 {GAVE_NONE}"),
-        slow("optimizer", signal.SIGSTOP, 0, f"failed: rank 0 {GAVE_NONE}"),
+        matrix("optimizer", signal.SIGSTOP, 0, f"failed: rank 0 {GAVE_NONE}"),
         slow("join", signal.SIGKILL, 1, f"failed on rank 1: {SILENT}"),
-        slow("join", signal.SIGSTOP, 1, f"failed on rank 1: {SILENT}"),
+        matrix("join", signal.SIGSTOP, 1, f"failed on rank 1: {SILENT}"),
         slow("mesh", signal.SIGKILL, 0, f"failed on rank 0: {SILENT}"),
     ],
 )
@@ -64,15 +64,14 @@ def test_in_initialize(place: str, number: int, lost: int, words: str) -> None:
         assert told.startswith(f"RankFailedError|initialize() {words}"), told
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "number", "world", "zero", "pp"),
     [
-        ("forward", signal.SIGKILL, 3, 1, 1),
-        ("forward", signal.SIGKILL, 2, 3, 1),
-        ("forward", signal.SIGKILL, 2, 0, 2),
-        ("forward", signal.SIGSTOP, 2, 0, 2),
-        ("between", signal.SIGKILL, 2, 2, 1),
+        slow("forward", signal.SIGKILL, 3, 1, 1),
+        matrix("forward", signal.SIGKILL, 2, 3, 1),
+        matrix("forward", signal.SIGKILL, 2, 0, 2),
+        slow("forward", signal.SIGSTOP, 2, 0, 2),
+        matrix("between", signal.SIGKILL, 2, 2, 1),
     ],
 )
 def test_in_a_step(place: str, number: int, world: int, zero: int, pp: int) -> None:
