@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ckpt import CheckpointError
-from parallel import Failures, HostComm
+from parallel import Failures
 from parallel.agreement import BatchError, StepRefusedError
 from uni3d.train_state import Progress
 
@@ -22,9 +22,10 @@ class Guard:
         unusable: why the engine can't be used any more, or None.
     """
 
-    def __init__(self, progress: Progress, comm: HostComm) -> None:
+    def __init__(self, progress: Progress) -> None:
+        """Collective."""
         self._progress = progress
-        self._failures = Failures(comm)
+        self._failures = Failures()
         self.begun = False
         self.unusable: str | None = None
 
