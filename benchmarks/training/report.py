@@ -95,9 +95,12 @@ def bubbles(runs: Runs, options: Mapping[str, Any], *, seq_len: int, batch: int,
             seq_len=seq_len,
             micro_batch=batch // micro_batches,
             accumulation=micro_batches,
+            schedule=arm.schedule,
         )
         cut = " | ".join(stage(names) for names in rounds[0].parameters)
-        lines.append(f"- {arm.name}: {cut}. Bubble of 1F1B with equal stages: {bubble(job):.0%} of a step.")
+        name = {"1f1b": "1F1B", "zero_bubble": "the zero-bubble schedule"}[arm.schedule]
+        share = f"{bubble(job):.0%}"
+        lines.append(f"- {arm.name}: {cut}. Bubble of {name} with equal stages: {share} of a step.")
         cores = os.cpu_count() or 1
         if arm.ranks > cores:
             lines[-1] += f" Not to be seen here, as {arm.ranks} ranks take turns on {cores} cores."

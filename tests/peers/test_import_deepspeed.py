@@ -1,5 +1,6 @@
 """Imports of DeepSpeed's checkpoints equal the live run, and a run resumes from them."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,9 @@ def test_how_parts_are_joined_is_never_guessed(tmp_path: Path) -> None:
         for each in PARALLEL["deepspeed_tp_no_patterns"]
     ]
     told = refused(source("deepspeed_tp_no_patterns"), tmp_path / "run", *wrong)
-    assert "embed.weight/exp_avg differs between tensor-parallel ranks" in told
+    assert re.search(r"embed\.weight/\w+ differs between tensor-parallel ranks", told), (
+        told
+    )  # whichever is read first
     assert not list((tmp_path / "run").glob("global*"))
 
 
