@@ -108,9 +108,8 @@ def test_how_parts_are_joined_is_never_guessed(tmp_path: Path) -> None:
         for each in PARALLEL["deepspeed_tp_no_patterns"]
     ]
     told = refused(source("deepspeed_tp_no_patterns"), tmp_path / "run", *wrong)
-    assert re.search(r"embed\.weight/\w+ differs between tensor-parallel ranks", told), (
-        told
-    )  # whichever is read first
+    # Threads read the weight and its moments, so any of them may be the first.
+    assert re.search(r"embed\.weight/\w+ differs between tensor-parallel ranks", told), told
     assert not list((tmp_path / "run").glob("global*"))
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import ckpt
 from uni3d.checkpoint import pinned
-from uni3d.checkpoint.pinned import DeviceArray, PinnedMemory
+from uni3d.checkpoint.pinned import DeviceArray, PinnedMemory, targets_of
+from uni3d.state import Held
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,13 @@ def test_types(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     DeviceArray(filled, PinnedMemory(CPU))[(slice(1, 3),)] = np.ones(2, ckpt.numpy_dtype(name))
     assert filled.tolist() == [0, 1, 1, 0]
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    spec = ckpt.ShardSpec(ckpt.ArrayKey("norm.mean", "value"), "float32", (2,), ckpt.Box.whole((2,)))
+    held = Held(spec, torch.empty(2, device="meta"), {})
+    with pytest.raises(ckpt.CheckpointError, match="norm.mean/value is on the meta device"):
+        targets_of([held], CPU)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
