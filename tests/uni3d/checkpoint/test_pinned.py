@@ -42,7 +42,7 @@ def test_types(dtype: torch.dtype) -> None:
 def test_a_tensor_without_memory_is_refused() -> None:
     spec = ckpt.ShardSpec(ckpt.ArrayKey("norm.mean", "value"), "float32", (2,), ckpt.Box.whole((2,)))
     held = Held(spec, torch.empty(2, device="meta"), {})
-    with pytest.raises(ckpt.CheckpointError, match="norm.mean/value is on the meta device"):
+    with pytest.raises(ckpt.CheckpointError, match=r"norm\.mean/value is on the meta device"):
         targets_of([held], CPU)
 
 
