@@ -45,6 +45,9 @@ The parallel model:
     gathered          sharded parameters made whole for a while, the same objects
     failures          errors of other ranks
     host_comm, routes  collectives between CPUs, apart from training's; who talks to whom
+    arrivals           ranks that agree on a part of a store that others may have used
+    gloo_calls         its thread's calls, and the end of its connections
+    parcels            bytes on their way there
     liveness           signs of life, by which a slow rank is told apart from one that is gone
     store_calls        calls of the rendezvous store that don't wait for ever
 

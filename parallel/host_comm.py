@@ -10,34 +10,36 @@ import atexit
 import pickle
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
-from threading import Event, Thread
-from traceback import clear_frames
-from typing import Any, NamedTuple, TypeVar
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
 
-from parallel.liveness import Liveness, named
+from parallel.arrivals import Arrivals
+from parallel.gloo_calls import Call, let_go, serve
+from parallel.liveness import PATIENCE, Liveness
+from parallel.parcels import Bytes, Parcel, as_array, bundle, framed, unbundled, unframed
 from parallel.routes import Routes
+from parallel.store_calls import Connection, connection_to, within
 
-Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for ranks that are alive, which includes the slowest rank's write of a checkpoint."""
 
+CONNECTING_S = 10.0
+"""Least time that a connection to the store may take: all ranks ask for one when they start, which loads its
+process and their machines."""
+
 CLOSING_S = 5.0
 """Longest wait, at exit, for connections that are being closed."""
-
-UNUSED_TAG = 1
-"""Tag of a message that never comes; all others have 0."""
 
 SLOT_BYTES = 1 << 10
 """Size of a message that is sent along with its length."""
@@ -58,21 +60,59 @@ class HostComm:
 
     Attributes:
         doing: name of the work at hand, for messages.
+        store: these ranks' own part of the rendezvous store.
+        connection: the process's connection to the whole store.
     """
 
     doing = ""
+    connection: Connection
 
-    def __init__(self) -> None:
-        """Connect the ranks of the default process group. Collective."""
-        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-        nth = store.add(f"uni3d/host_comm/{rank}", 1)  # ranks create them in the same order
-        self._connect(distributed.PrefixStore(f"uni3d/host_comm/{nth}", store), rank, dist.get_world_size())
+    def __init__(self, beside: HostComm | None = None) -> None:
+        """Connect the ranks of the default process group. Collective.
+
+        Those that have connections already, `beside`, are known to be lost if they are before they come here.
+        """
+        rank, size = dist.get_rank(), dist.get_world_size()
+        patience = PATIENCE if beside is None or size == 1 else beside.patience
+
+        def part() -> Any:
+            if beside is None:
+                self.connection = connection_to(dist.distributed_c10d._get_default_store())
+            else:
+                self.connection = beside.connection
+            store = self.connection.clone if beside is None else beside.store
+            return part_of(store, "uni3d/host_comm", rank)
+
+        self._connect(within(max(patience, CONNECTING_S), part), rank, size, patience, beside=beside)
 
     @classmethod
-    def of(cls, store: Any, rank: int, size: int) -> HostComm:
-        """Connect ranks that meet at a `torch.distributed.Store`, without a process group. Collective."""
+    def of(
+        cls,
+        store: Any,
+        rank: int,
+        size: int,
+        *,
+        doing: str = "",
+        patience: float = PATIENCE,
+        timeout: timedelta = TIMEOUT,
+    ) -> HostComm:
+        """Connect ranks that meet at a `torch.distributed.Store`, without a process group. Collective.
+
+        They may come to a store that other ranks, which have ended, have used before.
+
+        Raises:
+            LostRankError: a rank didn't come within `timeout`, or was lost; begins with `doing`.
+        """
         comm = cls.__new__(cls)
-        comm._connect(store, rank, size)
+        comm.doing, seconds = doing, timeout.total_seconds()
+        connecting = max(patience, CONNECTING_S)
+        comm.connection = within(connecting, lambda: connection_to(store))
+        arrivals = Arrivals(comm.connection.clone, rank, connecting)
+        part = arrivals.part(seconds)
+        if part is None:
+            raise LostRankError(f"{comm._work}rank 0 didn't come within {seconds:g} s")
+        answer = arrivals.answer if rank == 0 else None
+        comm._connect(part, rank, size, patience, timeout, answer=answer)
         return comm
 
     @classmethod
@@ -84,28 +124,44 @@ class HostComm:
         """
         store: Any = dist.distributed_c10d._get_default_store()
         meeting = distributed.PrefixStore(name, store.clone())
-        comm = cls.of(meeting, rank, size)
+        comm = cls.__new__(cls)
+        comm._connect(meeting, rank, size)
         comm._met = meeting
         return comm
 
-    def _connect(self, store: Any, rank: int, size: int) -> None:
+    def _connect(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        patience: float = PATIENCE,
+        timeout: timedelta = TIMEOUT,
+        beside: HostComm | None = None,
+        answer: Callable[[], None] | None = None,
+    ) -> None:
         self.rank, self.size, self._routes = rank, size, Routes(rank, size)
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = TIMEOUT
         # Ranks connect when they first talk: a rank has a few connections, not one to each of thousands.
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
-        self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
+        connecting = max(patience, CONNECTING_S)
+        self._group: Any = within(connecting, lambda: dist.ProcessGroupGloo(store, rank, size, options))
         self._lost = ""
         # The same on all ranks: the number of works begun, and those that haven't ended.
         self._works, self._open = 0, list[int]()
+        self.store = store
         self._met: Any = None
         self._waits_for: int | None = None
         if size > 1:
-            self._life = Liveness(store, rank, size)
+            self._life = Liveness(store, rank, size, patience, None if beside is None else beside.life)
             self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
             # Gloo's waits can't be interrupted: they are a thread's, which is left behind if a rank is gone.
-            Thread(target=_serve, args=(self._calls,), name="uni3d's connections", daemon=True).start()
+            Thread(target=serve, args=(self._calls,), name="uni3d's connections", daemon=True).start()
             self._end = weakref.finalize(self, self._calls.put, None)
+            works = () if beside is None else beside._open
+            peers, seconds = self._routes.all_peers, timeout.total_seconds()
+            if reason := self._life.come(peers, seconds, works, answer):
+                self._lost = self._life.tell(f"{self._work}{reason}")
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
         self.exchange({})
 
@@ -118,6 +174,11 @@ class HostComm:
     def patience(self, seconds: float) -> None:
         if self.size > 1:
             self._life.patience = seconds
+
+    @property
+    def life(self) -> Liveness | None:
+        """Signs of life of these ranks; None for a single rank."""
+        return self._life if self.size > 1 else None
 
     @contextmanager
     def at(self, work: str, *, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
@@ -162,8 +223,8 @@ class HostComm:
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank, on rank 0; an empty list on the others."""
-        whole = self._done(lambda: self._up(_framed(pickle.dumps(value)), b"".join))
-        return [pickle.loads(part) for part in _unframed(whole)] if self.rank == 0 else []
+        whole = self._done(lambda: self._up(framed(pickle.dumps(value)), b"".join))
+        return [pickle.loads(part) for part in unframed(whole)] if self.rank == 0 else []
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
@@ -172,21 +233,21 @@ class HostComm:
 
     def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
         """Send `outgoing[r]` to rank r; return the bytes from each rank that sent some here, by rank."""
-        parcels = [_Parcel(self.rank, target, data) for target, data in outgoing.items()]
+        parcels = [Parcel(self.rank, target, data) for target, data in outgoing.items()]
         held = self._done(lambda: self._carried(parcels))
         return {parcel.source: parcel.data for parcel in sorted(held, key=lambda parcel: parcel.source)}
 
-    def _carried(self, held: list[_Parcel]) -> list[_Parcel]:
+    def _carried(self, held: list[Parcel]) -> list[Parcel]:
         """Send parcels on their way, and those of others, hop by hop; return the ones for this rank."""
         for hop, peers in enumerate(self._routes.peers):
-            onward: dict[int, list[_Parcel]] = defaultdict(list)
+            onward: dict[int, list[Parcel]] = defaultdict(list)
             for parcel in held:
                 onward[self._routes.after(hop, parcel.source, parcel.target)].append(parcel)
             held = onward.pop(self.rank, [])
-            bundles = {peer: _bundle(onward.pop(peer, [])) for peer in peers}
+            bundles = {peer: bundle(onward.pop(peer, [])) for peer in peers}
             assert not onward, f"no way from rank {self.rank} to {[*onward]}"
             for arrived in self._swap(bundles, peers).values():
-                held += _unbundled(arrived)
+                held += unbundled(arrived)
         return held
 
     def _up(self, data: bytes, merge: Callable[[list[bytes]], bytes]) -> bytes:
@@ -194,7 +255,7 @@ class HostComm:
         arrived = self._swap({}, self._routes.children)
         merged = merge([data, *(part.tobytes() for part in arrived.values())])
         if self.rank != 0:
-            self._swap({self._routes.parent: _as_array(merged)}, ())
+            self._swap({self._routes.parent: as_array(merged)}, ())
         return merged
 
     def _down(self, data: bytes) -> bytes:
@@ -202,7 +263,7 @@ class HostComm:
         if self.rank != 0:
             data = self._swap({}, [self._routes.parent])[self._routes.parent].tobytes()
         # The farthest first, as they have others to tell.
-        self._swap(dict.fromkeys(reversed(self._routes.children), _as_array(data)), ())
+        self._swap(dict.fromkeys(reversed(self._routes.children), as_array(data)), ())
         return data
 
     def _done(self, work: Callable[[], T]) -> T:
@@ -211,7 +272,7 @@ class HostComm:
             raise LostRankError(self._lost)
         if self.size == 1:
             return work()
-        call = _Call(work)
+        call = Call(work)
         self._calls.put(call)
         try:
             while not call.ended.wait(self._life.interval):
@@ -225,7 +286,7 @@ class HostComm:
             # In a thread, since gloo sometimes waits forever for its own. The connections then end with the
             # process; the others look for the reason meanwhile.
             group, self._group = [self._group], None
-            closing = Thread(target=_let_go, args=(group, call.ended, error, self._waits_for), daemon=True)
+            closing = Thread(target=let_go, args=(group, call.ended, error, self._waits_for), daemon=True)
             closing.start()
             # A thread that wakes up in gloo while the interpreter exits aborts the process.
             atexit.register(closing.join, CLOSING_S)
@@ -233,14 +294,8 @@ class HostComm:
 
     def _given_up(self) -> str | None:
         """Return why this rank waits no longer, once the one that it waits for counts as gone."""
-        peer = self._waits_for
-        gone = [] if peer is None else self._life.gone(peer)
-        if not gone:
-            return None
-        return self._life.tell(
-            f"{self._work}{named(gone)} gave no sign of life for {self.patience:g} s: stopped, or "
-            "the machine is gone"
-        )
+        lost = None if self._waits_for is None else self._life.lost(self._waits_for)
+        return lost and self._life.tell(f"{self._work}{lost}")
 
     def _failure(self, error: BaseException) -> str:
         """Return what this rank tells the others of its error."""
@@ -276,10 +331,13 @@ class HostComm:
         return found
 
     def _begun(self, call: Callable[..., Any], memory: Bytes, peer: int) -> tuple[int, Any]:
+        self._waits_for = peer  # to connect, the first time
         try:
             return peer, call([torch.from_numpy(memory)], peer, 0)
         except RuntimeError as error:
             raise self._without(peer, error) from error
+        finally:
+            self._waits_for = None
 
     def _wait(self, works: Iterable[tuple[int, Any]]) -> None:
         for peer, work in works:
@@ -299,95 +357,11 @@ class HostComm:
         return LostRankError(self._life.tell(f"{self._work}{what} ({why})"))
 
 
-class _Call:
-    """A call that a thread of the connections' own makes."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.ended = Event()
-        self._work = work
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def __call__(self) -> None:
-        try:
-            self._result = self._work()
-        except BaseException as error:
-            self._error = error
-        finally:
-            del self._work
-            self.ended.set()
-
-    def result(self) -> Any:
-        """Return the result of a call that has ended, or raise its error."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return self._result
-
-
-def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
-    """Make calls until None comes."""
-    while (call := calls.get()) is not None:
-        call()
-        del call  # the connections end when their owner lets them go
-
-
-def _let_go(group: list[Any], ended: Event, error: BaseException, peer: int | None) -> None:
-    """Close connections, which locals of the calls that failed keep open while somebody keeps the error.
-
-    `peer` is the rank that a call of another thread still waits for, if there is one.
-    """
-    if peer is not None and not ended.is_set():
-        # A call that takes too long ends all others of its group. Else that thread might wake up while the
-        # interpreter exits, which aborts the process.
-        with suppress(RuntimeError):
-            group[0].recv([torch.empty(1, dtype=torch.uint8)], peer, UNUSED_TAG).wait(
-                timedelta(milliseconds=1)
-            )
-    ended.wait()  # gloo aborts the process if they are closed under a call that waits
-    group.clear()
-    for kept in (error, error.__cause__, error.__context__):
-        clear_frames(None if kept is None else kept.__traceback__)
-
-
-class _Parcel(NamedTuple):
-    """Bytes on their way from one rank to another."""
-
-    source: int
-    target: int
-    data: Bytes
-
-
-def _bundle(parcels: Sequence[_Parcel]) -> Bytes:
-    """Join parcels that go the same way, behind a list of them."""
-    head = np.array([len(parcels), *(n for p in parcels for n in (p.source, p.target, p.data.nbytes))])
-    return np.concatenate([head.astype(np.int64).view(np.uint8), *(parcel.data for parcel in parcels)])
-
-
-def _unbundled(bundle: Bytes) -> Iterator[_Parcel]:
-    count = int(bundle[:8].view(np.int64)[0])
-    begin = 8 * (1 + 3 * count)
-    for source, target, nbytes in bundle[8:begin].view(np.int64).reshape(-1, 3).tolist():
-        yield _Parcel(source, target, bundle[begin : begin + nbytes])
-        begin += nbytes
+def part_of(store: Any, name: str, rank: int) -> Any:
+    """Return a part of a store that nothing else uses. Ranks ask for those of a name in the same order."""
+    return distributed.PrefixStore(f"{name}/{store.add(f'{name}/{rank}', 1)}", store)
 
 
 def _merged(parts: list[bytes], merge: Callable[[list[T]], T]) -> bytes:
     # Bytes of our own ranks, never of a file.
     return pickle.dumps(merge([pickle.loads(part) for part in parts])) if len(parts) > 1 else parts[0]
-
-
-def _framed(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + data
-
-
-def _unframed(frames: bytes) -> Iterator[bytes]:
-    begin = 0
-    while begin < len(frames):
-        end = begin + 8 + int.from_bytes(frames[begin : begin + 8], "little")
-        yield frames[begin + 8 : end]
-        begin = end
-
-
-def _as_array(data: bytes) -> Bytes:
-    return np.frombuffer(bytearray(data), np.uint8)  # of memory that may be written to, as torch wants it

@@ -3,6 +3,8 @@
 Each rank changes a number in the rendezvous store every few seconds. A rank that waits for another looks at
 that one's number: if it stands still, the other is stopped, or its machine is gone. The first that finds out
 writes down why, and all others end with the same words. If the store itself gives no answer, each says so.
+
+A rank is waited for by signs only from its first one on: before, nobody can know whether it will come.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -28,28 +30,46 @@ PATIENCE = 600.0
 MOST_NAMED = 8
 """Ranks that a message names."""
 
+GONE = "ended or stopped, or the machine is gone"
+"""State of a rank without signs of life."""
+
+Signs = dict[int, bytes]
+"""Last sign of each rank that has given one."""
+
 
 class Liveness:
     """Signs of life of the ranks that share some connections."""
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        """Begin to give signs. `store` is these ranks' own part of the rendezvous store."""
-        self._store, self._rank, self._size = StoreCalls(store, PATIENCE), rank, size
+    def __init__(
+        self, store: Any, rank: int, size: int, patience: float = PATIENCE, beside: Liveness | None = None
+    ) -> None:
+        """Tell that this rank has come, and begin to give signs.
+
+        `store` is these ranks' own part of the rendezvous store. The signs are those of `beside`, if the same
+        ranks give some already: then a rank that is lost before it comes here is known to be.
+        """
+        self._store, self._rank, self._size = StoreCalls(store, patience), rank, size
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._pace = _Pace(_interval(PATIENCE))
-        self._giving = threading.Thread(target=_give_signs, args=(store, rank, self._pace), daemon=True)
-        self._giving.start()
+        self._store.set(_here(rank), "")
+        self._beside = beside  # so that it lives
+        self._signs: StoreCalls = self._store if beside is None else beside._signs
+        self._pace: _Pace = _Pace(_interval(patience)) if beside is None else beside._pace
+        if beside is not None:
+            return
+        giving = threading.Thread(target=_give_signs, args=(store, rank, self._pace), daemon=True)
+        giving.start()
         # At exit it must have ended: a thread in the store's code can't outlive the interpreter.
-        self._end = weakref.finalize(self, _ended, self._pace, self._giving, self._store)
+        self._end = weakref.finalize(self, _ended, self._pace, giving, self._store)
 
     @property
     def patience(self) -> float:
         """Seconds without a sign of life after which a rank counts as gone."""
-        return self._store.seconds
+        seconds: float = self._store.seconds
+        return seconds
 
     @patience.setter
     def patience(self, seconds: float) -> None:
-        self._store.seconds = seconds
+        self._store.seconds = self._signs.seconds = seconds
         self._pace.interval = _interval(seconds)
         self._pace.changed.set()
 
@@ -59,10 +79,43 @@ class Liveness:
         return self._pace.interval
 
     def end(self) -> None:
-        """Give no more signs, and take back the last. Local."""
-        self._end()
+        """Give no more signs, and take back what was told. Local."""
         with suppress(RuntimeError):
-            self._store.delete_key(_sign(self._rank))
+            self._store.delete_key(_here(self._rank))
+            if self._beside is None:
+                self._end()
+                self._store.delete_key(_sign(self._rank))
+
+    def come(
+        self,
+        peers: Collection[int],
+        seconds: float,
+        works: Collection[int] = (),
+        answer: Callable[[], None] | None = None,
+    ) -> str | None:
+        """Wait until these ranks have come; return why they won't, or None. Local.
+
+        `works` are those of the ranks' other signs, `beside`, which may fail meanwhile. With `answer`, which
+        tells ranks where to come, all are waited for.
+        """
+        expected = peers if answer is None else [rank for rank in range(self._size) if rank != self._rank]
+        deadline, pause = time.monotonic() + seconds, SHORTEST / 4
+        try:
+            while not self._store.check([_here(rank) for rank in expected]):
+                if answer is not None:
+                    answer()
+                reason = self.reason() or (self._beside.reason(works) if self._beside else None)
+                # Those that have come may be lost while others are waited for.
+                if reason := reason or next(filter(None, map(self.lost, peers)), None):
+                    return reason
+                if time.monotonic() > deadline:
+                    missing = [rank for rank in expected if not self._store.check([_here(rank)])]
+                    return f"{named(missing)} didn't come within {seconds:g} s" if missing else None
+                time.sleep(pause)
+                pause = min(2 * pause, self.interval)
+        except RuntimeError as error:
+            return f"the connection to the rendezvous store is lost: {error}"
+        return None
 
     def reason(self, works: Collection[int] = ()) -> str | None:
         """Return why these ranks can't go on, or can't end one of these works, if one has said so. Local."""
@@ -86,6 +139,32 @@ class Liveness:
         except RuntimeError:
             return reason
 
+    def lost(self, peer: int) -> str | None:
+        """Return which ranks are gone, in words, if `peer` is. Local."""
+        gone = self.gone(peer)
+        if not gone:
+            return None
+        return f"{named(gone)} gave no sign of life for {self.patience:g} s: {GONE}"
+
+    def lost_neighbour(self) -> str | None:
+        """Return what `lost` says of the next rank. Local."""
+        return self.lost((self._rank + 1) % self._size)
+
+    def look(self) -> Signs:
+        """Read the last sign of each rank. Local."""
+        keys = [_sign(rank) for rank in range(self._size)]
+        try:
+            if self._signs.check(keys):
+                return dict(enumerate(self._signs.multi_get(keys)))
+        except RuntimeError:
+            return {}
+        return {rank: sign for rank in range(self._size) if (sign := self._read(rank)) is not None}
+
+    def silent(self, since: Signs) -> list[int]:
+        """Return the ranks that have given no sign since these, which `time_for_signs` was waited for."""
+        now = self.look()
+        return [rank for rank, sign in since.items() if rank != self._rank and now.get(rank) == sign]
+
     def gone(self, peer: int) -> list[int]:
         """Return the ranks that give no sign if `peer` has given none for `patience`. Local.
 
@@ -98,25 +177,22 @@ class Liveness:
         self._seen[peer] = sign or b"", since
         if now - since < self.patience - 2 * _interval_in(sign):
             return []
-        gone = self._silent()
+        signs = self.look()
+        time.sleep(time_for_signs(signs))
+        gone = self.silent(signs)
         return gone if peer in gone else []
-
-    def _silent(self) -> list[int]:
-        """Return the ranks that give no sign within two of their intervals."""
-        first = [self._read(rank) for rank in range(self._size)]
-        time.sleep(2 * max(map(_interval_in, first)))
-        return [
-            rank
-            for rank, sign in enumerate(first)
-            if rank != self._rank and sign is not None and self._read(rank) == sign
-        ]
 
     def _read(self, rank: int) -> bytes | None:
         """Return a rank's last sign; None if it can't be known."""
         try:
-            return self._store.get(_sign(rank)) if self._store.check([_sign(rank)]) else None
+            return self._signs.get(_sign(rank)) if self._signs.check([_sign(rank)]) else None
         except RuntimeError:
             return None
+
+
+def time_for_signs(after: Signs) -> float:
+    """Return the seconds in which each rank gives another sign after these."""
+    return 2 * max(map(_interval_in, after.values()), default=0.0)
 
 
 def named(ranks: list[int]) -> str:
@@ -142,6 +218,10 @@ def _interval(patience: float) -> float:
 
 def _sign(rank: int) -> str:
     return f"alive/{rank}"
+
+
+def _here(rank: int) -> str:
+    return f"here/{rank}"
 
 
 def _left(work: int) -> str:

@@ -51,6 +51,11 @@ class Routes:
         return found
 
     @property
+    def all_peers(self) -> list[int]:
+        """Other ranks to which this one ever talks."""
+        return sorted({*(p for row in self.peers for p in row), *self.children, self.parent} - {self.rank})
+
+    @property
     def parent(self) -> int:
         """Rank to which this one reports; rank 0 has none, and is its own."""
         return self.rank - self.rank % self._reach_and_end[1]

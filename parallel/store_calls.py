@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+T = TypeVar("T")
 
 
 class SilentStoreError(RuntimeError):
@@ -14,6 +18,29 @@ class SilentStoreError(RuntimeError):
             f"the rendezvous store has given no answer for {seconds:g} s: the process that has it (rank 0, "
             "or torchrun on its machine) is stopped, or the machine is gone"
         )
+
+
+class Connection:
+    """A connection to a store besides the one that torch uses: there, one thread's wait holds up all others'.
+
+    Attributes:
+        store: the store, which lives as long as the connection; rank 0's may be the server.
+        clone: the store by this connection.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.clone = store, store.clone()
+
+
+_connections: WeakValueDictionary[int, Connection] = WeakValueDictionary()
+
+
+def connection_to(store: Any) -> Connection:
+    """Return this process's one further connection to a store, a new one if nobody holds it any more."""
+    found = _connections.get(id(store))
+    if found is None:
+        found = _connections[id(store)] = Connection(store)
+    return found
 
 
 class StoreCalls:
@@ -36,6 +63,12 @@ class StoreCalls:
     def get(self, key: str) -> bytes:
         return bytes(self._ended("get", key))
 
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ended("add", key, amount))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [bytes(value) for value in self._ended("multi_get", keys)]
+
     def compare_set(self, key: str, expected: str, value: str) -> bytes:
         return bytes(self._ended("compare_set", key, expected, value))
 
@@ -46,23 +79,34 @@ class StoreCalls:
         self._ended("delete_key", key)
 
     def _ended(self, name: str, *args: Any) -> Any:
-        """Return the result of a call that a thread makes, which is left behind if there is no answer."""
         if self.silent:
             raise SilentStoreError(self.seconds)
-        results, errors = list[Any](), list[Exception]()
-
-        def call() -> None:
-            try:
-                results.append(getattr(self._store, name)(*args))
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=call, name="uni3d's store", daemon=True)
-        thread.start()
-        thread.join(self.seconds)
-        if errors:
-            raise errors[0]
-        if not results:
+        try:
+            return within(self.seconds, lambda: getattr(self._store, name)(*args))
+        except SilentStoreError:
             self.silent = True
-            raise SilentStoreError(self.seconds)
-        return results[0]
+            raise
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of a call of a store that a thread makes; it is left behind if there is no answer.
+
+    Raises:
+        SilentStoreError: there is none.
+    """
+    results, errors = list[T](), list[Exception]()
+
+    def make() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=make, name="uni3d's store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise SilentStoreError(seconds)
+    return results[0]

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from parallel.degrees import Degrees, check_shard_group, resolve_degrees, shard_count
 from parallel.host_comm import HostComm
@@ -27,25 +29,61 @@ from parallel.host_comm import HostComm
 AXES = ("pp", "replicate", "shard", "tp")
 
 
-def start_process_group(device_type: str, timeout: timedelta | None = None) -> None:
+class Meeting(NamedTuple):
+    """A `torch.distributed.Store` that all ranks share, before they have a process group or after."""
+
+    store: Any
+    rank: int
+    size: int
+
+
+def meet(device_type: str, timeout: timedelta | None = None) -> Meeting:
+    """Meet the ranks of the process group or, before there is one, those that torchrun announces. Collective.
+
+    Raises:
+        torch.distributed.DistError: not all of them came within `timeout`.
+    """
+    if dist.is_initialized():
+        return Meeting(distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
+    if not _are_announced():
+        return Meeting(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
+    longest = timeout or distributed_c10d._get_default_timeout(dist.Backend(_backend(device_type)))
+    store, rank, size = next(rendezvous("env://", timeout=longest))
+    store.set_timeout(longest)
+    return Meeting(store, rank, size)
+
+
+def start_process_group(
+    device_type: str, timeout: timedelta | None = None, meeting: Meeting | None = None
+) -> None:
     """Join the process group that torchrun announces in the environment, or else make a group of one.
 
     `timeout` is that of its collectives, None for torch's own. On GPUs the group has NCCL alone. With gloo
     beside it, it and each axis of a mesh would connect every two of their ranks, and nothing here would use
-    that: `HostComm` has connections of its own.
+    that: `HostComm` has connections of its own. `meeting` is one that the ranks have had already.
     """
     if dist.is_initialized():
         return
-    backend, device = "gloo", None
+    device = None
     if device_type == "cuda":
         # With its device the group connects at once: a GPU that can't be reached is an error here.
-        backend, device = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    backend = _backend(device_type)
+    if meeting is None and _are_announced():
         dist.init_process_group(backend, timeout=timeout, device_id=device)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1, device_id=device)
+        return
+    store, rank, size = meeting or meet(device_type)
+    own = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=size, device_id=device)
+
+
+def _are_announced() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _backend(device_type: str) -> str:
+    return "nccl" if device_type == "cuda" else "gloo"
 
 
 @cache
@@ -71,9 +109,15 @@ class Topology:
     """
 
     def __init__(
-        self, degrees: Degrees, *, zero_stage: int, shard_group: int | None = None, device_type: str = "cpu"
+        self,
+        degrees: Degrees,
+        *,
+        zero_stage: int,
+        shard_group: int | None = None,
+        device_type: str = "cpu",
+        host: HostComm | None = None,
     ) -> None:
-        """Collective. `degrees` must multiply to the number of ranks.
+        """Collective. `degrees` must multiply to the number of ranks; `host` is theirs if they have one.
 
         ZeRO stages 1 to 3 shard over `shard_group` neighbouring data-parallel ranks and replicate over the
         groups (MiCS, Zhang et al. 2022; the `zero_hpz_partition_size` of ZeRO++). By default they shard over
@@ -89,6 +133,8 @@ class Topology:
         shape = (d.pp, d.dp // shard, shard, d.tp)
         self.degrees = d
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        if host is not None:
+            self.host = host
         with _timeout_of_the_default_group(device_type):
             self.mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         index = torch.cuda.current_device() if device_type == "cuda" else 0

@@ -24,6 +24,12 @@ SLACK = 5.0
 """Seconds that a busy machine may take for what isn't waiting."""
 LOOKS_FOR_A_REASON = 5.0
 """Seconds for which a rank asks the store why it lost a connection in a step."""
+OF_THE_STORE = (
+    "rendezvous store is lost",
+    "so is that to the rendezvous store",
+    "the rendezvous store has given",
+)
+"""Words of a rank that has lost the store."""
 GATHERING = "load_checkpoint() failed"
 """Words of a load's error if a rank was lost after all was read."""
 
@@ -247,7 +253,7 @@ class Job:
         if s.how == "raises" and not sick.said["ended"]:
             return  # something has coped with it
         # A load ends with gathering parameters, for which a step's rules hold.
-        gathers = s.work == "step" or any(GATHERING in text for text in texts)
+        gathers = s.work in ("step", "initialize") or any(GATHERING in text for text in texts)
         late = (STEP_TIMEOUT + LOOKS_FOR_A_REASON if gathers else s.timeout) + SLACK
         if self.notes["seconds"] > late:
             self.wrong(f"the others ended after {self.notes['seconds']:.1f} s: {texts}")
@@ -261,12 +267,13 @@ class Job:
 
     def check_error(self, kinds: list[str], text: str) -> None:
         s = self.schedule
-        if s.work == "step":
+        if s.work in ("step", "initialize") and not (s.work == "initialize" and "CheckpointError" in kinds):
+            work = "initialize()" if s.work == "initialize" else "step 2: train_batch()"
             if "RankFailedError" not in kinds:
                 self.wrong(f"{kinds[0]}: {text}")
-            elif not text.startswith("step 2: train_batch() failed"):
-                self.wrong(f"the step isn't named: {text}")
-            elif s.how == "raises" and f"on rank {s.rank}: " not in text and not self.store_is_gone(text):
+            elif not text.startswith(f"{work} failed"):
+                self.wrong(f"the work isn't named: {text}")
+            elif not re.search(rf"\branks? ([0-9]+, )*{s.rank}\b", text) and not self.store_is_gone(text):
                 self.wrong(f"rank {s.rank} isn't named: {text}")
             return
         if s.work == "load" and "RankFailedError" in kinds and GATHERING in text:
@@ -274,7 +281,7 @@ class Job:
         if "CheckpointError" not in kinds:
             self.wrong(f"{kinds[0]}: {text}")
         work = r"the save (of t2|at step 2, before it is written): "
-        if s.work == "load":
+        if s.work in ("load", "initialize"):
             work = r"the (load from|look for the newest checkpoint of) .*run: "
         agreed = s.how == "raises" and text.endswith(f"(rank {s.rank})")  # it was asked, and has told
         if not re.match(work, text) and not agreed:
@@ -284,7 +291,7 @@ class Job:
 
     def store_is_gone(self, text: str) -> bool:
         """Return whether a rank may not know the reason, as rank 0 had the store and ended before it."""
-        return self.schedule.store == "rank 0" and text.endswith("was lost; see its last output")
+        return self.schedule.store == "rank 0" and any(words in text for words in OF_THE_STORE)
 
     def check_run(self, others: list[Member], older: Arrays, expected: Arrays) -> None:
         run, s = self.folder / "run", self.schedule

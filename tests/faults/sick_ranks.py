@@ -1,4 +1,4 @@
-"""Schedules of ranks that fall sick in a step, a save or a load, and the part of a rank in one."""
+"""Schedules of ranks that fall sick in a step, a save, a load or `initialize`, and a rank's part in one."""
 
 import faulthandler
 import json
@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -48,7 +48,10 @@ POINTS = {
     "background": {"exchange": 220, "call": 3_500},
     "load": {"exchange": 220, "call": 3_500},
 }
+OF_INITIALIZE = {"exchange": 60, "collective": 150, "call": 1_800}
 """Kinds of points of each work, and about how many there are: after fewer, a rank falls sick at the end."""
+INITIALIZE = 1_000_000
+"""First seed of the schedules in which a rank falls sick in `initialize`."""
 HOW = ("killed", "killed", "stopped", "stopped", "raises", "raises", "slow", "paused")
 ERRORS = (RuntimeError, MemoryError, OSError, KeyboardInterrupt)
 
@@ -63,7 +66,7 @@ class Schedule:
     tp: int
     pp: int
     work: str
-    """Work in which it does: `step`, `save`, `background` (a save in the background) or `load`."""
+    """Work in which it does: `step`, `save`, `background` (a background save), `load` or `initialize`."""
     point: str
     """Kind of the calls that are counted: see `matches`."""
     nth: int
@@ -95,20 +98,24 @@ class Schedule:
 def schedule_of(seed: int) -> Schedule:
     rng = Random(seed)
     topology = {"zero": 0, "tp": 1, "pp": 1} | rng.choice(TOPOLOGIES)
-    work = rng.choice([*POINTS])
-    point = rng.choice([*POINTS[work]])
-    return Schedule(
+    work = "initialize" if seed >= INITIALIZE else rng.choice([*POINTS])
+    points = OF_INITIALIZE if seed >= INITIALIZE else POINTS[work]
+    point = rng.choice([*points])
+    schedule = Schedule(
         seed=seed,
         **topology,
         work=work,
         point=point,
-        nth=rng.randint(1, POINTS[work][point]),
+        nth=rng.randint(1, points[point]),
         rank=rng.randrange(topology["world"]),
         how=rng.choice(HOW),
         lives_on=rng.random() < 0.5,
         store=rng.choice(("torchrun", "rank 0")),
         timeout=rng.choice((1.0, 2.0)),
     )
+    # torch's own calls wait without an end for a store whose process is stopped.
+    waits = work == "initialize" and schedule.how == "stopped" and schedule.rank == 0
+    return replace(schedule, store="torchrun") if waits else schedule
 
 
 class Pair(nn.Module):
@@ -219,9 +226,13 @@ class Rank:
         os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.rank), WORLD_SIZE=str(s.world))
         os.environ["LOCAL_WORLD_SIZE"] = str(s.world)
         store = self.start_store() if s.store == "rank 0" and self.rank == 0 else self.join_store()
-        timeout = timedelta(seconds=STEP_TIMEOUT if s.work in ("step", "load") else 60)
+        timeout = timedelta(seconds=60 if s.saves else STEP_TIMEOUT)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=s.world, timeout=timeout)
-        return make_engine(seeded(Pairs), zero=s.zero, pp=s.pp, micro=1, config=self.config())
+        return self.engine()
+
+    def engine(self, resume: Path | None = None) -> uni3d.Engine:
+        s = self.schedule
+        return make_engine(seeded(Pairs), zero=s.zero, pp=s.pp, micro=1, config=self.config(), resume=resume)
 
     def start_store(self) -> dist.TCPStore:
         """Begin the rendezvous store, as rank 0 does without torchrun, and tell the others its port."""
@@ -271,6 +282,8 @@ class Rank:
                 engine.train_batch(data)
             elif work == "load":
                 engine.resume(run)
+            elif work == "initialize":
+                self.engine(resume=run if self.schedule.seed % 2 else None)
             else:
                 engine.save_checkpoint(run, "t2")
                 engine.wait_for_checkpoint()

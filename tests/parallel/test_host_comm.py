@@ -272,7 +272,7 @@ def test_a_rank_that_is_stopped_is_named_on_all(tmp_path: Path, stopped: int) ->
         told = pool.run(4, stopping_case, str(tmp_path), stopped)
     finally:
         pool.stop()
-    expected = f"the save of t1: rank {stopped} gave no sign of life for 1 s: stopped, or the machine is gone"
+    expected = f"the save of t1: rank {stopped} gave no sign of life for 1 s: {liveness.GONE}"
     assert told == [expected] * 4
 
 

@@ -106,8 +106,8 @@ class CheckpointConfig(Strict):
     keep_every: int | None = Field(default=None, gt=0)
     """Also keep checkpoints whose step is a multiple of this."""
     timeout_seconds: float = Field(default=600.0, gt=0)
-    """Seconds without a sign of life after which a rank counts as lost, and a save or load fails on all the
-    others. A rank that is only slow gives signs, and is waited for."""
+    """Seconds without a sign of life after which a rank counts as lost, and a save, a load or `initialize`
+    fails on all the others. A rank that is only slow gives signs, and is waited for."""
     accept_changes: list[Literal["dataset", "seed", "scheduler"]] = Field(default=[])
     """Changes with which a resume goes on, with a warning: by default each of these is an error."""
 

@@ -15,8 +15,8 @@ from uni3d.config.scheduler import SchedulerConfig
 from uni3d.config.sections import BF16Config, FP16Config, ZeroConfig
 from uni3d.config.sift import sift
 from uni3d.deepspeed import constants
-from uni3d.engine.build import degrees_of
 from uni3d.engine.deepspeed_arguments import Given, decoded, with_degrees
+from uni3d.engine.ranks import degrees_of
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOWER = {getattr(constants, name) for name in dir(constants) if name.endswith("_OPTIMIZER")}

@@ -2,6 +2,7 @@
 
 Modules:
     build           `initialize`: from a model and a config to an engine
+    ranks           the ranks' connections, process group and topology
     start           the first values of the parameters: drawn, read from files, or loaded by a resume
     arguments       checks of the model and the data, refusals of copies
     deepspeed_arguments  `initialize`'s less common arguments: an `mpu`, a config in base64

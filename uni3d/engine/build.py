@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,28 +16,24 @@ from torch.utils.data import Dataset
 
 import parallel
 from parallel.parameter_hooks import tensors_in
-from parallel.topology import timeout_of_the_default_group
 from parallel.weights import make_masters
 from uni3d.checkpoint.model_spec import declared
-from uni3d.config import BatchTriad, Config, batch_triad, load_config
+from uni3d.config import BatchTriad, Config, load_config
 from uni3d.config.data import epoch_length
 from uni3d.config.deepspeed_keys import by_reason
-from uni3d.config.settings import parallel_settings
 from uni3d.engine.arguments import check_data, check_model, refuse_copies
 from uni3d.engine.data_loader import TrainingLoader
 from uni3d.engine.deepspeed_arguments import (
     FurtherArguments,
     Given,
     check_further,
-    check_mpu,
     decoded,
     with_degrees,
 )
 from uni3d.engine.engine import Engine
 from uni3d.engine.given_loader import GivenLoader, data_as_used
-from uni3d.engine.host_threads import use_cores
+from uni3d.engine.ranks import joined
 from uni3d.engine.start import Start
-from uni3d.observe.monitors import check_installed
 from uni3d.optim.loss_scale import LossScale
 from uni3d.optim.optimizers import check_works_sharded, make_optimizer, split_groups
 from uni3d.optim.schedule_classes import make_scheduler
@@ -77,8 +71,7 @@ def initialize(
             `weights`. It is used up: `engine.module` is this rank's part of it. See `parallel.build`.
         optimizer, lr_scheduler: over the model's parameters, without state, and over that optimizer; or
             functions of the parameter groups and the optimizer. They take precedence over the config's.
-        model_parameters: tensors of the model, or dicts of groups with their own hyperparameters; by
-            default all that require a gradient.
+        model_parameters: tensors of the model, or dicts of groups; by default all that require a gradient.
         training_data, collate_fn: a map-style dataset of `(inputs, targets)`; or an IterableDataset, a
             DataLoader or a loader with a state, of this rank's own samples (`uni3d.engine.given_loader`).
         config, config_params: the path of a JSON file, or its content; the second is DeepSpeed's old name.
@@ -91,26 +84,27 @@ def initialize(
     Raises:
         ValueError: an argument or the config doesn't fit; the same on all ranks, before any work is done.
         ckpt.CheckpointError: `resume` or `weights` can't be loaded; the same on all ranks.
+        parallel.RankFailedError: another rank failed, was lost or didn't come; names it.
     """
     model, data = check_model(model), check_data(training_data)
     settings = _settings(_one_config(args, config, config_params), model, further)
-    topology, split, triad = _distribute(settings, further.get("mpu"))
-    data = data_as_used(data, settings, triad, topology, collate_fn)
-    _announce(settings, model, topology)
-    _make_masters(model, settings, topology)
-    groups = _named_groups(settings, model, optimizer, model_parameters)
-    spec = declared(model)  # before it is used up
-    start = Start(topology.host, model, resume, weights)
-    built = start.build(model, topology, split)
-    inner = _make_optimizer(settings, optimizer, groups, built)
-    scheduler = _make_scheduler(settings, lr_scheduler, inner)
-    if lr_scheduler is not None:  # it takes the place of the config's
-        settings = settings.model_copy(update={"scheduler": None})
-    state = _train_state(settings, triad, built, inner, scheduler, data)
-    make = partial(Engine, config=settings, triad=triad, state=state, model_spec=spec)
-    engine = make(training_data=data, collate_fn=collate_fn)
-    _load(engine, start.run)
-    refuse_copies(engine, engine.module)
+    with joined(settings, further.get("mpu")) as (topology, asked):
+        data = data_as_used(data, settings, asked.triad, topology, collate_fn)
+        _announce(settings, model, topology)
+        _make_masters(model, settings, topology)
+        groups = _named_groups(settings, model, optimizer, model_parameters)
+        spec = declared(model)  # before it is used up
+        start = Start(topology.host, model, resume, weights)
+        built = start.build(model, topology, asked.split)
+        inner = _make_optimizer(settings, optimizer, groups, built)
+        scheduler = _make_scheduler(settings, lr_scheduler, inner)
+        if lr_scheduler is not None:  # it takes the place of the config's
+            settings = settings.model_copy(update={"scheduler": None})
+        state = _train_state(settings, asked.triad, built, inner, scheduler, data)
+        make = partial(Engine, config=settings, triad=asked.triad, state=state, model_spec=spec)
+        engine = make(training_data=data, collate_fn=collate_fn)
+        _load(engine, start.run)
+        refuse_copies(engine, engine.module)
     return engine, inner, engine.training_dataloader, scheduler
 
 
@@ -130,48 +124,6 @@ def _settings(config: Given, model: nn.Module, further: FurtherArguments) -> Con
     check_further(further)
     topology = model.topology if isinstance(model, PipelineModule) else None
     return _with_pipeline_options(with_degrees(load_config(decoded(config)), further, topology), model)
-
-
-def _distribute(settings: Config, mpu: Any) -> tuple[parallel.Topology, parallel.Settings, BatchTriad]:
-    """Collective: start the process group; return the topology, `parallel`'s settings and the batch sizes.
-
-    Checks the config before the process group is started, as ranks that wait there can't report an error.
-    """
-    check_installed(settings)
-    degrees, device = degrees_of(settings)
-    triad = batch_triad(settings, degrees.dp)
-    split = parallel_settings(settings)
-    parallel.check_micro_batches(split, degrees.pp, triad.accumulation)
-    parallel.start_process_group(device, _timeout(settings, device))
-    topology = parallel.Topology(
-        degrees,
-        zero_stage=settings.zero_optimization.stage,
-        shard_group=settings.shard_group,
-        device_type=device,
-    )
-    check_mpu(mpu, topology)
-    if split.offload and device == "cuda":
-        use_cores()
-    return topology, split, triad
-
-
-def _timeout(settings: Config, device: str) -> timedelta | None:
-    """Return the config's timeout of collectives, None for torch's own.
-
-    Raises:
-        ValueError: it has one, but the process group was started with another.
-    """
-    seconds = settings.parallel.timeout_seconds
-    if seconds is None:
-        return None
-    timeout = timedelta(seconds=seconds)
-    if torch.distributed.is_initialized() and timeout_of_the_default_group(device) != timeout:
-        raise ValueError(
-            f"parallel.timeout_seconds is {seconds:g}, but the process group has been started before "
-            "initialize(), with another timeout; leave the key out, or give the timeout to "
-            "init_process_group() or init_distributed()"
-        )
-    return timeout
 
 
 def _announce(settings: Config, model: nn.Module, topology: parallel.Topology) -> None:
@@ -268,19 +220,6 @@ def _with_pipeline_options(settings: Config, model: nn.Module) -> Config:
     if model.activation_checkpoint_interval and again.mode == "none":
         again = again.model_copy(update={"mode": "full"})
     return settings.model_copy(update={"parallel": p, "activation_checkpointing": again})
-
-
-def degrees_of(settings: Config) -> tuple[parallel.Degrees, str]:
-    """Return the degrees of the config on the processes of this job, and the type of their device."""
-    device = settings.parallel.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-    else:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    p = settings.parallel
-    return parallel.resolve_degrees(world_size, pp=p.pp, dp=p.dp, tp=p.tp), device
 
 
 def _named_groups(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ckpt import CheckpointError
-from parallel import Failures
+from parallel import Failures, HostComm
 from parallel.agreement import BatchError, StepRefusedError
 from uni3d.train_state import Progress
 
@@ -22,10 +22,9 @@ class Guard:
         unusable: why the engine can't be used any more, or None.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        """Collective."""
+    def __init__(self, progress: Progress, comm: HostComm) -> None:
         self._progress = progress
-        self._failures = Failures()
+        self._failures = Failures(comm)
         self.begun = False
         self.unusable: str | None = None
 

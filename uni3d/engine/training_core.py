@@ -63,10 +63,14 @@ class TrainingCore(nn.Module):
         self._comm = topo.host
         self._inventory = Inventory(state.model)
         self._saver = Saver(
-            state, comm=self._comm, writing=HostComm(), inventory=self._inventory, model_spec=model_spec
+            state,
+            comm=self._comm,
+            writing=HostComm(self._comm),
+            inventory=self._inventory,
+            model_spec=model_spec,
         )
         self._observer = Observer(config, triad, state, self._comm, self._saver.committed)
-        self._guard = Guard(state.progress)
+        self._guard = Guard(state.progress, self._comm)
         self._stepper = Stepper(
             state, config, saver=self._saver, observer=self._observer, look=self._guard.look
         )

@@ -16,6 +16,7 @@ from ranks import Ranks
 
 import parallel
 from parallel.failures import Failures, RankFailedError
+from parallel.host_comm import HostComm
 from uni3d.engine import step_numbers
 from uni3d.engine.host_threads import use_cores
 from uni3d.engine.step_numbers import wait_for
@@ -92,7 +93,7 @@ class Event:
 
 
 def looking_case() -> str:
-    failures, rank = Failures(), dist.get_rank()
+    failures, rank = Failures(HostComm()), dist.get_rank()
     with failures.told("step 1"):
         pass
     failures.look()
