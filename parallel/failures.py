@@ -117,7 +117,7 @@ class Failures:
             # One rank looks at the signs of all, and tells the others: they may be thousands.
             looks = self._life is not None and self._is_first(f"looks/{self._count}")
             signs: Signs = self._life.look() if self._life is not None and looks else {}
-            seconds = max(PATIENCE_S, time_for_signs(signs)) if looks else PATIENCE_S + 2 * INTERVAL
+            seconds = max(PATIENCE_S, time_for_signs(signs)) if looks else PATIENCE_S + 6 * INTERVAL
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 if told := self._told(self._count):

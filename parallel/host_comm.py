@@ -34,10 +34,6 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for ranks that are alive, which includes the slowest rank's write of a checkpoint."""
 
-CONNECTING_S = 10.0
-"""Least time that a connection to the store may take: all ranks ask for one when they start, which loads its
-process and their machines."""
-
 CLOSING_S = 5.0
 """Longest wait, at exit, for connections that are being closed."""
 
@@ -83,7 +79,7 @@ class HostComm:
             store = self.connection.clone if beside is None else beside.store
             return part_of(store, "uni3d/host_comm", rank)
 
-        self._connect(within(max(patience, CONNECTING_S), part), rank, size, patience, beside=beside)
+        self._connect(within(patience, part), rank, size, patience, beside=beside)
 
     @classmethod
     def of(
@@ -105,9 +101,8 @@ class HostComm:
         """
         comm = cls.__new__(cls)
         comm.doing, seconds = doing, timeout.total_seconds()
-        connecting = max(patience, CONNECTING_S)
-        comm.connection = within(connecting, lambda: connection_to(store))
-        arrivals = Arrivals(comm.connection.clone, rank, connecting)
+        comm.connection = within(patience, lambda: connection_to(store))
+        arrivals = Arrivals(comm.connection.clone, rank, patience)
         part = arrivals.part(seconds)
         if part is None:
             raise LostRankError(f"{comm._work}rank 0 didn't come within {seconds:g} s")
@@ -144,8 +139,7 @@ class HostComm:
         options._timeout = TIMEOUT
         # Ranks connect when they first talk: a rank has a few connections, not one to each of thousands.
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
-        connecting = max(patience, CONNECTING_S)
-        self._group: Any = within(connecting, lambda: dist.ProcessGroupGloo(store, rank, size, options))
+        self._group: Any = within(patience, lambda: dist.ProcessGroupGloo(store, rank, size, options))
         self._lost = ""
         # The same on all ranks: the number of works begun, and those that haven't ended.
         self._works, self._open = 0, list[int]()

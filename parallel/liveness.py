@@ -27,6 +27,9 @@ SHORTEST = 0.02
 PATIENCE = 600.0
 """Seconds without a sign of life after which a rank counts as gone, unless it is set."""
 
+PROMPT_S = 0.1
+"""Time within which a store answers at once, whatever the pace of the signs."""
+
 MOST_NAMED = 8
 """Ranks that a message names."""
 
@@ -161,9 +164,22 @@ class Liveness:
         return {rank: sign for rank in range(self._size) if (sign := self._read(rank)) is not None}
 
     def silent(self, since: Signs) -> list[int]:
-        """Return the ranks that have given no sign since these, which `time_for_signs` was waited for."""
-        now = self.look()
-        return [rank for rank, sign in since.items() if rank != self._rank and now.get(rank) == sign]
+        """Return the ranks that have given no sign since these, which `time_for_signs` was waited for. Local.
+
+        A store that is held up, see `store_calls.LEAST_S`, holds up the signs of ranks that are well. So it
+        must have answered two looks in a row at once: what came before the first, it has taken by the second.
+        """
+        pause, prompt = time_for_signs(since), 0
+        silent = {rank: sign for rank, sign in since.items() if rank != self._rank}
+        while silent and prompt < 2:
+            begun = time.monotonic()
+            now = self.look()
+            prompt += 1
+            if time.monotonic() - begun > max(pause, PROMPT_S):
+                prompt = 0
+                time.sleep(pause)
+            silent = {rank: sign for rank, sign in silent.items() if now.get(rank) == sign}
+        return [*silent]
 
     def gone(self, peer: int) -> list[int]:
         """Return the ranks that give no sign if `peer` has given none for `patience`. Local.

@@ -9,6 +9,11 @@ from weakref import WeakValueDictionary
 
 T = TypeVar("T")
 
+LEAST_S = 30.0
+"""Least time that a store gets for an answer, in seconds. torch's TCPStore looks up the name of each new
+connection's address in its only thread (`formatSockAddr` in c10d/socket.cpp), and answers nobody meanwhile; a
+name server that is gone takes the resolver 10 s."""
+
 
 class SilentStoreError(RuntimeError):
     """The store gave no answer in time."""
@@ -49,7 +54,7 @@ class StoreCalls:
     After the first such call all others raise at once, as they would wait for that one.
 
     Attributes:
-        seconds: the longest wait for an answer.
+        seconds: the longest wait for an answer, if it is more than LEAST_S.
     """
 
     def __init__(self, store: Any, seconds: float) -> None:
@@ -80,7 +85,7 @@ class StoreCalls:
 
     def _ended(self, name: str, *args: Any) -> Any:
         if self.silent:
-            raise SilentStoreError(self.seconds)
+            raise SilentStoreError(max(self.seconds, LEAST_S))
         try:
             return within(self.seconds, lambda: getattr(self._store, name)(*args))
         except SilentStoreError:
@@ -91,9 +96,12 @@ class StoreCalls:
 def within(seconds: float, call: Callable[[], T]) -> T:
     """Return the result of a call of a store that a thread makes; it is left behind if there is no answer.
 
+    It gets LEAST_S at least.
+
     Raises:
         SilentStoreError: there is none.
     """
+    seconds = max(seconds, LEAST_S)
     results, errors = list[T](), list[Exception]()
 
     def make() -> None:

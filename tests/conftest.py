@@ -25,6 +25,10 @@ sys.path[:0] = map(str, FOLDERS)
 
 from ranks import Ranks  # noqa: E402
 
+# torch's store looks up the name of each connection's address in its only thread. Where a name server is slow
+# or gone, it would answer nobody for 10 s.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 
 def pytest_collection_finish() -> None:
     """Leave the tests and all imported modules out of every later garbage collection."""

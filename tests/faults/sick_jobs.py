@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_helpers import Arrays, save_arrays
-from sick_ranks import STEP_TIMEOUT, Rank, Schedule
+from sick_ranks import STORE_TIMEOUT, Rank, Schedule
 
 from ckpt import CheckpointError, committed_tags, open_checkpoint, read_latest, verify
 
@@ -254,7 +254,8 @@ class Job:
             return  # something has coped with it
         # A load ends with gathering parameters, for which a step's rules hold.
         gathers = s.work in ("step", "initialize") or any(GATHERING in text for text in texts)
-        late = (STEP_TIMEOUT + LOOKS_FOR_A_REASON if gathers else s.timeout) + SLACK
+        late = (s.group_timeout + LOOKS_FOR_A_REASON if gathers else s.timeout) + SLACK
+        late += STORE_TIMEOUT if s.stops_the_store else 0.0
         if self.notes["seconds"] > late:
             self.wrong(f"the others ended after {self.notes['seconds']:.1f} s: {texts}")
         if not texts:

@@ -21,14 +21,18 @@ from models import ADAM, WIDTH, Stack, global_batches, make_engine, micro_batche
 from torch import Tensor, nn
 
 import uni3d
+from parallel import store_calls
 
 PACKAGES = tuple(
     str(Path(uni3d.__file__).parents[1] / name) + os.sep for name in ("uni3d", "parallel", "ckpt")
 )
 TORCH = str(Path(torch.__file__).parent)
 HERE = str(Path(__file__))
-STEP_TIMEOUT = 4.0
-"""Timeout of the process group in seconds, which is that of a step's collectives."""
+GROUP_TIMEOUTS = {"step": 4.0, "load": 4.0, "initialize": 8.0, "save": 60.0, "background": 60.0}
+"""Timeout of the process group in seconds, by the work: that of a step's collectives, and of `initialize` for a
+rank that doesn't come."""
+STORE_TIMEOUT = 8.0
+"""Seconds that the rendezvous store gets for an answer; a busy machine needs some."""
 PATIENT = timedelta(seconds=60)
 TOPOLOGIES = (
     *({"world": 2, "zero": zero} for zero in range(4)),
@@ -87,6 +91,15 @@ class Schedule:
     @property
     def saves(self) -> bool:
         return self.work in ("save", "background")
+
+    @property
+    def group_timeout(self) -> float:
+        return GROUP_TIMEOUTS[self.work]
+
+    @property
+    def stops_the_store(self) -> bool:
+        """True if the store gives no answer once the rank is sick."""
+        return self.how == "stopped" and self.store == "rank 0" and self.rank == 0
 
     @property
     def takes_the_store(self) -> bool:
@@ -223,10 +236,11 @@ class Rank:
     def start(self) -> uni3d.Engine:
         """Join the other ranks, and make the engine."""
         s = self.schedule
+        store_calls.LEAST_S = STORE_TIMEOUT
         os.environ.update(RANK=str(self.rank), LOCAL_RANK=str(self.rank), WORLD_SIZE=str(s.world))
         os.environ["LOCAL_WORLD_SIZE"] = str(s.world)
         store = self.start_store() if s.store == "rank 0" and self.rank == 0 else self.join_store()
-        timeout = timedelta(seconds=60 if s.saves else STEP_TIMEOUT)
+        timeout = timedelta(seconds=s.group_timeout)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=s.world, timeout=timeout)
         return self.engine()
 
@@ -251,7 +265,7 @@ class Rank:
     def config(self) -> dict[str, Any]:
         s = self.schedule
         kept = {"async_save": s.work == "background", "durable": False, "timeout_seconds": s.timeout}
-        parallel = {"pp": s.pp, "tp": s.tp, "device": "cpu"}
+        parallel = {"pp": s.pp, "tp": s.tp, "device": "cpu", "timeout_seconds": s.group_timeout}
         return {"steps_per_print": None, "checkpoint": kept, "parallel": parallel, "optimizer": ADAM}
 
     def live(self) -> int:

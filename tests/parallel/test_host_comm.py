@@ -15,7 +15,7 @@ import torch.distributed as dist
 from marks import matrix, slow
 from ranks import RankError, Ranks
 
-from parallel import HostComm, host_comm, liveness
+from parallel import HostComm, host_comm, liveness, store_calls
 from parallel.host_comm import LostRankError
 from parallel.routes import Routes
 from parallel.store_calls import SilentStoreError, StoreCalls
@@ -326,9 +326,10 @@ class SilentStore:
         return self.ends.wait(60)
 
 
-def test_a_store_that_gives_no_answer() -> None:
+def test_a_store_that_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_calls, "LEAST_S", 0.05)
     store = SilentStore()
-    calls = StoreCalls(store, 0.05)
+    calls = StoreCalls(store, 0.01)
     for _ in range(2):
         with pytest.raises(SilentStoreError, match=r"no answer for 0.05 s: the process"):
             calls.check(["lost"])

@@ -131,3 +131,32 @@ def test_signs_are_given_while_a_thread_waits_for_a_key() -> None:
 def wait_in_vain(store: dist.TCPStore) -> None:
     with pytest.raises(dist.DistStoreError):
         store.wait(["never"], timedelta(seconds=3))
+
+
+SAME, NEXT = {0: b"7 0.01", 1: b"7 0.01"}, {0: b"8 0.01", 1: b"8 0.01"}
+"""Signs of life of two ranks, and later ones."""
+
+
+@pytest.mark.parametrize(
+    ("looks", "silent"),
+    [
+        ([(0, SAME), (0, SAME)], [1]),
+        ([(1, SAME), (0, NEXT)], []),  # the store was held up, and so was the other's sign
+        ([(0, SAME), (0, NEXT)], []),  # the first was answered at the end of such a time
+        ([(0, SAME), (1, SAME), (0, SAME), (0, SAME)], [1]),
+        ([(0, SAME), (1, SAME), (0, SAME), (0, NEXT)], []),
+        ([(0, {}), (0, {})], []),  # there is no store any more
+    ],
+)
+def test_a_store_that_is_held_up(looks: list[tuple[float, liveness.Signs]], silent: list[int]) -> None:
+    life = liveness.Liveness(dist.HashStore(), 0, 2)
+    left = iter(looks)
+
+    def look(_: liveness.Liveness) -> liveness.Signs:
+        seconds, signs = next(left)
+        time.sleep(seconds * 2 * liveness.PROMPT_S)
+        return signs
+
+    with mock.patch.object(liveness.Liveness, "look", look):
+        assert life.silent(SAME) == silent
+    life.end()
