@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from parallel.host_comm import TIMEOUT, HostComm, LostRankError, part_of
-from parallel.liveness import GONE, INTERVAL, PATIENCE, Signs, named, time_for_signs
+from parallel.liveness import GONE, INTERVAL, OWNER, PATIENCE, Signs, named, time_for_signs
 from parallel.store_calls import SilentStoreError, StoreCalls, within
 from parallel.topology import Meeting, meet
 
@@ -138,13 +138,13 @@ class Failures:
         except SilentStoreError as silent:
             why = str(silent)
         except RuntimeError:
-            why = f"so is that to the rendezvous store, which rank 0's process has, or torchrun's; {why}"
+            why = f"so is that to the rendezvous store, {OWNER}; {why}"
         return f"{work} failed: the connection to another rank was lost; {why}"
 
 
 def connect(
     work: str, device_type: str, patience: float, timeout: timedelta | None
-) -> tuple[Meeting, HostComm]:
+) -> tuple[Meeting, HostComm, Failures]:
     """Let the ranks meet, before they have a process group or after, and connect their CPUs. Collective.
 
     `patience` is that of the connections, `timeout` the longest wait for a rank that hasn't come, by default
@@ -157,15 +157,18 @@ def connect(
         store, rank, size = meeting = meet(device_type, timeout)
         longest = timeout or TIMEOUT
         comm = HostComm.of(store, rank, size, doing=work, patience=patience, timeout=longest)
+        comm.doing = ""
+        return meeting, comm, Failures(comm)
     except LostRankError as error:
         raise RankFailedError(f"{work} failed: {_without(work, error)}") from error
     except SilentStoreError as error:
         raise RankFailedError(f"{work} failed: {error}") from error
+    except dist.DistNetworkError as error:
+        why = f"the connection to the rendezvous store is lost, {OWNER}: {error}"
+        raise RankFailedError(f"{work} failed: {why}") from error
     except dist.DistError as error:
         why = f"the ranks don't meet at the rendezvous store: {error}"
         raise RankFailedError(f"{work} failed: {why}") from error
-    comm.doing = ""
-    return meeting, comm
 
 
 def _text(error: BaseException) -> str:

@@ -155,7 +155,10 @@ class HostComm:
             works = () if beside is None else beside._open
             peers, seconds = self._routes.all_peers, timeout.total_seconds()
             if reason := self._life.come(peers, seconds, works, answer):
-                self._lost = self._life.tell(f"{self._work}{reason}")
+                self._lost, self._group = (
+                    self._life.tell(f"{self._work}{reason}"),
+                    None,
+                )  # so that others notice
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
         self.exchange({})
 

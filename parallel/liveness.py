@@ -9,6 +9,7 @@ A rank is waited for by signs only from its first one on: before, nobody can kno
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -36,6 +37,9 @@ MOST_NAMED = 8
 GONE = "ended or stopped, or the machine is gone"
 """State of a rank without signs of life."""
 
+OWNER = "which rank 0's process has, or torchrun's"
+"""Owner of the rendezvous store."""
+
 Signs = dict[int, bytes]
 """Last sign of each rank that has given one."""
 
@@ -53,6 +57,7 @@ class Liveness:
         """
         self._store, self._rank, self._size = StoreCalls(store, patience), rank, size
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._without_store = math.inf  # time at which the store's process was found to have ended
         self._store.set(_here(rank), "")
         self._beside = beside  # so that it lives
         self._signs: StoreCalls = self._store if beside is None else beside._signs
@@ -117,19 +122,25 @@ class Liveness:
                 time.sleep(pause)
                 pause = min(2 * pause, self.interval)
         except RuntimeError as error:
-            return f"the connection to the rendezvous store is lost: {error}"
+            return f"the connection to the rendezvous store is lost, {OWNER}: {error}"
         return None
 
     def reason(self, works: Collection[int] = ()) -> str | None:
-        """Return why these ranks can't go on, or can't end one of these works, if one has said so. Local."""
+        """Return why these ranks can't go on, or can't end one of these works, if one has said so. Local.
+
+        Without the store nobody can say so, nor give signs: after `patience` that is the reason.
+        """
         try:
             for key in ("lost", *map(_left, works)):
                 if self._store.check([key]):
                     return self._store.get(key).decode()
         except SilentStoreError as error:
             return str(error)
-        except RuntimeError:  # the store's process has ended
-            pass
+        except RuntimeError:  # its process has ended, as rank 0's may when it has nothing left to do
+            now = time.monotonic()
+            self._without_store = min(self._without_store, now)
+            if now - self._without_store >= self.patience:
+                return f"the connection to the rendezvous store is lost, {OWNER}"
         return None
 
     def tell(self, reason: str, work: int | None = None) -> str:

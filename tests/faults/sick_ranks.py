@@ -28,9 +28,9 @@ PACKAGES = tuple(
 )
 TORCH = str(Path(torch.__file__).parent)
 HERE = str(Path(__file__))
-GROUP_TIMEOUTS = {"step": 4.0, "load": 4.0, "initialize": 8.0, "save": 60.0, "background": 60.0}
-"""Timeout of the process group in seconds, by the work: that of a step's collectives, and of `initialize` for a
-rank that doesn't come."""
+GROUP_TIMEOUTS = {"step": 4.0, "load": 4.0, "initialize": 6.0, "save": 60.0, "background": 60.0}
+"""Timeout of the process group in seconds, by the work: that of a step's collectives, and of the wait for a
+rank that doesn't come to `initialize`."""
 STORE_TIMEOUT = 8.0
 """Seconds that the rendezvous store gets for an answer; a busy machine needs some."""
 PATIENT = timedelta(seconds=60)

@@ -160,3 +160,12 @@ def test_a_store_that_is_held_up(looks: list[tuple[float, liveness.Signs]], sile
     with mock.patch.object(liveness.Liveness, "look", look):
         assert life.silent(SAME) == silent
     life.end()
+
+
+def test_without_a_store_ranks_are_waited_for_no_longer_than_their_patience() -> None:
+    life = liveness.Liveness(dist.HashStore(), 0, 2, patience=0.3)
+    with mock.patch.object(life._store, "check", side_effect=dist.DistNetworkError("Broken pipe")):
+        assert life.reason() is None, "rank 0 may have ended, as it has nothing left to do"
+        time.sleep(0.3)
+        assert life.reason() == f"the connection to the rendezvous store is lost, {liveness.OWNER}"
+    life.end()

@@ -12,7 +12,6 @@ import torch
 
 import ckpt
 import parallel
-from parallel import Failures
 from parallel.failures import connect
 from parallel.topology import Meeting, timeout_of_the_default_group
 from uni3d.config import BatchTriad, Config, batch_triad
@@ -42,10 +41,11 @@ def joined(settings: Config, mpu: Any) -> Iterator[tuple[parallel.Topology, Dema
         parallel.RankFailedError: another rank failed, was lost or didn't come.
     """
     asked = _demands(settings)
-    meeting, host = _connected(settings, asked.device)
-    told = Failures(host).told(INITIALIZE, alike=(ckpt.CheckpointError,))
+    timeout = _timeout(settings, asked.device)
+    meeting, host, failures = connect(INITIALIZE, asked.device, settings.checkpoint.timeout_seconds, timeout)
+    told = failures.told(INITIALIZE, alike=(ckpt.CheckpointError,))
     with told, host.at(INITIALIZE, alike=(ValueError, ckpt.CheckpointError)):
-        yield _distribute(settings, asked, meeting, host, mpu), asked
+        yield _distribute(settings, asked, meeting, timeout, host, mpu), asked
 
 
 def _demands(settings: Config) -> Demands:
@@ -58,17 +58,17 @@ def _demands(settings: Config) -> Demands:
     return Demands(degrees, device, triad, split)
 
 
-def _connected(settings: Config, device: str) -> tuple[Meeting, parallel.HostComm]:
-    """Connect the ranks, so that one that is lost later on is known. Collective."""
-    return connect(INITIALIZE, device, settings.checkpoint.timeout_seconds, _timeout(settings, device))
-
-
 def _distribute(
-    settings: Config, asked: Demands, meeting: Meeting, host: parallel.HostComm, mpu: Any
+    settings: Config,
+    asked: Demands,
+    meeting: Meeting,
+    timeout: timedelta | None,
+    host: parallel.HostComm,
+    mpu: Any,
 ) -> parallel.Topology:
     """Start the process group, if there is none, and return the topology. Collective."""
     device = asked.device
-    parallel.start_process_group(device, _timeout(settings, device), meeting)
+    parallel.start_process_group(device, timeout, meeting)
     topology = parallel.Topology(
         asked.degrees,
         zero_stage=settings.zero_optimization.stage,
