@@ -245,7 +245,7 @@ def test_a_rank_that_dies_in_an_exchange_fails_the_others(tmp_path: Path) -> Non
 
 
 def stopping_case(folder: str, stopped: int) -> str:
-    """Let a rank stop until another, which has given it up, lets it go on; return what the ranks raise."""
+    """Let a rank stop until the others have given it up; return what each raises."""
     liveness.INTERVAL = 0.2
     comm = HostComm()
     comm.patience, comm.doing = 1, "the save of t1"
@@ -255,7 +255,10 @@ def stopping_case(folder: str, stopped: int) -> str:
     try:
         comm.all_reduce(1, sum)
     except LostRankError as error:
+        (Path(folder) / str(comm.rank)).touch()
         if comm.rank == (stopped + 1) % comm.size:
+            while len(os.listdir(folder)) < comm.size - 1:
+                time.sleep(0.05)
             os.kill(pids[stopped], signal.SIGCONT)
         return str(error)
     return "nothing"
