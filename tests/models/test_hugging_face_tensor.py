@@ -125,7 +125,8 @@ def resharding_case(kind: str, zero: int, run: str) -> list[Any]:
     return sorted((tuple(spec.key), tuple(spec.box)) for spec, _, _ in arrays)
 
 
-@pytest.mark.parametrize(("kind", "zero"), [("llama", 3), slow("qwen3", 0), slow("mixtral", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "zero"), [("llama", 3), ("qwen3", 0), ("mixtral", 1)])
 def test_boxes_are_those_of_real_ranks(hf_ranks: Ranks, tmp_path: Path, kind: str, zero: int) -> None:
     found = hf_ranks.run(4, resharding_case, kind, zero, str(tmp_path))
     checkpoint = ckpt.open_checkpoint(tmp_path)

@@ -197,6 +197,7 @@ def train_case(run: str) -> dict[str, Tensor]:
     return {} if state is None else peft.get_peft_model_state_dict(engine.module, state_dict=state)
 
 
+@pytest.mark.slow
 def test_an_engines_run(hf_ranks: Ranks, tmp_path: Path) -> None:
     wanted = hf_ranks.run(2, train_case, str(tmp_path / "run"))[0]
     answer("export", tmp_path / "run", tmp_path / "out", "--format", "peft")

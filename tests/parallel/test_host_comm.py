@@ -231,6 +231,7 @@ def dying_case(folder: str) -> None:
     Path(folder, str(comm.rank)).write_text("\n".join(texts))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_in_an_exchange_fails_the_others(tmp_path: Path) -> None:
     pool = Ranks()
     try:

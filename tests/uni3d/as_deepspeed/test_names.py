@@ -121,6 +121,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 INSTALL = "import uni3d.deepspeed; uni3d.deepspeed.install(); uni3d.deepspeed.install()\n"
 
 
+@pytest.mark.slow
 def test_install() -> None:
     done = run(
         INSTALL

@@ -48,6 +48,7 @@ def comm_case() -> None:
     del engine
 
 
+@pytest.mark.slow
 def test_comm_and_groups(ranks: Ranks) -> None:
     ranks.run(4, comm_case)
 

@@ -364,6 +364,7 @@ print("went on")
 """
 
 
+@pytest.mark.slow
 def test_a_process_whose_last_save_failed_exits_with_1(tmp_path: Path) -> None:
     script = FAILING.format(run=str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from commands import answer, refused, run
-from marks import slow
 from model import GPT, GPTConfig
 
 from uni3d.bench.collectives import seconds_by_kind
@@ -66,6 +65,7 @@ def test_the_figures_of_one_rank(config: Path) -> None:
     assert row["traces"] == []
 
 
+@pytest.mark.slow
 def test_two_stages_a_trace_of_each_and_a_picture(tmp_path: Path, config: Path) -> None:
     trace, picture = tmp_path / "trace.json", tmp_path / "schedule.png"
     done = run("bench", config, *QUICK, "--nproc", 2, "--pp", 2, "--trace", trace, "--schedule", picture)
@@ -139,11 +139,12 @@ def fails_on_rank_1(how: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("raise", "rank 1: ValueError: rank 1 has had enough"),
-        slow("kill", r"rank 1 was ended by SIGKILL \(out of memory\?\)"),
+        ("kill", r"rank 1 was ended by SIGKILL \(out of memory\?\)"),
     ],
 )
 def test_a_rank_that_fails_ends_the_others(how: str, message: str) -> None:

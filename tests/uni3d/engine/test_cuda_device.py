@@ -37,8 +37,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
     "offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
 }
-QUICK = {("zero 3", "plain")}
-SOME = {("tp", "full"), ("pp", "bf16"), ("one rank", "fp16"), ("zero 3", "offload")}
+QUICK = {("one rank", "plain")}
+SOME = {("zero 3", "plain"), ("tp", "full"), ("pp", "bf16"), ("one rank", "fp16"), ("zero 3", "offload")}
 NOTHING = {("one rank", "offload")}
 """Stage 0 shards nothing, and so offloads nothing."""
 REST = {*product(PLACES, WAYS)} - QUICK - SOME - NOTHING

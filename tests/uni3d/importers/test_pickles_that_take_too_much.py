@@ -25,7 +25,7 @@ def doubled(empty: bytes, times: int) -> bytes:
 
 
 def with_one_hash(count: int) -> bytes:
-    """Return opcodes of a dict whose keys all have the same hash. To build it takes the square of the time."""
+    """Return opcodes of a dict whose keys have the same hash: to build it takes the square of the time."""
     keys = (pickle.dumps(k * (2**61 - 1), 2).removeprefix(b"\x80\x02")[:-1] for k in range(count))
     return b"}(" + b"".join(key + b"N" for key in keys) + b"u."
 
