@@ -35,11 +35,12 @@ EXCHANGE = "alltoall"
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts the bytes that this rank sends, by the kinds of `ROUNDS` and "send"."""
+    """Counts the calls in which this rank sends, and their bytes, by the kinds of `ROUNDS` and "send"."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter(dict.fromkeys(ROUNDS, 0))
+        self.calls: Counter[str] = Counter(dict.fromkeys(ROUNDS, 0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -47,11 +48,13 @@ class SentBytes(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
         if name == "c10d::send":
             self.bytes["send"] += tensors[0].nbytes
+            self.calls["send"] += 1
         elif "c10d" in name:
             plain = name.replace("_", "").replace(EXCHANGE, "reducescatter")
             if kind := next((kind for kind in ROUNDS if kind.replace("_", "") in plain), None):
                 size = _group_size(args)  # the larger of input and output is the whole tensor
                 self.bytes[kind] += ROUNDS[kind] * max(x.nbytes for x in tensors) * (size - 1) // size
+                self.calls[kind] += size > 1
         return result
 
 

@@ -1,4 +1,4 @@
-"""Compare the formulas of ZeRO with live tensors and counted collectives, within 5%."""
+"""Compare the formulas of ZeRO with live tensors, within 5%, and with counted collectives and their bytes."""
 
 from typing import Any, NamedTuple
 
@@ -86,6 +86,19 @@ class Case(NamedTuple):
         }
 
 
+def calls(case: Case) -> dict[str, int]:
+    """Return the number of collectives in a step: one for each layer, where one is needed."""
+    every, once = LAYERS * case.accumulation, LAYERS  # in each micro batch, and in a step
+    shards = shard_count(case.dp, case.stage, case.group)
+    gathers = {0: 0, 1: once, 2: once, 3: 2 * every - case.accumulation}  # the last layer stays gathered
+    reductions = {0: 0, 1: once, 2: every, 3: every}
+    return {
+        "all_reduce": once if case.dp > shards else 0,
+        "all_gather": gathers[case.stage] if shards > 1 else 0,
+        "reduce_scatter": reductions[case.stage] if shards > 1 else 0,
+    }
+
+
 CASES = [
     *(Case(stage, 2) for stage in range(4)),
     matrix(Case(0, 4, None, "bf16")),
@@ -155,18 +168,24 @@ def case(case: Case) -> Any:
                     loss.backward()
                 look()
         built.zero.reshard()
+        built.zero.begin_step()
         optimizer.step()
         look()
         optimizer.zero_grad()
     states = [v for s in optimizer.state.values() for v in s.values() if v.ndim > 0]
     total = sum(memory(*states).values())
-    return dict(zip(("parameters", "gradients", "optimizer"), (*largest, total), strict=True)), counted.bytes
+    return (
+        dict(zip(("parameters", "gradients", "optimizer"), (*largest, total), strict=True)),
+        counted.bytes,
+        counted.calls,
+    )
 
 
 @pytest.mark.parametrize("which", CASES, ids=str)
-def test_bytes(ranks: Ranks, which: Case) -> None:
+def test_bytes_and_calls(ranks: Ranks, which: Case) -> None:
     parameters = LAYERS * WIDTH**2
-    for found_held, found_sent in ranks.run(which.dp, case, which):
+    for found_held, found_sent, found_calls in ranks.run(which.dp, case, which):
         assert found_held == pytest.approx(held(parameters, **which.arguments), rel=0.05)
         expected = sent(parameters, kept=KEPT, **which.arguments)._asdict()
         assert dict(found_sent) == pytest.approx(expected, rel=0.02)
+        assert dict(found_calls) == calls(which)
