@@ -16,23 +16,31 @@ import torch._C._distributed_c10d as distributed
 from parallel.store_calls import StoreCalls
 
 COUNT = "uni3d/arrivals"
+SETTLED = f"{COUNT}/settled"
 LONGEST_PAUSE = 1.0
 """Longest time between two looks for the answer, in seconds."""
 
 
 class Arrivals:
-    """One rank's arrival and, on rank 0, the answers to the others'."""
+    """One rank's arrival and, on rank 0, the answers to the others'.
+
+    Attributes:
+        name: prefix of the ranks' new part of the store, once `part` has returned it.
+    """
 
     def __init__(self, store: Any, rank: int, seconds: float) -> None:
         """Come to a `torch.distributed.Store`, whose calls may take so many seconds each."""
         self._plain, self._store, self._rank = store, StoreCalls(store, seconds), rank
-        self._name = f"uni3d/{secrets.token_hex(8)}"
+        self.name: str | None = f"uni3d/{secrets.token_hex(8)}" if rank == 0 else None
         self._seen, self._open = 0, set[int]()
 
     def part(self, seconds: float) -> Any | None:
         """Return the ranks' new part of the store; None if rank 0 hasn't come within so many seconds."""
-        name = self._name if self._rank == 0 else self._answered(seconds)
-        return None if name is None else distributed.PrefixStore(name, self._plain)
+        if self._rank == 0:
+            self._seen = int(self._store.get(SETTLED)) if self._store.check([SETTLED]) else 0
+        else:
+            self.name = self._answered(seconds)
+        return None if self.name is None else distributed.PrefixStore(self.name, self._plain)
 
     def _answered(self, seconds: float) -> str | None:
         token, deadline, pause = secrets.token_hex(8), time.monotonic() + seconds, 0.005
@@ -42,7 +50,9 @@ class Arrivals:
                 return None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        return self._store.get(_answer(token)).decode()
+        name = self._store.get(_answer(token)).decode()
+        self._store.delete_key(_answer(token))
+        return name
 
     def answer(self) -> None:
         """Answer all that have come by now, those of earlier attempts too, which nobody reads. For rank 0."""
@@ -52,8 +62,13 @@ class Arrivals:
         for number in sorted(self._open):
             if self._store.check([f"{COUNT}/{number}"]):  # else it has ended in between, or is about to
                 token = self._store.get(f"{COUNT}/{number}").decode()
-                self._store.set(_answer(token), self._name)
+                self._store.set(_answer(token), str(self.name))
+                self._store.delete_key(f"{COUNT}/{number}")
                 self._open.discard(number)
+
+    def settle(self) -> None:
+        """Note that all have come, so that a later attempt needn't look at those of this one. For rank 0."""
+        self._store.set(SETTLED, str(min(self._open, default=self._seen + 1) - 1))
 
 
 def _answer(token: str) -> str:

@@ -15,12 +15,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from parallel.host_comm import TIMEOUT, HostComm, LostRankError, part_of
-from parallel.liveness import GONE, INTERVAL, OWNER, PATIENCE, Signs, named, time_for_signs
+from parallel.liveness import GONE, INTERVAL, OWNER, Signs, named, time_for_signs
 from parallel.store_calls import SilentStoreError, StoreCalls, within
 from parallel.topology import Meeting, meet
 
 PATIENCE_S = 5.0
-"""Seconds for which a rank looks for the reason of a lost connection, and waits for the store's answer."""
+"""Seconds for which a rank looks for the reason of a lost connection."""
 
 OF_GLOO = ("gloo/transport", "Application timeout caused pair closure")
 """Words of gloo's errors. The second ones stand alone if a rank was stopped and goes on after the timeout."""
@@ -36,7 +36,7 @@ class Failures:
     def __init__(self, comm: HostComm) -> None:
         """Open a part of the store for the ranks of `comm`. They make their Failures in the same order."""
         self._rank, self._life = comm.rank, comm.life
-        part = within(PATIENCE, lambda: part_of(comm.store, "failures", comm.rank))
+        part = within(comm.patience, lambda: part_of(comm.store, "failures", comm.rank))
         self._store = StoreCalls(part, PATIENCE_S)
         self._count = 0  # number of works begun, the same on all ranks
         self._worked = 0  # the last one that this rank ended without an error
@@ -59,6 +59,8 @@ class Failures:
         except alike:
             raise
         except BaseException as error:  # an interrupt too, as the others wait for this rank
+            if isinstance(error, SilentStoreError):
+                raise RankFailedError(f"{work} failed: {error}") from error
             if isinstance(error, LostRankError):
                 mine = f"rank {self._rank}: {_without(work, error)}"
                 told = self._tell(mine)
@@ -117,7 +119,9 @@ class Failures:
             # One rank looks at the signs of all, and tells the others: they may be thousands.
             looks = self._life is not None and self._is_first(f"looks/{self._count}")
             signs: Signs = self._life.look() if self._life is not None and looks else {}
-            seconds = max(PATIENCE_S, time_for_signs(signs)) if looks else PATIENCE_S + 6 * INTERVAL
+            seconds = max(PATIENCE_S, time_for_signs(signs))
+            if self._life is not None and not looks:
+                seconds += 6 * INTERVAL
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 if told := self._told(self._count):
@@ -147,27 +151,28 @@ def connect(
 ) -> tuple[Meeting, HostComm, Failures]:
     """Let the ranks meet, before they have a process group or after, and connect their CPUs. Collective.
 
-    `patience` is that of the connections, `timeout` the longest wait for a rank that hasn't come, by default
-    half an hour.
+    They get a new part of the store, apart from what an earlier attempt has left. `patience` is that of the
+    connections, `timeout` the longest wait for a rank that hasn't come, by default half an hour.
 
     Raises:
         RankFailedError: a rank was lost, or didn't come; names `work`.
     """
     try:
-        store, rank, size = meeting = meet(device_type, timeout)
-        longest = timeout or TIMEOUT
-        comm = HostComm.of(store, rank, size, doing=work, patience=patience, timeout=longest)
+        store, rank, size = meet(device_type, timeout)
+    except dist.DistError as error:
+        why = f"the ranks don't meet at the rendezvous store: {error}"
+        raise RankFailedError(f"{work} failed: {why}") from error
+    try:
+        comm = HostComm.of(store, rank, size, doing=work, patience=patience, timeout=timeout or TIMEOUT)
         comm.doing = ""
-        return meeting, comm, Failures(comm)
+        own = dist.PrefixStore(str(comm.part), store)  # type: ignore[attr-defined]
+        return Meeting(own, rank, size), comm, Failures(comm)
     except LostRankError as error:
         raise RankFailedError(f"{work} failed: {_without(work, error)}") from error
     except SilentStoreError as error:
         raise RankFailedError(f"{work} failed: {error}") from error
-    except dist.DistNetworkError as error:
-        why = f"the connection to the rendezvous store is lost, {OWNER}: {error}"
-        raise RankFailedError(f"{work} failed: {why}") from error
     except dist.DistError as error:
-        why = f"the ranks don't meet at the rendezvous store: {error}"
+        why = f"the connection to the rendezvous store is lost, {OWNER}: {error}"
         raise RankFailedError(f"{work} failed: {why}") from error
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from queue import SimpleQueue
 from threading import Event
 from traceback import clear_frames
@@ -40,6 +43,16 @@ class Call:
         if error is not None:
             raise error
         return self._result
+
+
+@cache
+def let_gloo_finish_at_exit() -> None:
+    """Make the interpreter pause before it exits, so that a successful run doesn't end with SIGABRT.
+
+    Gloo's threads release the last collective's tensors after it has finished, and need the GIL for that. A
+    thread that asks for the GIL while the interpreter exits aborts the process (pytorch/pytorch#190489).
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:

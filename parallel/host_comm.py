@@ -23,7 +23,7 @@ import torch._C._distributed_c10d as distributed
 import torch.distributed as dist
 
 from parallel.arrivals import Arrivals
-from parallel.gloo_calls import Call, let_go, serve
+from parallel.gloo_calls import Call, let_gloo_finish_at_exit, let_go, serve
 from parallel.liveness import PATIENCE, Liveness
 from parallel.parcels import Bytes, Parcel, as_array, bundle, framed, unbundled, unframed
 from parallel.routes import Routes
@@ -58,10 +58,12 @@ class HostComm:
         doing: name of the work at hand, for messages.
         store: these ranks' own part of the rendezvous store.
         connection: the process's connection to the whole store.
+        part: prefix of `store` in it, if no process group was needed.
     """
 
     doing = ""
     connection: Connection
+    part: str | None = None
 
     def __init__(self, beside: HostComm | None = None) -> None:
         """Connect the ranks of the default process group. Collective.
@@ -105,9 +107,12 @@ class HostComm:
         arrivals = Arrivals(comm.connection.clone, rank, patience)
         part = arrivals.part(seconds)
         if part is None:
-            raise LostRankError(f"{comm._work}rank 0 didn't come within {seconds:g} s")
+            raise LostRankError(f"{comm._work}rank 0 didn't come within {seconds:g} s, or has ended")
         answer = arrivals.answer if rank == 0 else None
+        comm.part = arrivals.name
         comm._connect(part, rank, size, patience, timeout, answer=answer)
+        if rank == 0:
+            arrivals.settle()
         return comm
 
     @classmethod
@@ -147,6 +152,7 @@ class HostComm:
         self._met: Any = None
         self._waits_for: int | None = None
         if size > 1:
+            let_gloo_finish_at_exit()
             self._life = Liveness(store, rank, size, patience, None if beside is None else beside.life)
             self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
             # Gloo's waits can't be interrupted: they are a thread's, which is left behind if a rank is gone.

@@ -28,6 +28,9 @@ SHORTEST = 0.02
 PATIENCE = 600.0
 """Seconds without a sign of life after which a rank counts as gone, unless it is set."""
 
+LONGEST_PAUSE = 0.5
+"""Longest time between two looks for ranks that haven't come, in seconds."""
+
 PROMPT_S = 0.1
 """Time within which a store answers at once, whatever the pace of the signs."""
 
@@ -58,10 +61,12 @@ class Liveness:
         self._store, self._rank, self._size = StoreCalls(store, patience), rank, size
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._without_store = math.inf  # time at which the store's process was found to have ended
-        self._store.set(_here(rank), "")
         self._beside = beside  # so that it lives
         self._signs: StoreCalls = self._store if beside is None else beside._signs
         self._pace: _Pace = _Pace(_interval(patience)) if beside is None else beside._pace
+        if beside is None:  # the first sign before the others go on: one that never gave any isn't missed
+            self._signs.set(_sign(rank), _written(0, self._pace))
+        self._store.set(_here(rank), "")
         if beside is not None:
             return
         giving = threading.Thread(target=_give_signs, args=(store, rank, self._pace), daemon=True)
@@ -120,7 +125,9 @@ class Liveness:
                     missing = [rank for rank in expected if not self._store.check([_here(rank)])]
                     return f"{named(missing)} didn't come within {seconds:g} s" if missing else None
                 time.sleep(pause)
-                pause = min(2 * pause, self.interval)
+                pause = min(2 * pause, self.interval, LONGEST_PAUSE)
+        except SilentStoreError as error:
+            return str(error)
         except RuntimeError as error:
             return f"the connection to the rendezvous store is lost, {OWNER}: {error}"
         return None
@@ -178,18 +185,20 @@ class Liveness:
         """Return the ranks that have given no sign since these, which `time_for_signs` was waited for. Local.
 
         A store that is held up, see `store_calls.LEAST_S`, holds up the signs of ranks that are well. So it
-        must have answered two looks in a row at once: what came before the first, it has taken by the second.
+        must have answered two looks in a row at once, and signs had the time to come in between.
         """
         pause, prompt = time_for_signs(since), 0
+        at_once = max(pause, PROMPT_S)
         silent = {rank: sign for rank, sign in since.items() if rank != self._rank}
         while silent and prompt < 2:
             begun = time.monotonic()
             now = self.look()
-            prompt += 1
-            if time.monotonic() - begun > max(pause, PROMPT_S):
-                prompt = 0
-                time.sleep(pause)
             silent = {rank: sign for rank, sign in silent.items() if now.get(rank) == sign}
+            prompt += 1
+            if time.monotonic() - begun > at_once:
+                prompt, at_once = 0, 2 * at_once  # one that is always slow must do, too
+            if silent and prompt < 2:
+                time.sleep(pause)
         return [*silent]
 
     def gone(self, peer: int) -> list[int]:
@@ -255,16 +264,21 @@ def _left(work: int) -> str:
     return f"left/{work}"
 
 
+def _written(count: int, pace: _Pace) -> str:
+    """Return a sign, which tells when to expect the next."""
+    return f"{count} {pace.interval}"
+
+
 def _interval_in(sign: bytes | None) -> float:
     """Return the seconds after which a rank that gave this sign gives the next."""
     return float(sign.partition(b" ")[2]) if sign else 0.0
 
 
 def _give_signs(store: Any, rank: int, pace: _Pace) -> None:
-    count = 0
+    count = 1  # the first has been given
     with suppress(RuntimeError):  # the store's process has ended
         while not pace.ended:
-            store.set(_sign(rank), f"{count} {pace.interval}")
+            store.set(_sign(rank), _written(count, pace))
             count += 1
             pace.changed.wait(pace.interval)
             pace.changed.clear()

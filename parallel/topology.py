@@ -8,13 +8,11 @@ others shard over dp and replicate over one. With a shard group smaller than dp 
 
 from __future__ import annotations
 
-import atexit
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.degrees import Degrees, check_shard_group, resolve_degrees, shard_count
+from parallel.gloo_calls import let_gloo_finish_at_exit
 from parallel.host_comm import HostComm
 
 AXES = ("pp", "replicate", "shard", "tp")
@@ -86,16 +85,6 @@ def _backend(device_type: str) -> str:
     return "nccl" if device_type == "cuda" else "gloo"
 
 
-@cache
-def _let_gloo_finish_at_exit() -> None:
-    """Make the interpreter pause before it exits, so that a successful run doesn't end with SIGABRT.
-
-    Gloo's threads release the last collective's tensors after it has finished, and need the GIL for that. A
-    thread that asks for the GIL while the interpreter exits aborts the process (pytorch/pytorch#190489).
-    """
-    atexit.register(time.sleep, 0.1)
-
-
 class Topology:
     """The mesh, this rank's place on it, and its process groups.
 
@@ -126,7 +115,7 @@ class Topology:
         Raises:
             ValueError: the degrees don't multiply to the world size, or the shard group doesn't divide dp.
         """
-        _let_gloo_finish_at_exit()
+        let_gloo_finish_at_exit()
         d = resolve_degrees(dist.get_world_size(), pp=degrees.pp, dp=degrees.dp, tp=degrees.tp)
         check_shard_group(d.dp, zero_stage, shard_group)
         shard = shard_count(d.dp, zero_stage, shard_group)

@@ -38,7 +38,9 @@ def told_by_others(
     deadline = time.monotonic() + LONGEST
     try:
         others = [ranks[rank] for rank in range(world) if rank != lost]
-        return [rank.communicate(timeout=deadline - time.monotonic())[0].strip() for rank in others]
+        told = [rank.communicate(timeout=deadline - time.monotonic())[0].strip() for rank in others]
+        assert [rank.returncode for rank in others] == [0] * len(others), told
+        return told
     finally:
         for rank in ranks:
             rank.kill()

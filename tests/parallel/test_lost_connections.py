@@ -14,6 +14,7 @@ from ranks import Ranks
 from parallel import failures, liveness
 from parallel.failures import Failures, RankFailedError, connect
 from parallel.host_comm import HostComm, LostRankError
+from parallel.store_calls import SilentStoreError
 from parallel.topology import Meeting
 
 TEXTS = [
@@ -123,6 +124,7 @@ def test_signs_are_given_while_a_thread_waits_for_a_key() -> None:
     waiting.start()
     time.sleep(0.2)
     before = life.look()
+    assert before.keys() == {0, 1}
     time.sleep(1.5)
     assert life.silent(before) == []
     waiting.join()
@@ -160,6 +162,33 @@ def test_a_store_that_is_held_up(looks: list[tuple[float, liveness.Signs]], sile
     with mock.patch.object(liveness.Liveness, "look", look):
         assert life.silent(SAME) == silent
     life.end()
+
+
+def test_a_rank_that_was_lost_before_its_second_sign_is_known() -> None:
+    store = dist.HashStore()
+    with mock.patch.object(liveness, "_give_signs"):
+        lives = [liveness.Liveness(store, rank, 2, patience=0.2) for rank in range(2)]
+    assert lives[0].come([1], 5.0) is None
+    lives[0].gone(1)
+    time.sleep(0.2)
+    assert lives[0].gone(1) == [1]
+
+
+def test_a_silent_store_names_the_work() -> None:
+    told = Failures(HostComm.of(dist.HashStore(), 0, 1))
+    with pytest.raises(RankFailedError) as caught, told.told("initialize()"):
+        raise SilentStoreError(30)
+    assert str(caught.value).startswith(
+        "initialize() failed: the rendezvous store has given no answer for 30 s"
+    )
+
+
+def test_a_second_attempt_has_another_part_of_the_store() -> None:
+    store = dist.HashStore()
+    with mock.patch.object(failures, "meet", return_value=Meeting(store, 0, 1)):
+        parts = [connect("initialize()", "cpu", 5.0, None)[0].store for _ in range(2)]
+    parts[0].set("key of a process group", "")
+    assert not parts[1].check(["key of a process group"])
 
 
 def test_without_a_store_ranks_are_waited_for_no_longer_than_their_patience() -> None:
