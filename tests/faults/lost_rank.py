@@ -1,7 +1,7 @@
 """Script of a rank that builds an engine and takes a step, in which one of the ranks is killed or stopped.
 
-`lost_rank.py PLACE SIGNAL LOST ZERO PP` prints the error with which it ends, as `type|text`. `initialize`
-starts the process group.
+`lost_rank.py PLACE SIGNAL LOST ZERO PP` prints `ready`, waits for a line, and prints the error with which it
+ends, as `type|text`. `initialize` starts the process group.
 """
 
 import os
@@ -35,6 +35,8 @@ def main(place: str, signal: int, lost: int, zero: int, pp: int) -> None:
         falls.get("optimizer", print)()
         return torch.optim.Adam(groups)
 
+    print("ready", flush=True)
+    sys.stdin.readline()
     config = {
         "steps_per_print": None,
         "optimizer": ADAM,

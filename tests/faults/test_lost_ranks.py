@@ -32,11 +32,15 @@ def told_by_others(
             "MASTER_PORT": str(store.port),
         }
         command = [sys.executable, str(SCRIPT), place, str(number), str(lost), str(zero), str(pp)]
-        ranks.append(
-            subprocess.Popen(command, env=os.environ | torchrun | own, stdout=subprocess.PIPE, text=True)
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        ranks.append(subprocess.Popen(command, env=os.environ | torchrun | own, text=True, **pipes))
     deadline = time.monotonic() + LONGEST
     try:
+        for rank in ranks:  # a busy machine starts one much later than another
+            assert rank.stdout.readline() == "ready\n"
+        for rank in ranks:
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
         others = [ranks[rank] for rank in range(world) if rank != lost]
         told = [rank.communicate(timeout=deadline - time.monotonic())[0].strip() for rank in others]
         assert [rank.returncode for rank in others] == [0] * len(others), told
