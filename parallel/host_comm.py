@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from parallel.arrivals import Arrivals
 from parallel.gloo_calls import Call, let_gloo_finish_at_exit, let_go, serve
-from parallel.liveness import PATIENCE, Liveness
+from parallel.liveness import PATIENCE, Liveness, tell
 from parallel.parcels import Bytes, Parcel, as_array, bundle, framed, unbundled, unframed
 from parallel.routes import Routes
-from parallel.store_calls import Connection, connection_to, within
+from parallel.store_calls import Connection, SilentStoreError, StoreCalls, connection_to, within
 
 T = TypeVar("T")
 
@@ -140,16 +140,32 @@ class HostComm:
         answer: Callable[[], None] | None = None,
     ) -> None:
         self.rank, self.size, self._routes = rank, size, Routes(rank, size)
+        self._lost, self.store = "", store
+        self._met: Any = None
+        try:
+            self._meet(patience, timeout, beside, answer)
+        except (LostRankError, SilentStoreError):
+            raise
+        except BaseException as error:  # an interrupt too, as the others wait for this rank
+            if size > 1:
+                tell(StoreCalls(store, patience), self._failure(error))
+            raise
+
+    def _meet(
+        self,
+        patience: float,
+        timeout: timedelta,
+        beside: HostComm | None,
+        answer: Callable[[], None] | None,
+    ) -> None:
+        store, rank, size = self.store, self.rank, self.size
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = TIMEOUT
         # Ranks connect when they first talk: a rank has a few connections, not one to each of thousands.
         options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
         self._group: Any = within(patience, lambda: dist.ProcessGroupGloo(store, rank, size, options))
-        self._lost = ""
         # The same on all ranks: the number of works begun, and those that haven't ended.
         self._works, self._open = 0, list[int]()
-        self.store = store
-        self._met: Any = None
         self._waits_for: int | None = None
         if size > 1:
             let_gloo_finish_at_exit()
@@ -161,10 +177,8 @@ class HostComm:
             works = () if beside is None else beside._open
             peers, seconds = self._routes.all_peers, timeout.total_seconds()
             if reason := self._life.come(peers, seconds, works, answer):
-                self._lost, self._group = (
-                    self._life.tell(f"{self._work}{reason}"),
-                    None,
-                )  # so that others notice
+                self._lost = self._life.tell(f"{self._work}{reason}")
+                self._group = None  # so that ranks that have connected notice
         # Now, while all are alive: one that has died since is noticed at once, but not while connecting.
         self.exchange({})
 

@@ -64,15 +64,14 @@ class Liveness:
         self._beside = beside  # so that it lives
         self._signs: StoreCalls = self._store if beside is None else beside._signs
         self._pace: _Pace = _Pace(_interval(patience)) if beside is None else beside._pace
-        if beside is None:  # the first sign before the others go on: one that never gave any isn't missed
+        if beside is None:
+            giving = threading.Thread(target=_give_signs, args=(store, rank, self._pace), daemon=True)
+            giving.start()
+            # At exit it must have ended: a thread in the store's code can't outlive the interpreter.
+            self._end = weakref.finalize(self, _ended, self._pace, giving, self._store)
+            # A sign before the others go on: one that never gave any isn't missed.
             self._signs.set(_sign(rank), _written(0, self._pace))
         self._store.set(_here(rank), "")
-        if beside is not None:
-            return
-        giving = threading.Thread(target=_give_signs, args=(store, rank, self._pace), daemon=True)
-        giving.start()
-        # At exit it must have ended: a thread in the store's code can't outlive the interpreter.
-        self._end = weakref.finalize(self, _ended, self._pace, giving, self._store)
 
     @property
     def patience(self) -> float:
@@ -155,10 +154,7 @@ class Liveness:
 
         Local.
         """
-        try:
-            return self._store.compare_set("lost" if work is None else _left(work), "", reason).decode()
-        except RuntimeError:
-            return reason
+        return tell(self._store, reason, work)
 
     def lost(self, peer: int) -> str | None:
         """Return which ranks are gone, in words, if `peer` is. Local."""
@@ -226,6 +222,14 @@ class Liveness:
             return None
 
 
+def tell(store: StoreCalls, reason: str, work: int | None = None) -> str:
+    """Say why the ranks of this part of a store can't go on; return the words of the first that did."""
+    try:
+        return store.compare_set("lost" if work is None else _left(work), "", reason).decode()
+    except RuntimeError:
+        return reason
+
+
 def time_for_signs(after: Signs) -> float:
     """Return the seconds in which each rank gives another sign after these."""
     return 2 * max(map(_interval_in, after.values()), default=0.0)
@@ -275,7 +279,7 @@ def _interval_in(sign: bytes | None) -> float:
 
 
 def _give_signs(store: Any, rank: int, pace: _Pace) -> None:
-    count = 1  # the first has been given
+    count = 1
     with suppress(RuntimeError):  # the store's process has ended
         while not pace.ended:
             store.set(_sign(rank), _written(count, pace))

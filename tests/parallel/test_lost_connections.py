@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -172,6 +174,25 @@ def test_a_rank_that_was_lost_before_its_second_sign_is_known() -> None:
     lives[0].gone(1)
     time.sleep(0.2)
     assert lives[0].gone(1) == [1]
+
+
+def test_a_rank_that_raises_while_it_connects_tells_the_others() -> None:
+    store, come = dist.HashStore(), liveness.Liveness.come
+
+    def odd(life: liveness.Liveness, *rest: Any) -> str | None:
+        if life._rank == 1:
+            raise ValueError("odd")
+        return come(life, *rest)
+
+    def connected(rank: int) -> str:
+        with pytest.raises((LostRankError, ValueError)) as caught:
+            HostComm.of(store, rank, 2, patience=2.0, timeout=timedelta(seconds=60))
+        return f"{caught.type.__name__}: {caught.value}"
+
+    with mock.patch.object(liveness.Liveness, "come", odd), ThreadPoolExecutor(2) as ranks:
+        assert [*ranks.map(connected, range(2))] == [
+            *("LostRankError: rank 1 failed: ValueError: odd", "ValueError: odd")
+        ]
 
 
 def test_a_silent_store_names_the_work() -> None:
