@@ -58,7 +58,7 @@ GAVE_NONE = "gave no sign of life for 3 s: ended or stopped"
 @pytest.mark.parametrize(
     ("place", "number", "lost", "words"),
     [
-        ("optimizer", signal.SIGKILL, 1, f"failed: rank 1 {GAVE_NONE}"),
+        slow("optimizer", signal.SIGKILL, 1, f"failed: rank 1 {GAVE_NONE}"),
         matrix("optimizer", signal.SIGSTOP, 0, f"failed: rank 0 {GAVE_NONE}"),
         slow("join", signal.SIGKILL, 1, f"failed on rank 1: {SILENT}"),
         matrix("join", signal.SIGSTOP, 1, f"failed on rank 1: {SILENT}"),

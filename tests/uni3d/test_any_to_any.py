@@ -182,7 +182,8 @@ def masked_case(place: Place) -> list[float]:
     return [engine.train_batch().item() for _ in range(STEPS)]
 
 
-@pytest.mark.parametrize("place", [Place(1, 3, 1, 2, 2), slow(Place(2, 1, 2, 1, 3))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [Place(1, 3, 1, 2, 2), Place(2, 1, 2, 1, 3)], ids=str)
 def test_loss_is_the_mean_over_tokens_not_a_mean_of_means(ranks: Ranks, place: Place) -> None:
     trace = oracle.train(oracle.MODEL | HEADS["tied"], STEPS, masked=True)
     for losses in ranks.run(place.world, masked_case, place):

@@ -94,6 +94,7 @@ def ddp_case(run: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, plain.state_dict()
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_fsdp_to_the_engine_to_ddp(ranks: Ranks, tmp_path: Path) -> None:
     run, plain = str(tmp_path / "run"), seeded(Stack)
     optimizer, expected = adamw(plain), []

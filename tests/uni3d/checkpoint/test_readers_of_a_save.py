@@ -119,6 +119,7 @@ def failing_case(run: Path) -> Any:
     return errors, sorted(older)
 
 
+@pytest.mark.slow
 def test_after_a_failed_save_nobody_reads_an_older_one_by_mistake(ranks: Ranks, tmp_path: Path) -> None:
     for errors, _ in ranks.run(2, failing_case, tmp_path):
         for error in errors:

@@ -214,7 +214,7 @@ def test_checkpoints_that_do_not_know(alone: None, tmp_path: Path) -> None:
     assert engine.global_steps == 2
 
 
-@pytest.mark.parametrize("version", [None, 2])
+@pytest.mark.parametrize("version", [None, slow(2)])
 def test_another_order_in_the_middle_of_an_epoch(
     alone: None, tmp_path: Path, version: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

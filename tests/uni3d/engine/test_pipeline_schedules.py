@@ -119,6 +119,7 @@ def test_without_ties(ranks: Ranks, traces: Any, how: How) -> None:
     check(ranks.run(2, train_case, how, [2], UNTIED, path), how, trace)
 
 
+@pytest.mark.slow
 def test_eight_stages_in_a_v_on_four_ranks(ranks: Ranks, traces: Any) -> None:
     trace, path = traces["deep"]
     how = How("zero_bubble_v", 2, pp=4, micro=2)

@@ -194,9 +194,10 @@ def trainer_case(folder: str, sharded: bool) -> Arrays:
     return keep.arrays
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore:.*in this run, .* in the checkpoint")
-@pytest.mark.parametrize("sharded", [True, slow(False)])
+@pytest.mark.parametrize("sharded", [True, False])
 def test_the_trainers_folder(hf_ranks: Ranks, tmp_path: Path, sharded: bool) -> None:
     arrays = hf_ranks.run(2, trainer_case, str(tmp_path / "out"), sharded)[0]
     folder = tmp_path / "out" / f"checkpoint-{BEFORE}"
