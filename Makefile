@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 demo: .venv/demo.stamp
 	$(BIN)/python examples/megatron_gpt/demo.py --force
 
-# All but the widest tables, in about sixteen minutes.
+# All but the widest tables, in sixteen to twenty minutes.
 test: lint
 	$(PYTEST) -m "not matrix"
 

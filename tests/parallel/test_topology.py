@@ -74,6 +74,7 @@ def places_case() -> list[dict[str, Any]]:
                     "world": (topology.rank, topology.world_size),
                 }
             )
+    dist.barrier()
     return places
 
 
@@ -102,6 +103,7 @@ def timeouts_case() -> set[timedelta]:
     for degrees in (Degrees(pp=2, dp=1, tp=2), Degrees(pp=1, dp=2, tp=2)):
         topology = Topology(degrees, zero_stage=1)
         groups += [topology.mesh.get_group(axis) for axis in AXES] + [topology.group("pp", "tp")]
+    dist.barrier()
     return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
@@ -148,6 +150,7 @@ def shard_group_case() -> tuple[int, list[int], list[int]]:
     topology = Topology(Degrees(pp=1, dp=4, tp=1), zero_stage=2, shard_group=2)
     mesh = topology.zero_mesh
     groups = [dist.get_process_group_ranks(mesh.get_group(axis)) for axis in ("replicate", "shard")]
+    dist.barrier()  # or one that ends early closes connections that another is still making
     return topology.dp_rank, groups[0], groups[1]
 
 
