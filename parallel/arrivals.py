@@ -13,12 +13,12 @@ from typing import Any
 
 import torch._C._distributed_c10d as distributed
 
+from parallel.liveness import LONGEST_PAUSE
 from parallel.store_calls import StoreCalls
 
 COUNT = "uni3d/arrivals"
 SETTLED = f"{COUNT}/settled"
-LONGEST_PAUSE = 1.0
-"""Longest time between two looks for the answer, in seconds."""
+"""Key of the number up to which all arrivals have been answered."""
 
 
 class Arrivals:

@@ -121,7 +121,7 @@ class Failures:
             signs: Signs = self._life.look() if self._life is not None and looks else {}
             seconds = max(PATIENCE_S, time_for_signs(signs))
             if self._life is not None and not looks:
-                seconds += 6 * INTERVAL
+                seconds += 6 * INTERVAL  # at most, until the one that looks has told what it saw
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 if told := self._told(self._count):

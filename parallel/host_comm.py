@@ -58,7 +58,7 @@ class HostComm:
         doing: name of the work at hand, for messages.
         store: these ranks' own part of the rendezvous store.
         connection: the process's connection to the whole store.
-        part: prefix of `store` in it, if no process group was needed.
+        part: prefix of `store` in it; None if the ranks met in a process group.
     """
 
     doing = ""

@@ -191,10 +191,11 @@ class Liveness:
             now = self.look()
             silent = {rank: sign for rank, sign in silent.items() if now.get(rank) == sign}
             prompt += 1
+            wait = min(pause, 1.0)  # for signs that were on their way to a store that goes on
             if time.monotonic() - begun > at_once:
-                prompt, at_once = 0, 2 * at_once  # one that is always slow must do, too
+                prompt, wait, at_once = 0, pause, 2 * at_once  # one that is always slow must do in the end
             if silent and prompt < 2:
-                time.sleep(pause)
+                time.sleep(wait)
         return [*silent]
 
     def gone(self, peer: int) -> list[int]:
