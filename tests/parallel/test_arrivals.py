@@ -39,10 +39,12 @@ def test_what_an_earlier_attempt_has_left_does_not_count() -> None:
     store = dist.HashStore()
     assert Arrivals(store, 1, 5.0).part(0.01) is None, "rank 0 hasn't come"
     store.add(COUNT, 1)  # a rank that has ended before it could say who it is
-    names = []
+    names, keys = [], []
     for _ in range(3):
         (name,) = {*parts_of(store)}
         names.append(name)
+        keys.append(store.num_keys())
+    assert keys[2] - keys[1] == 1 + SIZE, "those of the new part alone: `mine`, and each rank's `here`"
     assert len({*names} - {None}) == 3
     for number in range(1, 1 + store.add(COUNT, 0)):
         assert not store.check([f"{COUNT}/{number}"]), "what was answered is forgotten"
