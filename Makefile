@@ -20,7 +20,7 @@ test: lint
 matrix: .venv/dev.stamp
 	$(BIN)/python -m pytest -m matrix
 
-# The tests without those marked slow, in about six minutes.
+# The tests without those marked slow, in six to seven minutes.
 quick: .venv/dev.stamp
 	$(PYTEST)
 
